@@ -1,0 +1,93 @@
+"""PatternStore: activation patterns of a run on disk, one snapshot a recorded step."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import zarr
+
+from lightning_mnn.landscape.pattern import ActivationPattern, PackedPattern
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_PREFIX = "step_"
+
+
+class PatternStore:
+    """A zarr group with one subgroup a recorded step, ``step_000000100``, and in it one array of bits a layer.
+
+    An array is uint8 (..., N, ⌈width/8⌉), its attribute ``width`` the number of units; unit ``8 b + j`` is bit ``j``, the
+    least significant first, of byte ``b``. Attributes of the group: ``step``, ``epoch`` and ``digest``. A snapshot is
+    written under another name and renamed, so that what can be seen is complete, also after a kill.
+
+    Args:
+        path: folder of the group, ``….zarr``.
+
+    >>> import tempfile
+    >>> store = PatternStore(tempfile.mkdtemp() + "/patterns.zarr")
+    >>> pattern = ActivationPattern(torch.tensor([[True, False], [False, False]]))
+    >>> store.write(step=3, epoch=1, patterns={"layer_1": pattern.pack()}, digest="abc")
+    >>> store.steps, bool((store.read(3)["layer_1"].active == pattern.active).all())
+    ([3], True)
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def steps(self) -> list[int]:
+        """The recorded steps, ascending."""
+        if not self.path.is_dir():
+            return []
+        return sorted(int(p.name.removeprefix(_PREFIX)) for p in self.path.iterdir() if p.name.startswith(_PREFIX))
+
+    def write(
+        self, step: int, epoch: int, patterns: Mapping[str, PackedPattern], digest: str | list[str]
+    ) -> None:
+        """Add a snapshot, replacing one of the same step."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not (self.path / "zarr.json").exists():
+            zarr.open_group(self.path, mode="a")
+        unfinished = self.path.with_name(self.path.name + ".tmp")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        attributes: dict[str, Any] = {"step": step, "epoch": epoch, "digest": digest}
+        group = zarr.create_group(unfinished, attributes=attributes)
+        for name, pattern in patterns.items():
+            bits = pattern.bits.cpu().numpy()
+            group.create_array(name, data=bits, chunks=bits.shape, attributes={"width": pattern.width})
+        final = self._folder(step)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(unfinished, final)
+
+    def read(self, step: int) -> dict[str, ActivationPattern]:
+        """The patterns of one snapshot by layer.
+
+        Raises:
+            KeyError: the step was not recorded.
+        """
+        if not self._folder(step).is_dir():
+            raise KeyError(f"{self.path} holds no step {step}; it holds {self.steps}")
+        group = zarr.open_group(self._folder(step), mode="r")
+        found = {}
+        for name, array in sorted(group.arrays()):
+            bits = torch.from_numpy(array[...])
+            found[name] = PackedPattern(bits, int(array.attrs["width"])).unpack()
+        return found
+
+    def attributes(self, step: int) -> dict[str, Any]:
+        """``step``, ``epoch`` and ``digest`` of one snapshot."""
+        return dict(zarr.open_group(self._folder(step), mode="r").attrs)
+
+    def discard_after(self, step: int) -> None:
+        """Remove the snapshots of later steps, which a run resumed from ``step`` will record again."""
+        for later in self.steps:
+            if later > step:
+                shutil.rmtree(self._folder(later))
+
+    def _folder(self, step: int) -> Path:
+        return self.path / f"{_PREFIX}{step:09d}"

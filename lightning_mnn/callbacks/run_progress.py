@@ -1,0 +1,95 @@
+"""RunProgress: one bar over the whole run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pytorch_lightning.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typing_extensions import override
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+
+class RunProgress(ProgressBar):
+    """One bar over all epochs of a run, with the last logged MSE and MCE.
+
+    Lightning's own bars start anew each epoch, which a full-batch run turns over hundreds of times a second. Where the
+    output is no terminal, nothing is drawn.
+
+    Args:
+        console: where to draw; None: standard error.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        super().__init__()
+        self._console = console
+        self._enabled = True
+        self._progress: Progress | None = None
+
+    @override
+    def disable(self) -> None:
+        self._enabled = False
+
+    @override
+    def enable(self) -> None:
+        self._enabled = True
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        console = self._console or Console(stderr=True)
+        if not (self._enabled and console.is_terminal):
+            return
+        columns = (
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("epochs"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[metrics]}"),
+        )
+        self._progress = Progress(*columns, console=console)
+        total = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
+        self._progress.add_task("training", total=total, completed=trainer.current_epoch, metrics="")
+        self._progress.start()
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._progress is None:
+            return
+        done = trainer.current_epoch + 1
+        if done % max(1, (trainer.max_epochs or 1) // 1000) == 0:
+            self._progress.update(self._progress.task_ids[0], completed=done, metrics=_metrics(trainer))
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._progress is not None:
+            completed = trainer.current_epoch
+            self._progress.update(self._progress.task_ids[0], completed=completed, metrics=_metrics(trainer))
+        self._stop()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def _metrics(trainer: pl.Trainer) -> str:
+    values: dict[str, Any] = trainer.callback_metrics
+    shown = []
+    for name, label in (("train/mse", "MSE"), ("train/mce", "MCE")):
+        if name in values:
+            shown.append(f"{label} {float(values[name]):.2g}")
+    return "  ".join(shown)

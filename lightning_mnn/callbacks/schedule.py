@@ -1,0 +1,140 @@
+"""When a callback acts: a plain function of the step or epoch, the same on any machine."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as pl
+import torch
+from typing_extensions import override
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Counts of epochs or steps at which to act: every k-th, or each time the count has grown by a factor.
+
+    Attributes:
+        every: linear: act at k, 2k, 3k, …
+        growth: logarithmic: act at ⌈growth⁰⌉, ⌈growth¹⌉, ⌈growth²⌉, … (2 gives 1, 2, 4, 8, …).
+        unit: "epoch" or "step" (optimiser steps).
+
+    Raises:
+        ValueError: not exactly one of ``every`` and ``growth``, a value out of range, or an unknown unit.
+
+    >>> [n for n in range(1, 20) if Schedule(every=5).due(n)]
+    [5, 10, 15]
+    >>> [n for n in range(1, 20) if Schedule(growth=2.0).due(n)]
+    [1, 2, 4, 8, 16]
+    """
+
+    every: int | None = None
+    growth: float | None = None
+    unit: str = "epoch"
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        if (self.every is None) == (self.growth is None):
+            raise ValueError(f"give one of every= and growth=, got every={self.every} and growth={self.growth}")
+        if self.every is not None and self.every < 1:
+            raise ValueError(f"every must be at least 1, got {self.every}")
+        if self.growth is not None and self.growth <= 1:
+            raise ValueError(f"growth must be above 1, got {self.growth}")
+        if self.unit not in ("epoch", "step"):
+            raise ValueError(f'unit must be "epoch" or "step", got {self.unit!r}')
+
+    def due(self, count: int) -> bool:
+        """Whether to act when ``count`` epochs or steps are done."""
+        if count < 1:
+            return False
+        if self.every is not None:
+            return count % self.every == 0
+        assert self.growth is not None  # noqa: S101 (for the type checker)
+        nearest = math.floor(math.log(count) / math.log(self.growth))
+        return any(math.ceil(self.growth**power - _ROUNDING) == count for power in (nearest - 1, nearest, nearest + 1))
+
+
+class ScheduledCallback(pl.Callback):
+    """A callback that acts before training, at scheduled times, and at the end; in one process never twice at a step.
+
+    Args:
+        schedule: when to act between the start and the end.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self._last_step: int | None = None
+        self._acted = False  # by this process; a resumed run has a last step before that
+
+    @abstractmethod
+    def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Do what the callback is for, at the weights after ``trainer.global_step`` steps. Runs on every process."""
+
+    def summary(self) -> dict[str, Any]:
+        """What the callback found, in plain values for ``summary.json``; per-network values are lists over replicas."""
+        return {}
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._last_step, self._acted = None, False
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._last_step is None:  # not resumed
+            self._act_once(trainer, pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.schedule.unit == "step" and self.schedule.due(trainer.global_step):
+            self._act_once(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.schedule.unit == "epoch" and self.schedule.due(trainer.current_epoch + 1):
+            self._act_once(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._acted:  # resumed when all was done
+            self._last_step = None
+        self._act_once(trainer, pl_module)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"last_step": self._last_step}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._last_step = state_dict.get("last_step")
+
+    def _act_once(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step != self._last_step:
+            self._last_step, self._acted = trainer.global_step, True
+            self.act(trainer, pl_module)
+
+
+def log_scalars(trainer: pl.Trainer, scalars: dict[str, Tensor | float | None]) -> None:
+    """Log values measured after ``trainer.global_step`` steps, the mean over replicas; None and non-finite are left out.
+
+    They go to every logger at once and to ``trainer.callback_metrics``. ``LightningModule.log`` would drop those of
+    steps that ``log_every_n_steps`` passes over, and cannot be called at the end of training.
+    """
+    means = {name: torch.as_tensor(value, dtype=torch.float64).mean() for name, value in scalars.items() if value is not None}
+    finite = {name: value for name, value in means.items() if bool(value.isfinite())}
+    trainer.callback_metrics.update(finite)
+    for logger in trainer.loggers:
+        logger.log_metrics({name: float(value) for name, value in finite.items()}, step=trainer.global_step)
+
+
+def plain(values: Tensor | None) -> Any:
+    """A tensor (...) as Python numbers: one number, or a list over replicas; None stays None."""
+    return None if values is None else values.tolist()

@@ -1,0 +1,142 @@
+"""What the callbacks see of a run: its network, and one exact pass over its training set that they share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lightning_mnn.data.checks import find_threshold
+from lightning_mnn.data.shards import exact_shard, flat_batch
+from lightning_mnn.landscape.region import gram_rank
+from lightning_mnn.landscape.survey import Network, Survey, merge_surveys, survey_network
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+    from torch import Tensor
+
+_surveys: WeakKeyDictionary[pl.LightningModule, tuple[Any, Survey]] = WeakKeyDictionary()
+_input_ranks: WeakKeyDictionary[pl.LightningModule, tuple[Any, Tensor]] = WeakKeyDictionary()
+_thresholds: WeakKeyDictionary[pl.LightningModule, float | None] = WeakKeyDictionary()
+
+
+def network_of(pl_module: pl.LightningModule) -> Network | None:
+    """The piecewise-linear network of a module, or None where there is no such network.
+
+    A module may say it itself by a method ``network() -> Network``, as MNN does. Otherwise its only ``nn.Sequential`` of
+    the form ``Linear, ReLU or LeakyReLU, …, Linear → 1``, without biases, is taken; ``Flatten`` may stand before it.
+    """
+    if callable(getattr(pl_module, "network", None)):
+        return pl_module.network()  # type: ignore[operator, no-any-return]
+    found = [network for part in pl_module.modules() if (network := _sequential(part)) is not None]
+    return found[0] if len(found) == 1 else None
+
+
+def required_network(callback: pl.Callback, pl_module: pl.LightningModule) -> Network:
+    """The network of a module.
+
+    Raises:
+        TypeError: there is none that the callback could judge.
+    """
+    network = network_of(pl_module)
+    if network is None:
+        raise TypeError(
+            f"{type(callback).__name__} needs a piecewise-linear network with one output: an MNN, a module with a method "
+            "network() -> lightning_mnn.landscape.Network, or one nn.Sequential(Linear, ReLU, Linear → 1) without biases; "
+            f"{type(pl_module).__name__} has none. ActivationPatternRecorder works with any ReLU module"
+        )
+    return network
+
+
+def survey_training_set(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Survey:
+    """Survey the module's network on the whole training set: every sample once, in float64, on every process.
+
+    The survey of the last weights is kept, so callbacks that act at one step share one pass. Inputs are first rounded to
+    the weights' precision, since the network is trained on those.
+
+    Raises:
+        TypeError: the module has no such network, or the training set cannot be enumerated.
+    """
+    network = network_of(pl_module)
+    if network is None:
+        raise TypeError(f"{type(pl_module).__name__} has no piecewise-linear network with one output")
+    weights = (*network.hidden_weights, network.output_weights)
+    moment = (trainer.global_step, *((w.data_ptr(), w._version) for w in weights))  # noqa: SLF001 (counts changes)
+    if pl_module in _surveys and _surveys[pl_module][0] == moment:
+        return _surveys[pl_module][1]
+    threshold = _threshold(trainer, pl_module)
+    parts = [
+        survey_network(_on(network, inputs.device), inputs, targets, threshold)
+        for inputs, targets in _batches(trainer, network)
+    ]
+    empty = not parts  # fewer samples than processes
+    survey = merge_surveys([part for part in gather(None if empty else merge_surveys(parts)) if part is not None])
+    _surveys[pl_module] = moment, survey
+    return survey
+
+
+def input_rank(trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network) -> Tensor:
+    """Rank of the training inputs X, int64 (...); found once a run."""
+    source = id(trainer.train_dataloader)
+    if pl_module not in _input_ranks or _input_ranks[pl_module][0] != source:
+        gram: Tensor | float = 0.0
+        for inputs, _ in _batches(trainer, network):
+            wide = inputs.to(torch.float64)
+            gram = gram + wide.mT @ wide
+        total = sum(part for part in gather(gram.cpu() if isinstance(gram, torch.Tensor) else None) if part is not None)
+        assert isinstance(total, torch.Tensor)  # noqa: S101 (a training set holds a sample)
+        _input_ranks[pl_module] = source, gram_rank(total)
+    return _input_ranks[pl_module][1]
+
+
+def gather(value: Any) -> list[Any]:
+    """The value of every process, in rank order, on every process."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _batches(trainer: pl.Trainer, network: Network) -> Any:
+    device = network.output_weights.device
+    device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+    for batch in exact_shard(trainer.train_dataloader, trainer.global_rank, trainer.world_size):
+        inputs, targets = flat_batch(batch)
+        yield inputs.to(device, network.output_weights.dtype), targets.to(device, network.output_weights.dtype)
+
+
+def _threshold(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float | None:
+    if hasattr(pl_module, "threshold"):
+        return pl_module.threshold  # type: ignore[no-any-return]
+    if pl_module not in _thresholds:
+        _thresholds[pl_module] = find_threshold(trainer)
+    return _thresholds[pl_module]
+
+
+def _on(network: Network, device: torch.device) -> Network:
+    hidden = tuple(weights.to(device) for weights in network.hidden_weights)
+    return Network(hidden, network.output_weights.to(device), network.negative_slope, network.unit_roundoff)
+
+
+def _sequential(module: nn.Module) -> Network | None:
+    if not isinstance(module, nn.Sequential):
+        return None
+    parts = [part for part in module if not isinstance(part, nn.Flatten)]
+    linear, kinks = parts[::2], parts[1::2]
+    slopes = {getattr(kink, "negative_slope", 0.0) for kink in kinks}
+    fits = (
+        len(parts) >= 3  # noqa: PLR2004
+        and len(linear) == len(kinks) + 1
+        and all(isinstance(part, nn.Linear) and part.bias is None for part in linear)
+        and all(isinstance(kink, nn.ReLU | nn.LeakyReLU) for kink in kinks)
+        and len(slopes) == 1
+    )
+    if not fits or linear[-1].out_features != 1:
+        return None
+    weights = [part.weight.detach() for part in linear]
+    roundoff = torch.finfo(weights[-1].dtype).eps / 2
+    return Network(tuple(weights[:-1]), weights[-1][0], float(slopes.pop()), roundoff)

@@ -1,0 +1,84 @@
+"""Gaussian inputs with random labels, or with those of a teacher network: the paper's synthetic data."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_mnn.data.resident import ResidentData
+from lightning_mnn.seeding import generator
+
+LABELS = ("plus_minus", "zero_one", "teacher")
+
+
+class GaussianData(ResidentData):
+    """N inputs x ~ N(0, I_d0) and random targets, drawn anew for each replica from its own seed.
+
+    The draws are made in float64 on the CPU, so they do not depend on the device or the dtype.
+
+    Args:
+        num_samples: N.
+        input_dim: d0.
+        labels: "plus_minus" (±1 with probability ½ each, the paper's experiments), "zero_one" ({0, 1}), or "teacher": the
+            real-valued outputs of a random two-layer ReLU network (train with ``MNN(regression=True)``).
+        teacher_width: width of the teacher network.
+        dtype: "float64" or "float32".
+        **options: see :class:`ResidentData`.
+
+    Raises:
+        ValueError: a size that is not positive or unknown labels.
+
+    >>> inputs, targets = GaussianData(num_samples=6, input_dim=3, replicas=2).tensors()
+    >>> inputs.shape, targets.shape, sorted(targets.unique().tolist())
+    (torch.Size([2, 6, 3]), torch.Size([2, 6]), [-1.0, 1.0])
+    """
+
+    def __init__(
+        self,
+        num_samples: int = 320,
+        input_dim: int = 40,
+        labels: str = "plus_minus",
+        teacher_width: int = 10,
+        dtype: str = "float64",
+        **options: object,
+    ) -> None:
+        super().__init__(dtype=dtype, **options)  # type: ignore[arg-type]
+        for name, size in (("num_samples", num_samples), ("input_dim", input_dim), ("teacher_width", teacher_width)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if labels not in LABELS:
+            raise ValueError(f"labels must be one of {LABELS}, got {labels!r}")
+        self.num_samples = num_samples
+        self.labels = labels
+        self.teacher_width = teacher_width
+        self._input_dim = input_dim
+
+    @property
+    @override
+    def input_dim(self) -> int:
+        return self._input_dim
+
+    @override
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        drawn = [self._draw(seed) for seed in self.seeds]
+        if len(drawn) == 1:
+            return drawn[0]
+        return torch.stack([inputs for inputs, _ in drawn]), torch.stack([targets for _, targets in drawn])
+
+    def _draw(self, seed: int) -> tuple[Tensor, Tensor]:
+        shape = (self.num_samples, self.input_dim)
+        inputs = torch.randn(shape, generator=generator(seed, "inputs"), dtype=torch.float64)
+        if self.labels == "teacher":
+            return inputs, self._teach(inputs, seed)
+        ones = torch.randint(0, 2, shape[:1], generator=generator(seed, "labels")).double()
+        return inputs, ones if self.labels == "zero_one" else 2 * ones - 1
+
+    def _teach(self, inputs: Tensor, seed: int) -> Tensor:
+        draw = generator(seed, "teacher")
+        hidden = torch.randn(self.teacher_width, self.input_dim, generator=draw, dtype=torch.float64)
+        output = torch.randn(self.teacher_width, generator=draw, dtype=torch.float64)
+        scale = math.sqrt(2 / (self.input_dim * self.teacher_width))  # outputs of variance about 1
+        return torch.relu(inputs @ hidden.T) @ output * scale

@@ -1,0 +1,246 @@
+"""Data that fits in memory: tensors that stay on the device, mini-batches that are index slices of them.
+
+Shapes: N samples, d0 inputs, R replicas, B samples of a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import pytorch_lightning as pl
+import torch
+from typing_extensions import override
+
+from lightning_mnn.seeding import generator
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+class EpochShuffle:
+    """Order of the samples in each epoch: a permutation that depends on a seed and the epoch only.
+
+    Args:
+        num_samples: N.
+        seeds: one seed, or one a replica.
+        shuffle: False keeps the samples in their order.
+
+    >>> order = EpochShuffle(4, seeds=[0])
+    >>> bool(torch.equal(order.permutation().sort().values, torch.arange(4)))
+    True
+    """
+
+    def __init__(self, num_samples: int, seeds: Sequence[int], *, shuffle: bool = True) -> None:
+        self.num_samples = num_samples
+        self.seeds = list(seeds)
+        self.shuffle = shuffle
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; Lightning calls this before each."""
+        self.epoch = epoch
+
+    def permutation(self) -> Tensor:
+        """Sample indices in this epoch's order: (N,), with several seeds (R, N)."""
+        if not self.shuffle:
+            orders = [torch.arange(self.num_samples) for _ in self.seeds]
+        else:
+            generators = [generator(seed, "shuffle", self.epoch) for seed in self.seeds]
+            orders = [torch.randperm(self.num_samples, generator=g) for g in generators]
+        return orders[0] if len(orders) == 1 else torch.stack(orders)
+
+
+class ResidentLoader:
+    """Batches (inputs, targets) of tensors in memory, the same samples in each batch for any number of processes.
+
+    A batch of B samples is split over the processes into contiguous parts, without padding: each sample is seen exactly
+    once an epoch, and the gradient of a batch is the same on 1 or n processes. A process may get fewer samples of a batch
+    than another, or none.
+
+    Args:
+        inputs: (N, d0), or (R, N, d0) with a data set for each replica.
+        targets: (N,) or (R, N).
+        batch_size: B over all processes; None: all N.
+        shuffle: draw a new order each epoch (without effect on full batches).
+        seeds: seed of the order, one a replica.
+        rank: this process.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: shapes that do not agree, an empty data set, or a batch size that is not positive.
+    """
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        batch_size: int | None = None,
+        *,
+        shuffle: bool = True,
+        seeds: Sequence[int] = (0,),
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if inputs.ndim not in (2, 3) or inputs.shape[-2] != targets.shape[-1]:
+            raise ValueError(
+                "inputs must be (N, d0) or (R, N, d0) and targets (N,) or (R, N), "
+                f"got {tuple(inputs.shape)} and {tuple(targets.shape)}"
+            )
+        if inputs.shape[-2] == 0:
+            raise ValueError("the data set is empty: it must hold at least one sample")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1 (or null for the full batch), got {batch_size}")
+        for name, tensor in (("inputs", inputs), ("targets", targets)):
+            replicated = tensor.ndim == (3 if name == "inputs" else 2)
+            if replicated and tensor.shape[0] != len(seeds):
+                raise ValueError(f"{name} hold {tensor.shape[0]} replicas and there are {len(seeds)} seeds")
+        self.inputs = inputs
+        self.targets = targets
+        self.num_samples = inputs.shape[-2]
+        self.batch_size = min(batch_size or self.num_samples, self.num_samples)
+        self.rank = rank
+        self.world_size = world_size
+        self.sampler = EpochShuffle(self.num_samples, seeds, shuffle=shuffle)  # Lightning looks for this name
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return math.ceil(self.num_samples / self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's part of each batch."""
+        if len(self) == 1:
+            low, high = part_of(self.num_samples, self.rank, self.world_size)
+            yield self.inputs[..., low:high, :], self.targets[..., low:high]
+            return
+        order = self.sampler.permutation().to(self.inputs.device)
+        replica = torch.arange(len(order), device=order.device)[:, None] if order.ndim == 2 else None  # noqa: PLR2004
+        for batch in order.split(self.batch_size, dim=-1):
+            low, high = part_of(batch.shape[-1], self.rank, self.world_size)
+            index = batch[..., low:high]
+            yield (
+                self.inputs[replica, index] if self.inputs.ndim == 3 else self.inputs[index],  # noqa: PLR2004
+                self.targets[replica, index] if self.targets.ndim == 2 else self.targets[index],  # noqa: PLR2004
+            )
+
+    def samples(self, index: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of some samples, in the data set's order."""
+        return self.inputs[..., index, :], self.targets[..., index]
+
+
+def part_of(total: int, rank: int, world_size: int) -> tuple[int, int]:
+    """The contiguous part [low, high) of ``total`` things that falls to one process.
+
+    >>> [part_of(10, rank, 3) for rank in range(3)]
+    [(0, 3), (3, 6), (6, 10)]
+    """
+    return total * rank // world_size, total * (rank + 1) // world_size
+
+
+class ResidentData(pl.LightningDataModule, ABC):
+    """A LightningDataModule whose training set is a pair of tensors; a subclass says which.
+
+    Args:
+        batch_size: samples of a batch over all processes; None: the full batch.
+        shuffle: draw a new order each epoch.
+        replicas: number of independent networks that are trained side by side.
+        seed: replica r uses ``seed + r``.
+        dtype: "float32" or "float64".
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int | None = None,
+        shuffle: bool = True,
+        replicas: int = 1,
+        seed: int = 0,
+        dtype: str = "float32",
+    ) -> None:
+        super().__init__()
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1 (or null for the full batch), got {batch_size}")
+        if replicas < 1:
+            raise ValueError(f"replicas must be at least 1, got {replicas}")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.replicas = replicas
+        self.seed = seed
+        self.dtype = DTYPES[dtype]
+        self.inputs: Tensor | None = None
+        self.targets: Tensor | None = None
+
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """The training set: inputs (N, d0) or (R, N, d0), targets (N,) or (R, N)."""
+
+    @property
+    @abstractmethod
+    def input_dim(self) -> int:
+        """d0."""
+
+    @property
+    def seeds(self) -> list[int]:
+        """One seed a replica."""
+        return [self.seed + replica for replica in range(self.replicas)]
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        if self.inputs is None:
+            inputs, targets = self.tensors()
+            self.inputs, self.targets = inputs.to(self.dtype), targets.to(self.dtype)
+
+    @override
+    def train_dataloader(self) -> ResidentLoader:
+        self.setup()
+        assert self.inputs is not None  # noqa: S101 (for the type checker)
+        assert self.targets is not None  # noqa: S101
+        rank, world_size, device = 0, 1, self.inputs.device
+        if self.trainer is not None:
+            rank, world_size = self.trainer.global_rank, self.trainer.world_size
+            device = self.trainer.strategy.root_device
+        return ResidentLoader(
+            self.inputs.to(device),
+            self.targets.to(device),
+            self.batch_size,
+            shuffle=self.shuffle,
+            seeds=self.seeds,
+            rank=rank,
+            world_size=world_size,
+        )
+
+
+class TensorData(ResidentData):
+    """A training set of the user's own tensors.
+
+    Args:
+        inputs: (N, d0), or (R, N, d0) with a data set for each replica.
+        targets: (N,) or (R, N).
+        **options: see :class:`ResidentData`.
+
+    >>> len(TensorData(torch.zeros(10, 3), torch.ones(10), batch_size=4).train_dataloader())
+    3
+    """
+
+    def __init__(self, inputs: Tensor, targets: Tensor, **options: object) -> None:
+        super().__init__(**options)  # type: ignore[arg-type]
+        self._tensors = inputs, targets
+
+    @override
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        return self._tensors
+
+    @property
+    @override
+    def input_dim(self) -> int:
+        return self._tensors[0].shape[-1]

@@ -1,0 +1,115 @@
+"""A pass over a training set in which each sample is seen exactly once, on any number of processes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
+
+from lightning_mnn.data.resident import ResidentLoader, part_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_BLOCK_ELEMENTS = 1 << 22  # of inputs at a time: 32 MiB in float64
+
+
+def exact_shard(loader: Any, rank: int = 0, world_size: int = 1, chosen: Tensor | None = None) -> Iterator[Any]:
+    """Batches of one process's contiguous part of the training set, in the data set's order, unpadded, unshuffled.
+
+    Args:
+        loader: the Trainer's ``train_dataloader``: a :class:`ResidentLoader`, a ``DataLoader`` over a map-style data set,
+            or a list of batches.
+        rank: this process.
+        world_size: number of processes.
+        chosen: indices of the samples to pass over; None: all of them.
+
+    Yields:
+        Batches, of resident tensors about 4 million numbers of inputs each, else as the loader collates them.
+
+    Raises:
+        TypeError: a loader whose samples cannot be enumerated (an ``IterableDataset``, a sampler that chooses among the
+            samples, several loaders at once, a list of batches with several processes).
+    """
+    if isinstance(loader, ResidentLoader):
+        order = torch.arange(loader.num_samples) if chosen is None else chosen
+        low, high = part_of(len(order), rank, world_size)
+        per_sample = loader.inputs.numel() // loader.num_samples
+        for block in order[low:high].split(max(1, _BLOCK_ELEMENTS // per_sample)):
+            yield loader.samples(block if chosen is not None else slice(int(block[0]), int(block[-1]) + 1))
+    elif isinstance(loader, DataLoader):
+        indices = range(_map_style_samples(loader)) if chosen is None else chosen.tolist()
+        low, high = part_of(len(indices), rank, world_size)
+        yield from DataLoader(
+            Subset(loader.dataset, indices[low:high]),
+            batch_size=loader.batch_size or 256,
+            collate_fn=loader.collate_fn,
+            num_workers=loader.num_workers,
+        )
+    elif isinstance(loader, list | tuple) and world_size == 1 and chosen is None:
+        yield from loader
+    else:
+        raise TypeError(
+            f"the samples of a {type(loader).__name__} cannot be enumerated"
+            + (f" over {world_size} processes" if world_size > 1 else "")
+            + ": train on a DataLoader over a map-style data set, or on a ResidentLoader"
+        )
+
+
+def num_samples(loader: Any) -> int:
+    """N of a loader's training set.
+
+    Raises:
+        TypeError: its samples cannot be enumerated.
+    """
+    if isinstance(loader, ResidentLoader):
+        return loader.num_samples
+    if isinstance(loader, DataLoader):
+        return _map_style_samples(loader)
+    raise TypeError(f"the samples of a {type(loader).__name__} cannot be enumerated: train on a DataLoader")
+
+
+def is_resident(loader: Any) -> bool:
+    """Whether a pass over the loader's training set reads memory only."""
+    return isinstance(loader, ResidentLoader | list | tuple) or (
+        isinstance(loader, DataLoader) and isinstance(loader.dataset, TensorDataset)
+    )
+
+
+def _map_style_samples(loader: DataLoader[Any]) -> int:
+    if isinstance(loader.dataset, IterableDataset):
+        raise TypeError("the samples of an IterableDataset cannot be enumerated: train on a map-style data set")
+    samplers = (RandomSampler, SequentialSampler, DistributedSampler)
+    if not isinstance(loader.sampler, samplers):
+        raise TypeError(
+            f"which samples a {type(loader.sampler).__name__} chooses cannot be known: "
+            "wrap the chosen samples in a torch.utils.data.Subset instead"
+        )
+    return len(loader.dataset)  # type: ignore[arg-type]
+
+
+def flat_batch(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs (..., N, d0) and targets (..., N) of a batch that is a pair (inputs, targets).
+
+    Resident batches come as they are; images and other inputs of a foreign loader are flattened to (N, d0).
+
+    Raises:
+        TypeError: the batch is not a pair of tensors.
+    """
+    match batch:
+        case (torch.Tensor() as inputs, torch.Tensor() as targets):
+            if targets.ndim == inputs.ndim and targets.shape[-1] == 1:
+                targets = targets[..., 0]
+            if targets.ndim == 1 and inputs.ndim > 2:  # noqa: PLR2004 (images)
+                inputs = inputs.flatten(1)
+            return inputs, targets
+    raise TypeError(f"a batch must be a pair of tensors (inputs, targets), got {type(batch).__name__}")

@@ -1,0 +1,142 @@
+"""The theorems of Soudry & Hoffer (2017), arXiv 1702.05777, as functions of a run's sizes.
+
+All of them are statements to leading order in the number of samples N, for Gaussian inputs of dimension d0 and a
+two-layer network of width d1. Volumes are natural logarithms of V(R) = P(W ∈ R), the entries of W i.i.d. N(0, 1).
+Arguments broadcast as in numpy; results are float64.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+_RATE = 0.23  # the constant of Theorem 6
+
+
+def decay_rate(
+    num_samples: ArrayLike,
+    input_dim: ArrayLike,
+    width: ArrayLike,
+    epsilon: ArrayLike = 0.1,
+    negative_slope: float = 0.0,
+) -> NDArray[np.float64]:
+    """γ_ε of Theorem 6: 0.23 · max(d0/N, ε)^(3/4), and for the ReLU 0.23 · ε^(3/4).
+
+    The theorem has the limit of d0/N; here it is the run's own d0/N. The width does not enter.
+
+    Args:
+        num_samples: N.
+        input_dim: d0.
+        width: d1.
+        epsilon: least classification error (a fraction) of the minima that are counted.
+        negative_slope: ρ.
+
+    Raises:
+        ValueError: a size is not positive, ε lies outside [0, 1], or ρ = 1.
+
+    >>> round(float(decay_rate(320, 40, 40, epsilon=0.1)), 5)
+    0.0409
+    """
+    num_samples, input_dim, _ = _sizes(num_samples, input_dim, width)
+    epsilon = np.asarray(epsilon, dtype=np.float64)
+    if not np.all((epsilon >= 0) & (epsilon <= 1)):
+        raise ValueError(f"epsilon must lie between 0 and 1, got {epsilon}")
+    if negative_slope == 1:
+        raise ValueError("negative_slope must not be 1: the network would be linear")
+    base = epsilon if negative_slope == 0 else np.maximum(input_dim / num_samples, epsilon)
+    return np.asarray(_RATE * base**0.75)
+
+
+def suboptimal_log_volume(
+    num_samples: ArrayLike,
+    input_dim: ArrayLike,
+    width: ArrayLike,
+    epsilon: ArrayLike = 0.1,
+    negative_slope: float = 0.0,
+) -> NDArray[np.float64]:
+    """Theorem 6: upper bound −γ_ε N^(3/4) (d1 d0)^(1/4) on log E V(L_ε).
+
+    L_ε is the union of the regions that hold a differentiable local minimum with classification error above ε.
+
+    >>> round(float(suboptimal_log_volume(320, 40, 40)), 3)
+    -19.568
+    """
+    rate = decay_rate(num_samples, input_dim, width, epsilon, negative_slope)
+    num_samples, input_dim, width = _sizes(num_samples, input_dim, width)
+    return np.asarray(-rate * num_samples**0.75 * (width * input_dim) ** 0.25)
+
+
+def sufficient_width(num_samples: ArrayLike, input_dim: ArrayLike) -> NDArray[np.int64]:
+    """Theorem 8: the width 4⌈N/(2 d0 − 2)⌉ suffices for a zero-error point off every kink, for almost every X.
+
+    Raises:
+        ValueError: ``input_dim`` < 2.
+
+    >>> int(sufficient_width(320, 40))
+    20
+    """
+    num_samples, input_dim, _ = _sizes(num_samples, input_dim, 1)
+    if np.any(input_dim < 2):
+        raise ValueError(f"input_dim must be at least 2, got {input_dim}")
+    return np.asarray(4 * np.ceil(num_samples / (2 * input_dim - 2)), dtype=np.int64)
+
+
+def global_log_volume(
+    num_samples: ArrayLike, input_dim: ArrayLike, width: ArrayLike, teacher_width: ArrayLike | None = None
+) -> NDArray[np.float64]:
+    """Theorem 9: lower bound −d1* d0 log N on log V(G), with d1* = 2N/d0 or the width of a teacher that made y.
+
+    G is the union of the regions that hold a global minimum with zero error. The bound holds with probability
+    1 − :func:`global_failure_probability`; the width d1 does not enter beyond d1 ≥ d1*.
+
+    >>> round(float(global_log_volume(320, 40, 40)), 3)
+    -3691.698
+    """
+    num_samples, input_dim, _ = _sizes(num_samples, input_dim, width)
+    needed = 2 * num_samples / input_dim if teacher_width is None else _sizes(1, 1, teacher_width)[2]
+    return np.asarray(-needed * input_dim * np.log(num_samples))
+
+
+def global_failure_probability(num_samples: ArrayLike, input_dim: ArrayLike) -> NDArray[np.float64]:
+    """δ of Theorem 9: √(8/π) d0^(−1/2) + 2 d0^(1/2) √(log d0) / N (above 1 it says nothing).
+
+    >>> round(float(global_failure_probability(320, 40)), 4)
+    0.3282
+    """
+    num_samples, input_dim, _ = _sizes(num_samples, input_dim, 1)
+    first = math.sqrt(8 / math.pi) / np.sqrt(input_dim)
+    return np.asarray(first + 2 * np.sqrt(input_dim) * np.sqrt(np.log(input_dim)) / num_samples)
+
+
+def log_volume_ratio(
+    num_samples: ArrayLike,
+    input_dim: ArrayLike,
+    width: ArrayLike,
+    epsilon: ArrayLike = 0.1,
+    negative_slope: float = 0.0,
+) -> NDArray[np.float64]:
+    """Theorem 10: upper bound −γ_ε N^(3/4) (d1 d0)^(1/4) on log(V(L_ε) / V(G)).
+
+    To leading order V(G) costs nothing beside V(L_ε): the width that Theorem 10 assumes, d1 ≻ N log⁴N / d0, makes the
+    exponent of Theorem 6 dominate that of Theorem 9, so the bound is Theorem 6's.
+
+    >>> float(log_volume_ratio(320, 40, 40)) == float(suboptimal_log_volume(320, 40, 40))
+    True
+    """
+    return suboptimal_log_volume(num_samples, input_dim, width, epsilon, negative_slope)
+
+
+def _sizes(
+    num_samples: ArrayLike, input_dim: ArrayLike, width: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    sizes = {"num_samples": num_samples, "input_dim": input_dim, "width": width}
+    arrays = {name: np.asarray(value, dtype=np.float64) for name, value in sizes.items()}
+    for name, value in arrays.items():
+        if not np.all(value >= 1):  # a comparison that NaN fails
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    return arrays["num_samples"], arrays["input_dim"], arrays["width"]

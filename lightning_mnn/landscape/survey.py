@@ -1,0 +1,332 @@
+"""Survey: what one exact pass over a data set finds at given weights.
+
+A survey of a part of the samples is merged with those of the other parts, block by block and process by process, so one
+pass serves every callback and its answer does not depend on how the samples were split.
+
+Shapes: N samples, d_l units of layer l (d_0 inputs), ``...`` leading axes (replicas). Everything is float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_mnn.landscape.pattern import ActivationPattern, PackedPattern
+from lightning_mnn.landscape.region import correlate, gram_rank
+from lightning_mnn.landscape.volume import smallest_sines
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+_AMBIGUITY = 1e-12  # (ŷ − threshold)(y − threshold) up to this is an error: on the threshold, up to rounding
+
+
+@dataclass(frozen=True)
+class Network:
+    """The weights of a piecewise-linear network without biases, as mathematics sees them.
+
+    ŷ = z · f(W_L f(… f(W_1 x))), with f(u) = u where u > 0 and ρ u elsewhere.
+
+    Attributes:
+        hidden_weights: W_l, (..., d_l, d_{l−1}), first layer first.
+        output_weights: z, (..., d_L).
+        negative_slope: ρ.
+        unit_roundoff: half the spacing of floats at 1 in the precision that the weights were trained in.
+    """
+
+    hidden_weights: tuple[Tensor, ...]
+    output_weights: Tensor
+    negative_slope: float
+    unit_roundoff: float = 2.0**-53
+
+    @property
+    def input_dim(self) -> int:
+        """d0."""
+        return self.hidden_weights[0].shape[-1]
+
+    @property
+    def hidden_dims(self) -> tuple[int, ...]:
+        """Widths (d1, …, d_L)."""
+        return tuple(weights.shape[-2] for weights in self.hidden_weights)
+
+    def preactivations(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """Pre-activations of every layer, (..., N, d_l), for inputs (..., N, d0)."""
+        found = []
+        for weights in self.hidden_weights:
+            preactivations = inputs @ weights.mT
+            found.append(preactivations)
+            inputs = torch.where(preactivations > 0, preactivations, self.negative_slope * preactivations)
+        return tuple(found)
+
+
+def _sum() -> Any:
+    return field(metadata={"merge": lambda parts: reduce(torch.add, parts)})
+
+
+def _least() -> Any:
+    return field(metadata={"merge": lambda parts: reduce(torch.minimum, parts)})
+
+
+def _most() -> Any:
+    return field(metadata={"merge": lambda parts: reduce(torch.maximum, parts)})
+
+
+def _joined() -> Any:
+    return field(metadata={"merge": lambda parts: torch.cat(parts, dim=-2)})
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a survey finds of one hidden layer.
+
+    Attributes:
+        correlation: Cᵀ diag(e) H, (..., d_l, d_{l−1}), where H are the layer's inputs. In the last layer C is A, so that
+            this is G e; in earlier ones C_ni is the derivative of ŷ_n by the layer's pre-activation, so that it is
+            −N/2 times the gradient of the MSE.
+        squared_norm: ‖G‖² = Σ_n ‖C_n‖² ‖H_n‖² (Frobenius), (...).
+        smallest_preactivation: min |u| over samples and units, (...).
+        smallest_sines: min over the samples of |u_ni| / (‖w_i‖ ‖h_n‖), (..., d_l).
+        kinks: number of pre-activations that are zero up to the rounding of the weights' precision, int64 (...).
+        active: number of samples that each unit is active on, int64 (..., d_l).
+        unactivated: number of samples that no unit is active on, int64 (...).
+        slopes_gram: AᵀA, (..., d_l, d_l).
+        bits: the activation pattern at one bit per sample and unit, uint8 (..., N, ⌈d_l/8⌉).
+    """
+
+    correlation: Tensor = _sum()
+    squared_norm: Tensor = _sum()
+    smallest_preactivation: Tensor = _least()
+    smallest_sines: Tensor = _least()
+    kinks: Tensor = _sum()
+    active: Tensor = _sum()
+    unactivated: Tensor = _sum()
+    slopes_gram: Tensor = _sum()
+    bits: Tensor = _joined()
+
+    @property
+    def pattern(self) -> PackedPattern:
+        """The activation pattern of the surveyed samples, in their order."""
+        return PackedPattern(self.bits, self.active.shape[-1])
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one exact pass over a data set finds at given weights.
+
+    Attributes:
+        num_samples: N.
+        squared_error: ‖e‖² = Σ_n (y_n − ŷ_n)², (...).
+        squared_target: ‖y‖², (...).
+        wrong: number of misclassified samples, int64 (...); None where the targets are not two labels.
+        error_excess: max_n |e_n| / (rounding-error bound of e_n), (...): at most 1 where e = 0 up to rounding.
+        rounding_bound: the largest rounding-error bound of an e_n, (...).
+        layers: one :class:`Layer` a hidden layer.
+    """
+
+    num_samples: int
+    squared_error: Tensor = _sum()
+    squared_target: Tensor = _sum()
+    wrong: Tensor | None = _sum()
+    error_excess: Tensor = _most()
+    rounding_bound: Tensor = _most()
+    layers: tuple[Layer, ...] = ()
+
+    @property
+    def mse(self) -> Tensor:
+        """‖e‖²/N, (...)."""
+        return self.squared_error / self.num_samples
+
+    @property
+    def mce(self) -> Tensor | None:
+        """Fraction of misclassified samples, (...)."""
+        return None if self.wrong is None else self.wrong.to(torch.float64) / self.num_samples
+
+    @property
+    def zero_error(self) -> Tensor:
+        """Whether e = 0 up to the rounding of the weights' precision, bool (...): the paper's global minimum."""
+        return self.error_excess <= 1
+
+    @property
+    def stationarity(self) -> Tensor:
+        """‖G e‖ / (‖G‖_F ‖y‖), (...), the largest over the layers; 0 where G or y vanishes."""
+        ratios = []
+        for layer in self.layers:
+            scale = (layer.squared_norm * self.squared_target).sqrt()
+            ratios.append(torch.where(scale > 0, layer.correlation.norm(dim=(-2, -1)) / scale, 0.0))
+        return reduce(torch.maximum, ratios)
+
+    @property
+    def smallest_preactivation(self) -> Tensor:
+        """Smallest |pre-activation| over samples, units and layers, (...)."""
+        return reduce(torch.minimum, [layer.smallest_preactivation for layer in self.layers])
+
+    @property
+    def smallest_sine(self) -> Tensor:
+        """Smallest |pre-activation| relative to ‖w‖‖x‖ over samples, units and layers, (...)."""
+        return reduce(torch.minimum, [layer.smallest_sines.amin(-1) for layer in self.layers])
+
+    @property
+    def kinks(self) -> Tensor:
+        """Number of pre-activations that are zero up to rounding, int64 (...)."""
+        return reduce(torch.add, [layer.kinks for layer in self.layers])
+
+
+def survey_network(network: Network, inputs: Tensor, targets: Tensor, threshold: float | None = None) -> Survey:
+    """Survey a network on one block of samples.
+
+    The rounding-error bound of e_n is γ (|y_n| + s^L ‖x_n‖ |z| |W_L| … |W_2| r), where r are the row norms of W_1,
+    s = max(1, |ρ|) and γ = (d_0 + … + d_L + 4) unit roundoffs of the weights' precision: the a-priori bound on the error
+    of the inner products that make ŷ_n, taken at the largest values they can have.
+
+    Args:
+        network: the weights, one network or R side by side.
+        inputs: (..., N, d0).
+        targets: (..., N).
+        threshold: decision threshold of the classification error; None where there is none.
+
+    Raises:
+        ValueError: inputs of another dimension than the network's.
+
+    >>> net = Network((torch.tensor([[1.0, 0.0], [0.0, 1.0]]),), torch.tensor([1.0, 1.0]), negative_slope=0.0)
+    >>> found = survey_network(net, torch.tensor([[1.0, -2.0], [3.0, 4.0]]), torch.tensor([1.0, 0.0]))
+    >>> found.mse, found.layers[0].correlation.tolist()
+    (tensor(24.5000, dtype=torch.float64), [[-21.0, -28.0], [-21.0, -28.0]])
+    """
+    if inputs.shape[-1] != network.input_dim:
+        raise ValueError(f"inputs have {inputs.shape[-1]} features and the network takes {network.input_dim}")
+    slope = network.negative_slope
+    hidden = tuple(weights.to(torch.float64) for weights in network.hidden_weights)
+    output = network.output_weights.to(torch.float64)
+    network = Network(hidden, output, slope, network.unit_roundoff)
+    inputs, targets = inputs.to(torch.float64), targets.to(torch.float64)
+
+    preactivations = network.preactivations(inputs)
+    slopes = [ActivationPattern(u > 0).slopes(slope) for u in preactivations]
+    layer_inputs = [inputs, *(a * u for a, u in zip(slopes, preactivations, strict=True))]
+    predictions = (layer_inputs[-1] @ output[..., None])[..., 0]
+    residual = targets - predictions
+
+    coefficients = [slopes[-1]]
+    if len(hidden) > 1:
+        derivative = slopes[-1] * output[..., None, :]
+        for a, weights in zip(slopes[-2::-1], hidden[:0:-1], strict=True):
+            derivative = (derivative @ weights) * a
+            coefficients.insert(0, derivative)
+
+    bound = _rounding_bound(network, inputs, targets)
+    return Survey(
+        num_samples=inputs.shape[-2],
+        squared_error=residual.square().sum(-1),
+        squared_target=targets.square().sum(-1).expand(residual.shape[:-1]),
+        wrong=None if threshold is None else wrong(predictions, targets, threshold).sum(-1),
+        error_excess=torch.where(residual == 0, 0.0, residual.abs() / bound).amax(-1),
+        rounding_bound=bound.amax(-1),
+        layers=tuple(
+            _survey_layer(weights, u, a, c, h, residual, network.unit_roundoff)
+            for weights, u, a, c, h in zip(hidden, preactivations, slopes, coefficients, layer_inputs, strict=False)
+        ),
+    )
+
+
+def merge_surveys(parts: Sequence[Survey]) -> Survey:
+    """The survey of all samples from surveys of parts of them, in the samples' order.
+
+    Sums are taken in the order given, so the same parts give the same bits.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    layers = tuple(Layer(**_merged(layer)) for layer in zip(*(part.layers for part in parts), strict=True))
+    return Survey(**_merged(parts) | {"num_samples": sum(part.num_samples for part in parts), "layers": layers})
+
+
+def rank_cap(survey: Survey, input_rank: Tensor, negative_slope: float) -> Tensor:
+    """Upper bound on rank(A∘X) of a two-layer network: min(N − #samples without an active unit, rank A · rank X).
+
+    A sample that no unit is active on is a zero column for the ReLU, and costs nothing for other slopes.
+
+    Args:
+        survey: an exact pass, of one network or R.
+        input_rank: rank of X, int64 (...).
+        negative_slope: ρ.
+
+    Returns:
+        int64 (...).
+    """
+    layer = survey.layers[-1]
+    lost = layer.unactivated if negative_slope == 0 else torch.zeros_like(layer.unactivated)
+    products = gram_rank(layer.slopes_gram) * input_rank.to(layer.slopes_gram.device)
+    return torch.minimum(survey.num_samples - lost, products)
+
+
+def infer_threshold(targets: Tensor) -> float | None:
+    """The decision threshold of two labels: 0.5 for {0, 1}, 0 for ±1; None for any other targets.
+
+    Raises:
+        ValueError: all targets are 1, which fits both.
+
+    >>> infer_threshold(torch.tensor([0.0, 1.0])), infer_threshold(torch.tensor([-1.0, 1.0]))
+    (0.5, 0.0)
+    """
+    fitting = fitting_thresholds(targets)
+    if len(fitting) > 1:
+        raise ValueError("all targets are 1, which fits labels {0, 1} and ±1: give threshold=0.5 or threshold=0")
+    return fitting.pop() if fitting else None
+
+
+def fitting_thresholds(targets: Tensor) -> set[float]:
+    """The thresholds whose two labels the targets are among: 0.5 for {0, 1}, 0 for ±1."""
+    one = targets == 1
+    return {threshold for threshold, low in ((0.5, 0), (0.0, -1)) if bool((one | (targets == low)).all())}
+
+
+def wrong(predictions: Tensor, targets: Tensor, threshold: float) -> Tensor:
+    """Which samples are misclassified, bool (..., N): (ŷ − threshold)(y − threshold) ≤ 1e-12.
+
+    A prediction on the threshold is an error.
+    """
+    return (predictions - threshold) * (targets - threshold) <= _AMBIGUITY
+
+
+def _survey_layer(
+    weights: Tensor, u: Tensor, slopes: Tensor, coefficients: Tensor, inputs: Tensor, residual: Tensor, roundoff: float
+) -> Layer:
+    pattern = ActivationPattern.from_preactivations(u)
+    sample_norms = inputs.norm(dim=-1)[..., None]
+    sizes = torch.where(sample_norms > 0, u.abs(), torch.inf)
+    tolerance = (weights.shape[-1] + 2) * roundoff * sample_norms * weights.norm(dim=-1)[..., None, :]
+    return Layer(
+        correlation=correlate(coefficients, inputs, residual),
+        squared_norm=(coefficients.square().sum(-1) * inputs.square().sum(-1)).sum(-1),
+        smallest_preactivation=sizes.amin((-2, -1)),
+        smallest_sines=smallest_sines(u, inputs, weights),
+        kinks=(sizes <= tolerance).sum((-2, -1)),
+        active=pattern.active.sum(-2),
+        unactivated=(~pattern.active.any(-1)).sum(-1),
+        slopes_gram=slopes.mT @ slopes,
+        bits=pattern.pack().bits,
+    )
+
+
+def _rounding_bound(network: Network, inputs: Tensor, targets: Tensor) -> Tensor:
+    slope = max(1.0, abs(network.negative_slope))
+    first, *others = network.hidden_weights
+    reach = slope * first.norm(dim=-1)  # of each unit's output, relative to ‖x_n‖
+    for weights in others:
+        reach = slope * (weights.abs() @ reach[..., None])[..., 0]
+    largest = (network.output_weights.abs() * reach).sum(-1)
+    gamma = (network.input_dim + sum(network.hidden_dims) + 4) * network.unit_roundoff
+    return gamma * (targets.abs() + inputs.norm(dim=-1) * largest[..., None])
+
+
+def _merged(parts: Sequence[Any]) -> dict[str, Any]:
+    merged = {}
+    for item in fields(parts[0]):
+        if (rule := item.metadata.get("merge")) is not None:
+            values = [getattr(part, item.name) for part in parts]
+            merged[item.name] = None if values[0] is None else rule(values)
+    return merged

@@ -1,0 +1,85 @@
+"""Mean classification error (the paper's MCE) as a torchmetrics metric."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torchmetrics import Metric
+
+from lightning_mnn.landscape.survey import wrong
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class MeanClassificationError(Metric):
+    """Fraction of samples that a real-valued output puts on the wrong side of the threshold.
+
+    A prediction exactly on the threshold is an error (up to rounding: (ŷ − t)(y − t) ≤ 1e-12). States are sums, so any
+    number of batches and processes gives the same value. Every sample of every replica counts alike.
+
+    Args:
+        threshold: 0.5 for labels {0, 1}, 0 for labels ±1.
+        **kwargs: arguments of :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: (on update) shapes differ, or targets other than the two labels.
+
+    >>> metric = MeanClassificationError()
+    >>> metric(torch.tensor([0.9, 0.5, 0.1, 0.6]), torch.tensor([1.0, 1.0, 0.0, 0.0]))
+    tensor(0.5000)
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    wrong: Tensor
+    total: Tensor
+
+    def __init__(self, threshold: float = 0.5, **kwargs: object) -> None:
+        super().__init__(**kwargs)
+        self.threshold = threshold
+        self.add_state("wrong", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Count a batch.
+
+        Args:
+            preds: network outputs ŷ, any shape.
+            target: labels of the same shape.
+        """
+        if preds.shape != target.shape:
+            raise ValueError(
+                f"preds and target must have one shape, got {tuple(preds.shape)} and {tuple(target.shape)}"
+            )
+        check_labels(target, self.threshold)
+        self.wrong += wrong(preds, target, self.threshold).sum()
+        self.total += target.numel()
+
+    def compute(self) -> Tensor:
+        """The fraction, a scalar; NaN before any sample."""
+        return self.wrong / self.total
+
+
+def check_labels(targets: Tensor, threshold: float) -> None:
+    """Check that targets are the two labels of a threshold: {0, 1} at 0.5, ±1 at 0, one on each side of any other.
+
+    Raises:
+        ValueError: other targets.
+    """
+    if threshold in (0.5, 0.0):
+        low = 0.0 if threshold == 0.5 else -1.0  # noqa: PLR2004 (the two conventions of labels)
+        fits = (targets == 1) | (targets == low)
+        expected = f"{low:g} and 1"
+    else:
+        fits = targets != threshold
+        expected = f"values on either side of {threshold:g}"
+    if not bool(fits.all()):
+        found = targets[~fits].flatten()[0].item()
+        raise ValueError(
+            f"labels are not binary: threshold={threshold:g} expects {expected}, found {found:g}. "
+            "Map the classes to two labels first"
+        )

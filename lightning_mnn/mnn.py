@@ -1,0 +1,218 @@
+"""MNN: the multilayer piecewise-linear network of Soudry & Hoffer (2017) as a LightningModule.
+
+Shapes: B samples of a batch, d0 inputs, d1 (d2) hidden units, R replicas.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_mnn.landscape.survey import Network, wrong
+from lightning_mnn.optim import build_optimizer, build_schedule
+from lightning_mnn.data.checks import check_training_set
+from lightning_mnn.seeding import generator
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from pytorch_lightning.utilities.types import OptimizerLRScheduler
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_MAX_HIDDEN_LAYERS = 2
+
+
+class DivergenceError(RuntimeError):
+    """Training reached values that are not finite."""
+
+
+class MNN(pl.LightningModule):
+    """ŷ = z · f(W x), or z · f(W₂ f(W₁ x)), without biases, trained on MSE = ‖y − ŷ‖²/N.
+
+    f(u) = u where u > 0 and ρ u elsewhere. Weights are drawn by He's rule: N(0, 2 / ((1 + ρ²) fan-in)) in every layer, the
+    output layer included. ``replicas=R`` trains R independent networks side by side as batched products; replica r has
+    the weights of a single network with seed ``seed + r``, and the loss is the sum of the replicas' MSEs, so that none
+    feels the others.
+
+    Inputs are (B, d0), shared by all replicas, or (R, B, d0); outputs are (B,), with R > 1 replicas (R, B).
+
+    Args:
+        input_dim: d0.
+        hidden_dims: widths (d1,) or (d1, d2).
+        negative_slope: ρ, any real but 1 (0: ReLU, between 0 and 1: leaky ReLU, −1: absolute value).
+        replicas: R.
+        optimizer: ``name`` (adam, sgd, lbfgs) and the arguments of that torch optimiser.
+        schedule: ``name`` (constant, exponential_tail, one_cycle) and its arguments (see :mod:`lightning_mnn.optim`).
+        threshold: decision threshold of the classification error; None: 0.5 for labels {0, 1}, 0 for ±1.
+        regression: targets are any real numbers, and there is no classification error.
+        dtype: "float64" or "float32", in which a minimum can hardly be told from a point near it.
+            (``Trainer(precision=...)`` has the last word.)
+        seed: seed of the weights.
+
+    Raises:
+        ValueError: ρ = 1, a size that is not positive, more than two hidden layers, an unknown dtype, optimiser or
+            schedule; LBFGS with several replicas. Before training starts: inputs of another dimension, NaN or infinity in
+            the data, labels that are not binary.
+        DivergenceError: (in training) the loss or a weight is no longer finite.
+
+    >>> MNN(input_dim=3, hidden_dims=(5,), replicas=4)(torch.zeros(7, 3)).shape
+    torch.Size([4, 7])
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dims: Sequence[int],
+        negative_slope: float = 0.0,
+        replicas: int = 1,
+        *,
+        optimizer: Mapping[str, Any] | None = None,
+        schedule: Mapping[str, Any] | None = None,
+        threshold: float | None = None,
+        regression: bool = False,
+        dtype: str = "float64",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        hidden_dims = [int(width) for width in hidden_dims]
+        optimizer = dict(optimizer or {"name": "adam", "lr": 1e-3})
+        schedule = dict(schedule or {"name": "constant"})
+        _check_sizes(input_dim, hidden_dims, replicas)
+        if not math.isfinite(negative_slope) or negative_slope == 1:
+            raise ValueError(
+                f"negative_slope must be a real number other than 1 (the network would be linear), got {negative_slope}"
+            )
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype must be one of {sorted(_DTYPES)}, got {dtype!r}")
+        if replicas > 1 and optimizer.get("name") == "lbfgs":
+            raise ValueError("optimizer lbfgs couples the replicas through its line search: use replicas=1 or adam, sgd")
+        self.save_hyperparameters()  # plain values only, so that checkpoints load without executing code
+
+        self.hidden_weights = nn.ParameterList()
+        self.activation = nn.ReLU() if negative_slope == 0 else nn.LeakyReLU(negative_slope)
+        generators = [generator(seed + replica, "weights") for replica in range(replicas)]
+        for fan_in, width in zip([input_dim, *hidden_dims], hidden_dims, strict=False):
+            self.hidden_weights.append(self._draw(generators, (width, fan_in), fan_in))
+        self.output_weights = self._draw(generators, (hidden_dims[-1],), hidden_dims[-1])
+        build_optimizer(self.parameters(), optimizer)  # options that do not fit shall fail here, not in fit
+        build_schedule(torch.optim.SGD(self.parameters(), lr=1.0), schedule, total_steps=1)
+        self.threshold = threshold
+
+    def _draw(self, generators: Sequence[torch.Generator], shape: tuple[int, ...], fan_in: int) -> nn.Parameter:
+        std = math.sqrt(2 / ((1 + self.hparams["negative_slope"] ** 2) * fan_in))
+        drawn = torch.stack([torch.randn(shape, generator=g, dtype=torch.float64) * std for g in generators])
+        return nn.Parameter((drawn if len(generators) > 1 else drawn[0]).to(_DTYPES[self.hparams["dtype"]]))
+
+    @property
+    def replicas(self) -> int:
+        """R."""
+        return int(self.hparams["replicas"])
+
+    def network(self) -> Network:
+        """The weights as the mathematics of :mod:`lightning_mnn.landscape` takes them (detached, not copied)."""
+        return Network(
+            hidden_weights=tuple(weights.detach() for weights in self.hidden_weights),
+            output_weights=self.output_weights.detach(),
+            negative_slope=float(self.hparams["negative_slope"]),
+            unit_roundoff=torch.finfo(self.output_weights.dtype).eps / 2,
+        )
+
+    @override
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = inputs.to(self.output_weights.dtype)
+        for weights in self.hidden_weights:
+            hidden = self.activation(hidden @ weights.mT)
+        return (hidden @ self.output_weights[..., None])[..., 0]
+
+    @override
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        inputs, targets = batch
+        predictions = self(inputs)
+        scale = self._samples_per_process(targets)
+        squared_errors = (predictions - targets).square().sum(-1) / scale
+        every = self.trainer.log_every_n_steps
+        if every and (self.trainer.global_step + 1) % every == 0:  # when Lightning hands its metrics to the loggers
+            self._log(squared_errors, predictions, targets, scale)
+        return squared_errors.sum()
+
+    def _samples_per_process(self, targets: Tensor) -> Tensor | int:
+        """Samples of the batch over all processes, divided by the number of processes.
+
+        Squared errors divided by it give a loss whose mean over the processes is the batch's MSE, whatever share of the
+        batch each process holds.
+        """
+        if self.trainer.world_size == 1:
+            return targets.shape[-1]
+        count = torch.tensor(float(targets.shape[-1]), device=self.device)
+        return self.trainer.strategy.reduce(count, reduce_op="mean")
+
+    def _log(self, squared_errors: Tensor, predictions: Tensor, targets: Tensor, scale: Tensor | int) -> None:
+        """Log the batch's MSE and MCE, the mean over replicas and processes.
+
+        Raises:
+            DivergenceError: the MSE is not finite.
+        """
+        mse = squared_errors.detach()
+        if not bool(mse.isfinite().all()):
+            raise DivergenceError(
+                f"training diverged: the MSE is {mse.tolist()} after {self.trainer.global_step} steps. "
+                "Lower the learning rate"
+            )
+        several = self.trainer.world_size > 1
+        self.log("train/mse", mse.mean(), prog_bar=True, sync_dist=several)
+        if self.threshold is not None:
+            mistakes = wrong(predictions.detach(), targets, self.threshold).sum(-1) / scale
+            self.log("train/mce", mistakes.mean(dtype=mse.dtype), prog_bar=True, sync_dist=several)
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = build_optimizer(self.parameters(), self.hparams["optimizer"])
+        schedule = build_schedule(optimizer, self.hparams["schedule"], self.trainer.estimated_stepping_batches)
+        if schedule is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @override
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """The three callbacks of this package, those that the Trainer does not have yet."""
+        from lightning_mnn import callbacks  # noqa: PLC0415 (a floor up: Lightning asks the module for its callbacks)
+
+        own = (callbacks.LocalMinimumDetector, callbacks.ActivationPatternRecorder, callbacks.AngularVolumeMonitor)
+        present = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [kind() for kind in own if not any(isinstance(callback, kind) for callback in present)]
+
+    @override
+    def on_fit_start(self) -> None:
+        """Check the training set before any work is done on it."""
+        self.trainer.fit_loop.setup_data()  # now, not after on_train_start: the callbacks' first pass comes there
+        self.threshold = check_training_set(
+            self.trainer,
+            input_dim=int(self.hparams["input_dim"]),
+            replicas=self.replicas,
+            threshold=self.hparams["threshold"],
+            regression=bool(self.hparams["regression"]),
+        )
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to replace a good checkpoint by one with weights that are not finite."""
+        for name, weights in self.named_parameters():
+            if not bool(weights.isfinite().all()):
+                raise DivergenceError(
+                    f"training diverged: {name} is no longer finite after {self.trainer.global_step} steps, "
+                    "no checkpoint was written. Lower the learning rate"
+                )
+
+
+def _check_sizes(input_dim: int, hidden_dims: Sequence[int], replicas: int) -> None:
+    if not 1 <= len(hidden_dims) <= _MAX_HIDDEN_LAYERS:
+        raise ValueError(f"hidden_dims must hold one or two widths, got {list(hidden_dims)}")
+    sizes = [("input_dim", input_dim), ("replicas", replicas), *(("hidden_dims", width) for width in hidden_dims)]
+    for name, size in sizes:
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")

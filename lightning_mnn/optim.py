@@ -1,0 +1,112 @@
+"""Optimisers and learning-rate schedules by name, from plain values that configs and checkpoints can hold."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
+    "lbfgs": torch.optim.LBFGS,
+}
+
+
+def build_optimizer(parameters: Iterable[torch.nn.Parameter], options: Mapping[str, Any]) -> torch.optim.Optimizer:
+    """The optimiser ``options["name"]`` (adam, sgd or lbfgs) with the other options as its arguments.
+
+    Raises:
+        ValueError: an unknown name or argument.
+
+    >>> build_optimizer([torch.nn.Parameter(torch.zeros(2))], {"name": "sgd", "lr": 0.1, "momentum": 0.9}).defaults["lr"]
+    0.1
+    """
+    name, arguments = _split("optimizer", options, OPTIMIZERS)
+    known = inspect.signature(OPTIMIZERS[name]).parameters
+    if unknown := set(arguments) - set(known):
+        raise ValueError(f"optimizer {name} has no argument {sorted(unknown)}; it has {sorted(set(known) - {'params'})}")
+    if "betas" in arguments:
+        arguments["betas"] = tuple(arguments["betas"])
+    return OPTIMIZERS[name](parameters, **arguments)
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, options: Mapping[str, Any], total_steps: float
+) -> LambdaLR | None:
+    """The learning-rate schedule ``options["name"]``, stepped once an optimiser step; None for a constant rate.
+
+    Args:
+        optimizer: the optimiser whose learning rate is the peak rate.
+        options: ``name`` (constant, exponential_tail or one_cycle) and the arguments of that function.
+        total_steps: length of the run in optimiser steps.
+
+    Raises:
+        ValueError: an unknown name or argument, or a schedule that needs the run's length when that is not known.
+    """
+    name, arguments = _split("schedule", options, SCHEDULES)
+    if name == "constant":
+        return None
+    if not math.isfinite(total_steps):
+        raise ValueError(f"schedule={name} needs the length of the run: set max_epochs or max_steps on the Trainer")
+    try:
+        factor = SCHEDULES[name](**arguments)
+    except TypeError as error:
+        raise ValueError(f"schedule {name}: {error}") from None
+    return LambdaLR(optimizer, lambda step: factor(min(step / total_steps, 1.0)))
+
+
+def constant() -> Callable[[float], float]:
+    """The peak rate throughout."""
+    return lambda _: 1.0
+
+
+def exponential_tail(hold: float = 0.5, final_factor: float = 1e-5) -> Callable[[float], float]:
+    """The peak rate for the fraction ``hold`` of the run, then exponential decay to ``final_factor`` times it.
+
+    With ``hold`` = 0.5 this is the schedule of the paper's Figure 5.2.
+
+    >>> [round(exponential_tail()(t), 6) for t in (0.0, 0.5, 0.6, 1.0)]
+    [1.0, 1.0, 0.1, 1e-05]
+    """
+    if not (0 <= hold < 1 and 0 < final_factor <= 1):
+        raise ValueError(f"hold must lie in [0, 1) and final_factor in (0, 1], got {hold} and {final_factor}")
+    return lambda t: final_factor ** max(0.0, (t - hold) / (1 - hold))
+
+
+def one_cycle(warmup: float = 0.1, start_factor: float = 0.1, final_factor: float = 0.0) -> Callable[[float], float]:
+    """Linear rise from ``start_factor`` to 1 over the fraction ``warmup``, then a half cosine down to ``final_factor``.
+
+    >>> [round(one_cycle()(t), 3) for t in (0.0, 0.1, 0.55, 1.0)]
+    [0.1, 1.0, 0.5, 0.0]
+    """
+    if not 0 <= warmup < 1:
+        raise ValueError(f"warmup must lie in [0, 1), got {warmup}")
+
+    def factor(t: float) -> float:
+        if t < warmup:
+            return start_factor + (1 - start_factor) * t / warmup
+        return final_factor + (1 - final_factor) * (1 + math.cos(math.pi * (t - warmup) / (1 - warmup))) / 2
+
+    return factor
+
+
+SCHEDULES: dict[str, Callable[..., Callable[[float], float]]] = {
+    "constant": constant,
+    "exponential_tail": exponential_tail,
+    "one_cycle": one_cycle,
+}
+
+
+def _split(kind: str, options: Mapping[str, Any], known: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    arguments = dict(options)
+    name = arguments.pop("name", None)
+    if name not in known:
+        raise ValueError(f"{kind} name must be one of {sorted(known)}, got {name!r}")
+    return name, arguments
