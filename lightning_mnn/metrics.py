@@ -71,7 +71,7 @@ def check_labels(targets: Tensor, threshold: float) -> None:
         ValueError: other targets.
     """
     if threshold in (0.5, 0.0):
-        low = 0.0 if threshold == 0.5 else -1.0  # noqa: PLR2004 (the two conventions of labels)
+        low = 0.0 if threshold == 0.5 else -1.0
         fits = (targets == 1) | (targets == low)
         expected = f"{low:g} and 1"
     else:

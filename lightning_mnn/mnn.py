@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_mnn.data.checks import check_training_set
 from lightning_mnn.landscape.survey import Network, wrong
 from lightning_mnn.optim import build_optimizer, build_schedule
-from lightning_mnn.data.checks import check_training_set
 from lightning_mnn.seeding import generator
 
 if TYPE_CHECKING:
@@ -34,9 +34,9 @@ class DivergenceError(RuntimeError):
 class MNN(pl.LightningModule):
     """ŷ = z · f(W x), or z · f(W₂ f(W₁ x)), without biases, trained on MSE = ‖y − ŷ‖²/N.
 
-    f(u) = u where u > 0 and ρ u elsewhere. Weights are drawn by He's rule: N(0, 2 / ((1 + ρ²) fan-in)) in every layer, the
-    output layer included. ``replicas=R`` trains R independent networks side by side as batched products; replica r has
-    the weights of a single network with seed ``seed + r``, and the loss is the sum of the replicas' MSEs, so that none
+    f(u) = u where u > 0 and ρ u elsewhere. Weights are drawn by He's rule: N(0, 2 / ((1 + ρ²) fan-in)) in every layer,
+    the output layer included. ``replicas=R`` trains R independent networks side by side as batched products; replica r
+    starts as a single network with seed ``seed + r`` does, and the loss is the sum of the replicas' MSEs, so that none
     feels the others.
 
     Inputs are (B, d0), shared by all replicas, or (R, B, d0); outputs are (B,), with R > 1 replicas (R, B).
@@ -53,11 +53,13 @@ class MNN(pl.LightningModule):
         dtype: "float64" or "float32", in which a minimum can hardly be told from a point near it.
             (``Trainer(precision=...)`` has the last word.)
         seed: seed of the weights.
+        default_callbacks: bring LocalMinimumDetector, ActivationPatternRecorder and AngularVolumeMonitor to a Trainer
+            that has none of its own.
 
     Raises:
         ValueError: ρ = 1, a size that is not positive, more than two hidden layers, an unknown dtype, optimiser or
-            schedule; LBFGS with several replicas. Before training starts: inputs of another dimension, NaN or infinity in
-            the data, labels that are not binary.
+            schedule; LBFGS with several replicas. Before training starts: inputs of another dimension, NaN or infinity
+            in the data, labels that are not binary.
         DivergenceError: (in training) the loss or a weight is no longer finite.
 
     >>> MNN(input_dim=3, hidden_dims=(5,), replicas=4)(torch.zeros(7, 3)).shape
@@ -74,9 +76,10 @@ class MNN(pl.LightningModule):
         optimizer: Mapping[str, Any] | None = None,
         schedule: Mapping[str, Any] | None = None,
         threshold: float | None = None,
-        regression: bool = False,
+        regression: bool = False,  # noqa: ARG002 (kept in hparams)
         dtype: str = "float64",
         seed: int = 0,
+        default_callbacks: bool = True,  # noqa: ARG002 (kept in hparams)
     ) -> None:
         super().__init__()
         hidden_dims = [int(width) for width in hidden_dims]
@@ -90,7 +93,9 @@ class MNN(pl.LightningModule):
         if dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {sorted(_DTYPES)}, got {dtype!r}")
         if replicas > 1 and optimizer.get("name") == "lbfgs":
-            raise ValueError("optimizer lbfgs couples the replicas through its line search: use replicas=1 or adam, sgd")
+            raise ValueError(
+                "optimizer lbfgs couples the replicas through its line search: use replicas=1 or adam, sgd"
+            )
         self.save_hyperparameters()  # plain values only, so that checkpoints load without executing code
 
         self.hidden_weights = nn.ParameterList()
@@ -135,10 +140,11 @@ class MNN(pl.LightningModule):
         predictions = self(inputs)
         scale = self._samples_per_process(targets)
         squared_errors = (predictions - targets).square().sum(-1) / scale
-        every = self.trainer.log_every_n_steps
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.trainer.global_step + 1) % every == 0:  # when Lightning hands its metrics to the loggers
             self._log(squared_errors, predictions, targets, scale)
-        return squared_errors.sum()
+        loss: Tensor = squared_errors.sum()
+        return loss
 
     def _samples_per_process(self, targets: Tensor) -> Tensor | int:
         """Samples of the batch over all processes, divided by the number of processes.
@@ -180,6 +186,8 @@ class MNN(pl.LightningModule):
     @override
     def configure_callbacks(self) -> list[pl.Callback]:
         """The three callbacks of this package, those that the Trainer does not have yet."""
+        if not self.hparams["default_callbacks"]:
+            return []
         from lightning_mnn import callbacks  # noqa: PLC0415 (a floor up: Lightning asks the module for its callbacks)
 
         own = (callbacks.LocalMinimumDetector, callbacks.ActivationPatternRecorder, callbacks.AngularVolumeMonitor)

@@ -25,21 +25,22 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], options: Mapping[s
     Raises:
         ValueError: an unknown name or argument.
 
-    >>> build_optimizer([torch.nn.Parameter(torch.zeros(2))], {"name": "sgd", "lr": 0.1, "momentum": 0.9}).defaults["lr"]
-    0.1
+    >>> weights = [torch.nn.Parameter(torch.zeros(2))]
+    >>> build_optimizer(weights, {"name": "sgd", "lr": 0.1, "momentum": 0.9}).defaults["momentum"]
+    0.9
     """
     name, arguments = _split("optimizer", options, OPTIMIZERS)
     known = inspect.signature(OPTIMIZERS[name]).parameters
     if unknown := set(arguments) - set(known):
-        raise ValueError(f"optimizer {name} has no argument {sorted(unknown)}; it has {sorted(set(known) - {'params'})}")
+        raise ValueError(
+            f"optimizer {name} has no argument {sorted(unknown)}; it has {sorted(set(known) - {'params'})}"
+        )
     if "betas" in arguments:
         arguments["betas"] = tuple(arguments["betas"])
     return OPTIMIZERS[name](parameters, **arguments)
 
 
-def build_schedule(
-    optimizer: torch.optim.Optimizer, options: Mapping[str, Any], total_steps: float
-) -> LambdaLR | None:
+def build_schedule(optimizer: torch.optim.Optimizer, options: Mapping[str, Any], total_steps: float) -> LambdaLR | None:
     """The learning-rate schedule ``options["name"]``, stepped once an optimiser step; None for a constant rate.
 
     Args:

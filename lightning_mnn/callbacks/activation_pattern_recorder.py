@@ -27,14 +27,14 @@ KINKS = (nn.ReLU, nn.LeakyReLU, nn.PReLU)
 class ActivationPatternRecorder(ScheduledCallback):
     """Records activation patterns of the training set, bit-packed, in a ``patterns.zarr`` store.
 
-    Works with any module whose kinks are ``nn.ReLU``, ``nn.LeakyReLU`` or ``nn.PReLU``. A piecewise-linear network such as
-    MNN is evaluated in float64; another module runs once over the samples in eval mode, with hooks that are removed
-    afterwards.
+    Works with any module whose kinks are ``nn.ReLU``, ``nn.LeakyReLU`` or ``nn.PReLU``. A piecewise-linear network
+    such as MNN is evaluated in float64; another module runs once over the samples in eval mode, with hooks that are
+    removed afterwards.
 
     Logs ``pattern/flips`` (since the last snapshot), ``pattern/flips_from_start``, ``pattern/hamming_from_start`` (as a
     fraction of all samples and units), ``pattern/regions_visited`` (distinct patterns among the snapshots),
-    ``pattern/never_active_units``, ``pattern/always_active_units`` and ``pattern/unactivated_samples`` (on which no unit
-    of some layer is active): means over the replicas.
+    ``pattern/never_active_units``, ``pattern/always_active_units`` and ``pattern/unactivated_samples`` (on which no
+    unit of some layer is active): means over the replicas.
 
     Args:
         schedule: when to record, besides the start and the end; None: after 1, 2, 4, 8, … epochs.
@@ -83,7 +83,7 @@ class ActivationPatternRecorder(ScheduledCallback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         folder = self.dirpath or trainer.log_dir or trainer.default_root_dir  # log_dir is a collective
-        if trainer.is_global_zero and not trainer.fast_dev_run:
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.store = _open_store(Path(folder), self._last_step)
         super().on_train_start(trainer, pl_module)
 
@@ -98,7 +98,7 @@ class ActivationPatternRecorder(ScheduledCallback):
         self._first = self._first or patterns
         last, self._last = self._last or patterns, patterns
         if self.store is not None:
-            replicated = next(iter(patterns.values())).bits.ndim > 2  # noqa: PLR2004
+            replicated = next(iter(patterns.values())).bits.ndim > 2
             epoch = trainer.current_epoch if trainer.global_step else 0
             self.store.write(trainer.global_step, epoch, patterns, digests if replicated else digests[0])
         self._log(trainer, last)
@@ -106,7 +106,7 @@ class ActivationPatternRecorder(ScheduledCallback):
     @override
     def summary(self) -> dict[str, Any]:
         visited = [len(digests) for digests in self._regions]
-        replicated = any(pattern.bits.ndim > 2 for pattern in self._last.values())  # noqa: PLR2004
+        replicated = any(pattern.bits.ndim > 2 for pattern in self._last.values())
         return {"regions_visited": (visited if replicated else visited[0]) if visited else None}
 
     @override
@@ -170,8 +170,9 @@ def record_patterns(
 ) -> dict[str, PackedPattern]:
     """Patterns of this process's part of the training set at every kink module, by a forward pass with hooks.
 
-    The module runs in eval mode without gradients; its modes and its hooks are afterwards as before. A kink that a forward
-    pass meets several times is one layer each time (``relu``, ``relu.2``, …). Empty where the process has no samples.
+    The module runs in eval mode without gradients; its modes and its hooks are afterwards as before. A kink that a
+    forward pass meets several times is one layer each time (``relu``, ``relu.2``, …). Empty where the process has no
+    samples.
 
     Raises:
         TypeError: no kink was met.
@@ -197,12 +198,10 @@ def record_patterns(
                 inputs = batch[0] if isinstance(batch, list | tuple) else batch
                 pl_module(inputs.to(pl_module.device))
                 for name, preactivations in met.items():
-                    batches.setdefault(name, []).append(
-                        ActivationPattern.from_preactivations(preactivations).pack()
-                    )
+                    batches.setdefault(name, []).append(ActivationPattern.from_preactivations(preactivations).pack())
                 if not met:
                     raise TypeError(
-                        f"{type(pl_module).__name__} met no kink in its forward pass: ActivationPatternRecorder looks for "
+                        f"{type(pl_module).__name__} met no kink in its forward pass: ActivationPatternRecorder knows "
                         f"modules of type {', '.join(kink.__name__ for kink in KINKS)}"
                     )
     finally:

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class AngularVolumeMonitor(ScheduledCallback):
-    """Logs a rigorous lower bound on the log-volume of the current region, and the paper's theorems for the run's sizes.
+    """Logs a rigorous lower bound on the log-volume of the current region, and the paper's theorems for the run.
 
-    For networks with one hidden layer; with two, nothing is logged. ``volume/log_lower_bound`` is the sum over the units
-    of the log measure of the spherical cap around w_i inside its cone (see
+    For networks with one hidden layer; with two, nothing is logged. ``volume/log_lower_bound`` is the sum over the
+    units of the log measure of the spherical cap around w_i inside its cone (see
     :func:`lightning_mnn.landscape.log_volume_lower_bound`), the mean over replicas. Logged once, at the start:
     ``volume/theorem_6_suboptimal`` (upper bound on log E V(L_ε)), ``volume/theorem_8_width`` (sufficient width),
     ``volume/theorem_9_global`` (lower bound on log V(G)), ``volume/theorem_9_failure`` (its δ) and

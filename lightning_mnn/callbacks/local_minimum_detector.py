@@ -30,15 +30,15 @@ class LocalMinimumDetector(ScheduledCallback):
     hold near a differentiable minimum, and ``differentiable_minimum`` means that they hold.
 
     Logs ``minimum/mse``, ``minimum/mce``, ``minimum/stationarity``, ``minimum/min_preactivation`` (absolute),
-    ``minimum/relative_preactivation``, ``minimum/kinks`` and, with one hidden layer, ``minimum/rank_cap``: means over the
-    replicas.
+    ``minimum/relative_preactivation``, ``minimum/kinks`` and, with one hidden layer, ``minimum/rank_cap``: means over
+    the replicas.
 
     Args:
         schedule: when to check, besides the start and the end; None: every 50 epochs.
         patience: consecutive checks that every replica must pass before training counts as converged.
         stop_training: stop the Trainer then.
-        stationarity_tolerance: largest ‖G e‖/(‖G‖_F ‖y‖) that counts as zero; None: 100 times the spacing of floats at 1
-            in the weights' precision.
+        stationarity_tolerance: largest ‖G e‖/(‖G‖_F ‖y‖) that counts as zero; None: 100 times the spacing of floats at
+            1 in the weights' precision.
         preactivation_tolerance: smallest |w·x|/(‖w‖‖x‖) that counts as off the kink; None: 10,000 times that spacing,
             so that the weights may still move a hundred times as far as the first test lets them before they reach it.
 

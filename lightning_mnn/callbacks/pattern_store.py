@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +20,9 @@ _PREFIX = "step_"
 class PatternStore:
     """A zarr group with one subgroup a recorded step, ``step_000000100``, and in it one array of bits a layer.
 
-    An array is uint8 (..., N, ⌈width/8⌉), its attribute ``width`` the number of units; unit ``8 b + j`` is bit ``j``, the
-    least significant first, of byte ``b``. Attributes of the group: ``step``, ``epoch`` and ``digest``. A snapshot is
-    written under another name and renamed, so that what can be seen is complete, also after a kill.
+    An array is uint8 (..., N, ⌈width/8⌉), its attribute ``width`` the number of units; unit ``8 b + j`` is bit ``j``,
+    the least significant first, of byte ``b``. Attributes of the group: ``step``, ``epoch`` and ``digest``. A snapshot
+    is written under another name and renamed, so that what can be seen is complete, also after a kill.
 
     Args:
         path: folder of the group, ``….zarr``.
@@ -46,9 +45,7 @@ class PatternStore:
             return []
         return sorted(int(p.name.removeprefix(_PREFIX)) for p in self.path.iterdir() if p.name.startswith(_PREFIX))
 
-    def write(
-        self, step: int, epoch: int, patterns: Mapping[str, PackedPattern], digest: str | list[str]
-    ) -> None:
+    def write(self, step: int, epoch: int, patterns: Mapping[str, PackedPattern], digest: str | list[str]) -> None:
         """Add a snapshot, replacing one of the same step."""
         self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / "zarr.json").exists():
@@ -62,7 +59,7 @@ class PatternStore:
             group.create_array(name, data=bits, chunks=bits.shape, attributes={"width": pattern.width})
         final = self._folder(step)
         shutil.rmtree(final, ignore_errors=True)
-        os.replace(unfinished, final)
+        unfinished.replace(final)
 
     def read(self, step: int) -> dict[str, ActivationPattern]:
         """The patterns of one snapshot by layer.
@@ -76,7 +73,7 @@ class PatternStore:
         found = {}
         for name, array in sorted(group.arrays()):
             bits = torch.from_numpy(array[...])
-            found[name] = PackedPattern(bits, int(array.attrs["width"])).unpack()
+            found[name] = PackedPattern(bits, int(str(array.attrs["width"]))).unpack()
         return found
 
     def attributes(self, step: int) -> dict[str, Any]:

@@ -123,12 +123,14 @@ class ScheduledCallback(pl.Callback):
 
 
 def log_scalars(trainer: pl.Trainer, scalars: dict[str, Tensor | float | None]) -> None:
-    """Log values measured after ``trainer.global_step`` steps, the mean over replicas; None and non-finite are left out.
+    """Log values measured after ``trainer.global_step`` steps, means over replicas; None and non-finite are left out.
 
     They go to every logger at once and to ``trainer.callback_metrics``. ``LightningModule.log`` would drop those of
     steps that ``log_every_n_steps`` passes over, and cannot be called at the end of training.
     """
-    means = {name: torch.as_tensor(value, dtype=torch.float64).mean() for name, value in scalars.items() if value is not None}
+    means = {
+        name: torch.as_tensor(value, dtype=torch.float64).mean() for name, value in scalars.items() if value is not None
+    }
     finite = {name: value for name, value in means.items() if bool(value.isfinite())}
     trainer.callback_metrics.update(finite)
     for logger in trainer.loggers:

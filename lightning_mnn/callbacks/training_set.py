@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,6 +13,7 @@ from lightning_mnn.data.checks import find_threshold
 from lightning_mnn.data.shards import exact_shard, flat_batch
 from lightning_mnn.landscape.region import gram_rank
 from lightning_mnn.landscape.survey import Network, Survey, merge_surveys, survey_network
+from lightning_mnn.mnn import DivergenceError
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -26,11 +27,12 @@ _thresholds: WeakKeyDictionary[pl.LightningModule, float | None] = WeakKeyDictio
 def network_of(pl_module: pl.LightningModule) -> Network | None:
     """The piecewise-linear network of a module, or None where there is no such network.
 
-    A module may say it itself by a method ``network() -> Network``, as MNN does. Otherwise its only ``nn.Sequential`` of
-    the form ``Linear, ReLU or LeakyReLU, …, Linear → 1``, without biases, is taken; ``Flatten`` may stand before it.
+    A module may say it itself by a method ``network() -> Network``, as MNN does. Otherwise its only ``nn.Sequential``
+    of the form ``Linear, ReLU or LeakyReLU, …, Linear → 1``, without biases, is taken; ``Flatten`` may stand before it.
     """
-    if callable(getattr(pl_module, "network", None)):
-        return pl_module.network()  # type: ignore[operator, no-any-return]
+    stated: Any = getattr(pl_module, "network", None)
+    if callable(stated):
+        return cast("Network", stated())
     found = [network for part in pl_module.modules() if (network := _sequential(part)) is not None]
     return found[0] if len(found) == 1 else None
 
@@ -44,9 +46,9 @@ def required_network(callback: pl.Callback, pl_module: pl.LightningModule) -> Ne
     network = network_of(pl_module)
     if network is None:
         raise TypeError(
-            f"{type(callback).__name__} needs a piecewise-linear network with one output: an MNN, a module with a method "
-            "network() -> lightning_mnn.landscape.Network, or one nn.Sequential(Linear, ReLU, Linear → 1) without biases; "
-            f"{type(pl_module).__name__} has none. ActivationPatternRecorder works with any ReLU module"
+            f"{type(callback).__name__} needs a piecewise-linear network with one output: an MNN, a module with a "
+            "method network() -> lightning_mnn.landscape.Network, or one nn.Sequential(Linear, ReLU, Linear → 1) "
+            f"without biases; {type(pl_module).__name__} has none. ActivationPatternRecorder works with any ReLU module"
         )
     return network
 
@@ -54,11 +56,12 @@ def required_network(callback: pl.Callback, pl_module: pl.LightningModule) -> Ne
 def survey_training_set(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Survey:
     """Survey the module's network on the whole training set: every sample once, in float64, on every process.
 
-    The survey of the last weights is kept, so callbacks that act at one step share one pass. Inputs are first rounded to
-    the weights' precision, since the network is trained on those.
+    The survey of the last weights is kept, so callbacks that act at one step share one pass. Inputs are first rounded
+    to the weights' precision, since the network is trained on those.
 
     Raises:
         TypeError: the module has no such network, or the training set cannot be enumerated.
+        DivergenceError: a weight is no longer finite.
     """
     network = network_of(pl_module)
     if network is None:
@@ -67,6 +70,10 @@ def survey_training_set(trainer: pl.Trainer, pl_module: pl.LightningModule) -> S
     moment = (trainer.global_step, *((w.data_ptr(), w._version) for w in weights))  # noqa: SLF001 (counts changes)
     if pl_module in _surveys and _surveys[pl_module][0] == moment:
         return _surveys[pl_module][1]
+    if not all(bool(w.isfinite().all()) for w in weights):
+        raise DivergenceError(
+            f"training diverged: weights are not finite after {trainer.global_step} steps. Lower the learning rate"
+        )
     threshold = _threshold(trainer, pl_module)
     parts = [
         survey_network(_on(network, inputs.device), inputs, targets, threshold)
@@ -111,7 +118,7 @@ def _batches(trainer: pl.Trainer, network: Network) -> Any:
 
 def _threshold(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float | None:
     if hasattr(pl_module, "threshold"):
-        return pl_module.threshold  # type: ignore[no-any-return]
+        return cast("float | None", pl_module.threshold)
     if pl_module not in _thresholds:
         _thresholds[pl_module] = find_threshold(trainer)
     return _thresholds[pl_module]
@@ -125,11 +132,11 @@ def _on(network: Network, device: torch.device) -> Network:
 def _sequential(module: nn.Module) -> Network | None:
     if not isinstance(module, nn.Sequential):
         return None
-    parts = [part for part in module if not isinstance(part, nn.Flatten)]
+    parts: list[Any] = [part for part in module if not isinstance(part, nn.Flatten)]
     linear, kinks = parts[::2], parts[1::2]
     slopes = {getattr(kink, "negative_slope", 0.0) for kink in kinks}
     fits = (
-        len(parts) >= 3  # noqa: PLR2004
+        len(parts) >= 3
         and len(linear) == len(kinks) + 1
         and all(isinstance(part, nn.Linear) and part.bias is None for part in linear)
         and all(isinstance(kink, nn.ReLU | nn.LeakyReLU) for kink in kinks)

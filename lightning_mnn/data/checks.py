@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_mnn.data.shards import exact_shard, flat_batch, is_resident
 from lightning_mnn.landscape.survey import fitting_thresholds
@@ -34,8 +34,9 @@ def check_training_set(
     found = find_threshold(trainer)
     if found is None:
         _, targets = next(iter(_readable_batches(trainer)))
+        examples = sorted(set(targets.flatten().tolist()))[:5]
         raise ValueError(
-            f"labels are not binary: expected {{0, 1}} or ±1, found {targets.unique()[:5].tolist()}, for example. Map the "
+            f"labels are not binary: expected {{0, 1}} or ±1, found {examples}, for example. Map the "
             "classes to two labels, or train on real-valued targets with MNN(regression=True) (model.regression=true)"
         )
     return found
@@ -58,11 +59,11 @@ def find_threshold(trainer: pl.Trainer) -> float | None:
 
 def _readable_batches(trainer: pl.Trainer) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's part of data in memory; of other data the first batch."""
-    loader = trainer.train_dataloader
+    loader: Any = trainer.train_dataloader
     if is_resident(loader):
         yield from map(flat_batch, exact_shard(loader, trainer.global_rank, trainer.world_size))
     else:
-        yield flat_batch(next(iter(loader)))  # type: ignore[call-overload]
+        yield flat_batch(next(iter(loader)))
 
 
 def check_batch(inputs: Tensor, targets: Tensor, input_dim: int, replicas: int) -> None:

@@ -22,8 +22,8 @@ class GaussianData(ResidentData):
     Args:
         num_samples: N.
         input_dim: d0.
-        labels: "plus_minus" (±1 with probability ½ each, the paper's experiments), "zero_one" ({0, 1}), or "teacher": the
-            real-valued outputs of a random two-layer ReLU network (train with ``MNN(regression=True)``).
+        labels: "plus_minus" (±1 with probability ½ each, the paper's experiments), "zero_one" ({0, 1}), or "teacher":
+            the real-valued outputs of a random two-layer ReLU network (train with ``MNN(regression=True)``).
         teacher_width: width of the teacher network.
         dtype: "float64" or "float32".
         **options: see :class:`ResidentData`.

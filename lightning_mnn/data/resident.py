@@ -60,8 +60,8 @@ class ResidentLoader:
     """Batches (inputs, targets) of tensors in memory, the same samples in each batch for any number of processes.
 
     A batch of B samples is split over the processes into contiguous parts, without padding: each sample is seen exactly
-    once an epoch, and the gradient of a batch is the same on 1 or n processes. A process may get fewer samples of a batch
-    than another, or none.
+    once an epoch, and the gradient of a batch is the same on 1 or n processes. A process may get fewer samples of a
+    batch than another, or none.
 
     Args:
         inputs: (N, d0), or (R, N, d0) with a data set for each replica.
@@ -119,13 +119,14 @@ class ResidentLoader:
             yield self.inputs[..., low:high, :], self.targets[..., low:high]
             return
         order = self.sampler.permutation().to(self.inputs.device)
-        replica = torch.arange(len(order), device=order.device)[:, None] if order.ndim == 2 else None  # noqa: PLR2004
-        for batch in order.split(self.batch_size, dim=-1):
-            low, high = part_of(batch.shape[-1], self.rank, self.world_size)
-            index = batch[..., low:high]
+        replica = torch.arange(len(order), device=order.device)[:, None] if order.ndim == 2 else None
+        for start in range(0, self.num_samples, self.batch_size):
+            size = min(self.batch_size, self.num_samples - start)
+            low, high = part_of(size, self.rank, self.world_size)
+            index = order[..., start + low : start + high]
             yield (
-                self.inputs[replica, index] if self.inputs.ndim == 3 else self.inputs[index],  # noqa: PLR2004
-                self.targets[replica, index] if self.targets.ndim == 2 else self.targets[index],  # noqa: PLR2004
+                self.inputs[replica, index] if self.inputs.ndim == 3 else self.inputs[index],
+                self.targets[replica, index] if self.targets.ndim == 2 else self.targets[index],
             )
 
     def samples(self, index: slice | Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,8 @@ from lightning_mnn.data.resident import ResidentLoader, part_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from torch import Tensor
+
 _BLOCK_ELEMENTS = 1 << 22  # of inputs at a time: 32 MiB in float64
 
 
@@ -27,8 +29,8 @@ def exact_shard(loader: Any, rank: int = 0, world_size: int = 1, chosen: Tensor 
     """Batches of one process's contiguous part of the training set, in the data set's order, unpadded, unshuffled.
 
     Args:
-        loader: the Trainer's ``train_dataloader``: a :class:`ResidentLoader`, a ``DataLoader`` over a map-style data set,
-            or a list of batches.
+        loader: the Trainer's ``train_dataloader``: a :class:`ResidentLoader`, a ``DataLoader`` over a map-style data
+            set, or a list of batches.
         rank: this process.
         world_size: number of processes.
         chosen: indices of the samples to pass over; None: all of them.
@@ -41,11 +43,12 @@ def exact_shard(loader: Any, rank: int = 0, world_size: int = 1, chosen: Tensor 
             samples, several loaders at once, a list of batches with several processes).
     """
     if isinstance(loader, ResidentLoader):
-        order = torch.arange(loader.num_samples) if chosen is None else chosen
-        low, high = part_of(len(order), rank, world_size)
+        low, high = part_of(loader.num_samples if chosen is None else len(chosen), rank, world_size)
         per_sample = loader.inputs.numel() // loader.num_samples
-        for block in order[low:high].split(max(1, _BLOCK_ELEMENTS // per_sample)):
-            yield loader.samples(block if chosen is not None else slice(int(block[0]), int(block[-1]) + 1))
+        size = max(1, _BLOCK_ELEMENTS // per_sample)
+        for start in range(low, high, size):
+            block = slice(start, min(start + size, high))
+            yield loader.samples(block if chosen is None else chosen[block])
     elif isinstance(loader, DataLoader):
         indices = range(_map_style_samples(loader)) if chosen is None else chosen.tolist()
         low, high = part_of(len(indices), rank, world_size)
@@ -97,7 +100,7 @@ def _map_style_samples(loader: DataLoader[Any]) -> int:
     return len(loader.dataset)  # type: ignore[arg-type]
 
 
-def flat_batch(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def flat_batch(batch: Any) -> tuple[Tensor, Tensor]:
     """Inputs (..., N, d0) and targets (..., N) of a batch that is a pair (inputs, targets).
 
     Resident batches come as they are; images and other inputs of a foreign loader are flattened to (N, d0).
@@ -109,7 +112,7 @@ def flat_batch(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         case (torch.Tensor() as inputs, torch.Tensor() as targets):
             if targets.ndim == inputs.ndim and targets.shape[-1] == 1:
                 targets = targets[..., 0]
-            if targets.ndim == 1 and inputs.ndim > 2:  # noqa: PLR2004 (images)
+            if targets.ndim == 1 and inputs.ndim > 2:
                 inputs = inputs.flatten(1)
             return inputs, targets
     raise TypeError(f"a batch must be a pair of tensors (inputs, targets), got {type(batch).__name__}")

@@ -81,10 +81,11 @@ class MNISTData(ResidentData):
         group_of = torch.full((_NUM_CLASSES,), -1)
         for label, classes in enumerate(self.groups):
             group_of[list(classes)] = label
-        label = group_of[digits]
-        inputs, label = images[label >= 0].flatten(1).float(), label[label >= 0]
-        targets = label.double() if self.labels == "zero_one" else 2 * label.double() - 1
-        return self._scaled(inputs), targets
+        groups = group_of[digits]
+        chosen = groups >= 0
+        ones = groups[chosen].double()
+        targets = ones if self.labels == "zero_one" else 2 * ones - 1
+        return self._scaled(images[chosen].flatten(1).float()), targets
 
     def _scaled(self, inputs: Tensor) -> Tensor:
         inputs = inputs / 255
@@ -134,7 +135,7 @@ class MNISTData(ResidentData):
 def _checked_groups(groups: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     checked = tuple(tuple(int(c) for c in group) for group in groups)
     classes = [c for group in checked for c in group]
-    if len(checked) != 2 or not all(checked) or len(set(classes)) < len(classes):  # noqa: PLR2004
+    if len(checked) != 2 or not all(checked) or len(set(classes)) < len(classes):
         raise ValueError(f"groups must be two lists of classes that share none, got {checked}")
     if not set(classes) <= set(range(_NUM_CLASSES)):
         raise ValueError(f"groups must hold classes 0 to {_NUM_CLASSES - 1}, got {checked}")

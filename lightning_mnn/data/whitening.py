@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_BLOCK = 8192
+
 
 def whitening_matrix(inputs: Tensor, floor: float) -> Tensor:
     """The symmetric matrix T = (C + floor · c̄ · I)^(−½), C the second moments of centred inputs, c̄ their mean diagonal.
@@ -29,11 +31,13 @@ def whitening_matrix(inputs: Tensor, floor: float) -> Tensor:
     if floor < 0:
         raise ValueError(f"floor must not be negative, got {floor}")
     covariance = torch.zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float64)
-    for block in inputs.split(8192):  # a double copy of the whole may not fit
-        covariance += block.double().T @ block.double()
+    for start in range(0, len(inputs), _BLOCK):  # a double copy of the whole may not fit
+        block = inputs[start : start + _BLOCK].double()
+        covariance += block.T @ block
     covariance /= inputs.shape[0]
     values, vectors = torch.linalg.eigh(covariance)
     floored = values.clamp(min=0) + floor * covariance.diagonal().mean()
     if floored[0] <= floored[-1] * len(floored) * torch.finfo(torch.float64).eps:
         raise ValueError("the inputs have no variance in some direction: whiten with a floor > 0")
-    return (vectors / floored.sqrt()) @ vectors.T
+    whitening: Tensor = (vectors / floored.sqrt()) @ vectors.T
+    return whitening

@@ -54,13 +54,13 @@ def first_order_verdicts(
     """
     return [
         _verdict(float(stationarity), float(sine), stationarity_tolerance, preactivation_tolerance)
-        for stationarity, sine in zip(
-            survey.stationarity.reshape(-1), survey.smallest_sine.reshape(-1), strict=True
-        )
+        for stationarity, sine in zip(survey.stationarity.reshape(-1), survey.smallest_sine.reshape(-1), strict=True)
     ]
 
 
-def _verdict(stationarity: float, sine: float, stationarity_tolerance: float, sine_tolerance: float) -> FirstOrderVerdict:
+def _verdict(
+    stationarity: float, sine: float, stationarity_tolerance: float, sine_tolerance: float
+) -> FirstOrderVerdict:
     moving = not stationarity <= stationarity_tolerance  # NaN counts as moving
     on_kink = not sine >= sine_tolerance
     gradient = f"‖G e‖/(‖G‖‖y‖) = {stationarity:.1e}"

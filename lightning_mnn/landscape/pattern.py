@@ -73,12 +73,8 @@ class PackedPattern:
             Hexadecimal text; with a leading replica axis, a list of R.
         """
         if self.bits.ndim > 2:
-            return [PackedPattern(bits, self.width)._digest() for bits in self.bits.flatten(0, -3)]
-        return self._digest()
-
-    def _digest(self) -> str:
-        header = f"{self.bits.shape[0]}x{self.width}:".encode()
-        return hashlib.blake2b(header + _numpy(self.bits).tobytes(), digest_size=16).hexdigest()
+            return [_digest(bits, self.width) for bits in self.bits.flatten(0, -3)]
+        return _digest(self.bits, self.width)
 
 
 @dataclass(frozen=True)
@@ -115,12 +111,8 @@ class ActivationPattern:
 
     def pack(self) -> PackedPattern:
         """The pattern at one bit per sample and unit, packed on the device it is on."""
-        width = self.active.shape[-1]
-        if self.active.device.type == "cpu":
-            return PackedPattern(torch.from_numpy(np.packbits(_numpy(self.active), axis=-1, bitorder="little")), width)
-        padded = torch.nn.functional.pad(self.active.to(torch.uint8), (0, -width % _BITS))
-        weights = 2 ** torch.arange(_BITS, device=padded.device, dtype=torch.uint8)
-        return PackedPattern((padded.unflatten(-1, (-1, _BITS)) * weights).sum(-1, dtype=torch.uint8), width)
+        pack = _pack_by_numpy if self.active.device.type == "cpu" else _pack_by_torch
+        return PackedPattern(pack(self.active), self.active.shape[-1])
 
     def flips(self, other: ActivationPattern) -> Tensor:
         """Number of (sample, unit) pairs on different sides of their kink, int64 (...).
@@ -137,6 +129,21 @@ class ActivationPattern:
     def digest(self) -> str | list[str]:
         """A name of the region (see :meth:`PackedPattern.digest`)."""
         return self.pack().digest()
+
+
+def _pack_by_numpy(active: Tensor) -> Tensor:
+    return torch.from_numpy(np.packbits(_numpy(active), axis=-1, bitorder="little"))
+
+
+def _pack_by_torch(active: Tensor) -> Tensor:
+    padded = torch.nn.functional.pad(active.to(torch.uint8), (0, -active.shape[-1] % _BITS))
+    weights = 2 ** torch.arange(_BITS, device=padded.device, dtype=torch.uint8)
+    return (padded.reshape(*padded.shape[:-1], -1, _BITS) * weights).sum(-1, dtype=torch.uint8)
+
+
+def _digest(bits: Tensor, width: int) -> str:
+    header = f"{bits.shape[0]}x{width}:".encode()
+    return hashlib.blake2b(header + _numpy(bits).tobytes(), digest_size=16).hexdigest()
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

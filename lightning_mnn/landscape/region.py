@@ -76,11 +76,11 @@ class Region:
         it is certain when the smallest stands clear of their rounding error. Otherwise singular values of the matrix
         itself decide, those above max(N, d0·d1) · eps of the largest counting as non-zero.
         """
-        leading = torch.broadcast_shapes(self.inputs.shape[:-2], self.slopes.shape[:-2])
-        if not leading:
+        if self.inputs.ndim == self.slopes.ndim == 2:
             return _rank(self.inputs, self.slopes)
-        inputs = self.inputs.expand(*leading, *self.inputs.shape[-2:]).flatten(0, -3)
-        slopes = self.slopes.expand(*leading, *self.slopes.shape[-2:]).flatten(0, -3)
+        replicas = max(tensor.shape[0] if tensor.ndim > 2 else 1 for tensor in (self.inputs, self.slopes))
+        inputs = self.inputs.expand(replicas, *self.inputs.shape[-2:])
+        slopes = self.slopes.expand(replicas, *self.slopes.shape[-2:])
         return [_rank(x, a) for x, a in zip(inputs, slopes, strict=True)]
 
     def residual(self, targets: Tensor) -> Tensor:
@@ -113,7 +113,8 @@ def gram_rank(gram: Tensor) -> Tensor:
     values = torch.linalg.eigvalsh(gram * inverse[..., :, None] * inverse[..., None, :])
     largest = values[..., -1:].clamp(min=0)
     threshold = gram.shape[-1] * torch.finfo(gram.dtype).eps * largest
-    return (values > threshold).sum(-1)
+    rank: Tensor = (values > threshold).sum(-1)
+    return rank
 
 
 def _rank(inputs: Tensor, slopes: Tensor) -> int:

@@ -64,20 +64,11 @@ class Network:
         return tuple(found)
 
 
-def _sum() -> Any:
-    return field(metadata={"merge": lambda parts: reduce(torch.add, parts)})
-
-
-def _least() -> Any:
-    return field(metadata={"merge": lambda parts: reduce(torch.minimum, parts)})
-
-
-def _most() -> Any:
-    return field(metadata={"merge": lambda parts: reduce(torch.maximum, parts)})
-
-
-def _joined() -> Any:
-    return field(metadata={"merge": lambda parts: torch.cat(parts, dim=-2)})
+# How a field of the surveys of parts becomes that of the whole.
+_SUM = {"merge": lambda parts: reduce(torch.add, parts)}
+_LEAST = {"merge": lambda parts: reduce(torch.minimum, parts)}
+_MOST = {"merge": lambda parts: reduce(torch.maximum, parts)}
+_JOINED = {"merge": lambda parts: torch.cat(parts, dim=-2)}
 
 
 @dataclass(frozen=True)
@@ -85,8 +76,8 @@ class Layer:
     """What a survey finds of one hidden layer.
 
     Attributes:
-        correlation: Cᵀ diag(e) H, (..., d_l, d_{l−1}), where H are the layer's inputs. In the last layer C is A, so that
-            this is G e; in earlier ones C_ni is the derivative of ŷ_n by the layer's pre-activation, so that it is
+        correlation: Cᵀ diag(e) H, (..., d_l, d_{l−1}), where H are the layer's inputs. In the last layer C is A, so
+            that this is G e; in earlier ones C_ni is the derivative of ŷ_n by the layer's pre-activation, so that it is
             −N/2 times the gradient of the MSE.
         squared_norm: ‖G‖² = Σ_n ‖C_n‖² ‖H_n‖² (Frobenius), (...).
         smallest_preactivation: min |u| over samples and units, (...).
@@ -98,15 +89,15 @@ class Layer:
         bits: the activation pattern at one bit per sample and unit, uint8 (..., N, ⌈d_l/8⌉).
     """
 
-    correlation: Tensor = _sum()
-    squared_norm: Tensor = _sum()
-    smallest_preactivation: Tensor = _least()
-    smallest_sines: Tensor = _least()
-    kinks: Tensor = _sum()
-    active: Tensor = _sum()
-    unactivated: Tensor = _sum()
-    slopes_gram: Tensor = _sum()
-    bits: Tensor = _joined()
+    correlation: Tensor = field(metadata=_SUM)
+    squared_norm: Tensor = field(metadata=_SUM)
+    smallest_preactivation: Tensor = field(metadata=_LEAST)
+    smallest_sines: Tensor = field(metadata=_LEAST)
+    kinks: Tensor = field(metadata=_SUM)
+    active: Tensor = field(metadata=_SUM)
+    unactivated: Tensor = field(metadata=_SUM)
+    slopes_gram: Tensor = field(metadata=_SUM)
+    bits: Tensor = field(metadata=_JOINED)
 
     @property
     def pattern(self) -> PackedPattern:
@@ -129,11 +120,11 @@ class Survey:
     """
 
     num_samples: int
-    squared_error: Tensor = _sum()
-    squared_target: Tensor = _sum()
-    wrong: Tensor | None = _sum()
-    error_excess: Tensor = _most()
-    rounding_bound: Tensor = _most()
+    squared_error: Tensor = field(metadata=_SUM)
+    squared_target: Tensor = field(metadata=_SUM)
+    wrong: Tensor | None = field(metadata=_SUM)
+    error_excess: Tensor = field(metadata=_MOST)
+    rounding_bound: Tensor = field(metadata=_MOST)
     layers: tuple[Layer, ...] = ()
 
     @property
@@ -180,8 +171,8 @@ def survey_network(network: Network, inputs: Tensor, targets: Tensor, threshold:
     """Survey a network on one block of samples.
 
     The rounding-error bound of e_n is γ (|y_n| + s^L ‖x_n‖ |z| |W_L| … |W_2| r), where r are the row norms of W_1,
-    s = max(1, |ρ|) and γ = (d_0 + … + d_L + 4) unit roundoffs of the weights' precision: the a-priori bound on the error
-    of the inner products that make ŷ_n, taken at the largest values they can have.
+    s = max(1, |ρ|) and γ = (d_0 + … + d_L + 4) unit roundoffs of the weights' precision: the a-priori bound on the
+    error of the inner products that make ŷ_n, taken at the largest values they can have.
 
     Args:
         network: the weights, one network or R side by side.
@@ -227,8 +218,8 @@ def survey_network(network: Network, inputs: Tensor, targets: Tensor, threshold:
         error_excess=torch.where(residual == 0, 0.0, residual.abs() / bound).amax(-1),
         rounding_bound=bound.amax(-1),
         layers=tuple(
-            _survey_layer(weights, u, a, c, h, residual, network.unit_roundoff)
-            for weights, u, a, c, h in zip(hidden, preactivations, slopes, coefficients, layer_inputs, strict=False)
+            _survey_layer(weights, u, c, h, residual=residual, network=network)
+            for weights, u, c, h in zip(hidden, preactivations, coefficients, layer_inputs, strict=False)
         ),
     )
 
@@ -293,12 +284,13 @@ def wrong(predictions: Tensor, targets: Tensor, threshold: float) -> Tensor:
 
 
 def _survey_layer(
-    weights: Tensor, u: Tensor, slopes: Tensor, coefficients: Tensor, inputs: Tensor, residual: Tensor, roundoff: float
+    weights: Tensor, u: Tensor, coefficients: Tensor, inputs: Tensor, *, residual: Tensor, network: Network
 ) -> Layer:
     pattern = ActivationPattern.from_preactivations(u)
+    slopes = pattern.slopes(network.negative_slope)
     sample_norms = inputs.norm(dim=-1)[..., None]
     sizes = torch.where(sample_norms > 0, u.abs(), torch.inf)
-    tolerance = (weights.shape[-1] + 2) * roundoff * sample_norms * weights.norm(dim=-1)[..., None, :]
+    tolerance = (weights.shape[-1] + 2) * network.unit_roundoff * sample_norms * weights.norm(dim=-1)[..., None, :]
     return Layer(
         correlation=correlate(coefficients, inputs, residual),
         squared_norm=(coefficients.square().sum(-1) * inputs.square().sum(-1)).sum(-1),
@@ -320,7 +312,8 @@ def _rounding_bound(network: Network, inputs: Tensor, targets: Tensor) -> Tensor
         reach = slope * (weights.abs() @ reach[..., None])[..., 0]
     largest = (network.output_weights.abs() * reach).sum(-1)
     gamma = (network.input_dim + sum(network.hidden_dims) + 4) * network.unit_roundoff
-    return gamma * (targets.abs() + inputs.norm(dim=-1) * largest[..., None])
+    bound: Tensor = gamma * (targets.abs() + inputs.norm(dim=-1) * largest[..., None])
+    return bound
 
 
 def _merged(parts: Sequence[Any]) -> dict[str, Any]:

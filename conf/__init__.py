@@ -1,0 +1,1 @@
+"""The configs, as the package ``lightning_mnn.conf`` that Hydra looks them up in."""

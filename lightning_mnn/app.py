@@ -1,0 +1,50 @@
+"""The command ``lightning-mnn``: compose a config and run its task."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import pkgutil
+import warnings
+from typing import TYPE_CHECKING
+
+import hydra
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+@hydra.main(version_base="1.3", config_path="pkg://lightning_mnn.conf", config_name="config")
+def main(cfg: DictConfig) -> float | None:
+    """Run the task of a composed config; a sweeper optimises what it returns."""
+    _quieten()
+    return run(cfg)
+
+
+def run(cfg: DictConfig) -> float | None:
+    """Run ``cfg.task``: the function of that name in :mod:`lightning_mnn.tasks`.
+
+    Raises:
+        ValueError: there is no such task.
+    """
+    tasks = importlib.import_module("lightning_mnn.tasks")
+    known = sorted(module.name for module in pkgutil.iter_modules(tasks.__path__))
+    if cfg.task not in known:
+        raise ValueError(f"task must be one of {known}, got {cfg.task!r}")
+    module = importlib.import_module(f"lightning_mnn.tasks.{cfg.task}")
+    objective: float | None = getattr(module, cfg.task)(cfg)
+    return objective
+
+
+def _quieten() -> None:
+    """Leave out what Lightning says of itself; the run's own words come at its end."""
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    os.environ.setdefault("WANDB_SILENT", "true")
+    warnings.filterwarnings("ignore", message=r"The number of training batches \(\d+\) is smaller than the logging")
+    warnings.filterwarnings("ignore", message=r"Experiment logs directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+
+
+if __name__ == "__main__":
+    main()

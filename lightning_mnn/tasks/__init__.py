@@ -1,0 +1,1 @@
+"""What the program does: one module a task, with a function of the module's name that takes the composed config."""

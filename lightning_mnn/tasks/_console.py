@@ -1,0 +1,99 @@
+"""What the train task says on the console."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from pytorch_lightning.utilities import rank_zero_only
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.tree import Tree
+
+KINDS = {
+    "differentiable_minimum": "a differentiable local minimum (first-order tests hold)",
+    "kink_minimum": "a local minimum on kinks",
+    "saddle": "a saddle point",
+    "not_stationary": "no local minimum that could be told",
+}
+
+
+@rank_zero_only
+def print_config(cfg: DictConfig) -> None:
+    """Print the composed config as a tree."""
+    tree = Tree("[bold]config")
+    _grow(tree, cfg)
+    Console().print(tree)
+
+
+@rank_zero_only
+def print_verdict(name: str, summary: dict[str, Any], run_dir: Path, *, offline: bool) -> None:
+    """Print what the run converged to, a line a fact; over replicas the range of each value."""
+    table = Table.grid(padding=(0, 2))
+    for label, value in _facts(summary):
+        table.add_row(f"[bold]{label}", value)
+    console = Console()
+    console.print(Panel(table, title=f"{name}: verdict", expand=False))
+    shown = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
+    console.print(f"[bold]everything is in[/] {shown}", soft_wrap=True)
+    if offline and (run_dir / "wandb").exists():
+        console.print(f"[bold]to W&B with[/] wandb sync {shown}/wandb/offline-run-*", soft_wrap=True)
+
+
+def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    kinds = summary["kind"] if isinstance(summary["kind"], list) else [summary["kind"]]
+    counts = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds) if kind is not None}
+    several = len(kinds) > 1
+    converged = "; ".join(f"{n} × {KINDS[k]}" if several else KINDS[k] for k, n in counts.items()) or "not tested"
+    reason = summary.get("reason")
+    volume = "log-volume of its region"
+    facts = [
+        ("converged to", converged),
+        ("because", reason if isinstance(reason, str) else None),
+        ("zero error", _span(summary.get("zero_error"))),
+        ("MSE", _span(summary["mse"], ".3g")),
+        ("MCE", _errors(summary)),
+        ("smallest |w·x|", _span(summary.get("min_preactivation"), ".2g")),
+        ("relative to ‖w‖‖x‖", _span(summary.get("relative_preactivation"), ".2g")),
+        ("pre-activations within rounding of a kink", _span(summary.get("kinks"))),
+        ("rank of A∘X", _rank(summary)),
+        (volume, f"at least {_span(bound, '.1f')} nats" if (bound := summary.get("log_volume_lower_bound")) else None),
+        ("regions seen", _span(summary.get("regions_visited"))),
+        ("trained", f"{summary['epochs']} epochs, {summary['steps']} steps, {summary['seconds']:.1f} s"),
+    ]
+    return [(label, value) for label, value in facts if value is not None]
+
+
+def _span(value: Any, style: str = "") -> str | None:
+    if value is None:
+        return None
+    values = value if isinstance(value, list) else [value]
+    if isinstance(values[0], bool):
+        return ("yes" if values[0] else "no") if len(values) == 1 else f"{sum(values)} of {len(values)}"
+    shown = [format(extreme, style) for extreme in (min(values), max(values))]
+    return " … ".join(dict.fromkeys(shown))
+
+
+def _errors(summary: dict[str, Any]) -> str | None:
+    if summary["wrong"] is None:
+        return None
+    worst = max(summary["mce"]) if isinstance(summary["mce"], list) else summary["mce"]
+    return f"{100 * worst:.3g} % ({_span(summary['wrong'])} of {summary['num_samples']} wrong)"
+
+
+def _rank(summary: dict[str, Any]) -> str | None:
+    rank, cap = _span(summary.get("rank")), _span(summary.get("rank_cap"))
+    if cap is None:
+        return None
+    return f"{rank or 'not computed at this size'}, at most {cap}, of {summary['num_samples']} samples"
+
+
+def _grow(tree: Tree, node: DictConfig | ListConfig) -> None:
+    for key, value in node.items() if isinstance(node, DictConfig) else enumerate(node):
+        if isinstance(value, DictConfig):
+            _grow(tree.add(f"[cyan]{key!s}"), value)
+        else:
+            shown = OmegaConf.to_container(value) if isinstance(value, ListConfig) else value
+            tree.add(f"[cyan]{key!s}[/]: {shown!s}", highlight=True)

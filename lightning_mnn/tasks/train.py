@@ -1,0 +1,141 @@
+"""Train a network, say what it converged to, and leave everything in the run folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+import torch
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import Timer
+from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.utilities import rank_zero_only
+
+from lightning_mnn.callbacks.schedule import ScheduledCallback
+from lightning_mnn.figures import run_figure
+from lightning_mnn.loggers import log_image
+from lightning_mnn.mnn import MNN, DivergenceError
+from lightning_mnn.tasks._console import print_config, print_verdict
+from lightning_mnn.tasks._files import write_json
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+    from lightning_mnn.data import ResidentData
+
+
+def train(cfg: DictConfig) -> float:
+    """Train as the config says.
+
+    The run folder gets ``summary.json``, ``metrics.csv``, ``figure.png``, ``patterns.zarr``, ``checkpoints/`` and, by
+    Hydra, ``.hydra/``. A run that diverges leaves what it had, a summary that says so among it.
+
+    Returns:
+        The final MSE, the largest of the replicas'.
+
+    Raises:
+        FileExistsError: the run folder already holds a run.
+        DivergenceError: training reached values that are not finite.
+    """
+    run_dir = Path(cfg.run_dir)
+    _check_folder(run_dir)
+    print_config(cfg)
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    datamodule: ResidentData = _build(cfg.data)
+    model: MNN = _build(cfg.model, input_dim=cfg.model.input_dim or datamodule.input_dim)
+    timer = Timer()
+    callbacks = [timer, *(_build(node) for node in cfg.callbacks.values() if node)]
+    loggers = [_build(node) for node in cfg.logger.values() if isinstance(node, DictConfig)]
+    trainer: pl.Trainer = _build(cfg.trainer, callbacks=callbacks, logger=loggers)
+    failure: DivergenceError | None = None
+    try:
+        for logger in loggers:
+            logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+        try:
+            trainer.fit(model, datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
+            trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt")
+        except DivergenceError as error:
+            failure = error
+        summary = summarise(trainer, model, datamodule, timer.time_elapsed("train"), cfg.seed, failure)
+        _leave(run_dir, trainer, summary)
+    finally:
+        _finish(loggers, failed=sys.exc_info()[0] is not None or failure is not None)
+    if failure is not None:
+        raise failure
+    print_verdict(cfg.name, summary, run_dir, offline=cfg.logger.get("mode") == "offline")
+    return _largest(summary["mse"])
+
+
+def summarise(
+    trainer: pl.Trainer,
+    model: MNN,
+    datamodule: ResidentData,
+    seconds: float,
+    seed: int,
+    failure: DivergenceError | None = None,
+) -> dict[str, Any]:
+    """The run's ``summary.json``: what the callbacks found, and the run's sizes; measures are lists over R."""
+    found: dict[str, Any] = {"mse": None, "mce": None, "wrong": None, "kind": None}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ScheduledCallback):
+            found |= callback.summary()
+    if failure is not None:  # what a check before the divergence found is not what the run ended in
+        found |= {"kind": "not_stationary", "reason": str(failure), "zero_error": False}
+    return found | {
+        "epochs": trainer.current_epoch,
+        "steps": trainer.global_step,
+        "seconds": seconds,
+        "num_samples": datamodule.train_dataloader().num_samples,
+        "input_dim": model.hparams["input_dim"],
+        "hidden_dims": model.hparams["hidden_dims"],
+        "negative_slope": model.hparams["negative_slope"],
+        "replicas": model.replicas,
+        "seed": seed,
+    }
+
+
+def _build(node: DictConfig, **overrides: Any) -> Any:
+    """Instantiate a config node; an error of the constructor comes out as it is, not wrapped in Hydra's."""
+    try:
+        return hydra.utils.instantiate(node, _convert_="all", **overrides)
+    except InstantiationException as error:
+        raise (error.__cause__ or error) from None
+
+
+@rank_zero_only
+def _check_folder(run_dir: Path) -> None:
+    if (run_dir / "metrics.csv").exists() or (run_dir / "summary.json").exists():
+        raise FileExistsError(f"{run_dir} already holds a run: choose another hydra.run.dir")
+
+
+@rank_zero_only
+def _leave(run_dir: Path, trainer: pl.Trainer, summary: dict[str, Any]) -> None:
+    """Write summary and figure, and hand both to the loggers."""
+    write_json(run_dir / "summary.json", summary)
+    for logger in trainer.loggers:
+        logger.save()
+        if isinstance(logger, WandbLogger):
+            logger.experiment.summary.update(summary)
+    if (run_dir / "metrics.csv").exists():
+        figure = run_figure(run_dir)
+        for logger in trainer.loggers:
+            log_image(logger, "figure", figure, trainer.global_step)
+
+
+@rank_zero_only
+def _finish(loggers: list[Any], *, failed: bool) -> None:
+    """End the W&B run, or the next job of this process would log into it."""
+    if any(isinstance(logger, WandbLogger) for logger in loggers):
+        import wandb  # noqa: PLC0415 (slow, and only used with its logger)
+
+        wandb.finish(exit_code=int(failed))
+
+
+def _largest(mse: float | list[float] | None) -> float:
+    if mse is None:
+        return float("nan")
+    return max(mse) if isinstance(mse, list) else mse
