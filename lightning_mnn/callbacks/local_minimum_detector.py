@@ -37,9 +37,9 @@ class LocalMinimumDetector(ScheduledCallback):
         schedule: when to check, besides the start and the end; None: every 50 epochs.
         patience: consecutive checks that every replica must pass before training counts as converged.
         stop_training: stop the Trainer then.
-        stationarity_tolerance: largest ‖G e‖/(‖G‖_F ‖y‖) that counts as zero; None: 100 times the spacing of floats at
-            1 in the weights' precision.
-        preactivation_tolerance: smallest |w·x|/(‖w‖‖x‖) that counts as off the kink; None: 10,000 times that spacing,
+        stationarity_tolerance: largest ‖G e‖/(‖G‖_F ‖y‖) that counts as zero; None: 10 times the spacing of floats at 1
+            in the weights' precision.
+        preactivation_tolerance: smallest |w·x|/(‖w‖‖x‖) that counts as off the kink; None: 1,000 times that spacing,
             so that the weights may still move a hundred times as far as the first test lets them before they reach it.
 
     Attributes:
@@ -92,8 +92,8 @@ class LocalMinimumDetector(ScheduledCallback):
         spacing = 2 * network.unit_roundoff
         self.verdicts = first_order_verdicts(
             self.survey,
-            100 * spacing if self.stationarity_tolerance is None else self.stationarity_tolerance,
-            10_000 * spacing if self.preactivation_tolerance is None else self.preactivation_tolerance,
+            10 * spacing if self.stationarity_tolerance is None else self.stationarity_tolerance,
+            1000 * spacing if self.preactivation_tolerance is None else self.preactivation_tolerance,
         )
         if len(network.hidden_weights) == 1:
             self._rank_cap = rank_cap(self.survey, input_rank(trainer, pl_module, network), network.negative_slope)
@@ -171,6 +171,7 @@ def _rank(trainer: pl.Trainer, network: Network, survey: Survey) -> int | list[i
     if operations > _RANK_OPERATIONS:
         return None
     batches = exact_shard(trainer.train_dataloader)  # the whole set on every process: it is small
-    inputs = torch.cat([flat_batch(batch)[0] for batch in batches], dim=-2)
+    replicated = survey.mse.ndim > 0
+    inputs = torch.cat([flat_batch(batch, replicated=replicated)[0] for batch in batches], dim=-2)
     pattern = survey.layers[0].pattern.unpack()
     return Region(inputs.to("cpu", network.output_weights.dtype), pattern, network.negative_slope).rank()

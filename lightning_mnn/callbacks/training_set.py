@@ -112,7 +112,7 @@ def _batches(trainer: pl.Trainer, network: Network) -> Any:
     device = network.output_weights.device
     device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
     for batch in exact_shard(trainer.train_dataloader, trainer.global_rank, trainer.world_size):
-        inputs, targets = flat_batch(batch)
+        inputs, targets = flat_batch(batch, replicated=network.output_weights.ndim > 1)
         yield inputs.to(device, network.output_weights.dtype), targets.to(device, network.output_weights.dtype)
 
 

@@ -27,9 +27,12 @@ def check_training_set(
     Raises:
         ValueError: inputs of another dimension or number of replicas, NaN or infinity, labels that are not binary.
     """
-    for inputs, targets in _readable_batches(trainer):
+    for batch in _readable_batches(trainer):
+        inputs, targets = flat_batch(batch, replicated=replicas > 1)
         check_batch(inputs, targets, input_dim, replicas)
-    if regression or threshold is not None:
+    if regression:
+        return None
+    if threshold is not None:
         return threshold
     found = find_threshold(trainer)
     if found is None:
@@ -57,13 +60,13 @@ def find_threshold(trainer: pl.Trainer) -> float | None:
     return fitting.pop() if fitting else None
 
 
-def _readable_batches(trainer: pl.Trainer) -> Iterator[tuple[Tensor, Tensor]]:
+def _readable_batches(trainer: pl.Trainer) -> Iterator[Any]:
     """This process's part of data in memory; of other data the first batch."""
     loader: Any = trainer.train_dataloader
     if is_resident(loader):
-        yield from map(flat_batch, exact_shard(loader, trainer.global_rank, trainer.world_size))
+        yield from exact_shard(loader, trainer.global_rank, trainer.world_size)
     else:
-        yield flat_batch(next(iter(loader)))
+        yield next(iter(loader))
 
 
 def check_batch(inputs: Tensor, targets: Tensor, input_dim: int, replicas: int) -> None:

@@ -100,19 +100,17 @@ def _map_style_samples(loader: DataLoader[Any]) -> int:
     return len(loader.dataset)  # type: ignore[arg-type]
 
 
-def flat_batch(batch: Any) -> tuple[Tensor, Tensor]:
-    """Inputs (..., N, d0) and targets (..., N) of a batch that is a pair (inputs, targets).
+def flat_batch(batch: Any, *, replicated: bool = False) -> tuple[Tensor, Tensor]:
+    """Inputs (N, d0) and targets (N,) of a batch that is a pair (inputs, targets) of images, columns and the like.
 
-    Resident batches come as they are; images and other inputs of a foreign loader are flattened to (N, d0).
+    Args:
+        batch: what a loader yields.
+        replicated: the batch is for networks side by side, (N, d0) or (R, N, d0) and (N,) or (R, N), and comes as it is.
 
     Raises:
         TypeError: the batch is not a pair of tensors.
     """
     match batch:
         case (torch.Tensor() as inputs, torch.Tensor() as targets):
-            if targets.ndim == inputs.ndim and targets.shape[-1] == 1:
-                targets = targets[..., 0]
-            if targets.ndim == 1 and inputs.ndim > 2:
-                inputs = inputs.flatten(1)
-            return inputs, targets
+            return (inputs, targets) if replicated else (inputs.flatten(1), targets.flatten())
     raise TypeError(f"a batch must be a pair of tensors (inputs, targets), got {type(batch).__name__}")

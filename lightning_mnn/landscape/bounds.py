@@ -64,7 +64,7 @@ def suboptimal_log_volume(
     L_ε is the union of the regions that hold a differentiable local minimum with classification error above ε.
 
     >>> round(float(suboptimal_log_volume(320, 40, 40)), 3)
-    -19.568
+    -19.571
     """
     rate = decay_rate(num_samples, input_dim, width, epsilon, negative_slope)
     num_samples, input_dim, width = _sizes(num_samples, input_dim, width)
@@ -95,7 +95,7 @@ def global_log_volume(
     1 − :func:`global_failure_probability`; the width d1 does not enter beyond d1 ≥ d1*.
 
     >>> round(float(global_log_volume(320, 40, 40)), 3)
-    -3691.698
+    -3691.725
     """
     num_samples, input_dim, _ = _sizes(num_samples, input_dim, width)
     needed = 2 * num_samples / input_dim if teacher_width is None else _sizes(1, 1, teacher_width)[2]

@@ -148,7 +148,7 @@ class Survey:
         ratios = []
         for layer in self.layers:
             scale = (layer.squared_norm * self.squared_target).sqrt()
-            ratios.append(torch.where(scale > 0, layer.correlation.norm(dim=(-2, -1)) / scale, 0.0))
+            ratios.append(torch.where(scale == 0, 0.0, layer.correlation.norm(dim=(-2, -1)) / scale))
         return reduce(torch.maximum, ratios)
 
     @property

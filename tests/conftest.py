@@ -1,0 +1,51 @@
+"""Fixtures that several parts of the tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _quiet_machine(monkeypatch, tmp_path):
+    """Each test works in a folder of its own, and W&B knows of no account."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+
+
+@pytest.fixture
+def mnist_root() -> Path:
+    """The folder with the original MNIST archives."""
+    root = os.environ.get("LIGHTNING_MNN_DATA")
+    if root is None or not (Path(root) / "MNIST" / "raw" / "train-images-idx3-ubyte.gz").is_file():
+        pytest.skip("set LIGHTNING_MNN_DATA to the folder that holds MNIST/raw with the original archives")
+    return Path(root)
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    """A Trainer on the CPU that writes to the test's folder and says nothing."""
+
+    def make(**options) -> pl.Trainer:
+        defaults = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "default_root_dir": tmp_path,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "logger": False,
+            "log_every_n_steps": 1,
+        }
+        return pl.Trainer(**defaults | options)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _default_dtype():
+    yield
+    assert torch.get_default_dtype() == torch.float32, "a test left another default dtype behind"

@@ -1,0 +1,159 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_mnn.landscape import Network, infer_threshold, merge_surveys, survey_network
+from lightning_mnn.landscape.survey import rank_cap
+from tests import naive
+
+
+def replicas_of(problem, found):
+    """Pairs (problem, survey value getter) of every replica."""
+    if problem.network.output_weights.ndim == 1:
+        return [(problem, lambda value: value)]
+    count = problem.network.output_weights.shape[0]
+    return [(problem.replica(r), lambda value, r=r: value[r]) for r in range(count)]
+
+
+@given(naive.problems())
+def test_survey_agrees_with_loops(problem):
+    found = survey_network(problem.network, problem.inputs, problem.targets, threshold=0.5)
+    for single, pick in replicas_of(problem, found):
+        layers, outputs = naive.forward(single)
+        errors = single.targets.numpy() - np.array(outputs)
+        np.testing.assert_allclose(pick(found.squared_error), (errors**2).sum(), rtol=1e-10, atol=1e-24)
+        np.testing.assert_allclose(pick(found.mse), (errors**2).mean(), rtol=1e-10, atol=1e-24)
+        mistakes = sum((o - 0.5) * (y - 0.5) <= 1e-12 for o, y in zip(outputs, single.targets.tolist(), strict=True))
+        assert pick(found.wrong) == mistakes
+        assert float(pick(found.mce)) == mistakes / len(outputs)
+        everything = [abs(u) for layer in layers for sample in layer for u in sample]
+        for layer, u, inputs in zip(found.layers, layers, naive.layer_inputs(single), strict=True):
+            active = np.array(u) > 0
+            assert pick(layer.active).tolist() == active.sum(0).tolist()
+            assert int(pick(layer.unactivated)) == sum(not any(row) for row in active)
+            bits = type(layer.pattern)(pick(layer.bits), layer.pattern.width)
+            assert bits.unpack().active.tolist() == active.tolist()
+            slopes = np.where(active, 1, single.network.negative_slope)
+            np.testing.assert_allclose(pick(layer.slopes_gram), slopes.T @ slopes, atol=1e-12)
+            rows = [[abs(v) for v, x in zip(column, inputs, strict=True) if np.any(x)] for column in np.array(u).T]
+            smallest = min((min(row) for row in rows if row), default=np.inf)
+            np.testing.assert_allclose(pick(layer.smallest_preactivation), smallest, rtol=1e-9, atol=1e-13)
+        if all(np.any(x) for inputs in naive.layer_inputs(single) for x in inputs):
+            np.testing.assert_allclose(pick(found.smallest_preactivation), min(everything), rtol=1e-9, atol=1e-13)
+
+
+@given(naive.problems())
+def test_correlation_is_g_e_and_the_gradient(problem):
+    found = survey_network(problem.network, problem.inputs, problem.targets)
+    for single, pick in replicas_of(problem, found):
+        scale = 1 + float(single.inputs.norm()) ** 3
+        naive_g_e = naive.last_correlation(single)
+        np.testing.assert_allclose(pick(found.layers[-1].correlation), naive_g_e, atol=1e-11 * scale)
+        *earlier, last = naive.gradients(single)
+        count = len(single.targets)
+        z = single.network.output_weights.numpy()[:, None]
+        np.testing.assert_allclose(-2 / count * z * naive_g_e, last, atol=1e-11 * scale)
+        for layer, gradient in zip(found.layers, earlier, strict=False):
+            np.testing.assert_allclose(-2 / count * pick(layer.correlation), gradient, atol=1e-11 * scale)
+
+
+@given(naive.problems(max_layers=1))
+def test_sines_and_stationarity_agree_with_loops(problem):
+    found = survey_network(problem.network, problem.inputs, problem.targets)
+    for single, pick in replicas_of(problem, found):
+        weights, inputs = single.network.hidden_weights[0].numpy(), single.inputs.numpy()
+        sines = [min(abs(w @ x) / np.linalg.norm(w) / np.linalg.norm(x) for x in inputs) for w in weights]
+        np.testing.assert_allclose(pick(found.layers[0].smallest_sines), sines, rtol=1e-9, atol=1e-14)
+        active = np.array(naive.forward(single)[0][0]) > 0
+        slopes = np.where(active, 1, single.network.negative_slope)
+        squared_norm = sum((slopes[n] ** 2).sum() * (inputs[n] ** 2).sum() for n in range(len(inputs)))
+        scale = np.sqrt(squared_norm) * np.linalg.norm(single.targets)
+        expected = np.linalg.norm(naive.last_correlation(single)) / scale if scale else 0.0
+        np.testing.assert_allclose(pick(found.stationarity), expected, rtol=1e-9, atol=1e-14)
+
+
+@given(naive.problems(), st.data())
+def test_merged_parts_equal_the_whole(problem, data):
+    count = problem.inputs.shape[-2]
+    cuts = sorted(data.draw(st.sets(st.integers(1, count - 1), max_size=3))) if count > 1 else []
+    edges = [0, *cuts, count]
+    parts = [
+        survey_network(problem.network, problem.inputs[..., a:b, :], problem.targets[..., a:b], 0.5)
+        for a, b in zip(edges, edges[1:], strict=False)
+    ]
+    whole, merged = survey_network(problem.network, problem.inputs, problem.targets, 0.5), merge_surveys(parts)
+    assert merged.num_samples == whole.num_samples
+    for name in ("squared_error", "squared_target", "wrong", "error_excess", "rounding_bound", "stationarity"):
+        torch.testing.assert_close(getattr(merged, name), getattr(whole, name), rtol=1e-10, atol=1e-13)
+    for a, b in zip(merged.layers, whole.layers, strict=True):
+        torch.testing.assert_close(a.correlation, b.correlation, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(a.smallest_sines, b.smallest_sines)
+        assert torch.equal(a.bits, b.bits)
+        assert a.pattern.digest() == b.pattern.digest()
+
+
+@settings(max_examples=60)
+@given(naive.problems(replicas=st.none()), st.floats(-6, 6))
+def test_rounding_bound_holds(problem, exponent):
+    """The float64 residual differs from the one in extended precision by no more than the bound."""
+    scaled = problem.inputs * 10**exponent
+    found = survey_network(problem.network, scaled, problem.targets)
+    hidden = scaled.numpy().astype(np.longdouble)
+    for weights in problem.network.hidden_weights:
+        u = hidden @ weights.numpy().astype(np.longdouble).T
+        hidden = np.where(u > 0, u, np.longdouble(problem.network.negative_slope) * u)
+    exact = problem.targets.numpy() - hidden @ problem.network.output_weights.numpy().astype(np.longdouble)
+    u64 = scaled
+    for weights in problem.network.hidden_weights:
+        u64 = u64 @ weights.T
+        u64 = torch.where(u64 > 0, u64, problem.network.negative_slope * u64)
+    computed = (problem.targets - u64 @ problem.network.output_weights).numpy()
+    assert np.abs(computed - exact).max() <= float(found.rounding_bound)
+
+
+def test_zero_error_at_a_fitted_point_and_not_beside_it():
+    x = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    w, z = torch.eye(8, dtype=torch.float64), torch.linspace(-1, 1, 8, dtype=torch.float64)
+    y = torch.relu(x @ w.T) @ z
+    network = Network((w,), z, 0.0)
+    assert bool(survey_network(network, x, y).zero_error)
+    assert not bool(survey_network(network, x, y + 1e-10).zero_error)
+    assert bool(survey_network(Network((w,), z, 0.0, unit_roundoff=2.0**-24), x, y + 1e-10).zero_error)
+
+
+def test_zero_inputs_and_zero_rows():
+    w = torch.tensor([[0.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    x = torch.tensor([[0.0, 0.0], [2.0, 1.0]], dtype=torch.float64)
+    layer = survey_network(Network((w,), torch.ones(2), 0.0), x, torch.zeros(2)).layers[0]
+    assert layer.smallest_sines.tolist() == [0.0, 2 / np.sqrt(5)]  # a zero row is on a kink, a zero input is not
+    assert int(layer.kinks) == 1
+    assert float(layer.smallest_preactivation) == 0.0
+
+
+@given(naive.problems(max_layers=1, replicas=st.none()))
+def test_rank_cap_is_an_upper_bound(problem):
+    from lightning_mnn.landscape import Region
+    from lightning_mnn.landscape.region import gram_rank
+
+    found = survey_network(problem.network, problem.inputs, problem.targets)
+    slope = problem.network.negative_slope
+    rank = Region(problem.inputs, found.layers[0].pattern.unpack(), slope).rank()
+    cap = rank_cap(found, gram_rank(problem.inputs.T @ problem.inputs), slope)
+    assert rank <= int(cap) <= problem.inputs.shape[0]
+
+
+def test_wrong_dimension_is_named():
+    with pytest.raises(ValueError, match="inputs have 3 features and the network takes 2"):
+        survey_network(Network((torch.ones(4, 2),), torch.ones(4), 0.0), torch.ones(5, 3), torch.ones(5))
+
+
+def test_threshold_of_labels():
+    assert infer_threshold(torch.tensor([0, 1, 0])) == 0.5
+    assert infer_threshold(torch.tensor([-1.0, 1.0])) == 0.0
+    assert infer_threshold(torch.tensor([0.0, 0.0])) == 0.5
+    assert infer_threshold(torch.tensor([0.0, 0.3])) is None
+    assert infer_threshold(torch.tensor([0.0, -1.0])) is None
+    with pytest.raises(ValueError, match="fits labels"):
+        infer_threshold(torch.tensor([1.0, 1.0]))

@@ -1,0 +1,276 @@
+import math
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_mnn import MNN, DivergenceError
+from lightning_mnn.callbacks import ActivationPatternRecorder, AngularVolumeMonitor, LocalMinimumDetector
+from lightning_mnn.data import GaussianData, TensorData
+from tests import naive
+
+ADAM = {"name": "adam", "lr": 1e-2}
+
+
+@given(
+    st.integers(1, 5),
+    st.lists(st.integers(1, 5), min_size=1, max_size=2),
+    st.sampled_from([0.0, 0.1, -1.0, 2.5]),
+    st.sampled_from([1, 3]),
+    st.booleans(),
+)
+def test_forward_agrees_with_loops(input_dim, hidden_dims, slope, replicas, own_data):
+    model = MNN(input_dim, hidden_dims, slope, replicas)
+    x = torch.randn(*([replicas] if own_data and replicas > 1 else []), 4, input_dim, dtype=torch.float64)
+    problem = naive.Problem(model.network(), x, torch.zeros(4))
+    singles = [problem] if replicas == 1 else [problem.replica(r) for r in range(replicas)]
+    expected = [naive.forward(single)[1] for single in singles]
+    np.testing.assert_allclose(model(x).detach(), expected[0] if replicas == 1 else expected, atol=1e-10)
+
+
+def test_weights_follow_he():
+    for slope in (0.0, -1.0, 0.5):
+        model = MNN(400, (300, 200), slope)
+        for weights, fan_in in zip([*model.hidden_weights, model.output_weights], [400, 300, 200], strict=True):
+            assert float(weights.detach().std()) * math.sqrt(fan_in * (1 + slope**2) / 2) == pytest.approx(1, abs=0.13)
+
+
+def test_replicas_start_and_train_as_single_networks(make_trainer):
+    data = {"num_samples": 24, "input_dim": 5, "batch_size": 7}
+
+    def trained(seed, replicas):
+        model = MNN(5, (6,), 0.1, replicas, optimizer=ADAM, schedule={"name": "one_cycle"}, seed=seed)
+        start = model.hidden_weights[0].detach().clone()
+        make_trainer(max_epochs=8).fit(model, GaussianData(**data, replicas=replicas, seed=seed))
+        return start, model
+
+    start, together = trained(3, 3)
+    for r in range(3):
+        alone_start, alone = trained(3 + r, 1)
+        assert torch.equal(start[r], alone_start)
+        assert not torch.equal(alone.hidden_weights[0], alone_start)
+        for a, b in zip(together.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(a[r], b, rtol=1e-10, atol=1e-10)
+
+
+def plain_loop(model, data, epochs, batch):
+    """The same training by a hand-written loop."""
+    ours = (model.hidden_weights[0], model.output_weights)
+    weights = [w.detach().clone().requires_grad_() for w in ours]
+    optimizer = torch.optim.SGD(weights, lr=0.01, momentum=0.9)
+    loader = data.train_dataloader()
+    for epoch in range(epochs):
+        loader.sampler.set_epoch(epoch)
+        order = loader.sampler.permutation()
+        for index in order.split(batch):
+            x, y = data.inputs[index], data.targets[index]
+            loss = ((torch.relu(x @ weights[0].T) @ weights[1] - y) ** 2).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return weights
+
+
+def test_training_is_that_of_a_plain_loop(make_trainer):
+    data = GaussianData(23, 4, batch_size=5)
+    data.setup()
+    model = MNN(4, (7,), optimizer={"name": "sgd", "lr": 0.01, "momentum": 0.9})
+    expected = plain_loop(model, data, 6, 5)
+    make_trainer(max_epochs=6).fit(model, data)
+    for a, b in zip((model.hidden_weights[0], model.output_weights), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_accumulated_gradients_are_means_of_the_batches(make_trainer):
+    data = GaussianData(20, 4, batch_size=10, shuffle=False)
+    one, two = (MNN(4, (7,), optimizer={"name": "sgd", "lr": 0.01}) for _ in range(2))
+    trainer = make_trainer(max_epochs=5, accumulate_grad_batches=2)
+    trainer.fit(one, data)
+    assert trainer.global_step == 5
+    make_trainer(max_epochs=5).fit(two, GaussianData(20, 4))
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_logged_errors_are_those_of_the_batch(make_trainer):
+    data = GaussianData(30, 4, labels="zero_one")
+    model = MNN(4, (7,))
+    x, y = data.tensors()
+    out = model(x).detach()
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(model, data)
+    assert float(trainer.callback_metrics["train/mse"]) == pytest.approx(float((out - y).square().mean()), rel=1e-12)
+    mistakes = sum((o > 0.5) != bool(t) for o, t in zip(out.tolist(), y.tolist(), strict=True))
+    assert float(trainer.callback_metrics["train/mce"]) == pytest.approx(mistakes / 30)
+
+
+@pytest.mark.parametrize("name", ["sgd", "lbfgs"])
+def test_other_optimisers_lower_the_loss(make_trainer, name):
+    trainer = make_trainer(max_epochs=30)
+    model = MNN(6, (10,), -1.0, optimizer={"name": name, "lr": 0.02 if name == "sgd" else 1.0})
+    trainer.fit(model, GaussianData(20, 6))
+    first = MNN(6, (10,), -1.0)
+    x, y = GaussianData(20, 6).tensors()
+    before, after = ((m(x).detach() - y).square().mean() for m in (first, model))
+    assert after < 0.3 * before
+
+
+def test_two_hidden_layers_train_and_are_surveyed(make_trainer):
+    trainer = make_trainer(max_epochs=20)
+    trainer.fit(MNN(6, (8, 5), optimizer=ADAM), GaussianData(20, 6))
+    detector, recorder, monitor = (
+        next(c for c in trainer.callbacks if isinstance(c, kind))
+        for kind in (LocalMinimumDetector, ActivationPatternRecorder, AngularVolumeMonitor)
+    )
+    assert detector.summary()["rank"] is None
+    assert len(recorder.store.read(20)) == 2
+    assert monitor.summary()["log_volume_lower_bound"] is None
+
+
+@pytest.mark.parametrize("options", [{}, {"replicas": 2, "negative_slope": 0.1, "dtype": "float32"}])
+def test_checkpoints_restore_an_identical_module(make_trainer, tmp_path, options):
+    model = MNN(5, [6], optimizer=ADAM, schedule={"name": "exponential_tail"}, seed=4, **options)
+    saver = ModelCheckpoint(tmp_path, filename="saved")
+    trainer = make_trainer(max_epochs=3, callbacks=[saver], enable_checkpointing=True)
+    trainer.fit(model, GaussianData(12, 5, replicas=options.get("replicas", 1)))
+    restored = MNN.load_from_checkpoint(tmp_path / "saved.ckpt", weights_only=True)
+    assert dict(restored.hparams) == dict(model.hparams)
+    for (name, a), (other, b) in zip(model.state_dict().items(), restored.state_dict().items(), strict=True):
+        assert name == other
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+def test_resumed_training_equals_unbroken_training(make_trainer, tmp_path):
+    def fit(epochs, folder, ckpt_path=None):
+        model = MNN(5, (6,), optimizer=ADAM, schedule={"name": "exponential_tail"}, seed=1)
+        saver = ModelCheckpoint(tmp_path / folder, filename="last", enable_version_counter=False)
+        options = {"callbacks": [saver], "enable_checkpointing": True, "default_root_dir": tmp_path / folder}
+        trainer = make_trainer(max_epochs=20, **options)
+        if epochs < 20:  # cut off without an end
+
+            class Cut(pl.Callback):
+                def on_train_epoch_start(self, trainer, pl_module):
+                    if trainer.current_epoch == epochs:
+                        raise KeyboardInterrupt
+
+            trainer.callbacks.append(Cut())
+            with pytest.raises((KeyboardInterrupt, SystemExit)):
+                trainer.fit(model, GaussianData(24, 5, batch_size=7))
+        else:
+            data = GaussianData(24, 5, batch_size=7)
+            trainer.fit(model, data, ckpt_path=ckpt_path, weights_only=ckpt_path is not None)
+        return trainer, model
+
+    whole, expected = fit(20, "whole")
+    fit(11, "cut")
+    resumed, found = fit(20, "cut", tmp_path / "cut" / "last.ckpt")
+    assert resumed.global_step == whole.global_step == 80
+    for a, b in zip(found.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(a, b)
+    recorders = [next(c for c in t.callbacks if isinstance(c, ActivationPatternRecorder)) for t in (resumed, whole)]
+    assert recorders[0].summary() == recorders[1].summary()
+    assert recorders[0].store.steps == recorders[1].store.steps
+    assert recorders[0].store.path == tmp_path / "cut" / "patterns.zarr"
+    for step in recorders[1].store.steps:
+        assert recorders[0].store.attributes(step) == recorders[1].store.attributes(step)
+    assert resumed.callback_metrics.keys() == whole.callback_metrics.keys() - {
+        name for name in whole.callback_metrics if "theorem" in name
+    } | {name for name in resumed.callback_metrics if "theorem" in name}
+    for name, value in resumed.callback_metrics.items():
+        assert float(value) == float(whole.callback_metrics[name]), name
+
+
+def test_the_module_brings_only_the_callbacks_that_are_missing(make_trainer):
+    own = LocalMinimumDetector(patience=7)
+    trainer = make_trainer(max_epochs=1, callbacks=[own])
+    trainer.fit(MNN(3, (4,)), GaussianData(8, 3))
+    for kind in (LocalMinimumDetector, ActivationPatternRecorder, AngularVolumeMonitor):
+        assert sum(isinstance(c, kind) for c in trainer.callbacks) == 1
+    assert own in trainer.callbacks
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(MNN(3, (4,), default_callbacks=False), GaussianData(8, 3))
+    assert not any(isinstance(c, LocalMinimumDetector) for c in trainer.callbacks)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"negative_slope": 1.0}, "negative_slope must be a real number other than 1 .*got 1"),
+        ({"negative_slope": math.nan}, "negative_slope must be a real number"),
+        ({"hidden_dims": (0,)}, "hidden_dims must be at least 1, got 0"),
+        ({"hidden_dims": ()}, "one or two widths"),
+        ({"hidden_dims": (3, 3, 3)}, "one or two widths"),
+        ({"input_dim": 0}, "input_dim must be at least 1, got 0"),
+        ({"replicas": 0}, "replicas must be at least 1, got 0"),
+        ({"dtype": "float16"}, "dtype must be one of"),
+        ({"optimizer": {"name": "adma"}}, "optimizer name must be one of"),
+        ({"schedule": {"name": "one_cycle", "warm": 1}}, "schedule one_cycle"),
+        ({"optimizer": {"name": "lbfgs"}, "replicas": 2}, "lbfgs couples the replicas"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MNN(**{"input_dim": 3, "hidden_dims": (4,)} | arguments)
+
+
+X, Y = torch.randn(6, 3), torch.tensor([0.0, 1, 0, 1, 1, 0])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "targets", "message"),
+    [
+        (torch.randn(6, 4), Y, "the data have 4 inputs a sample and the network input_dim=3"),
+        (X.index_fill(0, torch.tensor([2]), math.nan), Y, "the inputs hold 3 values that are NaN or infinite"),
+        (X, Y.index_fill(0, torch.tensor([2]), math.inf), "the targets hold 1 values that are NaN or infinite"),
+        (X, torch.arange(6.0) + 2, r"labels are not binary: .*found \[2.0"),
+        (X, torch.ones(6), "all labels are 1"),
+    ],
+)
+@pytest.mark.parametrize("through", ["resident", "loader"])
+def test_bad_data_are_named_before_any_step(make_trainer, inputs, targets, message, through):
+    trainer, model = make_trainer(max_epochs=1), MNN(3, (4,))
+    data = TensorData(inputs, targets) if through == "resident" else DataLoader(TensorDataset(inputs, targets))
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(model, data)
+    assert trainer.global_step == 0
+
+
+def test_data_of_another_number_of_replicas_are_named(make_trainer):
+    data = GaussianData(8, 3, replicas=2)
+    with pytest.raises(ValueError, match="do not fit a network with replicas=3"):
+        make_trainer(max_epochs=1).fit(MNN(3, (4,), replicas=3), data)
+
+
+def test_real_targets_need_regression(make_trainer):
+    data = GaussianData(20, 3, labels="teacher")
+    with pytest.raises(ValueError, match="regression=True"):
+        make_trainer(max_epochs=1).fit(MNN(3, (4,)), data)
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(MNN(3, (4,), regression=True), data)
+    assert "train/mce" not in trainer.callback_metrics
+    assert next(c for c in trainer.callbacks if isinstance(c, LocalMinimumDetector)).summary()["wrong"] is None
+
+
+@pytest.mark.parametrize("every", [1, 50])
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(make_trainer, tmp_path, every):
+    model = MNN(5, (6,), optimizer={"name": "sgd", "lr": 1e3})
+    saver = ModelCheckpoint(tmp_path, filename="last", enable_version_counter=False)
+    trainer = make_trainer(max_epochs=200, callbacks=[saver], enable_checkpointing=True, log_every_n_steps=every)
+    with pytest.raises(DivergenceError, match="training diverged"):
+        trainer.fit(model, GaussianData(12, 5))
+    kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert all(bool(w.isfinite().all()) for w in kept["state_dict"].values())
+
+
+def test_foreign_loaders_and_precision(make_trainer):
+    x, y = GaussianData(24, 3).tensors()
+    trainer = make_trainer(max_epochs=3, precision="64-true")
+    trainer.fit(MNN(3, (4,), dtype="float32"), DataLoader(TensorDataset(x.float(), y), batch_size=5, shuffle=True))
+    detector = next(c for c in trainer.callbacks if isinstance(c, LocalMinimumDetector))
+    assert detector.survey.num_samples == 24

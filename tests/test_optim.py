@@ -1,0 +1,81 @@
+import math
+
+import pytest
+import torch
+
+from lightning_mnn.optim import build_optimizer, build_schedule
+
+
+def weights():
+    return [torch.nn.Parameter(torch.zeros(3))]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("adam", torch.optim.Adam), ("sgd", torch.optim.SGD), ("lbfgs", torch.optim.LBFGS)]
+)
+def test_optimizers_by_name(name, kind):
+    optimizer = build_optimizer(weights(), {"name": name, "lr": 0.25})
+    assert type(optimizer) is kind
+    assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_betas_of_a_config_are_a_list():
+    assert build_optimizer(weights(), {"name": "adam", "betas": [0.8, 0.9]}).defaults["betas"] == (0.8, 0.9)
+
+
+def rates(options, steps=1000):
+    optimizer = build_optimizer(weights(), {"name": "sgd", "lr": 2.0})
+    schedule = build_schedule(optimizer, options, steps)
+    found = []
+    for _ in range(steps + 1):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_exponential_tail_is_that_of_figure_5_2():
+    found = rates({"name": "exponential_tail", "hold": 0.5, "final_factor": 1e-4})
+    assert set(found[:501]) == {2.0}
+    assert found[750] == pytest.approx(2e-2)
+    assert found[1000] == pytest.approx(2e-4)
+    ratios = [b / a for a, b in zip(found[501:], found[502:], strict=False)]
+    assert max(ratios) == pytest.approx(min(ratios))
+
+
+def test_one_cycle():
+    found = rates({"name": "one_cycle", "warmup": 0.2, "start_factor": 0.1, "final_factor": 0.01})
+    assert found[0] == pytest.approx(0.2)
+    assert found[100] == pytest.approx(1.1)
+    assert max(found) == found[200] == pytest.approx(2.0)
+    assert found[600] == pytest.approx(2 * (0.01 + 0.99 * (1 + math.cos(math.pi / 2)) / 2))
+    assert found[1000] == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "adagrad"}, r"optimizer name must be one of \['adam', 'lbfgs', 'sgd'\], got 'adagrad'"),
+        ({"lr": 1.0}, "got None"),
+        ({"name": "sgd", "beta": 1}, r"optimizer sgd has no argument \['beta'\]"),
+    ],
+)
+def test_bad_optimizers_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        build_optimizer(weights(), options)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "message"),
+    [
+        ({"name": "cosine"}, 10, "schedule name must be one of"),
+        ({"name": "one_cycle"}, math.inf, "needs the length of the run"),
+        ({"name": "one_cycle", "wamup": 0.1}, 10, "schedule one_cycle: .*wamup"),
+        ({"name": "one_cycle", "warmup": 1.0}, 10, r"warmup must lie in \[0, 1\)"),
+        ({"name": "exponential_tail", "hold": 1.5}, 10, "hold must lie in"),
+    ],
+)
+def test_bad_schedules_are_named(options, steps, message):
+    with pytest.raises(ValueError, match=message):
+        build_schedule(build_optimizer(weights(), {"name": "sgd"}), options, steps)
+    assert build_schedule(build_optimizer(weights(), {"name": "sgd"}), {"name": "constant"}, math.inf) is None
