@@ -29,7 +29,7 @@ def run(cfg: DictConfig) -> float | None:
         ValueError: there is no such task.
     """
     tasks = importlib.import_module("lightning_mnn.tasks")
-    known = sorted(module.name for module in pkgutil.iter_modules(tasks.__path__))
+    known = sorted(m.name for m in pkgutil.iter_modules(tasks.__path__) if not m.name.startswith("_"))
     if cfg.task not in known:
         raise ValueError(f"task must be one of {known}, got {cfg.task!r}")
     module = importlib.import_module(f"lightning_mnn.tasks.{cfg.task}")

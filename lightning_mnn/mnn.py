@@ -154,7 +154,7 @@ class MNN(pl.LightningModule):
         """
         if self.trainer.world_size == 1:
             return targets.shape[-1]
-        count = torch.tensor(float(targets.shape[-1]), device=self.device)
+        count = self.output_weights.new_tensor(targets.shape[-1])
         return self.trainer.strategy.reduce(count, reduce_op="mean")
 
     def _log(self, squared_errors: Tensor, predictions: Tensor, targets: Tensor, scale: Tensor | int) -> None:
@@ -172,8 +172,8 @@ class MNN(pl.LightningModule):
         several = self.trainer.world_size > 1
         self.log("train/mse", mse.mean(), prog_bar=True, sync_dist=several)
         if self.threshold is not None:
-            mistakes = wrong(predictions.detach(), targets, self.threshold).sum(-1) / scale
-            self.log("train/mce", mistakes.mean(dtype=mse.dtype), prog_bar=True, sync_dist=several)
+            mistakes = wrong(predictions.detach(), targets, self.threshold).sum(-1).to(mse.dtype) / scale
+            self.log("train/mce", mistakes.mean(), prog_bar=True, sync_dist=several)
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -1,0 +1,183 @@
+"""The command as users run it: real processes, real folders, real offline W&B runs."""
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_mnn import MNN
+from lightning_mnn.callbacks import PatternStore
+from lightning_mnn.figures import read_metrics
+
+SUMMARY = {
+    "mse", "mce", "wrong", "kind", "zero_error", "distance", "margin_ratio", "min_preactivation", "kinks", "rank",
+    "rank_cap", "log_volume", "log_volume_standard_error", "log_volume_lower_bound", "regions_visited", "epochs", "steps",
+    "seconds", "num_samples", "input_dim", "hidden_dims", "negative_slope", "replicas", "seed",
+}  # fmt: skip
+FOLDER = {"summary.json", "metrics.csv", "figure.png", "patterns.zarr", "checkpoints", ".hydra", "wandb"}
+SMALL = ("data.num_samples=20", "data.input_dim=6", "model.hidden_dims=[8]", "trainer.accelerator=cpu")
+
+
+def command(*arguments, expect=0):
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_mnn", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+        env=os.environ | {"COLUMNS": "120"},
+    )
+    assert (done.returncode == 0) == (expect == 0), done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def only(pattern):
+    (found,) = Path().glob(pattern)
+    return found
+
+
+def summary_of(folder):
+    text = (folder / "summary.json").read_text()
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def wandb_summary(folder):
+    """The summary of an offline run, read back by W&B's own reader."""
+    run = only(f"{folder}/wandb/offline-run-*/run-*.wandb")
+    tool = Path(sys.executable).with_name("wandb")
+    shown = subprocess.run(
+        [tool, "leet", "inspect", "--summary", "--json", run], capture_output=True, text=True, check=True
+    )
+    return json.loads(shown.stdout)["summary"]
+
+
+def test_quickstart_leaves_a_complete_run_folder():
+    done = command()
+    folder = only("outputs/quickstart/*")
+    assert {p.name for p in folder.iterdir()} >= FOLDER
+    summary = summary_of(folder)
+    assert summary.keys() >= SUMMARY
+    assert summary["kind"] == "differentiable_minimum"
+    assert summary["zero_error"] is True
+    assert summary["mse"] <= 1e-25
+    assert (summary["mce"], summary["wrong"]) == (0.0, 0)
+    assert summary["rank"] == summary["rank_cap"] == summary["num_samples"] == 320
+    assert summary["epochs"] < 2000
+    for words in ("a differentiable local minimum", "0 of 320 wrong", "rank of A∘X", str(folder), "num_samples: 320"):
+        assert words in done.stdout, words
+    assert (folder / "figure.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    store = PatternStore(folder / "patterns.zarr")
+    assert store.steps[0] == 0
+    assert store.steps[-1] == summary["steps"]
+    model = MNN.load_from_checkpoint(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    from lightning_mnn.data import GaussianData
+
+    x, y = GaussianData().tensors()
+    with torch.no_grad():
+        assert float((model(x) - y).square().mean()) == pytest.approx(summary["mse"], rel=1)
+        assert torch.equal(store.read(store.steps[-1])["layer_1"].active, x @ model.hidden_weights[0].T > 0)
+    series = read_metrics(folder / "metrics.csv")
+    logged = wandb_summary(folder)
+    assert {"train/mse", "minimum/mse", "pattern/flips", "volume/log_lower_bound"} <= series.keys()
+    for name, (_, values) in series.items():
+        assert logged[name] == pytest.approx(values[-1], rel=1e-12), name
+    assert logged["kind"] == "differentiable_minimum"
+    assert "figure" in logged
+    assert series["minimum/mse"][1][-1] == summary["mse"]
+
+
+def test_a_sweep_over_replicas_and_slopes():
+    command("-m", *SMALL, "trainer.max_epochs=30", "model.negative_slope=0.0,0.1", "replicas=2", "seed=5")
+    folders = sorted(Path().glob("outputs/quickstart/multirun/*/*/summary.json"))
+    assert [path.parent.name for path in folders] == ["0", "1"]
+    for path, slope in zip(folders, (0.0, 0.1), strict=True):
+        summary = summary_of(path.parent)
+        assert summary["negative_slope"] == slope
+        assert {len(summary[key]) for key in ("mse", "mce", "kind", "rank", "log_volume_lower_bound")} == {2}
+        assert {p.name for p in path.parent.iterdir()} >= FOLDER
+        assert wandb_summary(path.parent)["train/mse"] == read_metrics(path.parent / "metrics.csv")["train/mse"][1][-1]
+
+
+def test_lbfgs_two_layers_teacher_and_no_loggers():
+    command(
+        *SMALL, "data=gaussian_teacher", "optimizer=lbfgs", "schedule=constant", "model.hidden_dims=[7,5]",
+        "trainer.max_epochs=5", "~logger.wandb", "callbacks.angular_volume_monitor=null", "task=train",
+    )  # fmt: skip
+    summary = summary_of(only("outputs/quickstart/*"))
+    assert summary["mce"] is None
+    assert summary["hidden_dims"] == [7, 5]
+    assert not only("outputs/quickstart/*").joinpath("wandb").exists()
+
+
+def test_resume_from_a_checkpoint_and_two_processes():
+    command(*SMALL, "trainer.max_epochs=40", "schedule=constant", "logger.mode=disabled")
+    first = only("outputs/quickstart/*")
+    command(
+        *SMALL, "trainer.max_epochs=60", "schedule=constant", "logger.mode=disabled",
+        f"ckpt_path={first}/checkpoints/last.ckpt", "hydra.run.dir=resumed",
+    )  # fmt: skip
+    command(*SMALL, "trainer=cpu_ddp", "trainer.max_epochs=60", "schedule=constant", "hydra.run.dir=ddp", "logger.mode=offline")
+    resumed, two = summary_of(Path("resumed")), summary_of(Path("ddp"))
+    assert resumed["steps"] == two["steps"] == 60
+    for key in ("mse", "min_preactivation", "log_volume_lower_bound", "stationarity"):
+        assert two[key] == pytest.approx(resumed[key], rel=1e-8)
+    assert {p.name for p in Path("ddp").iterdir()} >= FOLDER
+
+
+def test_divergence_ends_with_a_message_and_keeps_what_it_had():
+    done = command(*SMALL, "optimizer=sgd", "optimizer.lr=100", "trainer.max_epochs=300", expect=1)
+    assert "training diverged" in done.stderr
+    folder = only("outputs/quickstart/*")
+    assert {p.name for p in folder.iterdir()} >= FOLDER - {"checkpoints"}
+    summary = summary_of(folder)
+    assert summary["kind"] == "not_stationary"
+    assert "diverged" in summary["reason"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model.negative_slope=1"], "negative_slope must be a real number other than 1"),
+        (["model.hidden_dims=[0]"], "hidden_dims must be at least 1, got 0"),
+        (["model.input_dim=7"], "the data have 40 inputs a sample and the network input_dim=7"),
+        (["experiment=mnist", "data.root=nowhere"], "no MNIST in"),
+        (["model.wdith=3"], "Key 'wdith' is not in struct"),
+        (["data=cifar11"], "Could not find 'data/cifar11'"),
+        (["task=fly"], "task must be one of ['train'], got 'fly'"),
+    ],
+)
+def test_bad_input_is_named_on_the_command_line(arguments, message):
+    done = command(*arguments, expect=1)
+    assert message in done.stderr
+    assert not list(Path().glob("outputs/*/*/metrics.csv")) or "metrics" not in done.stdout
+
+
+def test_a_run_folder_is_not_overwritten():
+    command(*SMALL, "trainer.max_epochs=2", "logger.mode=disabled", "hydra.run.dir=here")
+    before = Path("here/summary.json").read_bytes()
+    done = command(*SMALL, "trainer.max_epochs=2", "logger.mode=disabled", "hydra.run.dir=here", expect=1)
+    assert "already holds a run" in done.stderr
+    assert Path("here/summary.json").read_bytes() == before
+
+
+def test_help_and_config_are_shown():
+    assert "lightning-mnn experiment=mnist" in command("--help").stdout
+    assert "num_samples: 320" in command("--cfg", "job").stdout
+
+
+@pytest.mark.slow
+def test_mnist_learns_on_the_real_digits(mnist_root):
+    command("experiment=mnist", f"data.root={mnist_root}", "trainer.max_epochs=6", "logger.mode=disabled", "dtype=float32")
+    folder = only("outputs/mnist/*")
+    summary = summary_of(folder)
+    assert summary["num_samples"] == 70000
+    assert summary["wrong"] < 1500
+    assert summary["rank_cap"] <= 89 * 784
+    with (folder / "metrics.csv").open() as file:
+        assert all(math.isfinite(float(row["train/mse"])) for row in csv.DictReader(file) if row["train/mse"])

@@ -1,0 +1,52 @@
+"""One process and two real gloo processes give the same answers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(devices, options, folder):
+    folder.mkdir()
+    out = folder / "found.json"
+    command = [sys.executable, "-m", "tests.two_processes", str(devices), json.dumps(options), str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+def numbers(value):
+    if isinstance(value, list):
+        return [n for item in value for n in numbers(item)]
+    return [value]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_samples": 21},
+        {"num_samples": 23, "batch_size": 8},
+        {"num_samples": 17, "batch_size": 4, "replicas": 2},
+        {"num_samples": 21, "batch_size": 5, "hidden_dims": [7, 5]},
+    ],
+    ids=["full batch", "mini-batches", "replicas", "two layers, a batch of one"],
+)
+def test_two_processes_agree_with_one(tmp_path, options):
+    one, two = run(1, options, tmp_path / "one"), run(2, options, tmp_path / "two")
+    assert (one.pop("world_size"), two.pop("world_size")) == (1, 2)
+    if options.get("replicas", 1) == 1:
+        assert set(one["counts"]) == set(two["counts"]) == {6.0}  # every sample once in each of the 6 epochs
+    assert one.keys() == two.keys()
+    assert one["digests"] == two["digests"]
+    assert one["logged"].keys() == two["logged"].keys()
+    one |= one.pop("logged")
+    two |= two.pop("logged")
+    for name in one:
+        for a, b in zip(numbers(one[name]), numbers(two[name]), strict=True):
+            same_text = isinstance(a, str) or a is None or b is None
+            assert a == b if same_text else b == pytest.approx(a, rel=1e-10, abs=1e-10), name

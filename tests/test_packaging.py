@@ -1,0 +1,39 @@
+"""The wheel holds all that the command needs."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+def test_the_wheel_runs_the_command_from_an_empty_folder(tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT], check=True
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        archive.extractall(tmp_path / "site")
+    configs = {f"lightning_mnn/conf/{path.relative_to(ROOT / 'conf')}" for path in (ROOT / "conf").rglob("*.yaml")}
+    assert configs <= names
+    assert "lightning_mnn/py.typed" in names
+    assert not {name.split("/")[0] for name in names} & {"conf", "tests", "outputs"}
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    where = subprocess.run(
+        [sys.executable, "-c", "import lightning_mnn; print(lightning_mnn.__file__)"],
+        cwd=empty, env=environment, check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    assert str(tmp_path) in where
+    subprocess.run(
+        [sys.executable, "-m", "lightning_mnn", "trainer.max_epochs=3", "logger.mode=disabled"],
+        cwd=empty, env=environment, check=True, capture_output=True,
+    )  # fmt: skip
+    assert len(list(empty.glob("outputs/quickstart/*/summary.json"))) == 1

@@ -1,0 +1,68 @@
+"""Train on one or two processes and write what was found to a file (run by test_ddp)."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+
+from lightning_mnn import MNN
+from lightning_mnn.callbacks import ActivationPatternRecorder, LocalMinimumDetector, Schedule
+from lightning_mnn.callbacks.schedule import ScheduledCallback
+from lightning_mnn.data import GaussianData
+from lightning_mnn.metrics import MeanClassificationError
+
+
+class Counter(pl.Callback):
+    """Counts how often each sample is seen."""
+
+    def __init__(self, num_samples):
+        self.counts = torch.zeros(num_samples)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        for x in batch[0].reshape(-1, batch[0].shape[-1]):
+            self.counts += (trainer.datamodule.inputs.reshape(-1, x.shape[0])[: len(self.counts)] == x).all(1)
+
+    def on_train_end(self, trainer, pl_module):
+        self.counts = trainer.strategy.reduce(self.counts, reduce_op="sum")
+        metric = MeanClassificationError(0.0).to(pl_module.device)
+        for x, y in trainer.train_dataloader:
+            metric.update(pl_module(x), y)
+        self.mce = float(metric.compute())  # collective
+
+
+def main(devices: int, options: dict, out: Path) -> None:
+    torch.set_num_threads(1)
+    counter, recorder = Counter(options["num_samples"]), ActivationPatternRecorder(Schedule(every=2), dirpath=out.parent)
+    callbacks = [counter, recorder, LocalMinimumDetector(Schedule(every=3), stop_training=False)]
+    trainer = pl.Trainer(
+        max_epochs=6,
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        default_root_dir=out.parent,
+        callbacks=callbacks,
+    )
+    replicas = options.get("replicas", 1)
+    model = MNN(6, options.get("hidden_dims", [9]), replicas=replicas, optimizer={"name": "adam", "lr": 1e-2})
+    data = GaussianData(options["num_samples"], 6, batch_size=options.get("batch_size"), replicas=replicas)
+    trainer.fit(model, data)
+    found = {"world_size": trainer.world_size, "counts": counter.counts.tolist(), "metric": counter.mce}
+    found |= {"logged": {name: float(value) for name, value in trainer.callback_metrics.items()}}
+    for callback in trainer.callbacks:
+        if isinstance(callback, ScheduledCallback):
+            found |= callback.summary()
+    if trainer.is_global_zero:
+        found["digests"] = [recorder.store.attributes(step)["digest"] for step in recorder.store.steps]
+        found["weights"] = [w.flatten().tolist() for w in model.parameters()]
+        out.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3]))
