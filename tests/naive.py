@@ -1,5 +1,6 @@
 """Slow, obvious references: loops over samples and units, and autograd."""
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,11 +28,11 @@ class Problem:
 
 
 @st.composite
-def problems(draw, max_layers=2, replicas=st.sampled_from([None, 1, 3])):
+def problems(draw, max_layers=2, replicas=(None, 1, 3)):
     """Problems of random shapes, slopes 0, 0.1 and −1, with and without replicas, with own or shared data."""
     size = st.integers(1, 7)
     num_samples, dims = draw(size), [draw(size) for _ in range(draw(st.integers(1, max_layers)) + 1)]
-    count = draw(replicas)
+    count = draw(st.sampled_from(replicas))
     own_data = draw(st.booleans())
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     lead = () if count is None else (count,)
@@ -40,7 +41,7 @@ def problems(draw, max_layers=2, replicas=st.sampled_from([None, 1, 3])):
     def normal(*shape):
         return torch.from_numpy(np.asarray(rng.standard_normal(shape)))
 
-    hidden = tuple(normal(*lead, after, before) for before, after in zip(dims, dims[1:], strict=False))
+    hidden = tuple(normal(*lead, after, before) for before, after in itertools.pairwise(dims))
     network = Network(hidden, normal(*lead, dims[-1]), draw(st.sampled_from([0.0, 0.1, -1.0])))
     targets = torch.from_numpy(rng.integers(0, 2, (*data_lead, num_samples)).astype(np.float64))
     return Problem(network, normal(*data_lead, num_samples, dims[0]), targets)

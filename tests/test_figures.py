@@ -6,8 +6,8 @@ from matplotlib.image import imread
 from lightning_mnn.figures import PANELS, Figure, read_metrics, run_figure
 
 SUMMARY = {
-    "input_dim": 3, "hidden_dims": [4], "negative_slope": 0.1, "num_samples": 50, "replicas": 1, "kind": "not_stationary",
-    "mse": 0.25, "wrong": 3,
+    "input_dim": 3, "hidden_dims": [4], "negative_slope": 0.1, "num_samples": 50, "replicas": 1,
+    "kind": "not_stationary", "mse": 0.25, "wrong": 3,
 }  # fmt: skip
 
 
@@ -28,7 +28,9 @@ def drawn(monkeypatch):
 
 
 def test_metrics_are_read_by_name(tmp_path):
-    write_run(tmp_path, [{"step": 0, "train/mse": 0.5}, {"step": 3, "minimum/mse": 1e-31}, {"step": 4, "train/mse": 0.25}])
+    write_run(
+        tmp_path, [{"step": 0, "train/mse": 0.5}, {"step": 3, "minimum/mse": 1e-31}, {"step": 4, "train/mse": 0.25}]
+    )
     assert read_metrics(tmp_path / "metrics.csv") == {"train/mse": ([0, 4], [0.5, 0.25]), "minimum/mse": ([3], [1e-31])}
 
 

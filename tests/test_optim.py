@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -39,7 +40,7 @@ def test_exponential_tail_is_that_of_figure_5_2():
     assert set(found[:501]) == {2.0}
     assert found[750] == pytest.approx(2e-2)
     assert found[1000] == pytest.approx(2e-4)
-    ratios = [b / a for a, b in zip(found[501:], found[502:], strict=False)]
+    ratios = [b / a for a, b in itertools.pairwise(found[501:])]
     assert max(ratios) == pytest.approx(min(ratios))
 
 

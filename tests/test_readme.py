@@ -9,11 +9,14 @@ from hydra import compose, initialize_config_module
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = re.findall(r"^lightning-mnn(?: .*)?$", "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)), re.M)
+COMMANDS = re.findall(
+    r"^lightning-mnn(?: .*)?$", "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)), re.MULTILINE
+)
 
 
+@pytest.mark.filterwarnings("ignore:Starting from v1.9.0")  # Lightning, of loggers that are not installed
 @pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
-def test_python_blocks_run(code, tmp_path):
+def test_python_blocks_run(code):
     exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})  # noqa: S102
 
 

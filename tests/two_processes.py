@@ -34,7 +34,10 @@ class Counter(pl.Callback):
 
 def main(devices: int, options: dict, out: Path) -> None:
     torch.set_num_threads(1)
-    counter, recorder = Counter(options["num_samples"]), ActivationPatternRecorder(Schedule(every=2), dirpath=out.parent)
+    counter, recorder = (
+        Counter(options["num_samples"]),
+        ActivationPatternRecorder(Schedule(every=2), dirpath=out.parent),
+    )
     callbacks = [counter, recorder, LocalMinimumDetector(Schedule(every=3), stop_training=False)]
     trainer = pl.Trainer(
         max_epochs=6,

@@ -105,7 +105,7 @@ def flat_batch(batch: Any, *, replicated: bool = False) -> tuple[Tensor, Tensor]
 
     Args:
         batch: what a loader yields.
-        replicated: the batch is for networks side by side, (N, d0) or (R, N, d0) and (N,) or (R, N), and comes as it is.
+        replicated: the batch is for networks side by side, (N, d0) or (R, N, d0) and (N,) or (R, N), and is left alone.
 
     Raises:
         TypeError: the batch is not a pair of tensors.

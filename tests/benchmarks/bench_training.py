@@ -39,7 +39,11 @@ def main():
     for name, overrides in cases.items():
         ratios = []
         for _ in range(ROUNDS):
-            plain_before, ours, plain_after = loop_seconds(overrides), command_seconds(overrides), loop_seconds(overrides)
+            plain_before, ours, plain_after = (
+                loop_seconds(overrides),
+                command_seconds(overrides),
+                loop_seconds(overrides),
+            )
             ratios.append(ours / ((plain_before + plain_after) / 2))
             print(f"{name}: loop {plain_before:.2f} and {plain_after:.2f} s, ours {ours:.2f} s, ratio {ratios[-1]:.2f}")
         print(f"{name}: median ratio {sorted(ratios)[ROUNDS // 2]:.2f}")

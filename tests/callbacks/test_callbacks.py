@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -39,7 +40,7 @@ def fitted(make_trainer, epochs=2000, **options):
 
 def read_rows(logger):
     """The rows of a metrics.csv, each with the values that it has."""
-    with open(logger.experiment.metrics_file_path, newline="") as file:
+    with Path(logger.experiment.metrics_file_path).open(newline="") as file:
         return [{name: float(v) for name, v in row.items() if v} for row in csv.DictReader(file)]
 
 

@@ -107,7 +107,10 @@ def test_what_cannot_be_enumerated_is_refused():
     dataset = TensorDataset(torch.ones(4, 2), torch.ones(4))
     for source, message in (
         (DataLoader(Stream()), "IterableDataset cannot be enumerated"),
-        (DataLoader(dataset, sampler=SubsetRandomSampler([0, 2])), r"wrap the chosen samples in a torch.utils.data.Subset"),
+        (
+            DataLoader(dataset, sampler=SubsetRandomSampler([0, 2])),
+            r"wrap the chosen samples in a torch.utils.data.Subset",
+        ),
         ({"a": DataLoader(dataset)}, "samples of a dict cannot be enumerated"),
     ):
         with pytest.raises(TypeError, match=message):

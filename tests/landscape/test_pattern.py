@@ -11,7 +11,7 @@ from lightning_mnn.landscape.pattern import _pack_by_numpy, _pack_by_torch
 @st.composite
 def patterns(draw, count=1):
     """Patterns of one shape, with and without a replica axis."""
-    shape = draw(st.sampled_from([(), (1,), (3,)])) + (draw(st.integers(1, 6)), draw(st.integers(1, 20)))
+    shape = (*draw(st.sampled_from([(), (1,), (3,)])), draw(st.integers(1, 6)), draw(st.integers(1, 20)))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     return [ActivationPattern(torch.from_numpy(rng.random(shape) < 0.5)) for _ in range(count)]
 
@@ -60,6 +60,8 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="NaN"):
         ActivationPattern.from_preactivations(torch.tensor([[float("nan")]]))
     with pytest.raises(ValueError, match="different shape"):
-        ActivationPattern(torch.ones(1, 2, dtype=torch.bool)).flips(ActivationPattern(torch.ones(2, 2, dtype=torch.bool)))
+        ActivationPattern(torch.ones(1, 2, dtype=torch.bool)).flips(
+            ActivationPattern(torch.ones(2, 2, dtype=torch.bool))
+        )
     with pytest.raises(ValueError, match="bits must be uint8 with 2 bytes"):
         PackedPattern(torch.zeros(3, 1, dtype=torch.uint8), width=9)

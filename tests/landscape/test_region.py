@@ -9,10 +9,10 @@ from lightning_mnn.landscape.region import gram_rank, khatri_rao
 
 
 @st.composite
-def regions(draw, replicas=st.sampled_from([None, 2])):
+def regions(draw):
     """Random regions, some with repeated samples or units that make them rank-deficient."""
     n, d0, d1 = draw(st.integers(1, 8)), draw(st.integers(1, 5)), draw(st.integers(1, 5))
-    count = draw(replicas)
+    count = draw(st.sampled_from([None, 2]))
     lead = () if count is None else (count,)
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     inputs = rng.standard_normal((*lead, n, d0))
@@ -21,7 +21,9 @@ def regions(draw, replicas=st.sampled_from([None, 2])):
         inputs[..., 1, :], active[..., 1, :] = 2 * inputs[..., 0, :], active[..., 0, :]
     if d1 > 1 and draw(st.booleans()):
         active[..., 1] = active[..., 0]
-    return Region(torch.from_numpy(inputs), ActivationPattern(torch.from_numpy(active)), draw(st.sampled_from([0, 0.1, -1])))
+    return Region(
+        torch.from_numpy(inputs), ActivationPattern(torch.from_numpy(active)), draw(st.sampled_from([0, 0.1, -1]))
+    )
 
 
 def dense(region, r=None):

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from lightning_mnn.landscape.survey import rank_cap
 from tests import naive
 
 
-def replicas_of(problem, found):
+def replicas_of(problem):
     """Pairs (problem, survey value getter) of every replica."""
     if problem.network.output_weights.ndim == 1:
         return [(problem, lambda value: value)]
@@ -20,7 +22,7 @@ def replicas_of(problem, found):
 @given(naive.problems())
 def test_survey_agrees_with_loops(problem):
     found = survey_network(problem.network, problem.inputs, problem.targets, threshold=0.5)
-    for single, pick in replicas_of(problem, found):
+    for single, pick in replicas_of(problem):
         layers, outputs = naive.forward(single)
         errors = single.targets.numpy() - np.array(outputs)
         np.testing.assert_allclose(pick(found.squared_error), (errors**2).sum(), rtol=1e-10, atol=1e-24)
@@ -47,7 +49,7 @@ def test_survey_agrees_with_loops(problem):
 @given(naive.problems())
 def test_correlation_is_g_e_and_the_gradient(problem):
     found = survey_network(problem.network, problem.inputs, problem.targets)
-    for single, pick in replicas_of(problem, found):
+    for single, pick in replicas_of(problem):
         scale = 1 + float(single.inputs.norm()) ** 3
         naive_g_e = naive.last_correlation(single)
         np.testing.assert_allclose(pick(found.layers[-1].correlation), naive_g_e, atol=1e-11 * scale)
@@ -62,7 +64,7 @@ def test_correlation_is_g_e_and_the_gradient(problem):
 @given(naive.problems(max_layers=1))
 def test_sines_and_stationarity_agree_with_loops(problem):
     found = survey_network(problem.network, problem.inputs, problem.targets)
-    for single, pick in replicas_of(problem, found):
+    for single, pick in replicas_of(problem):
         weights, inputs = single.network.hidden_weights[0].numpy(), single.inputs.numpy()
         sines = [min(abs(w @ x) / np.linalg.norm(w) / np.linalg.norm(x) for x in inputs) for w in weights]
         np.testing.assert_allclose(pick(found.layers[0].smallest_sines), sines, rtol=1e-9, atol=1e-14)
@@ -81,7 +83,7 @@ def test_merged_parts_equal_the_whole(problem, data):
     edges = [0, *cuts, count]
     parts = [
         survey_network(problem.network, problem.inputs[..., a:b, :], problem.targets[..., a:b], 0.5)
-        for a, b in zip(edges, edges[1:], strict=False)
+        for a, b in itertools.pairwise(edges)
     ]
     whole, merged = survey_network(problem.network, problem.inputs, problem.targets, 0.5), merge_surveys(parts)
     assert merged.num_samples == whole.num_samples
@@ -95,7 +97,7 @@ def test_merged_parts_equal_the_whole(problem, data):
 
 
 @settings(max_examples=60)
-@given(naive.problems(replicas=st.none()), st.floats(-6, 6))
+@given(naive.problems(replicas=[None]), st.floats(-6, 6))
 def test_rounding_bound_holds(problem, exponent):
     """The float64 residual differs from the one in extended precision by no more than the bound."""
     scaled = problem.inputs * 10**exponent
@@ -132,7 +134,7 @@ def test_zero_inputs_and_zero_rows():
     assert float(layer.smallest_preactivation) == 0.0
 
 
-@given(naive.problems(max_layers=1, replicas=st.none()))
+@given(naive.problems(max_layers=1, replicas=[None]))
 def test_rank_cap_is_an_upper_bound(problem):
     from lightning_mnn.landscape import Region
     from lightning_mnn.landscape.region import gram_rank

@@ -17,8 +17,8 @@ from lightning_mnn.figures import read_metrics
 
 SUMMARY = {
     "mse", "mce", "wrong", "kind", "zero_error", "distance", "margin_ratio", "min_preactivation", "kinks", "rank",
-    "rank_cap", "log_volume", "log_volume_standard_error", "log_volume_lower_bound", "regions_visited", "epochs", "steps",
-    "seconds", "num_samples", "input_dim", "hidden_dims", "negative_slope", "replicas", "seed",
+    "rank_cap", "log_volume", "log_volume_standard_error", "log_volume_lower_bound", "regions_visited", "epochs",
+    "steps", "seconds", "num_samples", "input_dim", "hidden_dims", "negative_slope", "replicas", "seed",
 }  # fmt: skip
 FOLDER = {"summary.json", "metrics.csv", "figure.png", "patterns.zarr", "checkpoints", ".hydra", "wandb"}
 SMALL = ("data.num_samples=20", "data.input_dim=6", "model.hidden_dims=[8]", "trainer.accelerator=cpu")
@@ -122,7 +122,14 @@ def test_resume_from_a_checkpoint_and_two_processes():
         *SMALL, "trainer.max_epochs=60", "schedule=constant", "logger.mode=disabled",
         f"ckpt_path={first}/checkpoints/last.ckpt", "hydra.run.dir=resumed",
     )  # fmt: skip
-    command(*SMALL, "trainer=cpu_ddp", "trainer.max_epochs=60", "schedule=constant", "hydra.run.dir=ddp", "logger.mode=offline")
+    command(
+        *SMALL,
+        "trainer=cpu_ddp",
+        "trainer.max_epochs=60",
+        "schedule=constant",
+        "hydra.run.dir=ddp",
+        "logger.mode=offline",
+    )
     resumed, two = summary_of(Path("resumed")), summary_of(Path("ddp"))
     assert resumed["steps"] == two["steps"] == 60
     for key in ("mse", "min_preactivation", "log_volume_lower_bound", "stationarity"):
@@ -173,7 +180,9 @@ def test_help_and_config_are_shown():
 
 @pytest.mark.slow
 def test_mnist_learns_on_the_real_digits(mnist_root):
-    command("experiment=mnist", f"data.root={mnist_root}", "trainer.max_epochs=6", "logger.mode=disabled", "dtype=float32")
+    command(
+        "experiment=mnist", f"data.root={mnist_root}", "trainer.max_epochs=6", "logger.mode=disabled", "dtype=float32"
+    )
     folder = only("outputs/mnist/*")
     summary = summary_of(folder)
     assert summary["num_samples"] == 70000
