@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import pkgutil
 import warnings
 from typing import TYPE_CHECKING
@@ -40,7 +39,6 @@ def run(cfg: DictConfig) -> float | None:
 def _quieten() -> None:
     """Leave out what Lightning says of itself; the run's own words come at its end."""
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
-    os.environ.setdefault("WANDB_SILENT", "true")
     warnings.filterwarnings("ignore", message=r"The number of training batches \(\d+\) is smaller than the logging")
     warnings.filterwarnings("ignore", message=r"Experiment logs directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")

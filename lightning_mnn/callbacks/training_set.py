@@ -12,7 +12,7 @@ from torch import nn
 from lightning_mnn.data.checks import find_threshold
 from lightning_mnn.data.shards import exact_shard, flat_batch
 from lightning_mnn.landscape.region import gram_rank
-from lightning_mnn.landscape.survey import Network, Survey, merge_surveys, survey_network
+from lightning_mnn.landscape.survey import Network, Survey, merge_surveys, on_cpu, survey_network
 from lightning_mnn.mnn import DivergenceError
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ def survey_training_set(trainer: pl.Trainer, pl_module: pl.LightningModule) -> S
         survey_network(_on(network, inputs.device), inputs, targets, threshold)
         for inputs, targets in _batches(trainer, network)
     ]
-    empty = not parts  # fewer samples than processes
-    survey = merge_surveys([part for part in gather(None if empty else merge_surveys(parts)) if part is not None])
+    own = on_cpu(merge_surveys(parts)) if parts else None  # there may be fewer samples than processes
+    survey = merge_surveys([part for part in gather(own) if part is not None])
     _surveys[pl_module] = moment, survey
     return survey
 

@@ -235,6 +235,12 @@ def merge_surveys(parts: Sequence[Survey]) -> Survey:
     return Survey(**_merged(parts) | {"num_samples": sum(part.num_samples for part in parts), "layers": layers})
 
 
+def on_cpu(survey: Survey) -> Survey:
+    """The same survey with its tensors on the CPU, where those of several processes can meet."""
+    layers = tuple(Layer(**_moved(layer)) for layer in survey.layers)
+    return Survey(**_moved(survey) | {"num_samples": survey.num_samples, "layers": layers})
+
+
 def rank_cap(survey: Survey, input_rank: Tensor, negative_slope: float) -> Tensor:
     """Upper bound on rank(A∘X) of a two-layer network: min(N − #samples without an active unit, rank A · rank X).
 
@@ -316,10 +322,15 @@ def _rounding_bound(network: Network, inputs: Tensor, targets: Tensor) -> Tensor
     return bound
 
 
-def _merged(parts: Sequence[Any]) -> dict[str, Any]:
-    merged = {}
-    for item in fields(parts[0]):
-        if (rule := item.metadata.get("merge")) is not None:
-            values = [getattr(part, item.name) for part in parts]
-            merged[item.name] = None if values[0] is None else rule(values)
-    return merged
+def _measures(part: Survey | Layer) -> dict[str, Tensor | None]:
+    return {item.name: getattr(part, item.name) for item in fields(part) if "merge" in item.metadata}
+
+
+def _moved(part: Survey | Layer) -> dict[str, Any]:
+    return {name: None if value is None else value.cpu() for name, value in _measures(part).items()}
+
+
+def _merged(parts: Sequence[Survey] | Sequence[Layer]) -> dict[str, Any]:
+    rules = {item.name: item.metadata["merge"] for item in fields(parts[0]) if "merge" in item.metadata}
+    values = {name: [getattr(part, name) for part in parts] for name in rules}
+    return {name: None if values[name][0] is None else rule(values[name]) for name, rule in rules.items()}

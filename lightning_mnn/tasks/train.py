@@ -49,7 +49,7 @@ def train(cfg: DictConfig) -> float:
     model: MNN = _build(cfg.model, input_dim=cfg.model.input_dim or datamodule.input_dim)
     timer = Timer()
     callbacks = [timer, *(_build(node) for node in cfg.callbacks.values() if node)]
-    loggers = [_build(node) for node in cfg.logger.values() if isinstance(node, DictConfig)]
+    loggers = _loggers(cfg.logger)
     trainer: pl.Trainer = _build(cfg.trainer, callbacks=callbacks, logger=loggers)
     failure: DivergenceError | None = None
     try:
@@ -57,7 +57,7 @@ def train(cfg: DictConfig) -> float:
             logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
         try:
             trainer.fit(model, datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
-            trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt")
+            trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt", weights_only=False)  # optimiser too
         except DivergenceError as error:
             failure = error
         summary = summarise(trainer, model, datamodule, timer.time_elapsed("train"), cfg.seed, failure)
@@ -104,6 +104,15 @@ def _build(node: DictConfig, **overrides: Any) -> Any:
         return hydra.utils.instantiate(node, _convert_="all", **overrides)
     except InstantiationException as error:
         raise (error.__cause__ or error) from None
+
+
+def _loggers(cfg: DictConfig) -> list[Any]:
+    nodes = [node for node in cfg.values() if isinstance(node, DictConfig)]
+    if any(node["_target_"].endswith("WandbLogger") for node in nodes):
+        import wandb  # noqa: PLC0415 (slow, and only used with its logger)
+
+        wandb.setup(wandb.Settings(silent=True))  # before it warns of arguments that Lightning gives it
+    return [_build(node) for node in nodes]
 
 
 @rank_zero_only
