@@ -11,6 +11,8 @@ import pytorch_lightning as pl
 import torch
 from typing_extensions import override
 
+from lightning_mnn.callbacks.training_set import forget
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -83,7 +85,9 @@ class ScheduledCallback(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._last_step, self._acted = None, False
+        if stage == "fit":
+            self._last_step, self._acted = None, False
+            forget(pl_module)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

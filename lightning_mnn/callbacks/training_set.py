@@ -20,8 +20,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _surveys: WeakKeyDictionary[pl.LightningModule, tuple[Any, Survey]] = WeakKeyDictionary()
-_input_ranks: WeakKeyDictionary[pl.LightningModule, tuple[Any, Tensor]] = WeakKeyDictionary()
+_input_ranks: WeakKeyDictionary[pl.LightningModule, Tensor] = WeakKeyDictionary()
 _thresholds: WeakKeyDictionary[pl.LightningModule, float | None] = WeakKeyDictionary()
+
+
+def forget(pl_module: pl.LightningModule) -> None:
+    """Drop what is known of an earlier fit of a module, which may have had other data."""
+    for known in (_surveys, _input_ranks, _thresholds):
+        known.pop(pl_module, None)
 
 
 def network_of(pl_module: pl.LightningModule) -> Network | None:
@@ -87,16 +93,15 @@ def survey_training_set(trainer: pl.Trainer, pl_module: pl.LightningModule) -> S
 
 def input_rank(trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network) -> Tensor:
     """Rank of the training inputs X, int64 (...); found once a run."""
-    source = id(trainer.train_dataloader)
-    if pl_module not in _input_ranks or _input_ranks[pl_module][0] != source:
+    if pl_module not in _input_ranks:
         gram: Tensor | float = 0.0
         for inputs, _ in _batches(trainer, network):
             wide = inputs.to(torch.float64)
             gram = gram + wide.mT @ wide
         total = sum(part for part in gather(gram.cpu() if isinstance(gram, torch.Tensor) else None) if part is not None)
         assert isinstance(total, torch.Tensor)  # noqa: S101 (a training set holds a sample)
-        _input_ranks[pl_module] = source, gram_rank(total)
-    return _input_ranks[pl_module][1]
+        _input_ranks[pl_module] = gram_rank(total)
+    return _input_ranks[pl_module]
 
 
 def gather(value: Any) -> list[Any]:

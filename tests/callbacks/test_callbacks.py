@@ -243,6 +243,21 @@ def test_training_is_not_touched_by_the_callbacks(make_trainer, seed):
         assert torch.equal(a, b)
 
 
+def test_a_second_fit_knows_nothing_of_the_first(make_trainer):
+    torch.manual_seed(0)
+    x, y = GaussianData(28, 12).tensors()
+    callbacks = [LocalMinimumDetector(), ActivationPatternRecorder(), AngularVolumeMonitor()]
+    module, found = Regressor(), []
+    for inputs, targets in ((x, y), (x[:9] * 2, (y[:9] + 1) / 2)):
+        trainer = make_trainer(max_epochs=2, callbacks=callbacks)
+        trainer.fit(module, DataLoader(TensorDataset(inputs.reshape(-1, 3, 4), targets), batch_size=28))
+        found.append(callbacks[0].summary() | callbacks[1].summary())
+    assert [summary["rank_cap"] for summary in found] == [28, 9]
+    out = module.net(x[:9].reshape(-1, 3, 4) * 2)[:, 0]
+    assert found[1]["wrong"] == int(((out > 0.5) != (y[:9] > 0)).sum())
+    assert callbacks[1].store.steps == [0, 1, 2]
+
+
 def test_fast_dev_run_writes_nothing(make_trainer, tmp_path):
     make_trainer(fast_dev_run=True).fit(MNN(3, (4,)), GaussianData(8, 3))
     assert list(tmp_path.iterdir()) == []
