@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import pkgutil
+import sys
 import warnings
 from typing import TYPE_CHECKING
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -18,7 +22,12 @@ if TYPE_CHECKING:
 def main(cfg: DictConfig) -> float | None:
     """Run the task of a composed config; a sweeper optimises what it returns."""
     _quieten()
-    return run(cfg)
+    try:
+        return run(cfg)
+    except (ValueError, OSError, ArithmeticError) as error:
+        if HydraConfig.get().mode is RunMode.MULTIRUN or "HYDRA_FULL_ERROR" in os.environ:
+            raise  # Hydra notes which job failed, and shows where
+        sys.exit(f"error: {error}\n(HYDRA_FULL_ERROR=1 shows where it was raised)")
 
 
 def run(cfg: DictConfig) -> float | None:

@@ -27,7 +27,7 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _MAX_HIDDEN_LAYERS = 2
 
 
-class DivergenceError(RuntimeError):
+class DivergenceError(ArithmeticError):
     """Training reached values that are not finite."""
 
 

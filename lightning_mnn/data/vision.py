@@ -42,7 +42,7 @@ class MNISTData(ResidentData):
     Raises:
         ValueError: an unknown part or labels, groups that overlap or are empty.
         FileNotFoundError: (in setup) files that are missing, with what to put where.
-        RuntimeError: (in setup) an archive whose checksum is wrong.
+        OSError: (in setup) an archive whose checksum is wrong.
     """
 
     input_dim = 784
@@ -99,7 +99,7 @@ class MNISTData(ResidentData):
         if archives := self._archives():
             for archive, md5 in archives.items():
                 if not check_integrity(str(archive), md5):
-                    raise RuntimeError(
+                    raise OSError(
                         f"{archive} is corrupt or truncated: its md5 is not {md5}. "
                         "Replace it by the original archive (or delete it and set data.download=true)"
                     )

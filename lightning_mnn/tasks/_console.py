@@ -57,7 +57,7 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("MCE", _errors(summary)),
         ("smallest |w·x|", _span(summary.get("min_preactivation"), ".2g")),
         ("relative to ‖w‖‖x‖", _span(summary.get("relative_preactivation"), ".2g")),
-        ("pre-activations within rounding of a kink", _span(summary.get("kinks"))),
+        ("within rounding of a kink", _span(summary.get("kinks"))),
         ("rank of A∘X", _rank(summary)),
         (volume, f"at least {_span(bound, '.1f')} nats" if (bound := summary.get("log_volume_lower_bound")) else None),
         ("regions seen", _span(summary.get("regions_visited"))),

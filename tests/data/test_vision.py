@@ -48,7 +48,7 @@ def test_truncated_archive_is_named(mnist_root, tmp_path):
     raw = copy_of(mnist_root, tmp_path)
     archive = raw / "t10k-images-idx3-ubyte.gz"
     archive.write_bytes(archive.read_bytes()[:100_000])
-    with pytest.raises(RuntimeError, match=r"t10k-images-idx3-ubyte\.gz is corrupt or truncated"):
+    with pytest.raises(OSError, match=r"t10k-images-idx3-ubyte\.gz is corrupt or truncated"):
         MNISTData(tmp_path).setup()
 
 

@@ -162,7 +162,8 @@ def test_divergence_ends_with_a_message_and_keeps_what_it_had():
 def test_bad_input_is_named_on_the_command_line(arguments, message):
     done = command(*arguments, expect=1)
     assert message in done.stderr
-    assert not list(Path().glob("outputs/*/*/metrics.csv")) or "metrics" not in done.stdout
+    assert "Traceback" not in done.stderr
+    assert not list(Path().glob("outputs/*/*/summary.json"))
 
 
 def test_a_run_folder_is_not_overwritten():
