@@ -6,6 +6,7 @@ Shapes: B samples of a batch, d0 inputs, d1 (d2) hidden units, R replicas.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_mnn.data.checks import check_training_set
+from lightning_mnn.data.shards import flat_batch
 from lightning_mnn.landscape.survey import Network, wrong
 from lightning_mnn.optim import build_optimizer, build_schedule
 from lightning_mnn.seeding import generator
+from lightning_mnn.validation import positive_integer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -37,7 +40,7 @@ class MNN(pl.LightningModule):
     f(u) = u where u > 0 and ρ u elsewhere. Weights are drawn by He's rule: N(0, 2 / ((1 + ρ²) fan-in)) in every layer,
     the output layer included. ``replicas=R`` trains R independent networks side by side as batched products; replica r
     starts as a single network with seed ``seed + r`` does, and the loss is the sum of the replicas' MSEs, so that none
-    feels the others.
+    feels the others. Targets of shape (B, 1) are taken as (B,), and images as flat inputs.
 
     Inputs are (B, d0), shared by all replicas, or (R, B, d0); outputs are (B,), with R > 1 replicas (R, B).
 
@@ -58,9 +61,9 @@ class MNN(pl.LightningModule):
 
     Raises:
         ValueError: ρ = 1, a size that is not positive, more than two hidden layers, an unknown dtype, optimiser or
-            schedule; LBFGS with several replicas. Before training starts: inputs of another dimension, NaN or infinity
-            in the data, labels that are not binary.
-        DivergenceError: (in training) the loss or a weight is no longer finite.
+            schedule; LBFGS with several replicas or processes. Before training starts: inputs of another dimension, NaN
+            or infinity in the data, labels that are not binary.
+        DivergenceError: (in training) the loss or a weight, of any one replica, is no longer finite.
 
     >>> MNN(input_dim=3, hidden_dims=(5,), replicas=4)(torch.zeros(7, 3)).shape
     torch.Size([4, 7])
@@ -82,10 +85,11 @@ class MNN(pl.LightningModule):
         default_callbacks: bool = True,  # noqa: ARG002 (kept in hparams)
     ) -> None:
         super().__init__()
-        hidden_dims = [int(width) for width in hidden_dims]
         optimizer = dict(optimizer or {"name": "adam", "lr": 1e-3})
         schedule = dict(schedule or {"name": "constant"})
-        _check_sizes(input_dim, hidden_dims, replicas)
+        input_dim = positive_integer("input_dim", input_dim)
+        hidden_dims = _checked_widths(hidden_dims)
+        replicas = positive_integer("replicas", replicas)
         if not math.isfinite(negative_slope) or negative_slope == 1:
             raise ValueError(
                 f"negative_slope must be a real number other than 1 (the network would be linear), got {negative_slope}"
@@ -136,7 +140,7 @@ class MNN(pl.LightningModule):
 
     @override
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        inputs, targets = batch
+        inputs, targets = flat_batch(batch, replicated=self.replicas > 1)
         predictions = self(inputs)
         scale = self._samples_per_process(targets)
         squared_errors = (predictions - targets).square().sum(-1) / scale
@@ -165,8 +169,10 @@ class MNN(pl.LightningModule):
         """
         mse = squared_errors.detach()
         if not bool(mse.isfinite().all()):
+            lost = [replica for replica, value in enumerate(mse.reshape(-1).tolist()) if not math.isfinite(value)]
+            which = f" of replicas {lost}" if self.replicas > 1 else ""
             raise DivergenceError(
-                f"training diverged: the MSE is {mse.tolist()} after {self.trainer.global_step} steps. "
+                f"training diverged: the MSE{which} is not finite after {self.trainer.global_step} steps. "
                 "Lower the learning rate"
             )
         several = self.trainer.world_size > 1
@@ -197,6 +203,10 @@ class MNN(pl.LightningModule):
     @override
     def on_fit_start(self) -> None:
         """Check the training set before any work is done on it."""
+        if self.trainer.world_size > 1 and self.hparams["optimizer"]["name"] == "lbfgs":
+            raise ValueError(
+                "optimizer lbfgs runs on one process, whose line search sees the whole loss: use devices=1"
+            )
         self.trainer.fit_loop.setup_data()  # now, not after on_train_start: the callbacks' first pass comes there
         self.threshold = check_training_set(
             self.trainer,
@@ -217,10 +227,8 @@ class MNN(pl.LightningModule):
                 )
 
 
-def _check_sizes(input_dim: int, hidden_dims: Sequence[int], replicas: int) -> None:
-    if not 1 <= len(hidden_dims) <= _MAX_HIDDEN_LAYERS:
-        raise ValueError(f"hidden_dims must hold one or two widths, got {list(hidden_dims)}")
-    sizes = [("input_dim", input_dim), ("replicas", replicas), *(("hidden_dims", width) for width in hidden_dims)]
-    for name, size in sizes:
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
+def _checked_widths(hidden_dims: Sequence[int]) -> list[int]:
+    widths = list(hidden_dims) if isinstance(hidden_dims, Iterable) else [hidden_dims]
+    if not (isinstance(hidden_dims, Iterable) and 1 <= len(widths) <= _MAX_HIDDEN_LAYERS):
+        raise ValueError(f"hidden_dims must be a list of one or two widths, got {hidden_dims!r}")
+    return [positive_integer("hidden_dims", width) for width in widths]

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "lightning_mnn"
 FLOORS = {
     "landscape": 1,
     "seeding": 1,
+    "validation": 1,
     "data": 2,
     "optim": 2,
     "mnn": 2,

@@ -28,6 +28,10 @@ def test_on_the_threshold_is_an_error():
     assert float(MeanClassificationError(0.0)(torch.tensor([0.0]), torch.tensor([-1.0]))) == 1.0
 
 
+def test_undefined_predictions_are_errors():
+    assert float(MeanClassificationError()(torch.tensor([float("nan")] * 2), torch.tensor([1.0, 0.0]))) == 1.0
+
+
 def test_replicas_count_alike_and_reset_clears():
     metric = MeanClassificationError()
     metric.update(torch.tensor([[0.9, 0.1], [0.9, 0.9]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))

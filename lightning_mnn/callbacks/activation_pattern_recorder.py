@@ -48,7 +48,8 @@ class ActivationPatternRecorder(ScheduledCallback):
 
     Raises:
         ValueError: ``probe`` < 1.
-        TypeError: (at the start of training) a module without kinks, or data whose samples cannot be enumerated.
+        TypeError: (at the start of training) a module without kinks, data whose samples cannot be enumerated, or
+            batches whose first part is not a tensor.
     """
 
     def __init__(
@@ -84,7 +85,8 @@ class ActivationPatternRecorder(ScheduledCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         folder = self.dirpath or trainer.log_dir or trainer.default_root_dir  # log_dir is a collective
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.store = _open_store(Path(folder), self._last_step)
+            digests = _digests(self._last) if self._last else []
+            self.store = _open_store(Path(folder), self._last_step, digests)
         super().on_train_start(trainer, pl_module)
 
     @override
@@ -99,8 +101,9 @@ class ActivationPatternRecorder(ScheduledCallback):
         last, self._last = self._last or patterns, patterns
         if self.store is not None:
             replicated = next(iter(patterns.values())).bits.ndim > 2
-            epoch = trainer.current_epoch if trainer.global_step else 0
-            self.store.write(trainer.global_step, epoch, patterns, digests if replicated else digests[0])
+            self.store.write(
+                trainer.global_step, self.completed_epochs, patterns, digests if replicated else digests[0]
+            )
         self._log(trainer, last)
 
     @override
@@ -192,11 +195,10 @@ def record_patterns(
     hooks = [part.register_forward_pre_hook(hook_of(name)) for name, part in kinks.items()]
     try:
         pl_module.eval()
-        with torch.no_grad():
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
             for batch in exact_shard(trainer.train_dataloader, trainer.global_rank, trainer.world_size, chosen):
                 met.clear()
-                inputs = batch[0] if isinstance(batch, list | tuple) else batch
-                pl_module(inputs.to(pl_module.device))
+                pl_module(_inputs(batch, trainer))
                 for name, preactivations in met.items():
                     batches.setdefault(name, []).append(ActivationPattern.from_preactivations(preactivations).pack())
                 if not met:
@@ -213,6 +215,17 @@ def record_patterns(
         name: PackedPattern(torch.cat([p.bits.cpu() for p in parts], dim=-2), parts[0].width)
         for name, parts in batches.items()
     }
+
+
+def _inputs(batch: Any, trainer: pl.Trainer) -> Any:
+    """What a forward pass takes of a batch: its first part, on the device and in the precision of training."""
+    inputs = batch[0] if isinstance(batch, list | tuple) else batch
+    if not isinstance(inputs, torch.Tensor):
+        raise TypeError(
+            "ActivationPatternRecorder passes a batch, or the first part of a tuple, to the module's forward, and "
+            f"expects a tensor there, got {type(inputs).__name__}"
+        )
+    return trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(inputs))
 
 
 def _digests(patterns: dict[str, PackedPattern]) -> list[str]:
@@ -234,12 +247,12 @@ def _any_layer(flags: list[Tensor]) -> Tensor:
     return torch.stack(flags).any(0)
 
 
-def _open_store(folder: Path, resumed_step: int | None) -> PatternStore:
+def _open_store(folder: Path, resumed_step: int | None, digests: list[str]) -> PatternStore:
     """The store to write: the one that a resumed run was writing in this folder, or one that does not exist yet."""
     path, version = folder / "patterns.zarr", 0
     while path.exists():
         store = PatternStore(path)
-        if resumed_step is not None and resumed_step in store.steps:
+        if resumed_step in store.steps and store.attributes(resumed_step)["digest"] in (digests, *digests[:1]):
             store.discard_after(resumed_step)
             return store
         version += 1

@@ -53,11 +53,12 @@ class AngularVolumeMonitor(ScheduledCallback):
     ) -> dict[str, Tensor | float | None]:
         """Theorems 6, 8, 9 and 10 at the given sizes, by logged name; None where a theorem does not apply."""
         sizes = (num_samples, input_dim, width)
+        wide = width >= 2 * num_samples / input_dim  # d1* of Theorem 9
         return {
             "volume/theorem_6_suboptimal": float(bounds.suboptimal_log_volume(*sizes, self.epsilon, negative_slope)),
             "volume/theorem_8_width": float(bounds.sufficient_width(*sizes[:2])) if input_dim > 1 else None,
-            "volume/theorem_9_global": float(bounds.global_log_volume(*sizes)),
-            "volume/theorem_9_failure": float(bounds.global_failure_probability(*sizes[:2])),
+            "volume/theorem_9_global": float(bounds.global_log_volume(*sizes)) if wide else None,
+            "volume/theorem_9_failure": float(bounds.global_failure_probability(*sizes[:2])) if wide else None,
             "volume/theorem_10_ratio": float(bounds.log_volume_ratio(*sizes, self.epsilon, negative_slope)),
         }
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
     from torch import Tensor
 
-_RANK_OPERATIONS = 1e11  # about what a processor does in a few seconds
+_RANK_OPERATIONS = 2e10  # about what a processor does in a few seconds
 
 
 class LocalMinimumDetector(ScheduledCallback):
@@ -108,7 +108,8 @@ class LocalMinimumDetector(ScheduledCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         assert self.survey is not None  # noqa: S101 (the end has been surveyed)
-        self._ranks = _rank(trainer, required_network(self, pl_module), self.survey)
+        if trainer.is_global_zero:
+            self._ranks = _rank(trainer, required_network(self, pl_module), self.survey)
         for replica, verdict in enumerate(self.verdicts):
             name = f" (replica {replica})" if len(self.verdicts) > 1 else ""
             rank_zero_info(f"LocalMinimumDetector{name}: {verdict.kind}: {verdict.reason}")

@@ -68,11 +68,15 @@ class ScheduledCallback(pl.Callback):
 
     Args:
         schedule: when to act between the start and the end.
+
+    Attributes:
+        completed_epochs: epochs that are done when the callback acts.
     """
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
         self._last_step: int | None = None
+        self.completed_epochs = 0
         self._acted = False  # by this process; a resumed run has a last step before that
 
     @abstractmethod
@@ -91,6 +95,7 @@ class ScheduledCallback(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.completed_epochs = trainer.current_epoch
         if self._last_step is None:  # not resumed
             self._act_once(trainer, pl_module)
 
@@ -103,7 +108,8 @@ class ScheduledCallback(pl.Callback):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.schedule.unit == "epoch" and self.schedule.due(trainer.current_epoch + 1):
+        self.completed_epochs = trainer.current_epoch + 1
+        if self.schedule.unit == "epoch" and self.schedule.due(self.completed_epochs):
             self._act_once(trainer, pl_module)
 
     @override

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
@@ -13,7 +14,7 @@ from lightning_mnn.data.checks import find_threshold
 from lightning_mnn.data.shards import exact_shard, flat_batch
 from lightning_mnn.landscape.region import gram_rank
 from lightning_mnn.landscape.survey import Network, Survey, merge_surveys, on_cpu, survey_network
-from lightning_mnn.mnn import DivergenceError
+from lightning_mnn.mnn import MNN, DivergenceError
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -33,14 +34,18 @@ def forget(pl_module: pl.LightningModule) -> None:
 def network_of(pl_module: pl.LightningModule) -> Network | None:
     """The piecewise-linear network of a module, or None where there is no such network.
 
-    A module may say it itself by a method ``network() -> Network``, as MNN does. Otherwise its only ``nn.Sequential``
-    of the form ``Linear, ReLU or LeakyReLU, …, Linear → 1``, without biases, is taken; ``Flatten`` may stand before it.
+    A module may say it itself by a method ``network() -> Network``, as MNN does. Otherwise an ``nn.Sequential`` of the
+    form ``Linear, ReLU or LeakyReLU, …, Linear → 1``, without biases, is taken where it holds all parameters and
+    buffers of the module; ``Flatten`` may stand before it.
     """
     stated: Any = getattr(pl_module, "network", None)
-    if callable(stated):
+    if inspect.ismethod(stated):
         return cast("Network", stated())
-    found = [network for part in pl_module.modules() if (network := _sequential(part)) is not None]
-    return found[0] if len(found) == 1 else None
+    own = {id(tensor) for tensor in (*pl_module.parameters(), *pl_module.buffers())}
+    for part in pl_module.modules():
+        if own == {id(tensor) for tensor in part.parameters()} and (network := _sequential(part)) is not None:
+            return network
+    return None
 
 
 def required_network(callback: pl.Callback, pl_module: pl.LightningModule) -> Network:
@@ -122,8 +127,8 @@ def _batches(trainer: pl.Trainer, network: Network) -> Any:
 
 
 def _threshold(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float | None:
-    if hasattr(pl_module, "threshold"):
-        return cast("float | None", pl_module.threshold)
+    if isinstance(pl_module, MNN):
+        return pl_module.threshold
     if pl_module not in _thresholds:
         _thresholds[pl_module] = find_threshold(trainer)
     return _thresholds[pl_module]

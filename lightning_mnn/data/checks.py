@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_mnn.data.shards import exact_shard, flat_batch, is_resident
+import torch
+
+from lightning_mnn.data.shards import exact_shard, flat_batch, num_samples
 from lightning_mnn.landscape.survey import fitting_thresholds
+from lightning_mnn.metrics import check_labels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,9 +20,9 @@ if TYPE_CHECKING:
 def check_training_set(
     trainer: pl.Trainer, input_dim: int, replicas: int, threshold: float | None, *, regression: bool
 ) -> float | None:
-    """Check the Trainer's training set, and find the decision threshold of its labels.
+    """Check the Trainer's training set in one pass, and find the decision threshold of its labels. Collective.
 
-    Data in memory are checked whole, each process its part; of others only the first batch.
+    Of data whose samples cannot be enumerated only the first batch is checked.
 
     Returns:
         The threshold: as given, or 0.5 for labels {0, 1} and 0 for ±1; None for regression.
@@ -27,19 +30,24 @@ def check_training_set(
     Raises:
         ValueError: inputs of another dimension or number of replicas, NaN or infinity, labels that are not binary.
     """
-    for batch in _readable_batches(trainer):
+    fitting = {0.5, 0.0}
+    example: list[float] = []
+    for batch in _batches(trainer):
         inputs, targets = flat_batch(batch, replicated=replicas > 1)
         check_batch(inputs, targets, input_dim, replicas)
+        if threshold is not None and not regression:
+            check_labels(targets, threshold)
+        fitting &= fitting_thresholds(targets)
+        if not fitting and not example:
+            example = sorted(set(targets.flatten().tolist()))[:5]
     if regression:
         return None
     if threshold is not None:
         return threshold
-    found = find_threshold(trainer)
+    found = _agreed(trainer, fitting)
     if found is None:
-        _, targets = next(iter(_readable_batches(trainer)))
-        examples = sorted(set(targets.flatten().tolist()))[:5]
         raise ValueError(
-            f"labels are not binary: expected {{0, 1}} or ±1, found {examples}, for example. Map the "
+            f"labels are not binary: expected {{0, 1}} or ±1, found {example or 'others'}, for example. Map the "
             "classes to two labels, or train on real-valued targets with MNN(regression=True) (model.regression=true)"
         )
     return found
@@ -52,21 +60,9 @@ def find_threshold(trainer: pl.Trainer) -> float | None:
         ValueError: all labels are 1, which fits both.
     """
     fitting = {0.5, 0.0}
-    for _, targets in _readable_batches(trainer):
-        fitting &= fitting_thresholds(targets)
-    fitting = {t for t in (0.5, 0.0) if trainer.strategy.reduce_boolean_decision(t in fitting, all=True)}
-    if len(fitting) > 1:
-        raise ValueError("all labels are 1, which fits {0, 1} and ±1: give MNN(threshold=0.5) or MNN(threshold=0.0)")
-    return fitting.pop() if fitting else None
-
-
-def _readable_batches(trainer: pl.Trainer) -> Iterator[Any]:
-    """This process's part of data in memory; of other data the first batch."""
-    loader: Any = trainer.train_dataloader
-    if is_resident(loader):
-        yield from exact_shard(loader, trainer.global_rank, trainer.world_size)
-    else:
-        yield next(iter(loader))
+    for batch in _batches(trainer):
+        fitting &= fitting_thresholds(flat_batch(batch)[1])
+    return _agreed(trainer, fitting)
 
 
 def check_batch(inputs: Tensor, targets: Tensor, input_dim: int, replicas: int) -> None:
@@ -88,3 +84,24 @@ def check_batch(inputs: Tensor, targets: Tensor, input_dim: int, replicas: int) 
         if not bool(tensor.isfinite().all()):
             count = int((~tensor.isfinite()).sum())
             raise ValueError(f"the {name} hold {count} values that are NaN or infinite: remove those samples first")
+
+
+def _agreed(trainer: pl.Trainer, fitting: set[float]) -> float | None:
+    """The one threshold that fits the labels of every process; None where none does."""
+    everywhere = [t for t in (0.5, 0.0) if trainer.strategy.reduce_boolean_decision(t in fitting, all=True)]
+    if len(everywhere) > 1:
+        raise ValueError("all labels are 1, which fits {0, 1} and ±1: give MNN(threshold=0.5) or MNN(threshold=0.0)")
+    return everywhere[0] if everywhere else None
+
+
+def _batches(trainer: pl.Trainer) -> Iterator[Any]:
+    """This process's part of the training set; of one that cannot be enumerated the first batch."""
+    loader: Any = trainer.train_dataloader
+    try:
+        num_samples(loader)
+    except TypeError:
+        with torch.random.fork_rng(devices=[]):  # the order of training is not to depend on this look
+            first = next(iter(loader))
+        yield first
+    else:
+        yield from exact_shard(loader, trainer.global_rank, trainer.world_size)

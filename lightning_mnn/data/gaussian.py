@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from lightning_mnn.data.resident import ResidentData
 from lightning_mnn.seeding import generator
+from lightning_mnn.validation import positive_integer
 
 LABELS = ("plus_minus", "zero_one", "teacher")
 
@@ -46,15 +47,12 @@ class GaussianData(ResidentData):
         **options: object,
     ) -> None:
         super().__init__(dtype=dtype, **options)  # type: ignore[arg-type]
-        for name, size in (("num_samples", num_samples), ("input_dim", input_dim), ("teacher_width", teacher_width)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
         if labels not in LABELS:
             raise ValueError(f"labels must be one of {LABELS}, got {labels!r}")
-        self.num_samples = num_samples
+        self.num_samples = positive_integer("num_samples", num_samples)
         self.labels = labels
-        self.teacher_width = teacher_width
-        self._input_dim = input_dim
+        self.teacher_width = positive_integer("teacher_width", teacher_width)
+        self._input_dim = positive_integer("input_dim", input_dim)
 
     @property
     @override

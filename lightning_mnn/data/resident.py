@@ -14,6 +14,7 @@ import torch
 from typing_extensions import override
 
 from lightning_mnn.seeding import generator
+from lightning_mnn.validation import positive_integer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -94,8 +95,8 @@ class ResidentLoader:
             )
         if inputs.shape[-2] == 0:
             raise ValueError("the data set is empty: it must hold at least one sample")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1 (or null for the full batch), got {batch_size}")
+        if batch_size is not None:
+            batch_size = positive_integer("batch_size", batch_size)
         for name, tensor in (("inputs", inputs), ("targets", targets)):
             replicated = tensor.ndim == (3 if name == "inputs" else 2)
             if replicated and tensor.shape[0] != len(seeds):
@@ -107,27 +108,39 @@ class ResidentLoader:
         self.rank = rank
         self.world_size = world_size
         self.sampler = EpochShuffle(self.num_samples, seeds, shuffle=shuffle)  # Lightning looks for this name
+        self._start = 0  # first batch of the next pass
+        self._next = 0  # batch to begin with, if training is resumed from here
 
     def __len__(self) -> int:
         """Batches an epoch."""
         return math.ceil(self.num_samples / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's part of each batch."""
+        """This process's part of each batch; of the first pass after a resume, of those that are left."""
+        start, self._start = self._start, 0
         if len(self) == 1:
             low, high = part_of(self.num_samples, self.rank, self.world_size)
             yield self.inputs[..., low:high, :], self.targets[..., low:high]
             return
         order = self.sampler.permutation().to(self.inputs.device)
         replica = torch.arange(len(order), device=order.device)[:, None] if order.ndim == 2 else None
-        for start in range(0, self.num_samples, self.batch_size):
-            size = min(self.batch_size, self.num_samples - start)
-            low, high = part_of(size, self.rank, self.world_size)
-            index = order[..., start + low : start + high]
+        for batch in range(start, len(self)):
+            self._next = (batch + 1) % len(self)
+            first = batch * self.batch_size
+            low, high = part_of(min(self.batch_size, self.num_samples - first), self.rank, self.world_size)
+            index = order[..., first + low : first + high]
             yield (
                 self.inputs[replica, index] if self.inputs.ndim == 3 else self.inputs[index],
                 self.targets[replica, index] if self.targets.ndim == 2 else self.targets[index],
             )
+
+    def state_dict(self) -> dict[str, int]:
+        """Where in the epoch the loader is."""
+        return {"next_batch": self._next}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on where a loader with this state was."""
+        self._start = self._next = state_dict.get("next_batch", 0)
 
     def samples(self, index: slice | Tensor) -> tuple[Tensor, Tensor]:
         """Inputs and targets of some samples, in the data set's order."""
@@ -167,19 +180,17 @@ class ResidentData(pl.LightningDataModule, ABC):
         dtype: str = "float32",
     ) -> None:
         super().__init__()
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1 (or null for the full batch), got {batch_size}")
-        if replicas < 1:
-            raise ValueError(f"replicas must be at least 1, got {replicas}")
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
-        self.batch_size = batch_size
+        self.batch_size = None if batch_size is None else positive_integer("batch_size", batch_size)
         self.shuffle = shuffle
-        self.replicas = replicas
+        self.replicas = positive_integer("replicas", replicas)
         self.seed = seed
         self.dtype = DTYPES[dtype]
         self.inputs: Tensor | None = None
         self.targets: Tensor | None = None
+        self._loader: ResidentLoader | None = None
+        self._loader_state: dict[str, int] = {}
 
     @abstractmethod
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -210,7 +221,7 @@ class ResidentData(pl.LightningDataModule, ABC):
         if self.trainer is not None:
             rank, world_size = self.trainer.global_rank, self.trainer.world_size
             device = self.trainer.strategy.root_device
-        return ResidentLoader(
+        self._loader = ResidentLoader(
             self.inputs.to(device),
             self.targets.to(device),
             self.batch_size,
@@ -219,6 +230,17 @@ class ResidentData(pl.LightningDataModule, ABC):
             rank=rank,
             world_size=world_size,
         )
+        self._loader.load_state_dict(self._loader_state)
+        return self._loader
+
+    @override
+    def state_dict(self) -> dict[str, int]:
+        return {} if self._loader is None else self._loader.state_dict()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        # Lightning itself restores a loader's state only where nothing asked for the loader before.
+        self._loader_state = state_dict
 
 
 class TensorData(ResidentData):

@@ -12,7 +12,6 @@ from torch.utils.data import (
     RandomSampler,
     SequentialSampler,
     Subset,
-    TensorDataset,
 )
 
 from lightning_mnn.data.resident import ResidentLoader, part_of
@@ -39,8 +38,8 @@ def exact_shard(loader: Any, rank: int = 0, world_size: int = 1, chosen: Tensor 
         Batches, of resident tensors about 4 million numbers of inputs each, else as the loader collates them.
 
     Raises:
-        TypeError: a loader whose samples cannot be enumerated (an ``IterableDataset``, a sampler that chooses among the
-            samples, several loaders at once, a list of batches with several processes).
+        TypeError: a loader whose samples cannot be enumerated: an ``IterableDataset``, a sampler that chooses among the
+            samples, several loaders at once, no automatic batching.
     """
     if isinstance(loader, ResidentLoader):
         low, high = part_of(loader.num_samples if chosen is None else len(chosen), rank, world_size)
@@ -57,15 +56,10 @@ def exact_shard(loader: Any, rank: int = 0, world_size: int = 1, chosen: Tensor 
             batch_size=loader.batch_size or 256,
             collate_fn=loader.collate_fn,
             num_workers=loader.num_workers,
+            generator=torch.Generator(),  # a pass draws nothing from the global generator, which training uses
         )
-    elif isinstance(loader, list | tuple) and world_size == 1 and chosen is None:
-        yield from loader
     else:
-        raise TypeError(
-            f"the samples of a {type(loader).__name__} cannot be enumerated"
-            + (f" over {world_size} processes" if world_size > 1 else "")
-            + ": train on a DataLoader over a map-style data set, or on a ResidentLoader"
-        )
+        raise _not_enumerable(loader)
 
 
 def num_samples(loader: Any) -> int:
@@ -78,23 +72,25 @@ def num_samples(loader: Any) -> int:
         return loader.num_samples
     if isinstance(loader, DataLoader):
         return _map_style_samples(loader)
-    raise TypeError(f"the samples of a {type(loader).__name__} cannot be enumerated: train on a DataLoader")
+    raise _not_enumerable(loader)
 
 
-def is_resident(loader: Any) -> bool:
-    """Whether a pass over the loader's training set reads memory only."""
-    return isinstance(loader, ResidentLoader | list | tuple) or (
-        isinstance(loader, DataLoader) and isinstance(loader.dataset, TensorDataset)
+def _not_enumerable(loader: Any) -> TypeError:
+    return TypeError(
+        f"the samples of a {type(loader).__name__} cannot be enumerated: train on a DataLoader over a map-style data "
+        "set or on a ResidentLoader"
     )
 
 
 def _map_style_samples(loader: DataLoader[Any]) -> int:
     if isinstance(loader.dataset, IterableDataset):
         raise TypeError("the samples of an IterableDataset cannot be enumerated: train on a map-style data set")
-    samplers = (RandomSampler, SequentialSampler, DistributedSampler)
-    if not isinstance(loader.sampler, samplers):
+    if loader.batch_sampler is None:
+        raise TypeError("samples that come in batches of their own (batch_size=None) cannot be enumerated")
+    sampler = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
+    if not isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler):
         raise TypeError(
-            f"which samples a {type(loader.sampler).__name__} chooses cannot be known: "
+            f"which samples a {type(sampler).__name__} chooses cannot be known: "
             "wrap the chosen samples in a torch.utils.data.Subset instead"
         )
     return len(loader.dataset)  # type: ignore[arg-type]

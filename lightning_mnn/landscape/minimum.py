@@ -41,8 +41,9 @@ def first_order_verdicts(
 ) -> list[FirstOrderVerdict]:
     """Test each network of a survey: G e = 0, and no sample on a kink, both within tolerances.
 
-    A point off every kink is a local minimum if and only if G e = 0 exactly. In floats this is evidence, not a
-    certificate: the tests hold near a minimum of the region, not only at it.
+    With one hidden layer, a point off every kink is a local minimum if and only if G e = 0 exactly. In floats this is
+    evidence, not a certificate: the tests hold near a minimum of the region, not only at it. With two hidden layers the
+    tests (G e = 0 in the last layer and no gradient in the first) are necessary only, and the reason says so.
 
     Args:
         survey: an exact pass over the training set, of one network or R.
@@ -53,13 +54,13 @@ def first_order_verdicts(
         A list of R verdicts (of one, without a replica axis).
     """
     return [
-        _verdict(float(stationarity), float(sine), stationarity_tolerance, preactivation_tolerance)
+        _verdict(float(stationarity), float(sine), stationarity_tolerance, preactivation_tolerance, len(survey.layers))
         for stationarity, sine in zip(survey.stationarity.reshape(-1), survey.smallest_sine.reshape(-1), strict=True)
     ]
 
 
 def _verdict(
-    stationarity: float, sine: float, stationarity_tolerance: float, sine_tolerance: float
+    stationarity: float, sine: float, stationarity_tolerance: float, sine_tolerance: float, depth: int
 ) -> FirstOrderVerdict:
     moving = not stationarity <= stationarity_tolerance  # NaN counts as moving
     on_kink = not sine >= sine_tolerance
@@ -70,6 +71,6 @@ def _verdict(
     elif on_kink:
         reason = f"G e = 0, but {kink}, below {sine_tolerance:.1e}: at a kink, which first-order tests cannot judge"
     else:
-        reason = f"{gradient}; {kink}"
+        reason = f"{gradient}; {kink}" + ("; necessary conditions only, with two hidden layers" if depth > 1 else "")
     kind = Kind.NOT_STATIONARY if moving or on_kink else Kind.DIFFERENTIABLE_MINIMUM
     return FirstOrderVerdict(kind, reason, stationarity, sine)

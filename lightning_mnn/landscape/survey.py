@@ -144,11 +144,12 @@ class Survey:
 
     @property
     def stationarity(self) -> Tensor:
-        """‖G e‖ / (‖G‖_F ‖y‖), (...), the largest over the layers; 0 where G or y vanishes."""
+        """‖G e‖ / (‖G‖_F ‖y‖), (...), the largest over the layers; 0 where G e = 0, infinite where only y = 0."""
         ratios = []
         for layer in self.layers:
             scale = (layer.squared_norm * self.squared_target).sqrt()
-            ratios.append(torch.where(scale == 0, 0.0, layer.correlation.norm(dim=(-2, -1)) / scale))
+            size = layer.correlation.norm(dim=(-2, -1))
+            ratios.append(torch.where(size == 0, 0.0, size / scale))
         return reduce(torch.maximum, ratios)
 
     @property
@@ -284,9 +285,9 @@ def fitting_thresholds(targets: Tensor) -> set[float]:
 def wrong(predictions: Tensor, targets: Tensor, threshold: float) -> Tensor:
     """Which samples are misclassified, bool (..., N): (ŷ − threshold)(y − threshold) ≤ 1e-12.
 
-    A prediction on the threshold is an error.
+    A prediction on the threshold is an error, and so is NaN.
     """
-    return (predictions - threshold) * (targets - threshold) <= _AMBIGUITY
+    return ~((predictions - threshold) * (targets - threshold) > _AMBIGUITY)
 
 
 def _survey_layer(

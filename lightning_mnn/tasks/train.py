@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Timer
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
+from typing_extensions import override
 
 from lightning_mnn.callbacks.schedule import ScheduledCallback
 from lightning_mnn.figures import run_figure
@@ -25,6 +26,25 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
     from lightning_mnn.data import ResidentData
+
+
+# What the callbacks measure; null where a callback is off.
+MEASURES = (
+    *("mse", "mce", "wrong", "kind", "zero_error", "distance", "margin_ratio", "min_preactivation", "kinks"),
+    *("rank", "rank_cap", "log_volume", "log_volume_standard_error", "log_volume_lower_bound", "regions_visited"),
+)
+
+
+class FitTimer(Timer):
+    """Time from the start of training to the end of the callbacks' last work."""
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on: the other callbacks' last pass comes now."""
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
 
 
 def train(cfg: DictConfig) -> float:
@@ -46,8 +66,9 @@ def train(cfg: DictConfig) -> float:
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     datamodule: ResidentData = _build(cfg.data)
-    model: MNN = _build(cfg.model, input_dim=cfg.model.input_dim or datamodule.input_dim)
-    timer = Timer()
+    input_dim = datamodule.input_dim if cfg.model.input_dim is None else cfg.model.input_dim
+    model: MNN = _build(cfg.model, input_dim=input_dim)
+    timer = FitTimer()
     callbacks = [timer, *(_build(node) for node in cfg.callbacks.values() if node)]
     loggers = _loggers(cfg.logger)
     trainer: pl.Trainer = _build(cfg.trainer, callbacks=callbacks, logger=loggers)
@@ -79,7 +100,7 @@ def summarise(
     failure: DivergenceError | None = None,
 ) -> dict[str, Any]:
     """The run's ``summary.json``: what the callbacks found, and the run's sizes; measures are lists over R."""
-    found: dict[str, Any] = {"mse": None, "mce": None, "wrong": None, "kind": None}
+    found: dict[str, Any] = dict.fromkeys(MEASURES)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ScheduledCallback):
             found |= callback.summary()

@@ -3,7 +3,7 @@ import pytorch_lightning as pl
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from lightning_mnn.data import GaussianData, ResidentLoader, TensorData, exact_shard
 from lightning_mnn.data.shards import flat_batch, num_samples
@@ -63,6 +63,19 @@ def test_orders_change_with_the_epoch_and_come_back():
     assert [y.tolist() for _, y in one] == first
 
 
+@given(**shapes, stop=st.integers(1, 50))
+def test_a_loader_goes_on_where_another_was(n, batch, world, stop):
+    whole = [y.tolist() for _, y in loader(n, batch, world, world - 1)]
+    cut, resumed = loader(n, batch, world, world - 1), loader(n, batch, world, world - 1)
+    for index, _ in enumerate(cut):
+        if index + 1 == min(stop, len(cut)):
+            break
+    resumed.load_state_dict(cut.state_dict())
+    rest = [y.tolist() for _, y in resumed]
+    assert rest == (whole[stop:] if stop < len(whole) else whole)
+    assert [y.tolist() for _, y in resumed] == whole  # the next pass is a whole one
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -111,12 +124,17 @@ def test_what_cannot_be_enumerated_is_refused():
             DataLoader(dataset, sampler=SubsetRandomSampler([0, 2])),
             r"wrap the chosen samples in a torch.utils.data.Subset",
         ),
-        ({"a": DataLoader(dataset)}, "samples of a dict cannot be enumerated"),
+        (
+            DataLoader(dataset, batch_sampler=BatchSampler(SubsetRandomSampler([0, 2]), 2, drop_last=False)),
+            "which samples a SubsetRandomSampler chooses",
+        ),
+        (DataLoader(dataset, batch_size=None), "batch_size=None"),
+        ([DataLoader(dataset), DataLoader(dataset)], "samples of a list cannot be enumerated"),
     ):
         with pytest.raises(TypeError, match=message):
             list(exact_shard(source))
-    with pytest.raises(TypeError, match="over 2 processes"):
-        list(exact_shard([(torch.ones(1, 2), torch.ones(1))], 0, 2))
+    with pytest.raises(TypeError, match="samples of a dict cannot be enumerated"):
+        num_samples({"a": DataLoader(dataset)})
 
 
 def test_flat_batches():
@@ -185,7 +203,8 @@ def test_teacher_targets_have_a_zero_error_point():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
+        ({"num_samples": 0}, "num_samples must be at least 1 and a whole number, got 0"),
+        ({"num_samples": 1e3}, "num_samples must be at least 1 and a whole number, got 1000.0"),
         ({"labels": "spam"}, "labels must be one of"),
         ({"seed": -1}, "seed must not be negative"),
     ],

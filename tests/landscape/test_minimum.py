@@ -49,6 +49,23 @@ def test_nan_counts_as_moving():
     assert first_order_verdicts(found, 1e-11, 1e-9)[0].kind is Kind.NOT_STATIONARY
 
 
+def test_without_targets_a_point_with_an_error_is_not_stationary():
+    network, x, y = planted(0)
+    moved = Network((network.hidden_weights[0] * 1.1,), network.output_weights, 0.0)
+    found = survey_network(moved, x, torch.zeros_like(y))
+    assert first_order_verdicts(found, 1e-11, 1e-9)[0].kind is Kind.NOT_STATIONARY
+
+
+def test_two_hidden_layers_are_judged_by_necessary_conditions_and_it_is_said():
+    x = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    first, second, z = torch.eye(8).double(), torch.eye(8).double(), torch.linspace(-1, 1, 8).double()
+    network = Network((first, second), z, -1.0)
+    y = (x.abs() @ second.T).abs() @ z
+    (verdict,) = first_order_verdicts(survey_network(network, x, y), 1e-11, 1e-9)
+    assert verdict.kind is Kind.DIFFERENTIABLE_MINIMUM
+    assert "necessary conditions only" in verdict.reason
+
+
 def test_one_verdict_a_replica():
     networks = [planted(seed) for seed in range(3)]
     hidden = torch.stack([n.hidden_weights[0] for n, _, _ in networks])
