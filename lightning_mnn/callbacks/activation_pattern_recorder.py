@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_mnn.callbacks.pattern_store import PatternStore
 from lightning_mnn.callbacks.schedule import Schedule, ScheduledCallback, log_scalars
-from lightning_mnn.callbacks.training_set import gather, network_of, survey_training_set
+from lightning_mnn.callbacks.training_set import gather, network_of, patterns_of_training_set
 from lightning_mnn.data.shards import exact_shard, num_samples
 from lightning_mnn.landscape.pattern import ActivationPattern, PackedPattern
 from lightning_mnn.seeding import generator
@@ -136,8 +136,8 @@ class ActivationPatternRecorder(ScheduledCallback):
             widths = {name: next(part for part in parts if part)[name].width for name in layers}
             joined = {name: torch.cat([part[name].bits for part in parts if part], dim=-2) for name in layers}
             return {name: PackedPattern(bits, widths[name]) for name, bits in joined.items()}
-        layers_found = survey_training_set(trainer, pl_module).layers
-        whole = {f"layer_{i}": layer.pattern for i, layer in enumerate(layers_found, start=1)}
+        layers = enumerate(patterns_of_training_set(trainer, pl_module), start=1)
+        whole = {f"layer_{i}": pattern for i, pattern in layers}
         if chosen is None:
             return whole
         return {name: PackedPattern(p.bits[..., chosen, :], p.width) for name, p in whole.items()}

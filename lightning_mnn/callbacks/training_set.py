@@ -12,8 +12,9 @@ from torch import nn
 
 from lightning_mnn.data.checks import find_threshold
 from lightning_mnn.data.shards import exact_shard, flat_batch
+from lightning_mnn.landscape.pattern import PackedPattern
 from lightning_mnn.landscape.region import gram_rank
-from lightning_mnn.landscape.survey import Network, Survey, merge_surveys, on_cpu, survey_network
+from lightning_mnn.landscape.survey import Network, Survey, exact_patterns, merge_surveys, on_cpu, survey_network
 from lightning_mnn.mnn import MNN, DivergenceError
 
 if TYPE_CHECKING:
@@ -77,14 +78,10 @@ def survey_training_set(trainer: pl.Trainer, pl_module: pl.LightningModule) -> S
     network = network_of(pl_module)
     if network is None:
         raise TypeError(f"{type(pl_module).__name__} has no piecewise-linear network with one output")
-    weights = (*network.hidden_weights, network.output_weights)
-    moment = (trainer.global_step, *((w.data_ptr(), w._version) for w in weights))  # noqa: SLF001 (counts changes)
+    moment = _moment(trainer, network)
     if pl_module in _surveys and _surveys[pl_module][0] == moment:
         return _surveys[pl_module][1]
-    if not all(bool(w.isfinite().all()) for w in weights):
-        raise DivergenceError(
-            f"training diverged: weights are not finite after {trainer.global_step} steps. Lower the learning rate"
-        )
+    _check_weights(trainer, network)
     threshold = _threshold(trainer, pl_module)
     parts = [
         survey_network(_on(network, inputs.device), inputs, targets, threshold)
@@ -94,6 +91,26 @@ def survey_training_set(trainer: pl.Trainer, pl_module: pl.LightningModule) -> S
     survey = merge_surveys([part for part in gather(own) if part is not None])
     _surveys[pl_module] = moment, survey
     return survey
+
+
+def patterns_of_training_set(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[PackedPattern]:
+    """Activation patterns of every layer on the whole training set, in its order, on every process.
+
+    They are those of the survey, where there is one of these weights; else only the pre-activations are formed.
+    """
+    network = cast("Network", network_of(pl_module))
+    if pl_module in _surveys and _surveys[pl_module][0] == _moment(trainer, network):
+        return [layer.pattern for layer in _surveys[pl_module][1].layers]
+    _check_weights(trainer, network)
+    blocks = [
+        [pattern.pack().bits.cpu() for pattern in exact_patterns(_on(network, inputs.device), inputs)]
+        for inputs, _ in _batches(trainer, network)
+    ]
+    own = [torch.cat(parts, dim=-2) for parts in zip(*blocks, strict=True)]
+    layers = zip(*(part for part in gather(own) if part), strict=True)
+    return [
+        PackedPattern(torch.cat(parts, dim=-2), width) for parts, width in zip(layers, network.hidden_dims, strict=True)
+    ]
 
 
 def input_rank(trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network) -> Tensor:
@@ -116,6 +133,19 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def _moment(trainer: pl.Trainer, network: Network) -> Any:
+    """What changes when the weights do."""
+    weights = (*network.hidden_weights, network.output_weights)
+    return (trainer.global_step, *((w.data_ptr(), w._version) for w in weights))  # noqa: SLF001 (counts changes)
+
+
+def _check_weights(trainer: pl.Trainer, network: Network) -> None:
+    if not all(bool(w.isfinite().all()) for w in (*network.hidden_weights, network.output_weights)):
+        raise DivergenceError(
+            f"training diverged: weights are not finite after {trainer.global_step} steps. Lower the learning rate"
+        )
 
 
 def _batches(trainer: pl.Trainer, network: Network) -> Any:

@@ -123,15 +123,14 @@ class ResidentLoader:
             yield self.inputs[..., low:high, :], self.targets[..., low:high]
             return
         order = self.sampler.permutation().to(self.inputs.device)
-        replica = torch.arange(len(order), device=order.device)[:, None] if order.ndim == 2 else None
         for batch in range(start, len(self)):
             self._next = (batch + 1) % len(self)
             first = batch * self.batch_size
             low, high = part_of(min(self.batch_size, self.num_samples - first), self.rank, self.world_size)
             index = order[..., first + low : first + high]
             yield (
-                self.inputs[replica, index] if self.inputs.ndim == 3 else self.inputs[index],
-                self.targets[replica, index] if self.targets.ndim == 2 else self.targets[index],
+                _take(self.inputs, index, own=self.inputs.ndim == 3),
+                _take(self.targets, index, own=self.targets.ndim == 2),
             )
 
     def state_dict(self) -> dict[str, int]:
@@ -145,6 +144,17 @@ class ResidentLoader:
     def samples(self, index: slice | Tensor) -> tuple[Tensor, Tensor]:
         """Inputs and targets of some samples, in the data set's order."""
         return self.inputs[..., index, :], self.targets[..., index]
+
+
+def _take(tensor: Tensor, index: Tensor, *, own: bool) -> Tensor:
+    """Samples (B,) or (R, B) of a tensor that all replicas share, or of which each has its own part (R, N, …).
+
+    By ``index_select``, which takes a third of the time of indexing with brackets.
+    """
+    if own:
+        starts = tensor.shape[1] * torch.arange(len(tensor), device=index.device)
+        tensor, index = tensor.flatten(0, 1), index + starts[:, None]
+    return tensor.index_select(0, index.flatten()).reshape(*index.shape, *tensor.shape[1:])
 
 
 def part_of(total: int, rank: int, world_size: int) -> tuple[int, int]:

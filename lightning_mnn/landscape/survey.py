@@ -225,6 +225,32 @@ def survey_network(network: Network, inputs: Tensor, targets: Tensor, threshold:
     )
 
 
+def exact_patterns(network: Network, inputs: Tensor) -> tuple[ActivationPattern, ...]:
+    """Activation patterns of every layer, as a survey finds them, where nothing else of a survey is needed.
+
+    With one hidden layer the products are formed in the precision of the weights, and in float64 again only where they
+    are no larger than their rounding-error bound, (d0 + 4) eps ‖w‖‖x‖, so that their sign is in doubt.
+
+    Args:
+        network: the weights.
+        inputs: (..., N, d0), in the precision of the weights.
+    """
+    if len(network.hidden_weights) > 1 or inputs.dtype == torch.float64:
+        wide = Network(
+            *(tuple(w.double() for w in network.hidden_weights), network.output_weights, network.negative_slope)
+        )
+        return tuple(ActivationPattern.from_preactivations(u) for u in wide.preactivations(inputs.double()))
+    weights = network.hidden_weights[0]
+    preactivations = inputs @ weights.mT
+    bound = 2 * (network.input_dim + 4) * torch.finfo(inputs.dtype).eps * inputs.norm(dim=-1)[..., None]
+    active = ActivationPattern.from_preactivations(preactivations).active
+    doubtful = (preactivations.abs() <= bound * weights.norm(dim=-1)[..., None, :]).nonzero(as_tuple=True)
+    *replica, sample, unit = doubtful
+    rows = inputs[(*replica, sample)] if inputs.ndim == 3 else inputs[sample]
+    active[doubtful] = (rows.double() * weights[(*replica, unit)].double()).sum(-1) > 0
+    return (ActivationPattern(active),)
+
+
 def merge_surveys(parts: Sequence[Survey]) -> Survey:
     """The survey of all samples from surveys of parts of them, in the samples' order.
 
@@ -295,14 +321,14 @@ def _survey_layer(
 ) -> Layer:
     pattern = ActivationPattern.from_preactivations(u)
     slopes = pattern.slopes(network.negative_slope)
-    sample_norms = inputs.norm(dim=-1)[..., None]
-    sizes = torch.where(sample_norms > 0, u.abs(), torch.inf)
-    tolerance = (weights.shape[-1] + 2) * network.unit_roundoff * sample_norms * weights.norm(dim=-1)[..., None, :]
+    sample_norms, weight_norms = inputs.norm(dim=-1), weights.norm(dim=-1)
+    sizes = torch.where(sample_norms[..., None] > 0, u.abs(), torch.inf)
+    tolerance = (weights.shape[-1] + 2) * network.unit_roundoff * sample_norms[..., None] * weight_norms[..., None, :]
     return Layer(
         correlation=correlate(coefficients, inputs, residual),
-        squared_norm=(coefficients.square().sum(-1) * inputs.square().sum(-1)).sum(-1),
+        squared_norm=(coefficients.norm(dim=-1) * sample_norms).square().sum(-1),
         smallest_preactivation=sizes.amin((-2, -1)),
-        smallest_sines=smallest_sines(u, inputs, weights),
+        smallest_sines=smallest_sines(u, sample_norms, weight_norms),
         kinks=(sizes <= tolerance).sum((-2, -1)),
         active=pattern.active.sum(-2),
         unactivated=(~pattern.active.any(-1)).sum(-1),

@@ -83,27 +83,27 @@ def log_volume_lower_bound(region: Region, hidden_weights: Tensor) -> Tensor | f
     preactivations = inputs @ weights.mT
     if not torch.equal(preactivations > 0, region.pattern.active.expand(preactivations.shape)):
         raise ValueError("hidden_weights do not lie in the region: their activation pattern is another one")
-    bound = log_volume_bound_from_sines(smallest_sines(preactivations, inputs, weights), inputs.shape[-1])
+    bound = log_volume_bound_from_sines(
+        smallest_sines(preactivations, inputs.norm(dim=-1), weights.norm(dim=-1)), inputs.shape[-1]
+    )
     return float(bound) if bound.ndim == 0 else bound
 
 
-def smallest_sines(preactivations: Tensor, inputs: Tensor, weights: Tensor) -> Tensor:
+def smallest_sines(preactivations: Tensor, sample_norms: Tensor, weight_norms: Tensor) -> Tensor:
     """Smallest |w_i·x_n| / (‖w_i‖‖x_n‖) over the samples, for each unit: its angle's sine to the nearest kink.
 
     Samples x_n = 0 constrain nothing and are passed over; a row w_i = 0 lies on every kink (0).
 
     Args:
         preactivations: x_n·w_i, (..., N, d1).
-        inputs: (..., N, d0).
-        weights: (..., d1, d0).
+        sample_norms: ‖x_n‖, (..., N).
+        weight_norms: ‖w_i‖, (..., d1).
 
     Returns:
         Sines (..., d1); 1 where no sample constrains the unit.
     """
-    sample_norms = inputs.norm(dim=-1)[..., None]
-    ratios = torch.where(sample_norms > 0, preactivations.abs() / sample_norms, torch.inf).amin(dim=-2)
-    norms = weights.norm(dim=-1)
-    return torch.where(norms > 0, ratios / norms, 0.0).clamp(max=1.0)
+    ratios = (preactivations.abs() / sample_norms[..., None]).nan_to_num(nan=torch.inf, posinf=torch.inf).amin(dim=-2)
+    return torch.where(weight_norms > 0, ratios / weight_norms, 0.0).clamp(max=1.0)
 
 
 def log_volume_bound_from_sines(sines: Tensor, dim: int) -> Tensor:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_module
-from omegaconf import open_dict
 
 from lightning_mnn.optim import build_schedule
 from lightning_mnn.tasks.train import _build, train
@@ -51,15 +50,12 @@ def main():
 
 def config_of(overrides, run_dir):
     with initialize_config_module("lightning_mnn.conf", version_base="1.3"):
-        cfg = compose("config", ["trainer.accelerator=cpu", *overrides, f"run_dir={run_dir}"])
-    with open_dict(cfg):
-        cfg.callbacks.progress = None
-    return cfg
+        return compose("config", ["trainer.accelerator=cpu", *overrides, f"run_dir={run_dir}"])
 
 
 def command_seconds(overrides):
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        cfg = config_of([*overrides, "trainer.enable_progress_bar=false"], folder)
+        cfg = config_of(overrides, folder)
         train(cfg)
         return json.loads((Path(folder) / "summary.json").read_text())["seconds"]
 

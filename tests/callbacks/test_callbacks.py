@@ -215,7 +215,7 @@ def test_one_pass_serves_all_three(make_trainer, monkeypatch):
     real = training_set.survey_network
     monkeypatch.setattr(training_set, "survey_network", lambda *a: calls.append(1) or real(*a))
     schedule = Schedule(every=2)
-    callbacks = [ActivationPatternRecorder(schedule), AngularVolumeMonitor(schedule), LocalMinimumDetector(schedule)]
+    callbacks = [AngularVolumeMonitor(schedule), ActivationPatternRecorder(schedule), LocalMinimumDetector(schedule)]
     make_trainer(max_epochs=6, callbacks=callbacks).fit(MNN(3, (4,)), GaussianData(8, 3))
     assert len(calls) == 4  # before, and after 2, 4 and 6 epochs
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_mnn.landscape import Network, infer_threshold, merge_surveys, survey_network
-from lightning_mnn.landscape.survey import rank_cap
+from lightning_mnn.landscape.survey import exact_patterns, rank_cap
 from tests import naive
 
 
@@ -145,6 +145,36 @@ def test_rank_cap_is_an_upper_bound(problem):
     rank = Region(problem.inputs, found.layers[0].pattern.unpack(), slope).rank()
     cap = rank_cap(found, gram_rank(problem.inputs.T @ problem.inputs), slope)
     assert rank <= int(cap) <= problem.inputs.shape[0]
+
+
+@given(naive.problems(), st.sampled_from([torch.float32, torch.float64]))
+def test_patterns_alone_are_those_of_the_survey(problem, dtype):
+    hidden = tuple(w.to(dtype) for w in problem.network.hidden_weights)
+    network = Network(hidden, problem.network.output_weights.to(dtype), problem.network.negative_slope)
+    inputs = problem.inputs.to(dtype)
+    patterns = exact_patterns(network, inputs)
+    for pattern, layer in zip(patterns, survey_network(network, inputs, problem.targets).layers, strict=True):
+        assert torch.equal(pattern.active, layer.pattern.unpack().active)
+
+
+@pytest.mark.parametrize("replicas", [None, 2])
+def test_signs_that_single_precision_cannot_tell_are_exact(replicas):
+    """Each unit's weights are turned until every sample is within float32 rounding of its kink."""
+    rng = torch.Generator().manual_seed(0)
+    lead = () if replicas is None else (replicas,)
+    x = torch.randn(*lead, 200, 50, generator=rng)
+    w = torch.randn(*lead, 30, 50, generator=rng)
+    n = torch.arange(30)
+    near = (
+        w.double()
+        - ((w.double() * x[..., n, :]).sum(-1) / x[..., n, :].double().square().sum(-1))[..., None] * x[..., n, :]
+    )
+    network = Network((near.float(),), torch.ones(*lead, 30), 0.0, 2.0**-24)
+    expected = x.double() @ network.hidden_weights[0].double().mT > 0
+    (found,) = exact_patterns(network, x)
+    single = x @ network.hidden_weights[0].mT > 0
+    assert torch.equal(found.active, expected)
+    assert not torch.equal(single, expected)  # or this test tests nothing
 
 
 def test_wrong_dimension_is_named():
