@@ -1,13 +1,32 @@
-"""Pictures for those loggers that can show them."""
+"""What is handed to the loggers: scalars to all of them, pictures to those that can show them."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import pytorch_lightning as pl
     from pytorch_lightning.loggers import Logger
+    from torch import Tensor
+
+
+def log_scalars(trainer: pl.Trainer, scalars: dict[str, Tensor | float | None]) -> None:
+    """Log values measured after ``trainer.global_step`` steps, means over replicas; None and non-finite are left out.
+
+    They go to every logger at once and to ``trainer.callback_metrics``. ``LightningModule.log`` would drop those of
+    steps that ``log_every_n_steps`` passes over, and cannot be called at the end of training.
+    """
+    means = {
+        name: torch.as_tensor(value, dtype=torch.float64).mean() for name, value in scalars.items() if value is not None
+    }
+    finite = {name: value for name, value in means.items() if bool(value.isfinite())}
+    trainer.callback_metrics.update(finite)
+    for logger in trainer.loggers:
+        logger.log_metrics({name: float(value) for name, value in finite.items()}, step=trainer.global_step)
 
 
 def log_image(logger: Logger, name: str, path: Path, step: int) -> bool:

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_mnn.bundling import STEPS, may_bundle
 from lightning_mnn.data.checks import check_training_set
+from lightning_mnn.data.resident import ResidentData, ResidentLoader
 from lightning_mnn.data.shards import flat_batch
 from lightning_mnn.landscape.survey import Network, wrong
+from lightning_mnn.loggers import log_scalars
 from lightning_mnn.optim import build_optimizer, build_schedule
 from lightning_mnn.seeding import generator
 from lightning_mnn.validation import positive_integer
@@ -139,13 +142,42 @@ class MNN(pl.LightningModule):
         return (hidden @ self.output_weights[..., None])[..., 0]
 
     @override
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def setup(self, stage: str) -> None:
+        """Take several steps a Lightning batch where that is the same but for the time."""
+        data = self.trainer.datamodule if stage == "fit" else None  # type: ignore[attr-defined]
+        bundled = (
+            isinstance(data, ResidentData)
+            and type(self) is MNN
+            and self.hparams["optimizer"]["name"] != "lbfgs"
+            and may_bundle(self.trainer)
+        )
+        self.automatic_optimization = not bundled
+        if isinstance(data, ResidentData):
+            data.steps_per_batch = STEPS if bundled else 1
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        if self.automatic_optimization:
+            return self._loss(batch)
+        optimizer: Any = self.optimizers()
+        schedule: Any = self.lr_schedulers()
+        for part in batch:
+            loss = self._loss(part)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            if schedule is not None:
+                schedule.step()
+        return None
+
+    def _loss(self, batch: Any) -> Tensor:
+        """The sum of the replicas' MSEs on a batch; logged now and then."""
         inputs, targets = flat_batch(batch, replicated=self.replicas > 1)
         predictions = self(inputs)
         scale = self._samples_per_process(targets)
         squared_errors = (predictions - targets).square().sum(-1) / scale
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and (self.trainer.global_step + 1) % every == 0:  # when Lightning hands its metrics to the loggers
+        if every and (self.trainer.global_step + 1) % every == 0:
             self._log(squared_errors, predictions, targets, scale)
         loss: Tensor = squared_errors.sum()
         return loss
@@ -175,16 +207,24 @@ class MNN(pl.LightningModule):
                 f"training diverged: the MSE{which} is not finite after {self.trainer.global_step} steps. "
                 "Lower the learning rate"
             )
-        several = self.trainer.world_size > 1
-        self.log("train/mse", mse.mean(), prog_bar=True, sync_dist=several)
+        errors = {"train/mse": mse.mean()}
         if self.threshold is not None:
             mistakes = wrong(predictions.detach(), targets, self.threshold).sum(-1).to(mse.dtype) / scale
-            self.log("train/mce", mistakes.mean(), prog_bar=True, sync_dist=several)
+            errors["train/mce"] = mistakes.mean()
+        if self.trainer.world_size > 1:
+            errors = {name: self.trainer.strategy.reduce(value, reduce_op="mean") for name, value in errors.items()}
+        self.log_dict(errors, prog_bar=True, logger=False)
+        log_scalars(self.trainer, dict(errors))  # with the step's own number, in a bundle too
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_optimizer(self.parameters(), self.hparams["optimizer"])
-        schedule = build_schedule(optimizer, self.hparams["schedule"], self.trainer.estimated_stepping_batches)
+        total_steps = self.trainer.estimated_stepping_batches
+        if not self.automatic_optimization and math.isfinite(total_steps):
+            total_steps = (self.trainer.max_epochs or 0) * cast(
+                "ResidentLoader", self.trainer.train_dataloader
+            ).num_steps
+        schedule = build_schedule(optimizer, self.hparams["schedule"], total_steps)
         if schedule is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -11,10 +11,11 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_mnn.callbacks.pattern_store import PatternStore
-from lightning_mnn.callbacks.schedule import Schedule, ScheduledCallback, log_scalars
+from lightning_mnn.callbacks.schedule import Schedule, ScheduledCallback
 from lightning_mnn.callbacks.training_set import gather, network_of, patterns_of_training_set
 from lightning_mnn.data.shards import exact_shard, num_samples
 from lightning_mnn.landscape.pattern import ActivationPattern, PackedPattern
+from lightning_mnn.loggers import log_scalars
 from lightning_mnn.seeding import generator
 
 if TYPE_CHECKING:

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
-from lightning_mnn.callbacks.schedule import Schedule, ScheduledCallback, log_scalars, plain
+from lightning_mnn.callbacks.schedule import Schedule, ScheduledCallback, plain
 from lightning_mnn.callbacks.training_set import required_network, survey_training_set
 from lightning_mnn.landscape import bounds
 from lightning_mnn.landscape.volume import log_volume_bound_from_sines
+from lightning_mnn.loggers import log_scalars
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl

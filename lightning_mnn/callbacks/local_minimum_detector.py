@@ -8,12 +8,13 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightning_mnn.callbacks.schedule import Schedule, ScheduledCallback, log_scalars, plain
+from lightning_mnn.callbacks.schedule import Schedule, ScheduledCallback, plain
 from lightning_mnn.callbacks.training_set import input_rank, required_network, survey_training_set
 from lightning_mnn.data.shards import exact_shard, flat_batch
 from lightning_mnn.landscape.minimum import FirstOrderVerdict, Kind, first_order_verdicts
 from lightning_mnn.landscape.region import Region
 from lightning_mnn.landscape.survey import Network, Survey, rank_cap
+from lightning_mnn.loggers import log_scalars
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
-import torch
 from typing_extensions import override
 
 from lightning_mnn.callbacks.training_set import forget
@@ -79,6 +78,11 @@ class ScheduledCallback(pl.Callback):
         self.completed_epochs = 0
         self._acted = False  # by this process; a resumed run has a last step before that
 
+    @property
+    def acts_within_epochs(self) -> bool:
+        """Whether the callback looks at single steps."""
+        return self.schedule.unit == "step"
+
     @abstractmethod
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Do what the callback is for, at the weights after ``trainer.global_step`` steps. Runs on every process."""
@@ -130,21 +134,6 @@ class ScheduledCallback(pl.Callback):
         if trainer.global_step != self._last_step:
             self._last_step, self._acted = trainer.global_step, True
             self.act(trainer, pl_module)
-
-
-def log_scalars(trainer: pl.Trainer, scalars: dict[str, Tensor | float | None]) -> None:
-    """Log values measured after ``trainer.global_step`` steps, means over replicas; None and non-finite are left out.
-
-    They go to every logger at once and to ``trainer.callback_metrics``. ``LightningModule.log`` would drop those of
-    steps that ``log_every_n_steps`` passes over, and cannot be called at the end of training.
-    """
-    means = {
-        name: torch.as_tensor(value, dtype=torch.float64).mean() for name, value in scalars.items() if value is not None
-    }
-    finite = {name: value for name, value in means.items() if bool(value.isfinite())}
-    trainer.callback_metrics.update(finite)
-    for logger in trainer.loggers:
-        logger.log_metrics({name: float(value) for name, value in finite.items()}, step=trainer.global_step)
 
 
 def plain(values: Tensor | None) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
@@ -73,6 +73,10 @@ class ResidentLoader:
         rank: this process.
         world_size: number of processes.
 
+    Attributes:
+        steps_per_batch: batches that are handed to Lightning at a time, as an iterator over them, where it is above 1
+            (see :mod:`lightning_mnn.bundling`).
+
     Raises:
         ValueError: shapes that do not agree, an empty data set, or a batch size that is not positive.
     """
@@ -108,23 +112,36 @@ class ResidentLoader:
         self.rank = rank
         self.world_size = world_size
         self.sampler = EpochShuffle(self.num_samples, seeds, shuffle=shuffle)  # Lightning looks for this name
+        self.steps_per_batch = 1
         self._start = 0  # first batch of the next pass
         self._next = 0  # batch to begin with, if training is resumed from here
 
-    def __len__(self) -> int:
-        """Batches an epoch."""
+    @property
+    def num_steps(self) -> int:
+        """Batches of samples an epoch."""
         return math.ceil(self.num_samples / self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __len__(self) -> int:
+        """What a pass yields: batches, or with ``steps_per_batch`` > 1 bundles of so many of them."""
+        return math.ceil(self.num_steps / self.steps_per_batch)
+
+    def __iter__(self) -> Iterator[Any]:
         """This process's part of each batch; of the first pass after a resume, of those that are left."""
         start, self._start = self._start, 0
-        if len(self) == 1:
-            low, high = part_of(self.num_samples, self.rank, self.world_size)
-            yield self.inputs[..., low:high, :], self.targets[..., low:high]
+        order = None if self.num_steps == 1 else self.sampler.permutation().to(self.inputs.device)
+        if self.steps_per_batch == 1:
+            yield from self._batches(order, start, self.num_steps)
             return
-        order = self.sampler.permutation().to(self.inputs.device)
-        for batch in range(start, len(self)):
-            self._next = (batch + 1) % len(self)
+        for first in range(start, self.num_steps, self.steps_per_batch):
+            yield self._batches(order, first, min(first + self.steps_per_batch, self.num_steps))
+
+    def _batches(self, order: Tensor | None, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+        if order is None:
+            low, high = part_of(self.num_samples, self.rank, self.world_size)
+            yield self.samples(slice(low, high))
+            return
+        for batch in range(start, stop):
+            self._next = (batch + 1) % self.num_steps
             first = batch * self.batch_size
             low, high = part_of(min(self.batch_size, self.num_samples - first), self.rank, self.world_size)
             index = order[..., first + low : first + high]
@@ -199,6 +216,7 @@ class ResidentData(pl.LightningDataModule, ABC):
         self.dtype = DTYPES[dtype]
         self.inputs: Tensor | None = None
         self.targets: Tensor | None = None
+        self.steps_per_batch = 1  # for MNN to choose
         self._loader: ResidentLoader | None = None
         self._loader_state: dict[str, int] = {}
 
@@ -240,6 +258,7 @@ class ResidentData(pl.LightningDataModule, ABC):
             rank=rank,
             world_size=world_size,
         )
+        self._loader.steps_per_batch = self.steps_per_batch
         self._loader.load_state_dict(self._loader_state)
         return self._loader
 

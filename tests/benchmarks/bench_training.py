@@ -28,7 +28,7 @@ def main():
     cases = {
         "N = 2000, d = 100, batch 200": [
             "data.num_samples=2000", "data.input_dim=100", "data.batch_size=200", "model.hidden_dims=[100]",
-            "dtype=float32", "trainer.max_epochs=1000",
+            "dtype=float32", "trainer.max_epochs=1000", "trainer.log_every_n_steps=50",
         ],
     }  # fmt: skip
     if digits:
