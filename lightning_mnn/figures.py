@@ -98,7 +98,8 @@ def _draw_panel(ax: Axes, panel: Panel, series: dict[str, tuple[list[int], list[
         if not points:
             continue
         few = len(points) <= 60
-        ax.plot(*zip(*points, strict=True), color=color, label=label, lw=1.4, marker="o" if few else None, ms=3)
+        look: dict[str, Any] = {"lw": 1.4, "marker": "o", "ms": 3} if few else {"lw": 0.8, "alpha": 0.7}
+        ax.plot(*zip(*points, strict=True), color=color, label=label, **look)
         drawn += 1
     ax.set(title=panel.title, ylabel=panel.unit, xlabel="optimiser step")
     ax.title.set_fontsize(11)

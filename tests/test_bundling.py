@@ -1,0 +1,112 @@
+import math
+from datetime import timedelta
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, Timer, TQDMProgressBar
+from pytorch_lightning.loggers import CSVLogger
+
+from lightning_mnn import MNN
+from lightning_mnn.bundling import may_bundle
+from lightning_mnn.callbacks import ActivationPatternRecorder, RunProgress, Schedule
+from lightning_mnn.data import GaussianData
+from lightning_mnn.figures import read_metrics
+
+
+class Watcher(pl.Callback):
+    """Looks at batches, which keeps training from being bundled."""
+
+    steps = 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        assert batch[0].shape[-1] == 6  # a batch as any callback knows it
+        self.steps += 1
+
+
+def fit(make_trainer, folder, callbacks, *, epochs=9, replicas=1, ckpt_path=None, **options):
+    logger = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
+    trainer = make_trainer(
+        max_epochs=epochs, callbacks=callbacks, logger=logger, log_every_n_steps=7, default_root_dir=folder, **options
+    )
+    optimizer = {"name": "adam", "lr": 1e-2}
+    model = MNN(6, (8,), replicas=replicas, optimizer=optimizer, schedule={"name": "one_cycle"})
+    data = GaussianData(50, 6, batch_size=8, replicas=replicas)
+    trainer.fit(model, data, ckpt_path=ckpt_path, weights_only=ckpt_path is not None)
+    return trainer, model
+
+
+@pytest.mark.parametrize("replicas", [1, 3])
+@pytest.mark.parametrize("steps", [3, 50])
+def test_bundled_training_is_the_same_training(make_trainer, tmp_path, monkeypatch, replicas, steps):
+    monkeypatch.setattr("lightning_mnn.mnn.STEPS", steps)  # 7 steps an epoch: bundles of 3, 3 and 1, and one of 7
+    watcher = Watcher()
+    one, a = fit(make_trainer, tmp_path / "one", [watcher], replicas=replicas)
+    two, b = fit(make_trainer, tmp_path / "two", [], replicas=replicas)
+    assert a.automatic_optimization
+    assert not b.automatic_optimization
+    assert watcher.steps == one.global_step == two.global_step == 63
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert one.optimizers[0].param_groups[0]["lr"] == two.optimizers[0].param_groups[0]["lr"]
+    logged = [read_metrics(tmp_path / name / "metrics.csv") for name in ("one", "two")]
+    assert logged[0] == logged[1]
+    assert logged[0]["train/mse"][0] == list(range(6, 63, 7))
+
+
+def test_a_bundled_run_resumes_exactly(make_trainer, tmp_path):
+    def saver():
+        return ModelCheckpoint(tmp_path / "saved", filename="{epoch}", save_top_k=-1, enable_version_counter=False)
+
+    options = {"epochs": 9, "enable_checkpointing": True}
+    _, whole = fit(make_trainer, tmp_path / "whole", [saver()], **options)
+    trainer, resumed = fit(
+        make_trainer, tmp_path / "rest", [saver()], ckpt_path=tmp_path / "saved" / "epoch=4.ckpt", **options
+    )
+    assert not resumed.automatic_optimization
+    assert trainer.global_step == 63
+    for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize(
+    ("options", "bundled"),
+    [
+        ({}, True),
+        ({"callbacks": [Timer(), RunProgress(), ModelCheckpoint(train_time_interval=timedelta(minutes=1))]}, True),
+        ({"callbacks": [ActivationPatternRecorder(Schedule(every=3))]}, True),
+        ({"precision": "64-true"}, True),
+        ({"callbacks": [ActivationPatternRecorder(Schedule(every=3, unit="step"))]}, False),
+        ({"callbacks": [ModelCheckpoint(every_n_train_steps=5)]}, False),
+        ({"callbacks": [Timer(duration="00:00:01:00")]}, False),
+        ({"callbacks": [Watcher()]}, False),
+        ({"callbacks": [LearningRateMonitor()], "logger": True}, False),
+        ({"callbacks": [TQDMProgressBar()]}, False),
+        ({"accumulate_grad_batches": 2}, False),
+        ({"gradient_clip_val": 1.0}, False),
+        ({"precision": "bf16-mixed"}, False),
+        ({"max_steps": 10}, False),
+        ({"limit_train_batches": 3}, False),
+        ({"limit_train_batches": 0.5}, False),
+        ({"overfit_batches": 1}, False),
+        ({"fast_dev_run": True}, False),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Starting from v1.9.0")
+def test_training_is_bundled_only_where_nothing_would_notice(make_trainer, options, bundled):
+    callbacks = options.get("callbacks", [])
+    progress = any(isinstance(c, RunProgress | TQDMProgressBar) for c in callbacks)
+    saving = any(isinstance(c, ModelCheckpoint) for c in callbacks)
+    trainer = make_trainer(**{"enable_progress_bar": progress, "enable_checkpointing": saving} | options)
+    assert may_bundle(trainer) == bundled
+
+
+def test_divergence_inside_a_bundle_is_noticed(make_trainer, tmp_path):
+    from lightning_mnn import DivergenceError
+
+    trainer = make_trainer(max_epochs=50, log_every_n_steps=5)
+    model = MNN(6, (8,), optimizer={"name": "sgd", "lr": 1e3})
+    with pytest.raises(DivergenceError, match="training diverged"):
+        trainer.fit(model, GaussianData(50, 6, batch_size=8))
+    assert not model.automatic_optimization
+    assert trainer.global_step < 50 * math.ceil(50 / 8)
