@@ -65,6 +65,7 @@ def required_network(callback: pl.Callback, pl_module: pl.LightningModule) -> Ne
     return network
 
 
+@torch.no_grad()
 def survey_training_set(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Survey:
     """Survey the module's network on the whole training set: every sample once, in float64, on every process.
 
@@ -93,6 +94,7 @@ def survey_training_set(trainer: pl.Trainer, pl_module: pl.LightningModule) -> S
     return survey
 
 
+@torch.no_grad()
 def patterns_of_training_set(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[PackedPattern]:
     """Activation patterns of every layer on the whole training set, in its order, on every process.
 

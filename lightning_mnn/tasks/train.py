@@ -105,7 +105,8 @@ def summarise(
         if isinstance(callback, ScheduledCallback):
             found |= callback.summary()
     if failure is not None:  # what a check before the divergence found is not what the run ended in
-        found |= {"kind": "not_stationary", "reason": str(failure), "zero_error": False}
+        verdict = {"kind": "not_stationary", "reason": str(failure), "zero_error": False}
+        found |= {key: [value] * model.replicas if model.replicas > 1 else value for key, value in verdict.items()}
     return found | {
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,

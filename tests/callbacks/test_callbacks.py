@@ -23,7 +23,7 @@ from lightning_mnn.callbacks import (
     Schedule,
 )
 from lightning_mnn.data import GaussianData, TensorData
-from lightning_mnn.landscape import ActivationPattern, Kind, Region, log_volume_lower_bound
+from lightning_mnn.landscape import ActivationPattern, Kind, Network, Region, log_volume_lower_bound
 from tests import naive
 
 ADAM = {"name": "adam", "lr": 1e-2}
@@ -257,6 +257,25 @@ def test_a_foreign_loader_is_not_disturbed_either(make_trainer):
         weights.append((*module.parameters(), torch.rand(3)))
     for a, b in zip(*weights, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_module_may_state_its_network(make_trainer):
+    class Stated(Regressor):
+        def __init__(self):
+            super().__init__()
+            self.shift = nn.Parameter(torch.zeros(12).double())  # keeps the Sequential from being found
+
+        def network(self):
+            return Network((self.net[1].weight,), self.net[3].weight[0], 0.1)  # parameters, gradients and all
+
+    x, y = GaussianData(28, 12).tensors()
+    callbacks = [ActivationPatternRecorder(), LocalMinimumDetector(), AngularVolumeMonitor()]
+    module = Stated()
+    make_trainer(max_epochs=2, callbacks=callbacks).fit(
+        module, DataLoader(TensorDataset(x.reshape(28, 3, 4), y), batch_size=28)
+    )
+    out = module.net(x.reshape(28, 3, 4))[:, 0].detach()
+    assert callbacks[1].summary()["mse"] == pytest.approx(float((out - y).square().mean()))
 
 
 def test_attributes_of_users_are_not_taken_for_ours(make_trainer):

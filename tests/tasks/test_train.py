@@ -146,6 +146,8 @@ def test_divergence_ends_with_a_message_and_keeps_what_it_had():
     summary = summary_of(folder)
     assert summary["kind"] == "not_stationary"
     assert "diverged" in summary["reason"]
+    done = command(*SMALL, "optimizer=sgd", "optimizer.lr=100", "replicas=2", "hydra.run.dir=two", expect=1)
+    assert summary_of(Path("two"))["kind"] == ["not_stationary"] * 2
 
 
 @pytest.mark.parametrize(
