@@ -51,7 +51,7 @@ def train(cfg: DictConfig) -> float:
     """Train as the config says.
 
     The run folder gets ``summary.json``, ``metrics.csv``, ``figure.png``, ``patterns.zarr``, ``checkpoints/`` and, by
-    Hydra, ``.hydra/``. A run that diverges leaves what it had, a summary that says so among it.
+    Hydra, ``.hydra/``. A run that diverges or is interrupted leaves what it had, with a summary that says so.
 
     Returns:
         The final MSE, the largest of the replicas'.
@@ -72,22 +72,24 @@ def train(cfg: DictConfig) -> float:
     callbacks = [timer, *(_build(node) for node in cfg.callbacks.values() if node)]
     loggers = _loggers(cfg.logger)
     trainer: pl.Trainer = _build(cfg.trainer, callbacks=callbacks, logger=loggers)
-    failure: DivergenceError | None = None
+    failure: BaseException | None = None
     try:
         for logger in loggers:
             logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
         try:
             trainer.fit(model, datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
             trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt", weights_only=False)  # optimiser too
-        except DivergenceError as error:
+        except (DivergenceError, KeyboardInterrupt, SystemExit) as error:  # Lightning ends an interrupted run by exit()
             failure = error
         summary = summarise(trainer, model, datamodule, timer.time_elapsed("train"), cfg.seed, failure)
         _leave(run_dir, trainer, summary)
     finally:
         _finish(loggers, failed=sys.exc_info()[0] is not None or failure is not None)
-    if failure is not None:
+    if isinstance(failure, DivergenceError):
         raise failure
     print_verdict(cfg.name, summary, run_dir, offline=cfg.logger.get("mode") == "offline")
+    if failure is not None:
+        raise failure
     return _largest(summary["mse"])
 
 
@@ -97,15 +99,17 @@ def summarise(
     datamodule: ResidentData,
     seconds: float,
     seed: int,
-    failure: DivergenceError | None = None,
+    failure: BaseException | None = None,
 ) -> dict[str, Any]:
     """The run's ``summary.json``: what the callbacks found, and the run's sizes; measures are lists over R."""
     found: dict[str, Any] = dict.fromkeys(MEASURES)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ScheduledCallback):
             found |= callback.summary()
-    if failure is not None:  # what a check before the divergence found is not what the run ended in
-        verdict = {"kind": "not_stationary", "reason": str(failure), "zero_error": False}
+    if failure is not None:  # what the last check found is not what the run ended in
+        diverged = isinstance(failure, DivergenceError)
+        reason = str(failure) if diverged else f"interrupted after {trainer.global_step} steps"
+        verdict = {"kind": "not_stationary", "reason": reason, "zero_error": False}
         found |= {key: [value] * model.replicas if model.replicas > 1 else value for key, value in verdict.items()}
     return found | {
         "epochs": trainer.current_epoch,

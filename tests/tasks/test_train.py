@@ -4,8 +4,10 @@ import csv
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -148,6 +150,26 @@ def test_divergence_ends_with_a_message_and_keeps_what_it_had():
     assert "diverged" in summary["reason"]
     done = command(*SMALL, "optimizer=sgd", "optimizer.lr=100", "replicas=2", "hydra.run.dir=two", expect=1)
     assert summary_of(Path("two"))["kind"] == ["not_stationary"] * 2
+
+
+def test_an_interrupted_run_leaves_what_it_had():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lightning_mnn", *SMALL, "trainer.max_epochs=10000000", "schedule=constant",
+         "callbacks.local_minimum_detector.stop_training=false", "hydra.run.dir=cut"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    metrics = Path("cut/metrics.csv")
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") > 50) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert {p.name for p in Path("cut").iterdir()} >= FOLDER - {"checkpoints"}
+    summary = summary_of(Path("cut"))
+    assert summary["reason"] == f"interrupted after {summary['steps']} steps"
+    assert summary["steps"] > 0
+    assert "interrupted" in out
 
 
 @pytest.mark.parametrize(
