@@ -22,14 +22,13 @@ from lightning_mnn.landscape.survey import Network, wrong
 from lightning_mnn.loggers import log_scalars
 from lightning_mnn.optim import build_optimizer, build_schedule
 from lightning_mnn.seeding import generator
-from lightning_mnn.validation import positive_integer
+from lightning_mnn.validation import dtype_named, positive_integer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from pytorch_lightning.utilities.types import OptimizerLRScheduler
 
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _MAX_HIDDEN_LAYERS = 2
 
 
@@ -97,8 +96,7 @@ class MNN(pl.LightningModule):
             raise ValueError(
                 f"negative_slope must be a real number other than 1 (the network would be linear), got {negative_slope}"
             )
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype must be one of {sorted(_DTYPES)}, got {dtype!r}")
+        dtype_named(dtype)
         if replicas > 1 and optimizer.get("name") == "lbfgs":
             raise ValueError(
                 "optimizer lbfgs couples the replicas through its line search: use replicas=1 or adam, sgd"
@@ -118,7 +116,7 @@ class MNN(pl.LightningModule):
     def _draw(self, generators: Sequence[torch.Generator], shape: tuple[int, ...], fan_in: int) -> nn.Parameter:
         std = math.sqrt(2 / ((1 + self.hparams["negative_slope"] ** 2) * fan_in))
         drawn = torch.stack([torch.randn(shape, generator=g, dtype=torch.float64) * std for g in generators])
-        return nn.Parameter((drawn if len(generators) > 1 else drawn[0]).to(_DTYPES[self.hparams["dtype"]]))
+        return nn.Parameter((drawn if len(generators) > 1 else drawn[0]).to(dtype_named(self.hparams["dtype"])))
 
     @property
     def replicas(self) -> int:

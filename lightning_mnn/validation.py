@@ -5,6 +5,10 @@ from __future__ import annotations
 import numbers
 from typing import Any
 
+import torch
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
 
 def positive_integer(name: str, value: Any) -> int:
     """The value as an int.
@@ -18,3 +22,17 @@ def positive_integer(name: str, value: Any) -> int:
     if not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"{name} must be at least 1 and a whole number, got {value!r}")
     return int(value)
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype "float32" or "float64".
+
+    Raises:
+        ValueError: another name.
+
+    >>> dtype_named("float64")
+    torch.float64
+    """
+    if name not in _DTYPES:
+        raise ValueError(f"dtype must be one of {sorted(_DTYPES)}, got {name!r}")
+    return _DTYPES[name]

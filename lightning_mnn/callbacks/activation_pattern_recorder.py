@@ -175,8 +175,8 @@ def record_patterns(
     """Patterns of this process's part of the training set at every kink module, by a forward pass with hooks.
 
     The module runs in eval mode without gradients; its modes and its hooks are afterwards as before. A kink that a
-    forward pass meets several times is one layer each time (``relu``, ``relu.2``, …). Empty where the process has no
-    samples.
+    forward pass meets several times is one layer each time (``relu``, ``relu.call_2``, …). Empty where the process has
+    no samples.
 
     Raises:
         TypeError: no kink was met.

@@ -14,14 +14,12 @@ import torch
 from typing_extensions import override
 
 from lightning_mnn.seeding import generator
-from lightning_mnn.validation import positive_integer
+from lightning_mnn.validation import dtype_named, positive_integer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from torch import Tensor
-
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 class EpochShuffle:
@@ -207,13 +205,11 @@ class ResidentData(pl.LightningDataModule, ABC):
         dtype: str = "float32",
     ) -> None:
         super().__init__()
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
         self.batch_size = None if batch_size is None else positive_integer("batch_size", batch_size)
         self.shuffle = shuffle
         self.replicas = positive_integer("replicas", replicas)
         self.seed = seed
-        self.dtype = DTYPES[dtype]
+        self.dtype = dtype_named(dtype)
         self.inputs: Tensor | None = None
         self.targets: Tensor | None = None
         self.steps_per_batch = 1  # for MNN to choose
@@ -260,6 +256,7 @@ class ResidentData(pl.LightningDataModule, ABC):
         )
         self._loader.steps_per_batch = self.steps_per_batch
         self._loader.load_state_dict(self._loader_state)
+        self._loader_state = {}  # of the resumed epoch only: a loader made later begins at the beginning
         return self._loader
 
     @override

@@ -28,8 +28,8 @@ def exact_shard(loader: Any, rank: int = 0, world_size: int = 1, chosen: Tensor 
     """Batches of one process's contiguous part of the training set, in the data set's order, unpadded, unshuffled.
 
     Args:
-        loader: the Trainer's ``train_dataloader``: a :class:`ResidentLoader`, a ``DataLoader`` over a map-style data
-            set, or a list of batches.
+        loader: the Trainer's ``train_dataloader``: a :class:`ResidentLoader`, or a ``DataLoader`` over a map-style
+            data set.
         rank: this process.
         world_size: number of processes.
         chosen: indices of the samples to pass over; None: all of them.

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+_ROUNDOFF = 2.0**-53  # of float64, in which a survey is made
 _AMBIGUITY = 1e-12  # (ŷ − threshold)(y − threshold) up to this is an error: on the threshold, up to rounding
 
 
@@ -172,8 +173,8 @@ def survey_network(network: Network, inputs: Tensor, targets: Tensor, threshold:
     """Survey a network on one block of samples.
 
     The rounding-error bound of e_n is γ (|y_n| + s^L ‖x_n‖ |z| |W_L| … |W_2| r), where r are the row norms of W_1,
-    s = max(1, |ρ|) and γ = (d_0 + … + d_L + 4) unit roundoffs of the weights' precision: the a-priori bound on the
-    error of the inner products that make ŷ_n, taken at the largest values they can have.
+    s = max(1, |ρ|) and γ = (L + 2) unit roundoffs of the weights' precision, for each weight may be off by one, plus
+    d_0 + … + d_L + 4 of float64, for the inner products of this pass.
 
     Args:
         network: the weights, one network or R side by side.
@@ -229,13 +230,15 @@ def exact_patterns(network: Network, inputs: Tensor) -> tuple[ActivationPattern,
     """Activation patterns of every layer, as a survey finds them, where nothing else of a survey is needed.
 
     With one hidden layer the products are formed in the precision of the weights, and in float64 again only where they
-    are no larger than their rounding-error bound, (d0 + 4) eps ‖w‖‖x‖, so that their sign is in doubt.
+    are no larger than their rounding-error bound, 2 (d0 + 4) eps ‖w‖‖x‖, so that their sign is in doubt. Where torch is
+    allowed to multiply float32 in fewer digits than it has, everything is formed in float64.
 
     Args:
         network: the weights.
         inputs: (..., N, d0), in the precision of the weights.
     """
-    if len(network.hidden_weights) > 1 or inputs.dtype == torch.float64:
+    shortened = torch.get_float32_matmul_precision() != "highest"
+    if len(network.hidden_weights) > 1 or inputs.dtype == torch.float64 or shortened:
         wide = Network(
             *(tuple(w.double() for w in network.hidden_weights), network.output_weights, network.negative_slope)
         )
@@ -323,7 +326,8 @@ def _survey_layer(
     slopes = pattern.slopes(network.negative_slope)
     sample_norms, weight_norms = inputs.norm(dim=-1), weights.norm(dim=-1)
     sizes = torch.where(sample_norms[..., None] > 0, u.abs(), torch.inf)
-    tolerance = (weights.shape[-1] + 2) * network.unit_roundoff * sample_norms[..., None] * weight_norms[..., None, :]
+    roundoff = network.unit_roundoff + (weights.shape[-1] + 2) * _ROUNDOFF  # of a weight, and of this product
+    tolerance = roundoff * sample_norms[..., None] * weight_norms[..., None, :]
     return Layer(
         correlation=correlate(coefficients, inputs, residual),
         squared_norm=(coefficients.norm(dim=-1) * sample_norms).square().sum(-1),
@@ -344,7 +348,8 @@ def _rounding_bound(network: Network, inputs: Tensor, targets: Tensor) -> Tensor
     for weights in others:
         reach = slope * (weights.abs() @ reach[..., None])[..., 0]
     largest = (network.output_weights.abs() * reach).sum(-1)
-    gamma = (network.input_dim + sum(network.hidden_dims) + 4) * network.unit_roundoff
+    products = (network.input_dim + sum(network.hidden_dims) + 4) * _ROUNDOFF
+    gamma = (len(network.hidden_weights) + 2) * network.unit_roundoff + products
     bound: Tensor = gamma * (targets.abs() + inputs.norm(dim=-1) * largest[..., None])
     return bound
 

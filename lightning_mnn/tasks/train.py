@@ -115,7 +115,7 @@ def summarise(
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
         "seconds": seconds,
-        "num_samples": datamodule.train_dataloader().num_samples,
+        "num_samples": None if datamodule.targets is None else datamodule.targets.shape[-1],
         "input_dim": model.hparams["input_dim"],
         "hidden_dims": model.hparams["hidden_dims"],
         "negative_slope": model.hparams["negative_slope"],

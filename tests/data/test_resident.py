@@ -171,6 +171,13 @@ def test_lightning_gives_each_epoch_its_order():
     assert epochs[0] != epochs[1]
 
 
+def test_a_restored_place_holds_for_one_loader_only():
+    data = TensorData(torch.arange(10.0)[:, None], torch.zeros(10), batch_size=4)
+    data.load_state_dict({"next_batch": 2})
+    assert [len(targets) for _, targets in data.train_dataloader()] == [2]
+    assert [len(targets) for _, targets in data.train_dataloader()] == [4, 4, 2]
+
+
 def test_gaussian_data_of_a_replica_is_that_of_its_seed():
     for labels in ("plus_minus", "zero_one", "teacher"):
         inputs, targets = GaussianData(20, 3, labels=labels, replicas=3, seed=5).tensors()

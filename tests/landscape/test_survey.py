@@ -116,6 +116,17 @@ def test_rounding_bound_holds(problem, exponent):
     assert np.abs(computed - exact).max() <= float(found.rounding_bound)
 
 
+@settings(max_examples=60)
+@given(naive.problems(replicas=[None]))
+def test_rounding_bound_covers_weights_rounded_to_single_precision(problem):
+    exact = problem.network
+    hidden = tuple(w.float().double() for w in exact.hidden_weights)
+    rounded = Network(hidden, exact.output_weights.float().double(), exact.negative_slope, 2.0**-24)
+    bound = float(survey_network(rounded, problem.inputs, problem.targets).rounding_bound)
+    outputs = [naive.forward(naive.Problem(n, problem.inputs, problem.targets))[1] for n in (exact, rounded)]
+    assert max(abs(a - b) for a, b in zip(*outputs, strict=True)) <= bound
+
+
 def test_zero_error_at_a_fitted_point_and_not_beside_it():
     x = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     w, z = torch.eye(8, dtype=torch.float64), torch.linspace(-1, 1, 8, dtype=torch.float64)
@@ -175,6 +186,14 @@ def test_signs_that_single_precision_cannot_tell_are_exact(replicas):
     single = x @ network.hidden_weights[0].mT > 0
     assert torch.equal(found.active, expected)
     assert not torch.equal(single, expected)  # or this test tests nothing
+
+
+def test_patterns_do_not_trust_shortened_products(monkeypatch):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    monkeypatch.setattr(torch.Tensor, "nonzero", None)  # what only the short way calls
+    x, w = torch.randn(9, 4), torch.randn(3, 4)
+    (found,) = exact_patterns(Network((w,), torch.ones(3), 0.0, 2.0**-24), x)
+    assert torch.equal(found.active, x.double() @ w.double().T > 0)
 
 
 def test_wrong_dimension_is_named():
