@@ -76,9 +76,10 @@ class AngularVolumeMonitor(ScheduledCallback):
         if len(network.hidden_weights) > 1:
             return
         survey = survey_training_set(trainer, pl_module)
-        self.log_lower_bound = log_volume_bound_from_sines(survey.layers[0].smallest_sines, network.input_dim)
+        self.log_lower_bound = log_volume_bound_from_sines(survey.layers[0].smallest_sines, network.rows.shape[-1])
         scalars: dict[str, Tensor | float | None] = {"volume/log_lower_bound": self.log_lower_bound}
-        if trainer.global_step == 0:
+        biased = network.hidden_bias is not None or network.output_bias is not None
+        if trainer.global_step == 0 and not biased:  # which the theorems do not know
             scalars |= self.theorems(
                 survey.num_samples, network.input_dim, network.hidden_dims[0], network.negative_slope
             )

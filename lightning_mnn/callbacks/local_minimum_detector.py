@@ -1,58 +1,66 @@
-"""LocalMinimumDetector: has training converged to a differentiable local minimum?"""
+"""LocalMinimumDetector: has training converged to a local minimum, and to which?"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
+from lightning_mnn.callbacks.certification import certify_training_set, move_to, polish_on_training_set
 from lightning_mnn.callbacks.schedule import Schedule, ScheduledCallback, plain
 from lightning_mnn.callbacks.training_set import input_rank, required_network, survey_training_set
-from lightning_mnn.data.shards import exact_shard, flat_batch
-from lightning_mnn.landscape.minimum import FirstOrderVerdict, Kind, first_order_verdicts
-from lightning_mnn.landscape.region import Region
-from lightning_mnn.landscape.survey import Network, Survey, rank_cap
+from lightning_mnn.landscape.judgement import Kind
+from lightning_mnn.landscape.minimum import Certificate, FirstOrderVerdict, first_order_verdicts
+from lightning_mnn.landscape.survey import Survey, rank_cap
 from lightning_mnn.loggers import log_scalars
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
     from torch import Tensor
 
-_RANK_OPERATIONS = 2e10  # about what a processor does in a few seconds
+    from lightning_mnn.landscape.survey import Network
 
 
 class LocalMinimumDetector(ScheduledCallback):
-    """Tests whether the weights are a differentiable local minimum, and stops training when they are.
+    """Tests whether the weights are next to a local minimum, certifies it, and stops training when they are.
 
-    Each check is one exact pass over the whole training set in float64. The weights pass when ‖G e‖ is zero relative to
-    ‖G‖‖y‖ and no pre-activation is zero relative to ‖w‖‖x‖, both within tolerances. These are first-order tests: they
-    hold near a differentiable minimum, and ``differentiable_minimum`` means that they hold.
+    Each check is one exact pass over the whole training set in float64, with two cheap first-order tests: ‖G e‖ is zero
+    relative to ‖G‖‖y‖, and no pre-activation is zero relative to ‖w‖‖x‖, both within tolerances. When every replica
+    has passed a few times in a row, and at the end of training whatever they say, a two-layer network is certified: an
+    exact minimum within ``max_distance``, differentiable or on kinks, or the reason why none could be told (see
+    :func:`lightning_mnn.landscape.certify`). With two hidden layers there are the first-order tests only, which are
+    necessary conditions.
 
     Logs ``minimum/mse``, ``minimum/mce``, ``minimum/stationarity``, ``minimum/min_preactivation`` (absolute),
-    ``minimum/relative_preactivation``, ``minimum/kinks`` and, with one hidden layer, ``minimum/rank_cap``: means over
-    the replicas.
+    ``minimum/relative_preactivation``, ``minimum/kinks`` and, with one hidden layer, ``minimum/rank_cap``, all of the
+    weights; with a certificate also ``minimum/certified`` and ``minimum/on_kinks`` (fractions of the replicas),
+    ``minimum/certified_mse``, ``minimum/certified_mce``, ``minimum/certified_kinks``, ``minimum/distance``,
+    ``minimum/margin_ratio`` and ``minimum/rank``. All are means over the replicas.
 
     Args:
         schedule: when to check, besides the start and the end; None: every 50 epochs.
-        patience: consecutive checks that every replica must pass before training counts as converged.
-        stop_training: stop the Trainer then.
-        stationarity_tolerance: largest ‖G e‖/(‖G‖_F ‖y‖) that counts as zero; None: 10 times the spacing of floats at 1
-            in the weights' precision.
-        preactivation_tolerance: smallest |w·x|/(‖w‖‖x‖) that counts as off the kink; None: 1,000 times that spacing,
-            so that the weights may still move a hundred times as far as the first test lets them before they reach it.
+        patience: consecutive checks at which every replica must pass the first-order tests.
+        stop_training: stop the Trainer when every replica is certified (with two hidden layers, has passed).
+        polish: try to certify at every check; and at the end of training go to the exact minimum, where it lies within
+            ``max_distance``, across kinks if need be (see :func:`lightning_mnn.landscape.polish`).
+        max_distance: largest ‖W̃* − W̃‖/‖W̃‖ between the weights and a minimum that counts as theirs.
+        stationarity_tolerance: largest ‖G e‖/(‖G‖_F ‖y‖) that counts as zero in the first-order tests; None: 10 times
+            the spacing of floats at 1 in the weights' precision.
+        preactivation_tolerance: smallest |w·x|/(‖w‖‖x‖) that counts as off the kink there; None: 1,000 times that
+            spacing.
 
     Attributes:
-        verdicts: the last check's verdicts, one a replica.
+        verdicts: the last check's first-order verdicts, one a replica.
+        certificates: the last certificates, one a replica; empty where there are none.
         survey: the last check's pass.
         converged: whether training counts as converged.
 
     Raises:
-        ValueError: ``patience`` < 1.
+        ValueError: ``patience`` < 1, ``max_distance`` < 0.
         TypeError: (in setup) the module holds no network that can be judged.
 
-    >>> LocalMinimumDetector(Schedule(every=100), patience=2).converged
+    >>> LocalMinimumDetector(Schedule(every=100), polish=True).converged
     False
     """
 
@@ -62,21 +70,28 @@ class LocalMinimumDetector(ScheduledCallback):
         patience: int = 3,
         *,
         stop_training: bool = True,
+        polish: bool = False,
+        max_distance: float = 1e-3,
         stationarity_tolerance: float | None = None,
         preactivation_tolerance: float | None = None,
     ) -> None:
         super().__init__(schedule or Schedule(every=50))
         if patience < 1:
             raise ValueError(f"patience must be at least 1, got {patience}")
+        if not max_distance >= 0:
+            raise ValueError(f"max_distance must be at least 0, got {max_distance}")
         self.patience = patience
         self.stop_training = stop_training
+        self.polish = polish
+        self.max_distance = max_distance
         self.stationarity_tolerance = stationarity_tolerance
         self.preactivation_tolerance = preactivation_tolerance
         self.verdicts: list[FirstOrderVerdict] = []
+        self.certificates: list[Certificate] = []
         self.survey: Survey | None = None
         self.converged = False
+        self._moved: list[bool] = []
         self._passed = 0
-        self._ranks: int | list[int] | None = None
         self._rank_cap: Tensor | None = None
 
     @override
@@ -84,61 +99,66 @@ class LocalMinimumDetector(ScheduledCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             required_network(self, pl_module)
-            self._passed, self.converged = 0, False
+            self._passed, self.converged, self.certificates, self._moved = 0, False, [], []
 
     @override
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         network = required_network(self, pl_module)
-        self.survey = survey_training_set(trainer, pl_module)
-        spacing = 2 * network.unit_roundoff
-        self.verdicts = first_order_verdicts(
-            self.survey,
-            10 * spacing if self.stationarity_tolerance is None else self.stationarity_tolerance,
-            1000 * spacing if self.preactivation_tolerance is None else self.preactivation_tolerance,
-        )
-        if len(network.hidden_weights) == 1:
-            self._rank_cap = rank_cap(self.survey, input_rank(trainer, pl_module, network), network.negative_slope)
-        self._log(trainer, self.survey)
+        self._look(trainer, pl_module, network)
         passed = all(verdict.kind is Kind.DIFFERENTIABLE_MINIMUM for verdict in self.verdicts)
         self._passed = self._passed + 1 if passed else 0
-        self.converged = trainer.strategy.reduce_boolean_decision(self._passed >= self.patience, all=True)
+        self.certificates = []
+        self.converged = self._passed >= self.patience
+        if len(network.hidden_weights) == 1 and (self.converged or self.polish):
+            self.certificates = certify_training_set(trainer, pl_module, network, self.max_distance)
+            self.converged = all(certificate.is_minimum for certificate in self.certificates)
+        self._log(trainer)
+        self.converged = trainer.strategy.reduce_boolean_decision(self.converged, all=True)
         if self.converged and self.stop_training:
             trainer.should_stop = True
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        assert self.survey is not None  # noqa: S101 (the end has been surveyed)
-        if trainer.is_global_zero:
-            self._ranks = _rank(trainer, required_network(self, pl_module), self.survey)
-        for replica, verdict in enumerate(self.verdicts):
+        network = required_network(self, pl_module)
+        if len(network.hidden_weights) == 1:
+            self._certify_the_end(trainer, pl_module, network)
+        for replica, (kind, reason) in enumerate(zip(*self._kinds(), strict=True)):
             name = f" (replica {replica})" if len(self.verdicts) > 1 else ""
-            rank_zero_info(f"LocalMinimumDetector{name}: {verdict.kind}: {verdict.reason}")
+            rank_zero_info(f"LocalMinimumDetector{name}: {kind}: {reason}")
 
     @override
     def summary(self) -> dict[str, Any]:
         if self.survey is None:
             return {}
-        verdicts = {
-            "kind": [str(verdict.kind) for verdict in self.verdicts],
-            "reason": [verdict.reason for verdict in self.verdicts],
-        }
-        return {
+        kinds, reasons = self._kinds()
+        found = {
             "mse": plain(self.survey.mse),
             "mce": plain(self.survey.mce),
             "wrong": plain(self.survey.wrong),
-            **{key: values if self.survey.mse.ndim else values[0] for key, values in verdicts.items()},
+            "kind": kinds,
+            "reason": reasons,
             "zero_error": plain(self.survey.zero_error),
             "rounding_bound": plain(self.survey.rounding_bound),
             "stationarity": plain(self.survey.stationarity),
-            "distance": None,
-            "margin_ratio": None,
             "min_preactivation": plain(self.survey.smallest_preactivation),
             "relative_preactivation": plain(self.survey.smallest_sine),
             "kinks": plain(self.survey.kinks),
-            "rank": self._ranks,
             "rank_cap": plain(self._rank_cap),
         }
+        stood = [kind in (Kind.DIFFERENTIABLE_MINIMUM, Kind.KINK_MINIMUM, Kind.SADDLE) for kind in kinds]
+        for name in ("zero_error", "kinks", "rank_cap"):  # of the minimum, where there is one
+            values = found[name] if isinstance(found[name], list) else [found[name]]
+            pairs = zip(self.certificates, stood, values, strict=False)
+            found[name] = [getattr(c, name) if yes else value for c, yes, value in pairs] or values
+        for name in ("mse", "mce"):
+            found[f"minimum_{name}"] = [
+                getattr(c, name) if yes else None for c, yes in zip(self.certificates, stood, strict=False)
+            ]
+        for name in ("distance", "weight_distance", "margin_ratio", "rank"):
+            found[name] = [getattr(certificate, name) for certificate in self.certificates]
+        several = bool(self.survey.mse.ndim)
+        return {key: _one(value, several=several) for key, value in found.items()}
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -149,31 +169,81 @@ class LocalMinimumDetector(ScheduledCallback):
         super().load_state_dict(state_dict)
         self._passed = state_dict.get("passed", 0)
 
-    def _log(self, trainer: pl.Trainer, survey: Survey) -> None:
-        log_scalars(
-            trainer,
-            {
-                "minimum/mse": survey.mse,
-                "minimum/mce": survey.mce,
-                "minimum/stationarity": survey.stationarity,
-                "minimum/min_preactivation": survey.smallest_preactivation,
-                "minimum/relative_preactivation": survey.smallest_sine,
-                "minimum/kinks": survey.kinks,
-                "minimum/rank_cap": self._rank_cap,
-            },
+    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network) -> None:
+        """One exact pass and its first-order tests."""
+        self.survey = survey_training_set(trainer, pl_module)
+        spacing = 2 * network.unit_roundoff
+        self.verdicts = first_order_verdicts(
+            self.survey,
+            10 * spacing if self.stationarity_tolerance is None else self.stationarity_tolerance,
+            1000 * spacing if self.preactivation_tolerance is None else self.preactivation_tolerance,
         )
+        if len(network.hidden_weights) == 1:
+            self._rank_cap = rank_cap(self.survey, input_rank(trainer, pl_module, network), network.negative_slope)
+
+    def _certify_the_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network) -> None:
+        if self.polish:
+            polished = polish_on_training_set(trainer, pl_module, network, self.max_distance)
+            self.certificates = [found.certificate for found in polished]
+            self._moved = [found.moved for found in polished]
+            reached = [found.certificate.is_minimum and not found.moved for found in polished]
+            move_to(network, self.certificates, reached)
+            self._look(trainer, pl_module, network)
+        elif not self.certificates:
+            self.certificates = certify_training_set(trainer, pl_module, network, self.max_distance)
+        else:
+            return  # the last check did, at these weights
+        self._log(trainer)
+
+    def _kinds(self) -> tuple[list[str], list[str]]:
+        """Kind and reason of each replica: a certificate's where there is one."""
+        if not self.certificates:
+            return [str(verdict.kind) for verdict in self.verdicts], [verdict.reason for verdict in self.verdicts]
+        kinds, reasons = [], []
+        for replica, found in enumerate(self.certificates):
+            moved = bool(self._moved) and self._moved[replica]
+            far = f"moved: polishing led to a {found.kind} at a relative distance of {found.distance:.1e}, beyond "
+            kinds.append(str(Kind.NOT_STATIONARY if moved else found.kind))
+            reasons.append(far + f"max_distance = {self.max_distance:g}" if moved else found.reason)
+        return kinds, reasons
+
+    def _log(self, trainer: pl.Trainer) -> None:
+        assert self.survey is not None  # noqa: S101 (there has been a look)
+        scalars: dict[str, Any] = {
+            "minimum/mse": self.survey.mse,
+            "minimum/mce": self.survey.mce,
+            "minimum/stationarity": self.survey.stationarity,
+            "minimum/min_preactivation": self.survey.smallest_preactivation,
+            "minimum/relative_preactivation": self.survey.smallest_sine,
+            "minimum/kinks": self.survey.kinks,
+            "minimum/rank_cap": self._rank_cap,
+        }
+        if self.certificates:
+            kinds, _ = self._kinds()
+            certified = [kind in (Kind.DIFFERENTIABLE_MINIMUM, Kind.KINK_MINIMUM) for kind in kinds]
+            scalars["minimum/certified"] = sum(certified) / len(certified)
+            scalars["minimum/on_kinks"] = kinds.count(Kind.KINK_MINIMUM) / len(kinds)
+            found = [c for c, yes in zip(self.certificates, certified, strict=True) if yes]
+            for name, key in _CERTIFIED.items():
+                values = [getattr(certificate, name) for certificate in found]
+                known = [value for value in values if value is not None]
+                scalars[f"minimum/{key}"] = sum(known) / len(known) if known else None
+        log_scalars(trainer, scalars)
 
 
-def _rank(trainer: pl.Trainer, network: Network, survey: Survey) -> int | list[int] | None:
-    """Rank of A∘X at the surveyed weights, where it takes seconds at most; None elsewhere."""
-    if len(network.hidden_weights) > 1:
-        return None
-    num_weights = network.input_dim * network.hidden_dims[0]
-    operations = survey.num_samples * num_weights * min(survey.num_samples, num_weights) * survey.mse.numel()
-    if operations > _RANK_OPERATIONS:
-        return None
-    batches = exact_shard(trainer.train_dataloader)  # the whole set on every process: it is small
-    replicated = survey.mse.ndim > 0
-    inputs = torch.cat([flat_batch(batch, replicated=replicated)[0] for batch in batches], dim=-2)
-    pattern = survey.layers[0].pattern.unpack()
-    return Region(inputs.to("cpu", network.output_weights.dtype), pattern, network.negative_slope).rank()
+# What is logged of certified minima, and under which name.
+_CERTIFIED = {
+    "mse": "certified_mse",
+    "mce": "certified_mce",
+    "kinks": "certified_kinks",
+    "distance": "distance",
+    "margin_ratio": "margin_ratio",
+    "rank": "rank",
+}
+
+
+def _one(values: Any, *, several: bool) -> Any:
+    """A list over the replicas, or the only value; None where there is none."""
+    if not isinstance(values, list):
+        return values
+    return (values or None) if several else (values[0] if values else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
@@ -36,8 +37,10 @@ def network_of(pl_module: pl.LightningModule) -> Network | None:
     """The piecewise-linear network of a module, or None where there is no such network.
 
     A module may say it itself by a method ``network() -> Network``, as MNN does. Otherwise an ``nn.Sequential`` of the
-    form ``Linear, ReLU or LeakyReLU, …, Linear → 1``, without biases, is taken where it holds all parameters and
-    buffers of the module; ``Flatten`` may stand before it.
+    form ``Linear, ReLU or LeakyReLU or PReLU, …, Linear → 1`` is taken where it holds all parameters and buffers of the
+    module; ``Flatten`` may stand before it. With one hidden layer its Linears may have biases. A PReLU must have a
+    single slope, which is taken as fixed: the network is judged as a function of the weights and biases alone. The
+    network's tensors are views of the module's parameters.
     """
     stated: Any = getattr(pl_module, "network", None)
     if inspect.ismethod(stated):
@@ -59,8 +62,9 @@ def required_network(callback: pl.Callback, pl_module: pl.LightningModule) -> Ne
     if network is None:
         raise TypeError(
             f"{type(callback).__name__} needs a piecewise-linear network with one output: an MNN, a module with a "
-            "method network() -> lightning_mnn.landscape.Network, or one nn.Sequential(Linear, ReLU, Linear → 1) "
-            f"without biases; {type(pl_module).__name__} has none. ActivationPatternRecorder works with any ReLU module"
+            "method network() -> lightning_mnn.landscape.Network, or one nn.Sequential(Linear, ReLU, Linear → 1), "
+            "where ReLU may be LeakyReLU or a PReLU with one slope, with biases only where there is one hidden layer; "
+            f"{type(pl_module).__name__} has none. ActivationPatternRecorder works with any ReLU module"
         )
     return network
 
@@ -83,9 +87,9 @@ def survey_training_set(trainer: pl.Trainer, pl_module: pl.LightningModule) -> S
     if pl_module in _surveys and _surveys[pl_module][0] == moment:
         return _surveys[pl_module][1]
     _check_weights(trainer, network)
-    threshold = _threshold(trainer, pl_module)
+    threshold = threshold_of(trainer, pl_module)
     parts = [
-        survey_network(_on(network, inputs.device), inputs, targets, threshold)
+        survey_network(network.to(inputs.device), inputs, targets, threshold)
         for inputs, targets in _batches(trainer, network)
     ]
     own = on_cpu(merge_surveys(parts)) if parts else None  # there may be fewer samples than processes
@@ -105,7 +109,7 @@ def patterns_of_training_set(trainer: pl.Trainer, pl_module: pl.LightningModule)
         return [layer.pattern for layer in _surveys[pl_module][1].layers]
     _check_weights(trainer, network)
     blocks = [
-        [pattern.pack().bits.cpu() for pattern in exact_patterns(_on(network, inputs.device), inputs)]
+        [pattern.pack().bits.cpu() for pattern in exact_patterns(network.to(inputs.device), inputs)]
         for inputs, _ in _batches(trainer, network)
     ]
     own = [torch.cat(parts, dim=-2) for parts in zip(*blocks, strict=True)]
@@ -116,16 +120,22 @@ def patterns_of_training_set(trainer: pl.Trainer, pl_module: pl.LightningModule)
 
 
 def input_rank(trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network) -> Tensor:
-    """Rank of the training inputs X, int64 (...); found once a run."""
+    """Rank of the training inputs X, augmented where there is a hidden bias, int64 (...); found once a run."""
     if pl_module not in _input_ranks:
         gram: Tensor | float = 0.0
         for inputs, _ in _batches(trainer, network):
-            wide = inputs.to(torch.float64)
+            wide = network.augment(inputs.to(torch.float64))
             gram = gram + wide.mT @ wide
         total = sum(part for part in gather(gram.cpu() if isinstance(gram, torch.Tensor) else None) if part is not None)
         assert isinstance(total, torch.Tensor)  # noqa: S101 (a training set holds a sample)
         _input_ranks[pl_module] = gram_rank(total)
     return _input_ranks[pl_module]
+
+
+def training_samples(trainer: pl.Trainer, network: Network, *, whole: bool) -> tuple[Tensor, Tensor]:
+    """All training inputs and targets in the weights' precision, or this process's contiguous part of them."""
+    inputs, targets = zip(*_batches(trainer, network, whole=whole), strict=True)
+    return torch.cat(inputs, dim=-2), torch.cat(targets, dim=-1)
 
 
 def gather(value: Any) -> list[Any]:
@@ -139,26 +149,28 @@ def gather(value: Any) -> list[Any]:
 
 def _moment(trainer: pl.Trainer, network: Network) -> Any:
     """What changes when the weights do."""
-    weights = (*network.hidden_weights, network.output_weights)
-    return (trainer.global_step, *((w.data_ptr(), w._version) for w in weights))  # noqa: SLF001 (counts changes)
+    changes = ((w.data_ptr(), w._version) for w in network.tensors)  # noqa: SLF001 (counts changes)
+    return (trainer.global_step, network.negative_slope, *changes)  # a PReLU's slope is no tensor of the network
 
 
 def _check_weights(trainer: pl.Trainer, network: Network) -> None:
-    if not all(bool(w.isfinite().all()) for w in (*network.hidden_weights, network.output_weights)):
+    if not (math.isfinite(network.negative_slope) and all(bool(w.isfinite().all()) for w in network.tensors)):
         raise DivergenceError(
             f"training diverged: weights are not finite after {trainer.global_step} steps. Lower the learning rate"
         )
 
 
-def _batches(trainer: pl.Trainer, network: Network) -> Any:
+def _batches(trainer: pl.Trainer, network: Network, *, whole: bool = False) -> Any:
     device = network.output_weights.device
     device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
-    for batch in exact_shard(trainer.train_dataloader, trainer.global_rank, trainer.world_size):
+    part = (0, 1) if whole else (trainer.global_rank, trainer.world_size)
+    for batch in exact_shard(trainer.train_dataloader, *part):
         inputs, targets = flat_batch(batch, replicated=network.output_weights.ndim > 1)
         yield inputs.to(device, network.output_weights.dtype), targets.to(device, network.output_weights.dtype)
 
 
-def _threshold(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float | None:
+def threshold_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float | None:
+    """Decision threshold of the classification error; None where the targets are not two labels."""
     if isinstance(pl_module, MNN):
         return pl_module.threshold
     if pl_module not in _thresholds:
@@ -166,26 +178,40 @@ def _threshold(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float | No
     return _thresholds[pl_module]
 
 
-def _on(network: Network, device: torch.device) -> Network:
-    hidden = tuple(weights.to(device) for weights in network.hidden_weights)
-    return Network(hidden, network.output_weights.to(device), network.negative_slope, network.unit_roundoff)
-
-
 def _sequential(module: nn.Module) -> Network | None:
     if not isinstance(module, nn.Sequential):
         return None
     parts: list[Any] = [part for part in module if not isinstance(part, nn.Flatten)]
     linear, kinks = parts[::2], parts[1::2]
-    slopes = {getattr(kink, "negative_slope", 0.0) for kink in kinks}
     fits = (
         len(parts) >= 3
         and len(linear) == len(kinks) + 1
-        and all(isinstance(part, nn.Linear) and part.bias is None for part in linear)
-        and all(isinstance(kink, nn.ReLU | nn.LeakyReLU) for kink in kinks)
-        and len(slopes) == 1
+        and all(isinstance(part, nn.Linear) for part in linear)
+        and (len(linear) == 2 or all(part.bias is None for part in linear))
+        and linear[-1].out_features == 1
     )
-    if not fits or linear[-1].out_features != 1:
+    slopes = {_slope(kink) for kink in kinks}
+    if not fits or len(slopes) != 1 or (slope := slopes.pop()) is None:
         return None
-    weights = [part.weight.detach() for part in linear]
-    roundoff = torch.finfo(weights[-1].dtype).eps / 2
-    return Network(tuple(weights[:-1]), weights[-1][0], float(slopes.pop()), roundoff)
+    *hidden, output = (part.weight.detach() for part in linear)
+    first, last = linear[0].bias, linear[-1].bias
+    return Network(
+        tuple(hidden),
+        output[0],
+        slope,
+        unit_roundoff=torch.finfo(output.dtype).eps / 2,
+        hidden_bias=None if first is None else first.detach(),
+        output_bias=None if last is None else last.detach()[0],
+    )
+
+
+def _slope(kink: nn.Module) -> float | None:
+    """ρ of a layer that applies f to every unit; None for other layers."""
+    match kink:
+        case nn.ReLU():
+            return 0.0
+        case nn.LeakyReLU():
+            return float(kink.negative_slope)
+        case nn.PReLU(num_parameters=1):
+            return float(kink.weight.detach())
+    return None

@@ -1,26 +1,47 @@
 """Mathematics of the loss surface on a fixed data set, in torch and scipy only."""
 
 from lightning_mnn.landscape import bounds
-from lightning_mnn.landscape.minimum import FirstOrderVerdict, Kind, first_order_verdicts
+from lightning_mnn.landscape.existence import ClosedBranch, Existence, check_proof, find_minimum
+from lightning_mnn.landscape.judgement import Direction, Kind
+from lightning_mnn.landscape.minimum import Certificate, FirstOrderVerdict, certify, first_order_verdicts
 from lightning_mnn.landscape.pattern import ActivationPattern, PackedPattern
-from lightning_mnn.landscape.region import Region
+from lightning_mnn.landscape.planted import Planted, planted_kink_minimum, planted_minimum, planted_saddle
+from lightning_mnn.landscape.polishing import Polished, polish
+from lightning_mnn.landscape.region import LeastSquares, Region
 from lightning_mnn.landscape.survey import Layer, Network, Survey, infer_threshold, merge_surveys, survey_network
+from lightning_mnn.landscape.team import ProcessTeam, Team
 from lightning_mnn.landscape.volume import log_cap_measure, log_volume_lower_bound
 
 __all__ = [
     "ActivationPattern",
+    "Certificate",
+    "ClosedBranch",
+    "Direction",
+    "Existence",
     "FirstOrderVerdict",
     "Kind",
     "Layer",
+    "LeastSquares",
     "Network",
     "PackedPattern",
+    "Planted",
+    "Polished",
+    "ProcessTeam",
     "Region",
     "Survey",
+    "Team",
     "bounds",
+    "certify",
+    "check_proof",
+    "find_minimum",
     "first_order_verdicts",
     "infer_threshold",
     "log_cap_measure",
     "log_volume_lower_bound",
     "merge_surveys",
+    "planted_kink_minimum",
+    "planted_minimum",
+    "planted_saddle",
+    "polish",
     "survey_network",
 ]

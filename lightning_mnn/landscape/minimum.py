@@ -1,22 +1,33 @@
-"""Is this point a local minimum?"""
+"""Is this point a local minimum? First-order tests for any depth, exact certificates for two-layer networks.
+
+Shapes: N samples, d0 inputs, d1 hidden units, ``...`` leading axes (replicas).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import StrEnum
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
+
+from lightning_mnn.landscape.judgement import Direction, Judgement, Kind, Snap, judge, snap, step_off
+from lightning_mnn.landscape.least_squares import GRAM_LIMIT
+from lightning_mnn.landscape.problem import Outputs, Point, Problem
+from lightning_mnn.landscape.rank import khatri_rao_rank
+from lightning_mnn.landscape.region import gram_rank
+from lightning_mnn.landscape.survey import infer_threshold, wrong
+from lightning_mnn.landscape.team import Team
+
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lightning_mnn.landscape.survey import Survey
 
-
-class Kind(StrEnum):
-    """What a point of weight space is."""
-
-    DIFFERENTIABLE_MINIMUM = "differentiable_minimum"
-    KINK_MINIMUM = "kink_minimum"
-    SADDLE = "saddle"
-    NOT_STATIONARY = "not_stationary"
+_NEAR = 1e-2  # |w·x|/(‖w‖‖x‖) up to which a sample may be taken to its kink
+_GAP = 10.0  # ratio of neighbouring ones that may divide kinks from the rest
+_ATTEMPTS = 4  # sets of kinks that are tried
+MINIMA = (Kind.DIFFERENTIABLE_MINIMUM, Kind.KINK_MINIMUM)
 
 
 @dataclass(frozen=True)
@@ -74,3 +85,320 @@ def _verdict(
         reason = f"{gradient}; {kink}" + ("; necessary conditions only, with two hidden layers" if depth > 1 else "")
     kind = Kind.NOT_STATIONARY if moving or on_kink else Kind.DIFFERENTIABLE_MINIMUM
     return FirstOrderVerdict(kind, reason, stationarity, sine)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What a point of weight space is, proved up to a stated rounding error; see :func:`certify`.
+
+    Attributes:
+        kind: what the minimum (or saddle) found is, or ``not_stationary``.
+        reason: what decided, in words.
+        zero_error: whether e = 0 up to ``rounding_bound``: the paper's global minimum.
+        mse: ‖e‖²/N of the weights below.
+        mce: their fraction of misclassified samples; None where the targets are not two labels.
+        distance: ‖W̃* − W̃‖/‖W̃‖ from the point that was asked about, with rows w̃_i = z_i w_i and the biases;
+            of a point that is not stationary to the nearest stationary one that was tried.
+        weight_distance: max_i ‖w*_i − w_i‖/‖w_i‖.
+        margin_ratio: min |z_i||w_i·x_n|/|D_i·x_n| with D = W̃* − W̃, off the kinks; None where nothing moves.
+        min_preactivation: min |w_i·x_n| off the kinks.
+        kinks: number of pre-activations that are zero.
+        rank: rank of A∘X in the minimum's region; None where min(N, d0·d1) is above 6,000.
+        rank_cap: min(N − #samples that no unit activates, rank A · rank X), the first for ρ = 0.
+        stationarity: ‖G e‖/(‖G‖_F ‖y‖), on the kinks' face.
+        rounding_bound: the largest bound on the rounding error of an e_n.
+        hidden_weights: W of the minimum or saddle itself, float64 (d1, d0); of a point that is neither, its own.
+        output_weights: z, float64 (d1,).
+        hidden_bias: (d1,), or None without.
+        output_bias: or None without.
+        direction: of a saddle, a move of W and z that lowers the loss, as does every fraction of it.
+    """
+
+    kind: Kind
+    reason: str
+    zero_error: bool
+    mse: float
+    mce: float | None
+    distance: float
+    weight_distance: float
+    margin_ratio: float | None
+    min_preactivation: float
+    kinks: int
+    rank: int | None
+    rank_cap: int
+    stationarity: float
+    rounding_bound: float
+    hidden_weights: Tensor
+    output_weights: Tensor
+    hidden_bias: Tensor | None = None
+    output_bias: Tensor | None = None
+    direction: Direction | None = None
+
+    @property
+    def is_minimum(self) -> bool:
+        """Whether it certifies a local minimum."""
+        return self.kind in MINIMA
+
+
+def certify(
+    hidden_weights: Tensor,
+    output_weights: Tensor,
+    inputs: Tensor,
+    targets: Tensor,
+    negative_slope: float = 0.0,
+    *,
+    threshold: float | None = None,
+    max_distance: float = 1e-3,
+    hidden_bias: Tensor | None = None,
+    output_bias: Tensor | None = None,
+    team: Team | None = None,
+) -> Certificate | list[Certificate]:
+    """Certify an exact local minimum of ‖y − ŷ‖²/N at the weights of a two-layer network, or next to them.
+
+    Inside the region of the weights, differentiable minima are the solutions of G(y − Gᵀ w̃) = 0: one least-squares
+    problem leads to the nearest, and if every pre-activation keeps its sign on the way, it is a minimum. Otherwise the
+    pre-activations next to zero are taken to their kinks, the same is done on that face, and the multipliers of the
+    kinks decide (theorem: a point is a local minimum if and only if, for every unit, z_i d_i(v) ≤ 0 for all v where
+    z_i ≠ 0, and d_i = 0 where z_i = 0; d_i(v) = Σ_n e_n A_ni x_n·v, with f(x_n·v) on kinks). A certificate is of the
+    weights that it holds, in float64; it says how far they are, and no sign or zero in it is within its rounding error.
+    What floats cannot decide is ``not_stationary``, with the reason.
+
+    Args:
+        hidden_weights: W, (d1, d0), or (R, d1, d0).
+        output_weights: z, (d1,), or (R, d1).
+        inputs: X, (N, d0), shared by the replicas or (R, N, d0).
+        targets: y, (N,), shared or (R, N).
+        negative_slope: ρ, any real but 1.
+        threshold: decision threshold of the MCE; None: 0.5 for labels {0, 1}, 0 for ±1, no MCE for other targets.
+        max_distance: largest relative distance to the minimum or saddle.
+        hidden_bias: (d1,) or (R, d1): a weight on an input of ones.
+        output_bias: a number or (R,).
+        team: the processes that hold the other samples; None: all are here.
+
+    Returns:
+        A certificate; with a leading replica axis a list of R.
+
+    Raises:
+        ValueError: shapes that do not agree, values that are not finite, ρ = 1, a negative ``max_distance``.
+
+    >>> x, y = torch.tensor([[1.0], [2.0], [-1.0]]), torch.tensor([0.5, 1.0, 1.0])
+    >>> found = certify(torch.tensor([[0.5001]]), torch.tensor([1.0]), x, y)
+    >>> found.kind, found.zero_error, round(found.mse, 6), round(float(found.hidden_weights), 9)
+    (<Kind.DIFFERENTIABLE_MINIMUM: 'differentiable_minimum'>, False, 0.333333, 0.5)
+    """
+    if not max_distance >= 0:
+        raise ValueError(f"max_distance must be at least 0, got {max_distance}")
+    problems = split_replicas(
+        hidden_weights,
+        output_weights,
+        inputs,
+        targets,
+        negative_slope,
+        hidden_bias=hidden_bias,
+        output_bias=output_bias,
+        team=team,
+    )
+    found = [
+        certificate_of(problem, *search(problem, point, max_distance), point, threshold, biased=hidden_bias is not None)
+        for problem, point in problems
+    ]
+    return found if hidden_weights.ndim > 2 else found[0]
+
+
+def split_replicas(
+    hidden_weights: Tensor,
+    output_weights: Tensor,
+    inputs: Tensor,
+    targets: Tensor,
+    negative_slope: float,
+    *,
+    hidden_bias: Tensor | None = None,
+    output_bias: Tensor | None = None,
+    team: Team | None = None,
+) -> list[tuple[Problem, Point]]:
+    """The problem and the point of each replica, checked (see :func:`certify` for arguments and errors)."""
+    _check(hidden_weights, output_weights, inputs, targets, negative_slope)
+    count = hidden_weights.shape[0] if hidden_weights.ndim > 2 else None
+
+    def part(value: Tensor, ndim: int, replica: int) -> Tensor:
+        return (value[replica] if count is not None and value.ndim > ndim else value).detach().to(torch.float64)
+
+    split, shared = [], None
+    for replica in range(count or 1):
+        x, w = part(inputs, 2, replica), part(hidden_weights, 2, replica)
+        if hidden_bias is not None:
+            x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+            w = torch.cat([w, part(hidden_bias, 1, replica)[:, None]], dim=1)
+        free = x.new_ones(len(x), int(output_bias is not None))
+        b = x.new_zeros(0) if output_bias is None else part(output_bias, 0, replica).reshape(1)
+        if shared is None or inputs.ndim > 2 or targets.ndim > 1:
+            shared = Problem(x, part(targets, 1, replica), float(negative_slope), free, team or Team())
+        split.append((shared, Point(w, part(output_weights, 1, replica), b)))
+    return split
+
+
+def _check(w: Tensor, z: Tensor, x: Tensor, y: Tensor, slope: float) -> None:
+    if slope == 1 or not math.isfinite(slope):
+        raise ValueError(f"negative_slope must be a real number other than 1, got {slope}")
+    if w.ndim not in (2, 3) or z.shape != w.shape[:-1]:
+        raise ValueError(
+            f"hidden_weights must be (d1, d0) and output_weights (d1,), or (R, d1, d0) and (R, d1); "
+            f"got {tuple(w.shape)} and {tuple(z.shape)}"
+        )
+    if x.shape[-1] != w.shape[-1] or x.ndim not in (2, w.ndim):
+        raise ValueError(f"inputs must be (N, {w.shape[-1]}) for these hidden_weights, got {tuple(x.shape)}")
+    if y.shape[-1] != x.shape[-2] or y.ndim not in (1, w.ndim - 1):
+        raise ValueError(f"targets must be ({x.shape[-2]},) for these inputs, got {tuple(y.shape)}")
+    for name, value in (("hidden_weights", w), ("output_weights", z), ("inputs", x), ("targets", y)):
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"{name} must be finite: some are NaN or infinite")
+
+
+def search(problem: Problem, point: Point, max_distance: float) -> tuple[Judgement, Snap]:
+    """The first minimum among the candidates within reach; else a saddle; else the nearest that was tried."""
+    start = _without_negligible(point)
+    outputs = problem.outputs(start)
+    active = outputs.preactivations > 0
+    longest = max_distance * float(start.theta.norm())
+    tried = []
+    for kinks in (None, *_candidate_kinks(problem, start, outputs)):
+        found = snap(problem, start, active, kinks, longest)
+        found = turn_resting_units(problem, found, max_distance)
+        judgement = judge(problem, found)
+        if judgement.ends:
+            judgement, found = step_off(problem, found, judgement) or (judgement, found)
+        if judgement.kind is not Kind.NOT_STATIONARY and not _reach(found) <= max_distance:
+            judgement = Judgement(
+                Kind.NOT_STATIONARY,
+                f"the nearest {judgement.kind} found lies at a relative distance of {_reach(found):.1e}, beyond "
+                f"max_distance = {max_distance:g}",
+            )
+        if judgement.kind in MINIMA:
+            return judgement, found
+        tried.append((judgement, found))
+    return min(tried, key=lambda pair: (pair[0].kind is not Kind.SADDLE, pair[1].solution.too_long))
+
+
+def _reach(found: Snap) -> float:
+    """How far a snap went, of the flat weights and of the rows that rest at z_i = 0."""
+    resting = found.point.output == 0
+    moved = (found.point.hidden - found.start.hidden)[resting].norm(dim=1)
+    sizes = found.start.hidden[resting].norm(dim=1)
+    turned = torch.where(moved == 0, 0.0, moved / sizes)
+    return max(found.distance, float(turned.max()) if len(turned) else 0.0)
+
+
+def _without_negligible(point: Point) -> Point:
+    """The point with z_i = 0 where z_i w_i is lost in the rounding of the rest."""
+    sizes = point.output.abs() * point.hidden.norm(dim=1)
+    lost = (sizes <= torch.finfo(torch.float64).eps / 2 * sizes.norm()) & (point.hidden.norm(dim=1) > 0)
+    return replace(point, output=torch.where(lost, 0.0, point.output))
+
+
+def turn_resting_units(problem: Problem, found: Snap, max_distance: float) -> Snap:
+    """Turn rows with z_i = 0 that feel a force until their gradient vanishes, where a small turn does it."""
+    point, rows = found.point, found.rows
+    hidden = point.hidden.clone()
+    for unit in (point.output == 0).nonzero()[:, 0].tolist():
+        force = rows[unit]
+        if float(force.norm()) <= float(found.noise[unit]):
+            continue
+        for _ in range(2):  # the second time for what rounding left
+            shift = (hidden[unit] @ force) / (force @ force) * force
+            if float(shift.norm()) <= max_distance * float(hidden[unit].norm()):
+                hidden[unit] -= shift
+    if torch.equal(hidden, point.hidden):
+        return found
+    turned = replace(point, hidden=hidden)
+    return replace(found, point=turned, outputs=problem.outputs(turned))
+
+
+def _candidate_kinks(problem: Problem, point: Point, outputs: Outputs) -> list[Tensor]:
+    """Sets of samples next to their kinks, divided from the rest by the widest gaps between |w·x|/(‖w‖‖x‖)."""
+    sizes = problem.norms[:, None] * point.hidden.norm(dim=1)
+    sines = torch.where(sizes > 0, outputs.preactivations.abs() / sizes, torch.inf)
+    zero_rows = (point.hidden.norm(dim=1) == 0) & (problem.norms > 0)[:, None]
+    sines = torch.where(zero_rows, 0.0, sines)
+    near = problem.team.join(sines[sines < _NEAR]).sort().values
+    near = near[: point.hidden.numel() + 1]
+    if not len(near):
+        return []
+    floor = near.clamp(min=torch.finfo(torch.float64).eps)
+    ratios = torch.cat([floor[1:], floor.new_tensor([_NEAR])]) / floor
+    ends = [end for end in ratios.sort(descending=True).indices[:_ATTEMPTS].tolist() if float(ratios[end]) >= _GAP]
+    return [sines <= near[end] for end in ends]
+
+
+def certificate_of(
+    problem: Problem, judgement: Judgement, found: Snap, asked: Point, threshold: float | None, *, biased: bool
+) -> Certificate:
+    """The certificate of a judgement on a snap that set out from the weights that were asked about."""
+    stands = judgement.kind is not Kind.NOT_STATIONARY
+    point = found.point if stands else asked
+    outputs = found.outputs if stands else problem.outputs(asked)
+    team, kinks = problem.team, found.kinks if stands else None
+    targets = team.join(problem.targets)
+    threshold = infer_threshold(targets) if threshold is None else threshold
+    mistakes = None if threshold is None else wrong(problem.targets - outputs.errors, problem.targets, threshold)
+    u = outputs.preactivations.abs()
+    blur = problem.norms[:, None] * point.hidden.norm(dim=1) * (point.hidden.shape[1] + 4) * 2.0**-53
+    on_kink = (problem.norms > 0)[:, None] & (u <= blur)
+    on_kink = on_kink if kinks is None else on_kink | kinks
+    sizes = asked.hidden.norm(dim=1)
+    moved = (point.hidden - asked.hidden).norm(dim=1)
+    width = point.hidden.shape[1] - int(biased)
+    rank, cap = _rank(problem, outputs.preactivations > 0)
+    return Certificate(
+        kind=judgement.kind,
+        reason=judgement.reason,
+        zero_error=bool(team.least((outputs.errors.abs() <= outputs.bounds).all().long())),
+        mse=problem.squared_error(outputs.errors) / problem.num_samples,
+        mce=None if mistakes is None else float(team.sum(mistakes.sum())) / problem.num_samples,
+        distance=_reach(found) if stands else found.distance,
+        weight_distance=float(torch.where(moved == 0, 0.0, moved / sizes).max()),
+        margin_ratio=_margin_ratio(problem, found) if stands else None,
+        min_preactivation=float(team.least(torch.where((problem.norms > 0)[:, None] & ~on_kink, u, torch.inf).min())),
+        kinks=int(team.sum(on_kink.sum())),
+        rank=rank,
+        rank_cap=cap,
+        stationarity=_stationarity(problem, found, outputs, stands=stands),
+        rounding_bound=float(team.most(outputs.bounds.max())),
+        hidden_weights=point.hidden[:, :width],
+        output_weights=point.output,
+        hidden_bias=point.hidden[:, -1] if biased else None,
+        output_bias=point.free[0] if len(point.free) else None,
+        direction=judgement.direction,
+    )
+
+
+def _margin_ratio(problem: Problem, found: Snap) -> float | None:
+    """Smallest |z_i||w_i·x_n|/|D_i·x_n| over the samples off the kinks."""
+    moves = found.move[: found.point.hidden.numel()].reshape(found.point.hidden.shape)
+    if not bool(moves.any()):
+        return None
+    shifts = (problem.inputs @ moves.T).abs()
+    sizes = (problem.inputs @ found.start.hidden.T).abs() * found.start.output.abs()
+    counted = shifts > 0 if found.kinks is None else (shifts > 0) & ~found.kinks
+    least = float(problem.team.least(torch.where(counted, sizes / shifts, torch.inf).min()))
+    return least if math.isfinite(least) else None
+
+
+def _stationarity(problem: Problem, found: Snap, outputs: Outputs, *, stands: bool) -> float:
+    face = found.face
+    left = face.project(found.forces).norm() if stands else face.correlate(outputs.errors).norm()
+    squares = problem.team.sum(
+        torch.stack([(face.slopes.norm(dim=1) * problem.norms).square().sum(), problem.targets.square().sum()])
+    )
+    scale = float(squares.prod()) ** 0.5
+    return float(left) / scale if scale else (0.0 if float(left) == 0 else math.inf)
+
+
+def _rank(problem: Problem, active: Tensor) -> tuple[int | None, int]:
+    """Rank of A∘X where it can be had, and its cap."""
+    team, slopes, inputs = problem.team, problem.slopes(active), problem.inputs
+    grams = team.sum(slopes.T @ slopes), team.sum(inputs.T @ inputs)
+    lost = int(team.sum((~active.any(1)).sum())) if problem.slope == 0 else 0
+    cap = min(problem.num_samples - lost, int(gram_rank(grams[0])) * int(gram_rank(grams[1])))
+    if min(problem.num_samples, slopes.shape[1] * inputs.shape[1]) > GRAM_LIMIT:
+        return None, cap
+    return khatri_rao_rank(team.join(inputs), team.join(slopes)), cap

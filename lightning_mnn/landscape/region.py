@@ -7,15 +7,40 @@ flat weights, so that predictions are Gᵀ w̃.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_mnn.landscape.least_squares import solve
+from lightning_mnn.landscape.linear_map import FaceMap
+from lightning_mnn.landscape.rank import khatri_rao_rank
+from lightning_mnn.landscape.team import Team
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_mnn.landscape.pattern import ActivationPattern
+
+_UNSOLVED = 1e-9  # ‖G r‖/(‖G‖‖y‖) from which an iteration has not found the residual
+
+
+@dataclass(frozen=True)
+class LeastSquares:
+    """The least-squares fit of a region's linear model.
+
+    Attributes:
+        flat: the smallest flat weights that attain it, (..., d1, d0).
+        residual: y − Gᵀ w̃, (..., N).
+        gradient: ‖G r‖/(‖G‖_F ‖y‖), (...): zero up to rounding where the fit was found.
+        method: how it was found; of replicas, the last one's.
+    """
+
+    flat: Tensor
+    residual: Tensor
+    gradient: Tensor
+    method: str
 
 
 class Region:
@@ -25,6 +50,7 @@ class Region:
         inputs: X, (..., N, d0).
         pattern: activation pattern of N samples and d1 units.
         negative_slope: ρ, any real but 1.
+        team: the processes that hold the other samples, for products and least squares; None: all are here.
 
     Raises:
         ValueError: ρ = 1, or the pattern has another number of samples than the inputs.
@@ -38,7 +64,9 @@ class Region:
     2
     """
 
-    def __init__(self, inputs: Tensor, pattern: ActivationPattern, negative_slope: float = 0.0) -> None:
+    def __init__(
+        self, inputs: Tensor, pattern: ActivationPattern, negative_slope: float = 0.0, *, team: Team | None = None
+    ) -> None:
         if negative_slope == 1:
             raise ValueError("negative_slope must not be 1: the network would be linear")
         if inputs.shape[-2] != pattern.active.shape[-2]:
@@ -48,6 +76,7 @@ class Region:
         self.inputs = inputs.to(torch.float64)
         self.pattern = pattern
         self.negative_slope = negative_slope
+        self.team = team or Team()
 
     @cached_property
     def slopes(self) -> Tensor:
@@ -63,7 +92,7 @@ class Region:
 
         A differentiable point is a local minimum if and only if its residual satisfies G e = 0.
         """
-        return correlate(self.slopes, self.inputs, residual.to(torch.float64))
+        return self.team.sum(correlate(self.slopes, self.inputs, residual.to(torch.float64)))
 
     def gram(self) -> Tensor:
         """GᵀG = (A Aᵀ) ⊙ (X Xᵀ), (..., N, N): without the (N, d0·d1) matrix."""
@@ -72,25 +101,63 @@ class Region:
     def rank(self) -> int | list[int]:
         """Rank of A∘X, an integer; with a leading replica axis, a list of R.
 
-        Full rank is read off the Gram matrix of the smaller side, whose eigenvalues are the squared singular values:
-        it is certain when the smallest stands clear of their rounding error. Otherwise singular values of the matrix
-        itself decide, those above max(N, d0·d1) · eps of the largest counting as non-zero.
+        It counts the singular values above max(N, d0·d1) · eps of the largest, without the (N, d0·d1) matrix.
         """
-        if self.inputs.ndim == self.slopes.ndim == 2:
-            return _rank(self.inputs, self.slopes)
+        ranks = [khatri_rao_rank(x, a) for x, a in self._replicas()]
+        return ranks if self._replicated else ranks[0]
+
+    def least_squares(self, targets: Tensor, *, max_iterations: int = 1000) -> LeastSquares:
+        """Fit the region's linear model: the smallest w̃ that minimises ‖y − Gᵀ w̃‖.
+
+        See :func:`~lightning_mnn.landscape.least_squares.solve` for the methods.
+
+        Args:
+            targets: y, (..., N).
+            max_iterations: of LSMR, which problems beyond memory go to; ``gradient`` tells how far it came.
+        """
+        flats, residuals, gradients, method = [], [], [], ""
+        replicas = self._replicas()
+        targets = targets.to(torch.float64).expand(*(len(replicas),) * self._replicated, targets.shape[-1])
+        for (x, a), y in zip(replicas, targets.reshape(-1, targets.shape[-1]), strict=True):
+            face = FaceMap(x, a, x.new_zeros(len(x), 0), team=self.team)
+            solution = solve(face, y, max_iterations=max_iterations)
+            residual = y - face.predict(solution.theta)
+            squares = self.team.sum(torch.stack([(a.norm(dim=1) * x.norm(dim=1)).square().sum(), y @ y]))
+            left = face.correlate(residual).norm()
+            gradients.append(torch.where(left == 0, 0.0, left / squares.prod().sqrt()))
+            flats.append(solution.theta.reshape(face.shape))
+            residuals.append(residual)
+            method = solution.method
+        parts = (flats, residuals, gradients)
+        flat, residual, gradient = (torch.stack(part) if self._replicated else part[0] for part in parts)
+        return LeastSquares(flat, residual, gradient, method)
+
+    def residual(self, targets: Tensor) -> Tensor:
+        """e*_A = y − P y, (..., N): the residual of the least-squares fit, shared by every minimum of the region.
+
+        Raises:
+            ArithmeticError: an iterative fit of a large region did not come close enough.
+        """
+        fit = self.least_squares(targets)
+        if bool((fit.gradient > _UNSOLVED).any()):
+            raise ArithmeticError(
+                f"the least-squares fit of this region was not found by {fit.method}: "
+                f"‖G r‖/(‖G‖‖y‖) = {float(fit.gradient.max()):.1e}; "
+                "call least_squares with a larger max_iterations"
+            )
+        return fit.residual
+
+    @property
+    def _replicated(self) -> bool:
+        return max(self.inputs.ndim, self.slopes.ndim) > 2
+
+    def _replicas(self) -> list[tuple[Tensor, Tensor]]:
+        if not self._replicated:
+            return [(self.inputs, self.slopes)]
         replicas = max(tensor.shape[0] if tensor.ndim > 2 else 1 for tensor in (self.inputs, self.slopes))
         inputs = self.inputs.expand(replicas, *self.inputs.shape[-2:])
         slopes = self.slopes.expand(replicas, *self.slopes.shape[-2:])
-        return [_rank(x, a) for x, a in zip(inputs, slopes, strict=True)]
-
-    def residual(self, targets: Tensor) -> Tensor:
-        """e*_A = y − P y, (..., N): the residual of the least-squares fit, shared by every minimum of the region."""
-        targets = targets.to(torch.float64)
-        features = khatri_rao(self.slopes, self.inputs)
-        basis, values, _ = torch.linalg.svd(features, full_matrices=False)
-        kept = values > values.amax(-1, keepdim=True) * max(features.shape[-2:]) * torch.finfo(values.dtype).eps
-        basis = torch.where(kept[..., None, :], basis, 0.0)
-        return targets - (basis @ (basis.mT @ targets[..., None]))[..., 0]
+        return list(zip(inputs, slopes, strict=True))
 
 
 def correlate(coefficients: Tensor, inputs: Tensor, residual: Tensor) -> Tensor:
@@ -115,17 +182,3 @@ def gram_rank(gram: Tensor) -> Tensor:
     threshold = gram.shape[-1] * torch.finfo(gram.dtype).eps * largest
     rank: Tensor = (values > threshold).sum(-1)
     return rank
-
-
-def _rank(inputs: Tensor, slopes: Tensor) -> int:
-    num_samples, num_weights = inputs.shape[0], inputs.shape[1] * slopes.shape[1]
-    smaller = min(num_samples, num_weights)
-    if num_samples <= num_weights:
-        gram = (slopes @ slopes.T) * (inputs @ inputs.T)
-    else:
-        features = khatri_rao(slopes, inputs)
-        gram = features.T @ features
-    values = torch.linalg.eigvalsh(gram)
-    if values[0] > 10 * max(num_samples, num_weights) * torch.finfo(values.dtype).eps * values[-1]:
-        return smaller
-    return int(torch.linalg.matrix_rank(khatri_rao(slopes, inputs)))

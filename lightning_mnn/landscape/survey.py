@@ -8,7 +8,7 @@ Shapes: N samples, d_l units of layer l (d_0 inputs), ``...`` leading axes (repl
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -29,25 +29,78 @@ _AMBIGUITY = 1e-12  # (ŷ − threshold)(y − threshold) up to this is an error
 
 @dataclass(frozen=True)
 class Network:
-    """The weights of a piecewise-linear network without biases, as mathematics sees them.
+    """The weights of a piecewise-linear network, as mathematics sees them.
 
-    ŷ = z · f(W_L f(… f(W_1 x))), with f(u) = u where u > 0 and ρ u elsewhere.
+    ŷ = z · f(W_L f(… f(W_1 x))), with f(u) = u where u > 0 and ρ u elsewhere. With one hidden layer there may be
+    biases, ŷ = z · f(W x + b) + b₂: b is the weight of one more input, which is always 1 (see ``rows``, ``augment``).
 
     Attributes:
         hidden_weights: W_l, (..., d_l, d_{l−1}), first layer first.
         output_weights: z, (..., d_L).
         negative_slope: ρ.
         unit_roundoff: half the spacing of floats at 1 in the precision that the weights were trained in.
+        hidden_bias: b, (..., d1); None: no bias there.
+        output_bias: b₂, (...); None: no bias there.
+
+    Raises:
+        ValueError: a bias in a network with several hidden layers.
     """
 
     hidden_weights: tuple[Tensor, ...]
     output_weights: Tensor
     negative_slope: float
     unit_roundoff: float = 2.0**-53
+    hidden_bias: Tensor | None = None
+    output_bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Check that only a network with one hidden layer has biases."""
+        biases = {"hidden_bias": self.hidden_bias, "output_bias": self.output_bias}
+        given = [name for name, bias in biases.items() if bias is not None]
+        if given and len(self.hidden_weights) > 1:
+            raise ValueError(
+                f"{' and '.join(given)} given with {len(self.hidden_weights)} hidden layers: biases are supported with "
+                "one hidden layer only, leave them out"
+            )
+
+    @property
+    def rows(self) -> Tensor:
+        """What the units take the inner products of augmented inputs with: rows (w_i, b_i), (..., d1, d0 + 1).
+
+        Without a hidden bias the first layer's weights themselves, (..., d1, d0).
+        """
+        weights = self.hidden_weights[0]
+        return weights if self.hidden_bias is None else torch.cat([weights, self.hidden_bias[..., None]], dim=-1)
+
+    def augment(self, inputs: Tensor) -> Tensor:
+        """Inputs (x_n, 1), (..., N, d0 + 1), where there is a hidden bias; elsewhere the inputs (..., N, d0).
+
+        >>> biased = Network((torch.eye(2),), torch.ones(2), 0.0, hidden_bias=torch.tensor([3.0, 4.0]))
+        >>> biased.augment(torch.tensor([[5.0, 6.0]])), biased.rows
+        (tensor([[5., 6., 1.]]), tensor([[1., 0., 3.],
+                [0., 1., 4.]]))
+        """
+        return inputs if self.hidden_bias is None else torch.cat([inputs, torch.ones_like(inputs[..., :1])], dim=-1)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All weights and biases."""
+        biases = (bias for bias in (self.hidden_bias, self.output_bias) if bias is not None)
+        return (*self.hidden_weights, self.output_weights, *biases)
+
+    def to(self, target: torch.device | torch.dtype) -> Network:
+        """The same network on another device or in another precision (its ``unit_roundoff`` stays)."""
+        return replace(
+            self,
+            hidden_weights=tuple(weights.to(target) for weights in self.hidden_weights),
+            output_weights=self.output_weights.to(target),
+            hidden_bias=None if self.hidden_bias is None else self.hidden_bias.to(target),
+            output_bias=None if self.output_bias is None else self.output_bias.to(target),
+        )
 
     @property
     def input_dim(self) -> int:
-        """d0."""
+        """d0, without the input of ones that a hidden bias stands for."""
         return self.hidden_weights[0].shape[-1]
 
     @property
@@ -58,7 +111,8 @@ class Network:
     def preactivations(self, inputs: Tensor) -> tuple[Tensor, ...]:
         """Pre-activations of every layer, (..., N, d_l), for inputs (..., N, d0)."""
         found = []
-        for weights in self.hidden_weights:
+        inputs = self.augment(inputs)
+        for weights in (self.rows, *self.hidden_weights[1:]):
             preactivations = inputs @ weights.mT
             found.append(preactivations)
             inputs = torch.where(preactivations > 0, preactivations, self.negative_slope * preactivations)
@@ -77,9 +131,9 @@ class Layer:
     """What a survey finds of one hidden layer.
 
     Attributes:
-        correlation: Cᵀ diag(e) H, (..., d_l, d_{l−1}), where H are the layer's inputs. In the last layer C is A, so
-            that this is G e; in earlier ones C_ni is the derivative of ŷ_n by the layer's pre-activation, so that it is
-            −N/2 times the gradient of the MSE.
+        correlation: Cᵀ diag(e) H, (..., d_l, d_{l−1}), where H are the layer's inputs, augmented where there is a
+            hidden bias: (..., d1, d0 + 1). In the last layer C is A, so that this is G e; in earlier ones C_ni is the
+            derivative of ŷ_n by the layer's pre-activation, so that it is −N/2 times the gradient of the MSE.
         squared_norm: ‖G‖² = Σ_n ‖C_n‖² ‖H_n‖² (Frobenius), (...).
         smallest_preactivation: min |u| over samples and units, (...).
         smallest_sines: min over the samples of |u_ni| / (‖w_i‖ ‖h_n‖), (..., d_l).
@@ -118,6 +172,7 @@ class Survey:
         error_excess: max_n |e_n| / (rounding-error bound of e_n), (...): at most 1 where e = 0 up to rounding.
         rounding_bound: the largest rounding-error bound of an e_n, (...).
         layers: one :class:`Layer` a hidden layer.
+        error_sum: Σ_n e_n, −N/2 times the gradient of the MSE by the output bias, (...); None without one.
     """
 
     num_samples: int
@@ -127,6 +182,7 @@ class Survey:
     error_excess: Tensor = field(metadata=_MOST)
     rounding_bound: Tensor = field(metadata=_MOST)
     layers: tuple[Layer, ...] = ()
+    error_sum: Tensor | None = field(default=None, metadata=_SUM)
 
     @property
     def mse(self) -> Tensor:
@@ -145,11 +201,16 @@ class Survey:
 
     @property
     def stationarity(self) -> Tensor:
-        """‖G e‖ / (‖G‖_F ‖y‖), (...), the largest over the layers; 0 where G e = 0, infinite where only y = 0."""
+        """‖G e‖ / (‖G‖_F ‖y‖), (...), the largest over the layers; 0 where G e = 0, infinite where only y = 0.
+
+        An output bias counts as a layer with the G of a row of ones: |Σ_n e_n| / (√N ‖y‖).
+        """
+        parts = [(layer.correlation.norm(dim=(-2, -1)), layer.squared_norm) for layer in self.layers]
+        if self.error_sum is not None:
+            parts.append((self.error_sum.abs(), torch.full_like(self.error_sum, self.num_samples)))
         ratios = []
-        for layer in self.layers:
-            scale = (layer.squared_norm * self.squared_target).sqrt()
-            size = layer.correlation.norm(dim=(-2, -1))
+        for size, squared_norm in parts:
+            scale = (squared_norm * self.squared_target).sqrt()
             ratios.append(torch.where(size == 0, 0.0, size / scale))
         return reduce(torch.maximum, ratios)
 
@@ -172,9 +233,10 @@ class Survey:
 def survey_network(network: Network, inputs: Tensor, targets: Tensor, threshold: float | None = None) -> Survey:
     """Survey a network on one block of samples.
 
-    The rounding-error bound of e_n is γ (|y_n| + s^L ‖x_n‖ |z| |W_L| … |W_2| r), where r are the row norms of W_1,
-    s = max(1, |ρ|) and γ = (L + 2) unit roundoffs of the weights' precision, for each weight may be off by one, plus
-    d_0 + … + d_L + 4 of float64, for the inner products of this pass.
+    The rounding-error bound of e_n is γ (|y_n| + |b₂| + s^L ‖x_n‖ |z| |W_L| … |W_2| r), where r are the row norms of
+    W_1, s = max(1, |ρ|) and γ = (L + 2) unit roundoffs of the weights' precision, for each weight may be off by one,
+    plus d_0 + … + d_L + 4 of float64, for the inner products of this pass. A hidden bias is one more column of W_1, and
+    1 one more input.
 
     Args:
         network: the weights, one network or R side by side.
@@ -193,15 +255,16 @@ def survey_network(network: Network, inputs: Tensor, targets: Tensor, threshold:
     if inputs.shape[-1] != network.input_dim:
         raise ValueError(f"inputs have {inputs.shape[-1]} features and the network takes {network.input_dim}")
     slope = network.negative_slope
-    hidden = tuple(weights.to(torch.float64) for weights in network.hidden_weights)
-    output = network.output_weights.to(torch.float64)
-    network = Network(hidden, output, slope, network.unit_roundoff)
+    network = network.to(torch.float64)
     inputs, targets = inputs.to(torch.float64), targets.to(torch.float64)
+    hidden, output = (network.rows, *network.hidden_weights[1:]), network.output_weights
 
     preactivations = network.preactivations(inputs)
     slopes = [ActivationPattern(u > 0).slopes(slope) for u in preactivations]
-    layer_inputs = [inputs, *(a * u for a, u in zip(slopes, preactivations, strict=True))]
+    layer_inputs = [network.augment(inputs), *(a * u for a, u in zip(slopes, preactivations, strict=True))]
     predictions = (layer_inputs[-1] @ output[..., None])[..., 0]
+    if network.output_bias is not None:
+        predictions = predictions + network.output_bias[..., None]
     residual = targets - predictions
 
     coefficients = [slopes[-1]]
@@ -211,7 +274,7 @@ def survey_network(network: Network, inputs: Tensor, targets: Tensor, threshold:
             derivative = (derivative @ weights) * a
             coefficients.insert(0, derivative)
 
-    bound = _rounding_bound(network, inputs, targets)
+    bound = _rounding_bound(network, layer_inputs[0], targets)
     return Survey(
         num_samples=inputs.shape[-2],
         squared_error=residual.square().sum(-1),
@@ -223,6 +286,7 @@ def survey_network(network: Network, inputs: Tensor, targets: Tensor, threshold:
             _survey_layer(weights, u, c, h, residual=residual, network=network)
             for weights, u, c, h in zip(hidden, preactivations, coefficients, layer_inputs, strict=False)
         ),
+        error_sum=None if network.output_bias is None else residual.sum(-1),
     )
 
 
@@ -239,13 +303,11 @@ def exact_patterns(network: Network, inputs: Tensor) -> tuple[ActivationPattern,
     """
     shortened = torch.get_float32_matmul_precision() != "highest"
     if len(network.hidden_weights) > 1 or inputs.dtype == torch.float64 or shortened:
-        wide = Network(
-            *(tuple(w.double() for w in network.hidden_weights), network.output_weights, network.negative_slope)
-        )
+        wide = network.to(torch.float64)
         return tuple(ActivationPattern.from_preactivations(u) for u in wide.preactivations(inputs.double()))
-    weights = network.hidden_weights[0]
+    weights, inputs = network.rows, network.augment(inputs)
     preactivations = inputs @ weights.mT
-    bound = 2 * (network.input_dim + 4) * torch.finfo(inputs.dtype).eps * inputs.norm(dim=-1)[..., None]
+    bound = 2 * (inputs.shape[-1] + 4) * torch.finfo(inputs.dtype).eps * inputs.norm(dim=-1)[..., None]
     active = ActivationPattern.from_preactivations(preactivations).active
     doubtful = (preactivations.abs() <= bound * weights.norm(dim=-1)[..., None, :]).nonzero(as_tuple=True)
     *replica, sample, unit = doubtful
@@ -274,7 +336,8 @@ def on_cpu(survey: Survey) -> Survey:
 def rank_cap(survey: Survey, input_rank: Tensor, negative_slope: float) -> Tensor:
     """Upper bound on rank(A∘X) of a two-layer network: min(N − #samples without an active unit, rank A · rank X).
 
-    A sample that no unit is active on is a zero column for the ReLU, and costs nothing for other slopes.
+    A sample that no unit is active on is a zero column for the ReLU, and costs nothing for other slopes. With a hidden
+    bias X is the augmented one; an output bias is no part of A∘X.
 
     Args:
         survey: an exact pass, of one network or R.
@@ -342,16 +405,18 @@ def _survey_layer(
 
 
 def _rounding_bound(network: Network, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Bounds on the rounding errors of the residual, (..., N), for augmented inputs."""
     slope = max(1.0, abs(network.negative_slope))
-    first, *others = network.hidden_weights
-    reach = slope * first.norm(dim=-1)  # of each unit's output, relative to ‖x_n‖
-    for weights in others:
+    reach = slope * network.rows.norm(dim=-1)  # of each unit's output, relative to ‖x_n‖
+    for weights in network.hidden_weights[1:]:
         reach = slope * (weights.abs() @ reach[..., None])[..., 0]
     largest = (network.output_weights.abs() * reach).sum(-1)
-    products = (network.input_dim + sum(network.hidden_dims) + 4) * _ROUNDOFF
+    products = (inputs.shape[-1] + sum(network.hidden_dims) + 4) * _ROUNDOFF
     gamma = (len(network.hidden_weights) + 2) * network.unit_roundoff + products
-    bound: Tensor = gamma * (targets.abs() + inputs.norm(dim=-1) * largest[..., None])
-    return bound
+    size: Tensor = targets.abs() + inputs.norm(dim=-1) * largest[..., None]
+    if network.output_bias is not None:
+        size = size + network.output_bias.abs()[..., None]
+    return gamma * size
 
 
 def _measures(part: Survey | Layer) -> dict[str, Tensor | None]:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 KINDS = {
-    "differentiable_minimum": "a differentiable local minimum (first-order tests hold)",
+    "differentiable_minimum": "a differentiable local minimum",
     "kink_minimum": "a local minimum on kinks",
     "saddle": "a saddle point",
     "not_stationary": "no local minimum that could be told",

@@ -1,13 +1,15 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from lightning_mnn.landscape import Network, infer_threshold, merge_surveys, survey_network
-from lightning_mnn.landscape.survey import exact_patterns, rank_cap
+from lightning_mnn.landscape.survey import exact_patterns, on_cpu, rank_cap
 from tests import naive
 
 
@@ -95,6 +97,115 @@ def test_merged_parts_equal_the_whole(problem, data):
         torch.testing.assert_close(a.smallest_sines, b.smallest_sines)
         assert torch.equal(a.bits, b.bits)
         assert a.pattern.digest() == b.pattern.digest()
+
+
+@st.composite
+def biased_problems(draw):
+    """Problems of one hidden layer, the same with a hidden bias and an explicit column of ones, and with biases."""
+    problem = draw(naive.problems(max_layers=1))
+    network = problem.network
+    rng = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    hidden_bias = torch.randn(network.output_weights.shape, dtype=torch.float64, generator=rng)
+    output_bias = torch.randn(network.output_weights.shape[:-1], dtype=torch.float64, generator=rng)
+    biased = replace(network, hidden_bias=hidden_bias, output_bias=output_bias if draw(st.booleans()) else None)
+    columns = torch.cat([network.hidden_weights[0], hidden_bias[..., None]], -1)
+    ones = torch.cat([problem.inputs, torch.ones_like(problem.inputs[..., :1])], -1)
+    return biased, problem, naive.Problem(replace(network, hidden_weights=(columns,)), ones, problem.targets)
+
+
+@given(biased_problems())
+def test_a_hidden_bias_is_an_input_of_ones(problems):
+    biased, problem, plain = problems
+    shift = 0 if biased.output_bias is None else biased.output_bias[..., None]
+    found = survey_network(biased, problem.inputs, problem.targets)
+    expected = survey_network(plain.network, plain.inputs, plain.targets - shift)
+    assert torch.equal(biased.augment(problem.inputs), plain.inputs)
+    assert torch.equal(biased.rows, plain.network.hidden_weights[0])
+    assert biased.input_dim == problem.inputs.shape[-1]
+    torch.testing.assert_close(found.squared_error, expected.squared_error, rtol=1e-10, atol=1e-20)
+    torch.testing.assert_close(found.layers[0].correlation, expected.layers[0].correlation, rtol=1e-10, atol=1e-11)
+    for name in ("squared_norm", "smallest_preactivation", "smallest_sines", "kinks", "active", "slopes_gram", "bits"):
+        torch.testing.assert_close(getattr(found.layers[0], name), getattr(expected.layers[0], name), rtol=0, atol=0)
+    for pattern, layer in zip(exact_patterns(biased, problem.inputs), found.layers, strict=True):
+        assert torch.equal(pattern.active, layer.pattern.unpack().active)
+    if biased.output_bias is None:
+        assert found.error_sum is None
+        assert torch.equal(found.stationarity, expected.stationarity)
+        assert torch.equal(found.rounding_bound, expected.rounding_bound)
+    else:
+        layer, squared_target = found.layers[0], problem.targets.square().sum(-1)
+        sizes = layer.correlation.norm(dim=(-2, -1)), found.error_sum.abs()
+        scales = (layer.squared_norm * squared_target).sqrt(), (problem.targets.shape[-1] * squared_target).sqrt()
+        first, last = (torch.where(a == 0, 0.0, a / b) for a, b in zip(sizes, scales, strict=True))
+        torch.testing.assert_close(found.stationarity, torch.maximum(first, last), rtol=1e-9, atol=1e-13)
+
+
+@given(biased_problems())
+def test_surveys_of_biased_parts_merge(problems):
+    biased, problem, _ = problems
+    cut = problem.inputs.shape[-2] // 2
+    whole = survey_network(biased, problem.inputs, problem.targets)
+    if cut:
+        halves = (slice(0, cut), slice(cut, None))
+        parts = [survey_network(biased, problem.inputs[..., h, :], problem.targets[..., h]) for h in halves]
+        merged = on_cpu(merge_surveys(parts))
+        torch.testing.assert_close(merged.error_sum, whole.error_sum, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(merged.stationarity, whole.stationarity, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("kink", "slope"), [(nn.ReLU(), 0.0), (nn.LeakyReLU(0.3), 0.3), (nn.PReLU(init=-0.5), -0.5)])
+@pytest.mark.parametrize("biases", list(itertools.product([False, True], repeat=2)))
+def test_survey_of_torchs_own_layers(kink, slope, biases):
+    torch.manual_seed(0)
+    first, last = (nn.Linear(*dims, bias=b) for dims, b in zip([(5, 7), (7, 1)], biases, strict=True))
+    net = nn.Sequential(first, kink, last).double()
+    x, y = torch.randn(30, 5).double(), torch.randint(0, 2, (30,)).double()
+    residual = y - net(x)[:, 0]
+    residual.square().mean().backward()
+    network = Network(
+        (first.weight.detach(),),
+        last.weight.detach()[0],
+        slope,
+        hidden_bias=first.bias.detach() if biases[0] else None,
+        output_bias=last.bias.detach()[0] if biases[1] else None,
+    )
+    found = survey_network(network, x, y, 0.5)
+    torch.testing.assert_close(found.mse, residual.detach().square().mean())
+    gradient = -2 / 30 * network.output_weights[:, None] * found.layers[0].correlation
+    torch.testing.assert_close(gradient[:, :5], first.weight.grad)
+    if biases[0]:
+        torch.testing.assert_close(gradient[:, 5], first.bias.grad)
+    if biases[1]:
+        torch.testing.assert_close(-2 / 30 * found.error_sum, last.bias.grad[0])
+
+
+def test_rounding_bound_covers_biases():
+    w, z = torch.ones(1, 1), torch.ones(1)
+    x, y = torch.zeros(1, 1), torch.zeros(1)
+    bounds = [
+        float(survey_network(Network((w,), z, 0.0, **biases), x, y).rounding_bound)
+        for biases in ({}, {"hidden_bias": torch.tensor([1e6])}, {"output_bias": torch.tensor(-1e6)})
+    ]
+    assert bounds[0] == 0
+    assert min(bounds[1:]) > 1e6 * 2.0**-53
+
+
+def test_a_sample_at_the_origin_can_be_on_a_kink_where_there_is_a_bias():
+    network = Network((torch.ones(1, 1),), torch.ones(1), 0.0, hidden_bias=torch.zeros(1))
+    assert int(survey_network(network, torch.zeros(1, 1), torch.zeros(1)).kinks) == 1
+
+
+def test_biases_of_deep_networks_are_refused():
+    deep = (torch.ones(2, 2), torch.ones(2, 2))
+    with pytest.raises(ValueError, match="output_bias given with 2 hidden layers"):
+        Network(deep, torch.ones(2), 0.0, output_bias=torch.tensor(1.0))
+
+
+def test_a_network_on_another_device_or_in_another_precision_keeps_its_biases():
+    network = Network((torch.ones(1, 1),), torch.ones(1), 0.1, 2.0**-24, torch.ones(1), torch.tensor(1.0))
+    wide = network.to(torch.float64)
+    assert [t.dtype for t in wide.tensors] == [torch.float64] * 4
+    assert (wide.negative_slope, wide.unit_roundoff) == (0.1, 2.0**-24)
 
 
 @settings(max_examples=60)

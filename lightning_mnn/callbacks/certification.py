@@ -1,0 +1,86 @@
+"""Certificates of a module's network on its training set, on any number of processes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from lightning_mnn.callbacks.training_set import threshold_of, training_samples
+from lightning_mnn.data.shards import num_samples
+from lightning_mnn.landscape.minimum import Certificate, certify
+from lightning_mnn.landscape.polishing import Polished, polish
+from lightning_mnn.landscape.team import ProcessTeam
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import pytorch_lightning as pl
+
+    from lightning_mnn.landscape.survey import Network
+
+_WHOLE = 1 << 24  # numbers of inputs up to which one process takes all samples: 128 MiB
+
+
+def certify_training_set(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network, max_distance: float
+) -> list[Certificate]:
+    """Certify a two-layer network on the module's training set; one certificate a replica, the same on every process.
+
+    Small sets are gathered on one process, which tells the others; of larger ones each process holds its shard.
+    """
+    return _on_training_set(trainer, pl_module, network, max_distance, polished=False)
+
+
+def polish_on_training_set(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network, max_distance: float
+) -> list[Polished]:
+    """Polish a two-layer network on the module's training set; the module's weights stay as they are."""
+    return _on_training_set(trainer, pl_module, network, max_distance, polished=True)
+
+
+@torch.no_grad()
+def move_to(network: Network, certificates: list[Certificate], chosen: list[bool]) -> None:
+    """Write the weights of the chosen replicas' certificates into the network's own tensors, in their precision."""
+    tensors = {
+        "hidden_weights": network.hidden_weights[0],
+        "output_weights": network.output_weights,
+        "hidden_bias": network.hidden_bias,
+        "output_bias": network.output_bias,
+    }
+    replicated = network.output_weights.ndim > 1
+    for replica, certificate in enumerate(certificates):
+        for name, own in tensors.items():
+            if own is not None and chosen[replica]:
+                (own[replica] if replicated else own).copy_(getattr(certificate, name))
+
+
+def _on_training_set(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network, max_distance: float, *, polished: bool
+) -> list[Any]:
+    split = trainer.world_size > 1
+    whole = not split or num_samples(trainer.train_dataloader) * network.input_dim <= _WHOLE
+    found: list[Any] = []
+    if not whole or trainer.is_global_zero:
+        inputs, targets = training_samples(trainer, network, whole=whole)
+        wide = network.to(inputs.device).to(torch.float64)
+        search: Callable[..., Any] = polish if polished else certify
+        result = search(
+            wide.hidden_weights[0],
+            wide.output_weights,
+            inputs.to(torch.float64),
+            targets.to(torch.float64),
+            network.negative_slope,
+            threshold=threshold_of(trainer, pl_module),
+            max_distance=max_distance,
+            hidden_bias=wide.hidden_bias,
+            output_bias=wide.output_bias,
+            team=None if whole else ProcessTeam(inputs.shape[-2]),
+        )
+        found = result if isinstance(result, list) else [result]
+    if split and whole:
+        box = [found]
+        dist.broadcast_object_list(box, src=0)
+        found = box[0]
+    return found

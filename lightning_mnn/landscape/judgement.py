@@ -1,0 +1,430 @@
+"""Judgement: go to the nearest solution of a region's, or a face's, least-squares problem, and say what it is.
+
+Shapes: N samples (of this process), d0 inputs, d1 hidden units, f free columns; one network.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import linprog
+
+from lightning_mnn.landscape.kinks import judge_kinks
+from lightning_mnn.landscape.least_squares import Solution, solve
+from lightning_mnn.landscape.problem import ROUNDOFF, Outputs, Point, Problem
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightning_mnn.landscape.linear_map import FaceMap
+
+_UNKNOWABLE = 1e-6  # rounding error of ‖g_i‖, relative to its terms, from which nothing can be said
+_STEP_OFF = 1e-4  # relative length of a step off kinks
+_STEP_OFF_LIMIT = 2000  # parameters, for its dense matrices
+_SPANNED = 1e-12  # part of an input outside a span, relative to the input, that counts as none
+_DEPENDENT = 1e-10  # singular values of kinks' inputs, relative to the largest, that count as zero
+
+
+class Kind(StrEnum):
+    """What a point of weight space is."""
+
+    DIFFERENTIABLE_MINIMUM = "differentiable_minimum"
+    KINK_MINIMUM = "kink_minimum"
+    SADDLE = "saddle"
+    NOT_STATIONARY = "not_stationary"
+
+
+class Direction(NamedTuple):
+    """A move of the weights that lowers the loss.
+
+    Attributes:
+        hidden_weights: (d1, d0).
+        output_weights: (d1,).
+    """
+
+    hidden_weights: Tensor
+    output_weights: Tensor
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a point is.
+
+    Attributes:
+        kind: a minimum, a saddle, or neither as far as floats can tell.
+        reason: what decided, in words.
+        direction: a move that lowers the loss; of a saddle.
+        release: (sample, unit, side) of a kink that the point is not held to: the loss falls as it leaves.
+        ends: (sample, unit, side) of kinks that nothing holds the point to, nor pulls it off; where they leave only
+            these undecided.
+    """
+
+    kind: Kind
+    reason: str
+    direction: Direction | None = None
+    release: tuple[int, int, int] | None = None
+    ends: tuple[tuple[int, int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Snap:
+    """Weights that solve the least-squares problem of a region, or of a face of it.
+
+    Attributes:
+        start: the weights it set out from.
+        point: the weights.
+        active: the region's pattern, bool (N, d1).
+        kinks: pairs that are held on their kink, bool (N, d1); None: none.
+        outputs: what the weights give.
+        face: the linear map.
+        solution: how the problem was solved.
+        forces: g_i = Σ_n e_n A_ni x_n over the samples off unit i's kink, (d1, d0), then Σ_n e_n c_n, flat.
+        noise: bounds on the rounding error of the norms of these, (d1 + 1,).
+        error: bound on the distance from the flat weights to the exact solution; infinite where unknown.
+    """
+
+    start: Point
+    point: Point
+    active: Tensor
+    kinks: Tensor | None
+    outputs: Outputs
+    face: FaceMap
+    solution: Solution
+    forces: Tensor
+    noise: Tensor
+    error: float
+
+    @property
+    def move(self) -> Tensor:
+        """D = W̃* − W̃ and the move of b, flat."""
+        return self.point.theta - self.start.theta
+
+    @property
+    def distance(self) -> float:
+        """‖W̃* − W̃‖/‖W̃‖ (biases included), or infinite from zero weights."""
+        size, moved = float(self.start.theta.norm()), float(self.move.norm())
+        return moved / size if size else math.inf if moved else 0.0
+
+    @property
+    def rows(self) -> Tensor:
+        """The forces by unit, (d1, d0)."""
+        return self.forces[: self.point.hidden.numel()].reshape(self.point.hidden.shape)
+
+
+def snap(problem: Problem, start: Point, active: Tensor, kinks: Tensor | None, longest: float = math.inf) -> Snap:
+    """Go to the nearest least-squares solution of the region, on the face where the kinks' pre-activations are zero.
+
+    Rows with z_i = 0 stay, but for being taken to their kinks.
+
+    Args:
+        problem: the training set.
+        start: the weights.
+        active: the pattern, bool (N, d1).
+        kinks: (sample, unit) pairs that shall be on their kink, bool (N, d1).
+        longest: ‖W̃* − W̃‖ beyond which the caller does not care.
+    """
+    live = start.output != 0
+    bases = {} if kinks is None else _bases(problem, kinks)
+    if kinks is not None:
+        kinks = _spanned(problem, kinks, bases)
+    face = problem.map(active, None if bool(live.all()) else live, bases)
+    hidden = start.hidden.clone()
+    for unit, basis in bases.items():
+        for _ in range(2):  # the second time for what rounding left
+            hidden[unit] -= basis @ (basis.T @ hidden[unit])
+        if len(basis) == basis.shape[1]:
+            hidden[unit] = 0
+    near = Point(hidden, start.output, start.free)
+    solution = solve(face, problem.targets - face.predict(near.theta), longest)
+    theta = near.theta + solution.theta
+    point = near.moved(theta[: hidden.numel()].reshape(hidden.shape), theta[hidden.numel() :])
+    outputs = problem.outputs(point)
+    coefficients = face.slopes if kinks is None else torch.where(kinks, 0.0, face.slopes)
+    spread = outputs.bounds + (problem.num_samples + 2) * ROUNDOFF * outputs.errors.abs()
+    forces = replace(face, slopes=coefficients).correlate(outputs.errors)
+    noise = problem.team.sum(
+        torch.cat([coefficients.abs().T @ (problem.norms * spread), (spread @ problem.free.abs()).sum()[None]])
+    )
+    return Snap(
+        start, point, active, kinks, outputs, face, solution, forces, noise,
+        error=_error(problem, face, solution, outputs, forces, noise),
+    )  # fmt: skip
+
+
+def judge(problem: Problem, found: Snap) -> Judgement:
+    """Say what the weights of a snap are.
+
+    They are a local minimum when they lie in their region (or on their face), G e = 0 there, the multipliers of the
+    kinks are inside their intervals, and units with z_i = 0 feel no force; each up to its rounding-error bound, and
+    clear of it where a sign decides.
+    """
+    if found.solution.too_long:
+        return _undecided(
+            f"no stationary point of the region within max_distance: the nearest is at a relative distance of at least "
+            f"{found.distance:.1e}"
+        )
+    flips, unclear = _signs(problem, found)
+    exact = bool(problem.team.least((found.outputs.errors.abs() <= found.outputs.bounds).all().long()))
+    if flips:
+        return _undecided(f"the nearest stationary point lies outside the region: {flips} activations differ there")
+    if unclear and not exact:
+        return _undecided(f"{unclear} pre-activations of the nearest stationary point are within rounding of a kink")
+    if exact:
+        at_kinks = unclear > 0 or found.kinks is not None
+        kind = Kind.KINK_MINIMUM if at_kinks else Kind.DIFFERENTIABLE_MINIMUM
+        return Judgement(kind, "every error is zero up to rounding")
+    return _judge_forces(problem, found) or _judge_units(problem, found)
+
+
+def _judge_forces(problem: Problem, found: Snap) -> Judgement | None:
+    """None where G e = 0 on the face, up to rounding, of units that may move."""
+    squares = problem.team.sum((found.face.slopes * problem.norms[:, None]).square().sum(0))
+    scale = squares.sqrt() * float(problem.team.sum(problem.targets.square().sum())) ** 0.5
+    if bool((found.noise[:-1] > _UNKNOWABLE * scale)[squares > 0].any()):
+        return _undecided("weights so large that rounding hides whether G e = 0")
+    held = found.face.project(found.forces)
+    size = found.point.hidden.numel()
+    rows = held[:size].reshape(found.point.hidden.shape).norm(dim=1)
+    loose = (rows > found.noise[:-1]) & (found.point.output != 0)
+    if bool(loose.any()) or float(held[size:].norm()) > float(found.noise[-1]):
+        return _undecided(f"G e = 0 could not be reached: {found.solution.method}")
+    return None
+
+
+def _judge_units(problem: Problem, found: Snap) -> Judgement:
+    """Test the kinks of each unit, and the forces on units with z_i = 0."""
+    failures = []
+    for unit in range(len(found.point.output)):
+        kinks = None if found.kinks is None else found.kinks[:, unit]
+        if kinks is not None and not bool(problem.team.most(kinks.any().long())):
+            kinks = None
+        if float(found.point.output[unit]) == 0:
+            judgement = _judge_resting_unit(problem, found, unit, kinks)
+        else:
+            judgement = None if kinks is None else _judge_kinks(problem, found, unit, kinks)
+        if judgement is not None:
+            failures.append(judgement)
+    if not failures:
+        kind = Kind.DIFFERENTIABLE_MINIMUM if found.kinks is None else Kind.KINK_MINIMUM
+        return Judgement(kind, _praise(found))
+    worst = min(
+        failures, key=lambda failure: (failure.kind is not Kind.SADDLE, bool(failure.ends), not failure.release)
+    )
+    return replace(worst, ends=sum((failure.ends for failure in failures), ())) if worst.ends else worst
+
+
+def _praise(found: Snap) -> str:
+    held = "no sample on a kink" if found.kinks is None else "the multipliers of all kinks are inside their intervals"
+    return f"G e = 0 up to rounding, by {found.solution.method}; {held}"
+
+
+def _undecided(reason: str) -> Judgement:
+    return Judgement(Kind.NOT_STATIONARY, reason)
+
+
+def _bases(problem: Problem, kinks: Tensor) -> dict[int, Tensor]:
+    """Orthonormal bases of the inputs on each unit's kink."""
+    bases = {}
+    for unit in problem.team.most(kinks.any(0).long()).nonzero()[:, 0].tolist():
+        inputs = problem.team.join(problem.inputs[kinks[:, unit]])
+        _, values, right = torch.linalg.svd(inputs / inputs.norm(dim=1, keepdim=True), full_matrices=False)
+        bases[unit] = right[values > _DEPENDENT * values[0]].T
+    return bases
+
+
+def _spanned(problem: Problem, kinks: Tensor, bases: dict[int, Tensor]) -> Tensor:
+    """The kinks, with those of samples whose inputs the others' span: their pre-activations are zero as well."""
+    kinks = kinks.clone()
+    for unit, basis in bases.items():
+        beyond = (problem.inputs - problem.inputs @ basis @ basis.T).norm(dim=1)
+        kinks[:, unit] |= (beyond <= _SPANNED * problem.norms) & (problem.norms > 0)
+    return kinks
+
+
+def _error(
+    problem: Problem, face: FaceMap, solution: Solution, outputs: Outputs, forces: Tensor, noise: Tensor
+) -> float:
+    """Bound on the distance of the flat weights from an exact solution of the normal equations."""
+    if solution.smallest is None:
+        return math.inf if not bool(forces.norm() == 0) else 0.0
+    error = (float(face.project(forces).norm()) + float(noise.norm())) / solution.smallest**2
+    if solution.onto:
+        left = (outputs.errors.abs() + outputs.bounds).square().sum()
+        error = min(error, float(problem.team.sum(left)) ** 0.5 / solution.smallest)
+    return error
+
+
+def _signs(problem: Problem, found: Snap) -> tuple[int, int]:
+    """How many pre-activations off the kinks changed their sign, and how many of the others may, up to rounding."""
+    point, u = found.point, found.outputs.preactivations
+    roundoff = (point.hidden.shape[1] + 4) * ROUNDOFF
+    live = point.output != 0
+    drift = torch.where(live, found.error / torch.where(live, point.output.abs(), 1.0), 0.0)
+    sizes = point.hidden.norm(dim=1)
+    counted = (problem.norms > 0)[:, None]
+    if found.kinks is not None:
+        counted = counted & ~found.kinks
+    flipped = counted & ((u > 0) != found.active) & (u.abs() > problem.norms[:, None] * (roundoff * sizes))
+    unclear = counted & ~flipped & ~(u.abs() > problem.norms[:, None] * (roundoff * sizes + drift))
+    flips, doubts = problem.team.sum(torch.stack([flipped.sum(), unclear.sum()])).tolist()
+    return int(flips), int(doubts)
+
+
+def _judge_kinks(problem: Problem, found: Snap, unit: int, kinks: Tensor) -> Judgement | None:
+    """Judge a unit with z_i ≠ 0 on kinks: None if no step off them lowers the loss."""
+    inputs = problem.team.join(problem.inputs[kinks])
+    errors = problem.team.join(found.outputs.errors[kinks])
+    blur = problem.team.join((problem.norms * found.outputs.bounds)[kinks])
+    verdict = judge_kinks(
+        inputs.cpu().numpy(),
+        errors.cpu().numpy(),
+        found.rows[unit].cpu().numpy(),
+        float(found.point.output[unit]),
+        problem.slope,
+        float(found.noise[unit]) + float(blur.max()),
+    )
+    if verdict.holds:
+        return None
+    samples = problem.team.join(kinks).nonzero()[:, 0].tolist()
+    if verdict.holds is None:
+        ends = tuple((samples[position], unit, side) for position, side in verdict.ends)
+        return Judgement(Kind.NOT_STATIONARY, f"kinks of unit {unit} undecided: {verdict.reason}", ends=ends)
+    release = None if verdict.worst is None else (samples[verdict.worst[0]], unit, verdict.worst[1])
+    reason = f"unit {unit} would leave a kink: {verdict.reason}"
+    step = torch.as_tensor(verdict.step, dtype=torch.float64, device=problem.inputs.device)
+    direction = _descent(problem, found, unit, step, turn=0.0)
+    if direction is None:
+        return Judgement(Kind.NOT_STATIONARY, f"{reason}, by less than rounding shows", release=release)
+    kind = Kind.SADDLE if verdict.stationary else Kind.NOT_STATIONARY
+    return Judgement(kind, reason, direction, release)
+
+
+def _judge_resting_unit(problem: Problem, found: Snap, unit: int, kinks: Tensor | None) -> Judgement | None:
+    """Judge a unit with z_i = 0: None if it feels no force; else a saddle if its gradient vanishes."""
+    noise = float(found.noise[unit])
+    force = found.rows[unit]
+    steps = force[None]
+    if kinks is not None:
+        inputs, errors = problem.team.join(problem.inputs[kinks]), problem.team.join(found.outputs.errors[kinks])
+        blur = float(problem.team.join(found.outputs.bounds[kinks]).max())
+        if float(force.norm()) <= noise and bool((errors.abs() <= blur).all()):
+            return None
+        inverse = torch.linalg.pinv(inputs)
+        steps = torch.cat([force[None], inverse.T, -inverse.T, inputs, -inputs])
+        moves = steps @ inputs.T
+        pulls = steps @ force + torch.where(moves > 0, moves, problem.slope * moves) @ errors
+        best = int((pulls.abs() / steps.norm(dim=1).clamp(min=torch.finfo(pulls.dtype).tiny)).argmax())
+        step, pull = steps[best], float(pulls[best])
+        noise = noise + blur * float(inputs.norm())
+    elif float(force.norm()) <= noise:
+        return None
+    else:
+        step, pull = force, float(force @ force)
+    if abs(pull) <= noise * float(step.norm()):
+        return _undecided(f"unit {unit} with z = 0: forces of its kinks within rounding, or in balance")
+    slope = float(
+        problem.team.sum(
+            (_activated(found.outputs.preactivations[:, unit], problem.slope) * found.outputs.errors).sum()
+        )
+    )
+    allowed = noise * float(found.point.hidden[unit].norm())
+    reason = f"unit {unit} has z = 0 and feels a force: G e is not zero"
+    if abs(slope) > allowed:
+        return _undecided(f"{reason}, nor is its gradient")
+    direction = _descent(problem, found, unit, step, turn=math.copysign(1.0, pull))
+    if direction is None:
+        return _undecided(f"{reason}, by less than rounding shows")
+    return Judgement(Kind.SADDLE, reason, direction)
+
+
+def _activated(u: Tensor, slope: float) -> Tensor:
+    return torch.where(u > 0, u, slope * u)
+
+
+def _descent(problem: Problem, found: Snap, unit: int, step: Tensor, turn: float) -> Direction | None:
+    """A move of one unit, along a step of its weights and, by the sign ``turn``, of z, that is seen to lower the loss.
+
+    It ends where the loss along it is least, or half-way to the next kink, whichever comes first.
+    """
+    point, outputs = found.point, found.outputs
+    u, moves = outputs.preactivations[:, unit], problem.inputs @ step
+    if found.kinks is not None:
+        u = torch.where(found.kinks[:, unit], 0.0, u)
+    ahead = torch.where((u != 0) & (moves != 0), (u / moves).abs(), torch.inf)
+    reach = 0.5 * float(problem.team.least(ahead.amin() if len(ahead) else torch.tensor(torch.inf)))
+    size = float(point.hidden[unit].norm()) / float(step.norm())
+    reach = min(reach, size if size > 0 else 1 / float(step.norm()))
+    rest, z = _activated(u, problem.slope), float(point.output[unit])
+    after = _activated(u + reach * moves, problem.slope)
+    if turn:
+        pull, square = problem.team.sum(torch.stack([outputs.errors @ after, after @ after + rest @ rest])).tolist()
+        turn = abs(pull) / square * turn if square else 0.0
+    change = z * (after - rest) + turn * after
+    if not turn:  # the loss along the step is a parabola: go to its end
+        pull, square = problem.team.sum(torch.stack([outputs.errors @ change, change @ change])).tolist()
+        share = min(1.0, pull / square) if square else 0.0
+        reach, change = share * reach, share * change
+    gained = problem.team.sum((change * (2 * outputs.errors - change)).sum())
+    count = (problem.num_samples + 10) * ROUNDOFF
+    blur = problem.team.sum((change.abs() * (2 * outputs.bounds + count * (outputs.errors.abs() + change.abs()))).sum())
+    if not float(gained) > float(blur):
+        return None
+    hidden, output = torch.zeros_like(point.hidden), torch.zeros_like(point.output)
+    hidden[unit], output[unit] = reach * step, turn
+    return Direction(hidden, output)
+
+
+def step_off(problem: Problem, found: Snap, judgement: Judgement) -> tuple[Judgement, Snap] | None:
+    """Leave kinks that nothing holds a solution to, along solutions, and judge again; None where that cannot be done.
+
+    Two units with one pattern and opposite z are the usual case: their rows may move together, and no prediction
+    changes. The step is the one that leaves all those kinks fastest (a linear program), up to half the way to the next.
+    """
+    assert found.kinks is not None  # noqa: S101 (they are what is left)
+    if problem.team.size > 1 or found.point.theta.numel() > _STEP_OFF_LIMIT:
+        return None
+    active, kinks = found.active.clone(), found.kinks.clone()
+    for sample, unit, side in judgement.ends:
+        active[sample, unit], kinks[sample, unit] = side > 0, False
+    left = kinks if bool(kinks.any()) else None
+    live = found.point.output != 0
+    face = problem.map(active, None if bool(live.all()) else live, {} if left is None else _bases(problem, left))
+    _, values, right = torch.linalg.svd(face.dense(), full_matrices=True)
+    rank = int((values > 1e-10 * values[0]).sum())
+    still = face.project(right[rank:])  # rows: moves that change no prediction; those off the face are gone
+    outward = torch.zeros(len(judgement.ends), face.num_parameters, dtype=torch.float64)
+    dim = found.point.hidden.shape[1]
+    for row, (sample, unit, side) in enumerate(judgement.ends):
+        sign = side * float(found.point.output[unit].sign())
+        outward[row, unit * dim : (unit + 1) * dim] = (sign * problem.inputs[sample] / problem.norms[sample]).cpu()
+    rates = (outward @ still.T.cpu()).numpy()
+    if not rates.size:
+        return None
+    count = rates.shape[1]
+    best = linprog(
+        c=np.r_[np.zeros(count), -1.0],
+        A_ub=np.c_[-rates, np.ones(len(rates))],
+        b_ub=np.zeros(len(rates)),
+        bounds=[(-1, 1)] * count + [(None, 1)],
+        method="highs",
+    )
+    if best.x is None or (rates @ best.x[:-1]).min() <= 1e-6:
+        return None
+    move = torch.as_tensor(best.x[:-1], device=still.device) @ still
+    theta = found.point.theta
+    size = theta.numel() - found.point.free.numel()
+    rows = move[:size].reshape(found.point.hidden.shape)
+    rates_of_u = torch.where(live, 1 / torch.where(live, found.point.output, 1.0), 0.0) * (problem.inputs @ rows.T)
+    still_there = found.kinks | (rates_of_u == 0)
+    ahead = torch.where(still_there, torch.inf, (found.outputs.preactivations / rates_of_u).abs())
+    share = min(0.5 * float(ahead.min()), _STEP_OFF * float(theta.norm()) / float(move.norm()))
+    theta = theta + share * move
+    near = found.point.moved(theta[:size].reshape(rows.shape), theta[size:])
+    again = snap(problem, near, active, left)
+    again = replace(again, start=found.start)
+    return judge(problem, again), again

@@ -1,0 +1,180 @@
+"""Least squares on a region or on a face of it: the smallest θ whose predictions come nearest to a right-hand side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator, lsmr
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightning_mnn.landscape.linear_map import FaceMap
+
+GRAM_LIMIT = 6000  # the largest Gram matrix that is formed: 0.3 GB, a second or two to factor
+_DENSE_LIMIT = 4_000_000  # the largest matrix that is decomposed itself where its Gram matrix will not do
+_REFINEMENTS = 3
+_EPS = torch.finfo(torch.float64).eps
+_FIRST_BURST, _BURST_GROWTH = 8, 4
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A least-squares solution.
+
+    Attributes:
+        theta: the smallest θ on the face that minimises ‖b − F θ‖; of an unfinished iteration the last one.
+        smallest: a lower bound on the smallest non-zero singular value of F on the face, as far as floats tell zero;
+            None where it is not known.
+        onto: whether F is known to reach every right-hand side: rank N.
+        method: what found it, in words.
+        too_long: whether the iteration was stopped as θ was seen to be longer than the caller cares for.
+    """
+
+    theta: Tensor
+    smallest: float | None
+    onto: bool
+    method: str
+    too_long: bool = False
+
+
+def solve(face: FaceMap, rhs: Tensor, longest: float = float("inf"), max_iterations: int = 200) -> Solution:
+    """The smallest least-squares solution of F θ = b on a face.
+
+    The Gram matrix of the smaller side is factored where it is at most 6,000 wide: by Cholesky where it is definite, by
+    its eigenvalues where it is not, with refinement on the matrix itself. A Gram matrix squares the condition number:
+    singular values under about 1e-7 of the largest are dropped. Where they matter, the normal equations do not
+    hold afterwards, which is tested, and a matrix of moderate size is then decomposed itself. Larger problems go to
+    LSMR, whose iterates grow monotonically in length (Fong & Saunders 2011): one that is too long ends the search.
+
+    Args:
+        face: the linear map F; of several processes, each with its samples.
+        rhs: b, (N,), of this process's samples.
+        longest: stop an iteration whose θ is longer than this.
+        max_iterations: of LSMR.
+    """
+    dual = face.team.size == 1 and face.num_samples <= face.num_parameters
+    if (face.num_samples if dual else face.num_parameters) > GRAM_LIMIT:
+        return _iterate(face, rhs, longest, max_iterations)
+    matrix = face.gram() if dual else face.normal_matrix()
+    solution = _by_cholesky(face, matrix, rhs, dual=dual) or _by_eigenvalues(face, matrix, rhs, dual=dual)
+    moderate = face.num_samples * face.num_parameters <= _DENSE_LIMIT
+    if solution.onto or face.team.size > 1 or not moderate or _normal_equations_hold(face, rhs, solution.theta):
+        return solution
+    return _by_singular_values(face, rhs)
+
+
+def _apply(face: FaceMap, factor: Tensor, residual: Tensor, *, dual: bool) -> Tensor:
+    """Pseudo-inverse of F times a residual, from the Cholesky factor of a Gram matrix."""
+    if dual:
+        return face.project(face.correlate(torch.cholesky_solve(residual[:, None], factor)[:, 0]))
+    return face.project(torch.cholesky_solve(face.project(face.correlate(residual))[:, None], factor)[:, 0])
+
+
+def _by_cholesky(face: FaceMap, matrix: Tensor, rhs: Tensor, *, dual: bool) -> Solution | None:
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if int(info):
+        return None
+    least = _smallest_eigenvalue(matrix, factor)
+    if least is None:
+        return None
+    theta = _apply(face, factor, rhs, dual=dual)
+    for _ in range(_REFINEMENTS):
+        theta = theta + _apply(face, factor, rhs - face.predict(theta), dual=dual)
+    return Solution(theta, least**0.5, onto=dual, method="Cholesky factor of the Gram matrix")
+
+
+def _smallest_eigenvalue(matrix: Tensor, factor: Tensor) -> float | None:
+    """A lower bound on the smallest eigenvalue, proved by one more Cholesky factor; None where rounding hides it.
+
+    Inverse iteration estimates it from above; a shifted matrix that still has a factor bounds it from below.
+    """
+    vector = torch.linspace(1, 2, len(matrix), dtype=matrix.dtype, device=matrix.device).sin()[:, None]
+    for _ in range(6):
+        vector = torch.cholesky_solve(vector / vector.norm(), factor)
+    estimate = 1 / float(vector.norm())
+    noise = (len(matrix) + 10) * _EPS * float(matrix.diagonal().sum())
+    for share in (0.5, 0.05):
+        shift = share * estimate
+        if shift <= 10 * noise:
+            return None
+        shifted = matrix.clone()
+        shifted.diagonal().sub_(shift + noise)
+        if not int(torch.linalg.cholesky_ex(shifted)[1]):
+            return shift
+    return None
+
+
+def _by_eigenvalues(face: FaceMap, matrix: Tensor, rhs: Tensor, *, dual: bool) -> Solution:
+    values, vectors = torch.linalg.eigh(matrix)
+    kept = values > 10 * (len(matrix) + 10) * _EPS * values[-1].clamp(min=0)
+    inverse = torch.where(kept, 1 / values, 0.0)
+
+    def apply(residual: Tensor) -> Tensor:
+        if dual:
+            return face.project(face.correlate(vectors @ (inverse * (vectors.T @ residual))))
+        return face.project(vectors @ (inverse * (vectors.T @ face.project(face.correlate(residual)))))
+
+    theta = apply(rhs)
+    for _ in range(_REFINEMENTS):
+        theta = theta + apply(rhs - face.predict(theta))
+    smallest = float(values[kept][0]) ** 0.5 if bool(kept.any()) else None
+    return Solution(theta, smallest, onto=False, method="eigenvalues of the Gram matrix")
+
+
+def _by_singular_values(face: FaceMap, rhs: Tensor) -> Solution:
+    left, values, right = torch.linalg.svd(face.dense(), full_matrices=False)
+    kept = values > max(face.num_samples, face.num_parameters) * _EPS * values[0]
+    inverse = torch.where(kept, 1 / values, 0.0)
+    theta = rhs.new_zeros(face.num_parameters)
+    for _ in range(_REFINEMENTS):
+        theta = theta + right.T @ (inverse * (left.T @ (rhs - face.predict(theta))))
+    rank = int(kept.sum())
+    smallest = float(values[rank - 1]) if rank else None
+    return Solution(face.project(theta), smallest, onto=rank == face.num_samples, method="singular values")
+
+
+def _normal_equations_hold(face: FaceMap, rhs: Tensor, theta: Tensor) -> bool:
+    residual = rhs - face.predict(theta)
+    scale = (face.slopes.norm(dim=1) * face.inputs.norm(dim=1)).norm() * (rhs.norm() + residual.norm())
+    left = face.project(face.correlate(residual)).norm()
+    return bool(left <= 10 * face.num_samples**0.5 * _EPS * scale)
+
+
+def _iterate(face: FaceMap, rhs: Tensor, longest: float, max_iterations: int) -> Solution:
+    """LSMR, the same on every process: vectors over samples are whole everywhere, products are split."""
+    team = face.team
+
+    def predict(theta: np.ndarray) -> np.ndarray:
+        return np.asarray(
+            team.join(face.predict(face.project(torch.as_tensor(theta, dtype=rhs.dtype, device=rhs.device)))).cpu()
+        )
+
+    def correlate(residual: np.ndarray) -> np.ndarray:
+        return np.asarray(
+            face.project(face.correlate(team.own(torch.as_tensor(residual, dtype=rhs.dtype, device=rhs.device)))).cpu()
+        )
+
+    whole = np.asarray(team.join(rhs).cpu())
+    operator = LinearOperator(
+        (face.num_samples, face.num_parameters), matvec=predict, rmatvec=correlate, dtype=np.float64
+    )
+    steps = min(_FIRST_BURST, max_iterations)
+    while True:  # from the start each time: only then do lengths grow, and all the times sum to 4/3 of the last
+        found = lsmr(operator, whole, atol=_EPS, btol=_EPS, conlim=0, maxiter=steps)
+        theta, stop, iterations, length = found[0], found[1], found[2], found[7]
+        done = stop != 7  # its code for "out of iterations"
+        if done or length > longest or steps >= max_iterations:
+            break
+        steps = min(_BURST_GROWTH * steps, max_iterations)
+    norm, condition = found[5], found[6]
+    return Solution(
+        theta=face.project(torch.as_tensor(theta, dtype=rhs.dtype, device=rhs.device)),
+        smallest=float(norm / condition) if done and condition > 0 else None,
+        onto=False,
+        method=f"{iterations} iterations of LSMR" + ("" if done else ", not converged"),
+        too_long=bool(length > longest),
+    )

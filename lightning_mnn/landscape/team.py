@@ -1,0 +1,87 @@
+"""Team: processes that each hold a part of the samples, and what they must agree on.
+
+Every process calls the same methods in the same order; each result is the same on all of them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Team:
+    """One process with all samples: nothing to agree on.
+
+    >>> Team().sum(torch.tensor([2.0]))
+    tensor([2.])
+    """
+
+    size: int = 1
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over the processes."""
+        return value
+
+    def least(self, value: Tensor) -> Tensor:
+        """Smallest over the processes, element by element."""
+        return value
+
+    def most(self, value: Tensor) -> Tensor:
+        """Largest over the processes, element by element."""
+        return value
+
+    def join(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, in the samples' order."""
+        return rows
+
+    def own(self, rows: Tensor) -> Tensor:
+        """This process's part of joined rows."""
+        return rows
+
+
+class ProcessTeam(Team):
+    """The processes of torch.distributed's default group, in rank order.
+
+    Args:
+        num_samples: number of samples that this process holds.
+    """
+
+    def __init__(self, num_samples: int) -> None:
+        self.size = dist.get_world_size()
+        counts: list[int] = [0] * self.size
+        dist.all_gather_object(counts, num_samples)
+        start = sum(counts[: dist.get_rank()])
+        self._own = slice(start, start + num_samples)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over the processes."""
+        return _reduced(value, dist.ReduceOp.SUM)
+
+    def least(self, value: Tensor) -> Tensor:
+        """Smallest over the processes, element by element."""
+        return _reduced(value, dist.ReduceOp.MIN)
+
+    def most(self, value: Tensor) -> Tensor:
+        """Largest over the processes, element by element."""
+        return _reduced(value, dist.ReduceOp.MAX)
+
+    def join(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, in the samples' order."""
+        parts: list[Tensor] = [rows] * self.size
+        dist.all_gather_object(parts, rows.cpu())
+        return torch.cat(parts).to(rows.device)
+
+    def own(self, rows: Tensor) -> Tensor:
+        """This process's part of joined rows."""
+        return rows[self._own]
+
+
+def _reduced(value: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+    value = value.clone()
+    dist.all_reduce(value, operation)
+    return value
