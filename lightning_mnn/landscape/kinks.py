@@ -78,6 +78,9 @@ def judge_kinks(inputs: Array, errors: Array, g: Array, z: float, slope: float, 
 def _independent(inputs: Array, force: Array, ahead: Array, behind: Array, noise: float) -> KinkVerdict:
     inverse = np.linalg.pinv(inputs)  # (d0, b); its columns leave one kink at a time
     multipliers = -inverse.T @ force
+    left = force + inputs.T @ multipliers  # no kink holds this
+    if np.linalg.norm(left) > 2 * noise + 1e-12 * np.linalg.norm(force):
+        return KinkVerdict(holds=False, reason="a force along the kinks", stationary=False, step=left)
     gain_ahead, gain_behind = ahead - multipliers, multipliers - behind  # what leaving to either side wins
     gains = np.stack([gain_ahead, gain_behind])
     inert = (np.abs(ahead) <= noise) & (np.abs(behind) <= noise) & (np.abs(multipliers) <= noise)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lightning_mnn.landscape.linear_map import FaceMap
 
 GRAM_LIMIT = 6000  # the largest Gram matrix that is formed: 0.3 GB, a second or two to factor
-_DENSE_LIMIT = 4_000_000  # the largest matrix that is decomposed itself where its Gram matrix will not do
+_DECOMPOSED = 2e9  # operations, about a second of one core, up to which a deficient matrix itself is decomposed
 _REFINEMENTS = 3
 _EPS = torch.finfo(torch.float64).eps
 _FIRST_BURST, _BURST_GROWTH = 8, 4
@@ -44,11 +44,11 @@ class Solution:
 def solve(face: FaceMap, rhs: Tensor, longest: float = float("inf"), max_iterations: int = 200) -> Solution:
     """The smallest least-squares solution of F θ = b on a face.
 
-    The Gram matrix of the smaller side is factored where it is at most 6,000 wide: by Cholesky where it is definite, by
-    its eigenvalues where it is not, with refinement on the matrix itself. A Gram matrix squares the condition number:
-    singular values under about 1e-7 of the largest are dropped. Where they matter, the normal equations do not
-    hold afterwards, which is tested, and a matrix of moderate size is then decomposed itself. Larger problems go to
-    LSMR, whose iterates grow monotonically in length (Fong & Saunders 2011): one that is too long ends the search.
+    The Gram matrix of the smaller side, at most 6,000 wide, is factored by Cholesky where it is definite, with
+    refinement on the matrix itself. Otherwise the singular values of a matrix of moderate size decide; those of a
+    larger one are read off its Gram matrix, where they are invisible under about 1e-7 of the largest and are dropped.
+    Larger problems go to LSMR, whose iterates grow monotonically in length (Fong & Saunders 2011): one that is too long
+    ends the search.
 
     Args:
         face: the linear map F; of several processes, each with its samples.
@@ -60,11 +60,13 @@ def solve(face: FaceMap, rhs: Tensor, longest: float = float("inf"), max_iterati
     if (face.num_samples if dual else face.num_parameters) > GRAM_LIMIT:
         return _iterate(face, rhs, longest, max_iterations)
     matrix = face.gram() if dual else face.normal_matrix()
-    solution = _by_cholesky(face, matrix, rhs, dual=dual) or _by_eigenvalues(face, matrix, rhs, dual=dual)
-    moderate = face.num_samples * face.num_parameters <= _DENSE_LIMIT
-    if solution.onto or face.team.size > 1 or not moderate or _normal_equations_hold(face, rhs, solution.theta):
+    solution = _by_cholesky(face, matrix, rhs, dual=dual)
+    if solution is not None:
         return solution
-    return _by_singular_values(face, rhs)
+    operations = face.num_samples * face.num_parameters * len(matrix)
+    if face.team.size == 1 and operations <= _DECOMPOSED:
+        return _by_singular_values(face, rhs)
+    return _by_eigenvalues(face, matrix, rhs, dual=dual)
 
 
 def _apply(face: FaceMap, factor: Tensor, residual: Tensor, *, dual: bool) -> Tensor:
@@ -135,13 +137,6 @@ def _by_singular_values(face: FaceMap, rhs: Tensor) -> Solution:
     rank = int(kept.sum())
     smallest = float(values[rank - 1]) if rank else None
     return Solution(face.project(theta), smallest, onto=rank == face.num_samples, method="singular values")
-
-
-def _normal_equations_hold(face: FaceMap, rhs: Tensor, theta: Tensor) -> bool:
-    residual = rhs - face.predict(theta)
-    scale = (face.slopes.norm(dim=1) * face.inputs.norm(dim=1)).norm() * (rhs.norm() + residual.norm())
-    left = face.project(face.correlate(residual)).norm()
-    return bool(left <= 10 * face.num_samples**0.5 * _EPS * scale)
 
 
 def _iterate(face: FaceMap, rhs: Tensor, longest: float, max_iterations: int) -> Solution:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _NEAR = 1e-2  # |w·x|/(‖w‖‖x‖) up to which a sample may be taken to its kink
 _GAP = 10.0  # ratio of neighbouring ones that may divide kinks from the rest
 _ATTEMPTS = 4  # sets of kinks that are tried
+_MOST_KINKS = 5000  # in a set
 MINIMA = (Kind.DIFFERENTIABLE_MINIMUM, Kind.KINK_MINIMUM)
 
 
@@ -320,11 +321,11 @@ def _candidate_kinks(problem: Problem, point: Point, outputs: Outputs) -> list[T
     zero_rows = (point.hidden.norm(dim=1) == 0) & (problem.norms > 0)[:, None]
     sines = torch.where(zero_rows, 0.0, sines)
     near = problem.team.join(sines[sines < _NEAR]).sort().values
-    near = near[: point.hidden.numel() + 1]
     if not len(near):
         return []
-    floor = near.clamp(min=torch.finfo(torch.float64).eps)
-    ratios = torch.cat([floor[1:], floor.new_tensor([_NEAR])]) / floor
+    most = min(point.hidden.numel(), _MOST_KINKS)  # more constraints than weights leave nothing
+    floor = torch.cat([near, near.new_tensor([_NEAR])])[: most + 1].clamp(min=torch.finfo(torch.float64).eps)
+    ratios = floor[1:] / floor[:-1]
     ends = [end for end in ratios.sort(descending=True).indices[:_ATTEMPTS].tolist() if float(ratios[end]) >= _GAP]
     return [sines <= near[end] for end in ends]
 

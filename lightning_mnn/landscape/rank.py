@@ -33,7 +33,7 @@ def khatri_rao_rank(inputs: Tensor, slopes: Tensor) -> int:
         slopes: A, float64 (N, d1).
 
     Returns:
-        What ``torch.linalg.matrix_rank`` says of the dense matrix, in memory for four n × n matrices. It takes
+        What ``torch.linalg.matrix_rank`` says of the dense matrix, in memory for less than six n × n matrices. It takes
         O(n³) operations beyond those of K when the rank r is n, and otherwise O(n³ + (n − r) r m) when other singular
         values are zero, or O(n³ + (n − r) n m).
 
@@ -92,8 +92,11 @@ def _count_by_elimination(x: Tensor, a: Tensor, gram: Tensor, threshold: float) 
     if trace <= threshold:
         return rank
     # The small eigenvalues λ of K are those of the pencil Z K Zᵀ − λ Z Zᵀ, Z B being the rest: their inertia.
-    weights = _rest(torch.eye(size, dtype=gram.dtype, device=gram.device), done)
-    return rank + int((torch.linalg.eigvalsh(gram.addmm_(weights, weights.T, alpha=-threshold)) > 0).sum())
+    eye = torch.eye(size, dtype=gram.dtype, device=gram.device)
+    for n in range(0, size, _CHUNK):
+        weights = _rest(eye[:, n : n + _CHUNK], done)
+        gram.addmm_(weights, weights.T, alpha=-threshold)
+    return rank + int((torch.linalg.eigvalsh(gram) > 0).sum())
 
 
 def _eliminate(gram: Tensor, tolerance: float) -> tuple[_Elimination, Tensor]:

@@ -91,7 +91,7 @@ def test_patience_counts_consecutive_checks_of_all_replicas(make_trainer, monkey
 
     monkeypatch.setattr("lightning_mnn.callbacks.local_minimum_detector.first_order_verdicts", verdicts)
     trainer = make_trainer(max_epochs=50, callbacks=[detector])
-    trainer.fit(MNN(3, (4,), replicas=2), GaussianData(8, 3, replicas=2))
+    trainer.fit(MNN(3, (4, 4), replicas=2), GaussianData(8, 3, replicas=2))
     assert trainer.current_epoch == 5  # checks before training and after epochs 1 to 5; the last two in a row pass
 
 
