@@ -28,7 +28,7 @@ class AngularVolumeMonitor(ScheduledCallback):
     ``volume/theorem_10_ratio`` (upper bound on log V(L_ε)/V(G)).
 
     Args:
-        schedule: when to log the bound, besides the start and the end; None: every 50 epochs.
+        schedule: when to log the bound, besides the start and the end; None: every 100 epochs.
         epsilon: least classification error of the minima that the theorems count.
 
     Attributes:
@@ -43,7 +43,7 @@ class AngularVolumeMonitor(ScheduledCallback):
     """
 
     def __init__(self, schedule: Schedule | None = None, epsilon: float = 0.1) -> None:
-        super().__init__(schedule or Schedule(every=50))
+        super().__init__(schedule or Schedule(every=100))
         if not 0 <= epsilon <= 1:
             raise ValueError(f"epsilon must lie between 0 and 1, got {epsilon}")
         self.epsilon = epsilon

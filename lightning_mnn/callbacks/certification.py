@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from lightning_mnn.callbacks.training_set import threshold_of, training_samples
+from lightning_mnn.callbacks.training_set import input_rank, threshold_of, training_samples
 from lightning_mnn.data.shards import num_samples
 from lightning_mnn.landscape.minimum import Certificate, certify
 from lightning_mnn.landscape.polishing import Polished, polish
@@ -62,10 +63,12 @@ def _on_training_set(
     split = trainer.world_size > 1
     whole = not split or num_samples(trainer.train_dataloader) * network.input_dim <= _WHOLE
     found: list[Any] = []
+    ranks = input_rank(trainer, pl_module, network)
+    rank = int(ranks) if ranks.ndim == 0 else None
     if not whole or trainer.is_global_zero:
         inputs, targets = training_samples(trainer, network, whole=whole)
         wide = network.to(inputs.device).to(torch.float64)
-        search: Callable[..., Any] = polish if polished else certify
+        search: Callable[..., Any] = polish if polished else partial(certify, input_rank=rank)
         result = search(
             wide.hidden_weights[0],
             wide.output_weights,

@@ -39,7 +39,7 @@ class LocalMinimumDetector(ScheduledCallback):
     ``minimum/margin_ratio`` and ``minimum/rank``. All are means over the replicas.
 
     Args:
-        schedule: when to check, besides the start and the end; None: every 50 epochs.
+        schedule: when to check, besides the start and the end; None: every 100 epochs.
         patience: consecutive checks at which every replica must pass the first-order tests.
         stop_training: stop the Trainer when every replica is certified (with two hidden layers, has passed).
         polish: try to certify at every check; and at the end of training go to the exact minimum, where it lies within
@@ -67,7 +67,7 @@ class LocalMinimumDetector(ScheduledCallback):
     def __init__(
         self,
         schedule: Schedule | None = None,
-        patience: int = 3,
+        patience: int = 2,
         *,
         stop_training: bool = True,
         polish: bool = False,
@@ -75,7 +75,7 @@ class LocalMinimumDetector(ScheduledCallback):
         stationarity_tolerance: float | None = None,
         preactivation_tolerance: float | None = None,
     ) -> None:
-        super().__init__(schedule or Schedule(every=50))
+        super().__init__(schedule or Schedule(every=100))
         if patience < 1:
             raise ValueError(f"patience must be at least 1, got {patience}")
         if not max_distance >= 0:

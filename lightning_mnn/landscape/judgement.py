@@ -166,8 +166,11 @@ def judge(problem: Problem, found: Snap) -> Judgement:
     if found.solution.too_long:
         return _undecided(
             f"no stationary point of the region within max_distance: the nearest is at a relative distance of at least "
-            f"{found.distance:.1e}"
+            f"{found.distance:.1e}, by {found.solution.method}"
         )
+    if not found.solution.finished:
+        left = float(found.face.project(found.forces).norm())
+        return _undecided(f"least squares not solved by {found.solution.method}: ‖G e‖ = {left:.1e} is left")
     flips, unclear = _signs(problem, found)
     exact = bool(problem.team.least((found.outputs.errors.abs() <= found.outputs.bounds).all().long()))
     if flips:

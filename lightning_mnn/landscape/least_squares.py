@@ -18,7 +18,7 @@ GRAM_LIMIT = 6000  # the largest Gram matrix that is formed: 0.3 GB, a second or
 _DECOMPOSED = 2e9  # operations, about a second of one core, up to which a deficient matrix itself is decomposed
 _REFINEMENTS = 3
 _EPS = torch.finfo(torch.float64).eps
-_FIRST_BURST, _BURST_GROWTH = 8, 4
+_FIRST_BURST, _BURST_GROWTH = 2, 6
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Solution:
             None where it is not known.
         onto: whether F is known to reach every right-hand side: rank N.
         method: what found it, in words.
+        finished: whether it was found, and not only approached.
         too_long: whether the iteration was stopped as θ was seen to be longer than the caller cares for.
     """
 
@@ -38,10 +39,11 @@ class Solution:
     smallest: float | None
     onto: bool
     method: str
+    finished: bool = True
     too_long: bool = False
 
 
-def solve(face: FaceMap, rhs: Tensor, longest: float = float("inf"), max_iterations: int = 200) -> Solution:
+def solve(face: FaceMap, rhs: Tensor, longest: float = float("inf"), max_iterations: int = 80) -> Solution:
     """The smallest least-squares solution of F θ = b on a face.
 
     The Gram matrix of the smaller side, at most 6,000 wide, is factored by Cholesky where it is definite, with
@@ -158,7 +160,7 @@ def _iterate(face: FaceMap, rhs: Tensor, longest: float, max_iterations: int) ->
         (face.num_samples, face.num_parameters), matvec=predict, rmatvec=correlate, dtype=np.float64
     )
     steps = min(_FIRST_BURST, max_iterations)
-    while True:  # from the start each time: only then do lengths grow, and all the times sum to 4/3 of the last
+    while True:  # from the start each time: only then do lengths grow, and the times sum to 6/5 of the last
         found = lsmr(operator, whole, atol=_EPS, btol=_EPS, conlim=0, maxiter=steps)
         theta, stop, iterations, length = found[0], found[1], found[2], found[7]
         done = stop != 7  # its code for "out of iterations"
@@ -171,5 +173,6 @@ def _iterate(face: FaceMap, rhs: Tensor, longest: float, max_iterations: int) ->
         smallest=float(norm / condition) if done and condition > 0 else None,
         onto=False,
         method=f"{iterations} iterations of LSMR" + ("" if done else ", not converged"),
+        finished=done,
         too_long=bool(length > longest),
     )

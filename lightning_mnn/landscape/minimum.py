@@ -152,6 +152,7 @@ def certify(
     max_distance: float = 1e-3,
     hidden_bias: Tensor | None = None,
     output_bias: Tensor | None = None,
+    input_rank: int | None = None,
     team: Team | None = None,
 ) -> Certificate | list[Certificate]:
     """Certify an exact local minimum of ‖y − ŷ‖²/N at the weights of a two-layer network, or next to them.
@@ -174,6 +175,7 @@ def certify(
         max_distance: largest relative distance to the minimum or saddle.
         hidden_bias: (d1,) or (R, d1): a weight on an input of ones.
         output_bias: a number or (R,).
+        input_rank: rank of X (with the input of ones), where the caller knows it; None: it is found.
         team: the processes that hold the other samples; None: all are here.
 
     Returns:
@@ -200,7 +202,14 @@ def certify(
         team=team,
     )
     found = [
-        certificate_of(problem, *search(problem, point, max_distance), point, threshold, biased=hidden_bias is not None)
+        certificate_of(
+            problem,
+            *search(problem, point, max_distance),
+            point,
+            threshold,
+            biased=hidden_bias is not None,
+            input_rank=input_rank,
+        )
         for problem, point in problems
     ]
     return found if hidden_weights.ndim > 2 else found[0]
@@ -262,7 +271,10 @@ def search(problem: Problem, point: Point, max_distance: float) -> tuple[Judgeme
     active = outputs.preactivations > 0
     longest = max_distance * float(start.theta.norm())
     tried = []
-    for kinks in (None, *_candidate_kinks(problem, start, outputs)):
+    large = min(problem.num_samples, start.theta.numel()) > GRAM_LIMIT
+    untried: list[Tensor | None] = [None]
+    while untried:
+        kinks = untried.pop(0)
         found = snap(problem, start, active, kinks, longest)
         found = turn_resting_units(problem, found, max_distance)
         judgement = judge(problem, found)
@@ -277,6 +289,10 @@ def search(problem: Problem, point: Point, max_distance: float) -> tuple[Judgeme
         if judgement.kind in MINIMA:
             return judgement, found
         tried.append((judgement, found))
+        if len(tried) == 1 and large and found.solution.too_long:
+            return replace(judgement, reason=f"{judgement.reason}; kinks were not tried at this size"), found
+        if len(tried) == 1:
+            untried.extend(_candidate_kinks(problem, start, outputs)[: 1 if large else _ATTEMPTS])
     return min(tried, key=lambda pair: (pair[0].kind is not Kind.SADDLE, pair[1].solution.too_long))
 
 
@@ -331,7 +347,14 @@ def _candidate_kinks(problem: Problem, point: Point, outputs: Outputs) -> list[T
 
 
 def certificate_of(
-    problem: Problem, judgement: Judgement, found: Snap, asked: Point, threshold: float | None, *, biased: bool
+    problem: Problem,
+    judgement: Judgement,
+    found: Snap,
+    asked: Point,
+    threshold: float | None,
+    *,
+    biased: bool,
+    input_rank: int | None = None,
 ) -> Certificate:
     """The certificate of a judgement on a snap that set out from the weights that were asked about."""
     stands = judgement.kind is not Kind.NOT_STATIONARY
@@ -348,7 +371,7 @@ def certificate_of(
     sizes = asked.hidden.norm(dim=1)
     moved = (point.hidden - asked.hidden).norm(dim=1)
     width = point.hidden.shape[1] - int(biased)
-    rank, cap = _rank(problem, outputs.preactivations > 0)
+    rank, cap = _rank(problem, outputs.preactivations > 0, input_rank)
     return Certificate(
         kind=judgement.kind,
         reason=judgement.reason,
@@ -394,12 +417,13 @@ def _stationarity(problem: Problem, found: Snap, outputs: Outputs, *, stands: bo
     return float(left) / scale if scale else (0.0 if float(left) == 0 else math.inf)
 
 
-def _rank(problem: Problem, active: Tensor) -> tuple[int | None, int]:
+def _rank(problem: Problem, active: Tensor, input_rank: int | None) -> tuple[int | None, int]:
     """Rank of A∘X where it can be had, and its cap."""
     team, slopes, inputs = problem.team, problem.slopes(active), problem.inputs
-    grams = team.sum(slopes.T @ slopes), team.sum(inputs.T @ inputs)
+    if input_rank is None:
+        input_rank = int(gram_rank(team.sum(inputs.T @ inputs)))
     lost = int(team.sum((~active.any(1)).sum())) if problem.slope == 0 else 0
-    cap = min(problem.num_samples - lost, int(gram_rank(grams[0])) * int(gram_rank(grams[1])))
+    cap = min(problem.num_samples - lost, int(gram_rank(team.sum(slopes.T @ slopes))) * input_rank)
     if min(problem.num_samples, slopes.shape[1] * inputs.shape[1]) > GRAM_LIMIT:
         return None, cap
     return khatri_rao_rank(team.join(inputs), team.join(slopes)), cap

@@ -106,8 +106,8 @@ def polish(
     >>> torch.manual_seed(0) and None
     >>> x, y = torch.randn(30, 10), torch.randint(2, (30,))
     >>> polished = polish(torch.randn(10, 10), torch.randn(10), x, y)
-    >>> polished.certificate.kind, polished.certificate.zero_error, polished.steps < 20
-    (<Kind.DIFFERENTIABLE_MINIMUM: 'differentiable_minimum'>, True, True)
+    >>> polished.certificate.is_minimum, polished.certificate.zero_error, polished.steps < 20
+    (True, True, True)
     """
     if max_steps < 0:
         raise ValueError(f"max_steps must be at least 0, got {max_steps}")
