@@ -8,9 +8,10 @@ import pytorch_lightning as pl
 import torch
 
 from lightning_mnn import MNN
-from lightning_mnn.callbacks import ActivationPatternRecorder, LocalMinimumDetector, Schedule
+from lightning_mnn.callbacks import ActivationPatternRecorder, LocalMinimumDetector, Schedule, certification
 from lightning_mnn.callbacks.schedule import ScheduledCallback
 from lightning_mnn.data import GaussianData
+from lightning_mnn.landscape import least_squares
 from lightning_mnn.metrics import MeanClassificationError
 
 
@@ -38,7 +39,13 @@ def main(devices: int, options: dict, out: Path) -> None:
         Counter(options["num_samples"]),
         ActivationPatternRecorder(Schedule(every=2), dirpath=out.parent),
     )
-    callbacks = [counter, recorder, LocalMinimumDetector(Schedule(every=3), stop_training=False)]
+    if "split" in options:  # each process keeps its samples, and no Gram matrix is formed
+        certification._WHOLE = 0
+        least_squares.GRAM_LIMIT = options["split"]
+    detector = LocalMinimumDetector(
+        Schedule(every=3), stop_training=False, polish=options.get("polish", False), max_distance=10.0
+    )
+    callbacks = [counter, recorder, detector]
     trainer = pl.Trainer(
         max_epochs=6,
         accelerator="cpu",

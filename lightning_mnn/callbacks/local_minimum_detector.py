@@ -90,7 +90,7 @@ class LocalMinimumDetector(ScheduledCallback):
         self.certificates: list[Certificate] = []
         self.survey: Survey | None = None
         self.converged = False
-        self._moved: list[bool] = []
+        self._moved: list[float] = []  # relative distances of replicas that polishing took too far; else 0
         self._passed = 0
         self._rank_cap: Tensor | None = None
 
@@ -185,7 +185,7 @@ class LocalMinimumDetector(ScheduledCallback):
         if self.polish:
             polished = polish_on_training_set(trainer, pl_module, network, self.max_distance)
             self.certificates = [found.certificate for found in polished]
-            self._moved = [found.moved for found in polished]
+            self._moved = [found.distance if found.moved else 0.0 for found in polished]
             reached = [found.certificate.is_minimum and not found.moved for found in polished]
             move_to(network, self.certificates, reached)
             self._look(trainer, pl_module, network)
@@ -201,9 +201,10 @@ class LocalMinimumDetector(ScheduledCallback):
             return [str(verdict.kind) for verdict in self.verdicts], [verdict.reason for verdict in self.verdicts]
         kinds, reasons = [], []
         for replica, found in enumerate(self.certificates):
-            moved = bool(self._moved) and self._moved[replica]
-            far = f"moved: polishing led to a {found.kind} at a relative distance of {found.distance:.1e}, beyond "
+            moved = self._moved[replica] if self._moved else 0.0
             kinds.append(str(Kind.NOT_STATIONARY if moved else found.kind))
+            to = found.kind if found.is_minimum else "no minimum yet"
+            far = f"moved: polishing led a relative distance of {moved:.1e} away, to {to}; "
             reasons.append(far + f"max_distance = {self.max_distance:g}" if moved else found.reason)
         return kinds, reasons
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _UNKNOWABLE = 1e-6  # rounding error of ‖g_i‖, relative to its terms, from which nothing can be said
 _STEP_OFF = 1e-4  # relative length of a step off kinks
-_STEP_OFF_LIMIT = 2000  # parameters, for its dense matrices
+_STEP_OFF_LIMIT = 5_000_000  # samples times parameters, for its dense matrix
 _SPANNED = 1e-12  # part of an input outside a span, relative to the input, that counts as none
 _DEPENDENT = 1e-10  # singular values of kinks' inputs, relative to the largest, that count as zero
 
@@ -389,22 +389,24 @@ def step_off(problem: Problem, found: Snap, judgement: Judgement) -> tuple[Judge
     changes. The step is the one that leaves all those kinks fastest (a linear program), up to half the way to the next.
     """
     assert found.kinks is not None  # noqa: S101 (they are what is left)
-    if problem.team.size > 1 or found.point.theta.numel() > _STEP_OFF_LIMIT:
+    team = problem.team
+    if problem.num_samples * found.point.theta.numel() > _STEP_OFF_LIMIT or not bool(found.point.output.any()):
         return None
-    active, kinks = found.active.clone(), found.kinks.clone()
-    for sample, unit, side in judgement.ends:
-        active[sample, unit], kinks[sample, unit] = side > 0, False
-    left = kinks if bool(kinks.any()) else None
+    width = len(found.point.output)
+    let_go = _pairs(problem, width, judgement.ends)
+    positive = _pairs(problem, width, tuple(end for end in judgement.ends if end[2] > 0))
+    active, kinks = torch.where(let_go, positive, found.active), found.kinks & ~let_go
+    left = kinks if bool(team.most(kinks.any().long())) else None
     live = found.point.output != 0
     face = problem.map(active, None if bool(live.all()) else live, {} if left is None else _bases(problem, left))
-    _, values, right = torch.linalg.svd(face.dense(), full_matrices=True)
+    _, values, right = torch.linalg.svd(team.join(face.dense()), full_matrices=True)
     rank = int((values > 1e-10 * values[0]).sum())
     still = face.project(right[rank:])  # rows: moves that change no prediction; those off the face are gone
     outward = torch.zeros(len(judgement.ends), face.num_parameters, dtype=torch.float64)
-    dim = found.point.hidden.shape[1]
+    dim, inputs = found.point.hidden.shape[1], team.join(problem.inputs)
     for row, (sample, unit, side) in enumerate(judgement.ends):
         sign = side * float(found.point.output[unit].sign())
-        outward[row, unit * dim : (unit + 1) * dim] = (sign * problem.inputs[sample] / problem.norms[sample]).cpu()
+        outward[row, unit * dim : (unit + 1) * dim] = (sign * inputs[sample] / inputs[sample].norm()).cpu()
     rates = (outward @ still.T.cpu()).numpy()
     if not rates.size:
         return None
@@ -425,9 +427,17 @@ def step_off(problem: Problem, found: Snap, judgement: Judgement) -> tuple[Judge
     rates_of_u = torch.where(live, 1 / torch.where(live, found.point.output, 1.0), 0.0) * (problem.inputs @ rows.T)
     still_there = found.kinks | (rates_of_u == 0)
     ahead = torch.where(still_there, torch.inf, (found.outputs.preactivations / rates_of_u).abs())
-    share = min(0.5 * float(ahead.min()), _STEP_OFF * float(theta.norm()) / float(move.norm()))
+    share = min(0.5 * float(team.least(ahead.min())), _STEP_OFF * float(theta.norm()) / float(move.norm()))
     theta = theta + share * move
     near = found.point.moved(theta[:size].reshape(rows.shape), theta[size:])
     again = snap(problem, near, active, left)
     again = replace(again, start=found.start)
     return judge(problem, again), again
+
+
+def _pairs(problem: Problem, width: int, pairs: tuple[tuple[int, int, int], ...]) -> Tensor:
+    """This process's part of a bool (N, d1) that is true at the given (sample, unit, …)."""
+    marked = torch.zeros(problem.num_samples, width, dtype=torch.bool, device=problem.inputs.device)
+    for sample, unit, _ in pairs:
+        marked[sample, unit] = True
+    return problem.team.own(marked)

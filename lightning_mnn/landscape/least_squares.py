@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, lsmr
+from scipy.linalg import eigvalsh_tridiagonal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,9 +15,9 @@ if TYPE_CHECKING:
 
 GRAM_LIMIT = 6000  # the largest Gram matrix that is formed: 0.3 GB, a second or two to factor
 _DECOMPOSED = 2e9  # operations, about a second of one core, up to which a deficient matrix itself is decomposed
+_ZERO = 1e-11  # singular values, relative to the largest, that are dropped: their solutions would be rounding errors
 _REFINEMENTS = 3
 _EPS = torch.finfo(torch.float64).eps
-_FIRST_BURST, _BURST_GROWTH = 2, 6
 
 
 @dataclass(frozen=True)
@@ -43,20 +42,20 @@ class Solution:
     too_long: bool = False
 
 
-def solve(face: FaceMap, rhs: Tensor, longest: float = float("inf"), max_iterations: int = 80) -> Solution:
+def solve(face: FaceMap, rhs: Tensor, longest: float = float("inf"), max_iterations: int = 150) -> Solution:
     """The smallest least-squares solution of F θ = b on a face.
 
     The Gram matrix of the smaller side, at most 6,000 wide, is factored by Cholesky where it is definite, with
     refinement on the matrix itself. Otherwise the singular values of a matrix of moderate size decide; those of a
     larger one are read off its Gram matrix, where they are invisible under about 1e-7 of the largest and are dropped.
-    Larger problems go to LSMR, whose iterates grow monotonically in length (Fong & Saunders 2011): one that is too long
-    ends the search.
+    Larger problems go to conjugate gradients on the normal equations, whose iterates never get shorter: one that is too
+    long ends the search.
 
     Args:
         face: the linear map F; of several processes, each with its samples.
         rhs: b, (N,), of this process's samples.
         longest: stop an iteration whose θ is longer than this.
-        max_iterations: of LSMR.
+        max_iterations: of conjugate gradients.
     """
     dual = face.team.size == 1 and face.num_samples <= face.num_parameters
     if (face.num_samples if dual else face.num_parameters) > GRAM_LIMIT:
@@ -131,7 +130,7 @@ def _by_eigenvalues(face: FaceMap, matrix: Tensor, rhs: Tensor, *, dual: bool) -
 
 def _by_singular_values(face: FaceMap, rhs: Tensor) -> Solution:
     left, values, right = torch.linalg.svd(face.dense(), full_matrices=False)
-    kept = values > max(face.num_samples, face.num_parameters) * _EPS * values[0]
+    kept = values > _ZERO * values[0]
     inverse = torch.where(kept, 1 / values, 0.0)
     theta = rhs.new_zeros(face.num_parameters)
     for _ in range(_REFINEMENTS):
@@ -142,37 +141,42 @@ def _by_singular_values(face: FaceMap, rhs: Tensor) -> Solution:
 
 
 def _iterate(face: FaceMap, rhs: Tensor, longest: float, max_iterations: int) -> Solution:
-    """LSMR, the same on every process: vectors over samples are whole everywhere, products are split."""
-    team = face.team
+    """Conjugate gradients on the normal equations (CGLS), started again once from its own end to shed rounding errors.
 
-    def predict(theta: np.ndarray) -> np.ndarray:
-        return np.asarray(
-            team.join(face.predict(face.project(torch.as_tensor(theta, dtype=rhs.dtype, device=rhs.device)))).cpu()
-        )
-
-    def correlate(residual: np.ndarray) -> np.ndarray:
-        return np.asarray(
-            face.project(face.correlate(team.own(torch.as_tensor(residual, dtype=rhs.dtype, device=rhs.device)))).cpu()
-        )
-
-    whole = np.asarray(team.join(rhs).cpu())
-    operator = LinearOperator(
-        (face.num_samples, face.num_parameters), matvec=predict, rmatvec=correlate, dtype=np.float64
-    )
-    steps = min(_FIRST_BURST, max_iterations)
-    while True:  # from the start each time: only then do lengths grow, and the times sum to 6/5 of the last
-        found = lsmr(operator, whole, atol=_EPS, btol=_EPS, conlim=0, maxiter=steps)
-        theta, stop, iterations, length = found[0], found[1], found[2], found[7]
-        done = stop != 7  # its code for "out of iterations"
-        if done or length > longest or steps >= max_iterations:
+    Only sums over samples pass between processes. The iterates' lengths never fall (Steihaug 1983), and the Ritz values
+    of the coefficients estimate the smallest singular value from above.
+    """
+    theta = torch.zeros_like(face.correlate(rhs))
+    size = float(face.team.sum((face.slopes.norm(dim=1) * face.inputs.norm(dim=1)).square().sum())) ** 0.5
+    spent, ritz = 0, float("inf")
+    finished = too_long = False
+    for _ in range(2):
+        residual = rhs - face.predict(theta)
+        gradient = face.project(face.correlate(residual))
+        goal = 4 * _EPS * size * float(face.team.sum(residual @ residual)) ** 0.5
+        direction, square = gradient, gradient @ gradient
+        diagonal, beside, last = [], [], (0.0, 1.0)
+        while not (finished := float(square) ** 0.5 <= goal) and spent < max_iterations and not too_long:
+            change = face.predict(direction)
+            share = float(square) / float(face.team.sum(change @ change))
+            theta, residual = theta + share * direction, residual - share * change
+            gradient = face.project(face.correlate(residual))
+            ratio, square = float(gradient @ gradient) / float(square), gradient @ gradient
+            direction = gradient + ratio * direction
+            diagonal.append(1 / share + last[0] / last[1])
+            beside.append(ratio**0.5 / share)
+            last = (ratio, share)
+            spent += 1
+            too_long = float(theta.norm()) > longest
+        if diagonal:
+            ritz = min(ritz, float(eigvalsh_tridiagonal(diagonal, beside[:-1])[0]))
+        if not finished:
             break
-        steps = min(_BURST_GROWTH * steps, max_iterations)
-    norm, condition = found[5], found[6]
     return Solution(
-        theta=face.project(torch.as_tensor(theta, dtype=rhs.dtype, device=rhs.device)),
-        smallest=float(norm / condition) if done and condition > 0 else None,
+        theta=face.project(theta),
+        smallest=ritz**0.5 if finished and 0 < ritz < float("inf") else None,
         onto=False,
-        method=f"{iterations} iterations of LSMR" + ("" if done else ", not converged"),
-        finished=done,
-        too_long=bool(length > longest),
+        method=f"{spent} iterations of CG" + ("" if finished else ", not converged"),
+        finished=finished,
+        too_long=too_long,
     )

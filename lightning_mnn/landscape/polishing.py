@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_mnn.landscape.judgement import Direction, Snap, judge, snap, step_off
+from lightning_mnn.landscape.judgement import Direction, Judgement, Snap, judge, snap, step_off
+from lightning_mnn.landscape.least_squares import GRAM_LIMIT
 from lightning_mnn.landscape.minimum import (
     MINIMA,
     Certificate,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _STRIDE = 0.7  # a step that leaves more of the loss than this ends the first phase
 
+_GONE = 100.0  # times max_distance, from where polishing is not expected back
 _NOTHING = 1e-9  # |w·x|/(‖w‖‖x‖) that a solution may well have lost to rounding
 
 
@@ -39,13 +41,15 @@ class Polished:
     Attributes:
         certificate: of the minimum (or saddle) that was reached, its distance taken from the start; ``not_stationary``
             of the last weights where none was.
-        moved: whether a minimum was reached, but further away than ``max_distance``.
+        moved: whether it went further than ``max_distance``.
+        distance: ‖W̃* − W̃‖/‖W̃‖ of the last weights from the start.
         steps: number of Gauss–Newton steps.
         losses: MSE at the start and after each step; never rising.
     """
 
     certificate: Certificate
     moved: bool
+    distance: float
     steps: int
     losses: tuple[float, ...]
 
@@ -69,7 +73,7 @@ def polish(
     *,
     threshold: float | None = None,
     max_distance: float = math.inf,
-    max_steps: int = 200,
+    max_steps: int | None = None,
     hidden_bias: Tensor | None = None,
     output_bias: Tensor | None = None,
     team: Team | None = None,
@@ -91,8 +95,9 @@ def polish(
         targets: y, (N,), shared or (R, N).
         negative_slope: ρ, any real but 1.
         threshold: decision threshold of the MCE; None: inferred from the labels.
-        max_distance: ‖W̃* − W̃‖/‖W̃‖ beyond which the minimum counts as another one (``moved``).
-        max_steps: number of steps.
+        max_distance: ‖W̃* − W̃‖/‖W̃‖ beyond which the minimum counts as another one (``moved``); a hundred times as
+            far from the start the search is given up.
+        max_steps: number of steps; None: 1,000, or 10 where a step is an iteration of its own, as no Gram matrix fits.
         hidden_bias: (d1,) or (R, d1).
         output_bias: a number or (R,).
         team: the processes that hold the other samples; None: all are here.
@@ -109,6 +114,9 @@ def polish(
     >>> polished.certificate.is_minimum, polished.certificate.zero_error, polished.steps < 20
     (True, True, True)
     """
+    if max_steps is None:
+        samples, parameters = inputs.shape[-2], hidden_weights.shape[-2] * hidden_weights.shape[-1]
+        max_steps = 1000 if min(samples, parameters) <= GRAM_LIMIT else 10
     if max_steps < 0:
         raise ValueError(f"max_steps must be at least 0, got {max_steps}")
     problems = split_replicas(
@@ -138,25 +146,34 @@ def _polish(
         judgement = judge(problem, found)
         if judgement.ends:
             judgement, found = step_off(problem, found, judgement) or (judgement, found)
-        if judgement.kind in MINIMA:
-            losses.append(problem.squared_error(found.outputs.errors) / problem.num_samples)
+        ahead = _state(problem, found.point, None) if judgement.kind in MINIMA else None
+        ahead = ahead or _next(problem, state, found, judgement, in_hand=in_hand)
+        if ahead is None:
             break
-        if judgement.release is not None and in_hand:
-            state = _released(problem, state, found, judgement.release)
-        elif judgement.direction is not None and in_hand:
-            state = _descended(problem, state, found, judgement.direction)
-        else:
-            stepped = _step(problem, state, found, in_hand=in_hand)
-            if stepped is None:
-                break
-            state = stepped
+        state = ahead
         losses.append(problem.squared_error(state.outputs.errors) / problem.num_samples)
         in_hand = in_hand or not losses[-1] < _STRIDE * losses[-2]
+        if _distance(start, state.point) > _GONE * max_distance:
+            break
     reached = judgement.kind in MINIMA
     found = replace(found, start=start if reached else state.point)
     certificate = certificate_of(problem, judgement, found, found.start, threshold, biased=biased)
-    moved = certificate.is_minimum and not certificate.distance <= max_distance
-    return Polished(certificate, moved, len(losses) - 1, tuple(losses))
+    distance = certificate.distance if reached else _distance(start, state.point)
+    return Polished(certificate, not distance <= max_distance, distance, len(losses) - 1, tuple(losses))
+
+
+def _next(problem: Problem, state: _State, found: Snap, judgement: Judgement, *, in_hand: bool) -> _State | None:
+    """The state after one step: a kink let go, a way down from a degenerate point, or a way towards a solution."""
+    if in_hand and judgement.release is not None:
+        return _released(problem, state, found, judgement.release)
+    if in_hand and judgement.direction is not None:
+        return _descended(problem, state, found, judgement.direction)
+    return _step(problem, state, found, in_hand=in_hand)
+
+
+def _distance(start: Point, end: Point) -> float:
+    size, moved = float(start.theta.norm()), float((end.theta - start.theta).norm())
+    return moved / size if size else math.inf if moved else 0.0
 
 
 def _state(problem: Problem, point: Point, kinks: Tensor | None, active: Tensor | None = None) -> _State:

@@ -113,7 +113,8 @@ class Region:
 
         Args:
             targets: y, (..., N).
-            max_iterations: of LSMR, which problems beyond memory go to; ``gradient`` tells how far it came.
+            max_iterations: of conjugate gradients, which problems beyond memory go to; ``gradient`` tells how far
+                they came.
         """
         flats, residuals, gradients, method = [], [], [], ""
         replicas = self._replicas()

@@ -74,7 +74,8 @@ def polish_ends_quickstart_early():
         ratios.append(polished / plain)
         print(
             f"quickstart: {plain:.2f} s, MSE {without['mse']:.1e}; with polish {polished:.2f} s, "
-            f"MSE {summary['mse']:.1e}, {summary['kind']}, zero_error {summary['zero_error']}, distance {summary['distance']:.1e}"
+            f"MSE {summary['mse']:.1e}, {summary['kind']}, zero_error {summary['zero_error']}, "
+            f"distance {summary['distance']:.1e}"
         )
     print(f"quickstart with polish: {sorted(ratios)[1]:.2f} of the seconds without")
 

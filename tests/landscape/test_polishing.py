@@ -69,10 +69,13 @@ def test_the_loss_never_rises_and_the_end_is_certified_again(seed):
 
 def test_moved_says_that_it_went_further_than_allowed():
     w, z, x, y = initial(60, 6, seed=1)
-    far = polish(w[:3], z[:3], x, y, max_distance=1e-3)
+    far = polish(w[:3], z[:3], x, y, max_distance=0.1)
     assert far.moved
-    assert far.certificate.distance > 1e-3
+    assert far.distance == far.certificate.distance > 0.1
     assert far.certificate.kind in MINIMA
+    gone = polish(w[:3], z[:3], x, y, max_distance=1e-4)  # given up on the way
+    assert gone.moved
+    assert gone.steps < far.steps
     near = polish(far.certificate.hidden_weights, far.certificate.output_weights, x, y, max_distance=1e-3)
     assert (near.moved, near.steps) == (False, 0)
 
