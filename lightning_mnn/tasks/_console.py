@@ -55,9 +55,12 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("zero error", _span(summary.get("zero_error"))),
         ("MSE", _span(summary["mse"], ".3g")),
         ("MCE", _errors(summary)),
+        ("distance to that minimum", _span(_found(summary, "distance"), ".1e")),
+        ("its MSE", _span(summary.get("minimum_mse"), ".3g")),
+        ("margin of its region", _span(_found(summary, "margin_ratio"), ".3g")),
         ("smallest |w·x|", _span(summary.get("min_preactivation"), ".2g")),
         ("relative to ‖w‖‖x‖", _span(summary.get("relative_preactivation"), ".2g")),
-        ("within rounding of a kink", _span(summary.get("kinks"))),
+        ("samples on kinks", _span(summary.get("kinks"))),
         ("rank of A∘X", _rank(summary)),
         (volume, f"at least {_span(bound, '.1f')} nats" if (bound := summary.get("log_volume_lower_bound")) else None),
         ("regions seen", _span(summary.get("regions_visited"))),
@@ -66,10 +69,21 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return [(label, value) for label, value in facts if value is not None]
 
 
+def _found(summary: dict[str, Any], key: str) -> Any:
+    """A measure of the replicas that are certified; None where none is."""
+    kinds, values = summary["kind"], summary.get(key)
+    if not isinstance(kinds, list):
+        return None if kinds == "not_stationary" else values
+    found = [value for kind, value in zip(kinds, values or [], strict=False) if kind != "not_stationary"]
+    return found or None
+
+
 def _span(value: Any, style: str = "") -> str | None:
     if value is None:
         return None
-    values = value if isinstance(value, list) else [value]
+    values = [item for item in (value if isinstance(value, list) else [value]) if item is not None]
+    if not values:
+        return None
     if isinstance(values[0], bool):
         return ("yes" if values[0] else "no") if len(values) == 1 else f"{sum(values)} of {len(values)}"
     shown = [format(extreme, style) for extreme in (min(values), max(values))]
