@@ -228,6 +228,7 @@ def split_replicas(
 ) -> list[tuple[Problem, Point]]:
     """The problem and the point of each replica, checked (see :func:`certify` for arguments and errors)."""
     _check(hidden_weights, output_weights, inputs, targets, negative_slope)
+    _check_biases(output_weights, hidden_bias, output_bias)
     count = hidden_weights.shape[0] if hidden_weights.ndim > 2 else None
 
     def part(value: Tensor, ndim: int, replica: int) -> Tensor:
@@ -257,10 +258,20 @@ def _check(w: Tensor, z: Tensor, x: Tensor, y: Tensor, slope: float) -> None:
         )
     if x.shape[-1] != w.shape[-1] or x.ndim not in (2, w.ndim):
         raise ValueError(f"inputs must be (N, {w.shape[-1]}) for these hidden_weights, got {tuple(x.shape)}")
+    if x.shape[-2] == 0:
+        raise ValueError("inputs hold no samples")
     if y.shape[-1] != x.shape[-2] or y.ndim not in (1, w.ndim - 1):
         raise ValueError(f"targets must be ({x.shape[-2]},) for these inputs, got {tuple(y.shape)}")
     for name, value in (("hidden_weights", w), ("output_weights", z), ("inputs", x), ("targets", y)):
         if not bool(value.isfinite().all()):
+            raise ValueError(f"{name} must be finite: some are NaN or infinite")
+
+
+def _check_biases(z: Tensor, hidden_bias: Tensor | None, output_bias: Tensor | None) -> None:
+    for name, bias, shape in (("hidden_bias", hidden_bias, z.shape), ("output_bias", output_bias, z.shape[:-1])):
+        if bias is not None and bias.shape != shape:
+            raise ValueError(f"{name} must have the shape {tuple(shape)} for these weights, got {tuple(bias.shape)}")
+        if bias is not None and not bool(bias.isfinite().all()):
             raise ValueError(f"{name} must be finite: some are NaN or infinite")
 
 
@@ -293,7 +304,7 @@ def search(problem: Problem, point: Point, max_distance: float) -> tuple[Judgeme
             return replace(judgement, reason=f"{judgement.reason}; kinks were not tried at this size"), found
         if len(tried) == 1:
             untried.extend(_candidate_kinks(problem, start, outputs)[: 1 if large else _ATTEMPTS])
-    return min(tried, key=lambda pair: (pair[0].kind is not Kind.SADDLE, pair[1].solution.too_long))
+    return min(tried, key=lambda pair: (pair[0].kind is not Kind.SADDLE, pair[1].distance))
 
 
 def _reach(found: Snap) -> float:
@@ -334,16 +345,16 @@ def _candidate_kinks(problem: Problem, point: Point, outputs: Outputs) -> list[T
     """Sets of samples next to their kinks, divided from the rest by the widest gaps between |w·x|/(‖w‖‖x‖)."""
     sizes = problem.norms[:, None] * point.hidden.norm(dim=1)
     sines = torch.where(sizes > 0, outputs.preactivations.abs() / sizes, torch.inf)
-    zero_rows = (point.hidden.norm(dim=1) == 0) & (problem.norms > 0)[:, None]
-    sines = torch.where(zero_rows, 0.0, sines)
+    at_zero = (point.hidden.norm(dim=1) == 0) & (problem.norms > 0)[:, None]  # rows w = 0: all their samples
+    alone = [at_zero] if bool(problem.team.most(at_zero.any().long())) else []
     near = problem.team.join(sines[sines < _NEAR]).sort().values
     if not len(near):
-        return []
+        return alone
     most = min(point.hidden.numel(), _MOST_KINKS)  # more constraints than weights leave nothing
     floor = torch.cat([near, near.new_tensor([_NEAR])])[: most + 1].clamp(min=torch.finfo(torch.float64).eps)
     ratios = floor[1:] / floor[:-1]
     ends = [end for end in ratios.sort(descending=True).indices[:_ATTEMPTS].tolist() if float(ratios[end]) >= _GAP]
-    return [sines <= near[end] for end in ends]
+    return [*alone, *((sines <= near[end]) | at_zero for end in ends)]
 
 
 def certificate_of(

@@ -303,6 +303,9 @@ def test_distance_decides(seed, exponent):
         ({"output_weights": torch.zeros(4)}, r"output_weights \(d1,\).*got \(3, 2\) and \(4,\)"),
         ({"inputs": torch.full((5, 2), torch.nan)}, "inputs must be finite"),
         ({"targets": torch.ones(5)}, "give threshold=0.5 or threshold=0"),
+        ({"inputs": torch.ones(0, 2), "targets": torch.ones(0)}, "inputs hold no samples"),
+        ({"hidden_bias": torch.ones(4)}, r"hidden_bias must have the shape \(3,\) for these weights, got \(4,\)"),
+        ({"output_bias": torch.tensor(torch.nan)}, "output_bias must be finite"),
     ],
 )
 def test_bad_arguments(options, message):
@@ -326,6 +329,16 @@ def test_what_floats_cannot_decide_is_said():
     found = certify(w, z, planted.inputs, planted.targets, 0.1)
     assert found.kind == "not_stationary"
     assert found.reason
+
+
+def test_zero_rows_put_all_their_samples_on_kinks():
+    x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]], dtype=torch.float64)
+    w, z = torch.zeros(1, 2).double(), torch.ones(1).double()
+    down = certify(w, z, x, torch.tensor([-1.0, -1.0, -1.0]), threshold=0.0)  # no output above 0 helps
+    assert (down.kind, down.mse, down.kinks) == ("kink_minimum", 1.0, 3)
+    up = certify(w, z, x, torch.tensor([1.0, 1.0, -1.0]), threshold=0.0)
+    assert up.kind not in MINIMA
+    assert certify(w, 0 * z, x, torch.tensor([1.0, 1.0, -1.0]), threshold=0.0).kind == "saddle"
 
 
 def test_activate_is_f():
