@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -62,28 +62,37 @@ def _on_training_set(
 ) -> list[Any]:
     split = trainer.world_size > 1
     whole = not split or num_samples(trainer.train_dataloader) * network.input_dim <= _WHOLE
-    found: list[Any] = []
-    ranks = input_rank(trainer, pl_module, network)
+    ranks, threshold = input_rank(trainer, pl_module, network), threshold_of(trainer, pl_module)  # by all processes
     rank = int(ranks) if ranks.ndim == 0 else None
-    if not whole or trainer.is_global_zero:
+    search: Callable[..., Any] = polish if polished else partial(certify, input_rank=rank)
+
+    def found_here() -> list[Any]:
         inputs, targets = training_samples(trainer, network, whole=whole)
-        wide = network.to(inputs.device).to(torch.float64)
-        search: Callable[..., Any] = polish if polished else partial(certify, input_rank=rank)
+        device = torch.device("cpu") if split and whole else inputs.device  # where other processes can read it
+        wide = network.to(device).to(torch.float64)
         result = search(
             wide.hidden_weights[0],
             wide.output_weights,
-            inputs.to(torch.float64),
-            targets.to(torch.float64),
+            inputs.to(device, torch.float64),
+            targets.to(device, torch.float64),
             network.negative_slope,
-            threshold=threshold_of(trainer, pl_module),
+            threshold=threshold,
             max_distance=max_distance,
             hidden_bias=wide.hidden_bias,
             output_bias=wide.output_bias,
             team=None if whole else ProcessTeam(inputs.shape[-2]),
         )
-        found = result if isinstance(result, list) else [result]
-    if split and whole:
-        box = [found]
-        dist.broadcast_object_list(box, src=0)
-        found = box[0]
-    return found
+        return result if isinstance(result, list) else [result]
+
+    if not (split and whole):
+        return found_here()
+    box: list[Any] = [None]
+    if trainer.is_global_zero:
+        try:
+            box = [found_here()]
+        except Exception as error:  # noqa: BLE001 (the others wait for an answer, and shall fail with it)
+            box = [error]
+    dist.broadcast_object_list(box, src=0)
+    if isinstance(box[0], Exception):
+        raise box[0]
+    return cast("list[Any]", box[0])

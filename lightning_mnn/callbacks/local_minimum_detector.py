@@ -193,6 +193,8 @@ class LocalMinimumDetector(ScheduledCallback):
             self.certificates = certify_training_set(trainer, pl_module, network, self.max_distance)
         else:
             return  # the last check did, at these weights
+        kinds, _ = self._kinds()
+        self.converged = all(kind in (Kind.DIFFERENTIABLE_MINIMUM, Kind.KINK_MINIMUM) for kind in kinds)
         self._log(trainer)
 
     def _kinds(self) -> tuple[list[str], list[str]]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _UNKNOWABLE = 1e-6  # rounding error of ‖g_i‖, relative to its terms, from which nothing can be said
 _STEP_OFF = 1e-4  # relative length of a step off kinks
 _STEP_OFF_LIMIT = 5_000_000  # samples times parameters, for its dense matrix
+_HELD = 8.0  # times the rounding error of a pre-activation, up to which it is on its kink
 _SPANNED = 1e-12  # part of an input outside a span, relative to the input, that counts as none
 _DEPENDENT = 1e-10  # singular values of kinks' inputs, relative to the largest, that count as zero
 
@@ -171,16 +172,18 @@ def judge(problem: Problem, found: Snap) -> Judgement:
     if not found.solution.finished:
         left = float(found.face.project(found.forces).norm())
         return _undecided(f"least squares not solved by {found.solution.method}: ‖G e‖ = {left:.1e} is left")
-    flips, unclear = _signs(problem, found)
-    exact = bool(problem.team.least((found.outputs.errors.abs() <= found.outputs.bounds).all().long()))
-    if flips:
-        return _undecided(f"the nearest stationary point lies outside the region: {flips} activations differ there")
-    if unclear and not exact:
-        return _undecided(f"{unclear} pre-activations of the nearest stationary point are within rounding of a kink")
-    if exact:
-        at_kinks = unclear > 0 or found.kinks is not None
-        kind = Kind.KINK_MINIMUM if at_kinks else Kind.DIFFERENTIABLE_MINIMUM
+    flips, unclear, off = _signs(problem, found)
+    if problem.is_zero(found.outputs):  # in whichever region
+        kind = Kind.KINK_MINIMUM if unclear or found.kinks is not None else Kind.DIFFERENTIABLE_MINIMUM
         return Judgement(kind, "every error is zero up to rounding")
+    doubts = (
+        (flips, "the nearest stationary point lies outside the region: {} activations differ there"),
+        (unclear, "{} pre-activations of the nearest stationary point are within rounding of a kink"),
+        (off, "{} samples could not be held on their kinks, as inputs there are nearly dependent"),
+    )
+    for count, reason in doubts:
+        if count:
+            return _undecided(reason.format(count))
     return _judge_forces(problem, found) or _judge_units(problem, found)
 
 
@@ -215,9 +218,9 @@ def _judge_units(problem: Problem, found: Snap) -> Judgement:
     if not failures:
         kind = Kind.DIFFERENTIABLE_MINIMUM if found.kinks is None else Kind.KINK_MINIMUM
         return Judgement(kind, _praise(found))
-    worst = min(
-        failures, key=lambda failure: (failure.kind is not Kind.SADDLE, bool(failure.ends), not failure.release)
-    )
+    moving = [failure for failure in failures if failure.kind is not Kind.SADDLE and not failure.ends]
+    saddles = [failure for failure in failures if failure.kind is Kind.SADDLE]
+    worst = min(moving or saddles or failures, key=lambda failure: not failure.release)
     return replace(worst, ends=sum((failure.ends for failure in failures), ())) if worst.ends else worst
 
 
@@ -262,8 +265,8 @@ def _error(
     return error
 
 
-def _signs(problem: Problem, found: Snap) -> tuple[int, int]:
-    """How many pre-activations off the kinks changed their sign, and how many of the others may, up to rounding."""
+def _signs(problem: Problem, found: Snap) -> tuple[int, int, int]:
+    """How many pre-activations off the kinks changed their sign; how many may, up to rounding; how many left a kink."""
     point, u = found.point, found.outputs.preactivations
     roundoff = (point.hidden.shape[1] + 4) * ROUNDOFF
     live = point.output != 0
@@ -274,8 +277,11 @@ def _signs(problem: Problem, found: Snap) -> tuple[int, int]:
         counted = counted & ~found.kinks
     flipped = counted & ((u > 0) != found.active) & (u.abs() > problem.norms[:, None] * (roundoff * sizes))
     unclear = counted & ~flipped & ~(u.abs() > problem.norms[:, None] * (roundoff * sizes + drift))
-    flips, doubts = problem.team.sum(torch.stack([flipped.sum(), unclear.sum()])).tolist()
-    return int(flips), int(doubts)
+    off = torch.zeros_like(unclear)
+    if found.kinks is not None:
+        off = found.kinks & (u.abs() > _HELD * problem.norms[:, None] * (roundoff * sizes))
+    flips, doubts, lost = problem.team.sum(torch.stack([flipped.sum(), unclear.sum(), off.sum()])).tolist()
+    return int(flips), int(doubts), int(lost)
 
 
 def _judge_kinks(problem: Problem, found: Snap, unit: int, kinks: Tensor) -> Judgement | None:
@@ -289,7 +295,7 @@ def _judge_kinks(problem: Problem, found: Snap, unit: int, kinks: Tensor) -> Jud
         found.rows[unit].cpu().numpy(),
         float(found.point.output[unit]),
         problem.slope,
-        float(found.noise[unit]) + float(blur.max()),
+        float(found.noise[unit]) + max(1.0, abs(problem.slope)) * float(blur.max()),
     )
     if verdict.holds:
         return None
@@ -359,7 +365,7 @@ def _descent(problem: Problem, found: Snap, unit: int, step: Tensor, turn: float
     if found.kinks is not None:
         u = torch.where(found.kinks[:, unit], 0.0, u)
     ahead = torch.where((u != 0) & (moves != 0), (u / moves).abs(), torch.inf)
-    reach = 0.5 * float(problem.team.least(ahead.amin() if len(ahead) else torch.tensor(torch.inf)))
+    reach = 0.5 * float(problem.team.least(ahead.amin() if len(ahead) else ahead.new_tensor(torch.inf)))
     size = float(point.hidden[unit].norm()) / float(step.norm())
     reach = min(reach, size if size > 0 else 1 / float(step.norm()))
     rest, z = _activated(u, problem.slope), float(point.output[unit])

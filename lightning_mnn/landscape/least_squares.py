@@ -27,7 +27,7 @@ class Solution:
     Attributes:
         theta: the smallest θ on the face that minimises ‖b − F θ‖; of an unfinished iteration the last one.
         smallest: a lower bound on the smallest non-zero singular value of F on the face, as far as floats tell zero;
-            None where it is not known.
+            of conjugate gradients a tenth of an estimate; None where it is not known.
         onto: whether F is known to reach every right-hand side: rank N.
         method: what found it, in words.
         finished: whether it was found, and not only approached.
@@ -174,7 +174,7 @@ def _iterate(face: FaceMap, rhs: Tensor, longest: float, max_iterations: int) ->
             break
     return Solution(
         theta=face.project(theta),
-        smallest=ritz**0.5 if finished and 0 < ritz < float("inf") else None,
+        smallest=0.1 * ritz**0.5 if finished and 0 < ritz < float("inf") else None,
         onto=False,
         method=f"{spent} iterations of CG" + ("" if finished else ", not converged"),
         finished=finished,

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from lightning_mnn.landscape.team import Team
 
+_BLOCK = 2048  # samples whose features are formed at a time
+
 
 @dataclass(frozen=True)
 class FaceMap:
@@ -43,7 +45,7 @@ class FaceMap:
     @cached_property
     def num_samples(self) -> int:
         """N, over all processes."""
-        return int(self.team.sum(torch.tensor(self.inputs.shape[0])))
+        return int(self.team.sum(torch.tensor(self.inputs.shape[0], device=self.inputs.device)))
 
     @property
     def num_parameters(self) -> int:
@@ -116,6 +118,3 @@ class FaceMap:
         for unit, basis in self.bases.items():
             features[:, unit] -= features[:, unit] @ basis @ basis.T
         return torch.cat([features.flatten(1), self.free], 1)
-
-
-_BLOCK = 2048

@@ -163,7 +163,8 @@ def certify(
     kinks decide (theorem: a point is a local minimum if and only if, for every unit, z_i d_i(v) ≤ 0 for all v where
     z_i ≠ 0, and d_i = 0 where z_i = 0; d_i(v) = Σ_n e_n A_ni x_n·v, with f(x_n·v) on kinks). A certificate is of the
     weights that it holds, in float64; it says how far they are, and no sign or zero in it is within its rounding error.
-    What floats cannot decide is ``not_stationary``, with the reason.
+    What floats cannot decide is ``not_stationary``, with the reason. Singular values of A∘X under 1e-11 of the largest
+    count as zero, and so do z_i whose z_i w_i is lost in the rounding of the others'.
 
     Args:
         hidden_weights: W, (d1, d0), or (R, d1, d0).
@@ -174,7 +175,7 @@ def certify(
         threshold: decision threshold of the MCE; None: 0.5 for labels {0, 1}, 0 for ±1, no MCE for other targets.
         max_distance: largest relative distance to the minimum or saddle.
         hidden_bias: (d1,) or (R, d1): a weight on an input of ones.
-        output_bias: a number or (R,).
+        output_bias: a scalar tensor, or (R,).
         input_rank: rank of X (with the input of ones), where the caller knows it; None: it is found.
         team: the processes that hold the other samples; None: all are here.
 
@@ -228,6 +229,7 @@ def split_replicas(
 ) -> list[tuple[Problem, Point]]:
     """The problem and the point of each replica, checked (see :func:`certify` for arguments and errors)."""
     _check(hidden_weights, output_weights, inputs, targets, negative_slope)
+    _check_sizes(hidden_weights, inputs, targets)
     _check_biases(output_weights, hidden_bias, output_bias)
     count = hidden_weights.shape[0] if hidden_weights.ndim > 2 else None
 
@@ -258,8 +260,6 @@ def _check(w: Tensor, z: Tensor, x: Tensor, y: Tensor, slope: float) -> None:
         )
     if x.shape[-1] != w.shape[-1] or x.ndim not in (2, w.ndim):
         raise ValueError(f"inputs must be (N, {w.shape[-1]}) for these hidden_weights, got {tuple(x.shape)}")
-    if x.shape[-2] == 0:
-        raise ValueError("inputs hold no samples")
     if y.shape[-1] != x.shape[-2] or y.ndim not in (1, w.ndim - 1):
         raise ValueError(f"targets must be ({x.shape[-2]},) for these inputs, got {tuple(y.shape)}")
     for name, value in (("hidden_weights", w), ("output_weights", z), ("inputs", x), ("targets", y)):
@@ -267,9 +267,20 @@ def _check(w: Tensor, z: Tensor, x: Tensor, y: Tensor, slope: float) -> None:
             raise ValueError(f"{name} must be finite: some are NaN or infinite")
 
 
+def _check_sizes(w: Tensor, x: Tensor, y: Tensor) -> None:
+    if not w.numel():
+        raise ValueError(f"hidden_weights must hold a unit and an input, got the shape {tuple(w.shape)}")
+    for name, value, ndim in (("inputs", x, 2), ("targets", y, 1)):
+        if value.ndim > ndim and value.shape[0] != w.shape[0]:
+            raise ValueError(f"{name} are for {value.shape[0]} replicas and hidden_weights for {w.shape[0]}")
+    if x.shape[-2] == 0:
+        raise ValueError("inputs hold no samples")
+
+
 def _check_biases(z: Tensor, hidden_bias: Tensor | None, output_bias: Tensor | None) -> None:
     for name, bias, shape in (("hidden_bias", hidden_bias, z.shape), ("output_bias", output_bias, z.shape[:-1])):
-        if bias is not None and bias.shape != shape:
+        shared = name == "output_bias" and bias is not None and bias.ndim == 0
+        if bias is not None and bias.shape != shape and not shared:
             raise ValueError(f"{name} must have the shape {tuple(shape)} for these weights, got {tuple(bias.shape)}")
         if bias is not None and not bool(bias.isfinite().all()):
             raise ValueError(f"{name} must be finite: some are NaN or infinite")
@@ -382,11 +393,12 @@ def certificate_of(
     sizes = asked.hidden.norm(dim=1)
     moved = (point.hidden - asked.hidden).norm(dim=1)
     width = point.hidden.shape[1] - int(biased)
-    rank, cap = _rank(problem, outputs.preactivations > 0, input_rank)
+    active = outputs.preactivations > 0
+    rank, cap = _rank(problem, active if kinks is None else torch.where(kinks, found.active, active), input_rank)
     return Certificate(
         kind=judgement.kind,
         reason=judgement.reason,
-        zero_error=bool(team.least((outputs.errors.abs() <= outputs.bounds).all().long())),
+        zero_error=problem.is_zero(outputs),
         mse=problem.squared_error(outputs.errors) / problem.num_samples,
         mce=None if mistakes is None else float(team.sum(mistakes.sum())) / problem.num_samples,
         distance=_reach(found) if stands else found.distance,
@@ -420,7 +432,8 @@ def _margin_ratio(problem: Problem, found: Snap) -> float | None:
 
 def _stationarity(problem: Problem, found: Snap, outputs: Outputs, *, stands: bool) -> float:
     face = found.face
-    left = face.project(found.forces).norm() if stands else face.correlate(outputs.errors).norm()
+    onto_kinks = replace(face, live=None)  # rows with z_i = 0 count: their forces make saddles
+    left = onto_kinks.project(found.forces).norm() if stands else face.correlate(outputs.errors).norm()
     squares = problem.team.sum(
         torch.stack([(face.slopes.norm(dim=1) * problem.norms).square().sum(), problem.targets.square().sum()])
     )

@@ -99,7 +99,7 @@ def polish(
             far from the start the search is given up.
         max_steps: number of steps; None: 1,000, or 10 where a step is an iteration of its own, as no Gram matrix fits.
         hidden_bias: (d1,) or (R, d1).
-        output_bias: a number or (R,).
+        output_bias: a scalar tensor, or (R,).
         team: the processes that hold the other samples; None: all are here.
 
     Returns:
@@ -114,11 +114,13 @@ def polish(
     >>> polished.certificate.is_minimum, polished.certificate.zero_error, polished.steps < 20
     (True, True, True)
     """
-    if max_steps is None:
+    if not max_distance >= 0:
+        raise ValueError(f"max_distance must be at least 0, got {max_distance}")
+    if max_steps is not None and max_steps < 0:
+        raise ValueError(f"max_steps must be at least 0, got {max_steps}")
+    if max_steps is None and min(inputs.ndim, hidden_weights.ndim) > 1:
         samples, parameters = inputs.shape[-2], hidden_weights.shape[-2] * hidden_weights.shape[-1]
         max_steps = 1000 if min(samples, parameters) <= GRAM_LIMIT else 10
-    if max_steps < 0:
-        raise ValueError(f"max_steps must be at least 0, got {max_steps}")
     problems = split_replicas(
         hidden_weights,
         output_weights,
@@ -130,7 +132,9 @@ def polish(
         team=team,
     )
     biased = hidden_bias is not None
-    found = [_polish(problem, point, threshold, max_distance, max_steps, biased=biased) for problem, point in problems]
+    found = [
+        _polish(problem, point, threshold, max_distance, max_steps or 0, biased=biased) for problem, point in problems
+    ]
     return found if hidden_weights.ndim > 2 else found[0]
 
 
@@ -155,6 +159,9 @@ def _polish(
         in_hand = in_hand or not losses[-1] < _STRIDE * losses[-2]
         if _distance(start, state.point) > _GONE * max_distance:
             break
+    if judgement.kind not in MINIMA:  # of the last weights, not of those before the last step
+        found = snap(problem, state.point, state.active, state.kinks)
+        judgement = judge(problem, found)
     reached = judgement.kind in MINIMA
     found = replace(found, start=start if reached else state.point)
     certificate = certificate_of(problem, judgement, found, found.start, threshold, biased=biased)

@@ -16,6 +16,7 @@ from lightning_mnn.landscape.linear_map import FaceMap
 from lightning_mnn.landscape.team import Team
 
 ROUNDOFF = 2.0**-53  # of float64, in which all is computed
+_UNKNOWABLE = 1e-6  # rounding errors of ŷ, relative to y, that hide whether e = 0
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Problem:
     @cached_property
     def num_samples(self) -> int:
         """N, over all processes."""
-        return int(self.team.sum(torch.tensor(self.inputs.shape[0])))
+        return int(self.team.sum(torch.tensor(self.inputs.shape[0], device=self.inputs.device)))
 
     def slopes(self, active: Tensor) -> Tensor:
         """A of an activation pattern, (N, d1)."""
@@ -109,6 +110,14 @@ class Problem:
         terms = self.targets.abs() + reach * self.norms + self.free.abs() @ point.free.abs()
         gamma = (sum(point.hidden.shape) + self.free.shape[1] + 7) * ROUNDOFF
         return Outputs(preactivations, errors, gamma * terms)
+
+    def is_zero(self, outputs: Outputs) -> bool:
+        """Whether e = 0 up to rounding, and the rounding is small beside the targets: large weights hide all errors."""
+        bounds, targets = self.team.sum(
+            torch.stack([outputs.bounds.square().sum(), self.targets.square().sum()])
+        ).tolist()
+        fits = bool(self.team.least((outputs.errors.abs() <= outputs.bounds).all().long()))
+        return fits and bounds <= _UNKNOWABLE**2 * targets
 
     def squared_error(self, errors: Tensor) -> float:
         """‖e‖² over all samples."""

@@ -306,6 +306,11 @@ def test_distance_decides(seed, exponent):
         ({"inputs": torch.ones(0, 2), "targets": torch.ones(0)}, "inputs hold no samples"),
         ({"hidden_bias": torch.ones(4)}, r"hidden_bias must have the shape \(3,\) for these weights, got \(4,\)"),
         ({"output_bias": torch.tensor(torch.nan)}, "output_bias must be finite"),
+        ({"hidden_weights": torch.ones(0, 2), "output_weights": torch.ones(0)}, "must hold a unit and an input"),
+        (
+            {"hidden_weights": torch.ones(2, 3, 2), "output_weights": torch.ones(2, 3), "inputs": torch.ones(4, 5, 2)},
+            "inputs are for 4 replicas and hidden_weights for 2",
+        ),
     ],
 )
 def test_bad_arguments(options, message):
@@ -339,6 +344,39 @@ def test_zero_rows_put_all_their_samples_on_kinks():
     up = certify(w, z, x, torch.tensor([1.0, 1.0, -1.0]), threshold=0.0)
     assert up.kind not in MINIMA
     assert certify(w, 0 * z, x, torch.tensor([1.0, 1.0, -1.0]), threshold=0.0).kind == "saddle"
+
+
+def test_weights_so_large_that_rounding_hides_everything_have_no_zero_error():
+    rng = np.random.default_rng(0)
+    x, y = torch.from_numpy(rng.standard_normal((30, 2))), torch.from_numpy(rng.integers(0, 2, 30).astype(float))
+    w = torch.from_numpy(rng.standard_normal(2)).repeat(2, 1)
+    for size in (1e5, 1e7, 1e8, 1e9, 1e12):
+        found = certify(size * w, size * torch.tensor([1.0, -1.0]).double(), x, y)
+        assert (found.kind, found.zero_error) == ("not_stationary", False)
+
+
+def test_samples_that_are_off_their_kinks_are_not_held_to_be_on_them():
+    for gap in (1e-10, 1e-11, 1e-12):
+        x = torch.tensor([[1.0, 0.0], [1.0, gap], [1.0, 1.0], [-1.0, 1.0]], dtype=torch.float64)
+        y = torch.tensor([-0.4, -1.0, 1.25, 0.75], dtype=torch.float64)
+        found = certify(torch.tensor([[-1e-7, 1.0]]).double(), torch.ones(1).double(), x, y)
+        if found.kind in MINIMA:  # then no move along the first input, one side or the other, lowers the loss
+            w = found.hidden_weights.numpy()
+            for step in (1e-9, -1e-9, 1e-5, -1e-5):
+                moved = w + np.array([[step, 0.0]])
+                losses = [np.sum((y.numpy() - outputs(v, np.ones(1), x.numpy(), 0.0)) ** 2) for v in (w, moved)]
+                assert losses[1] >= losses[0] - 1e-14
+
+
+def test_a_unit_that_would_move_makes_no_saddle_of_another():
+    x = torch.tensor([[1, 0, 0], [1, 1, 0], [-1, 1, 0], [0, -1, 1], [0, -1, 2]], dtype=torch.float64)
+    y = torch.tensor([-1.0, 3.5, -1.5, 1.0, -0.5], dtype=torch.float64)
+    w = torch.tensor([[0.0, 1.0, 0.0], [0.125, 1.0, 2.0]], dtype=torch.float64)
+    assert certify(w, torch.tensor([1.0, 0.0]).double(), x, y).kind == "not_stationary"
+
+
+def test_the_force_on_a_resting_unit_counts_in_its_stationarity():
+    assert of(planted_saddle(20, 3, 4)).stationarity > 1e-3
 
 
 def test_activate_is_f():
