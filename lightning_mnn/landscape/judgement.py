@@ -107,9 +107,8 @@ class Snap:
 
     @property
     def distance(self) -> float:
-        """‖W̃* − W̃‖/‖W̃‖ (biases included), or infinite from zero weights."""
-        size, moved = float(self.start.theta.norm()), float(self.move.norm())
-        return moved / size if size else math.inf if moved else 0.0
+        """‖W̃* − W̃‖/‖W̃‖."""
+        return self.start.distance(self.point)
 
     @property
     def rows(self) -> Tensor:

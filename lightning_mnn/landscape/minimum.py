@@ -13,7 +13,7 @@ import torch
 
 from lightning_mnn.landscape.judgement import Direction, Judgement, Kind, Snap, judge, snap, step_off
 from lightning_mnn.landscape.least_squares import GRAM_LIMIT
-from lightning_mnn.landscape.problem import Outputs, Point, Problem
+from lightning_mnn.landscape.problem import ROUNDOFF, Outputs, Point, Problem
 from lightning_mnn.landscape.rank import khatri_rao_rank
 from lightning_mnn.landscape.region import gram_rank
 from lightning_mnn.landscape.survey import infer_threshold, wrong
@@ -387,7 +387,7 @@ def certificate_of(
     threshold = infer_threshold(targets) if threshold is None else threshold
     mistakes = None if threshold is None else wrong(problem.targets - outputs.errors, problem.targets, threshold)
     u = outputs.preactivations.abs()
-    blur = problem.norms[:, None] * point.hidden.norm(dim=1) * (point.hidden.shape[1] + 4) * 2.0**-53
+    blur = problem.norms[:, None] * point.hidden.norm(dim=1) * (point.hidden.shape[1] + 4) * ROUNDOFF
     on_kink = (problem.norms > 0)[:, None] & (u <= blur)
     on_kink = on_kink if kinks is None else on_kink | kinks
     sizes = asked.hidden.norm(dim=1)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_mnn.landscape.judgement import Direction, Judgement, Snap, judge, snap, step_off
+from lightning_mnn.landscape.judgement import Direction, Judgement, Kind, Snap, judge, snap, step_off
 from lightning_mnn.landscape.least_squares import GRAM_LIMIT
 from lightning_mnn.landscape.minimum import (
     MINIMA,
@@ -157,15 +157,17 @@ def _polish(
         state = ahead
         losses.append(problem.squared_error(state.outputs.errors) / problem.num_samples)
         in_hand = in_hand or not losses[-1] < _STRIDE * losses[-2]
-        if _distance(start, state.point) > _GONE * max_distance:
+        if start.distance(state.point) > _GONE * max_distance:
             break
     if judgement.kind not in MINIMA:  # of the last weights, not of those before the last step
         found = snap(problem, state.point, state.active, state.kinks)
         judgement = judge(problem, found)
+        if judgement.kind in MINIMA:
+            judgement = Judgement(Kind.NOT_STATIONARY, "stopped before the step to the minimum of its region")
     reached = judgement.kind in MINIMA
     found = replace(found, start=start if reached else state.point)
     certificate = certificate_of(problem, judgement, found, found.start, threshold, biased=biased)
-    distance = certificate.distance if reached else _distance(start, state.point)
+    distance = certificate.distance if reached else start.distance(state.point)
     return Polished(certificate, not distance <= max_distance, distance, len(losses) - 1, tuple(losses))
 
 
@@ -176,11 +178,6 @@ def _next(problem: Problem, state: _State, found: Snap, judgement: Judgement, *,
     if in_hand and judgement.direction is not None:
         return _descended(problem, state, found, judgement.direction)
     return _step(problem, state, found, in_hand=in_hand)
-
-
-def _distance(start: Point, end: Point) -> float:
-    size, moved = float(start.theta.norm()), float((end.theta - start.theta).norm())
-    return moved / size if size else math.inf if moved else 0.0
 
 
 def _state(problem: Problem, point: Point, kinks: Tensor | None, active: Tensor | None = None) -> _State:

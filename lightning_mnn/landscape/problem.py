@@ -6,6 +6,7 @@ units, f free columns (one, of ones, where the output has a bias; else none). Ev
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -37,6 +38,11 @@ class Point:
     def theta(self) -> Tensor:
         """The flat parameters: rows w̃_i = z_i w_i, then b."""
         return torch.cat([(self.output[:, None] * self.hidden).reshape(-1), self.free])
+
+    def distance(self, other: Point) -> float:
+        """‖W̃′ − W̃‖/‖W̃‖ to another point, biases included; infinite from zero weights."""
+        size, moved = float(self.theta.norm()), float((other.theta - self.theta).norm())
+        return moved / size if size else math.inf if moved else 0.0
 
     def moved(self, rows: Tensor, free: Tensor) -> Point:
         """The point with other flat rows (d1, d0) where z_i ≠ 0, and other b."""

@@ -287,10 +287,13 @@ def test_distance_decides(seed, exponent):
     noise = torch.from_numpy(rng.standard_normal(planted.hidden_weights.shape))
     moved = planted.hidden_weights * (1 + 10**exponent * noise)
     found = certify(moved, planted.output_weights, planted.inputs, planted.targets, 0.1, max_distance=1e-4)
-    assert found.kind == "not_stationary" or found.distance <= 1e-4
-    assert found.kind != "not_stationary" or found.distance > 1e-4 or found.reason
+    far = certify(moved, planted.output_weights, planted.inputs, planted.targets, 0.1, max_distance=10.0)
     if found.kind == "not_stationary":
         assert torch.equal(found.hidden_weights, moved)
+        assert far.kind == "not_stationary" or far.distance > 1e-4
+    else:
+        assert found.distance <= 1e-4
+        assert (far.kind, far.distance) == (found.kind, found.distance)
 
 
 @pytest.mark.parametrize(
