@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_mnn.landscape import certify, polish
@@ -279,7 +279,6 @@ def test_replicas_are_certified_one_by_one():
     assert shared[1].kind == "not_stationary"
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.floats(-6, -1))
 def test_distance_decides(seed, exponent):
     planted = planted_minimum(25, 3, 3, 0.1, seed=seed % 1000)

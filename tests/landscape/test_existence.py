@@ -180,7 +180,7 @@ def problems(draw):
     return x, active, draw(st.sampled_from([0, 0.1, 0.5, -1, -0.3])), y.astype(float)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(problems(), st.sampled_from([None, 1, -1, 0]))
 def test_agrees_with_brute_force_on_degenerate_regions(problem, sign):
     x, active, slope, y = problem

@@ -24,7 +24,7 @@ def gain(x, e, g, z, slope, v):
     return z * (g @ v + sum(en * (t if t > 0 else slope * t) for en, t in zip(e, x @ v, strict=True)))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.integers(0, 2**32 - 1))
 def test_agrees_with_all_cells_of_the_arrangement(seed):
     rng = np.random.default_rng(seed)

@@ -41,7 +41,7 @@ def dense(x, a, free, live, bases):
     return np.array(rows)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.integers(0, 2**32 - 1), st.booleans())
 def test_solutions_agree_with_numpy(seed, iterate):
     face, rhs, matrix = drawn_face(seed)

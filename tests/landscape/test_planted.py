@@ -48,7 +48,7 @@ def sines(planted):
     return np.abs(x @ w.T) / np.linalg.norm(x, axis=1)[:, None] / np.linalg.norm(w, axis=1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sizes(), seeds)
 def test_planted_minimum_has_no_force_and_the_error_of_the_linear_model(size, seed):
     *shape, slope = size
@@ -122,7 +122,7 @@ def probed_losses(planted):
             yield loss(planted, moved, z)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(kink_problems())
 def test_planted_kink_minimum_is_one(problem):
     planted, count, rng = problem
@@ -145,14 +145,14 @@ def test_planted_kink_minimum_is_one(problem):
         assert moved >= planted.mse * (1 - 1e-13)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(kink_problems())
 def test_multipliers_of_a_planted_kink_minimum_have_their_margin(problem):
     planted, _, _ = problem
     assert least_multipliers(planted).min() >= 0.05 - 1e-9
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(kink_problems(violated=True))
 def test_a_violated_multiplier_gives_a_descent_direction(problem):
     planted, _, _ = problem
@@ -186,7 +186,7 @@ def test_planted_kink_minima_have_both_signs_and_patterns_of_their_own():
     assert int(planted.kinks.sum()) == 60
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(sizes(samples_per_input=2, least_width=3, largest=(200, 20, 8)), seeds)
 def test_planted_saddle_has_no_gradient_and_a_way_down(size, seed):
     *shape, slope = size

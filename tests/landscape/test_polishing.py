@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_mnn.landscape import certify, polish
@@ -21,7 +21,6 @@ def initial(num_samples, dim, seed):
     return [torch.from_numpy(v) for v in (w, z, x, y)]
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.1, -1.0, 2.0]))
 def test_the_least_loss_on_a_ray_is_the_least_on_a_fine_grid(seed, slope):
     rng = np.random.default_rng(seed)
