@@ -1,6 +1,7 @@
 """Mathematics of the loss surface on a fixed data set, in torch and scipy only."""
 
 from lightning_mnn.landscape import bounds
+from lightning_mnn.landscape.cone import LogEstimate, log_cone_measure
 from lightning_mnn.landscape.existence import ClosedBranch, Existence, check_proof, find_minimum
 from lightning_mnn.landscape.judgement import Direction, Kind
 from lightning_mnn.landscape.minimum import Certificate, FirstOrderVerdict, certify, first_order_verdicts
@@ -10,7 +11,7 @@ from lightning_mnn.landscape.polishing import Polished, polish
 from lightning_mnn.landscape.region import LeastSquares, Region
 from lightning_mnn.landscape.survey import Layer, Network, Survey, infer_threshold, merge_surveys, survey_network
 from lightning_mnn.landscape.team import ProcessTeam, Team
-from lightning_mnn.landscape.volume import log_cap_measure, log_volume_lower_bound
+from lightning_mnn.landscape.volume import RegionVolume, log_cap_measure, log_volume_lower_bound, region_log_volume
 
 __all__ = [
     "ActivationPattern",
@@ -22,12 +23,14 @@ __all__ = [
     "Kind",
     "Layer",
     "LeastSquares",
+    "LogEstimate",
     "Network",
     "PackedPattern",
     "Planted",
     "Polished",
     "ProcessTeam",
     "Region",
+    "RegionVolume",
     "Survey",
     "Team",
     "bounds",
@@ -37,11 +40,13 @@ __all__ = [
     "first_order_verdicts",
     "infer_threshold",
     "log_cap_measure",
+    "log_cone_measure",
     "log_volume_lower_bound",
     "merge_surveys",
     "planted_kink_minimum",
     "planted_minimum",
     "planted_saddle",
     "polish",
+    "region_log_volume",
     "survey_network",
 ]

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from scipy.optimize import linprog, nnls
 
+from lightning_mnn.landscape.gordan import alternatives
 from lightning_mnn.landscape.pattern import ActivationPattern
 from lightning_mnn.landscape.region import Region, khatri_rao
 from lightning_mnn.landscape.survey import infer_threshold, wrong
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -280,7 +280,7 @@ class _Model:
             return np.ones(self.inputs.shape[1])
         everywhere = np.zeros(self.facets.shape[:2])
         nothing = np.full(len(self.facets), _FREE, dtype=np.int8)
-        for point, multipliers in _alternatives(self.facets[unit]):
+        for point, multipliers in alternatives(self.facets[unit]):
             smallest = float((self.facets[unit] @ point).min())
             if smallest > _OPEN * np.linalg.norm(point):
                 return point / smallest
@@ -403,7 +403,7 @@ class _Search:
         # w̃ = w̃0 + Z a is made a cone by a factor of w̃0, the last coordinate, that must be positive.
         last = np.eye(fit.margins.shape[2])[-1:]
         rows = (signs[decided, None, None] * fit.margins[decided]).reshape(-1, last.size)
-        for point, multipliers in _alternatives(np.concatenate([last, rows])):
+        for point, multipliers in alternatives(np.concatenate([last, rows])):
             least = max(_OPEN * point[-1], _ZERO * np.linalg.norm(point))  # beyond the rounding of the rows, too
             if point[-1] > 0 and (rows @ point > least).all():
                 return np.asarray(fit.point + fit.directions @ (point[:-1] / point[-1]))
@@ -449,30 +449,6 @@ class _Search:
         hidden = model.scale * flat / np.where(signs, output, 1)[:, None]
         hidden[signs == 0] = (interiors / np.linalg.norm(interiors, axis=1, keepdims=True))[signs == 0]
         return (hidden, output, margin) if model.is_minimum(hidden, output) else None
-
-
-def _alternatives(rows: Array) -> Iterator[tuple[Array, Array]]:
-    """Candidates (w, λ): either rows·w > 0, or λᵀ rows = 0 with λ ≥ 0, λ ≠ 0 (Gordan's alternative; the caller checks).
-
-    The first minimises ‖λᵀ rows‖² + (Σ λ − 1)² over λ ≥ 0. If its w = λᵀ rows is not zero, it is the point with the
-    largest margin (rows·w)/‖w‖. That takes a tenth of the time of a linear program, which comes second, for when the
-    first fails its check.
-    """
-    system = np.vstack([rows.T, np.ones(len(rows))])
-    try:
-        multipliers = nnls(system, np.eye(len(system))[-1])[0]
-    except RuntimeError:  # no convergence
-        multipliers = np.zeros(len(rows))
-    yield multipliers @ rows, multipliers
-    result = linprog(  # maximise t with rows·w ≥ t, in the box |w_j| ≤ 1
-        -np.eye(rows.shape[1] + 1)[-1],
-        A_ub=np.column_stack([-rows, np.ones(len(rows))]),
-        b_ub=np.zeros(len(rows)),
-        bounds=[(-1, 1)] * (rows.shape[1] + 1),
-        options={"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10},
-    )
-    if result.success:
-        yield np.asarray(result.x)[:-1], np.maximum(-result.ineqlin.marginals, 0)
 
 
 def _covered(assigned: NDArray[np.int_], signs: NDArray[np.int_], strict: Bools, support: Bools) -> int:

@@ -6,11 +6,15 @@ Volumes are natural logarithms throughout: a cone of 100 half-spaces in 20 dimen
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from scipy import special
+from scipy.stats import t as student
+
+from lightning_mnn.landscape.cone import LogEstimate, log_cone_measure
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
 
     from lightning_mnn.landscape.region import Region
 
+_ENTRIES = 2**26  # of the normals of all cones that are worked on at once
 _TINY = 1e-250  # below, the incomplete beta function is near float64's smallest number and loses its digits
 
 
@@ -57,6 +62,75 @@ def log_cap_measure(sine: ArrayLike, dim: int) -> NDArray[np.float64]:
     return np.asarray(-math.log(2) + np.where(beta < _TINY, a * log_x + series, direct))
 
 
+@dataclass(frozen=True)
+class RegionVolume(LogEstimate):
+    """Log of the angular volume of a region, and what it is made of.
+
+    Attributes:
+        lower_bound: rigorous, from spherical caps (see :func:`log_volume_lower_bound`); of the shape of ``value``.
+        units: the units whose cones were measured, (m,).
+        unit_values: log measures of their cones, (..., m).
+        unit_standard_errors: of these, (..., m).
+    """
+
+    lower_bound: float | Tensor
+    units: Tensor
+    unit_values: Tensor
+    unit_standard_errors: Tensor
+
+
+def region_log_volume(
+    region: Region,
+    hidden_weights: Tensor,
+    *,
+    target_standard_error: float = 0.1,
+    num_units: int | None = None,
+    max_samples: int = 2**20,
+    seed: int = 0,
+) -> RegionVolume:
+    """Log of the angular volume V(D_A) = Π γ(C_i) of a region: the sum over its units of their cones' log measures.
+
+    Args:
+        region: the region, with inputs (..., N, d0). Samples x_n = 0 constrain nothing.
+        hidden_weights: a point W (..., d1, d0) of it.
+        target_standard_error: of one unit's cone, in nats; that of the sum is about √d1 times as large.
+        num_units: measure the cones of this many units, drawn at random, and scale their sum to all: unbiased, with the
+            spread over units in the standard error. None: all units.
+        max_samples: most samples a cone (see :func:`~lightning_mnn.landscape.cone.log_cone_measure`).
+        seed: of the random numbers.
+
+    Raises:
+        ValueError: the weights do not lie in the region, a unit lies on a kink (the volume is that of an open region),
+            or ``num_units`` is out of range.
+        ArithmeticError: a cone is too thin for float64.
+
+    >>> from lightning_mnn.landscape import ActivationPattern, Region
+    >>> x, w = torch.eye(2, dtype=torch.float64), torch.ones(3, 2, dtype=torch.float64)
+    >>> region = Region(x, ActivationPattern.from_preactivations(x @ w.T))
+    >>> round(math.exp(region_log_volume(region, w).value), 6)  # three quadrants: ¼³
+    0.015625
+    """
+    weights = hidden_weights.to(torch.float64)
+    width = weights.shape[-2]
+    if num_units is not None and not 2 <= num_units <= width:
+        raise ValueError(f"num_units must lie between 2 and the width {width}, got {num_units}")
+    bound = log_volume_lower_bound(region, weights)
+    generator = torch.Generator().manual_seed(seed)
+    units = torch.randperm(width, generator=generator)[:num_units].sort().values
+    found = _unit_measures(region, weights, units, target_standard_error, max_samples, seed)
+    values, squares = torch.as_tensor(found.value), torch.as_tensor(found.standard_error).square()
+    variance = squares.sum(-1)
+    if len(units) < width:
+        factor = width / len(units)
+        quantile = student.ppf(0.975, len(units) - 1) / 1.96  # the spread of few units is itself uncertain
+        # It holds the values' own errors too, so that less of those is left to add.
+        variance = quantile**2 * width * (factor - 1) * values.var(-1) + factor * variance
+    total, error = values.sum(-1) * (width / len(units)), variance.sqrt()
+    if total.ndim == 0:
+        return RegionVolume(float(total), float(error), bound, units, values, squares.sqrt())
+    return RegionVolume(total, error, bound, units, values, squares.sqrt())
+
+
 def log_volume_lower_bound(region: Region, hidden_weights: Tensor) -> Tensor | float:
     """A rigorous lower bound on log V(D_A) of the region that holds the given weights: a spherical cap in each cone.
 
@@ -80,13 +154,56 @@ def log_volume_lower_bound(region: Region, hidden_weights: Tensor) -> Tensor | f
     0.25
     """
     inputs, weights = region.inputs, hidden_weights.to(torch.float64)
-    preactivations = inputs @ weights.mT
-    if not torch.equal(preactivations > 0, region.pattern.active.expand(preactivations.shape)):
-        raise ValueError("hidden_weights do not lie in the region: their activation pattern is another one")
+    preactivations = _checked_preactivations(region, weights)
     bound = log_volume_bound_from_sines(
         smallest_sines(preactivations, inputs.norm(dim=-1), weights.norm(dim=-1)), inputs.shape[-1]
     )
     return float(bound) if bound.ndim == 0 else bound
+
+
+def _checked_preactivations(region: Region, weights: Tensor) -> Tensor:
+    """w_i·x_n, (..., N, d1), of weights that lie in the region."""
+    preactivations = region.inputs @ weights.mT
+    if not torch.equal(preactivations > 0, region.pattern.active.expand(preactivations.shape)):
+        raise ValueError("hidden_weights do not lie in the region: their activation pattern is another one")
+    return preactivations
+
+
+def _unit_measures(
+    region: Region, weights: Tensor, units: Tensor, target: float, max_samples: int, seed: int
+) -> LogEstimate:
+    """Log measures (..., m) of the cones of some units."""
+    inputs = region.inputs
+    used = (inputs != 0).any(-1)
+    if inputs.ndim == 2:
+        inputs, used = inputs[used], used[used]
+    if not bool(used.all()):
+        raise ValueError("inputs hold samples x_n = 0 in some networks: measure the networks one by one")
+    rows = weights[..., units.to(weights.device), :]
+    if not len(used):  # no constraint at all
+        zeros = torch.zeros(rows.shape[:-1], dtype=torch.float64)
+        return LogEstimate(zeros, zeros)
+    preactivations = inputs @ rows.mT
+    rounding = (inputs.shape[-1] + 4) * np.finfo(np.float64).eps
+    noise = rounding * inputs.norm(dim=-1)[..., None] * rows.norm(dim=-1)[..., None, :]
+    on_kinks = (preactivations.abs() <= noise).any(-2)
+    if bool(on_kinks.any()):
+        where = on_kinks.nonzero()[0].tolist()
+        raise ValueError(f"hidden_weights lie on a kink: unit {units[where[-1]]} has a pre-activation of zero")
+    sides = preactivations.sign().mT
+    together = max(1, _ENTRIES // inputs.numel())  # units whose normals fit into memory
+    parts = [
+        log_cone_measure(
+            sides[..., some, :, None] * inputs[..., None, :, :],
+            rows[..., some, :],
+            target_standard_error=target,
+            max_samples=max_samples,
+            seed=seed + int(some[0]),
+        )
+        for some in torch.arange(len(units)).split(together)
+    ]
+    values, errors = zip(*((part.value, part.standard_error) for part in parts), strict=True)
+    return LogEstimate(torch.cat(values, dim=-1), torch.cat(errors, dim=-1))
 
 
 def smallest_sines(preactivations: Tensor, sample_norms: Tensor, weight_norms: Tensor) -> Tensor:

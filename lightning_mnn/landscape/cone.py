@@ -1,0 +1,345 @@
+"""Gaussian measure of polyhedral cones, in logarithms and with a standard error.
+
+Shapes: K cones, N constraints, d dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import ConvexHull, QhullError
+from scipy.stats import t as student
+
+from lightning_mnn.landscape.annealing import Centred, analytic_centre, centre, log_measures, schedule
+from lightning_mnn.landscape.gordan import alternatives
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+    from torch import Tensor
+
+    Array = NDArray[np.float64]
+
+_EPS = float(np.finfo(np.float64).eps)
+_EMPTY = 1e-9  # ‖λᵀB‖ ≤ this · Σ λ with λ ≥ 0 shows that no w has B w > 0
+_THIN = 1e-11  # smallest margin at the centre from which float64 still knows where the walls are
+_SURE = 1e-3  # rounding error of a closed form, in nats, from which sampling is better
+_HULL = 5  # dimension up to which the redundant constraints cost less to find than to carry
+_WIDE = 3  # constraints a dimension from which looking for the redundant ones pays
+_ISLANDS = 32  # independent populations; their spread is the standard error
+_CHAINS = 4  # Markov chains of each
+_LENGTH = 16  # states of a chain in the first round
+_CHUNK = {"cpu": 2**18, "cuda": 2**27}  # constraint values that are worked on at once: what cache and memory like
+_QUANTILE = float(student.ppf(0.975, _ISLANDS - 1)) / 1.96  # few islands: their spread is itself uncertain
+
+
+@dataclass(frozen=True)
+class LogEstimate:
+    """An estimate of a logarithm.
+
+    Attributes:
+        value: natural logarithm; a float, with leading axes a tensor.
+        standard_error: of the value, in nats: value ± 1.96 of it covers 95 %. A closed form has its rounding error.
+    """
+
+    value: float | Tensor
+    standard_error: float | Tensor
+
+
+def log_cone_measure(
+    normals: Tensor | ArrayLike,
+    interior_point: Tensor | ArrayLike | None = None,
+    *,
+    target_standard_error: float = 0.1,
+    max_samples: int = 2**20,
+    seed: int = 0,
+) -> LogEstimate:
+    """Log of the Gaussian measure of a cone: log P(b_n·w > 0 for all n), w ~ N(0, I).
+
+    The cone is taken apart first: orthogonal groups of constraints are independent, and directions that no constraint
+    sees do not matter. A group of rank 1, 2 or 3 (a half-space, an arc, a spherical polygon) has a closed form. Up to
+    rank 5 redundant constraints are dropped, by a convex hull. The rest goes to annealed sampling from the analytic
+    centre (see :mod:`~lightning_mnn.landscape.annealing`) on 32 independent islands, whose estimates of the measure are
+    unbiased and whose spread gives the standard error; rounds grow until that meets the target.
+
+    Cost: a sample is one sweep, N·d multiplications, about 1 ns each on a processor core. To a standard error s it
+    takes about 2 d^1.2/s² samples, so the time grows like N·d^2.2/s²; it does not grow with −log of the measure, nor
+    with how thin the cone is. Measured beside it: nested domains with elliptical slice sampling take a phase for every
+    nat, and Gaussian cooling from a small ball in the cone √d phases for every digit of its smallest margin.
+
+    Args:
+        normals: b_n, (..., N, d), of any lengths; CPU or GPU.
+        interior_point: a point of each open cone, (..., d); None looks for one by non-negative least squares.
+        target_standard_error: in nats. Where ``max_samples`` end first, the standard error is larger than this.
+        max_samples: most samples a cone.
+        seed: of the random numbers.
+
+    Returns:
+        The estimate; with leading axes, tensors of their shape.
+
+    Raises:
+        ValueError: an argument is out of range, not finite or of the wrong shape, a normal is zero, the cone is empty,
+            or the interior point is not in it.
+        ArithmeticError: the cone is too thin for float64.
+
+    >>> estimate = log_cone_measure(torch.eye(3))  # an orthant
+    >>> round(math.exp(estimate.value), 6)
+    0.125
+    >>> estimate = log_cone_measure(torch.eye(5) + 1.0)
+    >>> estimate.standard_error < 0.1
+    True
+    """
+    _check_numbers(target_standard_error, max_samples)
+    unit = _unit_normals(normals)
+    leading = unit.shape[:-2]
+    points = None if interior_point is None else _interior_points(interior_point, unit)
+    unit = unit.flatten(0, -3) if leading else unit[None]
+    interiors = [None] * len(unit) if points is None else list(points.reshape(-1, unit.shape[-1]).cpu().numpy())
+    cones = zip(unit.cpu().numpy(), interiors, strict=True)
+    parts = [_take_apart(b, u, k if leading else None) for k, (b, u) in enumerate(cones)]
+    values = np.array([part.value for part in parts])
+    squares = np.array([part.standard_error**2 for part in parts])
+    groups = [(k, group) for k, part in enumerate(parts) for group in part.groups]
+    device = unit.device if unit.device.type in _CHUNK else torch.device("cpu")
+    generator = torch.Generator(device).manual_seed(seed)
+    for chunk in _chunks(groups, device):
+        owners = [k for k, _ in chunk]
+        targets = np.array([target_standard_error / math.sqrt(len(parts[k].groups)) for k in owners])
+        found, errors = _sample([group for _, group in chunk], targets, max_samples, generator)
+        np.add.at(values, owners, found)
+        np.add.at(squares, owners, errors**2)
+    if not leading:
+        return LogEstimate(float(values[0]), math.sqrt(squares[0]))
+    value, error = (torch.from_numpy(part).reshape(leading) for part in (values, np.sqrt(squares)))
+    return LogEstimate(value, error)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Constraints that are left to sampling: unit normals (n, r) of rank r, and a point of their cone (r,)."""
+
+    normals: Array
+    interior: Array
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """A cone taken apart: the logs of what has a closed form, their rounding error, and the rest."""
+
+    value: float
+    standard_error: float
+    groups: tuple[_Group, ...]
+
+
+def _check_numbers(target_standard_error: float, max_samples: int) -> None:
+    if not target_standard_error > 0:
+        raise ValueError(f"target_standard_error must be positive, got {target_standard_error}")
+    least = _ISLANDS * _CHAINS * _LENGTH
+    if max_samples < least:
+        raise ValueError(f"max_samples must be at least {least}, got {max_samples}")
+
+
+def _unit_normals(normals: Tensor | ArrayLike) -> Tensor:
+    rows = torch.as_tensor(normals).detach()
+    rows = (rows.cpu() if rows.device.type not in _CHUNK else rows).to(torch.float64)
+    if rows.ndim < 2 or 0 in rows.shape:
+        raise ValueError(f"normals must have shape (..., N, d) with N and d at least 1, got {tuple(rows.shape)}")
+    if not bool(rows.isfinite().all()):
+        raise ValueError("normals must be finite: they hold NaN or infinite entries")
+    largest = rows.abs().amax(-1, keepdim=True)  # or the squares of small entries would vanish
+    if not bool((largest > 0).all()):
+        where = (largest[..., 0] == 0).nonzero()[0].tolist()
+        raise ValueError(f"normals must not be zero, row {where} is: a sample x_n = 0 constrains nothing, leave it out")
+    rows = rows / largest
+    return torch.nn.functional.normalize(rows, dim=-1)
+
+
+def _interior_points(interior_point: Tensor | ArrayLike, unit: Tensor) -> Tensor:
+    points = torch.as_tensor(interior_point).detach().to(unit)
+    shape = (*unit.shape[:-2], unit.shape[-1])
+    if points.shape != shape:
+        raise ValueError(f"interior_point must have shape {shape} to go with the normals, got {tuple(points.shape)}")
+    if not bool(points.isfinite().all()):
+        raise ValueError("interior_point must be finite: it holds NaN or infinite entries")
+    return points
+
+
+def _take_apart(unit: Array, point: Array | None, index: int | None) -> _Parts:
+    """Split a cone into independent groups of constraints, and settle those with a closed form."""
+    interior = _found_interior(unit, index) if point is None else _checked_interior(unit, point, index)
+    labels, error = _orthogonal_groups(unit)
+    value, groups = 0.0, []
+    for label in range(int(labels.max()) + 1):
+        group = _reduced(unit[labels == label], interior)
+        if group.normals.shape[1] <= _HULL:
+            group = _Group(group.normals[_facets(group)], group.interior)
+        closed = _closed_form(group)
+        if closed is None:
+            groups.append(group)
+        else:
+            value, error = value + closed[0], error + closed[1]
+    return _Parts(value, error + _EPS * abs(value), tuple(groups))
+
+
+def _found_interior(unit: Array, index: int | None) -> Array:
+    cone = "the cone" if index is None else f"cone {index}"
+    for point, multipliers in alternatives(unit):
+        if (unit @ point > (len(point) + 4) * _EPS * np.linalg.norm(point)).all():
+            return point
+        total = multipliers.sum()
+        if total > 0 and np.linalg.norm(multipliers @ unit) <= _EMPTY * total:
+            raise ValueError(f"normals: {cone} is empty, no w has a positive product with all of them")
+    raise ArithmeticError(f"{cone} is too thin for float64 to tell whether it is empty: give an interior_point")
+
+
+def _checked_interior(unit: Array, point: Array, index: int | None) -> Array:
+    products = unit @ point
+    n = int(products.argmin())
+    if not products[n] > (len(point) + 4) * _EPS * np.linalg.norm(point):
+        cone = "the cone" if index is None else f"cone {index}"
+        sine = products[n] / (np.linalg.norm(point) or 1)
+        raise ValueError(f"interior_point is not inside {cone}: b·w/(‖b‖‖w‖) = {sine:.1e} for constraint {n}")
+    return point
+
+
+def _orthogonal_groups(unit: Array) -> tuple[NDArray[np.integer], float]:
+    """Labels (N,) of groups that are orthogonal to each other, and how much calling them so may change the log."""
+    num = len(unit)
+    noise = 4 * unit.shape[1] * _EPS
+    if (np.abs(unit @ unit[0]) > noise).all():  # all in one group, without the products of all pairs
+        return np.zeros(num, dtype=np.int_), 0.0
+    products = np.abs(unit @ unit.T)
+    count, labels = connected_components(products > noise, directed=False)
+    apart = labels[:, None] != labels[None]
+    return labels, float(products[apart].sum()) / math.pi if count > 1 else 0.0  # 2/π a pair, at an orthant
+
+
+def _reduced(normals: Array, interior: Array) -> _Group:
+    """Constraints and point in coordinates of the constraints' own span."""
+    _, values, basis = np.linalg.svd(normals, full_matrices=False)
+    rank = int((values > max(normals.shape) * _EPS * values[0]).sum())
+    if rank == normals.shape[1]:
+        return _Group(normals, interior)
+    reduced = normals @ basis[:rank].T
+    return _Group(reduced / np.linalg.norm(reduced, axis=1, keepdims=True), basis[:rank] @ interior)
+
+
+def _facets(group: _Group) -> NDArray[np.integer]:
+    """Indices of the constraints that are not redundant, (n,); of three dimensions, in their order around the cone.
+
+    With b_n·u = 1 for an interior point u, the constraints that matter are the vertices of the convex hull of the b_n,
+    which lie in a hyperplane.
+    """
+    num, rank = group.normals.shape
+    everything = np.arange(num)
+    if rank == 1:
+        return everything[:1]
+    if rank > 3 and num < _WIDE * rank:
+        return everything
+    centre_point = analytic_centre(torch.from_numpy(group.normals)[None], torch.from_numpy(group.interior)[None])[
+        0
+    ].numpy()
+    dual = group.normals / (group.normals @ centre_point)[:, None]
+    plane = np.linalg.svd(centre_point[None])[2][1:]  # across the interior point
+    flat = (dual - dual.mean(0)) @ plane.T
+    if rank == 2:
+        return np.array([flat.argmin(), flat.argmax()])
+    try:
+        return np.asarray(ConvexHull(flat / np.abs(flat).max(0)).vertices, dtype=np.int64)
+    except QhullError:  # flat up to rounding
+        return everything
+
+
+def _closed_form(group: _Group) -> tuple[float, float] | None:
+    """Log measure and rounding error of a half-space, an arc or a spherical polygon; None otherwise."""
+    rank = group.normals.shape[1]
+    if rank == 1:
+        return -math.log(2), _EPS
+    if rank == 2:
+        first, second = group.normals
+        angle = math.atan2(abs(first[0] * second[1] - first[1] * second[0]), -float(first @ second))
+        return math.log(angle / (2 * math.pi)), 16 * _EPS / angle
+    return _polygon(group) if rank == 3 else None
+
+
+def _polygon(group: _Group) -> tuple[float, float] | None:
+    """The same of a spherical polygon, whose sides are in order: the triangles from an interior point to its sides."""
+    sides = group.normals
+    corners = np.cross(sides, np.roll(sides, -1, axis=0))
+    lengths = np.linalg.norm(corners, axis=1)
+    if lengths.min() == 0:
+        return None
+    corners /= lengths[:, None]
+    corners *= np.sign((sides @ corners.T).sum(0))[:, None]
+    noise = 64 * _EPS / lengths.min()  # of a corner
+    if not (sides @ corners.T > -noise).all():  # the hull was not one
+        return None
+    middle = corners.sum(0) / np.linalg.norm(corners.sum(0))
+    following = np.roll(corners, -1, axis=0)
+    volumes = np.abs(np.cross(corners, following) @ middle)
+    bases = 1 + (corners * following).sum(1) + corners @ middle + following @ middle
+    area = 2 * np.arctan2(volumes, bases).sum()
+    if not area > 0:
+        return None
+    error = noise * len(sides) / math.sqrt(area) + noise / area * np.linalg.norm(corners - middle, axis=1).max()
+    return (math.log(area / (4 * math.pi)), error) if error < _SURE else None
+
+
+def _chunks(groups: list[tuple[int, _Group]], device: torch.device) -> list[list[tuple[int, _Group]]]:
+    """Groups of one rank and of nearly one size, as many as fit together."""
+    chunks: list[list[tuple[int, _Group]]] = []
+    for item in sorted(groups, key=lambda item: item[1].normals.shape[::-1]):
+        num, rank = item[1].normals.shape
+        together = chunks[-1] if chunks and chunks[-1][0][1].normals.shape[1] == rank else []
+        if together and (len(together) + 1) * num * _ISLANDS * _CHAINS <= _CHUNK[device.type]:
+            together.append(item)
+        else:
+            chunks.append([item])
+    return chunks
+
+
+def _sample(groups: list[_Group], targets: Array, max_samples: int, generator: torch.Generator) -> tuple[Array, Array]:
+    """Log measures and standard errors of groups of one rank, (K,), by annealed sampling."""
+    most, rank = len(groups[-1].normals), groups[0].normals.shape[1]
+    normals = np.zeros((len(groups), most, rank))
+    for padded, group in zip(normals, groups, strict=True):
+        padded[: len(group.normals)] = group.normals
+    interior = np.stack([group.interior for group in groups])
+    on_device = (torch.from_numpy(part).to(generator.device) for part in (normals, interior))
+    cones = centre(next(on_device), next(on_device), generator)
+    thinnest = float(cones.margins.min())
+    if thinnest < _THIN:
+        raise ArithmeticError(f"a cone is too thin for float64: at its centre the smallest margin is {thinnest:.1e}")
+    steps = schedule(cones, generator)
+    values, errors = np.empty(len(groups)), np.empty(len(groups))
+    pending, length = np.arange(len(groups)), _LENGTH
+    longest = max(length, max_samples // (_ISLANDS * _CHAINS * len(steps)))
+    while len(pending):
+        values[pending], errors[pending] = _one_round(cones, steps, pending, length, generator)
+        if length == longest:
+            break
+        missing = errors[pending] / targets[pending]
+        growth = math.ceil(missing.max() ** 2)
+        length, pending = min(longest, length * min(8, max(2, growth))), pending[missing > 1]
+    return values, errors
+
+
+def _one_round(
+    cones: Centred, steps: Tensor, pending: NDArray[np.int_], length: int, generator: torch.Generator
+) -> tuple[Array, Array]:
+    """Log of the mean over the islands, and its standard error, (K',)."""
+    some = torch.from_numpy(pending).to(steps.device)
+    logs = log_measures(cones[some], steps[:, some], _ISLANDS, _CHAINS, length, generator).cpu().numpy()
+    centres = logs.max(1, keepdims=True)
+    ratios = np.exp(logs - centres)
+    means = ratios.mean(1)
+    values = centres[:, 0] + np.log(means)
+    relative, spread = ratios.std(1, ddof=1) / means, logs.std(1, ddof=1)
+    error = np.maximum(relative, spread) / math.sqrt(_ISLANDS)
+    # Where the spread is large the mean rests on the largest few: a normal law of the logs is a second opinion.
+    second = logs.mean(1) + spread**2 / 2
+    return values, _QUANTILE * np.hypot(error, np.minimum(spread, 1) * (values - second))

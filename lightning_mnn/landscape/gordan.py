@@ -1,0 +1,46 @@
+"""Gordan's alternative: either some w has rows·w > 0, or some λ ≥ 0, λ ≠ 0, has λᵀ rows = 0."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.optimize import linprog, nnls
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
+
+
+def alternatives(rows: Array) -> Iterator[tuple[Array, Array]]:
+    """Candidates (w, λ), of which either rows·w > 0 or λᵀ rows = 0 with λ ≥ 0, λ ≠ 0: the caller checks which holds.
+
+    The first minimises ‖λᵀ rows‖² + (Σ λ − 1)² over λ ≥ 0. If its w = λᵀ rows is not zero, it is the point with the
+    largest margin (rows·w)/‖w‖. That takes a tenth of the time of a linear program, which comes second, for when the
+    first fails its check.
+
+    Args:
+        rows: (N, d).
+
+    >>> point, multipliers = next(alternatives(np.eye(2)))
+    >>> bool((point > 0).all())
+    True
+    """
+    system = np.vstack([rows.T, np.ones(len(rows))])
+    try:
+        multipliers = nnls(system, np.eye(len(system))[-1])[0]
+    except RuntimeError:  # no convergence
+        multipliers = np.zeros(len(rows))
+    yield multipliers @ rows, multipliers
+    result = linprog(  # maximise t with rows·w ≥ t, in the box |w_j| ≤ 1
+        -np.eye(rows.shape[1] + 1)[-1],
+        A_ub=np.column_stack([-rows, np.ones(len(rows))]),
+        b_ub=np.zeros(len(rows)),
+        bounds=[(-1, 1)] * (rows.shape[1] + 1),
+        options={"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10},
+    )
+    if result.success:
+        yield np.asarray(result.x)[:-1], np.maximum(-result.ineqlin.marginals, 0)
