@@ -6,6 +6,7 @@ Shapes: K cones, N constraints, d dimensions.
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ from lightning_mnn.landscape.annealing import Centred, analytic_centre, centre, 
 from lightning_mnn.landscape.gordan import alternatives
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import ArrayLike, NDArray
     from torch import Tensor
 
@@ -109,7 +112,8 @@ def log_cone_measure(
     for chunk in _chunks(groups, device):
         owners = [k for k, _ in chunk]
         targets = np.array([target_standard_error / math.sqrt(len(parts[k].groups)) for k in owners])
-        found, errors = _sample([group for _, group in chunk], targets, max_samples, generator)
+        with _one_thread():
+            found, errors = _sample([group for _, group in chunk], targets, max_samples, generator)
         np.add.at(values, owners, found)
         np.add.at(squares, owners, errors**2)
     if not leading:
@@ -133,6 +137,17 @@ class _Parts:
     value: float
     standard_error: float
     groups: tuple[_Group, ...]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Run torch on one thread: the steps are too short to be shared, and threads that wait for each other stall."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _check_numbers(target_standard_error: float, max_samples: int) -> None:

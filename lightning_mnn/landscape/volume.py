@@ -200,7 +200,7 @@ def _unit_measures(
             max_samples=max_samples,
             seed=seed + int(some[0]),
         )
-        for some in torch.arange(len(units)).split(together)
+        for some in torch.split(torch.arange(len(units)), together)
     ]
     values, errors = zip(*((part.value, part.standard_error) for part in parts), strict=True)
     return LogEstimate(torch.cat(values, dim=-1), torch.cat(errors, dim=-1))
