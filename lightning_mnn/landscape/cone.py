@@ -35,7 +35,8 @@ _HULL = 5  # dimension up to which the redundant constraints cost less to find t
 _WIDE = 3  # constraints a dimension from which looking for the redundant ones pays
 _ISLANDS = 32  # independent populations; their spread is the standard error
 _CHAINS = 4  # Markov chains of each
-_LENGTH = 16  # states of a chain in the first round
+_LENGTH = 8  # fewest states of a chain
+_PREDICTED = 0.015  # states of a chain that a step of the schedule takes for a standard error of 1
 _CHUNK = {"cpu": 2**18, "cuda": 2**27}  # constraint values that are worked on at once: what cache and memory like
 _QUANTILE = float(student.ppf(0.975, _ISLANDS - 1)) / 1.96  # few islands: their spread is itself uncertain
 
@@ -331,8 +332,9 @@ def _sample(groups: list[_Group], targets: Array, max_samples: int, generator: t
         raise ArithmeticError(f"a cone is too thin for float64: at its centre the smallest margin is {thinnest:.1e}")
     steps = schedule(cones, generator)
     values, errors = np.empty(len(groups)), np.empty(len(groups))
-    pending, length = np.arange(len(groups)), _LENGTH
-    longest = max(length, max_samples // (_ISLANDS * _CHAINS * len(steps)))
+    longest = max(_LENGTH, max_samples // (_ISLANDS * _CHAINS * len(steps)))
+    predicted = math.ceil(_PREDICTED * len(steps) / targets.min() ** 2)
+    pending, length = np.arange(len(groups)), min(longest, max(_LENGTH, predicted))
     while len(pending):
         values[pending], errors[pending] = _one_round(cones, steps, pending, length, generator)
         if length == longest:
@@ -349,12 +351,12 @@ def _one_round(
     """Log of the mean over the islands, and its standard error, (K',)."""
     some = torch.from_numpy(pending).to(steps.device)
     logs = log_measures(cones[some], steps[:, some], _ISLANDS, _CHAINS, length, generator).cpu().numpy()
-    centres = logs.max(1, keepdims=True)
-    ratios = np.exp(logs - centres)
+    largest = logs.max(1, keepdims=True)
+    ratios = np.exp(logs - largest)
     means = ratios.mean(1)
-    values = centres[:, 0] + np.log(means)
-    relative, spread = ratios.std(1, ddof=1) / means, logs.std(1, ddof=1)
-    error = np.maximum(relative, spread) / math.sqrt(_ISLANDS)
+    relative, spread = ratios.std(1, ddof=1) / means / math.sqrt(_ISLANDS), logs.std(1, ddof=1)
+    values = largest[:, 0] + np.log(means) + relative**2 / 2  # the mean is unbiased, its logarithm is not
     # Where the spread is large the mean rests on the largest few: a normal law of the logs is a second opinion.
     second = logs.mean(1) + spread**2 / 2
-    return values, _QUANTILE * np.hypot(error, np.minimum(spread, 1) * (values - second))
+    error = np.hypot(np.maximum(relative, spread / math.sqrt(_ISLANDS)), np.minimum(spread, 1) * (values - second))
+    return values, _QUANTILE * error
