@@ -83,7 +83,7 @@ def analytic_centre(normals: Tensor, interior: Tensor) -> Tensor:
         margins = _margins(normals, point, used)
         scaled = normals / margins[..., None]
         gradient = weight * point - scaled.sum(-2)
-        factor = torch.linalg.cholesky(_hessian(scaled, weight))
+        factor = _hessian_factor(scaled, weight)
         step = -torch.cholesky_solve(gradient[..., None], factor)[..., 0]
         decrement = -(gradient * step).sum(-1, keepdim=True)
         if bool((decrement < _CENTRED).all()):
@@ -98,7 +98,7 @@ def centre(normals: Tensor, interior: Tensor, generator: torch.Generator) -> Cen
     point = analytic_centre(normals, interior)
     margins = _margins(normals, point, used)
     scaled = normals / margins[..., None]
-    factor = torch.linalg.cholesky(_hessian(scaled, used.sum(-1, keepdim=True) / normals.shape[-1]))
+    factor = _hessian_factor(scaled, used.sum(-1, keepdim=True) / normals.shape[-1])
     identity = torch.eye(normals.shape[-1], dtype=normals.dtype, device=normals.device).expand_as(factor)
     to_point = torch.linalg.solve_triangular(factor.mT, identity, upper=True)
     curvatures, basis = torch.linalg.eigh(to_point.mT @ to_point)
@@ -285,9 +285,16 @@ def _margins(normals: Tensor, point: Tensor, used: Tensor) -> Tensor:
     return torch.where(used, (normals @ point[..., None])[..., 0], 1.0)
 
 
-def _hessian(scaled: Tensor, weight: Tensor) -> Tensor:
+def _hessian_factor(scaled: Tensor, weight: Tensor) -> Tensor:
+    """Lower triangular R of the Hessian Σ b_n b_nᵀ/(b_n·w)² + weight = R Rᵀ, from rows b_n/(b_n·w)."""
     identity = torch.eye(scaled.shape[-1], dtype=scaled.dtype, device=scaled.device)
-    return scaled.mT @ scaled + weight[..., None] * identity
+    factor: Tensor
+    factor, failed = torch.linalg.cholesky_ex(scaled.mT @ scaled + weight[..., None] * identity)
+    if bool(failed.any()):  # a thin cone: its squares are beyond float64's digits
+        ridge = (weight.sqrt()[..., None] * identity).expand(len(scaled), -1, -1)
+        factor = torch.linalg.qr(torch.cat([scaled, ridge], dim=-2), mode="r").R.mT
+        factor = factor * factor.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
+    return factor
 
 
 def _line_search(scaled: Tensor, point: Tensor, step: Tensor, weight: Tensor, decrement: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def region_log_volume(
         hidden_weights: a point W (..., d1, d0) of it.
         target_standard_error: of one unit's cone, in nats; that of the sum is about √d1 times as large.
         num_units: measure the cones of this many units, drawn at random, and scale their sum to all: unbiased, with the
-            spread over units in the standard error. None: all units.
+            spread over units in the standard error, which takes a dozen of them to be sound. None: all units.
         max_samples: most samples a cone (see :func:`~lightning_mnn.landscape.cone.log_cone_measure`).
         seed: of the random numbers.
 

@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import integrate
 
-from lightning_mnn.landscape import ActivationPattern, Region, log_cap_measure, log_volume_lower_bound
+from lightning_mnn.landscape import (
+    ActivationPattern,
+    Region,
+    log_cap_measure,
+    log_cone_measure,
+    log_volume_lower_bound,
+    region_log_volume,
+)
+from tests.landscape.cones import arc_measure
 
 
 @given(st.floats(1e-6, math.pi / 2))
@@ -76,3 +84,79 @@ def test_replicas_and_kinks():
     assert log_volume_lower_bound(region, w).tolist() == pytest.approx([math.log(0.25), -math.inf])
     with pytest.raises(ValueError, match="do not lie in the region"):
         log_volume_lower_bound(region, -w)
+
+
+def region_of(inputs, weights):
+    return Region(inputs, ActivationPattern.from_preactivations(inputs @ weights.mT))
+
+
+def gaussian(seed, *shape):
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape))
+
+
+def test_region_volume_is_the_sum_of_its_units_cones():
+    inputs, weights = gaussian(0, 25, 5), gaussian(1, 4, 5)
+    found = region_log_volume(region_of(inputs, weights), weights)
+    signs = (inputs @ weights.T).sign().T
+    alone = [log_cone_measure(signs[i, :, None] * inputs, weights[i], seed=9) for i in range(4)]
+    for i, unit in enumerate(alone):
+        error = math.hypot(unit.standard_error, found.unit_standard_errors[i])
+        assert abs(unit.value - found.unit_values[i]) < 4 * error
+    assert found.value == pytest.approx(float(found.unit_values.sum()))
+    assert found.standard_error == pytest.approx(float(found.unit_standard_errors.square().sum().sqrt()))
+    assert found.lower_bound == log_volume_lower_bound(region_of(inputs, weights), weights) < found.value
+
+
+@given(st.integers(0, 2**31 - 1))
+def test_region_volume_in_the_plane_is_a_product_of_arcs(seed):
+    inputs, weights = gaussian(seed, 7, 2), gaussian(seed + 1, 3, 2)
+    found = region_log_volume(region_of(inputs, weights), weights)
+    truth = 0.0
+    for row in weights.numpy():
+        normals = np.sign(inputs.numpy() @ row)[:, None] * inputs.numpy()
+        truth += math.log(arc_measure(normals, row))
+    assert found.value == pytest.approx(truth, abs=1e-8)
+    assert found.lower_bound <= found.value + 1e-8
+
+
+def test_some_units_stand_for_all_without_bias():
+    inputs, weights = gaussian(0, 12, 2), gaussian(1, 30, 2)
+    region = region_of(inputs, weights)
+    truth = region_log_volume(region, weights).value  # arcs: exact
+    found = [region_log_volume(region, weights, num_units=12, seed=seed) for seed in range(300)]
+    values, errors = (np.array([getattr(part, name) for part in found]) for name in ("value", "standard_error"))
+    assert abs(values.mean() - truth) < 4 * values.std() / math.sqrt(300)
+    assert (np.abs(values - truth) < 1.96 * errors).mean() > 0.9
+    assert found[0].units.tolist() == sorted(set(found[0].units.tolist()))
+    assert found[0].unit_values.shape == (12,)
+
+
+def test_region_volumes_of_replicas():
+    inputs, weights = gaussian(0, 3, 10, 4), gaussian(1, 3, 2, 4)
+    found = region_log_volume(region_of(inputs, weights), weights)
+    assert found.value.shape == found.standard_error.shape == found.lower_bound.shape == (3,)
+    assert found.unit_values.shape == (3, 2)
+    for r in range(3):
+        alone = region_log_volume(region_of(inputs[r], weights[r]), weights[r], seed=4)
+        assert abs(alone.value - found.value[r]) < 4 * math.hypot(alone.standard_error, found.standard_error[r])
+
+
+def test_zero_samples_constrain_no_volume():
+    inputs, weights = gaussian(0, 6, 2), gaussian(1, 2, 2)
+    padded = torch.cat([inputs, torch.zeros(2, 2, dtype=torch.float64)])
+    assert region_log_volume(region_of(padded, weights), weights).value == pytest.approx(
+        region_log_volume(region_of(inputs, weights), weights).value
+    )
+    nothing = torch.zeros(2, 2, dtype=torch.float64)
+    assert region_log_volume(region_of(nothing, weights), weights).value == 0
+
+
+def test_volume_of_no_region_is_an_error():
+    inputs, weights = torch.eye(2, dtype=torch.float64), torch.tensor([[1.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
+    region = region_of(inputs, weights)
+    with pytest.raises(ValueError, match="kink: unit 1"):
+        region_log_volume(region, weights)
+    with pytest.raises(ValueError, match="do not lie in the region"):
+        region_log_volume(region, -weights)
+    with pytest.raises(ValueError, match="num_units must lie between 2 and the width 2, got 3"):
+        region_log_volume(region, weights, num_units=3)
