@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _EPS = float(np.finfo(np.float64).eps)
 _EMPTY = 1e-9  # ‖λᵀB‖ ≤ this · Σ λ with λ ≥ 0 shows that no w has B w > 0
 _THIN = 1e-11  # smallest margin at the centre from which float64 still knows where the walls are
+_FLOOR = 1e-9  # error of a closed form at least: what the rounding of the normals alone may do to it
 _SURE = 1e-3  # rounding error of a closed form, in nats, from which sampling is better
 _HULL = 5  # dimension up to which the redundant constraints cost less to find than to carry
 _WIDE = 3  # constraints a dimension from which looking for the redundant ones pays
@@ -198,7 +199,7 @@ def _take_apart(unit: Array, point: Array | None, index: int | None) -> _Parts:
             groups.append(group)
         else:
             value, error = value + closed[0], error + closed[1]
-    return _Parts(value, error + _EPS * abs(value), tuple(groups))
+    return _Parts(value, error, tuple(groups))
 
 
 def _found_interior(unit: Array, index: int | None) -> Array:
@@ -274,11 +275,11 @@ def _closed_form(group: _Group) -> tuple[float, float] | None:
     """Log measure and rounding error of a half-space, an arc or a spherical polygon; None otherwise."""
     rank = group.normals.shape[1]
     if rank == 1:
-        return -math.log(2), _EPS
+        return -math.log(2), _EPS  # exact but for the last digit
     if rank == 2:
         first, second = group.normals
         angle = math.atan2(abs(first[0] * second[1] - first[1] * second[0]), -float(first @ second))
-        return math.log(angle / (2 * math.pi)), 16 * _EPS / angle
+        return math.log(angle / (2 * math.pi)), _FLOOR + 16 * _EPS / angle
     return _polygon(group) if rank == 3 else None
 
 
@@ -301,7 +302,8 @@ def _polygon(group: _Group) -> tuple[float, float] | None:
     area = 2 * np.arctan2(volumes, bases).sum()
     if not area > 0:
         return None
-    error = noise * len(sides) / math.sqrt(area) + noise / area * np.linalg.norm(corners - middle, axis=1).max()
+    farthest = float(np.linalg.norm(corners - middle, axis=1).max())
+    error = _FLOOR + noise * (len(sides) / math.sqrt(area) + farthest / area)
     return (math.log(area / (4 * math.pi)), error) if error < _SURE else None
 
 
