@@ -1,8 +1,8 @@
-"""What is handed to the loggers: scalars to all of them, pictures to those that can show them."""
+"""What is handed to the loggers: scalars to all of them, pictures and histograms to those that can show them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -43,5 +43,24 @@ def log_image(logger: Logger, name: str, path: Path, step: int) -> bool:
         from matplotlib.image import imread  # noqa: PLC0415 (slow, and only used here)
 
         add_image(name, imread(path), step, dataformats="HWC")
+        return True
+    return False
+
+
+def log_histogram(logger: Logger, name: str, values: Tensor, step: int) -> bool:
+    """Log a histogram of values to W&B or TensorBoard; other loggers are passed over.
+
+    Returns:
+        Whether the logger took it.
+    """
+    if hasattr(logger, "log_image"):  # W&B
+        import wandb  # noqa: PLC0415 (slow, and only used with its logger)
+
+        media: dict[str, Any] = {name: wandb.Histogram(values.tolist())}
+        logger.log_metrics(media, step)  # as the scalars go, which keeps W&B's own steps in order
+        return True
+    add_histogram = getattr(getattr(logger, "experiment", None), "add_histogram", None)
+    if add_histogram is not None:  # TensorBoard
+        add_histogram(name, values, step)
         return True
     return False

@@ -1,5 +1,7 @@
-from lightning_mnn.figures import Figure
-from lightning_mnn.loggers import log_image
+import torch
+from matplotlib.figure import Figure
+
+from lightning_mnn.loggers import log_histogram, log_image
 
 
 def test_a_picture_goes_to_the_loggers_that_can_show_it(tmp_path):
@@ -21,3 +23,17 @@ def test_a_picture_goes_to_the_loggers_that_can_show_it(tmp_path):
     assert log_image(Board(), "figure", tmp_path / "a.png", 4)
     assert not log_image(object(), "figure", tmp_path / "a.png", 5)
     assert taken == [("figure", [str(tmp_path / "a.png")], 3), ("figure", 4, 4, "HWC")]
+
+
+def test_a_histogram_goes_to_the_loggers_that_can_show_it():
+    taken = []
+
+    class Board:
+        class experiment:  # noqa: N801 (TensorBoard's attribute)
+            @staticmethod
+            def add_histogram(name, values, step):
+                taken.append((name, values.tolist(), step))
+
+    assert log_histogram(Board(), "units", torch.tensor([1.0, 2.0]), 4)
+    assert not log_histogram(object(), "units", torch.tensor([1.0]), 5)  # to W&B: see test_angular_volume_monitor
+    assert taken == [("units", [1.0, 2.0], 4)]

@@ -2,52 +2,128 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
+from lightning_mnn.callbacks.local_minimum_detector import LocalMinimumDetector
 from lightning_mnn.callbacks.schedule import Schedule, ScheduledCallback, plain
-from lightning_mnn.callbacks.training_set import required_network, survey_training_set
+from lightning_mnn.callbacks.training_set import (
+    on_first_process,
+    required_network,
+    survey_training_set,
+    training_samples,
+)
 from lightning_mnn.landscape import bounds
-from lightning_mnn.landscape.volume import log_volume_bound_from_sines
-from lightning_mnn.loggers import log_scalars
+from lightning_mnn.landscape.pattern import ActivationPattern
+from lightning_mnn.landscape.region import Region
+from lightning_mnn.landscape.volume import log_volume_bound_from_sines, region_log_volume
+from lightning_mnn.loggers import log_histogram, log_scalars
+from lightning_mnn.seeding import generator
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
     import pytorch_lightning as pl
     from torch import Tensor
 
+    from lightning_mnn.landscape.survey import Network, Survey
+    from lightning_mnn.landscape.volume import RegionVolume
+
+MOMENTS = ("start", "certificate", "end")
+_MOST_SAMPLES = 2**20  # of a cone, however large the budget
+_NOT_MEASURED = "not measured at the last weights"
+
 
 class AngularVolumeMonitor(ScheduledCallback):
-    """Logs a rigorous lower bound on the log-volume of the current region, and the paper's theorems for the run.
+    """Logs how large the current region is: V(R) = P(W ∈ R) for i.i.d. normal W, as a logarithm in nats.
 
-    For networks with one hidden layer; with two, nothing is logged. ``volume/log_lower_bound`` is the sum over the
-    units of the log measure of the spherical cap around w_i inside its cone (see
-    :func:`lightning_mnn.landscape.log_volume_lower_bound`), the mean over replicas. Logged once, at the start:
-    ``volume/theorem_6_suboptimal`` (upper bound on log E V(L_ε)), ``volume/theorem_8_width`` (sufficient width),
-    ``volume/theorem_9_global`` (lower bound on log V(G)), ``volume/theorem_9_failure`` (its δ) and
-    ``volume/theorem_10_ratio`` (upper bound on log V(L_ε)/V(G)).
+    For networks with one hidden layer; with two, nothing is logged. Over replicas all that is logged are means.
+
+    *At every check* a rigorous lower bound, ``volume/log_lower_bound``: the sum over the units of the log measure of
+    the spherical cap around w_i inside its cone (see :func:`lightning_mnn.landscape.log_volume_lower_bound`). At the
+    start also the paper's theorems at the run's sizes: ``volume/theorem_6_suboptimal`` (upper bound on log E V(L_ε)),
+    ``volume/theorem_8_width`` (sufficient width), ``volume/theorem_9_global`` (lower bound on log V(G)),
+    ``volume/theorem_9_failure`` (its δ) and ``volume/theorem_10_ratio`` (upper bound on log V(L_ε)/V(G)).
+
+    *At chosen moments* the volume itself and its standard error: ``volume/log_volume`` and
+    ``volume/log_volume_standard_error``, that of the mean over the replicas (see
+    :func:`lightning_mnn.landscape.region_log_volume`). Of the log measures log γ_i of the measured units' cones there
+    are ``volume/unit_mean``, ``volume/unit_least``, ``volume/unit_most``, a histogram ``volume/units`` (in W&B and
+    TensorBoard), and ``volume/log_ratio_to_average_cell``: their mean plus the log of Cover's number of cells (see
+    :func:`~lightning_mnn.landscape.bounds.log_num_cells`), 0 where a unit's cone is as large as the average cell.
+    Replicas whose weights lie on a kink, in no open region, are left out.
+
+    What a measurement costs: a sample is one sweep of N·d0 multiplications, about 1 ns each on one processor core, and
+    a unit's cone takes about 4,000 √d0 + 6 d0^1.2/s² samples for a standard error of s nats. As many units are measured
+    as ``budget`` allows: all, or a random subset, whose spread is then in the standard error. Where it does not allow
+    two units of each replica, nothing is measured, and the summary says so: 784-89-1 on 70,000 samples would take
+    hours.
 
     Args:
-        schedule: when to log the bound, besides the start and the end; None: every 100 epochs.
+        schedule: when to check, besides the start and the end; None: every 100 epochs.
         epsilon: least classification error of the minima that the theorems count.
+        measure: when to measure the volume, any of "start", "certificate" (the first time that a LocalMinimumDetector
+            of the run has certified every replica, whether or not it stops training) and "end".
+        measure_every: measure it at every k-th check, too; None: not.
+        target_standard_error: of the log measure of one unit's cone, in nats.
+        budget: most multiplications of a measurement, all replicas together.
+        seed: of the random numbers; replica r at step t has its own.
 
     Attributes:
         log_lower_bound: the last bound, (...); None before training and for two hidden layers.
+        volumes: the volumes at the last check's weights, one a replica; None where there is none.
+        reasons: why there is none, one a replica; None where there is one.
 
     Raises:
-        ValueError: ``epsilon`` outside [0, 1].
+        ValueError: an argument is out of range.
         TypeError: (in setup) the module holds no network that can be judged.
 
     >>> AngularVolumeMonitor(epsilon=0.2).theorems(320, 40, 40, 0.0)["volume/theorem_8_width"]
     20.0
     """
 
-    def __init__(self, schedule: Schedule | None = None, epsilon: float = 0.1) -> None:
+    def __init__(
+        self,
+        schedule: Schedule | None = None,
+        epsilon: float = 0.1,
+        *,
+        measure: Collection[str] = ("end",),
+        measure_every: int | None = None,
+        target_standard_error: float = 0.5,
+        budget: float = 3e9,
+        seed: int = 0,
+    ) -> None:
         super().__init__(schedule or Schedule(every=100))
         if not 0 <= epsilon <= 1:
             raise ValueError(f"epsilon must lie between 0 and 1, got {epsilon}")
+        if isinstance(measure, str) or not set(measure) <= set(MOMENTS):
+            raise ValueError(f'measure must hold any of {MOMENTS}, as in measure=("end",), got {measure!r}')
+        if measure_every is not None and measure_every < 1:
+            raise ValueError(f"measure_every must be at least 1 check, or None for no such checks, got {measure_every}")
+        if not target_standard_error > 0:
+            raise ValueError(f"target_standard_error must be positive, got {target_standard_error}")
+        if not budget > 0:
+            raise ValueError(f"budget must be positive, got {budget}; measure=() measures nothing")
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}")
         self.epsilon = epsilon
+        self.measure = tuple(measure)
+        self.measure_every = measure_every
+        self.target_standard_error = target_standard_error
+        self.budget = budget
+        self.seed = seed
         self.log_lower_bound: Tensor | None = None
+        self.volumes: list[RegionVolume | None] = [None]
+        self.reasons: list[str | None] = [_NOT_MEASURED]
+        self._survey: Survey | None = None  # of the weights that all this is about
+        self._measured = False  # at these weights, or tried
+        self._checks = 0
+        self._certified = False
 
     def theorems(
         self, num_samples: int, input_dim: int, width: int, negative_slope: float
@@ -68,15 +144,77 @@ class AngularVolumeMonitor(ScheduledCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             required_network(self, pl_module)
-            self.log_lower_bound = None
+            self.log_lower_bound, self.volumes, self.reasons = None, [None], [_NOT_MEASURED]
+            self._survey, self._measured, self._checks, self._certified = None, False, 0, False
+            _put_behind_detectors(trainer, self)
 
     @override
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._look(trainer, pl_module)
+        if self._checks == 0:
+            due = "start" in self.measure
+        else:
+            due = self.measure_every is not None and self._checks % self.measure_every == 0
+        self._checks += 1
+        if due:
+            self._measure(trainer, pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._measure_at_certificate(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        self._measure_at_certificate(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        self._look(trainer, pl_module)  # again: a detector may just have gone to the exact minimum
+        self._measure_at_certificate(trainer, pl_module)
+        if "end" in self.measure:
+            self._measure(trainer, pl_module)
+        for reason in dict.fromkeys(self.reasons):
+            if self._measured and reason is not None:
+                rank_zero_info(f"AngularVolumeMonitor: log-volume not measured: {reason}")
+
+    @override
+    def summary(self) -> dict[str, Any]:
+        bound = plain(self.log_lower_bound)
+        found: dict[str, list[Any]] = {
+            "log_volume": [volume and volume.value for volume in self.volumes],
+            "log_volume_standard_error": [volume and volume.standard_error for volume in self.volumes],
+            "log_volume_reason": self.reasons,
+        }
+        listed = found if isinstance(bound, list) else {key: value for key, (value, *_) in found.items()}
+        return {**listed, "log_volume_lower_bound": bound}
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"checks": self._checks, "certified": self._certified}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._checks, self._certified = state_dict.get("checks", 1), state_dict.get("certified", False)
+
+    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Bound the volume, once for the same weights, and forget what was measured at others."""
         network = required_network(self, pl_module)
         if len(network.hidden_weights) > 1:
+            self.reasons = ["with two hidden layers a region is no product of cones"]
             return
         survey = survey_training_set(trainer, pl_module)
+        if survey is self._survey:
+            return
+        self._survey, self._measured = survey, False
         self.log_lower_bound = log_volume_bound_from_sines(survey.layers[0].smallest_sines, network.rows.shape[-1])
+        replicas = self.log_lower_bound.numel()
+        self.volumes, self.reasons = [None] * replicas, [_NOT_MEASURED] * replicas
         scalars: dict[str, Tensor | float | None] = {"volume/log_lower_bound": self.log_lower_bound}
         biased = network.hidden_bias is not None or network.output_bias is not None
         if trainer.global_step == 0 and not biased:  # which the theorems do not know
@@ -85,10 +223,101 @@ class AngularVolumeMonitor(ScheduledCallback):
             )
         log_scalars(trainer, scalars)
 
-    @override
-    def summary(self) -> dict[str, Any]:
-        return {
-            "log_volume": None,
-            "log_volume_standard_error": None,
-            "log_volume_lower_bound": plain(self.log_lower_bound),
-        }
+    def _measure_at_certificate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if "certificate" not in self.measure or self._certified:
+            return
+        detectors = [c for c in trainer.callbacks if isinstance(c, LocalMinimumDetector)]  # type: ignore[attr-defined]
+        self._certified = bool(detectors) and all(detector.converged for detector in detectors)
+        if self._certified:
+            self._measure(trainer, pl_module)
+
+    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure the volume and log it, once for the same weights."""
+        self._look(trainer, pl_module)
+        if self._survey is None or self._measured:
+            return
+        self._measured = True
+        network = required_network(self, pl_module)
+        found = on_first_process(trainer, lambda: self._found(trainer, network))
+        self.volumes, self.reasons = [volume for volume, _ in found], [reason for _, reason in found]
+        measured = [volume for volume in self.volumes if volume is not None]
+        if measured:
+            _log(trainer, measured, float(bounds.log_num_cells(self._survey.num_samples, network.rows.shape[-1])))
+
+    @torch.no_grad()
+    def _found(self, trainer: pl.Trainer, network: Network) -> list[tuple[RegionVolume | None, str | None]]:
+        """The volume of each replica's region, or why there is none, by one process that reads all samples."""
+        assert self._survey is not None  # noqa: S101 (for the type checker)
+        assert self.log_lower_bound is not None  # noqa: S101 (for the type checker)
+        lower_bounds = self.log_lower_bound.reshape(-1).tolist()
+        width, dim = network.rows.shape[-2:]
+        sweep = len(lower_bounds) * self._survey.num_samples * dim  # multiplications of one in each replica
+        samples = predicted_samples(dim, self.target_standard_error)
+        num_units = int(min(width, self.budget / (sweep * samples)))
+        least = min(2, width)
+        if num_units < least:
+            needed = f"{least} cones a network would take {least * sweep * samples:.1e} multiplications"
+            return [(None, f"{needed}, above the budget of {self.budget:.1e}")] * len(lower_bounds)
+        measured = partial(
+            region_log_volume,
+            target_standard_error=self.target_standard_error,
+            num_units=num_units if num_units < width else None,
+            max_samples=int(min(_MOST_SAMPLES, self.budget / (sweep * num_units))),
+        )
+        inputs, _ = training_samples(trainer, network, whole=True)
+        network = network.to(inputs.device).to(torch.float64)
+        rows = network.rows.reshape(-1, width, dim)
+        inputs = network.augment(inputs.to(torch.float64)).expand(len(rows), -1, -1)
+        seeds = [generator(self.seed + r, "volume", trainer.global_step).initial_seed() for r in range(len(rows))]
+        replicas = zip(inputs, rows, lower_bounds, seeds, strict=True)
+        return [_volume_or_reason(partial(measured, seed=seed), x, w, bound) for x, w, bound, seed in replicas]
+
+
+def _volume_or_reason(
+    measured: Callable[[Region, Tensor], RegionVolume], inputs: Tensor, rows: Tensor, lower_bound: float
+) -> tuple[RegionVolume | None, str | None]:
+    """The volume of one network's region, or why there is none, which is no reason to end the training."""
+    if lower_bound == -math.inf:
+        return None, "a pre-activation is zero up to rounding: the weights lie on a kink"
+    try:
+        return measured(Region(inputs, ActivationPattern.from_preactivations(inputs @ rows.mT)), rows), None
+    except (ValueError, ArithmeticError) as error:
+        return None, str(error)
+
+
+def predicted_samples(dim: int, standard_error: float) -> float:
+    """About how many samples one cone takes: 4,000 √d for the rest, and 6 d^1.2/s² for a standard error of s nats.
+
+    Measured on cells of 2 d to 8 d Gaussian normals, d = 6 … 40, s = 0.1 … 1, to within a factor of 2.
+    """
+    return 4000 * math.sqrt(dim) + 6 * math.pow(dim, 1.2) / standard_error**2
+
+
+def _log(trainer: pl.Trainer, volumes: list[RegionVolume], log_num_cells: float) -> None:
+    values, errors = torch.tensor([(v.value, v.standard_error) for v in volumes], dtype=torch.float64).T
+    units = torch.stack([volume.unit_values for volume in volumes])
+    log_scalars(
+        trainer,
+        {
+            "volume/log_volume": values,
+            "volume/log_volume_standard_error": float(errors.norm()) / len(volumes),  # the replicas are independent
+            "volume/unit_mean": units.mean(-1),
+            "volume/unit_least": units.amin(-1),
+            "volume/unit_most": units.amax(-1),
+            "volume/log_ratio_to_average_cell": units.mean(-1) + log_num_cells,
+        },
+    )
+    for logger in trainer.loggers:
+        log_histogram(logger, "volume/units", units.flatten(), trainer.global_step)
+
+
+def _put_behind_detectors(trainer: pl.Trainer, callback: pl.Callback) -> None:
+    """Let the detectors act first at every hook, or their certificate would be seen a step too late.
+
+    The list is replaced, not changed: Lightning goes through the old one while this is called.
+    """
+    run: Any = trainer
+    others = [other for other in run.callbacks if other is not callback]
+    behind = max((i + 1 for i, other in enumerate(others) if isinstance(other, LocalMinimumDetector)), default=0)
+    place = max(behind, run.callbacks.index(callback))
+    run.callbacks = [*others[:place], callback, *others[place:]]

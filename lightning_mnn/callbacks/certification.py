@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
-from lightning_mnn.callbacks.training_set import input_rank, threshold_of, training_samples
+from lightning_mnn.callbacks.training_set import input_rank, on_first_process, threshold_of, training_samples
 from lightning_mnn.data.shards import num_samples
 from lightning_mnn.landscape.minimum import Certificate, certify
 from lightning_mnn.landscape.polishing import Polished, polish
@@ -84,15 +83,4 @@ def _on_training_set(
         )
         return result if isinstance(result, list) else [result]
 
-    if not (split and whole):
-        return found_here()
-    box: list[Any] = [None]
-    if trainer.is_global_zero:
-        try:
-            box = [found_here()]
-        except Exception as error:  # noqa: BLE001 (the others wait for an answer, and shall fail with it)
-            box = [error]
-    dist.broadcast_object_list(box, src=0)
-    if isinstance(box[0], Exception):
-        raise box[0]
-    return cast("list[Any]", box[0])
+    return on_first_process(trainer, found_here) if whole else found_here()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,8 +19,12 @@ from lightning_mnn.landscape.survey import Network, Survey, exact_patterns, merg
 from lightning_mnn.mnn import MNN, DivergenceError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import pytorch_lightning as pl
     from torch import Tensor
+
+Answer = TypeVar("Answer")
 
 _surveys: WeakKeyDictionary[pl.LightningModule, tuple[Any, Survey]] = WeakKeyDictionary()
 _input_ranks: WeakKeyDictionary[pl.LightningModule, Tensor] = WeakKeyDictionary()
@@ -145,6 +149,25 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def on_first_process(trainer: pl.Trainer, work: Callable[[], Answer]) -> Answer:
+    """What the first process finds, on every process; an error that it meets is raised on all of them.
+
+    Nothing in the answer may lie on a device of the first process alone.
+    """
+    if trainer.world_size == 1:
+        return work()
+    box: list[Any] = [None]
+    if trainer.is_global_zero:
+        try:
+            box = [work()]
+        except Exception as error:  # noqa: BLE001 (the others wait for an answer, and shall fail with it)
+            box = [error]
+    dist.broadcast_object_list(box, src=0)
+    if isinstance(box[0], Exception):
+        raise box[0]
+    return cast("Answer", box[0])
 
 
 def _moment(trainer: pl.Trainer, network: Network) -> Any:

@@ -75,13 +75,9 @@ def analytic_centre(normals: Tensor, interior: Tensor) -> Tensor:
         normals: b_n, (K, N, d); zero rows constrain nothing.
         interior: a point of each open cone, (K, d).
     """
-    dim = normals.shape[-1]
-    used = (normals != 0).any(-1)
-    weight = used.sum(-1, keepdim=True) / dim
-    point: Tensor = interior / interior.norm(dim=-1, keepdim=True) * math.sqrt(dim)
+    point: Tensor = interior / interior.norm(dim=-1, keepdim=True) * math.sqrt(normals.shape[-1])
     for _ in range(_NEWTON_STEPS):
-        margins = _margins(normals, point, used)
-        scaled = normals / margins[..., None]
+        _, scaled, weight = _barrier(normals, point)
         gradient = weight * point - scaled.sum(-2)
         factor = _hessian_factor(scaled, weight)
         step = -torch.cholesky_solve(gradient[..., None], factor)[..., 0]
@@ -92,13 +88,19 @@ def analytic_centre(normals: Tensor, interior: Tensor) -> Tensor:
     return point
 
 
+def log_inner_ellipsoid(normals: Tensor, interior: Tensor) -> Tensor:
+    """Log volume (K,) of the ellipsoid |y| ≤ 1 of w = c + R⁻ᵀ y, which lies in the cone (arguments as of centre)."""
+    dim = normals.shape[-1]
+    _, scaled, weight = _barrier(normals, analytic_centre(normals, interior))
+    ball = dim / 2 * math.log(math.pi) - math.lgamma(dim / 2 + 1)
+    return ball - _hessian_factor(scaled, weight).diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
 def centre(normals: Tensor, interior: Tensor, generator: torch.Generator) -> Centred:
     """Cones {w : b_n·w > 0} from unit normals (K, N, d; zero rows constrain nothing) and a point of each, (K, d)."""
-    used = (normals != 0).any(-1)
     point = analytic_centre(normals, interior)
-    margins = _margins(normals, point, used)
-    scaled = normals / margins[..., None]
-    factor = _hessian_factor(scaled, used.sum(-1, keepdim=True) / normals.shape[-1])
+    margins, scaled, weight = _barrier(normals, point)
+    factor = _hessian_factor(scaled, weight)
     identity = torch.eye(normals.shape[-1], dtype=normals.dtype, device=normals.device).expand_as(factor)
     to_point = torch.linalg.solve_triangular(factor.mT, identity, upper=True)
     curvatures, basis = torch.linalg.eigh(to_point.mT @ to_point)
@@ -111,7 +113,7 @@ def centre(normals: Tensor, interior: Tensor, generator: torch.Generator) -> Cen
         slopes=(to_point.mT @ point[..., None])[..., 0],
         offset=point.square().sum(-1) / 2,
         log_scale=-factor.diagonal(dim1=-2, dim2=-1).log().sum(-1),
-        margins=torch.where(used, margins, torch.inf).amin(-1) / point.norm(dim=-1),
+        margins=torch.where((normals != 0).any(-1), margins, torch.inf).amin(-1) / point.norm(dim=-1),
         spread=-(start @ walls.mT).amin(-1).quantile(1 - _INSIDE, dim=-1).clamp(max=-1.0),
     )
 
@@ -280,9 +282,11 @@ def _distances(cones: Centred, points: Tensor) -> Tensor:
     return points.permute(1, 2, 0) @ cones.walls.mT + 1
 
 
-def _margins(normals: Tensor, point: Tensor, used: Tensor) -> Tensor:
-    """b_n·w, (K, N); 1 for rows of zeros."""
-    return torch.where(used, (normals @ point[..., None])[..., 0], 1.0)
+def _barrier(normals: Tensor, point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """b_n·w, (K, N), with 1 for rows of zeros; b_n/(b_n·w), (K, N, d); and the weight N/d of the quadratic, (K, 1)."""
+    used = (normals != 0).any(-1)
+    margins = torch.where(used, (normals @ point[..., None])[..., 0], 1.0)
+    return margins, normals / margins[..., None], used.sum(-1, keepdim=True) / normals.shape[-1]
 
 
 def _hessian_factor(scaled: Tensor, weight: Tensor) -> Tensor:

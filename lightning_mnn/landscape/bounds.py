@@ -1,6 +1,6 @@
-"""The theorems of Soudry & Hoffer (2017), arXiv 1702.05777, as functions of a run's sizes.
+"""The theorems of Soudry & Hoffer (2017), arXiv 1702.05777, as functions of a run's sizes, and Cover's count of cells.
 
-All of them are statements to leading order in the number of samples N, for Gaussian inputs of dimension d0 and a
+The theorems are statements to leading order in the number of samples N, for Gaussian inputs of dimension d0 and a
 two-layer network of width d1. Volumes are natural logarithms of V(R) = P(W ∈ R), the entries of W i.i.d. N(0, 1).
 Arguments broadcast as in numpy; results are float64.
 """
@@ -11,6 +11,7 @@ import math
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy import special
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -129,6 +130,30 @@ def log_volume_ratio(
     True
     """
     return suboptimal_log_volume(num_samples, input_dim, width, epsilon, negative_slope)
+
+
+def log_num_cells(num_samples: ArrayLike, input_dim: ArrayLike) -> NDArray[np.float64]:
+    """Log of the number of cells into which N samples cut the space of one unit's weights: 2 Σ_{k<d0} C(N−1, k).
+
+    Each sample x_n is a hyperplane w·x_n = 0. The count (T. M. Cover 1965, "Geometrical and statistical properties of
+    systems of linear inequalities") is that of samples in general position: any d0 of them linearly independent.
+    Samples x_n = 0 and multiples of others, which are not, cut fewer. The average cell's Gaussian measure is its
+    inverse.
+
+    Args:
+        num_samples: N.
+        input_dim: d0, with a hidden bias one more.
+
+    >>> np.exp(log_num_cells([8, 12, 20], [3, 4, 4])).round(6).tolist()
+    [58.0, 464.0, 2320.0]
+    """
+    num_samples, input_dim, _ = _sizes(num_samples, input_dim, 1)
+    others = num_samples[..., None] - 1
+    k = np.arange(input_dim.max())
+    counted = (k < input_dim[..., None]) & (k <= others)
+    chosen = np.where(counted, k, 0)
+    logs = special.gammaln(others + 1) - special.gammaln(chosen + 1) - special.gammaln(others - chosen + 1)
+    return np.asarray(math.log(2) + special.logsumexp(np.where(counted, logs, -np.inf), axis=-1))
 
 
 def _sizes(

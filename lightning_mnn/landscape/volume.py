@@ -14,7 +14,7 @@ import torch
 from scipy import special
 from scipy.stats import t as student
 
-from lightning_mnn.landscape.cone import LogEstimate, log_cone_measure
+from lightning_mnn.landscape.cone import LogEstimate, log_cone_measure, log_ellipsoid_volume
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -94,8 +94,9 @@ def region_log_volume(
         region: the region, with inputs (..., N, d0). Samples x_n = 0 constrain nothing.
         hidden_weights: a point W (..., d1, d0) of it.
         target_standard_error: of one unit's cone, in nats; that of the sum is about √d1 times as large.
-        num_units: measure the cones of this many units, drawn at random, and scale their sum to all: unbiased, with the
-            spread over units in the standard error, which takes a dozen of them to be sound. None: all units.
+        num_units: measure the cones of this many units, drawn at random, and infer the others' from the ellipsoids
+            inside their cones (see :func:`~lightning_mnn.landscape.cone.log_ellipsoid_volume`): unbiased, with the
+            spread of what the ellipsoids miss in the standard error, which takes a dozen units to be sound. None: all.
         max_samples: most samples a cone (see :func:`~lightning_mnn.landscape.cone.log_cone_measure`).
         seed: of the random numbers.
 
@@ -115,20 +116,25 @@ def region_log_volume(
     if num_units is not None and not 2 <= num_units <= width:
         raise ValueError(f"num_units must lie between 2 and the width {width}, got {num_units}")
     bound = log_volume_lower_bound(region, weights)
+    cones = _unit_cones(region, weights)
     generator = torch.Generator().manual_seed(seed)
     units = torch.randperm(width, generator=generator)[:num_units].sort().values
-    found = _unit_measures(region, weights, units, target_standard_error, max_samples, seed)
-    values, squares = torch.as_tensor(found.value), torch.as_tensor(found.standard_error).square()
-    variance = squares.sum(-1)
+    values, errors = _measures(cones, units, target_standard_error, max_samples, seed)
+    variance = errors.square().sum(-1)
     if len(units) < width:
         factor = width / len(units)
         quantile = student.ppf(0.975, len(units) - 1) / 1.96  # the spread of few units is itself uncertain
-        # It holds the values' own errors too, so that less of those is left to add.
-        variance = quantile**2 * width * (factor - 1) * values.var(-1) + factor * variance
-    total, error = values.sum(-1) * (width / len(units)), variance.sqrt()
+        ellipsoids = _ellipsoids(cones)
+        missed = values - ellipsoids[..., units]
+        # Their spread holds the values' own errors too, so that less of those is left to add.
+        variance = quantile**2 * width * (factor - 1) * missed.var(-1) + factor * variance
+        total = ellipsoids.sum(-1) + factor * missed.sum(-1)
+    else:
+        total = values.sum(-1)
+    error = variance.sqrt()
     if total.ndim == 0:
-        return RegionVolume(float(total), float(error), bound, units, values, squares.sqrt())
-    return RegionVolume(total, error, bound, units, values, squares.sqrt())
+        return RegionVolume(float(total), float(error), bound, units, values, errors)
+    return RegionVolume(total, error, bound, units, values, errors)
 
 
 def log_volume_lower_bound(region: Region, hidden_weights: Tensor) -> Tensor | float:
@@ -169,41 +175,67 @@ def _checked_preactivations(region: Region, weights: Tensor) -> Tensor:
     return preactivations
 
 
-def _unit_measures(
-    region: Region, weights: Tensor, units: Tensor, target: float, max_samples: int, seed: int
-) -> LogEstimate:
-    """Log measures (..., m) of the cones of some units."""
+@dataclass(frozen=True)
+class _UnitCones:
+    """The cones of a region's units: {w : ±x_n·w > 0}.
+
+    Attributes:
+        inputs: x_n ≠ 0, (..., N', d0).
+        sides: signs of the x_n·w_i, (..., d1, N').
+        rows: w_i, a point of each, (..., d1, d0).
+    """
+
+    inputs: Tensor
+    sides: Tensor
+    rows: Tensor
+
+    def of(self, units: Tensor) -> tuple[Tensor, Tensor]:
+        """Normals (..., m, N', d0) and interior points (..., m, d0) of some units' cones."""
+        return self.sides[..., units, :, None] * self.inputs[..., None, :, :], self.rows[..., units, :]
+
+    def batches(self, units: Tensor) -> tuple[Tensor, ...]:
+        """Units whose normals fit into memory together."""
+        return torch.split(units, max(1, _ENTRIES // max(1, self.inputs.numel())))
+
+
+def _unit_cones(region: Region, weights: Tensor) -> _UnitCones:
     inputs = region.inputs
     used = (inputs != 0).any(-1)
     if inputs.ndim == 2:
         inputs, used = inputs[used], used[used]
     if not bool(used.all()):
         raise ValueError("inputs hold samples x_n = 0 in some networks: measure the networks one by one")
-    rows = weights[..., units.to(weights.device), :]
-    if not len(used):  # no constraint at all
-        zeros = torch.zeros(rows.shape[:-1], dtype=torch.float64)
-        return LogEstimate(zeros, zeros)
-    preactivations = inputs @ rows.mT
+    preactivations = inputs @ weights.mT
     rounding = (inputs.shape[-1] + 4) * np.finfo(np.float64).eps
-    noise = rounding * inputs.norm(dim=-1)[..., None] * rows.norm(dim=-1)[..., None, :]
+    noise = rounding * inputs.norm(dim=-1)[..., None] * weights.norm(dim=-1)[..., None, :]
     on_kinks = (preactivations.abs() <= noise).any(-2)
     if bool(on_kinks.any()):
-        where = on_kinks.nonzero()[0].tolist()
-        raise ValueError(f"hidden_weights lie on a kink: unit {units[where[-1]]} has a pre-activation of zero")
-    sides = preactivations.sign().mT
-    together = max(1, _ENTRIES // inputs.numel())  # units whose normals fit into memory
+        unit = int(on_kinks.nonzero()[0][-1])
+        raise ValueError(f"hidden_weights lie on a kink: unit {unit} has a pre-activation of zero")
+    return _UnitCones(inputs, preactivations.sign().mT, weights)
+
+
+def _measures(cones: _UnitCones, units: Tensor, target: float, max_samples: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Log measures (..., m) of the cones of some units, and their standard errors."""
+    if not cones.inputs.shape[-2]:  # no constraint at all
+        zeros = torch.zeros((*cones.rows.shape[:-2], len(units)), dtype=torch.float64)
+        return zeros, zeros
     parts = [
         log_cone_measure(
-            sides[..., some, :, None] * inputs[..., None, :, :],
-            rows[..., some, :],
-            target_standard_error=target,
-            max_samples=max_samples,
-            seed=seed + int(some[0]),
+            *cones.of(some), target_standard_error=target, max_samples=max_samples, seed=seed + int(some[0])
         )
-        for some in torch.split(torch.arange(len(units)), together)
+        for some in cones.batches(units)
     ]
     values, errors = zip(*((part.value, part.standard_error) for part in parts), strict=True)
-    return LogEstimate(torch.cat(values, dim=-1), torch.cat(errors, dim=-1))
+    return torch.cat(values, dim=-1), torch.cat(errors, dim=-1)
+
+
+def _ellipsoids(cones: _UnitCones) -> Tensor:
+    """Log volumes (..., d1) of the ellipsoids in the cones of all units."""
+    if not cones.inputs.shape[-2]:
+        return torch.zeros(cones.rows.shape[:-1], dtype=torch.float64)
+    units = torch.arange(cones.rows.shape[-2])
+    return torch.cat([log_ellipsoid_volume(*cones.of(some)) for some in cones.batches(units)], dim=-1).cpu()
 
 
 def smallest_sines(preactivations: Tensor, sample_norms: Tensor, weight_norms: Tensor) -> Tensor:

@@ -48,7 +48,6 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     several = len(kinds) > 1
     converged = "; ".join(f"{n} × {KINDS[k]}" if several else KINDS[k] for k, n in counts.items()) or "not tested"
     reason = summary.get("reason")
-    volume = "log-volume of its region"
     facts = [
         ("converged to", converged),
         ("because", reason if isinstance(reason, str) else None),
@@ -62,7 +61,7 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("relative to ‖w‖‖x‖", _span(summary.get("relative_preactivation"), ".2g")),
         ("samples on kinks", _span(summary.get("kinks"))),
         ("rank of A∘X", _rank(summary)),
-        (volume, f"at least {_span(bound, '.1f')} nats" if (bound := summary.get("log_volume_lower_bound")) else None),
+        ("log-volume of its region", _volume(summary)),
         ("regions seen", _span(summary.get("regions_visited"))),
         ("trained", f"{summary['epochs']} epochs, {summary['steps']} steps, {summary['seconds']:.1f} s"),
     ]
@@ -102,6 +101,14 @@ def _rank(summary: dict[str, Any]) -> str | None:
     if cap is None:
         return None
     return f"{rank or 'not computed at this size'}, at most {cap}, of {summary['num_samples']} samples"
+
+
+def _volume(summary: dict[str, Any]) -> str | None:
+    value, error = (_span(summary.get(key), ".1f") for key in ("log_volume", "log_volume_standard_error"))
+    bound = _span(summary.get("log_volume_lower_bound"), ".1f")
+    if value is None:
+        return None if bound is None else "none, it lies on a kink" if bound == "-inf" else f"at least {bound} nats"
+    return f"{value} ± {error} nats (at least {bound})"
 
 
 def _grow(tree: Tree, node: DictConfig | ListConfig) -> None:

@@ -25,7 +25,14 @@ def test_theorems_agree_with_plain_arithmetic(n, d0, d1, epsilon, slope):
     assert float(bounds.global_failure_probability(n, d0)) == pytest.approx(delta, rel=1e-9)
 
 
+@given(n=st.integers(1, 300), d0=st.integers(1, 60))
+def test_cells_are_counted_in_whole_numbers(n, d0):
+    exact = 2 * sum(math.comb(n - 1, k) for k in range(d0))
+    assert float(bounds.log_num_cells(n, d0)) == pytest.approx(math.log(exact), rel=1e-12)
+
+
 def test_arguments_broadcast():
+    assert bounds.log_num_cells(np.array([[8], [12]]), np.array([3, 4, 400])).shape == (2, 3)
     assert bounds.suboptimal_log_volume(np.array([[100], [200]]), np.array([10, 20, 30]), 5).shape == (2, 3)
     assert bounds.sufficient_width([320, 640], 40).tolist() == [20, 36]
 
@@ -37,6 +44,7 @@ def test_arguments_broadcast():
         (lambda: bounds.decay_rate(10, 1, -1), "width must be at least 1"),
         (lambda: bounds.decay_rate(10, 1, 1, epsilon=1.5), "epsilon must lie between 0 and 1"),
         (lambda: bounds.decay_rate(10, 1, 1, negative_slope=1), "negative_slope must not be 1"),
+        (lambda: bounds.log_num_cells(0, 3), "num_samples must be at least 1"),
         (lambda: bounds.sufficient_width(10, 1), "input_dim must be at least 2"),
         (lambda: bounds.global_log_volume(float("nan"), 1, 1), "num_samples must be at least 1"),
     ],

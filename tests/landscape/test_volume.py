@@ -129,6 +129,7 @@ def test_some_units_stand_for_all_without_bias():
     assert (np.abs(values - truth) < 1.96 * errors).mean() > 0.9
     assert found[0].units.tolist() == sorted(set(found[0].units.tolist()))
     assert found[0].unit_values.shape == (12,)
+    assert errors.mean() < 30 * found[0].unit_values.std() / math.sqrt(12)  # the ellipsoids explain a part
 
 
 def test_region_volumes_of_replicas():

@@ -1,0 +1,273 @@
+"""The figure of a census: measured volumes beside the theorems."""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib import patheffects
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+from lightning_mnn.figures._save import save
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from matplotlib.axes import Axes
+
+Row = dict[str, Any]
+
+_TEXT = 10
+_DODGE = 0.013  # between upper limits at one size, which would cover each other, in parts of the axis
+_HALO = [patheffects.withStroke(linewidth=2.5, foreground="white")]  # of text that a line may cross
+_FEW = 4  # sizes, below which no rate is told
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A proportion of the table, and how it is drawn.
+
+    Attributes:
+        column: beginning of the names of its columns.
+        color: after Okabe and Ito, whose colours the colour-blind tell apart too.
+        marker: of its points.
+        dodge: by how many steps its upper limits stand aside.
+    """
+
+    column: str
+    color: str
+    marker: str
+    dodge: int = 0
+
+
+RANK = Curve("rank_deficient", "#7f7f7f", "s", dodge=1)
+GLOBAL = Curve("global_minimum", "#0072b2", "o")
+LENIENT = Curve("suboptimal_minimum", "#e69f00", "^", dodge=-1)  # at the least ε
+STRICT = Curve("suboptimal_minimum", "#d55e00", "v")  # at the greatest
+
+
+def read_table(path: Path) -> list[Row]:
+    """Rows of a CSV table: numbers as floats, empty fields as None, all else as text."""
+    with path.open(newline="") as file:
+        return [{name: _value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
+def census_figure(run_dir: Path) -> Path:
+    """Draw ``figure.png`` of a census from its ``census.csv`` and ``splitting.csv``.
+
+    A column for each slope. Above: proportions of the scan `width` against d0·d1/N, with 95 % intervals, and arrows
+    down from the upper limit where nothing hit. Below: volumes of the scan `samples` against N, with what multilevel
+    splitting estimates on single data sets. Broken lines are Theorem 6's upper bounds; Theorem 9's lower bound lies far
+    below and is written.
+
+    Returns:
+        The path of the figure.
+    """
+    rows, rare = read_table(run_dir / "census.csv"), read_table(run_dir / "splitting.csv")
+    slopes = sorted({row["negative_slope"] for row in rows})
+    figure = Figure(figsize=(1 + 5.2 * len(slopes), 9.6), dpi=120, layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.1, hspace=0.04)  # type: ignore[union-attr, call-arg]
+    axes = figure.subplots(2, len(slopes), squeeze=False, sharex="row", sharey="row")
+    for column, slope in enumerate(slopes):
+        same = [row for row in rows if row["negative_slope"] == slope]
+        name = "ReLU" if slope == 0 else "leaky ReLU"
+        axes[0, column].set_title(f"{name}, ρ = {slope:g}", fontsize=13, fontweight="bold", pad=22)
+        _draw_widths(axes[0, column], [row for row in same if row["scan"] == "width"])
+        _draw_samples(
+            axes[1, column],
+            [row for row in same if row["scan"] == "samples"],
+            [row for row in rare if row["negative_slope"] == slope],
+        )
+    for ax in axes[:, 0]:
+        ax.set_ylabel("share of random weights W: angular volume V", fontsize=11)
+    return save(figure, run_dir / "figure.png")
+
+
+def _draw_widths(ax: Axes, rows: Sequence[Row]) -> None:
+    """Proportions against d0·d1/N, and where they change."""
+    if not rows:
+        return
+    x, epsilons = "parameters_per_sample", sorted({row["epsilon"] for row in rows})
+    lenient, strict = ([row for row in rows if row["epsilon"] == end] for end in (epsilons[0], epsilons[-1]))
+    first, last = strict[0], strict[-1]
+    lowest = min(row["suboptimal_minimum_high"] for row in strict)
+    ax.set(xscale="log", yscale="log", xlim=(first[x] / 1.2, last[x] * 1.2), ylim=(min(lowest / 15, 0.01), 3))
+    _draw_any(ax, strict, x)
+    for table, curve in ((strict, RANK), (strict, GLOBAL), (lenient, LENIENT), (strict, STRICT)):
+        _draw_curve(ax, table, x, curve)
+    _draw_theorem_6(ax, strict, x)
+    _say(ax, "Theorem 6", STRICT.color, (first[x], math.exp(first["log_theorem_6_suboptimal"])), (0, -4))
+    _mark(ax, 1.0, "d0·d1 = N")
+    _mark(ax, _half(strict, x), "V(G) = ½")
+
+    _say(ax, "rank(A∘X) < N", RANK.color, (first[x], 1), (0, 7))
+    _say(ax, "V(G): a global minimum", GLOBAL.color, (last[x], 1), (0, 7), ha="right")
+    _lead(ax, "any local minimum", "black", _peak(strict, x, "any_minimum", below=0.5), 0.64)
+    if epsilons[0] < epsilons[-1]:
+        _lead(ax, f"V(L$_ε$), ε = {epsilons[0]:g}", LENIENT.color, _peak(lenient, x, LENIENT.column), 0.57)
+    _lead(ax, f"V(L$_ε$), ε = {epsilons[-1]:g}", STRICT.color, _peak(strict, x, STRICT.column), 0.5)
+    _say(ax, "↓ none met: upper limits", "0.3", (0.02, 0.085), coordinates="axes fraction")
+    _say_theorem_9(ax, strict[-1:], "from d0·d1 = 2 N on, ")
+    ax.xaxis.set_major_locator(FixedLocator([2.0**k for k in range(-3, 8)]))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.xaxis.set_minor_locator(NullLocator())
+    _tidy(ax, f"weights per sample, d0·d1/N   (N = {first['num_samples']:g}, d0 = {first['input_dim']:g})")
+
+
+def _draw_samples(ax: Axes, rows: Sequence[Row], rare: Sequence[Row]) -> None:
+    """Volumes against N, down to where only splitting reaches."""
+    if not rows:
+        return
+    x, epsilon = "num_samples", max(row["epsilon"] for row in (rare or rows))
+    table = [row for row in rows if row["epsilon"] == epsilon]
+    if not table:
+        return
+    ax.set(yscale="log")
+    _draw_curve(ax, table, x, GLOBAL)
+    _draw_curve(ax, table, x, STRICT)
+    _draw_theorem_6(ax, table, x)
+    for row in rare:
+        _draw_estimate(ax, row)
+    known = [row for row in rare if row["log_suboptimal_minimum"] is not None]
+    lowest = min([row["log_suboptimal_minimum"] for row in known], default=math.log(1e-4))
+    ax.set_ylim(min(math.exp(lowest) * 1e-3, ax.get_ylim()[0]), 100)  # the panels share it
+    first, middle, last = table[0], table[len(table) // 2], table[-1]
+    _say(ax, "V(G)", GLOBAL.color, (last[x], 1), (0, 6), ha="right")
+    _say(ax, "Theorem 6", STRICT.color, (middle[x], math.exp(middle["log_theorem_6_suboptimal"])), (10, 1))
+    note = f"V(L$_ε$), ε = {epsilon:g}\n▼ independent draws\n◇ splitting, single data sets"
+    if len({row[x] for row in known}) >= _FEW:
+        rate = np.polyfit([row[x] for row in known], [row["log_suboptimal_minimum"] for row in known], 1)[0]
+        note += f"\nabout e$^{{{rate:.2f} N}}$"
+    right = bool(known) and 2 * max(row[x] for row in known) < first[x] + last[x]  # where they leave room
+    place, side = (0.97, "right") if right else (0.03, "left")
+    _say(ax, note, STRICT.color, (place, 0.12), ha=side, coordinates="axes fraction")
+    _say_theorem_9(ax, [row for row in table if row["log_theorem_9_global"] is not None])
+    _tidy(ax, f"samples N   (d0 = d1, d0·d1 ≈ {table[0]['parameters_per_sample']:.0f} N)")
+    ax.yaxis.set_major_locator(LogLocator(numticks=8))
+
+
+def _draw_any(ax: Axes, rows: Sequence[Row], x: str) -> None:
+    """Rings around what other curves show, for the shares of regions with any minimum."""
+    hit = [row for row in rows if row["any_minimum_hits"]]
+    shares = [_share(row, "any_minimum") for row in hit]
+    ax.plot([row[x] for row in hit], shares, "o", ms=10, mfc="none", mec="black", mew=0.9)
+
+
+def _draw_curve(ax: Axes, rows: Sequence[Row], x: str, curve: Curve) -> None:
+    """Shares of hits with their intervals, and upper limits where nothing hit."""
+    look: dict[str, Any] = {"color": curve.color, "elinewidth": 1, "zorder": 3}
+    values = [_share(row, curve.column) or math.nan for row in rows]  # a line ends where nothing hit
+    below = [value - row[f"{curve.column}_low"] for value, row in zip(values, rows, strict=True)]
+    above = [row[f"{curve.column}_high"] - value for value, row in zip(values, rows, strict=True)]
+    places = [row[x] for row in rows]
+    ax.errorbar(places, values, np.abs([below, above]), lw=1.4, marker=curve.marker, ms=5.5, **look)
+    missed = [row for row in rows if not row[f"{curve.column}_hits"]]
+    limits = np.array([row[f"{curve.column}_high"] for row in missed])
+    ax.errorbar(_aside(ax, [row[x] for row in missed], curve.dodge), limits, limits / 2, uplims=True, ls="none", **look)
+
+
+def _aside(ax: Axes, places: Sequence[float], steps: int) -> list[float]:
+    """Places a few steps to the right, by parts of a logarithmic axis; on a linear one as they are."""
+    if ax.get_xscale() != "log":
+        return list(places)
+    low, high = ax.get_xlim()
+    return [place * (high / low) ** (_DODGE * steps) for place in places]
+
+
+def _draw_estimate(ax: Axes, row: Row) -> None:
+    """What splitting found on one data set, or its upper limit."""
+    name, look = "log_suboptimal_minimum", {"color": STRICT.color, "elinewidth": 1, "zorder": 4}
+    high = math.exp(row[f"{name}_high"])
+    if row[name] is None:
+        ax.errorbar(row["num_samples"], high, high / 2, uplims=True, **look)
+        return
+    value = math.exp(row[name])
+    low = 0.0 if row[f"{name}_low"] is None else math.exp(row[f"{name}_low"])
+    ends = [[value - low], [high - value]]
+    ax.errorbar(row["num_samples"], value, ends, marker="D", mfc="white", ms=5.5, **look)
+
+
+def _draw_theorem_6(ax: Axes, rows: Sequence[Row], x: str) -> None:
+    """Theorem 6's upper bound on the mean of V(L_ε) over the data."""
+    bounds = [math.exp(row["log_theorem_6_suboptimal"]) for row in rows]
+    ax.plot([row[x] for row in rows], bounds, "--", color=STRICT.color, lw=1.2)
+
+
+def _say_theorem_9(ax: Axes, rows: Sequence[Row], where: str = "") -> None:
+    """Theorem 9's lower bound, which no axis reaches, in the lower right corner."""
+    powers = [round(row["log_theorem_9_global"] / math.log(10)) for row in rows if row["log_theorem_9_global"]]
+    if powers:
+        span = " … ".join(f"10$^{{{power}}}$" for power in dict.fromkeys((powers[0], powers[-1])))
+        text = f"Theorem 9: {where}V(G) ≥ {span} ↓"
+        _say(ax, text, GLOBAL.color, (0.98, 0.02), ha="right", coordinates="axes fraction")
+
+
+def _say(
+    ax: Axes,
+    text: str,
+    color: str,
+    place: tuple[float, float],
+    offset: tuple[float, float] = (0, 0),
+    *,
+    ha: str = "left",
+    coordinates: str = "data",
+) -> None:
+    """Text beside a place, moved by an offset in points of type."""
+    look: dict[str, Any] = {"color": color, "fontsize": _TEXT, "ha": ha, "va": "bottom" if offset[1] >= 0 else "top"}
+    look |= {"zorder": 5, "path_effects": _HALO}
+    ax.annotate(text, place, offset, xycoords=coordinates, textcoords="offset points", **look)
+
+
+def _lead(ax: Axes, text: str, color: str, point: tuple[float, float] | None, height: float) -> None:
+    """Text at the left, at a height in parts of the axes, with a thin line to a point of the data."""
+    if point is not None:
+        line = {"arrowstyle": "-", "color": color, "lw": 0.7, "shrinkB": 5}
+        ax.annotate(text, point, (0.03, height), textcoords="axes fraction", color=color, fontsize=_TEXT, arrowprops=line)
+
+
+def _peak(rows: Sequence[Row], x: str, column: str, below: float = 1.0) -> tuple[float, float] | None:
+    """The point with the greatest share below a limit; None where there is none."""
+    points = [(row[x], _share(row, column)) for row in rows if 0 < _share(row, column) < below]
+    return max(points, key=lambda point: point[1], default=None)
+
+
+def _mark(ax: Axes, place: float | None, text: str) -> None:
+    """A transition: a thin line through the panel, named above it."""
+    if place is not None:
+        ax.axvline(place, color="0.6", lw=0.8, ls=(0, (1, 2)), zorder=1)
+        coordinates = ax.get_xaxis_transform()
+        ax.text(place, 1.01, text, transform=coordinates, ha="center", va="bottom", fontsize=_TEXT, color="0.3")
+
+
+def _half(rows: Sequence[Row], x: str) -> float | None:
+    """Where V(G) first passes ½, between two sizes of the scan; None if it does not."""
+    shares = [_share(row, GLOBAL.column) for row in rows]
+    for number, (low, high) in enumerate(pairwise(shares)):
+        if low < 0.5 <= high:
+            before, after = rows[number][x], rows[number + 1][x]
+            return float(before + (after - before) * (0.5 - low) / (high - low))
+    return None
+
+
+def _tidy(ax: Axes, label: str) -> None:
+    ax.set_xlabel(label, fontsize=11)
+    ax.grid(visible=True, color="0.93")
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _share(row: Row, column: str) -> float:
+    return float(row[f"{column}_hits"] / row[f"{column}_trials"])
+
+
+def _value(text: str) -> Any:
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return text

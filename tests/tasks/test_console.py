@@ -1,0 +1,25 @@
+"""What the verdict says of the volume."""
+
+import math
+
+import pytest
+
+from lightning_mnn.tasks._console import _facts
+
+RUN = {"kind": None, "mse": 0.1, "wrong": None, "epochs": 1, "steps": 2, "seconds": 3.0, "num_samples": 4}
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "bound", "words"),
+    [
+        (-3698.04, 0.91, -13536.44, "-3698.0 ± 0.9 nats (at least -13536.4)"),
+        (None, None, -13536.44, "at least -13536.4 nats"),
+        (None, None, -math.inf, "none, it lies on a kink"),
+        ([-7.0, None, -5.0], [0.2, None, 0.1], [-9.0, -math.inf, -8.0], "-7.0 … -5.0 ± 0.1 … 0.2 nats (at least"),
+        (None, None, None, None),
+    ],
+)
+def test_the_volume_of_the_region(value, error, bound, words):
+    found = {"log_volume": value, "log_volume_standard_error": error, "log_volume_lower_bound": bound}
+    said = dict(_facts(RUN | found)).get("log-volume of its region")
+    assert said is None if words is None else said.startswith(words)
