@@ -150,7 +150,8 @@ def log_ellipsoid_volume(normals: Tensor, interior_point: Tensor) -> Tensor:
     """
     unit = _unit_normals(normals)
     points = _interior_points(interior_point, unit)
-    found = log_inner_ellipsoid(unit.reshape(-1, *unit.shape[-2:]), points.reshape(-1, unit.shape[-1]))
+    with _one_thread():
+        found = log_inner_ellipsoid(unit.reshape(-1, *unit.shape[-2:]), points.reshape(-1, unit.shape[-1]))
     return found.reshape(unit.shape[:-2])
 
 
