@@ -19,6 +19,7 @@ from lightning_mnn.callbacks.training_set import (
     training_samples,
 )
 from lightning_mnn.landscape import bounds
+from lightning_mnn.landscape.cone import predicted_samples
 from lightning_mnn.landscape.pattern import ActivationPattern
 from lightning_mnn.landscape.region import Region
 from lightning_mnn.landscape.volume import log_volume_bound_from_sines, region_log_volume
@@ -283,14 +284,6 @@ def _volume_or_reason(
         return measured(Region(inputs, ActivationPattern.from_preactivations(inputs @ rows.mT)), rows), None
     except (ValueError, ArithmeticError) as error:
         return None, str(error)
-
-
-def predicted_samples(dim: int, standard_error: float) -> float:
-    """About how many samples one cone takes: 4,000 √d for the rest, and 6 d^1.2/s² for a standard error of s nats.
-
-    Measured on cells of 2 d to 8 d Gaussian normals, d = 6 … 40, s = 0.1 … 1, to within a factor of 2.
-    """
-    return 4000 * math.sqrt(dim) + 6 * math.pow(dim, 1.2) / standard_error**2
 
 
 def _log(trainer: pl.Trainer, volumes: list[RegionVolume], log_num_cells: float) -> None:

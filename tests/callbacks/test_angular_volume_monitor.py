@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mnn import MNN
 from lightning_mnn.callbacks import AngularVolumeMonitor, LocalMinimumDetector, Schedule
-from lightning_mnn.callbacks.angular_volume_monitor import MOMENTS, predicted_samples
+from lightning_mnn.callbacks.angular_volume_monitor import MOMENTS
 from lightning_mnn.data import GaussianData
 from lightning_mnn.landscape import ActivationPattern, Region, bounds, cone, region_log_volume
+from lightning_mnn.landscape.cone import predicted_samples
 from lightning_mnn.seeding import generator
 from tests.test_ddp import run as run_processes
 
