@@ -1,9 +1,18 @@
+import itertools
 import json
+import math
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.text import Text
 
-from lightning_mnn.figures import PANELS, Figure, read_metrics, run_figure
+from lightning_mnn.figures import PANELS, census_figure, read_metrics, run_figure
+from lightning_mnn.landscape.bounds import global_log_volume, suboptimal_log_volume
+from lightning_mnn.landscape.census import Proportion
 
 SUMMARY = {
     "input_dim": 3, "hidden_dims": [4], "negative_slope": 0.1, "num_samples": 50, "replicas": 1,
@@ -64,3 +73,94 @@ def test_what_was_not_logged_is_said(tmp_path, drawn):
     assert texts == ["not logged in this run"] * 5
     assert "mean of 2 replicas" in drawn[0].get_suptitle()
     assert "2 × a" in drawn[0].get_suptitle()
+
+
+def census_rows(scan, sizes, slope, shares):
+    """Rows of a census: shares of (rank deficient, any minimum, global, sub-optimal at ε = 0, at ε = 0.1) by size."""
+    for (n, d0, d1), (rank, found, zero, lenient, strict) in zip(sizes, shares, strict=True):
+        for epsilon, suboptimal in ((0.0, lenient), (0.1, strict)):
+            proportions = {
+                "rank_deficient": Proportion.of(round(5000 * rank), 5000),
+                "suboptimal_minimum": Proportion.of(round(5000 * suboptimal), 5000),
+                "any_minimum": Proportion.of(round(600 * found), 600),
+                "global_minimum": Proportion.of(round(600 * zero), 600),
+            }
+            yield {
+                "scan": scan, "num_samples": n, "input_dim": d0, "width": d1, "negative_slope": slope,
+                "epsilon": epsilon, "parameters_per_sample": d0 * d1 / n,
+                "log_theorem_6_suboptimal": min(0.0, float(suboptimal_log_volume(n, d0, d1, epsilon, slope))),
+                "log_theorem_9_global": float(global_log_volume(n, d0, d1)) if d0 * d1 >= 2 * n else "",
+                **{f"{name}_{key}": v for name, share in proportions.items() for key, v in vars(share).items()},
+            }  # fmt: skip
+
+
+def write_census(folder):
+    widths, samples = [(20, 5, d1) for d1 in (2, 4, 7, 8, 20)], [(d * d // 4, d, d) for d in (6, 8, 10, 12)]
+    relu = [(1, 0.01, 0, 0.006, 0.006), (0.7, 0.003, 0, 0.004, 0), (0.1, 0.1, 0.06, 0.05, 0.006),
+            (0.06, 0.52, 0.48, 0.04, 0.002), (0, 1, 1, 0, 0)]  # fmt: skip
+    leaky = [(1, 0, 0, 0, 0), (0.5, 0, 0, 0.003, 0), (0.01, 0.1, 0.1, 0, 0), (0, 0.6, 0.6, 0, 0), (0, 1, 1, 0, 0)]
+    rows = []
+    for slope, shares in ((0.0, relu), (0.1, leaky)):
+        rows += census_rows("width", widths, slope, shares)
+        rows += census_rows("samples", samples, slope, [(0, 1, 1, 0, 0)] * 4)
+    rare = [
+        {"num_samples": n, "negative_slope": slope, "epsilon": 0.1, "log_suboptimal_minimum": value,
+         "log_suboptimal_minimum_low": "" if value == "" else value - 1, "log_suboptimal_minimum_high": high}
+        for slope, n, value, high in (
+            (0.0, 9, -2.0, -1.0), (0.0, 16, -5.0, -4.0), (0.0, 25, -10.0, -9.0), (0.0, 36, -15.0, -14.0),
+            (0.1, 9, -13.0, -12.0), (0.1, 16, "", -8.0),
+        )
+    ]  # fmt: skip
+    for name, table in (("census.csv", rows), ("splitting.csv", rare)):
+        lines = [",".join(table[0]), *(",".join(str(value) for value in row.values()) for row in table)]
+        (folder / name).write_text("\n".join(lines) + "\n")
+    return rows
+
+
+def texts_of(figure):
+    return [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+
+
+def test_a_census_is_drawn_with_its_shares_and_limits(tmp_path, drawn):
+    rows = write_census(tmp_path)
+    assert census_figure(tmp_path) == tmp_path / "figure.png"
+    (figure,) = drawn
+    assert [ax.get_yscale() for ax in figure.axes] == ["log"] * 4
+    for ax, slope in zip(figure.axes[:2], (0.0, 0.1), strict=True):
+        table = [r for r in rows if (r["scan"], r["negative_slope"], r["epsilon"]) == ("width", slope, 0.1)]
+        lines = [np.asarray(line.get_ydata()).tolist() for line in ax.lines]
+        for name in ("rank_deficient", "global_minimum", "suboptimal_minimum"):
+            shares = [row[f"{name}_hits"] / row[f"{name}_trials"] or math.nan for row in table]
+            assert any(np.array_equal(shares, line, equal_nan=True) for line in lines), name
+            limits = [row[f"{name}_high"] for row in table if not row[f"{name}_hits"]]
+            assert any(limits == pytest.approx(line) for line in lines), name
+        assert [math.exp(row["log_theorem_6_suboptimal"]) for row in table] in lines
+        words = " ".join(text.get_text() for text in texts_of(ax))
+        for said in (
+            "rank(A∘X) < N",
+            "V(G)",
+            "any differentiable minimum",
+            "Theorem 6",
+            "10$^{-52}$",
+            "d0·d1 = N",
+            "= ½",
+        ):
+            assert said in words, said
+    assert "e$^{-0.49 N}$" in " ".join(text.get_text() for text in texts_of(figure.axes[2]))
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_no_text_of_a_census_covers_another(tmp_path, drawn, measured):
+    if measured:
+        for name in ("census.csv", "splitting.csv"):
+            shutil.copy(Path(__file__).parent.parent / "outputs" / "reference" / "census" / name, tmp_path)
+    else:
+        write_census(tmp_path)
+    census_figure(tmp_path)
+    (figure,) = drawn
+    for ax in figure.axes:
+        boxes = [Text.get_window_extent(text) for text in (*ax.texts, ax.title, ax.xaxis.label)]
+        for one, other in itertools.combinations(boxes, 2):
+            assert not one.overlaps(other)
+        for box in boxes:
+            assert figure.bbox.x0 <= box.x0 <= box.x1 <= figure.bbox.x1

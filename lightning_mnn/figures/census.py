@@ -108,10 +108,10 @@ def _draw_widths(ax: Axes, rows: Sequence[Row]) -> None:
 
     _say(ax, "rank(A∘X) < N", RANK.color, (first[x], 1), (0, 7))
     _say(ax, "V(G): a global minimum", GLOBAL.color, (last[x], 1), (0, 7), ha="right")
-    _lead(ax, "any local minimum", "black", _peak(strict, x, "any_minimum", below=0.5), 0.64)
+    _lead(ax, "any differentiable minimum", "black", _peak(strict, x, "any_minimum", below=0.5), 0.64)
     if epsilons[0] < epsilons[-1]:
         _lead(ax, f"V(L$_ε$), ε = {epsilons[0]:g}", LENIENT.color, _peak(lenient, x, LENIENT.column), 0.57)
-    _lead(ax, f"V(L$_ε$), ε = {epsilons[-1]:g}", STRICT.color, _peak(strict, x, STRICT.column), 0.5)
+    _lead(ax, f"V(L$_ε$), ε = {epsilons[-1]:g}", STRICT.color, _peak(strict, x, STRICT.column), 0.49)
     _say(ax, "↓ none met: upper limits", "0.3", (0.02, 0.085), coordinates="axes fraction")
     _say_theorem_9(ax, strict[-1:], "from d0·d1 = 2 N on, ")
     ax.xaxis.set_major_locator(FixedLocator([2.0**k for k in range(-3, 8)]))
@@ -137,9 +137,10 @@ def _draw_samples(ax: Axes, rows: Sequence[Row], rare: Sequence[Row]) -> None:
     known = [row for row in rare if row["log_suboptimal_minimum"] is not None]
     lowest = min([row["log_suboptimal_minimum"] for row in known], default=math.log(1e-4))
     ax.set_ylim(min(math.exp(lowest) * 1e-3, ax.get_ylim()[0]), 100)  # the panels share it
-    first, middle, last = table[0], table[len(table) // 2], table[-1]
+    first, last = table[0], table[-1]
+    named = table[-2:][0]
     _say(ax, "V(G)", GLOBAL.color, (last[x], 1), (0, 6), ha="right")
-    _say(ax, "Theorem 6", STRICT.color, (middle[x], math.exp(middle["log_theorem_6_suboptimal"])), (10, 1))
+    _say(ax, "Theorem 6", STRICT.color, (named[x], math.exp(named["log_theorem_6_suboptimal"])), (8, 0))
     note = f"V(L$_ε$), ε = {epsilon:g}\n▼ independent draws\n◇ splitting, single data sets"
     if len({row[x] for row in known}) >= _FEW:
         rate = np.polyfit([row[x] for row in known], [row["log_suboptimal_minimum"] for row in known], 1)[0]
@@ -161,15 +162,19 @@ def _draw_any(ax: Axes, rows: Sequence[Row], x: str) -> None:
 
 def _draw_curve(ax: Axes, rows: Sequence[Row], x: str, curve: Curve) -> None:
     """Shares of hits with their intervals, and upper limits where nothing hit."""
-    look: dict[str, Any] = {"color": curve.color, "elinewidth": 1, "zorder": 3}
+    look = _look(curve)
     values = [_share(row, curve.column) or math.nan for row in rows]  # a line ends where nothing hit
     below = [value - row[f"{curve.column}_low"] for value, row in zip(values, rows, strict=True)]
     above = [row[f"{curve.column}_high"] - value for value, row in zip(values, rows, strict=True)]
     places = [row[x] for row in rows]
-    ax.errorbar(places, values, np.abs([below, above]), lw=1.4, marker=curve.marker, ms=5.5, **look)
+    ax.errorbar(places, values, np.abs([below, above]), lw=1.4, marker=curve.marker, **look)
     missed = [row for row in rows if not row[f"{curve.column}_hits"]]
     limits = np.array([row[f"{curve.column}_high"] for row in missed])
     ax.errorbar(_aside(ax, [row[x] for row in missed], curve.dodge), limits, limits / 2, uplims=True, ls="none", **look)
+
+
+def _look(curve: Curve) -> dict[str, Any]:
+    return {"color": curve.color, "elinewidth": 1, "ms": 5.5, "zorder": 3}
 
 
 def _aside(ax: Axes, places: Sequence[float], steps: int) -> list[float]:
@@ -182,7 +187,7 @@ def _aside(ax: Axes, places: Sequence[float], steps: int) -> list[float]:
 
 def _draw_estimate(ax: Axes, row: Row) -> None:
     """What splitting found on one data set, or its upper limit."""
-    name, look = "log_suboptimal_minimum", {"color": STRICT.color, "elinewidth": 1, "zorder": 4}
+    name, look = "log_suboptimal_minimum", _look(STRICT)
     high = math.exp(row[f"{name}_high"])
     if row[name] is None:
         ax.errorbar(row["num_samples"], high, high / 2, uplims=True, **look)
@@ -190,7 +195,7 @@ def _draw_estimate(ax: Axes, row: Row) -> None:
     value = math.exp(row[name])
     low = 0.0 if row[f"{name}_low"] is None else math.exp(row[f"{name}_low"])
     ends = [[value - low], [high - value]]
-    ax.errorbar(row["num_samples"], value, ends, marker="D", mfc="white", ms=5.5, **look)
+    ax.errorbar(row["num_samples"], value, ends, marker="D", mfc="white", **look)
 
 
 def _draw_theorem_6(ax: Axes, rows: Sequence[Row], x: str) -> None:
@@ -227,8 +232,17 @@ def _say(
 def _lead(ax: Axes, text: str, color: str, point: tuple[float, float] | None, height: float) -> None:
     """Text at the left, at a height in parts of the axes, with a thin line to a point of the data."""
     if point is not None:
-        line = {"arrowstyle": "-", "color": color, "lw": 0.7, "shrinkB": 5}
-        ax.annotate(text, point, (0.03, height), textcoords="axes fraction", color=color, fontsize=_TEXT, arrowprops=line)
+        line: dict[str, Any] = {
+            "arrowstyle": "-",
+            "color": color,
+            "lw": 0.7,
+            "shrinkA": 1,
+            "shrinkB": 5,
+            "relpos": (1, 0.5),
+        }
+        ax.annotate(
+            text, point, (0.03, height), textcoords="axes fraction", color=color, fontsize=_TEXT, arrowprops=line
+        )
 
 
 def _peak(rows: Sequence[Row], x: str, column: str, below: float = 1.0) -> tuple[float, float] | None:

@@ -79,11 +79,11 @@ def log_cone_measure(
     unbiased and whose spread gives the standard error; rounds grow until that meets the target.
 
     Cost: a sample is one sweep, N·d multiplications of about 1 ns each on a processor core (2 to 3 ns below some
-    hundred constraints, where small arrays cost more than their arithmetic). Random cones with N = 8 d take about 2.6 d^1.4/s²
-    samples to a standard error of s (d = 10 to 80), and at fixed d samples grow as N^⅓: the time grows about as
-    d^2.4/s² with N in proportion, and no faster than N^1.3 at fixed d, however thin the cone. At equal error, nested
-    domains with elliptical slice sampling and Gaussian cooling from a small ball cost 8 and 12 times as much on an
-    orthant in 20 dimensions, 20 and 35 times in 50, and more than 100 times on a random cone of N = 200, d = 20
+    hundred constraints, where small arrays cost more than their arithmetic). Random cones with N = 8 d take about
+    2.6 d^1.4/s² samples to a standard error of s (d = 10 to 80), and at fixed d samples grow as N^⅓: the time grows
+    about as d^2.4/s² with N in proportion, and no faster than N^1.3 at fixed d, however thin the cone. At equal error,
+    nested domains with elliptical slice sampling and Gaussian cooling from a small ball cost 8 and 12 times as much on
+    an orthant in 20 dimensions, 20 and 35 times in 50, and more than 100 times on a random cone of N = 200, d = 20
     (``make bench ARGS="volumes"``).
 
     Args:

@@ -1,0 +1,147 @@
+"""Work in parts: done by worker processes, kept in files, never done twice."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lightning_mnn.tasks._files import write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of work: a function without arguments that can be pickled and returns what JSON holds, and a file name.
+
+    Attributes:
+        name: of its file, without the suffix; unique among the parts of a run.
+        work: what it does.
+    """
+
+    name: str
+    work: Callable[[], dict[str, Any]]
+
+
+def claim_folder(run_dir: Path, plan: Mapping[str, Any]) -> None:
+    """Write `plan.json`, all that the results depend on, or check that the folder was begun with the same plan.
+
+    Raises:
+        FileExistsError: the folder holds something else; the message names what differs.
+    """
+    path = run_dir / "plan.json"
+    if path.exists():
+        kept, asked = _flat(json.loads(path.read_text())), _flat(plan)
+        names = [name for name in sorted(kept | asked) if kept.get(name) != asked.get(name)]
+        if names:
+            differences = "; ".join(f"{name} is {kept.get(name)}, not {asked.get(name)}" for name in names)
+            raise FileExistsError(f"{run_dir} was begun otherwise: {differences}: choose another name or hydra.run.dir")
+    elif (run_dir / "summary.json").exists():
+        raise FileExistsError(f"{run_dir} already holds a run: choose another hydra.run.dir")
+    else:
+        write_json(path, dict(plan))
+
+
+def finish_parts(parts: Sequence[Part], folder: Path, processes: int) -> dict[str, dict[str, Any]]:
+    """Do the parts that have no file in the folder yet, and read them all.
+
+    A file is written whole when its part is done, so that the work may be killed at any time and started again. Workers
+    use one thread each, whatever their number: no result depends on it. They end with this process, however it ends.
+
+    Returns:
+        What each part returned by its name, and the processor `seconds` that it took.
+
+    Raises:
+        ChildProcessError: a worker was killed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [part for part in parts if not _file(folder, part).exists()]
+    if missing:
+        with _progress(len(parts), len(parts) - len(missing)) as advance:
+            _work_off(missing, folder, processes, advance)
+    return {part.name: json.loads(_file(folder, part).read_text()) for part in parts}
+
+
+def _file(folder: Path, part: Part) -> Path:
+    return folder / f"{part.name}.json"
+
+
+def _work_off(parts: Sequence[Part], folder: Path, processes: int, advance: Callable[[], None]) -> None:
+    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of torch's threads
+    pool = ProcessPoolExecutor(min(processes, len(parts)), context, initializer=_begin_worker)
+    try:
+        futures = {pool.submit(_timed, part.work): part for part in parts}
+        for future in as_completed(futures):
+            write_json(_file(folder, futures[future]), future.result())
+            advance()
+    except BrokenProcessPool as error:
+        raise ChildProcessError("a worker was killed, perhaps for want of memory: start again to go on") from error
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in multiprocessing.active_children():  # the pool would wait for what they are at
+            worker.terminate()
+        raise
+    pool.shutdown()
+
+
+def _begin_worker() -> None:
+    """One thread, no word on Ctrl-C, which the parent gets too, and an end when the parent ends, even by kill -9."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)
+
+
+def _timed(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    start = time.process_time()
+    return work() | {"seconds": time.process_time() - start}
+
+
+@contextmanager
+def _progress(total: int, done: int) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal, and a line each tenth of the work elsewhere; gives what to call after each part."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("parts"), TimeElapsedColumn())
+        with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
+            task = bar.add_task("", total=total, completed=done)
+            yield lambda: bar.advance(task)
+        return
+    start = time.monotonic()
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        if 10 * done // total > 10 * (done - 1) // total:
+            console.print(f"{done} of {total} parts, {time.monotonic() - start:.0f} s", highlight=False)
+
+    yield advance
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Leaves of nested dictionaries by their dotted names."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {leaf: v for key, item in value.items() for leaf, v in _flat(item, f"{name}.{key}".lstrip(".")).items()}

@@ -1,0 +1,311 @@
+"""What do the regions of random weights contain? A table of proportions beside the theorems, and its picture."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from lightning_mnn.figures import census_figure
+from lightning_mnn.landscape import bounds
+from lightning_mnn.landscape.census import Case, Census, GaussianData, Outcome, tally
+from lightning_mnn.landscape.splitting import Estimate, rare_census
+from lightning_mnn.tasks._files import write_csv, write_json
+from lightning_mnn.tasks._parts import Part, claim_folder, finish_parts
+from lightning_mnn.validation import positive_integer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+# Which draws a proportion is taken over: of a region's rank and residual all is known without a search for a minimum.
+_OF_ALL = ("rank_deficient", "suboptimal_residual", "suboptimal_minimum")
+_OF_SEARCHED = ("any_minimum", "global_minimum", "undecided")
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Independent regions at one size and slope.
+
+    Attributes:
+        scan: name of the scan that they belong to.
+        cases: equal but for ε, which rises.
+        num_regions: regions that are searched for a minimum.
+        num_screened: more regions, which are searched only where their residual is sub-optimal.
+        parts: among how many parts they are shared out.
+    """
+
+    scan: str
+    cases: tuple[Case, ...]
+    num_regions: int
+    num_screened: int
+    parts: int
+
+    def names(self) -> list[str]:
+        """Names of the parts."""
+        return [f"{self.scan}_{_label(self.cases[0])}_{part}" for part in range(self.parts)]
+
+    def count(self, part: int) -> dict[str, Any]:
+        """What the regions of a part contain: a tally of the searched and one of the screened for each case."""
+        total = self.num_regions + self.num_screened
+        searched: list[list[Outcome]] = [[] for _ in self.cases]
+        screened: list[list[Outcome]] = [[] for _ in self.cases]
+        for index in range(part, total, self.parts):
+            search = index < self.num_regions
+            for outcomes, outcome in zip(searched if search else screened, self._outcomes(index, search), strict=True):
+                outcomes.append(outcome)
+        return {"searched": [tally(o) for o in searched], "screened": [tally(o) for o in screened]}
+
+    def rows(self, parts: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Rows of the table, one for each ε, from the counts of all parts."""
+        for number, case in enumerate(self.cases):
+            searched = [part["searched"][number] for part in parts]
+            found = {name: getattr(Census.from_counts(searched), name) for name in _OF_SEARCHED}
+            everything = Census.from_counts(searched + [part["screened"][number] for part in parts])
+            found |= {name: getattr(everything, name) for name in _OF_ALL}
+            yield {
+                "scan": self.scan,
+                **_sizes(case),
+                **{
+                    f"{name}_{key}": value
+                    for name in (*_OF_ALL, *_OF_SEARCHED)
+                    for key, value in vars(found[name]).items()
+                },
+                **_theorems(case),
+                "seconds": sum(part["seconds"] for part in parts),
+            }
+
+    def _outcomes(self, index: int, search: bool) -> Iterator[Outcome]:  # noqa: FBT001 (it is internal)
+        """What region number `index` contains, for each ε in turn."""
+        outcome: Outcome | None = None
+        for case in self.cases:
+            # A region that is not sub-optimal at one ε is not at a greater one, and nothing else depends on ε.
+            if outcome is None or outcome.suboptimal:
+                outcome = case.outcome(index) if search else _screen(case, index)
+            yield outcome
+
+
+@dataclass(frozen=True)
+class Splitting:
+    """Multilevel splitting on one data set of a case.
+
+    Attributes:
+        case: with Gaussian data.
+        data_set: the number of the data set among the case's draws.
+        particles: P, and the others, of :func:`~lightning_mnn.landscape.splitting.rare_census`.
+        runs: R.
+        steps: moves of every particle at each level.
+        regions: of each run that are searched for a minimum.
+    """
+
+    case: Case
+    data_set: int
+    particles: int
+    runs: int
+    steps: int
+    regions: int
+
+    @property
+    def name(self) -> str:
+        """Name of the part."""
+        return f"splitting_{_label(self.case)}_{self.data_set}"
+
+    def estimate(self) -> dict[str, Any]:
+        """Natural logarithms of the volumes and of the ends of their 95 % intervals."""
+        case, (_, data) = self.case, self.case.draw(self.data_set)
+        found = rare_census(
+            data.inputs,
+            data.targets,
+            case.width,
+            case.negative_slope,
+            threshold=data.threshold,
+            epsilon=case.epsilon,
+            particles=self.particles,
+            runs=self.runs,
+            steps=self.steps,
+            regions=self.regions,
+            seed=case.seed,
+            max_nodes=case.max_nodes,
+        )
+        return {
+            **_logarithms("suboptimal_residual", found.suboptimal_residual),
+            **_logarithms("suboptimal_minimum", found.suboptimal_minimum),
+            "undecided": found.undecided,
+            "levels": len(found.suboptimal_residual.levels),
+            "evaluations": found.suboptimal_residual.evaluations,
+        }
+
+    def row(self, part: Mapping[str, Any]) -> dict[str, Any]:
+        """Row of the table of splitting; −inf is left empty."""
+        return {**_sizes(self.case), "data_set": self.data_set, **_theorems(self.case), **part}
+
+
+def census(cfg: DictConfig) -> None:
+    """Count what random regions contain, at all sizes, slopes and ε of ``cfg.census``.
+
+    The run folder gets ``census.csv``, a row for each size, slope and ε, ``splitting.csv``, a row for each data set on
+    which a volume was estimated by multilevel splitting, ``figure.png`` and ``summary.json``; volumes in ``log_…``
+    columns are natural logarithms, seconds are one processor's.
+
+    ``plan.json`` holds all that the results depend on, ``parts/`` the counts of every finished part, which is not drawn
+    again. Killed at any time and given again, the command goes on, and ends in the files of an unbroken run but for the
+    seconds: the experiment's folder is named by ``name`` and ``seed``, not by the time. Other settings need another.
+
+    Raises:
+        ValueError: a value of the config is out of its range; the message names its key.
+        FileExistsError: the folder holds another run, or a census with another plan.
+    """
+    run_dir, console = Path(cfg.run_dir), Console(soft_wrap=True, highlight=False)
+    shown = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
+    settings = _settings(cfg)
+    processes = _processes(settings.pop("processes"))
+    draws, splittings = _draws(settings, cfg.seed), _splittings(settings, cfg.seed)
+    versions = {name: version(name) for name in ("lightning_mnn", "torch", "numpy", "scipy")}
+    plan = {"seed": cfg.seed, "census": settings, "versions": versions}
+    claim_folder(run_dir, plan)
+    parts = [Part(splitting.name, splitting.estimate) for splitting in splittings]
+    parts += [Part(name, partial(item.count, part)) for item in draws for part, name in enumerate(item.names())]
+    command = shlex.join(["lightning-mnn", *HydraConfig.get().overrides.task, f"hydra.run.dir={shown}"])
+    try:
+        found = finish_parts(parts, run_dir / "parts", processes)
+    except KeyboardInterrupt:
+        console.print(f"interrupted: finished parts are kept. Go on with\n  {command}")
+        raise SystemExit(130) from None
+    write_csv(run_dir / "census.csv", [row for item in draws for row in item.rows([found[n] for n in item.names()])])
+    write_csv(run_dir / "splitting.csv", [splitting.row(found[splitting.name]) for splitting in splittings])
+    write_json(
+        run_dir / "summary.json",
+        {
+            "command": command,
+            "regions_searched": sum(item.num_regions for item in draws),
+            "regions_screened": sum(item.num_screened for item in draws),
+            "data_sets_split": len(splittings),
+            "seconds": sum(part["seconds"] for part in found.values()),
+            **plan,
+        },
+    )
+    census_figure(run_dir)
+    console.print(f"[bold]everything is in[/] {shown}")
+
+
+def _settings(cfg: DictConfig) -> dict[str, Any]:
+    """The node ``census`` as a dictionary, its lists and counts checked.
+
+    What the sizes mean is checked where they are used.
+    """
+    if "census" not in cfg:
+        raise ValueError("task=census needs the settings of experiment=census: give that, which chooses the task")
+    settings: dict[str, Any] = OmegaConf.to_container(cfg.census, resolve=True)  # type: ignore[assignment]
+    for key in ("negative_slopes", "epsilons"):
+        values = settings[key]
+        if not isinstance(values, list) or not values or len(set(values)) < len(values):
+            raise ValueError(f"census.{key} must be a list of one or more different numbers, got {values}")
+    positive_integer("census.parts", settings["parts"])
+    for name, scan in settings["scans"].items():
+        positive_integer(f"census.scans.{name}.num_regions", scan["num_regions"])
+        if scan["num_screened"]:
+            positive_integer(f"census.scans.{name}.num_screened", scan["num_screened"])
+    for key in ("data_sets", "runs", "steps", "regions"):
+        positive_integer(f"census.splitting.{key}", settings["splitting"][key])
+    if settings["splitting"]["runs"] < 2:
+        raise ValueError("census.splitting.runs must be at least 2, got 1: an interval comes from their spread")
+    return settings
+
+
+def _processes(processes: int | None) -> int:
+    if processes is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return positive_integer("census.processes", processes)
+
+
+def _draws(settings: dict[str, Any], seed: int) -> list[Draws]:
+    draws = []
+    for name, scan in settings["scans"].items():
+        key = f"census.scans.{name}.sizes"
+        for slope, size in product(settings["negative_slopes"], _different(key, scan["sizes"])):
+            epsilons = sorted(settings["epsilons"])
+            cases = tuple(_case(key, [*size, slope], epsilon, settings, seed) for epsilon in epsilons)
+            draws.append(Draws(name, cases, scan["num_regions"], scan["num_screened"], settings["parts"]))
+    return draws
+
+
+def _splittings(settings: dict[str, Any], seed: int) -> list[Splitting]:
+    node, key = settings["splitting"], "census.splitting.cases"
+    splittings = []
+    for *entry, particles in reversed(_different(key, node["cases"])):
+        case = _case(key, entry, node["epsilon"], settings, seed)
+        positive_integer(f"{key}: particles, the last number of {[*entry, particles]},", particles)
+        splittings += [
+            Splitting(case, data_set, particles, node["runs"], node["steps"], node["regions"])
+            for data_set in range(node["data_sets"])
+        ]
+    return splittings
+
+
+def _different(key: str, entries: Any) -> list[Any]:
+    if not isinstance(entries, list) or any(entry in entries[:number] for number, entry in enumerate(entries)):
+        raise ValueError(f"{key} must be a list of different sizes, got {entries}")
+    return entries
+
+
+def _case(key: str, entry: Any, epsilon: float, settings: Mapping[str, Any], seed: int) -> Case:
+    """The case of an entry [N, d0, d1, ρ]; an error names the config's key."""
+    try:
+        num_samples, input_dim, width, slope = entry
+        data = GaussianData(num_samples, input_dim, settings["labels"])
+        return Case(data, width, slope, epsilon, seed, settings["max_nodes"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{key}, with [N, d0, d1, ρ] = {entry} and ε = {epsilon}: {error}") from None
+
+
+def _screen(case: Case, index: int) -> Outcome:
+    """What a region contains, searched for a minimum only where its residual is sub-optimal."""
+    outcome = replace(case, max_nodes=0).outcome(index)
+    return case.outcome(index) if outcome.suboptimal else outcome
+
+
+def _label(case: Case) -> str:
+    sizes = _sizes(case)
+    return f"{sizes['num_samples']}_{sizes['input_dim']}_{sizes['width']}_slope_{case.negative_slope}"
+
+
+def _sizes(case: Case) -> dict[str, Any]:
+    data = case.data
+    if not isinstance(data, GaussianData):
+        raise TypeError("the sizes are those of Gaussian data")
+    return {
+        "num_samples": data.num_samples,
+        "input_dim": data.input_dim,
+        "width": case.width,
+        "negative_slope": case.negative_slope,
+        "epsilon": case.epsilon,
+        "parameters_per_sample": data.input_dim * case.width / data.num_samples,
+    }
+
+
+def _theorems(case: Case) -> dict[str, float | None]:
+    """Theorem 6's upper bound on log E V(L_ε) and Theorem 9's lower bound on log V(G), where d1 ≥ 2N/d0."""
+    sizes = _sizes(case)
+    samples, inputs, width = (sizes[name] for name in ("num_samples", "input_dim", "width"))
+    suboptimal = bounds.suboptimal_log_volume(samples, inputs, width, case.epsilon, case.negative_slope)
+    wide = sizes["parameters_per_sample"] >= 2
+    return {
+        "log_theorem_6_suboptimal": min(float(suboptimal), 0.0),
+        "log_theorem_9_global": float(bounds.global_log_volume(samples, inputs, width)) if wide else None,
+    }
+
+
+def _logarithms(name: str, estimate: Estimate) -> dict[str, float]:
+    return {
+        f"log_{name}": estimate.log_value,
+        f"log_{name}_low": estimate.log_low,
+        f"log_{name}_high": estimate.log_high,
+    }
