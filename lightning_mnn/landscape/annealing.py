@@ -28,7 +28,7 @@ from torch import Tensor
 _NEWTON_STEPS = 100
 _CENTRED = 1e-6  # squared Newton decrement of a centre that is near enough
 _PILOT = 128  # particles that set the start and the schedule
-_PILOT_SWEEPS = 4
+PILOT_LENGTH = 4  # states of the pilot's chains
 _INSIDE = 0.75  # probability of C under the first distribution
 _STEP = 0.6  # standard deviation of the log-weights of one step of the chain
 _TAIL = 1 / 3  # part of the precision along a ray that one step takes away; from ½ on the weights have no variance
@@ -43,7 +43,7 @@ class Centred:
     Attributes:
         walls: a_n, (K, N, d); zero rows constrain nothing.
         curvatures: λ, (K, d).
-        slopes: h, (K, d).
+        apex: the point y of w = 0, −h/λ, (K, d).
         offset: ½|c|², (K,).
         log_scale: log |det ∂w/∂y|, (K,).
         margins: smallest b_n·c / (|b_n||c|), (K,).
@@ -52,7 +52,7 @@ class Centred:
 
     walls: Tensor
     curvatures: Tensor
-    slopes: Tensor
+    apex: Tensor
     offset: Tensor
     log_scale: Tensor
     margins: Tensor
@@ -61,6 +61,11 @@ class Centred:
     def __getitem__(self, cones: Tensor) -> Centred:
         """Some of the cones."""
         return Centred(**{item.name: getattr(self, item.name)[cones] for item in fields(self)})
+
+    @property
+    def slopes(self) -> Tensor:
+        """h, (K, d)."""
+        return -self.curvatures * self.apex
 
     @property
     def dim(self) -> int:
@@ -82,9 +87,11 @@ def analytic_centre(normals: Tensor, interior: Tensor) -> Tensor:
         factor = _hessian_factor(scaled, weight)
         step = -torch.cholesky_solve(gradient[..., None], factor)[..., 0]
         decrement = -(gradient * step).sum(-1, keepdim=True)
-        if bool((decrement < _CENTRED).all()):
+        moving = decrement >= _CENTRED
+        if not bool(moving.any()):
             break
-        point = point + _line_search(scaled, point, step, weight, decrement) * step
+        length = _line_search(scaled, point, step, weight, decrement)
+        point = torch.where(moving, point + length * step, point)
     return point
 
 
@@ -103,14 +110,14 @@ def centre(normals: Tensor, interior: Tensor, generator: torch.Generator) -> Cen
     factor = _hessian_factor(scaled, weight)
     identity = torch.eye(normals.shape[-1], dtype=normals.dtype, device=normals.device).expand_as(factor)
     to_point = torch.linalg.solve_triangular(factor.mT, identity, upper=True)
-    curvatures, basis = torch.linalg.eigh(to_point.mT @ to_point)
-    to_point = to_point @ basis
-    walls = scaled @ to_point
+    # A thin cone has directions of 1e-10 of the others' size, whose squares an eigendecomposition would not see.
+    _, sizes, basis = torch.linalg.svd(to_point)
+    walls = scaled @ (to_point @ basis.mT)
     start = _normals((len(normals), _PILOT, normals.shape[-1]), generator)
     return Centred(
         walls=walls,
-        curvatures=curvatures,
-        slopes=(to_point.mT @ point[..., None])[..., 0],
+        curvatures=sizes.square(),
+        apex=-(basis @ (factor.mT @ point[..., None]))[..., 0],
         offset=point.square().sum(-1) / 2,
         log_scale=-factor.diagonal(dim1=-2, dim2=-1).log().sum(-1),
         margins=torch.where((normals != 0).any(-1), margins, torch.inf).amin(-1) / point.norm(dim=-1),
@@ -123,16 +130,21 @@ def schedule(cones: Centred, generator: torch.Generator) -> Tensor:
 
     They are set by a pilot population, so that the islands' estimates know nothing of their own schedule. Cones that
     arrive earlier repeat β = 1.
+
+    Raises:
+        ArithmeticError: rounding leaves no step forward.
     """
     population, log_weights = _start(cones, 1, _PILOT, generator)
     beta = torch.zeros_like(cones.offset)
     steps: list[Tensor] = []
     while not steps or bool((beta < 1).any()):
         particles = _resample(population, log_weights, _PILOT, generator)
-        population = _run_chains(cones, particles, beta, _PILOT_SWEEPS, generator)[..., -_PILOT:]
+        population = _run_chains(cones, particles, beta, PILOT_LENGTH, generator)[..., -_PILOT:]
         energies = _energies(cones, population)
         step = torch.minimum(_STEP / energies.std(-1)[..., 0].clamp(min=_TINY), _tail_step(cones, population, beta))
         following = (beta + step).clamp(max=1.0)
+        if not bool(((following > beta) | (beta == 1)).all()):  # NaN fails this, too
+            raise ArithmeticError("a cone is too thin for float64: its chain of integrals does not come to an end")
         log_weights = -(following - beta)[:, None, None] * energies
         steps.append(following)
         beta = following
@@ -168,7 +180,12 @@ def _start(cones: Centred, islands: int, size: int, generator: torch.Generator) 
     """Points of the first distribution, (d, K, I, M), and their log-weights (K, I, M): 0 in the cone, −∞ outside."""
     shape = (cones.dim, len(cones.walls), islands, size)
     population = _normals(shape, generator) / cones.spread[:, None, None]
-    inside = (_distances(cones, population.flatten(2)) > 0).all(-1).view(shape[1:])
+    blocks = torch.split(
+        population, max(1, _PILOT // islands), dim=-1
+    )  # all constraints of all may not fit into memory
+    inside = torch.cat(
+        [(_distances(cones, block.flatten(2)) > 0).all(-1).view(block.shape[1:]) for block in blocks], -1
+    )
     return population, torch.where(inside, 0.0, -torch.inf).to(population)
 
 
@@ -189,7 +206,7 @@ def _run_chains(cones: Centred, particles: Tensor, beta: Tensor, length: int, ge
     columns = cones.walls.mT.contiguous()
     precisions = ((1 - beta)[:, None] * cones.spread[:, None] ** 2 + beta[:, None] * cones.curvatures).mT[..., None]
     forces = (beta[:, None] * cones.slopes).mT[..., None]
-    apex = _apex(cones)
+    apex = cones.apex.mT[..., None]
     states = [particles]
     for _ in range(length - 1):
         _move_coordinates(points, distances, columns, precisions, -forces / precisions, generator)
@@ -258,16 +275,11 @@ def _move_along_rays(
 
 def _tail_step(cones: Centred, population: Tensor, beta: Tensor) -> Tensor:
     """Largest step in β, (K,), that takes no more than a third of the precision along the ray of any point."""
-    rays = (population - _apex(cones)[..., None]).square()
+    rays = (population - cones.apex.mT[..., None, None]).square()
     first = cones.spread[:, None] ** 2 * rays.sum(0)[:, 0]
     last = (cones.curvatures.mT[..., None] * rays[:, :, 0]).sum(0)
     now = torch.lerp(first, last, beta[:, None])
     return torch.where(first > last, _TAIL * now / (first - last), torch.inf).amin(-1)
-
-
-def _apex(cones: Centred) -> Tensor:
-    """The point y of w = 0, (d, K, 1)."""
-    return -(cones.slopes / cones.curvatures).mT[..., None]
 
 
 def _energies(cones: Centred, population: Tensor) -> Tensor:
@@ -310,7 +322,7 @@ def _line_search(scaled: Tensor, point: Tensor, step: Tensor, weight: Tensor, de
     for _ in range(8):
         slopes = rates / (1 + length * rates)
         first = weight * (linear + length * curvature) - slopes.sum(-1, keepdim=True)
-        second = weight * curvature + slopes.square().sum(-1, keepdim=True)
+        second = (weight * curvature + slopes.square().sum(-1, keepdim=True)).clamp(min=_TINY)
         length = torch.clamp(length - first / second, min=length / 10, max=(length + farthest) / 2)
     return length
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from scipy.sparse.csgraph import connected_components
 from scipy.spatial import ConvexHull, QhullError
 from scipy.stats import t as student
 
 from lightning_mnn.landscape.annealing import (
+    PILOT_LENGTH,
     Centred,
     analytic_centre,
     centre,
@@ -25,6 +25,7 @@ from lightning_mnn.landscape.annealing import (
     schedule,
 )
 from lightning_mnn.landscape.gordan import alternatives
+from lightning_mnn.seeding import generator as seeded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,10 +36,15 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 _EPS = float(np.finfo(np.float64).eps)
-_EMPTY = 1e-9  # ‖λᵀB‖ ≤ this · Σ λ with λ ≥ 0 shows that no w has B w > 0
+_EMPTY = 64 * _EPS  # ‖λᵀB‖ ≤ this · Σ λ with λ ≥ 0 shows that no w has B w > 0 beyond rounding
 _THIN = 1e-11  # smallest margin at the centre from which float64 still knows where the walls are
 _FLOOR = 1e-9  # error of a closed form at least: what the rounding of the normals alone may do to it
-_SURE = 1e-3  # rounding error of a closed form, in nats, from which sampling is better
+_SURE = 1e-3  # relative rounding error from which a closed form is worse than sampling
+_SMALL = 1e-3  # area of a spherical polygon below which its angles do not tell it well
+_NEAR = 0.5  # cosine of the angle from the middle of a small polygon to its corners
+_DENSE = 2048  # constraints whose products with each other are formed at once
+_IGNORED = 1e-6  # change of the log from which nearly orthogonal groups are not called so
+_CLEAR = 1e-8  # smallest eigenvalue of a Gram matrix, of the largest, that is certainly not zero
 _HULL = 5  # dimension up to which the redundant constraints cost less to find than to carry
 _WIDE = 3  # constraints a dimension from which looking for the redundant ones pays
 _ISLANDS = 32  # independent populations; their spread is the standard error
@@ -79,18 +85,19 @@ def log_cone_measure(
     unbiased and whose spread gives the standard error; rounds grow until that meets the target.
 
     Cost: a sample is one sweep, N·d multiplications of about 1 ns each on a processor core (2 to 3 ns below some
-    hundred constraints, where small arrays cost more than their arithmetic). Random cones with N = 8 d take about
-    2.6 d^1.4/s² samples to a standard error of s (d = 10 to 80), and at fixed d samples grow as N^⅓: the time grows
-    about as d^2.4/s² with N in proportion, and no faster than N^1.3 at fixed d, however thin the cone. At equal error,
-    nested domains with elliptical slice sampling and Gaussian cooling from a small ball cost 8 and 12 times as much on
-    an orthant in 20 dimensions, 20 and 35 times in 50, and more than 100 times on a random cone of N = 200, d = 20
-    (``make bench ARGS="volumes"``).
+    hundred constraints, where small arrays cost more than their arithmetic). Random cones take about
+    4,000 √d + 3 d^1.3/s² samples to a standard error of s (N = 8 d, d = 10 to 80), and at fixed d samples grow as N^⅓:
+    the time grows about as d^2.4/s² with N in proportion, and as N^1.3 at fixed d, however thin the cone. At equal
+    error, nested domains with elliptical slice sampling and Gaussian cooling from a small ball cost 8 and 12 times as
+    much on an orthant in 20 dimensions, 20 and 35 times in 50, and more than 100 times on a random cone of N = 200,
+    d = 20 (``make bench ARGS="volumes"``).
 
     Args:
         normals: b_n, (..., N, d), of any lengths; CPU or GPU.
         interior_point: a point of each open cone, (..., d); None looks for one by non-negative least squares.
         target_standard_error: in nats. Where ``max_samples`` end first, the standard error is larger than this.
-        max_samples: most samples a cone.
+        max_samples: most samples of a group of constraints, but that a pilot and one short round, some 1,500 samples
+            for each of about 3 √d steps, are always made.
         seed: of the random numbers.
 
     Returns:
@@ -120,7 +127,7 @@ def log_cone_measure(
     squares = np.array([part.standard_error**2 for part in parts])
     groups = [(k, group) for k, part in enumerate(parts) for group in part.groups]
     device = unit.device if unit.device.type in _CHUNK else torch.device("cpu")
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seeded(seed, "cone").initial_seed())
     for chunk in _chunks(groups, device):
         owners = [k for k, _ in chunk]
         targets = np.array([target_standard_error / math.sqrt(len(parts[k].groups)) for k in owners])
@@ -135,14 +142,14 @@ def log_cone_measure(
 
 
 def predicted_samples(dim: int, standard_error: float) -> float:
-    """About how many samples one cone takes: 4,000 √d at least, and 6 d^1.2/s² for a standard error of s nats.
+    """About how many samples one cone takes: 4,000 √d at least, and 3 d^1.3/s² for a standard error of s nats.
 
-    Measured on cells of 2 d to 8 d Gaussian normals, d = 6 … 40, s = 0.1 … 1, to within a factor of 2.
+    Measured on cells of 4 d to 8 d Gaussian normals, d = 10 … 80, s = 0.03 … 1, to within a factor of 2.
 
     >>> predicted_samples(40, 0.5) < predicted_samples(40, 0.1)
     True
     """
-    return 4000 * math.sqrt(dim) + 6 * math.pow(dim, 1.2) / standard_error**2
+    return 4000 * math.sqrt(dim) + 3 * math.pow(dim, 1.3) / standard_error**2
 
 
 def log_ellipsoid_volume(normals: Tensor, interior_point: Tensor) -> Tensor:
@@ -206,7 +213,7 @@ def _check_numbers(target_standard_error: float, max_samples: int) -> None:
 
 
 def _unit_normals(normals: Tensor | ArrayLike) -> Tensor:
-    rows = torch.as_tensor(normals).detach()
+    rows = _tensor(normals)
     rows = (rows.cpu() if rows.device.type not in _CHUNK else rows).to(torch.float64)
     if rows.ndim < 2 or 0 in rows.shape:
         raise ValueError(f"normals must have shape (..., N, d) with N and d at least 1, got {tuple(rows.shape)}")
@@ -221,19 +228,26 @@ def _unit_normals(normals: Tensor | ArrayLike) -> Tensor:
 
 
 def _interior_points(interior_point: Tensor | ArrayLike, unit: Tensor) -> Tensor:
-    points = torch.as_tensor(interior_point).detach().to(unit)
+    points = _tensor(interior_point).to(unit)
     shape = (*unit.shape[:-2], unit.shape[-1])
     if points.shape != shape:
         raise ValueError(f"interior_point must have shape {shape} to go with the normals, got {tuple(points.shape)}")
     if not bool(points.isfinite().all()):
         raise ValueError("interior_point must be finite: it holds NaN or infinite entries")
-    return points
+    largest = points.abs().amax(-1, keepdim=True)
+    return points / torch.where(largest > 0, largest, 1.0)
+
+
+def _tensor(values: Tensor | ArrayLike) -> Tensor:
+    if isinstance(values, torch.Tensor):
+        return values.detach()
+    return torch.from_numpy(np.array(values, dtype=np.float64))  # not by way of torch's float32
 
 
 def _take_apart(unit: Array, point: Array | None, index: int | None) -> _Parts:
     """Split a cone into independent groups of constraints, and settle those with a closed form."""
     interior = _found_interior(unit, index) if point is None else _checked_interior(unit, point, index)
-    labels, error = _orthogonal_groups(unit)
+    labels, error = _orthogonal_groups(unit, interior)
     value, groups = 0.0, []
     for label in range(int(labels.max()) + 1):
         group = _reduced(unit[labels == label], interior)
@@ -268,26 +282,43 @@ def _checked_interior(unit: Array, point: Array, index: int | None) -> Array:
     return point
 
 
-def _orthogonal_groups(unit: Array) -> tuple[NDArray[np.integer], float]:
+def _orthogonal_groups(unit: Array, interior: Array) -> tuple[NDArray[np.integer], float]:
     """Labels (N,) of groups that are orthogonal to each other, and how much calling them so may change the log."""
-    num = len(unit)
-    noise = 4 * unit.shape[1] * _EPS
-    if (np.abs(unit @ unit[0]) > noise).all():  # all in one group, without the products of all pairs
-        return np.zeros(num, dtype=np.int_), 0.0
-    products = np.abs(unit @ unit.T)
-    count, labels = connected_components(products > noise, directed=False)
-    apart = labels[:, None] != labels[None]
-    return labels, float(products[apart].sum()) / math.pi if count > 1 else 0.0  # 2/π a pair, at an orthant
+    sines = unit @ interior / np.linalg.norm(interior)
+    noise, ignored, count = 4 * unit.shape[1] * _EPS, 0.0, 0
+    labels = np.full(len(unit), -1)
+    gram = unit @ unit.T if len(unit) <= _DENSE else None  # beyond, a row at a time
+    while (labels < 0).any():
+        queue = [int(labels.argmin())]
+        labels[queue] = count
+        while queue and (labels < 0).any():
+            n = queue.pop()
+            others = np.flatnonzero(labels < 0)
+            products = np.abs(unit @ unit[n] if gram is None else gram[n])[others]
+            tied = products > noise
+            labels[others[tied]] = count
+            queue += others[tied].tolist()
+            # 2/π of a product at an orthant; in thin cones a small turn of a wall is a large part of them.
+            ignored += float((products[~tied] / sines[others[~tied]]).sum() / sines[n]) / math.pi
+        count += 1
+    if count > 1 and ignored > _IGNORED:
+        return np.zeros(len(unit), dtype=np.int64), 0.0
+    return labels, ignored if count > 1 else 0.0
 
 
 def _reduced(normals: Array, interior: Array) -> _Group:
     """Constraints and point in coordinates of the constraints' own span."""
+    if len(normals) >= normals.shape[1]:
+        squares = np.linalg.eigvalsh(normals.T @ normals)
+        if squares[0] > _CLEAR * squares[-1]:  # of full rank for certain, and for less than the singular values cost
+            return _Group(normals, interior)
     _, values, basis = np.linalg.svd(normals, full_matrices=False)
-    rank = int((values > max(normals.shape) * _EPS * values[0]).sum())
-    if rank == normals.shape[1]:
-        return _Group(normals, interior)
-    reduced = normals @ basis[:rank].T
-    return _Group(reduced / np.linalg.norm(reduced, axis=1, keepdims=True), basis[:rank] @ interior)
+    rank = int((values > normals.shape[1] * _EPS * values[0]).sum())
+    reduced, inner = normals @ basis[:rank].T, basis[:rank] @ interior
+    products = normals @ interior
+    if rank == normals.shape[1] or (np.abs(reduced @ inner - products) > _SURE * products).any():
+        return _Group(normals, interior)  # what looks like rounding holds the point in a thin cone
+    return _Group(reduced / np.linalg.norm(reduced, axis=1, keepdims=True), inner)
 
 
 def _facets(group: _Group) -> NDArray[np.integer]:
@@ -305,7 +336,10 @@ def _facets(group: _Group) -> NDArray[np.integer]:
     centre_point = analytic_centre(torch.from_numpy(group.normals)[None], torch.from_numpy(group.interior)[None])[
         0
     ].numpy()
-    dual = group.normals / (group.normals @ centre_point)[:, None]
+    margins = group.normals @ centre_point
+    if not (margins > 0).all():
+        raise ArithmeticError("a cone is too thin for float64: its centre cannot be found")
+    dual = group.normals / margins[:, None]
     plane = np.linalg.svd(centre_point[None])[2][1:]  # across the interior point
     flat = (dual - dual.mean(0)) @ plane.T
     if rank == 2:
@@ -340,16 +374,26 @@ def _polygon(group: _Group) -> tuple[float, float] | None:
     noise = 64 * _EPS / lengths.min()  # of a corner
     if not (sides @ corners.T > -noise).all():  # the hull was not one
         return None
+    following = np.roll(sides, -1, axis=0)
+    turns = np.arctan2(lengths, (sides * following).sum(1))  # at the corners; what they lack of 2π is the area
+    area = float(2 * math.pi - turns.sum())
+    if area > _SMALL:
+        error = _FLOOR + 32 * _EPS * len(sides) / area
+    else:
+        area, farthest = _small_area(corners)
+        error = _FLOOR + noise * (len(sides) / math.sqrt(area) + farthest / area) if area > 0 else math.inf
+    return (math.log(area / (4 * math.pi)), error) if error < _SURE else None
+
+
+def _small_area(corners: Array) -> tuple[float, float]:
+    """Area of a small spherical polygon, whose digits an excess of angles would lose, and its radius."""
     middle = corners.sum(0) / np.linalg.norm(corners.sum(0))
+    if (corners @ middle < _NEAR).any():  # long and thin: the sides' great circles are not known from their ends
+        return 0.0, math.inf
     following = np.roll(corners, -1, axis=0)
     volumes = np.abs(np.cross(corners, following) @ middle)
     bases = 1 + (corners * following).sum(1) + corners @ middle + following @ middle
-    area = 2 * np.arctan2(volumes, bases).sum()
-    if not area > 0:
-        return None
-    farthest = float(np.linalg.norm(corners - middle, axis=1).max())
-    error = _FLOOR + noise * (len(sides) / math.sqrt(area) + farthest / area)
-    return (math.log(area / (4 * math.pi)), error) if error < _SURE else None
+    return float(2 * np.arctan2(volumes, bases).sum()), float(np.linalg.norm(corners - middle, axis=1).max())
 
 
 def _chunks(groups: list[tuple[int, _Group]], device: torch.device) -> list[list[tuple[int, _Group]]]:
@@ -372,23 +416,37 @@ def _sample(groups: list[_Group], targets: Array, max_samples: int, generator: t
     for padded, group in zip(normals, groups, strict=True):
         padded[: len(group.normals)] = group.normals
     interior = np.stack([group.interior for group in groups])
+    try:
+        return _sample_padded(normals, interior, targets, max_samples, generator)
+    except RuntimeError as error:  # torch's LinAlgError is one
+        raise ArithmeticError(f"a cone is too thin for float64: {error}") from None
+
+
+def _sample_padded(
+    normals: Array, interior: Array, targets: Array, max_samples: int, generator: torch.Generator
+) -> tuple[Array, Array]:
+    """The same of unit normals (K, N, d), rows of zeros after those of smaller groups, and points (K, d)."""
     on_device = (torch.from_numpy(part).to(generator.device) for part in (normals, interior))
     cones = centre(next(on_device), next(on_device), generator)
     thinnest = float(cones.margins.min())
-    if thinnest < _THIN:
+    if not thinnest >= _THIN:  # nor is NaN
         raise ArithmeticError(f"a cone is too thin for float64: at its centre the smallest margin is {thinnest:.1e}")
     steps = schedule(cones, generator)
-    values, errors = np.empty(len(groups)), np.empty(len(groups))
-    longest = max(_LENGTH, max_samples // (_ISLANDS * _CHAINS * len(steps)))
+    values, errors = np.empty(len(normals)), np.empty(len(normals))
+    sweep = _ISLANDS * _CHAINS * len(steps)  # samples of one state of all chains
+    left = max_samples // sweep - PILOT_LENGTH
     predicted = math.ceil(_PREDICTED * len(steps) ** 2 / targets.min() ** 2)
-    pending, length = np.arange(len(groups)), min(longest, max(_LENGTH, predicted))
+    pending, length = np.arange(len(normals)), max(_LENGTH, min(left, predicted))
     while len(pending):
         values[pending], errors[pending] = _one_round(cones, steps, pending, length, generator)
-        if length == longest:
-            break
+        left -= length
         missing = errors[pending] / targets[pending]
-        growth = math.ceil(missing.max() ** 2)
-        length, pending = min(longest, length * min(8, max(2, growth))), pending[missing > 1]
+        wanted = min(left, length * min(8, max(2, math.ceil(missing.max() ** 2))))
+        if wanted <= length:
+            break
+        length, pending = wanted, pending[missing > 1]
+    if not np.isfinite(values + errors).all():
+        raise ArithmeticError("a cone is too thin for float64: its estimate is not finite")
     return values, errors
 
 

@@ -15,6 +15,7 @@ from scipy import special
 from scipy.stats import t as student
 
 from lightning_mnn.landscape.cone import LogEstimate, log_cone_measure, log_ellipsoid_volume
+from lightning_mnn.seeding import generator
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -111,14 +112,13 @@ def region_log_volume(
     >>> round(math.exp(region_log_volume(region, w).value), 6)  # three quadrants: ¼³
     0.015625
     """
-    weights = hidden_weights.to(torch.float64)
+    weights = hidden_weights.detach().to(torch.float64)
     width = weights.shape[-2]
     if num_units is not None and not 2 <= num_units <= width:
         raise ValueError(f"num_units must lie between 2 and the width {width}, got {num_units}")
     bound = log_volume_lower_bound(region, weights)
     cones = _unit_cones(region, weights)
-    generator = torch.Generator().manual_seed(seed)
-    units = torch.randperm(width, generator=generator)[:num_units].sort().values
+    units = torch.randperm(width, generator=generator(seed, "units"))[:num_units].sort().values
     values, errors = _measures(cones, units, target_standard_error, max_samples, seed)
     variance = errors.square().sum(-1)
     if len(units) < width:
@@ -159,7 +159,7 @@ def log_volume_lower_bound(region: Region, hidden_weights: Tensor) -> Tensor | f
     >>> round(math.exp(log_volume_lower_bound(region, w)), 6)  # the cap fills the quadrant: ¼
     0.25
     """
-    inputs, weights = region.inputs, hidden_weights.to(torch.float64)
+    inputs, weights = region.inputs.detach(), hidden_weights.detach().to(torch.float64)
     preactivations = _checked_preactivations(region, weights)
     bound = log_volume_bound_from_sines(
         smallest_sines(preactivations, inputs.norm(dim=-1), weights.norm(dim=-1)), inputs.shape[-1]
@@ -169,7 +169,7 @@ def log_volume_lower_bound(region: Region, hidden_weights: Tensor) -> Tensor | f
 
 def _checked_preactivations(region: Region, weights: Tensor) -> Tensor:
     """w_i·x_n, (..., N, d1), of weights that lie in the region."""
-    preactivations = region.inputs @ weights.mT
+    preactivations = region.inputs.detach() @ weights.mT
     if not torch.equal(preactivations > 0, region.pattern.active.expand(preactivations.shape)):
         raise ValueError("hidden_weights do not lie in the region: their activation pattern is another one")
     return preactivations
@@ -199,7 +199,7 @@ class _UnitCones:
 
 
 def _unit_cones(region: Region, weights: Tensor) -> _UnitCones:
-    inputs = region.inputs
+    inputs = region.inputs.detach()
     used = (inputs != 0).any(-1)
     if inputs.ndim == 2:
         inputs, used = inputs[used], used[used]
@@ -222,7 +222,10 @@ def _measures(cones: _UnitCones, units: Tensor, target: float, max_samples: int,
         return zeros, zeros
     parts = [
         log_cone_measure(
-            *cones.of(some), target_standard_error=target, max_samples=max_samples, seed=seed + int(some[0])
+            *cones.of(some),
+            target_standard_error=target,
+            max_samples=max_samples,
+            seed=generator(seed, "cones", int(some[0])).initial_seed(),
         )
         for some in cones.batches(units)
     ]

@@ -19,6 +19,22 @@ def tensors(normals, point):
     return torch.from_numpy(normals)[None], torch.from_numpy(point)[None]
 
 
+def coordinates(normals, c, cones):
+    """M of w = c + M y, from b_n·M = (b_n·c) a_n and c·M = h."""
+    products = torch.cat([(normals @ c)[:, None] * cones.walls[0], cones.slopes])
+    rows = torch.cat([normals, c[None]])
+    return torch.linalg.lstsq(rows, products).solution
+
+
+def test_centres_of_a_batch_are_those_of_its_cones():
+    """Cones that converge early wait for the others and stay where they are."""
+    rng = np.random.default_rng(0)
+    pairs = [tensors(*random_cone(10, 4, rng)) for _ in range(400)]
+    together = analytic_centre(*(torch.cat(parts) for parts in zip(*pairs, strict=True)))
+    alone = torch.cat([analytic_centre(*pair) for pair in pairs])
+    assert torch.allclose(together, alone, rtol=1e-2)
+
+
 @given(st.integers(0, 2**31 - 1), st.integers(2, 8), st.integers(0, 30))
 def test_centre_balances_the_walls(seed, dim, more):
     normals, point = tensors(*random_cone(dim + more, dim, np.random.default_rng(seed)))
@@ -35,12 +51,12 @@ def test_coordinates_describe_the_same_cone_and_density(seed):
     normals, point = tensors(*random_cone(12, 4, rng))
     cones = centre(normals, point, torch.Generator().manual_seed(0))
     y = torch.from_numpy(rng.standard_normal((50, 4)))
-    # w = c + M y with M Mᵀ = H⁻¹: found from the walls, since b_n·w = (b_n·c)(1 + a_n·y)
     c = analytic_centre(normals, point)[0]
-    m = torch.linalg.lstsq(normals[0], (normals[0] @ c)[:, None] * cones.walls[0]).solution
+    m = coordinates(normals[0], c, cones)
     w = c + y @ m.T
     exponent = (y**2 * cones.curvatures[0]).sum(-1) / 2 + y @ cones.slopes[0] + cones.offset[0]
     assert torch.allclose(exponent, w.square().sum(-1) / 2, rtol=1e-8)
+    assert torch.allclose(c + m @ cones.apex[0], torch.zeros(4, dtype=torch.float64), atol=1e-9)
     assert torch.allclose(cones.log_scale[0], torch.linalg.slogdet(m).logabsdet, atol=1e-8)
 
 
@@ -71,10 +87,8 @@ def test_moves_keep_the_distribution(move):
     cones = centre(*tensors(normals, point), torch.Generator().manual_seed(0))
     exact = rng.standard_normal((40_000, 3))
     exact = exact[(exact @ normals.T > 0).all(1)][:8000]
-    unit = normals / np.linalg.norm(normals, axis=1, keepdims=True)
     c = analytic_centre(*tensors(normals, point))[0]
-    # The cone has a direction that no wall sees: M from w(y) at the axes, by the density's own coefficients.
-    m = _map(torch.from_numpy(unit), c, cones)
+    m = coordinates(tensors(normals, point)[0][0], c, cones)
     y = torch.linalg.solve(m, (torch.from_numpy(exact) - c).T)[:, None, :].contiguous()
     distances = annealing._distances(cones, y)
     generator = torch.Generator().manual_seed(3)
@@ -85,7 +99,7 @@ def test_moves_keep_the_distribution(move):
             columns = cones.walls.mT.contiguous()
             annealing._move_coordinates(y, distances, columns, precisions, -forces / precisions, generator)
         else:
-            annealing._move_along_rays(y, distances, annealing._apex(cones), precisions, forces, generator)
+            annealing._move_along_rays(y, distances, cones.apex.mT[..., None], precisions, forces, generator)
     assert float((y != before).double().mean()) > 0.99
     assert torch.allclose(distances, annealing._distances(cones, y), atol=1e-9)
     w = (c[:, None] + m @ y[:, 0]).T.numpy()
@@ -94,14 +108,3 @@ def test_moves_keep_the_distribution(move):
     fresh = fresh[(fresh @ normals.T > 0).all(1)]
     for statistic in (lambda v: np.linalg.norm(v, axis=1), lambda v: v[:, 0], lambda v: v @ normals[1]):
         assert stats.ks_2samp(statistic(w), statistic(fresh)).pvalue > 1e-3
-
-
-def _map(normals, c, cones):
-    """M of w = c + M y: R⁻ᵀ V, with the eigenvectors in the sign that the walls show."""
-    scaled = normals / (normals @ c)[:, None]
-    hessian = scaled.T @ scaled + len(normals) / 3 * torch.eye(3, dtype=torch.float64)
-    factor = torch.linalg.cholesky(hessian)
-    inverse = torch.linalg.inv(factor.T)
-    _, basis = torch.linalg.eigh(inverse.T @ inverse)
-    signs = torch.sign(((inverse @ basis).T @ c) * cones.slopes[0])
-    return inverse @ basis * torch.where(signs == 0, 1.0, signs)

@@ -137,6 +137,95 @@ def test_intervals_cover_the_truth(name):
     assert abs((found[:, 0] - truth).mean()) < 4 * found[:, 0].std() / 10 + 0.01  # no bias
 
 
+@pytest.mark.parametrize(("angle", "planes", "ties"), [(1e-7, 2, 1), (1e-8, 3, 6), (1e-9, 3, 40), (1e-10, 2, 1)])
+def test_cones_that_are_thin_in_several_directions(angle, planes, ties):
+    rng = np.random.default_rng(0)
+    normals, point, truth = arcs([angle] * planes, rng)
+    tied = np.vstack([normals, rng.uniform(0.1, 1, (ties, len(normals))) @ normals])  # redundant
+    estimate = log_cone_measure(tied, point)
+    assert estimate.standard_error < 0.3
+    assert abs(estimate.value - truth) <= 4 * estimate.standard_error
+
+
+@pytest.mark.parametrize("height", [1e-5, 1e-7, 1e-9])
+def test_polygons_with_nearly_opposite_corners(height):
+    normals = np.array([[1, 0, 0], [math.cos(1), math.sin(1), 0], [math.cos(0.5), math.sin(0.5), height]])
+    for turned in (np.eye(3), rotation(3, np.random.default_rng(0))):
+        estimate = log_cone_measure(normals @ turned.T, turned @ [1.0, 1.0, 0.0])
+        lune = math.log((math.pi - 1) / (2 * math.pi))  # of which the third wall cuts off next to nothing
+        assert abs(estimate.value - lune) <= 4 * estimate.standard_error + 2 * height**2
+
+
+def test_needles_among_many_constraints():
+    """Directions that look like rounding beside all the others hold the point nevertheless."""
+    rest = np.column_stack([np.random.default_rng(0).uniform(-0.5, 0.5, 2998), np.ones(2998), np.zeros(2998)])
+    for thin in (1e-8, 1e-9):
+        normals = np.vstack([[1, 0, thin], [-1, 0, thin], rest])
+        estimate = log_cone_measure(normals, [0.0, 1.0, 1.0])
+        # Between the planes x = ± thin·z lie z > 0 and, of those, the half with y > 0: thin/π of a quarter circle.
+        truth = math.log(thin / (2 * math.pi))
+        assert abs(estimate.value - truth) <= max(4 * estimate.standard_error, 1e-6)
+
+
+def test_thin_cones_are_not_called_empty():
+    for thin in (1e-6, 1e-9, 1e-11):
+        normals = [[1.0, thin], [-1.0, thin]]
+        given = log_cone_measure(normals, [0.0, 1.0])
+        assert given.value == pytest.approx(math.log(math.atan(thin) / math.pi), abs=1e-3)
+        try:
+            assert log_cone_measure(normals).value == pytest.approx(given.value, abs=1e-3)
+        except ArithmeticError as error:
+            assert "give an interior_point" in str(error)  # noqa: PT017 (either is right)
+
+
+def test_nearly_orthogonal_walls_matter_beside_thin_arcs():
+    normals = np.zeros((3, 784))
+    normals[0, :3], normals[1, :3], normals[2, 2] = [1, 1e-9, 6e-13], [-1, 1e-9, 6e-13], 1
+    point = np.zeros(784)
+    point[1:3] = 1
+    estimate = log_cone_measure(normals, point)
+    reduced = log_cone_measure(normals[:, :3], point[:3])
+    assert abs(estimate.value - reduced.value) <= 4 * math.hypot(estimate.standard_error, reduced.standard_error)
+    assert abs(estimate.value - math.log(_wedge(1e-9, 6e-13))) <= max(4 * estimate.standard_error, 1e-3)
+
+
+def _wedge(first, second):
+    """P(|x| < first·y + second·z, z > 0) for small slopes: 2φ(0) E[(first·y + second·z)₊; z > 0]."""
+    length = math.hypot(first, second)
+    # In polar coordinates of (y, z) the angle runs from the y-axis' side on which the sum is positive, above z = 0.
+    low, high = 0.0, math.pi / 2 + math.atan2(second, first)
+    across = math.sin(high - math.atan2(second, first)) - math.sin(low - math.atan2(second, first))
+    return 2 / math.sqrt(2 * math.pi) * length * across * math.sqrt(math.pi / 2) / (2 * math.pi)
+
+
+def test_large_batches_of_small_cones():
+    rng = np.random.default_rng(0)
+    pairs = [random_cone(10, 4, rng) for _ in range(300)]
+    normals, points = (np.stack(part) for part in zip(*pairs, strict=True))
+    found = log_cone_measure(normals, points, target_standard_error=0.3)
+    assert found.value.isfinite().all()
+    draws = rng.standard_normal((40_000, 4))
+    for k in range(0, 300, 30):
+        hits = int((draws @ normals[k].T > 0).all(1).sum())
+        low, high = stats.binomtest(hits, 40_000).proportion_ci(0.9999)
+        assert math.exp(found.value[k] - 4 * found.standard_error[k]) <= high
+        assert math.exp(found.value[k] + 4 * found.standard_error[k]) >= low
+
+
+def test_input_of_any_kind():
+    normals, point = [[0.6, 0.8], [-0.1, 0.3]], [0.5, 0.5]
+    expected = log_cone_measure(np.array(normals), np.array(point))
+    assert log_cone_measure(normals, point) == expected  # not by way of float32
+    assert log_cone_measure(np.array(normals)[::-1], [1e-200, 1e-200]).value == pytest.approx(expected.value)
+    assert log_cone_measure(torch.tensor(normals, dtype=torch.float64, requires_grad=True)) == expected
+
+
+def test_samples_are_capped():
+    normals, point = random_cone(60, 10, np.random.default_rng(0))
+    rough = log_cone_measure(normals, point, target_standard_error=1e-3, max_samples=2**15)
+    assert 1e-3 < rough.standard_error < 0.5
+
+
 def test_error_falls_with_the_target():
     normals, point = random_cone(60, 10, np.random.default_rng(0))
     rough, fine = (log_cone_measure(normals, point, target_standard_error=t) for t in (0.3, 0.03))

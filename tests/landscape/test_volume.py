@@ -1,4 +1,5 @@
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -130,6 +131,19 @@ def test_some_units_stand_for_all_without_bias():
     assert found[0].units.tolist() == sorted(set(found[0].units.tolist()))
     assert found[0].unit_values.shape == (12,)
     assert errors.mean() < 30 * found[0].unit_values.std() / math.sqrt(12)  # the ellipsoids explain a part
+
+
+def test_batches_of_units_have_random_numbers_of_their_own(monkeypatch):
+    monkeypatch.setattr(sys.modules["lightning_mnn.landscape.volume"], "_ENTRIES", 1)  # one unit at a time
+    inputs, weights = gaussian(0, 12, 4), gaussian(1, 1, 4).expand(5, -1)
+    first, second = (region_log_volume(region_of(inputs, weights), weights, seed=seed).unit_values for seed in (0, 1))
+    assert len({*first.tolist(), *second.tolist()}) == 10
+
+
+def test_volume_of_a_model_s_own_parameters():
+    inputs, weights = gaussian(0, 8, 2), gaussian(1, 3, 2).requires_grad_()
+    region = region_of(inputs, weights.detach())
+    assert region_log_volume(region, weights).value == region_log_volume(region, weights.detach()).value
 
 
 def test_region_volumes_of_replicas():
