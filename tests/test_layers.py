@@ -12,6 +12,7 @@ FLOORS = {
     "landscape": 1,
     "seeding": 1,
     "validation": 1,
+    "workers": 1,
     "data": 2,
     "optim": 2,
     "mnn": 2,

@@ -27,6 +27,7 @@ from lightning_mnn.landscape.region import Region
 from lightning_mnn.landscape.survey import infer_threshold
 from lightning_mnn.seeding import generator
 from lightning_mnn.validation import positive_integer
+from lightning_mnn.workers import one_thread_each
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -444,5 +445,6 @@ def _census(case: Case, num_regions: int, processes: int) -> Census:
     chunks = min(regions, processes * _CHUNKS)
     edges = [regions * chunk // chunks for chunk in range(chunks + 1)]
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of torch's threads
-    with ProcessPoolExecutor(processes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    workers = ProcessPoolExecutor(processes, context, initializer=torch.set_num_threads, initargs=(1,))
+    with one_thread_each(), workers as pool:
         return Census.from_counts(pool.map(count, [case] * chunks, edges[:-1], edges[1:]))

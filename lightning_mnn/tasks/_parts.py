@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lightning_mnn.tasks._files import write_json
+from lightning_mnn.workers import one_thread_each
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -73,7 +74,7 @@ def finish_parts(parts: Sequence[Part], folder: Path, processes: int) -> dict[st
     folder.mkdir(parents=True, exist_ok=True)
     missing = [part for part in parts if not _file(folder, part).exists()]
     if missing:
-        with _progress(len(parts), len(parts) - len(missing)) as advance:
+        with one_thread_each(), _progress(len(parts), len(parts) - len(missing)) as advance:
             _work_off(missing, folder, processes, advance)
     return {part.name: json.loads(_file(folder, part).read_text()) for part in parts}
 
