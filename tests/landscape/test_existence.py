@@ -11,6 +11,7 @@ from scipy.optimize import linprog
 
 from lightning_mnn.landscape import ActivationPattern, Region
 from lightning_mnn.landscape import existence as module
+from lightning_mnn.landscape import gordan
 from lightning_mnn.landscape.existence import check_proof, find_minimum
 
 # The slow, obvious answer: a linear program for each of the 3^d1 sign vectors.
@@ -225,7 +226,7 @@ def hide(name, value):
             raise RuntimeError("no convergence")
         return np.full(args[0].shape[1], value), 0.0
 
-    return lambda monkeypatch: monkeypatch.setattr(module, name, replaced)
+    return lambda monkeypatch: monkeypatch.setattr(gordan, name, replaced)
 
 
 @pytest.mark.parametrize("value", [None, 0.0, 1.0], ids=["no answer", "zero", "a wrong answer"])
