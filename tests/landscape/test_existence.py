@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from lightning_mnn.landscape import ActivationPattern, Region
+from lightning_mnn.landscape import ActivationPattern, Region, gordan
 from lightning_mnn.landscape import existence as module
-from lightning_mnn.landscape import gordan
 from lightning_mnn.landscape.existence import check_proof, find_minimum
 
 # The slow, obvious answer: a linear program for each of the 3^d1 sign vectors.
