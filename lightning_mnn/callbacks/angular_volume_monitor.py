@@ -60,7 +60,7 @@ class AngularVolumeMonitor(ScheduledCallback):
     Replicas whose weights lie on a kink, in no open region, are left out.
 
     What a measurement costs: a sample is one sweep of N·d0 multiplications, about 1 ns each on one processor core, and
-    a unit's cone takes about 4,000 √d0 + 6 d0^1.2/s² samples for a standard error of s nats. As many units are measured
+    a unit's cone takes about 4,000 √d0 + 3 d0^1.3/s² samples for a standard error of s nats. As many units are measured
     as ``budget`` allows: all, or a random subset, whose spread is then in the standard error. Where it does not allow
     two units of each replica, nothing is measured, and the summary says so: 784-89-1 on 70,000 samples would take
     hours.

@@ -418,7 +418,7 @@ def _sample(groups: list[_Group], targets: Array, max_samples: int, generator: t
     interior = np.stack([group.interior for group in groups])
     try:
         return _sample_padded(normals, interior, targets, max_samples, generator)
-    except RuntimeError as error:  # torch's LinAlgError is one
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined] # it is public, but for torch's stubs
         raise ArithmeticError(f"a cone is too thin for float64: {error}") from None
 
 
