@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from lightning_mnn.bundling import STEPS, may_bundle
 from lightning_mnn.data.checks import check_training_set
-from lightning_mnn.data.resident import ResidentData, ResidentLoader
+from lightning_mnn.data.loader import ExactData, ExactLoader
 from lightning_mnn.data.shards import flat_batch
 from lightning_mnn.landscape.survey import Network, wrong
 from lightning_mnn.loggers import log_scalars
@@ -144,13 +144,13 @@ class MNN(pl.LightningModule):
         """Take several steps a Lightning batch where that is the same but for the time."""
         data = self.trainer.datamodule if stage == "fit" else None  # type: ignore[attr-defined]
         bundled = (
-            isinstance(data, ResidentData)
+            isinstance(data, ExactData)
             and type(self) is MNN
             and self.hparams["optimizer"]["name"] != "lbfgs"
             and may_bundle(self.trainer)
         )
         self.automatic_optimization = not bundled
-        if isinstance(data, ResidentData):
+        if isinstance(data, ExactData):
             data.steps_per_batch = STEPS if bundled else 1
 
     @override
@@ -219,9 +219,7 @@ class MNN(pl.LightningModule):
         optimizer = build_optimizer(self.parameters(), self.hparams["optimizer"])
         total_steps = self.trainer.estimated_stepping_batches
         if not self.automatic_optimization and math.isfinite(total_steps):
-            total_steps = (self.trainer.max_epochs or 0) * cast(
-                "ResidentLoader", self.trainer.train_dataloader
-            ).num_steps
+            total_steps = (self.trainer.max_epochs or 0) * cast("ExactLoader", self.trainer.train_dataloader).num_steps
         schedule = build_schedule(optimizer, self.hparams["schedule"], total_steps)
         if schedule is None:
             return optimizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,9 +45,9 @@ class GaussianData(ResidentData):
         labels: str = "plus_minus",
         teacher_width: int = 10,
         dtype: str = "float64",
-        **options: object,
+        **options: Any,
     ) -> None:
-        super().__init__(dtype=dtype, **options)  # type: ignore[arg-type]
+        super().__init__(dtype=dtype, **options)
         if labels not in LABELS:
             raise ValueError(f"labels must be one of {LABELS}, got {labels!r}")
         self.num_samples = positive_integer("num_samples", num_samples)

@@ -14,7 +14,7 @@ from torch.utils.data import (
     Subset,
 )
 
-from lightning_mnn.data.resident import ResidentLoader, part_of
+from lightning_mnn.data.loader import ExactLoader, part_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,23 +28,22 @@ def exact_shard(loader: Any, rank: int = 0, world_size: int = 1, chosen: Tensor 
     """Batches of one process's contiguous part of the training set, in the data set's order, unpadded, unshuffled.
 
     Args:
-        loader: the Trainer's ``train_dataloader``: a :class:`ResidentLoader`, or a ``DataLoader`` over a map-style
+        loader: the Trainer's ``train_dataloader``: a :class:`ExactLoader`, or a ``DataLoader`` over a map-style
             data set.
         rank: this process.
         world_size: number of processes.
         chosen: indices of the samples to pass over; None: all of them.
 
     Yields:
-        Batches, of resident tensors about 4 million numbers of inputs each, else as the loader collates them.
+        Batches, of an ExactLoader about 4 million numbers of inputs each, else as the loader collates them.
 
     Raises:
         TypeError: a loader whose samples cannot be enumerated: an ``IterableDataset``, a sampler that chooses among the
             samples, several loaders at once, no automatic batching.
     """
-    if isinstance(loader, ResidentLoader):
+    if isinstance(loader, ExactLoader):
         low, high = part_of(loader.num_samples if chosen is None else len(chosen), rank, world_size)
-        per_sample = loader.inputs.numel() // loader.num_samples
-        size = max(1, _BLOCK_ELEMENTS // per_sample)
+        size = max(1, _BLOCK_ELEMENTS // loader.numbers_per_sample)
         for start in range(low, high, size):
             block = slice(start, min(start + size, high))
             yield loader.samples(block if chosen is None else chosen[block])
@@ -68,7 +67,7 @@ def num_samples(loader: Any) -> int:
     Raises:
         TypeError: its samples cannot be enumerated.
     """
-    if isinstance(loader, ResidentLoader):
+    if isinstance(loader, ExactLoader):
         return loader.num_samples
     if isinstance(loader, DataLoader):
         return _map_style_samples(loader)
@@ -78,7 +77,7 @@ def num_samples(loader: Any) -> int:
 def _not_enumerable(loader: Any) -> TypeError:
     return TypeError(
         f"the samples of a {type(loader).__name__} cannot be enumerated: train on a DataLoader over a map-style data "
-        "set or on a ResidentLoader"
+        "set or on an ExactLoader"
     )
 
 

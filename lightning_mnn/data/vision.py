@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pytorch_lightning.utilities import rank_zero_info
@@ -56,9 +56,9 @@ class MNISTData(ResidentData):
         whiten: float | None = None,
         *,
         download: bool = False,
-        **options: object,
+        **options: Any,
     ) -> None:
-        super().__init__(**options)  # type: ignore[arg-type]
+        super().__init__(**options)
         if part not in PARTS:
             raise ValueError(f"part must be one of {sorted(PARTS)}, got {part!r}")
         if labels not in ("zero_one", "plus_minus"):

@@ -1,0 +1,249 @@
+"""Loaders and data modules whose training set is seen sample by sample, exactly once an epoch, on any device count.
+
+Shapes: N samples, d0 inputs, R replicas, B samples of a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as pl
+import torch
+from typing_extensions import override
+
+from lightning_mnn.seeding import generator
+from lightning_mnn.validation import dtype_named, positive_integer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+
+class EpochShuffle:
+    """Order of the samples in each epoch: a permutation that depends on a seed and the epoch only.
+
+    Args:
+        num_samples: N.
+        seeds: one seed, or one a replica.
+        shuffle: False keeps the samples in their order.
+
+    >>> order = EpochShuffle(4, seeds=[0])
+    >>> bool(torch.equal(order.permutation().sort().values, torch.arange(4)))
+    True
+    """
+
+    def __init__(self, num_samples: int, seeds: Sequence[int], *, shuffle: bool = True) -> None:
+        self.num_samples = num_samples
+        self.seeds = list(seeds)
+        self.shuffle = shuffle
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; Lightning calls this before each."""
+        self.epoch = epoch
+
+    def permutation(self) -> Tensor:
+        """Sample indices in this epoch's order: (N,), with several seeds (R, N)."""
+        if not self.shuffle:
+            orders = [torch.arange(self.num_samples) for _ in self.seeds]
+        else:
+            generators = [generator(seed, "shuffle", self.epoch) for seed in self.seeds]
+            orders = [torch.randperm(self.num_samples, generator=g) for g in generators]
+        return orders[0] if len(orders) == 1 else torch.stack(orders)
+
+
+class ExactLoader(ABC):
+    """Batches (inputs, targets) of samples that can be looked up, the same in each batch for any number of processes.
+
+    A batch of B samples is split over the processes into contiguous parts, without padding: each sample is seen exactly
+    once an epoch, and the gradient of a batch is the same on 1 or n processes. A process may get fewer samples of a
+    batch than another, or none.
+
+    Args:
+        num_samples: N.
+        batch_size: B over all processes; None: all N.
+        shuffle: draw a new order each epoch (without effect on full batches).
+        seeds: seed of the order, one a replica.
+        rank: this process.
+        world_size: number of processes.
+
+    Attributes:
+        steps_per_batch: batches that are handed to Lightning at a time, as an iterator over them, where it is above 1
+            (see :mod:`lightning_mnn.bundling`).
+
+    Raises:
+        ValueError: an empty data set, or a batch size that is not positive.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int | None = None,
+        *,
+        shuffle: bool = True,
+        seeds: Sequence[int] = (0,),
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if num_samples == 0:
+            raise ValueError("the data set is empty: it must hold at least one sample")
+        if batch_size is not None:
+            batch_size = positive_integer("batch_size", batch_size)
+        self.num_samples = num_samples
+        self.batch_size = min(batch_size or num_samples, num_samples)
+        self.rank = rank
+        self.world_size = world_size
+        self.sampler = EpochShuffle(num_samples, seeds, shuffle=shuffle)  # Lightning looks for this name
+        self.steps_per_batch = 1
+        self._start = 0  # first batch of the next pass
+        self._next = 0  # batch to begin with, if training is resumed from here
+
+    @abstractmethod
+    def samples(self, index: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of some samples, in the data set's order."""
+
+    @property
+    @abstractmethod
+    def numbers_per_sample(self) -> int:
+        """Numbers that the inputs of one sample are, over all replicas."""
+
+    @abstractmethod
+    def _part(self, first: int, low: int, high: int, *, reuse: bool) -> tuple[Tensor, Tensor]:
+        """Samples first + low to first + high of this epoch's order."""
+
+    @property
+    def num_steps(self) -> int:
+        """Batches of samples an epoch."""
+        return math.ceil(self.num_samples / self.batch_size)
+
+    def __len__(self) -> int:
+        """What a pass yields: batches, or with ``steps_per_batch`` > 1 bundles of so many of them."""
+        return math.ceil(self.num_steps / self.steps_per_batch)
+
+    def __iter__(self) -> Iterator[Any]:
+        """This process's part of each batch; of the first pass after a resume, of those that are left."""
+        start, self._start = self._start, 0
+        if self.steps_per_batch == 1:
+            yield from self.batches(start, self.num_steps)
+            return
+        for first in range(start, self.num_steps, self.steps_per_batch):
+            yield self.batches(first, min(first + self.steps_per_batch, self.num_steps), reuse=True)
+
+    def batches(self, start: int, stop: int, *, reuse: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's part of some batches of the epoch that the sampler is set to.
+
+        Args:
+            start: the first batch.
+            stop: the one after the last.
+            reuse: the next batch may be written over the memory of this one.
+        """
+        for batch in range(start, stop):
+            self._next = (batch + 1) % self.num_steps
+            first = batch * self.batch_size
+            low, high = part_of(min(self.batch_size, self.num_samples - first), self.rank, self.world_size)
+            yield self._part(first, low, high, reuse=reuse)
+
+    def state_dict(self) -> dict[str, int]:
+        """Where in the epoch the loader is."""
+        return {"next_batch": self._next}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on where a loader with this state was."""
+        self._start = self._next = state_dict.get("next_batch", 0)
+
+
+class ExactData(pl.LightningDataModule, ABC):
+    """A LightningDataModule that trains from an :class:`ExactLoader`; a subclass says from which.
+
+    Args:
+        batch_size: samples of a batch over all processes; None: the full batch.
+        shuffle: draw a new order each epoch.
+        replicas: number of independent networks that are trained side by side.
+        seed: replica r uses ``seed + r``.
+        dtype: "float32" or "float64".
+
+    Attributes:
+        exact_loader: the loader of the training set, once the Trainer has asked for it.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int | None = None,
+        shuffle: bool = True,
+        replicas: int = 1,
+        seed: int = 0,
+        dtype: str = "float32",
+    ) -> None:
+        super().__init__()
+        self.batch_size = None if batch_size is None else positive_integer("batch_size", batch_size)
+        self.shuffle = shuffle
+        self.replicas = positive_integer("replicas", replicas)
+        self.seed = seed
+        self.dtype = dtype_named(dtype)
+        self.steps_per_batch = 1  # for MNN to choose
+        self.exact_loader: ExactLoader | None = None
+        self._loader_state: dict[str, int] = {}
+
+    @property
+    @abstractmethod
+    def input_dim(self) -> int:
+        """d0."""
+
+    @abstractmethod
+    def loader(self, device: torch.device, **options: Any) -> ExactLoader:
+        """The loader, with ``options`` of :class:`ExactLoader`.
+
+        Args:
+            device: where the training set may be kept.
+            **options: ``batch_size``, ``shuffle``, ``seeds``, ``rank`` and ``world_size``.
+        """
+
+    @property
+    def seeds(self) -> list[int]:
+        """One seed a replica."""
+        return [self.seed + replica for replica in range(self.replicas)]
+
+    @override
+    def train_dataloader(self) -> ExactLoader:
+        self.setup("fit")
+        rank, world_size, device = 0, 1, torch.device("cpu")
+        if self.trainer is not None:
+            rank, world_size = self.trainer.global_rank, self.trainer.world_size
+            device = self.trainer.strategy.root_device
+        self.exact_loader = self.loader(
+            device,
+            batch_size=self.batch_size,
+            shuffle=self.shuffle,
+            seeds=self.seeds,
+            rank=rank,
+            world_size=world_size,
+        )
+        self.exact_loader.steps_per_batch = self.steps_per_batch
+        self.exact_loader.load_state_dict(self._loader_state)
+        self._loader_state = {}  # of the resumed epoch only: a loader made later begins at the beginning
+        return self.exact_loader
+
+    @override
+    def state_dict(self) -> dict[str, int]:
+        return {} if self.exact_loader is None else self.exact_loader.state_dict()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        # Lightning itself restores a loader's state only where nothing asked for the loader before.
+        self._loader_state = state_dict
+
+
+def part_of(total: int, rank: int, world_size: int) -> tuple[int, int]:
+    """The contiguous part [low, high) of ``total`` things that falls to one process.
+
+    >>> [part_of(10, rank, 3) for rank in range(3)]
+    [(0, 3), (3, 6), (6, 10)]
+    """
+    return total * rank // world_size, total * (rank + 1) // world_size
