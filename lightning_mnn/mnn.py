@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_mnn.bundling import STEPS, may_bundle
+from lightning_mnn.bundling import count_step, epochs_at_a_time, may_bundle, next_epoch
 from lightning_mnn.data.checks import check_training_set
 from lightning_mnn.data.loader import ExactData, ExactLoader
 from lightning_mnn.data.shards import flat_batch
+from lightning_mnn.gradients import SquaredErrorGradient
 from lightning_mnn.landscape.survey import Network, wrong
 from lightning_mnn.loggers import log_scalars
 from lightning_mnn.optim import build_optimizer, build_schedule
@@ -112,6 +113,7 @@ class MNN(pl.LightningModule):
         build_optimizer(self.parameters(), optimizer)  # options that do not fit shall fail here, not in fit
         build_schedule(torch.optim.SGD(self.parameters(), lr=1.0), schedule, total_steps=1)
         self.threshold = threshold
+        self._gradient: SquaredErrorGradient | None = None
 
     def _draw(self, generators: Sequence[torch.Generator], shape: tuple[int, ...], fan_in: int) -> nn.Parameter:
         std = math.sqrt(2 / ((1 + self.hparams["negative_slope"] ** 2) * fan_in))
@@ -150,23 +152,45 @@ class MNN(pl.LightningModule):
             and may_bundle(self.trainer)
         )
         self.automatic_optimization = not bundled
+        self._gradient = None
         if isinstance(data, ExactData):
-            data.steps_per_batch = STEPS if bundled else 1
+            operations = 6.0 * sum(weights.numel() for weights in self.parameters())
+            data.operations_per_sample = operations if bundled else None
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         if self.automatic_optimization:
             return self._loss(batch)
-        optimizer: Any = self.optimizers()
+        self._descend(batch)
+        if batch_idx + 1 == self.trainer.num_training_batches:
+            self._go_on_with_epochs()
+        return None
+
+    def _go_on_with_epochs(self) -> None:
+        """Take the epochs up to the next that something looks at, within this one of Lightning's."""
+        loader = cast("ExactLoader", self.trainer.train_dataloader)
+        for _ in range(1, min(epochs_at_a_time(self.trainer), loader.steps_per_batch // loader.num_steps)):
+            next_epoch(self.trainer)
+            loader.sampler.set_epoch(self.trainer.current_epoch)
+            self._descend(loader.batches(0, loader.num_steps, reuse=True))
+
+    def _descend(self, batches: Iterable[Any]) -> None:
+        """Take a step a batch."""
+        if self._gradient is None:  # now, when the weights are where they stay
+            slope = float(self.hparams["negative_slope"])
+            self._gradient = SquaredErrorGradient(list(self.hidden_weights), self.output_weights, slope)
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
         schedule: Any = self.lr_schedulers()
-        for part in batch:
-            loss = self._loss(part)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        for inputs, targets in batches:
+            predictions, residual = self._gradient(inputs, targets)
+            if every and (self.trainer.global_step + 1) % every == 0:
+                scale = targets.shape[-1]
+                self._log(residual.square().sum(-1) / scale, predictions, targets, scale)
             optimizer.step()
+            count_step(self.trainer)
             if schedule is not None:
                 schedule.step()
-        return None
 
     def _loss(self, batch: Any) -> Tensor:
         """The sum of the replicas' MSEs on a batch; logged now and then."""

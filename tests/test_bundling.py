@@ -37,9 +37,9 @@ def fit(make_trainer, folder, callbacks, *, epochs=9, replicas=1, ckpt_path=None
 
 
 @pytest.mark.parametrize("replicas", [1, 3])
-@pytest.mark.parametrize("steps", [3, 50])
+@pytest.mark.parametrize("steps", [3, 10, 50])  # of 7 an epoch: bundles of 3, 3 and 1; of one epoch; of seven
 def test_bundled_training_is_the_same_training(make_trainer, tmp_path, monkeypatch, replicas, steps):
-    monkeypatch.setattr("lightning_mnn.mnn.STEPS", steps)  # 7 steps an epoch: bundles of 3, 3 and 1, and one of 7
+    monkeypatch.setattr("lightning_mnn.bundling.STEPS", steps)
     watcher = Watcher()
     one, a = fit(make_trainer, tmp_path / "one", [watcher], replicas=replicas)
     two, b = fit(make_trainer, tmp_path / "two", [], replicas=replicas)
@@ -47,10 +47,13 @@ def test_bundled_training_is_the_same_training(make_trainer, tmp_path, monkeypat
     assert not b.automatic_optimization
     assert watcher.steps == one.global_step == two.global_step == 63
     for p, q in zip(a.parameters(), b.parameters(), strict=True):
-        assert torch.equal(p, q)
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-11)  # the gradient is computed in another order
     assert one.optimizers[0].param_groups[0]["lr"] == two.optimizers[0].param_groups[0]["lr"]
     logged = [read_metrics(tmp_path / name / "metrics.csv") for name in ("one", "two")]
-    assert logged[0] == logged[1]
+    assert logged[0].keys() == logged[1].keys()
+    for name, (at, values) in logged[0].items():
+        assert at == logged[1][name][0]
+        assert values == pytest.approx(logged[1][name][1], rel=1e-6, abs=1e-9)
     assert logged[0]["train/mse"][0] == list(range(6, 63, 7))
 
 

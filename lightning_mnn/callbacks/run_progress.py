@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning.callbacks import ProgressBar
@@ -28,6 +29,7 @@ class RunProgress(ProgressBar):
         self._console = console
         self._enabled = True
         self._progress: Progress | None = None
+        self._drawn = 0  # epochs
 
     @override
     def disable(self) -> None:
@@ -56,14 +58,21 @@ class RunProgress(ProgressBar):
         total = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
         self._progress.add_task("training", total=total, completed=trainer.current_epoch, metrics="")
         self._progress.start()
+        self._drawn = trainer.current_epoch
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._progress is None:
             return
         done = trainer.current_epoch + 1
-        if done % max(1, (trainer.max_epochs or 1) // 1000) == 0:
+        if done >= self._drawn + max(1, (trainer.max_epochs or 1) // 1000):
+            self._drawn = done
             self._progress.update(self._progress.task_ids[0], completed=done, metrics=_metrics(trainer))
+
+    def epochs_until_due(self, done: int) -> float:
+        """Any number: the bar moves when it can."""
+        del done
+        return math.inf
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -61,6 +61,20 @@ class Schedule:
         nearest = math.floor(math.log(count) / math.log(self.growth))
         return any(math.ceil(self.growth**power - _ROUNDING) == count for power in (nearest - 1, nearest, nearest + 1))
 
+    def until_due(self, done: int) -> int:
+        """Epochs or steps after ``done`` of them until the next at which to act.
+
+        >>> Schedule(every=5).until_due(3), Schedule(growth=2.0).until_due(8)
+        (2, 8)
+        """
+        if self.every is not None:
+            return self.every - done % self.every
+        assert self.growth is not None  # noqa: S101 (for the type checker)
+        power = math.floor(math.log(max(done, 1)) / math.log(self.growth))
+        while (count := math.ceil(self.growth**power - _ROUNDING)) <= done:
+            power += 1
+        return count - done
+
 
 class ScheduledCallback(pl.Callback):
     """A callback that acts before training, at scheduled times, and at the end; in one process never twice at a step.
@@ -82,6 +96,10 @@ class ScheduledCallback(pl.Callback):
     def acts_within_epochs(self) -> bool:
         """Whether the callback looks at single steps."""
         return self.schedule.unit == "step"
+
+    def epochs_until_due(self, done: int) -> float:
+        """Epochs after ``done`` of them until the callback looks at the end of one."""
+        return self.schedule.until_due(done) if self.schedule.unit == "epoch" else 1
 
     @abstractmethod
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 from typing_extensions import override
 
+from lightning_mnn.bundling import steps_at_a_time
 from lightning_mnn.seeding import generator
 from lightning_mnn.validation import dtype_named, positive_integer
 
@@ -167,6 +168,7 @@ class ExactData(pl.LightningDataModule, ABC):
 
     Attributes:
         exact_loader: the loader of the training set, once the Trainer has asked for it.
+        operations_per_sample: of a step; MNN sets it where batches may be handed to Lightning in bundles.
 
     Raises:
         ValueError: an argument out of its range.
@@ -187,7 +189,7 @@ class ExactData(pl.LightningDataModule, ABC):
         self.replicas = positive_integer("replicas", replicas)
         self.seed = seed
         self.dtype = dtype_named(dtype)
-        self.steps_per_batch = 1  # for MNN to choose
+        self.operations_per_sample: float | None = None
         self.exact_loader: ExactLoader | None = None
         self._loader_state: dict[str, int] = {}
 
@@ -225,7 +227,9 @@ class ExactData(pl.LightningDataModule, ABC):
             rank=rank,
             world_size=world_size,
         )
-        self.exact_loader.steps_per_batch = self.steps_per_batch
+        if self.operations_per_sample is not None:
+            operations = self.exact_loader.batch_size * self.operations_per_sample
+            self.exact_loader.steps_per_batch = steps_at_a_time(operations)
         self.exact_loader.load_state_dict(self._loader_state)
         self._loader_state = {}  # of the resumed epoch only: a loader made later begins at the beginning
         return self.exact_loader
