@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 MOMENTS = ("start", "certificate", "end")
 _MOST_SAMPLES = 2**20  # of a cone, however large the budget
 _NOT_MEASURED = "not measured at the last weights"
+_NOT_OF_REPLICAS = 'volumes of replicas are measured where measure says so, as in measure=["end"]'
 
 
 class AngularVolumeMonitor(ScheduledCallback):
@@ -69,7 +70,8 @@ class AngularVolumeMonitor(ScheduledCallback):
         schedule: when to check, besides the start and the end; None: every 100 epochs.
         epsilon: least classification error of the minima that the theorems count.
         measure: when to measure the volume, any of "start", "certificate" (the first time that a LocalMinimumDetector
-            of the run has certified every replica, whether or not it stops training) and "end".
+            of the run has certified every replica, whether or not it stops training) and "end". None: at the end of a
+            run of one network; volumes of replicas would cost many times the training of such small networks.
         measure_every: measure it at every k-th check, too; None: not.
         target_standard_error: of the log measure of one unit's cone, in nats.
         budget: most multiplications of a measurement, all replicas together.
@@ -93,7 +95,7 @@ class AngularVolumeMonitor(ScheduledCallback):
         schedule: Schedule | None = None,
         epsilon: float = 0.1,
         *,
-        measure: Collection[str] = ("end",),
+        measure: Collection[str] | None = None,
         measure_every: int | None = None,
         target_standard_error: float = 0.5,
         budget: float = 3e9,
@@ -102,7 +104,7 @@ class AngularVolumeMonitor(ScheduledCallback):
         super().__init__(schedule or Schedule(every=100))
         if not 0 <= epsilon <= 1:
             raise ValueError(f"epsilon must lie between 0 and 1, got {epsilon}")
-        if isinstance(measure, str) or not set(measure) <= set(MOMENTS):
+        if measure is not None and (isinstance(measure, str) or not set(measure) <= set(MOMENTS)):
             raise ValueError(f'measure must hold any of {MOMENTS}, as in measure=("end",), got {measure!r}')
         if measure_every is not None and measure_every < 1:
             raise ValueError(f"measure_every must be at least 1 check, or None for no such checks, got {measure_every}")
@@ -113,7 +115,7 @@ class AngularVolumeMonitor(ScheduledCallback):
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
         self.epsilon = epsilon
-        self.measure = tuple(measure)
+        self.measure = None if measure is None else tuple(measure)
         self.measure_every = measure_every
         self.target_standard_error = target_standard_error
         self.budget = budget
@@ -153,7 +155,7 @@ class AngularVolumeMonitor(ScheduledCallback):
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._look(trainer, pl_module)
         if self._checks == 0:
-            due = "start" in self.measure
+            due = self._wanted("start")
         else:
             due = self.measure_every is not None and self._checks % self.measure_every == 0
         self._checks += 1
@@ -177,8 +179,10 @@ class AngularVolumeMonitor(ScheduledCallback):
         super().on_train_end(trainer, pl_module)
         self._look(trainer, pl_module)  # again: a detector may just have gone to the exact minimum
         self._measure_at_certificate(trainer, pl_module)
-        if "end" in self.measure:
+        if self._wanted("end"):
             self._measure(trainer, pl_module)
+        elif self.measure is None:
+            self.reasons = [_NOT_OF_REPLICAS] * len(self.reasons)
         for reason in dict.fromkeys(self.reasons):
             if self._measured and reason is not None:
                 rank_zero_info(f"AngularVolumeMonitor: log-volume not measured: {reason}")
@@ -224,8 +228,13 @@ class AngularVolumeMonitor(ScheduledCallback):
             )
         log_scalars(trainer, scalars)
 
+    def _wanted(self, moment: str) -> bool:
+        if self.measure is None:
+            return moment == "end" and len(self.volumes) == 1
+        return moment in self.measure
+
     def _measure_at_certificate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if "certificate" not in self.measure or self._certified:
+        if self._certified or not self._wanted("certificate"):
             return
         detectors = [c for c in trainer.callbacks if isinstance(c, LocalMinimumDetector)]  # type: ignore[attr-defined]
         self._certified = bool(detectors) and all(detector.converged for detector in detectors)

@@ -108,8 +108,9 @@ class LocalMinimumDetector(ScheduledCallback):
         passed = all(verdict.kind is Kind.DIFFERENTIABLE_MINIMUM for verdict in self.verdicts)
         self._passed = self._passed + 1 if passed else 0
         self.certificates = []
-        self.converged = self._passed >= self.patience
-        if len(network.hidden_weights) == 1 and (self.converged or self.polish):
+        known, self.converged = self.converged, self._passed >= self.patience
+        certifiable = len(network.hidden_weights) == 1
+        if certifiable and (self.polish or (self.converged and not known)):  # once, and again at the end
             self.certificates = certify_training_set(trainer, pl_module, network, self.max_distance)
             self.converged = all(certificate.is_minimum for certificate in self.certificates)
         self._log(trainer)
@@ -162,12 +163,12 @@ class LocalMinimumDetector(ScheduledCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"passed": self._passed}
+        return super().state_dict() | {"passed": self._passed, "converged": self.converged}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._passed = state_dict.get("passed", 0)
+        self._passed, self.converged = state_dict.get("passed", 0), state_dict.get("converged", False)
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network) -> None:
         """One exact pass and its first-order tests."""

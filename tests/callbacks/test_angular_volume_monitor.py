@@ -158,7 +158,7 @@ def test_the_end_is_where_polishing_goes(make_trainer, first):
 
 
 def test_replicas_have_their_own_volumes_and_kinks_have_none(make_trainer):
-    monitor = AngularVolumeMonitor(seed=5)
+    monitor = AngularVolumeMonitor(measure=["end"], seed=5)
     trainer = make_trainer(max_epochs=3, callbacks=[KinkAt(1), monitor])
     model = MNN(5, (4,), replicas=3)
     trainer.fit(model, GaussianData(15, 5, replicas=3))
