@@ -100,7 +100,8 @@ def looks_at_batches(callback: pl.Callback) -> bool:
     """Whether a callback acts on single batches or steps."""
     own: Any = callback
     if isinstance(callback, ModelCheckpoint):
-        return bool(own._every_n_train_steps)  # noqa: SLF001 (nothing public says it)
+        by_time = own._train_time_interval is not None  # noqa: SLF001 (nothing public says it)
+        return by_time or bool(own._every_n_train_steps)  # noqa: SLF001
     if isinstance(callback, Timer):
         return own.time_remaining() is not None
     if hasattr(callback, "acts_within_epochs"):

@@ -8,8 +8,8 @@ from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, Ti
 from pytorch_lightning.loggers import CSVLogger
 
 from lightning_mnn import MNN
-from lightning_mnn.bundling import may_bundle
-from lightning_mnn.callbacks import ActivationPatternRecorder, RunProgress, Schedule
+from lightning_mnn.bundling import epochs_at_a_time, may_bundle
+from lightning_mnn.callbacks import ActivationPatternRecorder, LocalMinimumDetector, RunProgress, Schedule
 from lightning_mnn.data import GaussianData
 from lightning_mnn.figures import read_metrics
 
@@ -72,15 +72,70 @@ def test_a_bundled_run_resumes_exactly(make_trainer, tmp_path):
         assert torch.equal(p, q)
 
 
+def test_a_run_saved_between_bundles_of_epochs_resumes_exactly(make_trainer, tmp_path):
+    def saver():
+        return ModelCheckpoint(
+            tmp_path / "saved", filename="{epoch}", save_top_k=-1, every_n_epochs=4, enable_version_counter=False
+        )
+
+    options = {"epochs": 9, "enable_checkpointing": True}
+    _, whole = fit(make_trainer, tmp_path / "whole", [saver()], **options)
+    saved = sorted((tmp_path / "saved").glob("*.ckpt"))
+    assert [path.name for path in saved] == ["epoch=3.ckpt", "epoch=7.ckpt"]
+    for path in saved:
+        trainer, resumed = fit(make_trainer, tmp_path / path.stem, [saver()], ckpt_path=path, **options)
+        assert trainer.global_step == 63
+        assert trainer.current_epoch == 9
+        for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
+            assert torch.equal(p, q)
+
+
+class EpochWatcher(pl.Callback):
+    epochs = 0
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.epochs += 1
+        assert trainer.current_epoch + 1 == self.epochs
+
+
+def test_a_callback_that_looks_at_epochs_sees_them_all(make_trainer, tmp_path):
+    watcher = EpochWatcher()
+    trainer, model = fit(make_trainer, tmp_path, [watcher])
+    assert not model.automatic_optimization
+    assert watcher.epochs == 9
+    assert trainer.global_step == 63
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "options", "epochs"),
+    [
+        ([], {}, 20),
+        ([], {"max_epochs": -1}, 1000),
+        ([Timer(), RunProgress()], {}, 20),
+        ([ActivationPatternRecorder(Schedule(every=6))], {}, 6),
+        ([ActivationPatternRecorder(Schedule(every=6)), LocalMinimumDetector(Schedule(growth=2.0))], {}, 1),
+        ([ModelCheckpoint(every_n_epochs=5)], {}, 5),
+        ([EpochWatcher()], {}, 1),
+        ([], {"reload_dataloaders_every_n_epochs": 3}, 1),
+    ],
+)
+def test_epochs_are_taken_together_up_to_the_next_that_is_looked_at(make_trainer, callbacks, options, epochs):
+    progress = any(isinstance(c, RunProgress) for c in callbacks)
+    saving = any(isinstance(c, ModelCheckpoint) for c in callbacks)
+    options = {"max_epochs": 20, "enable_progress_bar": progress, "enable_checkpointing": saving} | options
+    assert epochs_at_a_time(make_trainer(callbacks=callbacks, **options)) == epochs
+
+
 @pytest.mark.parametrize(
     ("options", "bundled"),
     [
         ({}, True),
-        ({"callbacks": [Timer(), RunProgress(), ModelCheckpoint(train_time_interval=timedelta(minutes=1))]}, True),
+        ({"callbacks": [Timer(), RunProgress(), ModelCheckpoint(every_n_epochs=5)]}, True),
         ({"callbacks": [ActivationPatternRecorder(Schedule(every=3))]}, True),
         ({"precision": "64-true"}, True),
         ({"callbacks": [ActivationPatternRecorder(Schedule(every=3, unit="step"))]}, False),
         ({"callbacks": [ModelCheckpoint(every_n_train_steps=5)]}, False),
+        ({"callbacks": [ModelCheckpoint(train_time_interval=timedelta(minutes=1))]}, False),
         ({"callbacks": [Timer(duration="00:00:01:00")]}, False),
         ({"callbacks": [Watcher()]}, False),
         ({"callbacks": [LearningRateMonitor()], "logger": True}, False),

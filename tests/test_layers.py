@@ -13,6 +13,7 @@ FLOORS = {
     "seeding": 1,
     "validation": 1,
     "workers": 1,
+    "gradients": 1,
     "data": 2,
     "optim": 2,
     "mnn": 2,

@@ -23,6 +23,13 @@ def test_linear_times_are_the_multiples(every, count):
     assert Schedule(every=every).due(count) == (count in range(every, 201, every))
 
 
+@given(st.floats(1.001, 10) | st.integers(1, 50), st.integers(0, 2000))
+def test_the_next_time_is_the_first_after_the_present(step, done):
+    schedule = Schedule(every=step) if isinstance(step, int) else Schedule(growth=step)
+    wait = schedule.until_due(done)
+    assert [schedule.due(done + k) for k in range(1, wait + 1)] == [False] * (wait - 1) + [True]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
