@@ -182,9 +182,9 @@ class MNN(pl.LightningModule):
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
         schedule: Any = self.lr_schedulers()
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        for inputs, targets in batches:
+        for step, (inputs, targets) in enumerate(batches, start=self.trainer.global_step + 1):
             predictions, residual = self._gradient(inputs, targets)
-            if every and (self.trainer.global_step + 1) % every == 0:
+            if every and step % every == 0:
                 scale = targets.shape[-1]
                 self._log(residual.square().sum(-1) / scale, predictions, targets, scale)
             optimizer.step()

@@ -8,12 +8,61 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
+from typing_extensions import override
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+
+class Adam(torch.optim.Adam):
+    """torch's Adam, whose fused step on a CPU goes straight to the kernel: half the time for small weights.
+
+    State, arguments and numbers are torch's. What it leaves out asks, at each step, which weights lie on which device
+    and whether an accelerator is capturing.
+    """
+
+    @torch.no_grad()
+    @override
+    def step(self, closure: Any = None) -> Any:
+        ready = closure is None and all(self._goes_straight(group) for group in self.param_groups)
+        if not ready:
+            return super().step(closure)
+        for group in self.param_groups:
+            weights = group["params"]
+            states = [self.state[p] for p in weights]
+            counts = [state["step"] for state in states]
+            torch._foreach_add_(counts, 1)
+            torch._fused_adam_(
+                weights,
+                [p.grad for p in weights],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                counts,
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=group["maximize"],
+                grad_scale=None,
+                found_inf=None,
+            )
+        return None
+
+    def _goes_straight(self, group: dict[str, Any]) -> bool:
+        return (
+            bool(group["fused"])
+            and not group["amsgrad"]
+            and not group["differentiable"]
+            and isinstance(group["lr"], float)
+            and all(p.device.type == "cpu" and p.grad is not None and p in self.state for p in group["params"])
+        )
+
+
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
+    "adam": Adam,
     "sgd": torch.optim.SGD,
     "lbfgs": torch.optim.LBFGS,
 }

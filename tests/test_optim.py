@@ -1,10 +1,11 @@
+import copy
 import itertools
 import math
 
 import pytest
 import torch
 
-from lightning_mnn.optim import build_optimizer, build_schedule
+from lightning_mnn.optim import Adam, build_optimizer, build_schedule
 
 
 def weights():
@@ -16,8 +17,42 @@ def weights():
 )
 def test_optimizers_by_name(name, kind):
     optimizer = build_optimizer(weights(), {"name": name, "lr": 0.25})
-    assert type(optimizer) is kind
+    assert isinstance(optimizer, kind)
     assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"weight_decay": 0.1, "maximize": True}, {"amsgrad": True}, {"fused": False}, {"fused": None}]
+)
+def test_adam_takes_torchs_steps(options):
+    options = {"lr": 0.01, "betas": (0.8, 0.95), "fused": True} | options
+
+    def steps(kind, number, state=None):
+        optimizer = kind(own := [torch.nn.Parameter(torch.linspace(-1, 1, 5)), *weights()], **options)
+        if state is not None:
+            optimizer.load_state_dict(state)
+        for k in range(number):
+            for parameter in own:
+                parameter.grad = torch.sin(3 * parameter.detach() + k)
+            optimizer.step()
+        return own, optimizer.state_dict()
+
+    ours, state = steps(Adam, 7)
+    theirs, _ = steps(torch.optim.Adam, 7)
+    resumed = [steps(kind, 3, copy.deepcopy(state))[0] for kind in (Adam, torch.optim.Adam)]
+    for one, other in zip([*ours, *resumed[0]], [*theirs, *resumed[1]], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_adam_passes_over_weights_without_a_gradient_and_heeds_a_closure():
+    one, two = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    optimizer = Adam([one, two], lr=0.1, fused=True)
+    one.grad = torch.ones(2)
+    for _ in range(2):
+        optimizer.step()
+    assert torch.equal(two, torch.ones(2))
+    assert (one < 1).all()
+    assert optimizer.step(lambda: 3.0) == 3.0
 
 
 def test_betas_of_a_config_are_a_list():
