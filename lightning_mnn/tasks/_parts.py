@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from lightning_mnn.tasks._files import write_json
 from lightning_mnn.workers import one_thread_each
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
 
@@ -48,15 +49,23 @@ def claim_folder(run_dir: Path, plan: Mapping[str, Any]) -> None:
     """
     path = run_dir / "plan.json"
     if path.exists():
-        kept, asked = _flat(json.loads(path.read_text())), _flat(plan)
-        names = [name for name in sorted(kept | asked) if kept.get(name) != asked.get(name)]
-        if names:
-            differences = "; ".join(f"{name} is {kept.get(name)}, not {asked.get(name)}" for name in names)
-            raise FileExistsError(f"{run_dir} was begun otherwise: {differences}: choose another name or hydra.run.dir")
+        if found := differences(json.loads(path.read_text()), plan):
+            raise FileExistsError(f"{run_dir} was begun otherwise: {found}: choose another name or hydra.run.dir")
     elif (run_dir / "summary.json").exists():
         raise FileExistsError(f"{run_dir} already holds a run: choose another hydra.run.dir")
     else:
         write_json(path, dict(plan))
+
+
+def differences(kept: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """What differs between two nested dictionaries, by dotted names; empty where nothing does.
+
+    >>> differences({"data": {"seed": 1, "size": 5}}, {"data": {"seed": 2, "size": 5}})
+    'data.seed is 1, not 2'
+    """
+    old, new = _flat(kept), _flat(asked)
+    names = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
+    return "; ".join(f"{name} is {old.get(name)}, not {new.get(name)}" for name in names)
 
 
 def finish_parts(parts: Sequence[Part], folder: Path, processes: int) -> dict[str, dict[str, Any]]:
@@ -96,7 +105,7 @@ def _work_off(parts: Sequence[Part], folder: Path, processes: int, advance: Call
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         for worker in multiprocessing.active_children():  # the pool would wait for what they are at
-            worker.terminate()
+            worker.kill()  # not terminate(), which a Trainer answers by finishing its batch
         raise
     pool.shutdown()
 
@@ -143,6 +152,6 @@ def _progress(total: int, done: int) -> Iterator[Callable[[], None]]:
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
     """Leaves of nested dictionaries by their dotted names."""
-    if not isinstance(value, dict):
+    if not isinstance(value, Mapping):
         return {name: value}
     return {leaf: v for key, item in value.items() for leaf, v in _flat(item, f"{name}.{key}".lstrip(".")).items()}

@@ -13,19 +13,21 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Timer
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
+from rich.console import Console
 from typing_extensions import override
 
 from lightning_mnn.callbacks.schedule import ScheduledCallback
 from lightning_mnn.figures import run_figure
-from lightning_mnn.loggers import log_image
+from lightning_mnn.loggers import ResumableCSVLogger, ResumableWandbLogger, log_image
 from lightning_mnn.mnn import MNN, DivergenceError
 from lightning_mnn.tasks._console import print_config, print_verdict
 from lightning_mnn.tasks._files import write_json
+from lightning_mnn.tasks._standing import Standing, claim, standing
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
-    from lightning_mnn.data import ResidentData
+    from lightning_mnn.data import ExactData
 
 
 # What the callbacks measure; null where a callback is off.
@@ -33,6 +35,8 @@ MEASURES = (
     *("mse", "mce", "wrong", "kind", "zero_error", "distance", "margin_ratio", "min_preactivation", "kinks"),
     *("rank", "rank_cap", "log_volume", "log_volume_standard_error", "log_volume_lower_bound", "regions_visited"),
 )
+
+_ENDED = Path("checkpoints", "ended.ckpt")  # the end of training, until the run is finished
 
 
 class FitTimer(Timer):
@@ -50,44 +54,57 @@ class FitTimer(Timer):
 def train(cfg: DictConfig) -> float:
     """Train as the config says.
 
-    The run folder gets ``summary.json``, ``metrics.csv``, ``figure.png``, ``patterns.zarr``, ``checkpoints/`` and, by
-    Hydra, ``.hydra/``. A run that diverges or is interrupted leaves what it had, with a summary that says so.
+    The run folder gets ``summary.json``, ``metrics.csv``, ``figure.png``, ``patterns.zarr``, ``checkpoints/``,
+    ``plan.json`` and, by Hydra, ``.hydra/``. A run that diverges or is interrupted leaves what it had, with a summary
+    that says so: its ``finished`` is false.
+
+    With ``cfg.resume`` a run that was killed or interrupted, at whatever moment, goes on from its last checkpoint and
+    ends in the numbers of an unbroken run; without a checkpoint it begins anew; a finished one stays as it is.
 
     Returns:
         The final MSE, the largest of the replicas'.
 
     Raises:
-        FileExistsError: the run folder already holds a run.
+        ValueError: ``resume`` together with ``ckpt_path``.
+        FileExistsError: the run folder already holds a run, and ``resume`` is false or the run was begun otherwise.
         DivergenceError: training reached values that are not finite.
     """
     run_dir = Path(cfg.run_dir)
-    _check_folder(run_dir)
+    found = standing(cfg)
+    if found.summary is not None:
+        _tell_again(cfg, found.summary)
+        return _largest(found.summary["mse"])
     print_config(cfg)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    datamodule: ResidentData = _build(cfg.data)
+    datamodule: ExactData = _build(cfg.data)
     input_dim = datamodule.input_dim if cfg.model.input_dim is None else cfg.model.input_dim
     model: MNN = _build(cfg.model, input_dim=input_dim)
     timer = FitTimer()
     callbacks = [timer, *(_build(node) for node in cfg.callbacks.values() if node)]
-    loggers = _loggers(cfg.logger)
+    loggers = _loggers(cfg.logger, found)
     trainer: pl.Trainer = _build(cfg.trainer, callbacks=callbacks, logger=loggers)
     failure: BaseException | None = None
+    claim(cfg, found)
     try:
+        if found.checkpoint is not None:
+            _go_on(loggers, found.rows)
         for logger in loggers:
             logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
         try:
-            trainer.fit(model, datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)
-            trainer.save_checkpoint(run_dir / "checkpoints" / "last.ckpt", weights_only=False)  # optimiser too
+            trainer.fit(model, datamodule, ckpt_path=found.checkpoint or cfg.ckpt_path, weights_only=True)
+            trainer.save_checkpoint(run_dir / _ENDED, weights_only=False)  # optimiser too
         except (DivergenceError, KeyboardInterrupt, SystemExit) as error:  # Lightning ends an interrupted run by exit()
             failure = error
         summary = summarise(trainer, model, datamodule, timer.time_elapsed("train"), cfg.seed, failure)
         _leave(run_dir, trainer, summary)
     finally:
         _finish(loggers, failed=sys.exc_info()[0] is not None or failure is not None)
+    if failure is None:
+        _close(run_dir, summary)
     if isinstance(failure, DivergenceError):
         raise failure
-    print_verdict(cfg.name, summary, run_dir, offline=cfg.logger.get("mode") == "offline")
+    print_verdict(cfg.name, summary, run_dir, offline=_offline(cfg))
     if failure is not None:
         raise failure
     return _largest(summary["mse"])
@@ -96,7 +113,7 @@ def train(cfg: DictConfig) -> float:
 def summarise(
     trainer: pl.Trainer,
     model: MNN,
-    datamodule: ResidentData,
+    datamodule: ExactData,
     seconds: float,
     seed: int,
     failure: BaseException | None = None,
@@ -112,10 +129,11 @@ def summarise(
         verdict = {"kind": "not_stationary", "reason": reason, "zero_error": False}
         found |= {key: [value] * model.replicas if model.replicas > 1 else value for key, value in verdict.items()}
     return found | {
+        "finished": False,  # until all else is written
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
         "seconds": seconds,
-        "num_samples": None if datamodule.targets is None else datamodule.targets.shape[-1],
+        "num_samples": None if datamodule.exact_loader is None else datamodule.exact_loader.num_samples,
         "input_dim": model.hparams["input_dim"],
         "hidden_dims": model.hparams["hidden_dims"],
         "negative_slope": model.hparams["negative_slope"],
@@ -132,19 +150,31 @@ def _build(node: DictConfig, **overrides: Any) -> Any:
         raise (error.__cause__ or error) from None
 
 
-def _loggers(cfg: DictConfig) -> list[Any]:
+def _loggers(cfg: DictConfig, found: Standing) -> list[Any]:
     nodes = [node for node in cfg.values() if isinstance(node, DictConfig)]
     if any(node["_target_"].endswith("WandbLogger") for node in nodes):
         import wandb  # noqa: PLC0415 (slow, and only used with its logger)
 
         wandb.setup(wandb.Settings(silent=True))  # before it warns of arguments that Lightning gives it
-    return [_build(node) for node in nodes]
+    return [_build(node, **({"id": found.wandb_id} if _is_new_to_wandb(node) else {})) for node in nodes]
+
+
+def _is_new_to_wandb(node: DictConfig) -> bool:
+    """Whether a node is a W&B logger without an `id` of its own."""
+    return node["_target_"].endswith("WandbLogger") and not (node.get("id") or node.get("version"))
 
 
 @rank_zero_only
-def _check_folder(run_dir: Path) -> None:
-    if (run_dir / "metrics.csv").exists() or (run_dir / "summary.json").exists():
-        raise FileExistsError(f"{run_dir} already holds a run: choose another hydra.run.dir")
+def _go_on(loggers: list[Any], rows: int) -> None:
+    """Let the loggers that can go on from the row at which the checkpoint was written."""
+    before: list[tuple[dict[str, float], int]] = []
+    for table in loggers:
+        if isinstance(table, ResumableCSVLogger):
+            table.resume(rows)
+            before = table.read()
+    for logger in loggers:
+        if isinstance(logger, ResumableWandbLogger):
+            logger.resume(before)
 
 
 @rank_zero_only
@@ -159,6 +189,27 @@ def _leave(run_dir: Path, trainer: pl.Trainer, summary: dict[str, Any]) -> None:
         figure = run_figure(run_dir)
         for logger in trainer.loggers:
             log_image(logger, "figure", figure, trainer.global_step)
+
+
+@rank_zero_only
+def _close(run_dir: Path, summary: dict[str, Any]) -> None:
+    """Say that the run is finished; then only put the end in the place of the checkpoint to go on from."""
+    write_json(run_dir / "summary.json", summary | {"finished": True})
+    (run_dir / _ENDED).replace(run_dir / "checkpoints" / "last.ckpt")
+
+
+@rank_zero_only
+def _tell_again(cfg: DictConfig, summary: dict[str, Any]) -> None:
+    """Print a finished run's verdict; do what a kill at its very end may have left undone."""
+    run_dir = Path(cfg.run_dir)
+    if (run_dir / _ENDED).exists():
+        _close(run_dir, summary)
+    Console().print(f"{run_dir} holds this run, finished: there is nothing left to do", soft_wrap=True, highlight=False)
+    print_verdict(cfg.name, summary, run_dir, offline=_offline(cfg))
+
+
+def _offline(cfg: DictConfig) -> bool:
+    return bool(cfg.logger.get("mode") == "offline")
 
 
 @rank_zero_only

@@ -1,0 +1,134 @@
+"""Where a run stands: what an earlier process left of it in its folder, and what a new one does with that."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from omegaconf import OmegaConf
+from pytorch_lightning.utilities import rank_zero_only
+
+from lightning_mnn.tasks._files import write_json
+from lightning_mnn.tasks._parts import differences
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+# Keys that change no result, or that say where a run is and how it was started.
+_INDIFFERENT = ("resume", "run_dir", "threads", "logger")
+_INDIFFERENT_CALLBACKS = ("checkpoint", "progress")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What an earlier process left of a run.
+
+    Attributes:
+        begun: whether there was one.
+        checkpoint: from which to go on; None: from the beginning.
+        rows: that were logged up to the checkpoint.
+        summary: of a run that is finished.
+        wandb_id: the run's name in W&B.
+    """
+
+    begun: bool = False
+    checkpoint: Path | None = None
+    rows: int = 0
+    summary: dict[str, Any] | None = None
+    wandb_id: str = field(default_factory=lambda: secrets.token_hex(4))
+
+
+def standing(cfg: DictConfig) -> Standing:
+    """Look at the run folder, the same on every process, and write nothing.
+
+    Raises:
+        ValueError: ``resume`` together with ``ckpt_path``, or a checkpoint that another callback wrote.
+        FileExistsError: the folder holds a run and ``resume`` is false, or one that was begun otherwise, or something
+            else; the message names what differs.
+    """
+    run_dir = Path(cfg.run_dir)
+    if cfg.resume and cfg.ckpt_path is not None:
+        raise ValueError(
+            f"resume=true goes on from the run folder's own checkpoint: leave out ckpt_path={cfg.ckpt_path}"
+        )
+    if not cfg.resume:
+        _refuse_a_run(run_dir)
+        return Standing()
+    if not (run_dir / "plan.json").exists():
+        _refuse_leftovers(run_dir)
+        return Standing()
+    plan = json.loads((run_dir / "plan.json").read_text())
+    checkpoint = run_dir / "checkpoints" / "last.ckpt"
+    asked = _plan(cfg)
+    if checkpoint.exists():  # what the run began with is past
+        plan["config"]["ckpt_path"] = asked["config"]["ckpt_path"]
+    if found := differences({key: plan[key] for key in asked}, asked):
+        raise FileExistsError(f"{run_dir} was begun otherwise: {found}: choose another hydra.run.dir")
+    kept = Standing(begun=True, summary=_finished(run_dir), wandb_id=plan["wandb_id"])
+    if kept.summary is not None or not checkpoint.exists():
+        return kept
+    return Standing(begun=True, checkpoint=checkpoint, rows=_logged_rows(checkpoint), wandb_id=plan["wandb_id"])
+
+
+@rank_zero_only
+def claim(cfg: DictConfig, found: Standing) -> None:
+    """Write ``plan.json``, all that the results depend on; clear away what the run will write again."""
+    run_dir = Path(cfg.run_dir)
+    if not found.begun:
+        write_json(run_dir / "plan.json", {"wandb_id": found.wandb_id, **_plan(cfg)})
+        return
+    (run_dir / "summary.json").unlink(missing_ok=True)
+    if found.checkpoint is None:
+        (run_dir / "metrics.csv").unlink(missing_ok=True)
+        for name in ("patterns.zarr", "patterns.zarr.tmp"):
+            shutil.rmtree(run_dir / name, ignore_errors=True)
+
+
+def _plan(cfg: DictConfig) -> dict[str, Any]:
+    """The config, with references as they are written, and the versions of what computes."""
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=False)  # type: ignore[assignment]
+    config = {key: value for key, value in config.items() if key not in _INDIFFERENT}
+    callbacks = config.get("callbacks") or {}
+    config["callbacks"] = {key: node for key, node in callbacks.items() if key not in _INDIFFERENT_CALLBACKS}
+    return {
+        "config": config,
+        "versions": {name: version(name) for name in ("lightning_mnn", "pytorch_lightning", "torch")},
+    }
+
+
+def _finished(run_dir: Path) -> dict[str, Any] | None:
+    path = run_dir / "summary.json"
+    summary: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return summary if summary.get("finished") else None
+
+
+def _logged_rows(checkpoint: Path) -> int:
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    if "logged_rows" not in state:
+        raise ValueError(
+            f"{checkpoint} does not say what was logged: resume=true goes on from checkpoints of "
+            "lightning_mnn.callbacks.LastCheckpoint; begin from this one in another hydra.run.dir by ckpt_path="
+        )
+    return int(state["logged_rows"])
+
+
+@rank_zero_only
+def _refuse_a_run(run_dir: Path) -> None:
+    if any((run_dir / name).exists() for name in ("plan.json", "metrics.csv", "summary.json")):
+        raise FileExistsError(
+            f"{run_dir} already holds a run: choose another hydra.run.dir, or go on with this one by resume=true"
+        )
+
+
+@rank_zero_only
+def _refuse_leftovers(run_dir: Path) -> None:
+    if any((run_dir / name).exists() for name in ("metrics.csv", "summary.json", "checkpoints")):
+        raise FileExistsError(
+            f"{run_dir} holds a run without plan.json, which cannot be gone on with: choose another hydra.run.dir"
+        )

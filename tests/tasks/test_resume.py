@@ -1,0 +1,280 @@
+"""Runs that are killed and started again: real processes, ended by kill -9."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+import zarr
+
+from lightning_mnn import MNN
+from lightning_mnn.callbacks import LastCheckpoint, PatternStore
+from lightning_mnn.data import GaussianData
+from lightning_mnn.loggers import ResumableCSVLogger
+
+SMALL = (
+    "data.num_samples=40", "data.input_dim=6", "model.hidden_dims=[8]", "seed=1", "trainer.log_every_n_steps=40",
+    "callbacks.local_minimum_detector.stop_training=false", "callbacks.angular_volume_monitor.measure=[]",
+    "callbacks.checkpoint.train_time_interval.minutes=0.004",
+)  # fmt: skip
+KINDS = {
+    "whole_epochs_at_a_time": ("trainer.max_epochs=8000",),
+    "checkpoints_within_epochs": ("trainer.max_epochs=500", "data.batch_size=9", "+trainer.gradient_clip_val=1e9"),
+}
+
+# Children of one process that has imported all there is to import: each starts in a tenth of a second.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["lightning_mnn.tasks.train", "lightning_mnn.app", "wandb", "zarr", "matplotlib"])
+
+
+def run_the_command(folder, arguments):
+    os.chdir(folder)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.argv = ["lightning-mnn", *arguments]
+    from lightning_mnn.app import main
+
+    main()
+
+
+def start(folder, *arguments):
+    process = processes.Process(target=run_the_command, args=(folder, arguments))
+    process.start()
+    return process
+
+
+def command(folder, *arguments, expect=0):
+    """What the command says."""
+    for name in ("out", "err"):
+        (folder / f"{name}.txt").unlink(missing_ok=True)
+    process = start(folder, *arguments)
+    process.join(200)
+    out, err = ((folder / f"{name}.txt").read_text() for name in ("out", "err"))
+    assert process.exitcode == expect, out[-2000:] + err[-4000:]
+    return out + err
+
+
+def kill_when(process, moment):
+    """End the process by kill -9 as soon as something is so; it must not have ended by itself."""
+    deadline = time.monotonic() + 60
+    while not moment() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert process.is_alive()
+    process.kill()
+    process.join()
+
+
+def rows_of(run):
+    path = run / "metrics.csv"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def summary_of(run):
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary.pop("finished")
+    return summary, summary.pop("seconds")
+
+
+def wandb_rows(run):
+    """What an offline run holds, read by W&B's own reader: its ids, and its rows by W&B's step."""
+    tool = Path(sys.executable).with_name("wandb")
+    done = subprocess.run([tool, "leet", "inspect", "--json", run], capture_output=True, text=True, check=False)
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    names = {record["run"]["run_id"] for record in records if record["type"] == "run"}
+    rows = [record["history"]["item"] for record in records if record["type"] == "history"]
+    own = ("_runtime", "_timestamp", "figure")  # of the process, not of the run
+    return names, {row["_step"]: {k: v for k, v in row.items() if not k.startswith(own)} for row in rows}
+
+
+def same(one, other):
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def assert_same_run(run, unbroken):
+    assert summary_of(run)[0] == summary_of(unbroken)[0]
+    assert (run / "metrics.csv").read_bytes() == (unbroken / "metrics.csv").read_bytes()
+    store, whole = (PatternStore(folder / "patterns.zarr") for folder in (run, unbroken))
+    assert store.steps == whole.steps
+    for step in store.steps:
+        assert store.attributes(step) == whole.attributes(step)
+        groups = [dict(zarr.open_group(s.path / f"step_{step:09d}", mode="r").arrays()) for s in (store, whole)]
+        assert groups[0].keys() == groups[1].keys()
+        assert all(np.array_equal(groups[0][name][...], groups[1][name][...]) for name in groups[0])
+    ends = [torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (run, unbroken)]
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "logged_rows"):
+        assert same(ends[0][key], ends[1][key]), key
+    names = {path.name for path in run.rglob("*") if not {"wandb", ".hydra"} & {*path.relative_to(run).parts}}
+    assert names == {path.name for path in unbroken.rglob("*") if not {"wandb", ".hydra"} & {*path.parts}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_any_moment_it_ends_in_the_numbers_of_an_unbroken_run(kind, tmp_path):
+    arguments = (*SMALL, *KINDS[kind])
+    command(tmp_path, *arguments, "hydra.run.dir=unbroken")
+    run, again = tmp_path / "cut", (*arguments, "hydra.run.dir=cut", "resume=true")
+    total = rows_of(tmp_path / "unbroken")
+    last = run / "checkpoints" / "last.ckpt"
+    rarely = "callbacks.checkpoint.train_time_interval.minutes=10"
+    kill_when(start(tmp_path, *again, rarely), lambda: rows_of(run) > 3)
+    assert not last.exists()
+    kill_when(start(tmp_path, *again), lambda: last.exists() and rows_of(run) > total / 4)
+    kill_when(start(tmp_path, *again), lambda: rows_of(run) > total / 2)
+    kept = torch.load(last, weights_only=True)
+    assert total / 8 < kept["logged_rows"] < total - 1
+    command(tmp_path, *again)
+    assert_same_run(run, tmp_path / "unbroken")
+    assert summary_of(run)[1] > kept["callbacks"]["FitTimer"]["time_elapsed"]["train"] > 0.3  # of three processes
+
+    (_, whole), *_ = [wandb_rows(path) for path in (tmp_path / "unbroken" / "wandb").glob("offline-run-*")]
+    found = [wandb_rows(path) for path in sorted((run / "wandb").glob("offline-run-*"))]
+    assert len(found) == 4
+    assert len(set().union(*(names for names, _ in found))) == 1
+    for _, rows in found:
+        assert all(whole[step] == row for step, row in rows.items())
+    assert found[-1][1] == whole
+
+
+def test_a_finished_run_is_told_again_and_another_is_refused(tmp_path):
+    tiny = (*SMALL, "trainer.max_epochs=3", "logger.mode=disabled", "hydra.run.dir=run")
+    command(tmp_path, *tiny, "resume=true")  # there is no folder yet
+    run = tmp_path / "run"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and ".hydra" not in path.parts}
+    said = command(tmp_path, *tiny, "resume=true", "threads=1", "callbacks.checkpoint=null", "~logger.wandb")
+    assert "finished: there is nothing left to do" in said
+    assert "3 epochs, 3 steps" in said
+    for arguments, message in (
+        ((), "already holds a run: choose another hydra.run.dir, or go on with this one by resume=true"),
+        (
+            ("resume=true", "seed=2", "data.labels=zero_one"),
+            "data.labels is plus_minus, not zero_one; config.seed is 1",
+        ),
+        (("resume=true", "ckpt_path=run/checkpoints/last.ckpt"), "leave out ckpt_path=run/checkpoints/last.ckpt"),
+    ):
+        said = command(tmp_path, *tiny, *arguments, expect=1)
+        assert message in said
+        assert "Traceback" not in said
+    assert before == {path: path.read_bytes() for path in before}
+
+    # Killed between its last two writes, it is finished all the same.
+    last = run / "checkpoints" / "last.ckpt"
+    last.rename(last.with_name("ended.ckpt"))
+    command(tmp_path, *tiny, "resume=true")
+    assert last.exists()
+    # Killed before: all that there is of it is written again, but what is not its own stays.
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"finished": False}))
+    last.unlink()
+    (run / "note.txt").write_text("of the user")
+    command(tmp_path, *tiny, "resume=true")
+    assert summary_of(run)[0].items() <= summary.items()
+    assert {path for path in before if path.suffix != ".log"} <= set(run.rglob("*"))
+    assert (run / "note.txt").exists()
+    assert not list(run.glob("patterns-v*"))
+
+    (tmp_path / "run" / "plan.json").unlink()
+    assert "holds a run without plan.json" in command(tmp_path, *tiny, "resume=true", expect=1)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_alike(tmp_path):
+    arguments = (*SMALL, "trainer=cpu_ddp", "trainer.max_epochs=600", "logger.mode=disabled", "resume=true")
+
+    def launch(name):
+        return subprocess.Popen(
+            [sys.executable, "-m", "lightning_mnn", *arguments, f"hydra.run.dir={name}"],
+            cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )  # fmt: skip
+
+    unbroken, cut = launch("unbroken"), launch("cut")
+    last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 100
+    while not last.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert cut.poll() is None
+    os.killpg(cut.pid, signal.SIGKILL)
+    cut.communicate()
+    assert torch.load(last, weights_only=True)["global_step"] < 600
+    again = launch("cut")
+    for process in (unbroken, again):
+        said, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, said[-3000:]
+    assert_same_run(tmp_path / "cut", tmp_path / "unbroken")
+
+
+def test_a_table_goes_on_after_the_rows_that_are_asked_for(tmp_path):
+    first = ResumableCSVLogger(tmp_path)
+    for step in range(4):
+        first.log_metrics({"a": step / 3, **({"b": 1.0} if step == 2 else {})}, step)
+    whole = first.path.read_bytes()
+    assert whole.splitlines()[0] == b"a,b,step"
+    first.path.write_bytes(whole[:-3])  # torn by a kill
+    again = ResumableCSVLogger(tmp_path)
+    with pytest.raises(FileExistsError, match="resume"):
+        again.log_metrics({"a": 1.0}, 0)
+    with pytest.raises(ValueError, match="should hold 5 rows or more, and holds 4"):
+        ResumableCSVLogger(tmp_path).resume(5)
+    again.resume(2)
+    assert again.read() == [({"a": 0.0}, 0), ({"a": 1 / 3}, 1)]
+    again.log_metrics({"a": torch.tensor(2 / 3, dtype=torch.float64), "b": 1.0}, 2)
+    again.log_metrics({"a": 1.0}, 3)
+    assert first.path.read_bytes() == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_nothing_is_saved_when_training_is_about_to_end(make_trainer, tmp_path):
+    with pytest.raises(ValueError, match="must not be negative"):
+        LastCheckpoint(tmp_path, timedelta(seconds=-1))
+    for options, steps in (({"max_epochs": 4}, 11), ({"max_steps": 10, "max_epochs": -1}, 8), ({"max_epochs": 1}, 2)):
+        saver = LastCheckpoint(tmp_path / str(options), timedelta(0))
+        trainer = make_trainer(callbacks=[saver], enable_checkpointing=True, gradient_clip_val=1e9, **options)
+        model = MNN(6, (4,), default_callbacks=False, optimizer={"name": "adam", "lr": 1e-3})
+        trainer.fit(model, GaussianData(12, 6, batch_size=4, dtype="float64"))
+        assert torch.load(saver.path, weights_only=True)["global_step"] == steps
+        assert [path.name for path in saver.path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_an_epochs_end_is_not_passed_over_and_not_met_twice(make_trainer, tmp_path):
+    """A checkpoint within an epoch, at its end and with a limit of steps: all that the others saw is seen once."""
+
+    class Ends(pl.Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            self.seen.append((trainer.current_epoch, trainer.global_step))
+
+    class Copies(LastCheckpoint):
+        def _save_if_due(self, trainer, completed_epochs):
+            super()._save_if_due(trainer, completed_epochs)
+            if self.path.exists():
+                shutil.copy(self.path, self.path.with_name(f"{trainer.global_step}.ckpt"))
+
+    def fit(ckpt_path=None, **limit):
+        ends, saver = Ends(), Copies(tmp_path / str(limit), timedelta(0))
+        trainer = make_trainer(callbacks=[ends, saver], enable_checkpointing=True, gradient_clip_val=1e9, **limit)
+        model = MNN(6, (4,), default_callbacks=False, optimizer={"name": "adam", "lr": 1e-3})
+        trainer.fit(model, GaussianData(12, 6, batch_size=4, dtype="float64"), ckpt_path=ckpt_path, weights_only=True)
+        return ends.seen, [weights.clone() for weights in model.parameters()]
+
+    for limit in ({"max_epochs": 4}, {"max_steps": 12, "max_epochs": -1}):
+        seen, weights = fit(**limit)
+        assert [step for _, step in seen] == [3, 6, 9, 12]
+        for step in (4, 5, 6) if "max_steps" not in limit else (4, 5):
+            left, ended = fit(tmp_path / str(limit) / f"{step}.ckpt", **limit)
+            assert all(map(torch.equal, weights, ended)), (limit, step)
+            assert left == [(epoch, end) for epoch, end in seen if end > step], (limit, step)
