@@ -1,4 +1,4 @@
-"""MNIST with its classes in two groups: the first row of the paper's Table 1."""
+"""MNIST, the first row of the paper's Table 1, and CIFAR-10, with their classes in two groups."""
 
 from __future__ import annotations
 
@@ -6,38 +6,32 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from pytorch_lightning.utilities import rank_zero_info
-from torch import Tensor
-from torchvision.datasets import MNIST
+import numpy as np
+from torchvision.datasets import CIFAR10, MNIST
 from torchvision.datasets.utils import check_integrity
 from typing_extensions import override
 
-from lightning_mnn.data.resident import ResidentData
-from lightning_mnn.data.whitening import whitening_matrix
+from lightning_mnn.data.images import ImageData, group_classes
+from lightning_mnn.data.store import LabelledImages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 PARTS = {"train": (True,), "test": (False,), "all": (True, False)}
-_NUM_CLASSES = 10
+_DIGITS = tuple("0123456789")
 
 
-class MNISTData(ResidentData):
+class MNISTData(ImageData):
     """MNIST digits, flattened to 784 numbers, with the classes in two groups.
-
-    Images are centred by the mean image and scaled to mean variance 1, optionally whitened in between; all of it is
-    computed from the samples that are trained on.
 
     Args:
         root: folder that holds ``MNIST/raw`` with the four archives (``train-images-idx3-ubyte.gz``, …), or their
             unpacked files. It is only read, unless ``download`` is set.
         part: "train" (60,000), "test" (10,000) or "all" (70,000, as in the paper).
-        groups: the classes of label 0 and those of label 1; other classes are left out.
-        labels: "zero_one" or "plus_minus".
-        whiten: floor of :func:`whitening_matrix`; None: no whitening.
+        groups: the digits of label 0 and those of label 1; other digits are left out. None: those below 5, and the
+            others.
         download: fetch missing archives through torchvision.
-        **options: see :class:`ResidentData`.
+        **options: ``labels``, ``whiten`` and the others of :class:`~lightning_mnn.data.images.ImageData`.
 
     Raises:
         ValueError: an unknown part or labels, groups that overlap or are empty.
@@ -51,58 +45,28 @@ class MNISTData(ResidentData):
         self,
         root: str | Path = "data",
         part: str = "all",
-        groups: Sequence[Sequence[int]] = ((0, 1, 2, 3, 4), (5, 6, 7, 8, 9)),
-        labels: str = "zero_one",
-        whiten: float | None = None,
+        groups: Sequence[Sequence[int | str]] | None = None,
         *,
         download: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
-        if part not in PARTS:
-            raise ValueError(f"part must be one of {sorted(PARTS)}, got {part!r}")
-        if labels not in ("zero_one", "plus_minus"):
-            raise ValueError(f"labels must be zero_one or plus_minus, got {labels!r}")
+        super().__init__(groups=groups, **options)
+        group_classes(self.groups, _DIGITS)
         self.root = Path(root)
-        self.part = part
-        self.groups = _checked_groups(groups)
-        self.labels = labels
-        self.whiten = whiten
+        self.part = _checked_part(part)
         self.download = download
 
     @override
     def prepare_data(self) -> None:
         if self.download and not self._archives() and not self._unpacked():
             MNIST(str(self.root), download=True)
+        super().prepare_data()
 
     @override
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        images, digits = self._read()
-        group_of = torch.full((_NUM_CLASSES,), -1)
-        for label, classes in enumerate(self.groups):
-            group_of[list(classes)] = label
-        groups = group_of[digits]
-        chosen = groups >= 0
-        ones = groups[chosen].double()
-        targets = ones if self.labels == "zero_one" else 2 * ones - 1
-        return self._scaled(images[chosen].flatten(1).float()), targets
-
-    def _scaled(self, inputs: Tensor) -> Tensor:
-        inputs = inputs / 255
-        inputs -= inputs.mean(0, dtype=torch.float64).float()
-        if self.whiten is not None:
-            rank_zero_info(f"whitening {inputs.shape[0]} images with floor {self.whiten}")
-            inputs = inputs @ whitening_matrix(inputs, self.whiten).float()
-        return inputs / inputs.square().mean(dtype=torch.float64).sqrt().float()
-
-    def _read(self) -> tuple[Tensor, Tensor]:
+    def source(self) -> LabelledImages:
         if archives := self._archives():
             for archive, md5 in archives.items():
-                if not check_integrity(str(archive), md5):
-                    raise OSError(
-                        f"{archive} is corrupt or truncated: its md5 is not {md5}. "
-                        "Replace it by the original archive (or delete it and set data.download=true)"
-                    )
+                _check_md5(archive, md5)
             with tempfile.TemporaryDirectory() as folder:  # torchvision unpacks beside the archives; leave those alone
                 raw = Path(folder) / "MNIST" / "raw"
                 raw.mkdir(parents=True)
@@ -117,9 +81,10 @@ class MNISTData(ResidentData):
             "or set data.root to the folder that holds MNIST/raw, or data.download=true"
         )
 
-    def _through_torchvision(self, root: str, *, download: bool) -> tuple[Tensor, Tensor]:
+    def _through_torchvision(self, root: str, *, download: bool) -> LabelledImages:
         sets = [MNIST(root, train=train, download=download) for train in PARTS[self.part]]
-        return torch.cat([s.data for s in sets]), torch.cat([s.targets for s in sets])
+        images = np.concatenate([s.data.flatten(1).numpy() for s in sets])
+        return LabelledImages(images, np.concatenate([s.targets.numpy() for s in sets]), _DIGITS)
 
     def _raw(self) -> Path:
         return self.root / "MNIST" / "raw"
@@ -132,11 +97,88 @@ class MNISTData(ResidentData):
         return all((self._raw() / name.removesuffix(".gz")).is_file() for name, _ in MNIST.resources)
 
 
-def _checked_groups(groups: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    checked = tuple(tuple(int(c) for c in group) for group in groups)
-    classes = [c for group in checked for c in group]
-    if len(checked) != 2 or not all(checked) or len(set(classes)) < len(classes):
-        raise ValueError(f"groups must be two lists of classes that share none, got {checked}")
-    if not set(classes) <= set(range(_NUM_CLASSES)):
-        raise ValueError(f"groups must hold classes 0 to {_NUM_CLASSES - 1}, got {checked}")
-    return checked[0], checked[1]
+class CIFAR10Data(ImageData):
+    """CIFAR-10 images, flattened to 3072 numbers (rows, columns, colours), with the classes in two groups.
+
+    The batches are pickles. torchvision compares each one's md5 with that of the original before it is unpickled.
+
+    Args:
+        root: folder that holds ``cifar-10-batches-py``, the unpacked batches, or ``cifar-10-python.tar.gz``, from which
+            they are then read. It is only read, unless ``download`` is set.
+        part: "train" (50,000), "test" (10,000) or "all" (60,000).
+        groups: the classes of label 0 and those of label 1, by index or name (airplane, …); other classes are left out.
+            None: the first five (to deer), and the others.
+        download: fetch a missing archive through torchvision.
+        **options: ``labels``, ``whiten`` and the others of :class:`~lightning_mnn.data.images.ImageData`.
+
+    Raises:
+        ValueError: an unknown part or labels, groups that overlap or are empty.
+        FileNotFoundError: (in setup) files that are missing, with what to put where.
+        OSError: (in setup) an archive or batch whose checksum is wrong.
+    """
+
+    input_dim = 3072
+
+    def __init__(
+        self,
+        root: str | Path = "data",
+        part: str = "all",
+        groups: Sequence[Sequence[int | str]] | None = None,
+        *,
+        download: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(groups=groups, **options)
+        self.root = Path(root)
+        self.part = _checked_part(part)
+        self.download = download
+
+    @override
+    def prepare_data(self) -> None:
+        if self.download and not self._archive().is_file() and not self._batches().is_dir():
+            CIFAR10(str(self.root), download=True)
+        super().prepare_data()
+
+    @override
+    def source(self) -> LabelledImages:
+        if self._batches().is_dir():
+            names = CIFAR10.meta["filename"], CIFAR10.meta["md5"]
+            for name, md5 in (*CIFAR10.train_list, *CIFAR10.test_list, names):
+                _check_md5(self._batches() / name, md5)
+            return self._through_torchvision(str(self.root), download=False)
+        if self._archive().is_file():
+            _check_md5(self._archive(), CIFAR10.tgz_md5)
+            with tempfile.TemporaryDirectory() as folder:
+                (Path(folder) / CIFAR10.filename).symlink_to(self._archive().resolve())
+                return self._through_torchvision(folder, download=True)
+        raise FileNotFoundError(
+            f"no CIFAR-10 in {self.root.resolve()}: put {CIFAR10.filename} there, or its folder {CIFAR10.base_folder}, "
+            "or set data.root to the folder that holds them, or data.download=true"
+        )
+
+    def _through_torchvision(self, root: str, *, download: bool) -> LabelledImages:
+        sets = [CIFAR10(root, train=train, download=download) for train in PARTS[self.part]]
+        images = np.concatenate([s.data.reshape(len(s.data), -1) for s in sets])
+        return LabelledImages(images, np.concatenate([s.targets for s in sets]), tuple(sets[0].classes))
+
+    def _archive(self) -> Path:
+        return self.root / str(CIFAR10.filename)
+
+    def _batches(self) -> Path:
+        return self.root / str(CIFAR10.base_folder)
+
+
+def _checked_part(part: str) -> str:
+    if part not in PARTS:
+        raise ValueError(f"part must be one of {sorted(PARTS)}, got {part!r}")
+    return part
+
+
+def _check_md5(file: Path, md5: str) -> None:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: put the original file there, or set data.root or data.download")
+    if not check_integrity(str(file), md5):
+        raise OSError(
+            f"{file} is corrupt or truncated: its md5 is not {md5}. "
+            "Replace it by the original (or delete it and set data.download=true)"
+        )

@@ -1,35 +1,139 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_mnn.data.whitening import whitening_matrix
+from lightning_mnn.data.whitening import AffineMap, affine_map, merged, moments, whitening_matrix
+
+ROOT = Path(__file__).parents[2]
 
 
-@given(st.integers(0, 2**31), st.integers(1, 6))
-def test_whitened_inputs_have_identity_covariance(seed, dim):
-    rng = torch.Generator().manual_seed(seed)
-    x = torch.randn(20 * dim, dim, generator=rng, dtype=torch.float64) @ torch.randn(
-        dim, dim, generator=rng, dtype=torch.float64
+def correlated(seed, count, dim):
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(rng.normal(size=(count, dim)) @ rng.normal(size=(dim, dim)) + rng.normal(size=dim))
+
+
+def parts_of(x, cuts):
+    return list(torch.tensor_split(x, sorted(cut % (len(x) + 1) for cut in cuts)))
+
+
+cuts = st.lists(st.integers(0, 1000), max_size=5)
+
+
+@given(seed=st.integers(0, 2**31), count=st.integers(1, 60), dim=st.integers(1, 6), cuts=cuts)
+def test_moments_are_numpys_however_the_samples_are_cut(seed, count, dim, cuts):
+    x = correlated(seed, count, dim)
+    found = moments(parts_of(x, cuts), dim)
+    assert found.count == count
+    np.testing.assert_allclose(found.mean, x.mean(0), rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(found.covariance, np.cov(x.T, bias=True).reshape(dim, dim), rtol=1e-11, atol=1e-12)
+    plain = moments(parts_of(x, cuts), dim, products=False)
+    np.testing.assert_allclose(plain.covariance, found.covariance.diagonal(), rtol=1e-11, atol=1e-13)
+
+
+@given(seed=st.integers(0, 2**31), count=st.integers(3, 60), cuts=cuts, products=st.booleans())
+def test_parts_merge_into_the_whole(seed, count, cuts, products):
+    x = correlated(seed, count, 4)
+    whole = moments([x], 4, products=products)
+    found = merged([moments([part], 4, products=products) for part in parts_of(x, cuts)])
+    assert found.count == count
+    torch.testing.assert_close(found.mean, whole.mean, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(found.scatter, whole.scatter, rtol=1e-11, atol=1e-11)
+
+
+@given(seed=st.integers(0, 2**31), cuts=cuts)
+def test_a_large_mean_costs_no_digits_of_a_tiny_variance(seed, cuts):
+    deviations = torch.from_numpy(np.random.default_rng(seed).integers(-8, 9, (40, 3)) / 1024)  # exact beside 10⁸
+    exact = np.cov(deviations.T, bias=True)
+    found = merged([moments(parts_of(part, cuts), 3) for part in (deviations + 1e8).split(15)])
+    np.testing.assert_allclose(found.covariance, exact, rtol=1e-6, atol=1e-6 * exact.max())
+    uncentred = (deviations + 1e8).T @ (deviations + 1e8) / 40 - 1e16
+    assert (uncentred - torch.from_numpy(exact)).abs().max() > 0.1  # what the obvious sums would give
+
+
+def test_blocks_may_be_bytes_and_are_left_as_they_are():
+    images = np.random.default_rng(0).integers(0, 256, (30, 5), dtype=np.uint8)
+    for dtype in (torch.uint8, torch.float32, torch.float64):
+        block = torch.from_numpy(images.copy()).to(dtype)
+        found = moments([block[:7], block[7:7], block[7:]], 5)
+        np.testing.assert_allclose(found.covariance, np.cov(images.T, bias=True), rtol=1e-12)
+        assert (block.numpy() == images).all()
+
+
+@given(st.integers(0, 2**31), st.integers(1, 6), st.floats(0.001, 2))
+def test_the_whitening_is_the_inverse_root_of_the_floored_covariance(seed, dim, floor):
+    covariance = np.cov(correlated(seed, 50, dim).T, bias=True).reshape(dim, dim)
+    values, vectors = np.linalg.eigh(covariance + floor * covariance.trace() / dim * np.eye(dim))
+    expected = vectors @ np.diag(values**-0.5) @ vectors.T
+    np.testing.assert_allclose(
+        whitening_matrix(torch.from_numpy(covariance), floor), expected, rtol=1e-8, atol=1e-10 * expected.max()
     )
-    white = x @ whitening_matrix(x, 1e-12)
-    values = torch.linalg.eigvalsh(white.T @ white / len(x))
-    assert float(values.max()) <= 1 + 1e-6
-    if float(torch.linalg.cond(x)) < 1e4:
-        torch.testing.assert_close(white.T @ white / len(x), torch.eye(dim, dtype=torch.float64), atol=1e-3, rtol=0)
 
 
-def test_floor_keeps_small_directions_small_and_blocks_do_not_matter(monkeypatch):
-    x = torch.tensor([[1.0, 1e-3], [-1.0, 1e-3], [1.0, -1e-3], [-1.0, -1e-3]])
+@given(seed=st.integers(0, 2**31), dim=st.integers(1, 6), floor=st.none() | st.sampled_from([0.0, 0.1]))
+def test_mapped_samples_have_mean_0_and_mean_variance_1(seed, dim, floor):
+    x = correlated(seed, 600, dim)
+    mapped = affine_map(moments([x], dim), floor).apply(x, torch.empty_like(x))
+    covariance = np.cov(mapped.T, bias=True).reshape(dim, dim)
+    assert mapped.mean(0).abs().max() < 1e-6
+    assert covariance.trace() / dim == pytest.approx(1, rel=1e-6)
+    if floor == 0:
+        np.testing.assert_allclose(covariance, np.eye(dim), atol=1e-5)
+
+
+def test_the_floor_keeps_small_directions_small():
+    x = torch.tensor([[1.0, 1e-3], [-1.0, 1e-3], [1.0, -1e-3], [-1.0, -1e-3]], dtype=torch.float64)
     expected = [(1 + 0.1 * (1 + 1e-6) / 2) ** -0.5, (1e-6 + 0.1 * (1 + 1e-6) / 2) ** -0.5]
-    found = whitening_matrix(x, 0.1)
-    assert found.diagonal().tolist() == pytest.approx(expected, rel=1e-6)
-    monkeypatch.setattr("lightning_mnn.data.whitening._BLOCK", 3)
-    torch.testing.assert_close(whitening_matrix(x, 0.1), found)
+    assert whitening_matrix(moments([x], 2).covariance, 0.1).diagonal().tolist() == pytest.approx(expected)
+
+
+@given(seed=st.integers(0, 2**31), picked=st.lists(st.integers(0, 599), min_size=1, max_size=300), white=st.booleans())
+def test_a_row_has_one_image_whatever_stands_beside_it(seed, picked, white):
+    draw = torch.Generator().manual_seed(seed)
+    rows = torch.randint(0, 256, (600, 20), generator=draw, dtype=torch.uint8)
+    matrix = torch.randn(20, 20, generator=draw) if white else None
+    mapping = AffineMap(torch.rand(20, generator=draw) * 255, matrix, 0.7)
+    whole = mapping.apply(rows, torch.empty(600, 20))
+    assert torch.equal(mapping.apply(rows[picked], torch.empty(len(picked), 20)), whole[picked])
 
 
 def test_bad_input_is_named():
-    with pytest.raises(ValueError, match="floor must not be negative"):
-        whitening_matrix(torch.ones(2, 2), -1.0)
+    flat = torch.tensor([[1.0, 0.1], [-1.0, 0.1]])
+    with pytest.raises(ValueError, match=r"must not be negative, got -1\.0"):
+        affine_map(moments([flat], 2), -1.0)
     with pytest.raises(ValueError, match="whiten with a floor > 0"):
-        whitening_matrix(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), 0.0)
+        affine_map(moments([flat], 2), 0.0)
+    with pytest.raises(ValueError, match="all 7 samples are the same"):
+        affine_map(moments([torch.full((3, 2), 0.1), torch.full((4, 2), 0.1)], 2, products=False), None)
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(tmp_path):
+    program = """
+import json, sys, torch, torch.distributed as dist
+from lightning_mnn.data.whitening import moments, team_moments
+from lightning_mnn.landscape.team import ProcessTeam
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 5
+own = [x[:20], x[20:]][rank]
+found = [team_moments(moments([own], 4, products=p), ProcessTeam(len(own))) for p in (True, False)]
+print(json.dumps([[f.count, f.mean.tolist(), f.scatter.tolist()] for f in found]))
+"""
+    commands = [[sys.executable, "-c", program, str(rank), str(tmp_path)] for rank in range(2)]
+    workers = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for command in commands]
+    answers = [worker.communicate(timeout=120)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0]
+    assert len(set(answers)) == 1  # to the last bit
+    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 5
+    for products, (count, mean, scatter) in zip((True, False), json.loads(answers[0]), strict=True):
+        alone = moments([x], 4, products=products)
+        assert count == 50
+        np.testing.assert_allclose(mean, alone.mean, rtol=1e-13)
+        np.testing.assert_allclose(scatter, alone.scatter, rtol=1e-11, atol=1e-11)

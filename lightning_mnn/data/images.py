@@ -1,0 +1,361 @@
+"""Images with their classes in two groups: centred, optionally whitened, scaled; in memory or streamed from a file.
+
+Shapes: N images that are trained on, d0 numbers each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from pytorch_lightning.utilities import rank_zero_info
+from typing_extensions import override
+
+from lightning_mnn.data.loader import ExactData, ExactLoader, part_of
+from lightning_mnn.data.resident import ResidentLoader
+from lightning_mnn.data.rows import RowFile, Rows, rows_of, written_rows
+from lightning_mnn.data.streaming import BUFFER_BYTES, StreamedLoader
+from lightning_mnn.data.whitening import ROWS, AffineMap, affine_map, check_floor, moments, team_moments
+from lightning_mnn.landscape.team import ProcessTeam, Team
+from lightning_mnn.validation import positive_integer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from lightning_mnn.data.store import LabelledImages
+
+LABELS = ("zero_one", "plus_minus")
+RESIDENCIES = ("auto", "memory", "stream")
+STORAGES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_MEMORY_SHARE = 0.5  # of the free memory, that mapped inputs may take
+_BLOCK_NUMBERS = 1 << 25  # of samples whose moments are taken at a time: 256 MiB in float64
+
+
+class ImageData(ExactData):
+    """Images, flattened, with their classes in two groups; a subclass says by :meth:`source` which images.
+
+    They are centred by the mean image and scaled to mean variance 1, optionally whitened in between
+    (:func:`~lightning_mnn.data.whitening.affine_map`); all of it is computed from the samples that are trained on.
+
+    In memory, the mapped inputs lie on the device as one tensor. Streamed, batches are read from a file in a random
+    order that disks like (:class:`~lightning_mnn.data.streaming.StreamedLoader`) and mapped as they come, or read from
+    a file of mapped inputs that is written once. Training and callbacks see the same numbers either way: they come from
+    the same map, with whitening to the last bit as far as :meth:`AffineMap.apply` says, and are rounded to ``storage``.
+
+    Args:
+        groups: the classes of label 0 and those of label 1, each by its index or name; other classes are left out.
+            None: the first half of the sorted names, and the others.
+        labels: "zero_one" or "plus_minus".
+        whiten: floor of :func:`~lightning_mnn.data.whitening.whitening_matrix`; None: no whitening.
+        residency: "memory", "stream", or "auto": in memory where the mapped inputs take at most half of what is free,
+            on the training device.
+        storage: "float32", "bfloat16" or "float16", to which mapped inputs are rounded; None: ``dtype``. The network
+            computes in its own precision.
+        materialise: of streamed data, write the mapped inputs to a file in ``cache``, which may be stopped at any time
+            and goes on when started again.
+        cache: folder for files that are made once: the map of streamed data, and the mapped inputs. None:
+            ``$LIGHTNING_MNN_CACHE``, or else ``~/.cache/lightning-mnn``.
+        buffer_bytes: of streamed data, samples that are shuffled together; two such buffers are in memory, over all
+            processes.
+        **options: see :class:`ExactData`.
+
+    Attributes:
+        inputs: (N, d0) in memory; None of streamed data, and before setup.
+        targets: (N,); None before setup.
+
+    Raises:
+        ValueError: an argument out of its range. In setup: classes that are not there, images that are all the same.
+            Of streamed data: the full batch, and a shuffled order for each of several replicas.
+    """
+
+    def __init__(
+        self,
+        *,
+        groups: Sequence[Sequence[int | str]] | None = None,
+        labels: str = "zero_one",
+        whiten: float | None = None,
+        residency: str = "auto",
+        storage: str | None = None,
+        materialise: bool = False,
+        cache: str | Path | None = None,
+        buffer_bytes: int = BUFFER_BYTES,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        for name, value, known in (
+            ("labels", labels, LABELS),
+            ("residency", residency, RESIDENCIES),
+            ("storage", storage, (None, *STORAGES)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {known}, got {value!r}")
+        if whiten is not None:
+            check_floor(whiten)
+        self.groups = None if groups is None else check_groups(groups)
+        self.labels = labels
+        self.whiten = whiten
+        self.residency = residency
+        self.storage = self.dtype if storage is None else STORAGES[storage]
+        self.materialise = materialise
+        self.cache = Path(cache or os.environ.get("LIGHTNING_MNN_CACHE") or "~/.cache/lightning-mnn").expanduser()
+        self.buffer_bytes = positive_integer("buffer_bytes", buffer_bytes)
+        self.inputs: Tensor | None = None
+        self.targets: Tensor | None = None
+        self._streamed: dict[str, Any] = {}  # what StreamedLoader takes
+
+    @abstractmethod
+    def source(self) -> LabelledImages:
+        """All images with their classes; the files of ``prepare_data`` are there by then."""
+
+    @override
+    def prepare_data(self) -> None:
+        """Write the mapped inputs, if so asked; a subclass whose source has files to make does that before."""
+        if self.materialise and self.residency != "memory":
+            samples = _Samples(self.source(), self.groups)
+            if self._streams(samples, Team()):
+                self._written(samples)
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        if self.targets is not None:
+            return
+        samples = _Samples(self.source(), self.groups)
+        team = ProcessTeam(samples.count) if dist.is_available() and dist.is_initialized() else Team()
+        if self._streams(samples, team):
+            if self.batch_size is None:
+                raise ValueError(
+                    f"the {samples.count} images are streamed, so that the full batch is never in memory: "
+                    "set a batch_size (or residency=memory)"
+                )
+            self._streamed = self._written(samples) if self.materialise else self._on_the_fly(samples, team)
+        else:
+            self.inputs = self._mapped(samples, self._found_map(samples, team))
+        ones = torch.from_numpy(samples.ones).to(self.dtype)
+        self.targets = ones if self.labels == "zero_one" else 2 * ones - 1
+
+    @override
+    def loader(self, device: torch.device, **options: Any) -> ExactLoader:
+        assert self.targets is not None  # noqa: S101 (for the type checker)
+        if self.inputs is not None:
+            return ResidentLoader(self.inputs.to(device), self.targets.to(device), **options)
+        mapping = self._streamed.get("mapping")
+        return StreamedLoader(
+            targets=self.targets,
+            device=device,
+            buffer_bytes=self.buffer_bytes,
+            **self._streamed | {"mapping": mapping and mapping.to(device, self._precision)},
+            **options,
+        )
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the samples are mapped: the training device, if it knows float64."""
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        return torch.device("cpu") if device.type == "mps" else device
+
+    @property
+    def _precision(self) -> torch.dtype:
+        """In which the samples are mapped."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def _streams(self, samples: _Samples, team: Team) -> bool:
+        """Whether the samples are to be streamed: the same answer on all processes."""
+        if self.residency != "auto":
+            return self.residency == "stream"
+        processes = 1 if self.trainer is None or self._device.type == "cuda" else self.trainer.num_devices
+        free = torch.tensor(_free_memory(self._device) / processes, dtype=torch.float64, device=self._device)
+        return samples.count * samples.shape[1] * self.storage.itemsize > _MEMORY_SHARE * float(team.least(free))
+
+    def _mapped(self, samples: _Samples, mapping: AffineMap) -> Tensor:
+        mapping = mapping.to(self._device, self._precision)
+        inputs = torch.empty(samples.shape, dtype=self.storage, device=self._device)
+        for low, high in spans(0, samples.count, ROWS):
+            mapping.apply(samples.read(low, high).to(self._device), inputs[low:high])
+        return inputs
+
+    def _on_the_fly(self, samples: _Samples, team: Team) -> dict[str, Any]:
+        mapping = self._kept_map(samples, team)
+        return {"rows": samples.rows, "chosen": samples.chosen, "mapping": mapping, "dtype": self.storage}
+
+    def _written(self, samples: _Samples) -> dict[str, Any]:
+        """The file of mapped inputs; by one process at a time, so that the others find it there."""
+        content = [self._name_of_map(samples), str(self.storage), str(self._precision)]
+        path = self.cache / f"inputs-{_digest(content)}.rows"
+        mapping: AffineMap | None = None
+
+        def block_of(low: int, high: int) -> Tensor:
+            nonlocal mapping
+            if mapping is None:
+                mapping = self._kept_map(samples, Team()).to(self._device, self._precision)
+            out = torch.empty(high - low, samples.shape[1], dtype=self.storage, device=self._device)
+            return mapping.apply(samples.read(low, high).to(self._device), out).cpu()
+
+        return {"rows": written_rows(path, samples.shape, self.storage, block_of)}
+
+    def _kept_map(self, samples: _Samples, team: Team) -> AffineMap:
+        """The map of streamed samples, from a file if an earlier run has found it."""
+        path = self.cache / f"{self._name_of_map(samples)}.npz"
+        known = torch.tensor(float(path.exists()), device=self._device)
+        if team.least(known) == 1:
+            return _load_map(path)
+        mapping = self._found_map(samples, team)
+        if self.trainer is None or self.trainer.local_rank == 0:
+            _save_map(path, mapping)
+        return mapping
+
+    def _name_of_map(self, samples: _Samples) -> str:
+        return f"map-{_digest([samples.identity(), repr(self.whiten)])}"
+
+    def _found_map(self, samples: _Samples, team: Team) -> AffineMap:
+        """The map, by a pass over the samples that the processes share."""
+        rank = dist.get_rank() if team.size > 1 else 0
+        what = "mean and variance" if self.whiten is None else f"whitening with floor {self.whiten}"
+        rank_zero_info(f"{what} of {samples.count} images of {samples.shape[1]} numbers")
+        size = max(1, _BLOCK_NUMBERS // samples.shape[1])
+        blocks = (samples.read(*span) for span in spans(*part_of(samples.count, rank, team.size), size))
+        own = moments(blocks, samples.shape[1], products=self.whiten is not None, device=self._device)
+        return affine_map(team_moments(own, team), self.whiten)
+
+
+class _Samples:
+    """The images of a source that are trained on.
+
+    Attributes:
+        rows: of the source.
+        chosen: the numbers of those that are trained on; None: all.
+        ones: whether a sample is in the second group, (N,).
+    """
+
+    def __init__(self, source: LabelledImages, groups: Groups | None) -> None:
+        group_of = np.full(len(source.names), -1)
+        for group, classes in enumerate(group_classes(groups, source.names)):
+            group_of[list(classes)] = group
+        found = group_of[source.classes]
+        if (counts := [int((found == group).sum()) for group in (0, 1)]) and not all(counts):
+            raise ValueError(f"groups must both hold images, got {counts[0]} of label 0 and {counts[1]} of label 1")
+        self.rows: Rows = rows_of(source.images)
+        self.chosen = None if (found >= 0).all() else np.flatnonzero(found >= 0)
+        self.ones: NDArray[np.bool_] = (found if self.chosen is None else found[self.chosen]) == 1
+        self._source = source
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return len(self.ones)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, d0)."""
+        return self.count, self.rows.shape[1]
+
+    def read(self, low: int, high: int) -> Tensor:
+        """Samples low to high: uint8 (high − low, d0)."""
+        numbers = np.arange(low, high) if self.chosen is None else self.chosen[low:high]
+        out = torch.empty(len(numbers), self.rows.shape[1], dtype=self.rows.dtype)
+        self.rows.read(numbers, out)
+        return out
+
+    def identity(self) -> str:
+        """What the samples are: of a file its path, size and time, of an array its content; and which of them."""
+        if isinstance(self.rows, RowFile):
+            stat = self.rows.path.stat()
+            where = [str(self.rows.path.resolve()), str(stat.st_size), str(stat.st_mtime_ns), str(self.rows.offset)]
+        else:
+            where = [hashlib.sha256(np.ascontiguousarray(self._source.images).data).hexdigest()]
+        chosen = "all" if self.chosen is None else hashlib.sha256(self.chosen.data).hexdigest()
+        return _digest([*where, str(self.rows.shape), chosen])
+
+
+Groups = tuple[tuple[int | str, ...], tuple[int | str, ...]]
+
+
+def check_groups(groups: Sequence[Sequence[int | str]]) -> Groups:
+    """Two groups of classes, as tuples.
+
+    Raises:
+        ValueError: there are not two, one is empty, or a class is named twice.
+    """
+    checked = tuple(tuple(group) for group in groups)
+    classes = [c for group in checked for c in group]
+    if len(checked) != 2 or not all(checked) or len(set(classes)) < len(classes):
+        raise ValueError(f"groups must be two lists of classes that share none, got {checked}")
+    return checked[0], checked[1]
+
+
+def group_classes(groups: Groups | None, names: Sequence[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Indices of the classes of two groups.
+
+    Args:
+        groups: by index or name; None: the first half of the sorted names, and the others.
+        names: of all classes.
+
+    Raises:
+        ValueError: a class that is not there, or that is in both groups.
+
+    >>> group_classes((("cat",), (0, "bat")), ("ant", "bat", "cat"))
+    ((2,), (0, 1))
+    >>> group_classes(None, ("ant", "cat", "bat"))
+    ((0,), (1, 2))
+    """
+    if groups is None:
+        order = sorted(range(len(names)), key=lambda index: names[index])
+        groups = tuple(order[: len(names) // 2]), tuple(order[len(names) // 2 :])
+        if len(names) < 2:
+            raise ValueError(f"groups need two classes at least, and there is {list(names)} alone")
+    known: dict[int | str, int] = {name: index for index, name in enumerate(names)}
+    known |= {index: index for index in range(len(names))}
+    if unknown := [c for group in groups for c in group if c not in known]:
+        some = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+        raise ValueError(f"groups must hold classes 0 to {len(names) - 1} or their names ({some}), got {unknown}")
+    first, second = (tuple(sorted(known[c] for c in group)) for group in groups)
+    check_groups((first, second))
+    return first, second
+
+
+def spans(low: int, high: int, size: int) -> Iterator[tuple[int, int]]:
+    """Consecutive ranges of a size, the last one smaller.
+
+    >>> list(spans(1, 6, 2))
+    [(1, 3), (3, 5), (5, 6)]
+    """
+    for start in range(low, high, size):
+        yield start, min(start + size, high)
+
+
+def _free_memory(device: torch.device) -> float:
+    """Bytes that are free on a device."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    known = Path("/proc/meminfo")
+    if known.exists():
+        lines = dict(line.split(":") for line in known.read_text().splitlines())
+        return 1024.0 * int(lines["MemAvailable"].split()[0])
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def _digest(parts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
+
+
+def _save_map(path: Path, mapping: AffineMap) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    matrix = {} if mapping.matrix is None else {"matrix": mapping.matrix.cpu().numpy()}
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with unfinished.open("wb") as file:
+        np.savez(file, allow_pickle=False, mean=mapping.mean.cpu().numpy(), scale=np.float64(mapping.scale), **matrix)
+    unfinished.replace(path)
+
+
+def _load_map(path: Path) -> AffineMap:
+    with np.load(path, allow_pickle=False) as file:
+        matrix = torch.from_numpy(file["matrix"]) if "matrix" in file else None
+        return AffineMap(torch.from_numpy(file["mean"]), matrix, float(file["scale"]))
