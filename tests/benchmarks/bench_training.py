@@ -1,9 +1,9 @@
 """What training costs beside hand-written loops that take the same optimiser steps, and beside the machine's limit.
 
 Ours is the command's own task: Lightning, all callbacks at their defaults (but that none stops the run), CSV and
-offline W&B, seconds of the fit. A loop has resident tensors, index slices, autograd, Adam with one kernel for all weights and
-the same schedule, and logs nothing; R replicas stand beside R loops, of which one is timed. Both are run in turns, and
-ratios of neighbouring runs are reported: absolute times on shared machines are noisy.
+offline W&B, seconds of the fit. A loop has resident tensors, index slices, autograd, Adam with one kernel for all
+weights and the same schedule, and logs nothing; R replicas stand beside R loops, of which one is timed. Both are run in
+turns, and ratios of neighbouring runs are reported: absolute times on shared machines are noisy.
 """
 
 import contextlib
