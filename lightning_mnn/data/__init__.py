@@ -1,6 +1,7 @@
 """DataModules whose training set can be passed over exactly, sample by sample, on any number of processes."""
 
 from lightning_mnn.data.gaussian import GaussianData
+from lightning_mnn.data.image_folder import ImageFolderData
 from lightning_mnn.data.images import ImageData
 from lightning_mnn.data.loader import ExactData, ExactLoader
 from lightning_mnn.data.resident import ResidentData, ResidentLoader, TensorData
@@ -15,6 +16,7 @@ __all__ = [
     "ExactLoader",
     "GaussianData",
     "ImageData",
+    "ImageFolderData",
     "LabelledImages",
     "MNISTData",
     "ResidentData",
