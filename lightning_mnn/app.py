@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import pkgutil
 import sys
-import warnings
 from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+
+from lightning_mnn.tasks._quiet import quieten
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @hydra.main(version_base="1.3", config_path="pkg://lightning_mnn.conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
     """Run the task of a composed config; a sweeper optimises what it returns."""
-    _quieten()
+    quieten()
     try:
         return run(cfg)
     except (ValueError, OSError, ArithmeticError) as error:
@@ -43,14 +43,6 @@ def run(cfg: DictConfig) -> float | None:
     module = importlib.import_module(f"lightning_mnn.tasks.{cfg.task}")
     objective: float | None = getattr(module, cfg.task)(cfg)
     return objective
-
-
-def _quieten() -> None:
-    """Leave out what Lightning says of itself; the run's own words come at its end."""
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=r"The number of training batches \(\d+\) is smaller than the logging")
-    warnings.filterwarnings("ignore", message=r"Experiment logs directory .* exists and is not empty")
-    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
 
 
 if __name__ == "__main__":

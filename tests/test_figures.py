@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Text
 
-from lightning_mnn.figures import PANELS, census_figure, read_metrics, run_figure
+from lightning_mnn.figures import PANELS, census_figure, read_metrics, run_figure, scan_figure
 from lightning_mnn.landscape.bounds import global_log_volume, suboptimal_log_volume
 from lightning_mnn.landscape.census import Proportion
+from tests.scans import write_scan
 
 SUMMARY = {
     "input_dim": 3, "hidden_dims": [4], "negative_slope": 0.1, "num_samples": 50, "replicas": 1,
@@ -164,3 +165,69 @@ def test_no_text_of_a_census_covers_another(tmp_path, drawn, measured):
             assert not one.overlaps(other)
         for box in boxes:
             assert figure.bbox.x0 <= box.x0 <= box.x1 <= figure.bbox.x1
+
+
+def test_errors_of_a_scan_are_drawn_with_their_spread(tmp_path, drawn):
+    _, sizes = write_scan(tmp_path, "error")
+    assert scan_figure(tmp_path) == tmp_path / "figure.png"
+    (figure,) = drawn
+    assert [ax.get_title() for ax in figure.axes] == [
+        "one hidden layer, d0 = d1 = d",
+        "two hidden layers, d0 = d1 = d2 = d",
+    ]
+    for ax, layers in zip(figure.axes, (1, 2), strict=True):
+        for bars, width in zip(ax.containers, (10, 20, 30), strict=True):
+            curve = [size for size in sizes if (size["hidden_layers"], size["input_dim"]) == (layers, width)]
+            line, _, (spread,) = bars.lines
+            assert line.get_xdata().tolist() == [size["num_samples"] for size in curve]
+            assert line.get_ydata().tolist() == pytest.approx([100 * size["mce_mean"] for size in curve])
+            ends = [(low[1], high[1]) for low, high in spread.get_segments()]
+            for (low, high), size in zip(ends, curve, strict=True):
+                assert high - low == pytest.approx(200 * size["mce_std"])
+            parameters = {1: width**2 + width, 2: 2 * width**2 + width}[layers]
+            assert any(line.get_xdata()[0] == parameters and line.get_linestyle() == "--" for line in ax.lines)
+        assert ax.get_legend().get_window_extent().y1 <= ax.get_window_extent().y0  # below the panel
+    assert "ReLU, 6 replicas\n2,000 epochs of adam" in figure.get_suptitle()
+
+
+def test_minima_of_a_scan_are_drawn_one_by_one(tmp_path, drawn):
+    table, sizes = write_scan(tmp_path, "minima", layers=(1,), ratios=(0.5,))
+    scan_figure(tmp_path)
+    (figure,) = drawn
+    for ax, column in zip(figure.axes, ("min_preactivation", "mse"), strict=False):
+        dots = [line for line in ax.lines if len(line.get_xdata()) == 1 and line.get_marker() != "None"]
+        heights = [float(line.get_ydata()[0]) for line in dots]
+        values = [row[column] for row in table]
+        assert ax.get_yscale() == "log"
+        assert [round(float(line.get_xdata()[0])) for line in dots] == [0] * 6 + [1] * 6 + [2] * 6
+        for height, value in zip(heights, values, strict=True):
+            assert height == pytest.approx(value) or (value == 0 and 0 < height < min(v for v in values if v > 0))
+        assert len({line.get_color() for line in dots}) == len({line.get_marker() for line in dots}) == 5
+    assert any(text.get_text() == "exactly 0" for text in figure.axes[1].texts)
+    counts = [text.get_text() for text in figure.axes[2].texts]
+    assert counts == ["2", "1", "1", "1", "1"] * 3
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == [
+        "10\nN = 55",
+        "20\nN = 210",
+        "30\nN = 465",
+    ]
+    assert [size["num_samples"] for size in sizes] == [55, 210, 465]
+
+
+@pytest.mark.parametrize("figure", ["error", "minima"])
+@pytest.mark.parametrize(("dims", "layers"), [((10,), (2,)), ((10, 20, 40, 60, 80, 100), (1,)), ((8, 9), (1, 2))])
+def test_no_text_of_a_scan_covers_another(tmp_path, drawn, figure, dims, layers):
+    write_scan(tmp_path, figure, dims=dims, layers=layers, ratios=(0.5,) if figure == "minima" else (0.5, 1.0, 2.0))
+    scan_figure(tmp_path)
+    (drawing,) = drawn
+    texts = [*drawing.texts, *(text for legend in drawing.legends for text in legend.get_texts())]
+    for ax in drawing.axes:
+        (low, high), legend = ax.get_xlim(), ax.get_legend()
+        texts += [*ax.texts, ax.title, ax.xaxis.label, ax.yaxis.label, *(legend.get_texts() if legend else [])]
+        texts += [label for label in ax.get_xticklabels() if low <= label.get_position()[0] <= high]
+    texts = [text for text in texts if text.get_text()]
+    boxes = [Text.get_window_extent(text) for text in texts]
+    for (one, this), (other, that) in itertools.combinations(zip(boxes, texts, strict=True), 2):
+        assert not one.overlaps(other), (this.get_text(), that.get_text())
+    for box in boxes:
+        assert drawing.bbox.x0 <= box.x0 <= box.x1 <= drawing.bbox.x1

@@ -2,5 +2,16 @@
 
 from lightning_mnn.figures.census import census_figure
 from lightning_mnn.figures.run import PANELS, Panel, read_metrics, run_figure
+from lightning_mnn.figures.scaling import FIGURES, error_figure, minima_figure, scan_figure
 
-__all__ = ["PANELS", "Panel", "census_figure", "read_metrics", "run_figure"]
+__all__ = [
+    "FIGURES",
+    "PANELS",
+    "Panel",
+    "census_figure",
+    "error_figure",
+    "minima_figure",
+    "read_metrics",
+    "run_figure",
+    "scan_figure",
+]

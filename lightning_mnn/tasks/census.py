@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shlex
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -11,20 +9,28 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from lightning_mnn.figures import census_figure
 from lightning_mnn.landscape import bounds
 from lightning_mnn.landscape.census import Case, Census, GaussianData, Outcome, tally
 from lightning_mnn.landscape.splitting import Estimate, rare_census
+from lightning_mnn.tasks._experiment import (
+    different,
+    finish_experiment,
+    number_of_processes,
+    own_command,
+    settings_of,
+    shown,
+)
 from lightning_mnn.tasks._files import write_csv, write_json
-from lightning_mnn.tasks._parts import Part, claim_folder, finish_parts
+from lightning_mnn.tasks._parts import Part, claim_folder
 from lightning_mnn.validation import positive_integer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+
+    from omegaconf import DictConfig
 
 # Which draws a proportion is taken over: of a region's rank and residual all is known without a search for a minimum.
 _OF_ALL = ("rank_deficient", "suboptimal_residual", "suboptimal_minimum")
@@ -163,22 +169,16 @@ def census(cfg: DictConfig) -> None:
         ValueError: a value of the config is out of its range; the message names its key.
         FileExistsError: the folder holds another run, or a census with another plan.
     """
-    run_dir, console = Path(cfg.run_dir), Console(soft_wrap=True, highlight=False)
-    shown = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
-    settings = _settings(cfg)
-    processes = _processes(settings.pop("processes"))
+    run_dir, settings = Path(cfg.run_dir), _settings(cfg)
+    processes = number_of_processes("census.processes", settings.pop("processes"))
     draws, splittings = _draws(settings, cfg.seed), _splittings(settings, cfg.seed)
     versions = {name: version(name) for name in ("lightning_mnn", "torch", "numpy", "scipy")}
     plan = {"seed": cfg.seed, "census": settings, "versions": versions}
     claim_folder(run_dir, plan)
     parts = [Part(splitting.name, splitting.estimate) for splitting in splittings]
     parts += [Part(name, partial(item.count, part)) for item in draws for part, name in enumerate(item.names())]
-    command = shlex.join(["lightning-mnn", *HydraConfig.get().overrides.task, f"hydra.run.dir={shown}"])
-    try:
-        found = finish_parts(parts, run_dir / "parts", processes)
-    except KeyboardInterrupt:
-        console.print(f"interrupted: finished parts are kept. Go on with\n  {command}")
-        raise SystemExit(130) from None
+    command = own_command(run_dir)
+    found = finish_experiment(parts, run_dir, processes, command)
     write_csv(run_dir / "census.csv", [row for item in draws for row in item.rows([found[n] for n in item.names()])])
     write_csv(run_dir / "splitting.csv", [splitting.row(found[splitting.name]) for splitting in splittings])
     write_json(
@@ -193,7 +193,7 @@ def census(cfg: DictConfig) -> None:
         },
     )
     census_figure(run_dir)
-    console.print(f"[bold]everything is in[/] {shown}")
+    Console(soft_wrap=True, highlight=False).print(f"[bold]everything is in[/] {shown(run_dir)}")
 
 
 def _settings(cfg: DictConfig) -> dict[str, Any]:
@@ -201,13 +201,9 @@ def _settings(cfg: DictConfig) -> dict[str, Any]:
 
     What the sizes mean is checked where they are used.
     """
-    if "census" not in cfg:
-        raise ValueError("task=census needs the settings of experiment=census: give that, which chooses the task")
-    settings: dict[str, Any] = OmegaConf.to_container(cfg.census, resolve=True)  # type: ignore[assignment]
+    settings = settings_of(cfg, "census", "census")
     for key in ("negative_slopes", "epsilons"):
-        values = settings[key]
-        if not isinstance(values, list) or not values or len(set(values)) < len(values):
-            raise ValueError(f"census.{key} must be a list of one or more different numbers, got {values}")
+        different(f"census.{key}", settings[key], "numbers")
     positive_integer("census.parts", settings["parts"])
     for name, scan in settings["scans"].items():
         positive_integer(f"census.scans.{name}.num_regions", scan["num_regions"])
@@ -220,17 +216,11 @@ def _settings(cfg: DictConfig) -> dict[str, Any]:
     return settings
 
 
-def _processes(processes: int | None) -> int:
-    if processes is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return positive_integer("census.processes", processes)
-
-
 def _draws(settings: dict[str, Any], seed: int) -> list[Draws]:
     draws = []
     for name, scan in settings["scans"].items():
         key = f"census.scans.{name}.sizes"
-        for slope, size in product(settings["negative_slopes"], _different(key, scan["sizes"])):
+        for slope, size in product(settings["negative_slopes"], different(key, scan["sizes"], "sizes", at_least=0)):
             epsilons = sorted(settings["epsilons"])
             cases = tuple(_case(key, [*size, slope], epsilon, settings, seed) for epsilon in epsilons)
             draws.append(Draws(name, cases, scan["num_regions"], scan["num_screened"], settings["parts"]))
@@ -240,7 +230,7 @@ def _draws(settings: dict[str, Any], seed: int) -> list[Draws]:
 def _splittings(settings: dict[str, Any], seed: int) -> list[Splitting]:
     node, key = settings["splitting"], "census.splitting.cases"
     splittings = []
-    for *entry, particles in reversed(_different(key, node["cases"])):
+    for *entry, particles in reversed(different(key, node["cases"], "sizes", at_least=0)):
         case = _case(key, entry, node["epsilon"], settings, seed)
         positive_integer(f"{key}: particles, the last number of {[*entry, particles]},", particles)
         splittings += [
@@ -248,12 +238,6 @@ def _splittings(settings: dict[str, Any], seed: int) -> list[Splitting]:
             for data_set in range(node["data_sets"])
         ]
     return splittings
-
-
-def _different(key: str, entries: Any) -> list[Any]:
-    if not isinstance(entries, list) or any(entry in entries[:number] for number, entry in enumerate(entries)):
-        raise ValueError(f"{key} must be a list of different sizes, got {entries}")
-    return entries
 
 
 def _case(key: str, entry: Any, epsilon: float, settings: Mapping[str, Any], seed: int) -> Case:

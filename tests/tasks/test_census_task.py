@@ -182,7 +182,7 @@ def test_a_folder_with_another_run_is_refused():
         ("census.scans.samples.num_screened=-1", "census.scans.samples.num_screened must be at least"),
         ("census.negative_slopes=[1.0]", "negative_slope must be finite and not 1"),
         ("census.negative_slopes=0.1", "census.negative_slopes must be a list"),
-        ("census.epsilons=[]", "census.epsilons must be a list of one or more"),
+        ("census.epsilons=[]", "census.epsilons must be a list of 1 or more"),
         ("census.epsilons=[0.1,1.0]", "epsilon must be a fraction"),
         ("census.labels=colours", "labels must be one of"),
         ("census.splitting.runs=1", "census.splitting.runs must be at least 2"),

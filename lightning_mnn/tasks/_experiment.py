@@ -1,0 +1,82 @@
+"""What experiments in parts have in common: checks of their settings, their command, their end by Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from lightning_mnn.tasks._parts import finish_parts
+from lightning_mnn.validation import positive_integer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lightning_mnn.tasks._parts import Part
+
+
+def settings_of(cfg: DictConfig, task: str, experiment: str) -> dict[str, Any]:
+    """The task's node of the config as a dictionary.
+
+    Raises:
+        ValueError: the config has no such node.
+    """
+    if task not in cfg:
+        raise ValueError(
+            f"task={task} needs the settings of experiment={experiment}: give that, which chooses the task"
+        )
+    settings: dict[str, Any] = OmegaConf.to_container(cfg[task], resolve=True)  # type: ignore[assignment]
+    return settings
+
+
+def different(key: str, values: Any, what: str, *, at_least: int = 1) -> list[Any]:
+    """A list without repetitions.
+
+    Raises:
+        ValueError: it is no list, has fewer entries than ``at_least``, or holds something twice.
+
+    >>> different("census.epsilons", [0.0, 0.1], "numbers")
+    [0.0, 0.1]
+    """
+    given = isinstance(values, list) and len(values) >= at_least
+    if not given or any(value in values[:number] for number, value in enumerate(values)):
+        many = f"{at_least} or more " if at_least else ""
+        raise ValueError(f"{key} must be a list of {many}different {what}, got {values}")
+    return list(values)
+
+
+def number_of_processes(key: str, processes: int | None) -> int:
+    """How many worker processes to use; None: one a core."""
+    if processes is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return positive_integer(key, processes)
+
+
+def shown(folder: Path) -> Path:
+    """A folder as it is told to the user: relative to the current one where it lies in it."""
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+
+
+def own_command(run_dir: Path) -> str:
+    """The command line that does, or goes on with, what the present one does."""
+    return shlex.join(["lightning-mnn", *HydraConfig.get().overrides.task, f"hydra.run.dir={shown(run_dir)}"])
+
+
+def finish_experiment(parts: Sequence[Part], run_dir: Path, processes: int, command: str) -> dict[str, dict[str, Any]]:
+    """Finish the parts of an experiment, in `parts/` of its folder; on Ctrl-C say how to go on.
+
+    Returns:
+        What each part returned, by its name (see :func:`~lightning_mnn.tasks._parts.finish_parts`).
+    """
+    try:
+        return finish_parts(parts, run_dir / "parts", processes)
+    except KeyboardInterrupt:
+        Console(soft_wrap=True, highlight=False).print(
+            f"interrupted: finished parts are kept. Go on with\n  {command}", markup=False
+        )
+        raise SystemExit(130) from None

@@ -1,0 +1,156 @@
+"""Draw the figure of saved results again, or tabulate the runs below a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from rich.console import Console
+from rich.table import Table
+
+from lightning_mnn.figures import census_figure, run_figure, scan_figure
+from lightning_mnn.tasks._experiment import shown
+from lightning_mnn.tasks._files import write_csv
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from omegaconf import DictConfig
+
+# What a figure is drawn from tells whose it is; summary.json is written last, when all else is there.
+_FIGURES: dict[str, Callable[[Path], Path]] = {
+    "scan.csv": scan_figure,
+    "census.csv": census_figure,
+    "metrics.csv": run_figure,
+}
+
+
+def report(cfg: DictConfig) -> None:
+    """Draw ``figure.png`` in ``cfg.folder`` from what a scan, a census or a training run has left there.
+
+    In a folder whose subfolders hold training runs, write ``table_1.csv`` instead, a row for each network, and print
+    it: its first column is the subfolder. Nothing else is written: the folder that Hydra makes for a job goes again.
+
+    Raises:
+        ValueError: no folder is given.
+        FileNotFoundError: the folder does not exist, or holds nothing that can be drawn; the message says what to do.
+    """
+    _remove_job_folder(Path(cfg.run_dir))
+    folder = _existing(cfg.get("folder"))
+    console = Console(soft_wrap=True, highlight=False)
+    for name, draw in _FIGURES.items():
+        if (folder / name).exists():
+            _require_summary(folder)
+            console.print(f"[bold]drawn anew:[/] {shown(draw(folder))}")
+            return
+    runs = _runs(folder)
+    if not runs:
+        raise FileNotFoundError(_nothing(folder))
+    rows = [row for run in runs for row in table_rows(folder, run)]
+    write_csv(folder / "table_1.csv", rows)
+    console.print(_table(rows))
+    console.print(f"[bold]written:[/] {shown(folder / 'table_1.csv')}")
+
+
+def table_rows(folder: Path, run: Path) -> Iterator[dict[str, Any]]:
+    """Rows of Table 1 from a run below a folder, one for each replica; parameters are all weights."""
+    summary = json.loads((run / "summary.json").read_text())
+    sizes = [summary["input_dim"], *summary["hidden_dims"]]
+    parameters = sum(a * b for a, b in zip(sizes, [*sizes[1:], 1], strict=True))
+    place = run.relative_to(folder)
+    for replica in range(summary["replicas"]):
+        measures = {
+            name: value[replica] if isinstance(value := summary[name], list) else value
+            for name in ("mce", "wrong", "mse", "kind")
+        }
+        yield {
+            "data": place.parts[0],
+            "run": str(place),
+            "seed": summary["seed"] + replica,
+            "mce_percent": None if measures["mce"] is None else 100 * measures["mce"],
+            "wrong": measures["wrong"],
+            "d0": sizes[0],
+            "d1": sizes[1],
+            "d2": sizes[2] if len(sizes) > 2 else None,
+            "num_samples": summary["num_samples"],
+            "parameters_per_sample": parameters / summary["num_samples"],
+            "seconds": summary["seconds"],
+            "mse": measures["mse"],
+            "kind": measures["kind"],
+        }
+
+
+def _remove_job_folder(run_dir: Path) -> None:
+    """Remove the folder that Hydra made for this job, and empty ones above it, unless anything else is in it."""
+    if not HydraConfig.initialized():
+        return
+    config = HydraConfig.get()
+    notes, log = run_dir / (config.output_subdir or ""), run_dir / f"{config.job.name}.log"
+    own = {log, *(notes / f"{name}.yaml" for name in ("config", "hydra", "overrides"))}
+    if set(run_dir.rglob("*")) - own - {notes} or (log.exists() and log.stat().st_size):
+        return
+    for path in own:
+        path.unlink(missing_ok=True)
+    above = [parent for parent in run_dir.parents if parent.is_relative_to(Path.cwd())]
+    for empty in dict.fromkeys((notes, run_dir, *above)):
+        if empty == Path.cwd() or any(empty.iterdir()):
+            return
+        empty.rmdir()
+
+
+def _existing(folder: str | None) -> Path:
+    if folder is None:
+        raise ValueError("task=report needs the folder of saved results: give folder=DIR")
+    path = Path(folder).absolute()
+    if not path.is_dir():
+        raise FileNotFoundError(f"folder={folder}: there is no such folder")
+    return path
+
+
+def _require_summary(folder: Path) -> None:
+    if not (folder / "summary.json").exists():
+        raise FileNotFoundError(
+            f"{folder} holds no summary.json, which is written at the end: give its run's command again to finish it "
+            "(with resume=true, for a training run)"
+        )
+
+
+def _runs(folder: Path) -> list[Path]:
+    """Folders of training runs, at any depth below."""
+    found = sorted(path.parent for path in folder.rglob("summary.json") if path.parent != folder)
+    return [run for run in found if _is_training_run(json.loads((run / "summary.json").read_text()))]
+
+
+def _is_training_run(summary: dict[str, Any]) -> bool:
+    return {"mse", "mce", "hidden_dims", "num_samples", "seconds"} <= summary.keys()
+
+
+def _nothing(folder: Path) -> str:
+    if (folder / "plan.json").exists():
+        return f"{folder} holds an experiment that is not finished: give its command again, which goes on with it"
+    return (
+        f"{folder} holds no scan.csv, census.csv or metrics.csv to draw, and no training runs with a summary.json "
+        "below it: give the folder of a run or experiment, or one with runs in it"
+    )
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table()
+    for name in ("data", "MCE %", "wrong", "d0", "d1", "N", "parameters / N", "seconds", "kind"):
+        table.add_column(name, justify="left" if name in ("data", "kind") else "right", overflow="fold")
+    for row in rows:
+        widths = str(row["d1"]) if row["d2"] is None else f"{row['d1']}, {row['d2']}"
+        table.add_row(
+            row["run"],
+            "–" if row["mce_percent"] is None else f"{row['mce_percent']:.3g}",
+            "–" if row["wrong"] is None else f"{row['wrong']:,}",
+            f"{row['d0']:,}",
+            widths,
+            f"{row['num_samples']:,}",
+            f"{row['parameters_per_sample']:.3f}",
+            f"{row['seconds']:,.0f}",
+            str(row["kind"] or "not judged").replace("_", " "),
+        )
+    return table

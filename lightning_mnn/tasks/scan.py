@@ -1,0 +1,356 @@
+"""What does training converge to, from size to size? Many small networks on Gaussian data, a table and its picture."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from dataclasses import dataclass
+from fractions import Fraction
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as pl
+from omegaconf import OmegaConf
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from lightning_mnn.callbacks import LocalMinimumDetector, Schedule
+from lightning_mnn.data import GaussianData
+from lightning_mnn.figures.scaling import FIGURES, scan_figure
+from lightning_mnn.landscape.judgement import Kind
+from lightning_mnn.mnn import MNN, DivergenceError
+from lightning_mnn.tasks._experiment import (
+    different,
+    finish_experiment,
+    number_of_processes,
+    own_command,
+    settings_of,
+    shown,
+)
+from lightning_mnn.tasks._files import write_csv, write_json
+from lightning_mnn.tasks._parts import Part, claim_folder
+from lightning_mnn.tasks._quiet import quieten
+from lightning_mnn.validation import positive_integer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from omegaconf import DictConfig
+
+THRESHOLDS = {"plus_minus": 0.0, "zero_one": 0.5}  # by the labels; a teacher's outputs have no classification error
+
+# What N is a multiple of, and the settings that no trained network depends on.
+_REFERENCES = ("square", "parameter")
+_INDIFFERENT = ("input_dims", "hidden_layers", "samples_per", "ratios")
+
+# Columns that are found by the detector: of the trained weights, and of the minimum next to them.
+_MEASURES = (
+    *("mse", "mce", "wrong", "min_preactivation", "relative_preactivation", "stationarity"),
+    *("kind", "zero_error", "distance", "margin_ratio", "minimum_mse", "minimum_mce", "kinks", "rank"),
+    "reason",
+)
+
+# Kinds in the printed table; None: two hidden layers, and the necessary conditions hold.
+_SAID: dict[str | None, str] = {
+    Kind.DIFFERENTIABLE_MINIMUM: "differentiable",
+    Kind.KINK_MINIMUM: "on kinks",
+    Kind.SADDLE: "saddle",
+    Kind.NOT_STATIONARY: "not stationary",
+    None: "not judged",
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """N samples, and a network with hidden layers as wide as its input.
+
+    Attributes:
+        num_samples: N.
+        input_dim: d = d0 = d1 (= d2).
+        hidden_layers: how many.
+    """
+
+    num_samples: int
+    input_dim: int
+    hidden_layers: int
+
+    @property
+    def hidden_dims(self) -> tuple[int, ...]:
+        """Widths of the hidden layers."""
+        return (self.input_dim,) * self.hidden_layers
+
+    @property
+    def parameters(self) -> int:
+        """All weights, d0·d1 + d1 of them with one hidden layer and d0·d1 + d1·d2 + d2 with two.
+
+        >>> Size(20, 10, 1).parameters, Size(20, 10, 2).parameters
+        (110, 210)
+        """
+        return self.hidden_layers * self.input_dim**2 + self.input_dim
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What the tables say of it."""
+        return {
+            "num_samples": self.num_samples,
+            "input_dim": self.input_dim,
+            "hidden_dims": "x".join(str(width) for width in self.hidden_dims),
+            "hidden_layers": self.hidden_layers,
+            "parameters": self.parameters,
+            "parameters_per_sample": self.parameters / self.num_samples,
+        }
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A few networks of one size, trained side by side, each on data of its own.
+
+    Attributes:
+        size: N and the widths.
+        first: number of the first network.
+        replicas: R.
+        seed: of network 0; network r has seed + r, for its weights and its data.
+        optimizer, schedule, dtype, negative_slope: see :class:`~lightning_mnn.MNN`.
+        labels: see :class:`~lightning_mnn.data.GaussianData`.
+        max_epochs: of one step each, for batches are full.
+    """
+
+    size: Size
+    first: int
+    replicas: int
+    seed: int
+    optimizer: dict[str, Any]
+    schedule: dict[str, Any]
+    dtype: str
+    labels: str
+    negative_slope: float
+    max_epochs: int
+
+    @property
+    def name(self) -> str:
+        """Name of the part."""
+        size, last = self.size, self.first + self.replicas - 1
+        return f"layers_{size.hidden_layers}_d_{size.input_dim}_N_{size.num_samples}_replicas_{self.first}_{last}"
+
+    @property
+    def cost(self) -> int:
+        """Multiplications of an epoch, up to a factor."""
+        return self.replicas * self.size.num_samples * self.size.parameters
+
+    def model(self) -> MNN:
+        """The networks before training."""
+        return MNN(
+            self.size.input_dim,
+            self.size.hidden_dims,
+            self.negative_slope,
+            self.replicas,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            threshold=THRESHOLDS[self.labels],
+            dtype=self.dtype,
+            seed=self.seed + self.first,
+            default_callbacks=False,
+        )
+
+    def data(self) -> GaussianData:
+        """Their data sets."""
+        return GaussianData(
+            self.size.num_samples,
+            self.size.input_dim,
+            self.labels,
+            replicas=self.replicas,
+            seed=self.seed + self.first,
+            dtype=self.dtype,
+        )
+
+    def train(self) -> dict[str, Any]:
+        """Train them and certify what they converged to: a row for each.
+
+        Raises:
+            DivergenceError: the MSE of any of them is no longer finite.
+        """
+        quieten()
+        detector = LocalMinimumDetector(Schedule(every=self.max_epochs), stop_training=False)
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_epochs=self.max_epochs,
+            log_every_n_steps=min(50, self.max_epochs),  # which is when divergence is noticed
+            callbacks=[detector],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+        try:
+            trainer.fit(self.model(), self.data())
+        except DivergenceError as error:
+            size, seed = self.size, self.seed + self.first
+            where = f"N = {size.num_samples}, d = {size.input_dim}, {size.hidden_layers} hidden layer(s)"
+            raise DivergenceError(f"{where}, seeds from {seed} on: {error}") from None
+        found = detector.summary()
+        return {"rows": [self._row(found, replica, trainer.current_epoch) for replica in range(self.replicas)]}
+
+    def _row(self, found: dict[str, Any], replica: int, epochs: int) -> dict[str, Any]:
+        number = self.first + replica
+        values = {name: found[name][replica] if isinstance(found[name], list) else found[name] for name in _MEASURES}
+        if self.size.hidden_layers > 1 and values["kind"] != Kind.NOT_STATIONARY:
+            values["kind"] = None  # no more than necessary conditions hold, as the reason says
+        return {**self.size.columns, "replica": number, "seed": self.seed + number, "epochs": epochs, **values}
+
+
+def scan(cfg: DictConfig) -> None:
+    """Train networks at all sizes of ``cfg.scan``, ``cfg.replicas`` at each, and say what every one converged to.
+
+    The run folder gets ``scan.csv``, a row for each network, ``summary.json``, with means and counts for each size, and
+    ``figure.png``. In the table ``mse``, ``mce``, ``wrong``, ``min_preactivation``, ``relative_preactivation`` and
+    ``stationarity`` are of the trained weights as they are; ``kind`` and all after it are of the minimum next to them,
+    where there is one. With two hidden layers there are necessary conditions only: ``kind`` is empty where they hold.
+    Seconds are one processor's.
+
+    ``plan.json`` holds all that a network's training depends on, ``parts/`` the finished parts, which are not trained
+    again. Killed at any time and given again, the command goes on, and ends in the files of an unbroken run but for the
+    seconds. More sizes, more replicas or another figure may be asked of the same folder later; other settings need
+    another.
+
+    Raises:
+        ValueError: a value of the config is out of its range; the message names its key.
+        FileExistsError: the folder holds another run, or a scan with another plan.
+        DivergenceError: the MSE of a network is no longer finite.
+    """
+    run_dir, settings = Path(cfg.run_dir), _settings(cfg)
+    figure, processes = settings.pop("figure"), number_of_processes("scan.processes", settings.pop("processes"))
+    sizes = _sizes(settings)
+    plan = _plan(cfg, settings)
+    fits = _fits(cfg, settings, sizes)
+    claim_folder(run_dir, plan)
+    longest_first = sorted(fits, key=lambda fit: fit.cost, reverse=True)
+    command = own_command(run_dir)
+    found = finish_experiment([Part(fit.name, fit.train) for fit in longest_first], run_dir, processes, command)
+    rows = [row for fit in fits for row in found[fit.name]["rows"]]
+    seconds = {size: sum(found[fit.name]["seconds"] for fit in fits if fit.size == size) for size in sizes}
+    summaries = [
+        summarise(size, [row for row in rows if size.columns.items() <= row.items()], seconds[size]) for size in sizes
+    ]
+    write_csv(run_dir / "scan.csv", rows)
+    write_json(
+        run_dir / "summary.json",
+        {
+            "command": command,
+            "figure": figure,
+            "networks": len(rows),
+            "kinds": _kinds(rows),
+            "seconds": sum(seconds.values()),
+            "replicas": cfg.replicas,
+            **plan,
+            "scan": settings,
+            "sizes": summaries,
+        },
+    )
+    scan_figure(run_dir)
+    _tell(summaries, run_dir)
+
+
+def summarise(size: Size, rows: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """Means and counts over the networks of one size; standard deviations are those of a sample (n − 1)."""
+    errors, squares = [row["mce"] for row in rows], [row["mse"] for row in rows]
+    return {
+        **size.columns,
+        "replicas": len(rows),
+        "mce_mean": statistics.fmean(errors),
+        "mce_std": statistics.stdev(errors) if len(errors) > 1 else None,
+        "mse_min": min(squares),
+        "mse_max": max(squares),
+        "mse_geometric_mean": math.exp(statistics.fmean(map(math.log, squares))) if min(squares) > 0 else 0.0,
+        "min_preactivation_median": statistics.median(row["min_preactivation"] for row in rows),
+        "kinds": _kinds(rows),
+        "seconds": seconds,
+    }
+
+
+def _kinds(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+    return dict(Counter(row["kind"] for row in rows).most_common())
+
+
+def _settings(cfg: DictConfig) -> dict[str, Any]:
+    """The node ``scan`` as a dictionary, all of it checked but what Fit's model and data check."""
+    settings = settings_of(cfg, "scan", "figure_5_1 or figure_5_2")
+    for key, what in (("input_dims", "widths"), ("hidden_layers", "numbers of layers"), ("ratios", "numbers")):
+        different(f"scan.{key}", settings[key], what)
+    for width in settings["input_dims"]:
+        positive_integer("scan.input_dims", width)
+    for key in ("max_epochs", "replicas_per_part"):
+        positive_integer(f"scan.{key}", settings[key])
+    positive_integer("replicas", cfg.replicas)
+    one_of = {"samples_per": _REFERENCES, "labels": tuple(THRESHOLDS), "figure": tuple(FIGURES)}
+    for key, known in one_of.items():
+        if settings[key] not in known:
+            raise ValueError(f"scan.{key} must be one of {known}, got {settings[key]!r}")
+    if not set(settings["hidden_layers"]) <= {1, 2}:
+        raise ValueError(f"scan.hidden_layers must be [1], [2] or [1,2], got {settings['hidden_layers']}")
+    if not all(isinstance(ratio, int | float) and 0 < ratio < math.inf for ratio in settings["ratios"]):
+        raise ValueError(f"scan.ratios must be positive numbers, got {settings['ratios']}")
+    return settings
+
+
+def _sizes(settings: dict[str, Any]) -> list[Size]:
+    sizes: list[Size] = []
+    for layers, width, ratio in product(settings["hidden_layers"], settings["input_dims"], settings["ratios"]):
+        reference = width**2 if settings["samples_per"] == "square" else Size(1, width, layers).parameters
+        size = Size(math.floor(Fraction(str(ratio)) * reference), width, layers)  # exact, as the ratio is written
+        if size.num_samples < 1 or size in sizes:
+            how = "no sample" if size.num_samples < 1 else f"N = {size.num_samples} a second time"
+            raise ValueError(f"scan.ratios: {ratio} gives {how} at d = {width}: leave it out, or take wider networks")
+        sizes.append(size)
+    return sizes
+
+
+def _plan(cfg: DictConfig, settings: dict[str, Any]) -> dict[str, Any]:
+    """All that the networks' training depends on, but for their sizes and numbers, which their parts are named by."""
+    names = ("lightning_mnn", "pytorch_lightning", "torch", "numpy", "scipy")
+    return {
+        "seed": cfg.seed,
+        "dtype": cfg.dtype,
+        **{key: OmegaConf.to_container(cfg[key], resolve=True) for key in ("optimizer", "schedule")},
+        "scan": {key: value for key, value in settings.items() if key not in _INDIFFERENT},
+        "versions": {name: version(name) for name in names},
+    }
+
+
+def _fits(cfg: DictConfig, settings: dict[str, Any], sizes: Sequence[Size]) -> list[Fit]:
+    """The parts, size by size; what their networks and data object to is said now, before any work."""
+    options: dict[str, Any] = {key: OmegaConf.to_container(cfg[key], resolve=True) for key in ("optimizer", "schedule")}
+    options |= {key: settings[key] for key in ("labels", "negative_slope", "max_epochs")}
+    options |= {"seed": cfg.seed, "dtype": cfg.dtype}
+    fits = [
+        Fit(size, first, min(settings["replicas_per_part"], cfg.replicas - first), **options)
+        for size in sizes
+        for first in range(0, cfg.replicas, settings["replicas_per_part"])
+    ]
+    fits[0].model()
+    fits[0].data()
+    return fits
+
+
+def _tell(summaries: Sequence[dict[str, Any]], run_dir: Path) -> None:
+    """Print a line for each size."""
+    table = Table("hidden", "N", "MCE %", "MSE", "min |w·x|", "converged to", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for size in summaries:
+        spread = "" if size["mce_std"] is None else f" ± {100 * size['mce_std']:.3g}"
+        kinds = ", ".join(f"{count} {_SAID[kind]}" for kind, count in size["kinds"].items())
+        table.add_row(
+            size["hidden_dims"],
+            f"{size['num_samples']:,}",
+            f"{100 * size['mce_mean']:.3g}{spread}",
+            f"{size['mse_min']:.1e} … {size['mse_max']:.1e}",
+            f"{size['min_preactivation_median']:.1e}",
+            kinds,
+        )
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(table)
+    console.print(f"[bold]everything is in[/] {shown(run_dir)}")

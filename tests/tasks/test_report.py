@@ -1,0 +1,124 @@
+"""Figures drawn again from saved results, and the table of the runs below a folder."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+
+from lightning_mnn.tasks.report import report
+from tests.scans import write_scan
+
+REFERENCE = Path(__file__).parents[2] / "outputs" / "reference"
+RUN = {
+    "mse": 0.01, "mce": 0.002, "wrong": 40, "kind": "not_stationary", "input_dim": 784, "hidden_dims": [89],
+    "num_samples": 70000, "negative_slope": 0.0, "replicas": 1, "seconds": 12.5, "seed": 3,
+}  # fmt: skip
+
+
+def settings(folder, *overrides):
+    with initialize_config_module("lightning_mnn.conf", version_base="1.3"):
+        return compose("config", ["task=report", "run_dir=.", f"folder={folder}", *overrides])
+
+
+def is_png(path):
+    return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def write_run(folder, **changes):
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(json.dumps(RUN | changes))
+    (folder / "metrics.csv").write_text("step,train/mse\n0,0.5\n9,0.1\n")
+
+
+def tree(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name not in ("figure.png", folder.name)}
+
+
+def test_the_command_draws_anew_and_leaves_nothing_else():
+    folder = Path("results/scan")
+    folder.mkdir(parents=True)
+    write_scan(folder, "minima")
+    (folder / ".hydra").mkdir()
+    (folder / ".hydra" / "config.yaml").write_text("the scan's own")
+    before = tree(folder)
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_mnn", "task=report", f"folder={folder}"],
+        capture_output=True, text=True, timeout=100, check=False, env=os.environ | {"COLUMNS": "120"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "drawn anew: results/scan/figure.png" in done.stdout
+    assert is_png(folder / "figure.png")
+    assert tree(folder) == before
+    assert [path.name for path in Path().iterdir()] == ["results"]
+
+
+@pytest.mark.parametrize("figure", ["error", "minima"])
+def test_a_scan_is_drawn_as_it_was_asked_for(figure, capsys):
+    write_scan(Path(), figure)
+    report(settings("."))
+    assert is_png(Path("figure.png"))
+    assert "figure.png" in capsys.readouterr().out
+
+
+def test_a_census_and_a_run_are_drawn():
+    shutil.copytree(REFERENCE / "census", "census")
+    Path("census/figure.png").unlink()
+    write_run(Path("run"))
+    for folder in ("census", "run"):
+        report(settings(folder))
+        assert is_png(Path(folder, "figure.png"))
+
+
+def test_runs_below_a_folder_make_a_table(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    folder = Path("outputs/table_1")
+    write_run(folder / "mnist" / "a")
+    sizes = {"input_dim": 10, "hidden_dims": [4, 3], "num_samples": 110}
+    write_run(
+        folder / "gaussian", replicas=2, mce=[0.0, 0.5], wrong=[0, 55], mse=[0.0, 0.3], kind=[None, "saddle"], **sizes
+    )
+    write_run(folder / "teacher", mce=None, wrong=None)
+    (folder / "unfinished").mkdir()
+    (folder / "census").mkdir()
+    (folder / "census" / "summary.json").write_text('{"regions_searched": 3}')
+    report(settings(folder))
+    with (folder / "table_1.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["data"], row["run"], row["seed"]) for row in rows] == [
+        ("gaussian", "gaussian", "3"), ("gaussian", "gaussian", "4"), ("mnist", "mnist/a", "3"),
+        ("teacher", "teacher", "3"),
+    ]  # fmt: skip
+    assert float(rows[0]["parameters_per_sample"]) == (10 * 4 + 4 * 3 + 3) / 110
+    assert float(rows[2]["parameters_per_sample"]) == (784 * 89 + 89) / 70000
+    assert [row["mce_percent"] for row in rows] == ["0.0", "50.0", "0.2", ""]
+    assert [(row["d1"], row["d2"], row["kind"]) for row in rows[1:3]] == [("4", "3", "saddle"), ("89", "", RUN["kind"])]
+    said = capsys.readouterr().out
+    for words in ("mnist/a", "0.2", "70,000", "0.998", "not stationary", "not judged", "table_1.csv"):
+        assert words in said, words
+    assert not list(folder.rglob("figure.png"))
+
+
+@pytest.mark.parametrize(
+    ("prepare", "folder", "message"),
+    [
+        (None, "null", "give folder=DIR"),
+        (None, "nowhere", "folder=nowhere: there is no such folder"),
+        (None, ".", "holds no scan.csv, census.csv or metrics.csv .* no training runs"),
+        ("plan.json", ".", "an experiment that is not finished: give its command again"),
+        ("metrics.csv", ".", "holds no summary.json, .*resume=true"),
+        ("scan.csv", ".", "holds no summary.json"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said(prepare, folder, message):
+    if prepare:
+        Path(prepare).write_text("{}")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        report(settings(folder))
+    assert not Path("figure.png").exists()
+    assert not Path("table_1.csv").exists()

@@ -1,0 +1,237 @@
+"""The scan as users run it, and its numbers beside those of single networks."""
+
+import csv
+import json
+import logging
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+
+from lightning_mnn import MNN
+from lightning_mnn.callbacks import LocalMinimumDetector, Schedule
+from lightning_mnn.data import GaussianData
+from lightning_mnn.mnn import DivergenceError
+from lightning_mnn.tasks.scan import Fit, Size, _sizes, scan, summarise
+
+EPOCHS = 30
+SMALL = (
+    "experiment=figure_5_1", "scan.input_dims=[5,6]", "scan.ratios=[0.2,0.45]", f"scan.max_epochs={EPOCHS}",
+    "replicas=3", "scan.replicas_per_part=2", "seed=4",
+)  # fmt: skip
+PARTS = 2 * 2 * 2 * 2  # layers, widths, ratios, parts of each
+ADAM, TAIL = {"name": "adam", "lr": 0.01}, {"name": "exponential_tail", "hold": 0.5}
+
+
+def start(*arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "lightning_mnn", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"},
+    )  # fmt: skip
+
+
+def command(*arguments, code=0):
+    process = start(*arguments)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == code, out[-1000:] + err[-3000:]
+    return out + err
+
+
+def table(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def results(folder):
+    """All that a scan leaves, but for the seconds and the command."""
+    summary = json.loads((folder / "summary.json").read_text())
+    for node in (summary, *summary["sizes"]):
+        del node["seconds"]
+    del summary["command"]
+    return table(folder / "scan.csv"), summary
+
+
+def ended(pids):
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        states = [Path(f"/proc/{pid}/stat") for pid in pids]
+        if not any(path.exists() and path.read_text().rsplit(")", 1)[1].split()[0] != "Z" for path in states):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def alone(row, trainer):
+    """What a single network with the row's sizes and seed ends in."""
+    widths = [int(width) for width in row["hidden_dims"].split("x")]
+    d0, n, seed = (int(row[name]) for name in ("input_dim", "num_samples", "seed"))
+    model = MNN(d0, widths, optimizer=ADAM, schedule=TAIL, threshold=0.0, seed=seed, default_callbacks=False)
+    detector = LocalMinimumDetector(Schedule(every=EPOCHS), stop_training=False)
+    trainer(max_epochs=EPOCHS, callbacks=[detector]).fit(model, GaussianData(n, d0, seed=seed))
+    return detector.summary()
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scan") / "run"
+    said = command(*SMALL, f"hydra.run.dir={folder}", "scan.processes=1")
+    assert "Warning" not in said, said
+    assert "treespec" not in said, said
+    return folder
+
+
+@pytest.mark.slow
+def test_the_table_holds_what_single_networks_end_in(unbroken, make_trainer):
+    rows, summary = results(unbroken)
+    sizes = [(r["hidden_dims"], r["num_samples"], r["parameters"]) for r in rows[::3]]
+    assert sizes == [
+        ("5", "6", "30"), ("5", "13", "30"), ("6", "8", "42"), ("6", "18", "42"),
+        ("5x5", "11", "55"), ("5x5", "24", "55"), ("6x6", "15", "78"), ("6x6", "35", "78"),
+    ]  # fmt: skip
+    assert [(row["replica"], row["seed"]) for row in rows[:3]] == [("0", "4"), ("1", "5"), ("2", "6")]
+    assert {row["epochs"] for row in rows} == {str(EPOCHS)}
+    for row in (rows[1], rows[2], rows[-1]):
+        found = alone(row, make_trainer)
+        for name in ("mse", "mce", "min_preactivation", "stationarity"):
+            assert float(row[name]) == pytest.approx(found[name], rel=1e-10), name
+        assert row["wrong"] == str(found["wrong"])
+        assert row["kind"] == found["kind"]
+    for size, first in zip(summary["sizes"], range(0, len(rows), 3), strict=True):
+        errors = [float(row["mce"]) for row in rows[first : first + 3]]
+        assert size["mce_mean"] == pytest.approx(statistics.fmean(errors))
+        assert size["mce_std"] == pytest.approx(statistics.stdev(errors))
+        assert sum(size["kinds"].values()) == size["replicas"] == 3
+    assert summary["networks"] == len(rows) == 24
+    assert (unbroken / "figure.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.slow
+def test_begun_with_fewer_sizes_and_interrupted_it_ends_in_the_files_of_an_unbroken_run(unbroken):
+    folder = Path("outputs/quick/seed_4")
+    process = start(*SMALL, "name=quick", "scan.processes=2", "scan.input_dims=[6]", "scan.figure=minima")
+    while not list(folder.glob("parts/*.json")):
+        assert process.poll() is None, "it was over before it could be stopped"
+        time.sleep(0.005)
+    pids = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    assert len(pids) >= 2
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "Go on with\n  lightning-mnn experiment=figure_5_1" in out
+    assert ended(pids)
+
+    kept = {path: path.stat().st_mtime_ns for path in folder.glob("parts/*.json")}
+    assert 1 <= len(kept) < PARTS // 2
+    said = command(*SMALL, "name=quick", "scan.processes=2")
+    assert str(folder) in said
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert len(list(folder.glob("parts/*"))) == PARTS
+    assert results(folder) == results(unbroken)
+
+
+def settings(*overrides):
+    with initialize_config_module("lightning_mnn.conf", version_base="1.3"):
+        return compose("config", ["experiment=figure_5_1", "run_dir=.", *overrides])
+
+
+@pytest.mark.slow
+def test_another_plan_is_refused(unbroken):
+    before = results(unbroken)
+    with pytest.raises(FileExistsError, match=r"optimizer.lr is 0.01, not 0.1; scan.max_epochs is 30, not 3: choose"):
+        scan(settings(*SMALL, "optimizer.lr=0.1", "scan.max_epochs=3", f"run_dir={unbroken}"))
+    assert results(unbroken) == before
+
+
+def test_a_folder_with_another_run_is_refused():
+    Path("summary.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        scan(settings())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("scan.input_dims=[]", "scan.input_dims must be a list of 1 or more different widths"),
+        ("scan.input_dims=[0]", "scan.input_dims must be at least 1"),
+        ("scan.input_dims=[5,5]", "scan.input_dims must be a list .* different"),
+        ("scan.hidden_layers=[3]", "scan.hidden_layers must be"),
+        ("scan.ratios=[-1]", "scan.ratios must be positive"),
+        ("scan.ratios=[0.001]", "scan.ratios: 0.001 gives no sample at d = 10"),
+        ("scan.ratios=[0.5,0.501]", "scan.ratios: 0.501 gives N = 55 a second time at d = 10"),
+        ("scan.samples_per=cube", "scan.samples_per must be one of"),
+        ("scan.labels=teacher", "scan.labels must be one of"),
+        ("scan.figure=map", "scan.figure must be one of"),
+        ("scan.max_epochs=0", "scan.max_epochs must be at least 1"),
+        ("scan.replicas_per_part=0", "scan.replicas_per_part must be at least 1"),
+        ("scan.processes=0", "scan.processes must be at least 1"),
+        ("scan.negative_slope=1", "negative_slope must be a real number other than 1"),
+        ("replicas=0", "replicas must be at least 1"),
+        ("dtype=float16", "dtype must be one of"),
+        ("optimizer=lbfgs", "lbfgs couples the replicas"),
+        ("optimizer.name=newton", "optimizer name must be one of"),
+        ("schedule.hold=2", "hold must lie in"),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_named_before_any_work(override, message):
+    with pytest.raises(ValueError, match=message):
+        scan(settings(override))
+    assert not list(Path().iterdir())
+
+
+def test_the_task_needs_its_settings():
+    with initialize_config_module("lightning_mnn.conf", version_base="1.3"):
+        cfg = compose("config", ["task=scan", "run_dir=."])
+    with pytest.raises(ValueError, match="experiment=figure_5_1 or figure_5_2"):
+        scan(cfg)
+
+
+def test_sizes_are_exact_as_the_ratios_are_written():
+    squares = {"hidden_layers": [1], "input_dims": [10, 20, 40, 60, 80, 100], "samples_per": "square", "ratios": [0.2]}
+    assert [size.num_samples for size in _sizes(squares)] == [20, 80, 320, 720, 1280, 2000]
+    floor = squares | {"input_dims": [10], "ratios": [0.29]}
+    assert [size.num_samples for size in _sizes(floor)] == [29]  # 0.29 · 100 is 28.999… in floats
+    both = squares | {"hidden_layers": [1, 2], "input_dims": [10], "samples_per": "parameter", "ratios": [1.0]}
+    assert [(size.num_samples, size.hidden_dims) for size in _sizes(both)] == [(110, (10,)), (210, (10, 10))]
+
+
+@pytest.fixture
+def _own_logging():
+    logger = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+    level = logger.level
+    yield
+    logger.setLevel(level)
+
+
+@pytest.mark.usefixtures("_own_logging")
+def test_divergence_ends_with_the_size_and_the_seeds():
+    sgd = {"name": "sgd", "lr": 1e4}
+    fit = Fit(Size(8, 5, 1), 2, 3, 4, sgd, TAIL, "float64", "plus_minus", 0.0, 60)
+    with pytest.raises(DivergenceError, match=r"N = 8, d = 5, 1 hidden .* seeds from 6 on: .* Lower the learning rate"):
+        fit.train()
+
+
+@pytest.mark.usefixtures("_own_logging")
+def test_one_replica_gives_a_row_of_plain_values_even_where_all_labels_are_alike():
+    (row,) = Fit(Size(1, 4, 1), 2, 1, 4, ADAM, TAIL, "float64", "zero_one", 0.1, 5).train()["rows"]
+    assert (row["replica"], row["seed"], row["hidden_dims"], row["epochs"]) == (2, 6, "4", 5)
+    assert isinstance(row["mse"], float)
+    assert isinstance(row["reason"], str)
+    summary = summarise(Size(1, 4, 1), [row], 1.0)
+    assert summary["mce_std"] is None
+    assert summary["mse_geometric_mean"] == pytest.approx(row["mse"])
+
+
+@pytest.mark.usefixtures("_own_logging")
+def test_what_two_hidden_layers_pass_is_not_called_a_minimum():
+    fit = Fit(Size(3, 6, 2), 0, 2, 0, ADAM, TAIL, "float64", "plus_minus", 0.0, 1500)
+    rows = fit.train()["rows"]
+    assert max(row["mse"] for row in rows) < 1e-20
+    assert {row["kind"] for row in rows} == {None}
+    assert all("necessary conditions only" in row["reason"] for row in rows)
