@@ -1,4 +1,4 @@
-"""Figures of a scan over sizes: the error against N, and what training ends in against d."""
+"""Figures of a scan over sizes: the error against #parameters / N, and what training ends in against d."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def scan_figure(run_dir: Path) -> Path:
 
 
 def error_figure(run_dir: Path) -> Path:
-    """Draw the final training error against N, mean ± standard deviation over the replicas, a curve for each width.
+    """Draw the final training error against #parameters / N, mean ± standard deviation over the replicas.
 
-    A panel for each number of hidden layers, as in the paper's Figure 5.1. Broken lines stand where N is the number of
-    parameters.
+    A panel for each number of hidden layers, as in the paper's Figure 5.1, and a curve for each width, along which N
+    falls. A broken line stands where there are as many parameters as samples.
 
     Returns:
         The path of the figure.
@@ -68,16 +68,17 @@ def error_figure(run_dir: Path) -> Path:
         for (width, curve), color in zip(_by(sizes, "input_dim").items(), _cycle(len(sizes)), strict=False):
             _draw_errors(ax, width, curve, color)
         ax.set_title(f"{_LAYERS[layers]}, d0 = {' = '.join(f'd{k + 1}' for k in range(layers))} = d", fontsize=12)
-        ax.set(xscale="log", xlabel="samples N")
+        ax.axvline(1, color="black", ls="--", lw=1.2, zorder=1)
+        ax.set(xscale="log", xlabel="parameters for each sample, #parameters / N")
         ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ax.xaxis.set_minor_formatter(NullFormatter())
         _tidy(ax)
         below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12)}  # where it covers nothing
-        words = "mean ± standard deviation; broken lines: N = #parameters"
+        words = "mean ± standard deviation; broken line: N = #parameters"
         ax.legend(ncols=2, title=words, frameon=False, **below)
     axes[0].set(ylabel="final training error MCE (%)", ylim=(-1, None))
-    figure.suptitle(f"Training error against samples\n{_conditions(summary)}", fontsize=12)
+    figure.suptitle(f"Training error against parameters for each sample\n{_conditions(summary)}", fontsize=12)
     return save(figure, run_dir / "figure.png")
 
 
@@ -116,12 +117,11 @@ FIGURES: dict[str, Callable[[Path], Path]] = {"error": error_figure, "minima": m
 
 
 def _draw_errors(ax: Axes, width: int, curve: Sequence[Row], color: str) -> None:
-    """Mean ± standard deviation of the MCE against N, in per cent."""
+    """Mean ± standard deviation of the MCE against the parameters for each sample, in per cent."""
     curve = sorted(curve, key=lambda size: size["num_samples"])
     spread = [100 * (size["mce_std"] or 0.0) for size in curve]
-    parameters = curve[0]["parameters"]
     ax.errorbar(
-        [size["num_samples"] for size in curve],
+        [size["parameters_per_sample"] for size in curve],
         [100 * size["mce_mean"] for size in curve],
         spread,
         color=color,
@@ -130,9 +130,8 @@ def _draw_errors(ax: Axes, width: int, curve: Sequence[Row], color: str) -> None
         lw=1.4,
         capsize=3,
         elinewidth=1,
-        label=f"d = {width} ({parameters:,} parameters)",
+        label=f"d = {width} ({curve[0]['parameters']:,} parameters)",
     )
-    ax.axvline(parameters, color=color, ls="--", lw=1.1, zorder=1)
 
 
 def _draw_dots(ax: Axes, groups: Sequence[Sequence[Row]], column: str) -> None:
