@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import abstractmethod
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from lightning_mnn.data.loader import ExactData, ExactLoader, part_of
 from lightning_mnn.data.resident import ResidentLoader
 from lightning_mnn.data.rows import RowFile, Rows, rows_of, written_rows
 from lightning_mnn.data.streaming import BUFFER_BYTES, StreamedLoader
-from lightning_mnn.data.whitening import ROWS, AffineMap, affine_map, check_floor, moments, team_moments
+from lightning_mnn.data.whitening import ROWS, InputMap, check_floor, input_map, moments, team_moments
 from lightning_mnn.landscape.team import ProcessTeam, Team
 from lightning_mnn.validation import positive_integer
 
@@ -44,18 +45,20 @@ class ImageData(ExactData):
     """Images, flattened, with their classes in two groups; a subclass says by :meth:`source` which images.
 
     They are centred by the mean image and scaled to mean variance 1, optionally whitened in between
-    (:func:`~lightning_mnn.data.whitening.affine_map`); all of it is computed from the samples that are trained on.
+    (:func:`~lightning_mnn.data.whitening.input_map`); all of it is computed from the samples that are trained on.
 
     In memory, the mapped inputs lie on the device as one tensor. Streamed, batches are read from a file in a random
     order that disks like (:class:`~lightning_mnn.data.streaming.StreamedLoader`) and mapped as they come, or read from
     a file of mapped inputs that is written once. Training and callbacks see the same numbers either way: they come from
-    the same map, with whitening to the last bit as far as :meth:`AffineMap.apply` says, and are rounded to ``storage``.
+    the same map, with whitening to the last bit as far as :meth:`InputMap.apply` says, and are rounded to ``storage``.
 
     Args:
         groups: the classes of label 0 and those of label 1, each by its index or name; other classes are left out.
             None: the first half of the sorted names, and the others.
         labels: "zero_one" or "plus_minus".
         whiten: floor of :func:`~lightning_mnn.data.whitening.whitening_matrix`; None: no whitening.
+        equal_norms: bring every image to the norm √d0 at last, so that faint images weigh as much as
+            others. The class that a network without biases gives an image, with labels ±1, does not depend on its norm.
         residency: "memory", "stream", or "auto": in memory where the mapped inputs take at most half of what is free,
             on the training device.
         storage: "float32", "bfloat16" or "float16", to which mapped inputs are rounded; None: ``dtype``. The network
@@ -83,6 +86,7 @@ class ImageData(ExactData):
         groups: Sequence[Sequence[int | str]] | None = None,
         labels: str = "zero_one",
         whiten: float | None = None,
+        equal_norms: bool = False,
         residency: str = "auto",
         storage: str | None = None,
         materialise: bool = False,
@@ -103,6 +107,7 @@ class ImageData(ExactData):
         self.groups = None if groups is None else check_groups(groups)
         self.labels = labels
         self.whiten = whiten
+        self.equal_norms = equal_norms
         self.residency = residency
         self.storage = self.dtype if storage is None else STORAGES[storage]
         self.materialise = materialise
@@ -175,7 +180,7 @@ class ImageData(ExactData):
         free = torch.tensor(_free_memory(self._device) / processes, dtype=torch.float64, device=self._device)
         return samples.count * samples.shape[1] * self.storage.itemsize > _MEMORY_SHARE * float(team.least(free))
 
-    def _mapped(self, samples: _Samples, mapping: AffineMap) -> Tensor:
+    def _mapped(self, samples: _Samples, mapping: InputMap) -> Tensor:
         mapping = mapping.to(self._device, self._precision)
         inputs = torch.empty(samples.shape, dtype=self.storage, device=self._device)
         for low, high in spans(0, samples.count, ROWS):
@@ -188,9 +193,9 @@ class ImageData(ExactData):
 
     def _written(self, samples: _Samples) -> dict[str, Any]:
         """The file of mapped inputs; by one process at a time, so that the others find it there."""
-        content = [self._name_of_map(samples), str(self.storage), str(self._precision)]
+        content = [self._name_of_map(samples), str(self.equal_norms), str(self.storage), str(self._precision)]
         path = self.cache / f"inputs-{_digest(content)}.rows"
-        mapping: AffineMap | None = None
+        mapping: InputMap | None = None
 
         def block_of(low: int, high: int) -> Tensor:
             nonlocal mapping
@@ -201,12 +206,12 @@ class ImageData(ExactData):
 
         return {"rows": written_rows(path, samples.shape, self.storage, block_of)}
 
-    def _kept_map(self, samples: _Samples, team: Team) -> AffineMap:
+    def _kept_map(self, samples: _Samples, team: Team) -> InputMap:
         """The map of streamed samples, from a file if an earlier run has found it."""
         path = self.cache / f"{self._name_of_map(samples)}.npz"
         known = torch.tensor(float(path.exists()), device=self._device)
         if team.least(known) == 1:
-            return _load_map(path)
+            return replace(_load_map(path), equal_norms=self.equal_norms)
         mapping = self._found_map(samples, team)
         if self.trainer is None or self.trainer.local_rank == 0:
             _save_map(path, mapping)
@@ -215,7 +220,7 @@ class ImageData(ExactData):
     def _name_of_map(self, samples: _Samples) -> str:
         return f"map-{_digest([samples.identity(), repr(self.whiten)])}"
 
-    def _found_map(self, samples: _Samples, team: Team) -> AffineMap:
+    def _found_map(self, samples: _Samples, team: Team) -> InputMap:
         """The map, by a pass over the samples that the processes share."""
         rank = dist.get_rank() if team.size > 1 else 0
         what = "mean and variance" if self.whiten is None else f"whitening with floor {self.whiten}"
@@ -223,7 +228,7 @@ class ImageData(ExactData):
         size = max(1, _BLOCK_NUMBERS // samples.shape[1])
         blocks = (samples.read(*span) for span in spans(*part_of(samples.count, rank, team.size), size))
         own = moments(blocks, samples.shape[1], products=self.whiten is not None, device=self._device)
-        return affine_map(team_moments(own, team), self.whiten)
+        return replace(input_map(team_moments(own, team), self.whiten), equal_norms=self.equal_norms)
 
 
 class _Samples:
@@ -346,7 +351,7 @@ def _digest(parts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
 
 
-def _save_map(path: Path, mapping: AffineMap) -> None:
+def _save_map(path: Path, mapping: InputMap) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     matrix = {} if mapping.matrix is None else {"matrix": mapping.matrix.cpu().numpy()}
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -355,7 +360,7 @@ def _save_map(path: Path, mapping: AffineMap) -> None:
     unfinished.replace(path)
 
 
-def _load_map(path: Path) -> AffineMap:
+def _load_map(path: Path) -> InputMap:
     with np.load(path, allow_pickle=False) as file:
         matrix = torch.from_numpy(file["matrix"]) if "matrix" in file else None
-        return AffineMap(torch.from_numpy(file["mean"]), matrix, float(file["scale"]))
+        return InputMap(torch.from_numpy(file["mean"]), matrix, float(file["scale"]))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_mnn.data.rows import Rows
-    from lightning_mnn.data.whitening import AffineMap
+    from lightning_mnn.data.whitening import InputMap
 
 BUFFER_BYTES = 1 << 29
 _CHUNK_BYTES = 1 << 20
@@ -98,7 +98,7 @@ class StreamedLoader(ExactLoader):
         batch_size: int | None = None,
         *,
         chosen: NDArray[np.int64] | None = None,
-        mapping: AffineMap | None = None,
+        mapping: InputMap | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         buffer_bytes: int = BUFFER_BYTES,

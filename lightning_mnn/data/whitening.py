@@ -5,7 +5,8 @@ Shapes: N samples, d0 inputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -163,30 +164,32 @@ def check_floor(floor: float) -> None:
 
 
 @dataclass(frozen=True)
-class AffineMap:
-    """The map x ↦ scale · (x − mean) T of inputs.
+class InputMap:
+    """The map x ↦ scale · (x − mean) T of inputs, whose images may then be brought to one norm.
 
     Attributes:
         mean: (d0,).
         matrix: T, (d0, d0); None: the identity.
         scale: a number.
+        equal_norms: whether images x are divided by ‖x‖/√d0, but for those that are zero.
     """
 
     mean: Tensor
     matrix: Tensor | None
     scale: float
+    equal_norms: bool = False
 
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> AffineMap:
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> InputMap:
         """The map with its numbers in another precision, which is that of what it computes."""
         matrix = None if self.matrix is None else self.matrix.to(device, dtype)
-        return AffineMap(self.mean.to(device, dtype), matrix, self.scale)
+        return replace(self, mean=self.mean.to(device, dtype), matrix=matrix)
 
     def apply(self, rows: Tensor, out: Tensor) -> Tensor:
         """Map rows and round them to the dtype of ``out``.
 
-        Without T every number is computed by itself, so a row has one image, bit for bit, whatever rows stand beside
-        it. With T the products are all of one shape, blocks of 256 rows filled up with zeros: the same holds as far
-        as the machine's matrix product treats the rows of one shape alike.
+        Without T and norms every number is computed by itself, so a row has one image, bit for bit, whatever rows
+        stand beside it. With them the products and sums are all of one shape, blocks of 256 rows filled up with zeros:
+        the same holds as far as the machine treats the rows of one shape alike.
 
         Args:
             rows: (n, d0) of any real dtype.
@@ -195,24 +198,31 @@ class AffineMap:
         Returns:
             ``out``.
 
-        >>> AffineMap(torch.tensor([1.0, 2.0]), None, 3.0).apply(torch.tensor([[2, 2]]), torch.empty(1, 2))
+        >>> InputMap(torch.tensor([1.0, 2.0]), None, 3.0).apply(torch.tensor([[2, 2]]), torch.empty(1, 2))
         tensor([[3., 0.]])
         """
-        direct = self.matrix is None and out.dtype == self.mean.dtype
+        direct = self.matrix is None and not self.equal_norms and out.dtype == self.mean.dtype
         memory = None if direct else self.mean.new_zeros(ROWS, len(self.mean))
         for start in range(0, len(rows), ROWS):
             part = slice(start, start + ROWS)
             block = out[part] if memory is None else memory[: len(rows[part])]
             block.copy_(rows[part]).sub_(self.mean).mul_(self.scale)
-            if self.matrix is not None and memory is not None:
+            if memory is not None:
                 memory[len(block) :] = 0
-                block = (memory @ self.matrix)[: len(block)]
-            if not direct:
-                out[part] = block
+                out[part] = self._whitened(memory)[: len(block)]
         return out
 
+    def _whitened(self, rows: Tensor) -> Tensor:
+        """Centred and scaled rows after T and with their norm."""
+        if self.matrix is not None:
+            rows = rows @ self.matrix
+        if self.equal_norms:
+            norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+            rows = rows * torch.where(norms > 0, math.sqrt(rows.shape[1]) / norms, 1.0)
+        return rows
 
-def affine_map(found: Moments, floor: float | None) -> AffineMap:
+
+def input_map(found: Moments, floor: float | None) -> InputMap:
     """The map after which samples with these moments have mean 0, mean variance 1, and are whitened if asked.
 
     Args:
@@ -223,14 +233,14 @@ def affine_map(found: Moments, floor: float | None) -> AffineMap:
         ValueError: a negative floor, samples that are all the same, or without variance in some direction and
             ``floor`` = 0.
 
-    >>> affine_map(moments([torch.tensor([[0.0], [4.0]])], 1), None)
-    AffineMap(mean=tensor([2.], dtype=torch.float64), matrix=None, scale=0.5)
+    >>> input_map(moments([torch.tensor([[0.0], [4.0]])], 1), None)
+    InputMap(mean=tensor([2.], dtype=torch.float64), matrix=None, scale=0.5, equal_norms=False)
     """
     covariance = found.covariance
     variance = float((covariance.diagonal() if covariance.ndim == 2 else covariance).mean())
     if not variance > (8 * torch.finfo(torch.float64).eps * float(found.mean.abs().max())) ** 2:
         raise ValueError(f"the inputs of all {found.count} samples are the same: there is nothing to learn from them")
     if floor is None:
-        return AffineMap(found.mean, None, variance**-0.5)
+        return InputMap(found.mean, None, variance**-0.5)
     matrix, variance = _whitening(covariance, floor)
-    return AffineMap(found.mean, matrix, variance**-0.5)
+    return InputMap(found.mean, matrix, variance**-0.5)

@@ -17,7 +17,7 @@ import torch
 from lightning_mnn.data import StreamedLoader
 from lightning_mnn.data.rows import RowFile
 from lightning_mnn.data.streaming import BUFFER_BYTES
-from lightning_mnn.data.whitening import AffineMap, affine_map, moments
+from lightning_mnn.data.whitening import InputMap, input_map, moments
 
 DIM = 12_288
 BATCH = 1024
@@ -29,7 +29,7 @@ def main():
         path = Path(folder) / "images"
         write(path, num * DIM)
         rows = RowFile(path, (num, DIM), torch.uint8)
-        mapping = AffineMap(torch.full((DIM,), 127.5), None, 1 / 74)
+        mapping = InputMap(torch.full((DIM,), 127.5), None, 1 / 74)
         before, rate = peak(), sequential(path)
         print(f"{num} images of {DIM} bytes, {path.stat().st_size / 1e9:.2f} GB: read from end to end {rate:.2f} GB/s")
         for name, each in (("as they are", None), ("mapped to float32", mapping)):
@@ -82,7 +82,7 @@ def whitening(num, dim):
     start = time.perf_counter()
     found = moments(images.split(8192), dim)
     passed = time.perf_counter()
-    mapping = affine_map(found, 0.1).to("cpu", torch.float32)
+    mapping = input_map(found, 0.1).to("cpu", torch.float32)
     mapped = time.perf_counter()
     mapping.apply(images, torch.empty(num, dim))
     applied = time.perf_counter()

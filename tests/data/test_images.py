@@ -52,8 +52,16 @@ def everything(data):
 @pytest.mark.parametrize("whiten", [None, 0.05])
 @pytest.mark.parametrize("groups", [None, [["cow"], [3, "ant"]]])
 @pytest.mark.parametrize("storage", [None, "bfloat16", "float16"])
-def test_every_residency_gives_the_same_numbers(tmp_path, whiten, groups, storage):
-    options = {"whiten": whiten, "groups": groups, "storage": storage, "batch_size": 7, "shuffle": False}
+@pytest.mark.parametrize("equal_norms", [False, True])
+def test_every_residency_gives_the_same_numbers(tmp_path, whiten, groups, storage, equal_norms):
+    options = {
+        "whiten": whiten,
+        "groups": groups,
+        "storage": storage,
+        "equal_norms": equal_norms,
+        "batch_size": 7,
+        "shuffle": False,
+    }
     resident = MappedImages(tmp_path, residency="memory", **options)
     streamed = MappedImages(tmp_path, residency="stream", **options)
     written = MappedImages(tmp_path, residency="stream", materialise=True, **options)
@@ -77,7 +85,7 @@ def test_every_residency_gives_the_same_numbers(tmp_path, whiten, groups, storag
     if whiten is not None:
         values, vectors = np.linalg.eigh(expected.T @ expected / len(expected))
         expected = expected @ vectors @ np.diag((values + whiten * values.mean()) ** -0.5) @ vectors.T
-    expected /= np.sqrt(np.square(expected).mean())
+    expected /= np.sqrt(np.square(expected).mean(1 if equal_norms else None, keepdims=True))
     np.testing.assert_allclose(x.float(), expected, rtol=0, atol=1e-5 if storage is None else 0.02)
 
 

@@ -12,7 +12,7 @@ from lightning_mnn import MNN
 from lightning_mnn.data import ExactData, ResidentLoader, StreamedLoader, TensorData, exact_shard
 from lightning_mnn.data.rows import RowArray, RowFile, rows_of, written_rows
 from lightning_mnn.data.streaming import BufferedShuffle
-from lightning_mnn.data.whitening import AffineMap
+from lightning_mnn.data.whitening import InputMap
 
 ROOT = Path(__file__).parents[2]
 DIM = 3
@@ -201,7 +201,7 @@ def test_training_on_a_stream_is_training_on_resident_data(make_trainer, tmp_pat
     content = torch.randint(0, 256, (90, 12), generator=draw, dtype=torch.uint8)
     (tmp_path / "rows").write_bytes(content.numpy().tobytes())
     rows = rows_of(np.memmap(tmp_path / "rows", np.uint8, "r", shape=(90, 12)))
-    mapping = AffineMap(torch.rand(12, generator=draw) * 255, torch.randn(12, 12, generator=draw), 0.01)
+    mapping = InputMap(torch.rand(12, generator=draw) * 255, torch.randn(12, 12, generator=draw), 0.01)
     targets = torch.randint(0, 2, (90,), generator=draw).float()
     inputs = mapping.apply(content, torch.empty(90, 12))
     weights = []
@@ -275,9 +275,9 @@ def test_memory_is_bounded_by_the_buffers(tmp_path):
 import resource, sys, numpy as np, torch
 from lightning_mnn.data import StreamedLoader
 from lightning_mnn.data.rows import rows_of
-from lightning_mnn.data.whitening import AffineMap
+from lightning_mnn.data.whitening import InputMap
 rows = rows_of(np.memmap(sys.argv[1], np.uint8, "r", shape=(1 << 18, 1 << 12)))
-loader = StreamedLoader(rows, torch.zeros(1 << 18), 256, mapping=AffineMap(torch.zeros(1 << 12), None, 1.0),
+loader = StreamedLoader(rows, torch.zeros(1 << 18), 256, mapping=InputMap(torch.zeros(1 << 12), None, 1.0),
                         buffer_bytes=1 << 26)
 next(iter(loader))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -298,7 +298,7 @@ print(before >> 10, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_batches_on_a_gpu_are_those_on_the_cpu():
-    mapping = AffineMap(torch.rand(DIM) * 255, None, 0.01)
+    mapping = InputMap(torch.rand(DIM) * 255, None, 0.01)
     here = StreamedLoader(RowArray(images(5000)), torch.arange(5000), 64, mapping=mapping, buffer_bytes=2100)
     there = StreamedLoader(
         RowArray(images(5000)),

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_mnn.data.whitening import AffineMap, affine_map, merged, moments, whitening_matrix
+from lightning_mnn.data.whitening import InputMap, input_map, merged, moments, whitening_matrix
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,7 +80,7 @@ def test_the_whitening_is_the_inverse_root_of_the_floored_covariance(seed, dim, 
 @given(seed=st.integers(0, 2**31), dim=st.integers(1, 6), floor=st.none() | st.sampled_from([0.0, 0.1]))
 def test_mapped_samples_have_mean_0_and_mean_variance_1(seed, dim, floor):
     x = correlated(seed, 600, dim)
-    mapped = affine_map(moments([x], dim), floor).apply(x, torch.empty_like(x))
+    mapped = input_map(moments([x], dim), floor).apply(x, torch.empty_like(x))
     covariance = np.cov(mapped.T, bias=True).reshape(dim, dim)
     assert mapped.mean(0).abs().max() < 1e-6
     assert covariance.trace() / dim == pytest.approx(1, rel=1e-6)
@@ -98,7 +99,7 @@ def test_a_row_has_one_image_whatever_stands_beside_it(seed, picked, white):
     draw = torch.Generator().manual_seed(seed)
     rows = torch.randint(0, 256, (600, 20), generator=draw, dtype=torch.uint8)
     matrix = torch.randn(20, 20, generator=draw) if white else None
-    mapping = AffineMap(torch.rand(20, generator=draw) * 255, matrix, 0.7)
+    mapping = InputMap(torch.rand(20, generator=draw) * 255, matrix, 0.7)
     whole = mapping.apply(rows, torch.empty(600, 20))
     assert torch.equal(mapping.apply(rows[picked], torch.empty(len(picked), 20)), whole[picked])
 
@@ -106,11 +107,11 @@ def test_a_row_has_one_image_whatever_stands_beside_it(seed, picked, white):
 def test_bad_input_is_named():
     flat = torch.tensor([[1.0, 0.1], [-1.0, 0.1]])
     with pytest.raises(ValueError, match=r"must not be negative, got -1\.0"):
-        affine_map(moments([flat], 2), -1.0)
+        input_map(moments([flat], 2), -1.0)
     with pytest.raises(ValueError, match="whiten with a floor > 0"):
-        affine_map(moments([flat], 2), 0.0)
+        input_map(moments([flat], 2), 0.0)
     with pytest.raises(ValueError, match="all 7 samples are the same"):
-        affine_map(moments([torch.full((3, 2), 0.1), torch.full((4, 2), 0.1)], 2, products=False), None)
+        input_map(moments([torch.full((3, 2), 0.1), torch.full((4, 2), 0.1)], 2, products=False), None)
 
 
 @pytest.mark.slow
@@ -137,3 +138,20 @@ print(json.dumps([[f.count, f.mean.tolist(), f.scatter.tolist()] for f in found]
         assert count == 50
         np.testing.assert_allclose(mean, alone.mean, rtol=1e-13)
         np.testing.assert_allclose(scatter, alone.scatter, rtol=1e-11, atol=1e-11)
+
+
+@given(st.integers(1, 600), st.sampled_from([None, 0.0, 0.3]), st.integers(0, 9))
+def test_equal_norms_are_those_of_the_mapped_rows(count, floor, seed):
+    draw = torch.Generator().manual_seed(seed)
+    rows = torch.randn(max(count, 8), 5, generator=draw, dtype=torch.float64) * 3 + 1
+    mapping = input_map(moments([rows], 5), floor)
+    rows = rows[:count]
+    plain = mapping.apply(rows, torch.empty_like(rows))
+    equal = dataclasses.replace(mapping, equal_norms=True).apply(rows, torch.empty_like(rows))
+    torch.testing.assert_close(equal, plain * (5**0.5 / plain.norm(dim=1, keepdim=True)), rtol=1e-12, atol=1e-12)
+
+
+def test_a_row_that_is_the_mean_has_no_norm_to_bring_it_to():
+    mapping = InputMap(torch.ones(3), None, 2.0, equal_norms=True)
+    found = mapping.apply(torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 3.0]]), torch.empty(2, 3))
+    torch.testing.assert_close(found, torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 3.0**0.5]]))
