@@ -11,9 +11,10 @@ import math
 from typing import TYPE_CHECKING
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import ModelCheckpoint, Timer
+from pytorch_lightning.callbacks import GradientAccumulationScheduler, ModelCheckpoint, StochasticWeightAveraging, Timer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any
 
 STEPS = 1000  # of a bundle, at most
@@ -28,6 +29,7 @@ _BATCH_HOOKS = (
     "on_before_optimizer_step",
 )
 _EPOCH_HOOKS = ("on_train_epoch_start", "on_train_epoch_end")
+_KNOWN = ("lightning_mnn.", "pytorch_lightning.callbacks.model_checkpoint", "pytorch_lightning.callbacks.timer")
 
 
 def may_bundle(trainer: pl.Trainer) -> bool:
@@ -42,6 +44,7 @@ def may_bundle(trainer: pl.Trainer) -> bool:
         and not run.gradient_clip_val
         and run.precision in ("32-true", "64-true")
         and run.max_steps == -1
+        and isinstance(run.limit_train_batches, float)  # 1 is one batch, and 1.0 all of them
         and run.limit_train_batches == 1.0
         and not run.overfit_batches
         and not run.fast_dev_run
@@ -65,6 +68,8 @@ def epochs_at_a_time(trainer: pl.Trainer) -> int:
         return 1
     done = run.current_epoch
     left = [_epochs_until_due(callback, done) for callback in run.callbacks]
+    if run.should_stop:  # which min_epochs or min_steps may put off
+        left.append((run.min_epochs or 0) - done if not run.min_steps else 1)
     return int(max(1, min(*left, run.max_epochs - done if run.max_epochs > 0 else math.inf, STEPS)))
 
 
@@ -85,25 +90,68 @@ def count_step(trainer: pl.Trainer) -> None:
     progress.increment_completed()
 
 
+def count_batches(trainer: pl.Trainer, batches: int) -> None:
+    """Count the batches that a Lightning batch held more than one, for the steps of what is logged."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    loop._batches_that_stepped += batches  # noqa: SLF001 (nothing public counts them)
+
+
+def share_count(trainer: pl.Trainer) -> None:
+    """Let both of Lightning's ways to optimise have counted the same steps, or ``global_step`` would change with them.
+
+    They count apart, and a fit may be bundled when the one before, by the same Trainer, was not.
+    """
+    loop: Any = trainer.fit_loop.epoch_loop
+    automatic = loop.automatic_optimization.optim_progress.optimizer.step.total
+    manual = loop.manual_optimization.optim_step_progress.total
+    for name in ("ready", "completed"):
+        steps = max(getattr(automatic, name), getattr(manual, name))
+        setattr(automatic, name, steps)
+        setattr(manual, name, steps)
+
+
+def share_saved_count(checkpoint: dict[str, Any]) -> None:
+    """The same for a checkpoint that is about to be loaded."""
+    loop = checkpoint["loops"]["fit_loop"]
+    totals = (
+        loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"],
+        loop["epoch_loop.manual_optimization.optim_step_progress"]["total"],
+    )
+    for name in ("ready", "completed"):
+        steps = max(total[name] for total in totals)
+        for total in totals:
+            total[name] = steps
+
+
 def _epochs_until_due(callback: pl.Callback, done: int) -> float:
     own: Any = callback
-    if hasattr(callback, "epochs_until_due"):
-        return float(own.epochs_until_due(done))
+    if _acts(callback, _EPOCH_HOOKS):
+        return 1
     if isinstance(callback, ModelCheckpoint):
         every = own._every_n_epochs  # noqa: SLF001 (nothing public says it)
         return float(every - done % every) if every else math.inf
-    watches = any(getattr(type(callback), hook) is not getattr(pl.Callback, hook) for hook in _EPOCH_HOOKS)
-    return 1 if watches and not isinstance(callback, Timer) else math.inf
+    return float(own.epochs_until_due(done)) if hasattr(callback, "epochs_until_due") else math.inf
 
 
 def looks_at_batches(callback: pl.Callback) -> bool:
     """Whether a callback acts on single batches or steps."""
     own: Any = callback
+    if _acts(callback, _BATCH_HOOKS) or isinstance(callback, GradientAccumulationScheduler | StochasticWeightAveraging):
+        return True
     if isinstance(callback, ModelCheckpoint):
         by_time = own._train_time_interval is not None  # noqa: SLF001 (nothing public says it)
         return by_time or bool(own._every_n_train_steps)  # noqa: SLF001
     if isinstance(callback, Timer):
         return own.time_remaining() is not None
-    if hasattr(callback, "acts_within_epochs"):
-        return bool(own.acts_within_epochs)
-    return any(getattr(type(callback), hook) is not getattr(pl.Callback, hook) for hook in _BATCH_HOOKS)
+    return bool(getattr(callback, "acts_within_epochs", False))
+
+
+def _acts(callback: pl.Callback, hooks: Sequence[str]) -> bool:
+    """Whether a callback has any of the hooks, by code of which is not known here when it acts."""
+    for hook in hooks:
+        method = getattr(callback, hook)  # of the object: a LambdaCallback has its own
+        code = getattr(method, "__func__", method)
+        known = getattr(code, "__module__", "").startswith(_KNOWN)
+        if code is not getattr(pl.Callback, hook) and not known:
+            return True
+    return False

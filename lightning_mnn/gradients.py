@@ -50,6 +50,11 @@ class SquaredErrorGradient:
         self._output_gradient = _with_replicas(gradients[-1][..., None], 3)
         self._memory: dict[int, _Memory] = {}  # two sizes: of the last batch of an epoch, and of the others
 
+    def is_of(self, hidden_weights: Sequence[Tensor], output_weights: Tensor) -> bool:
+        """Whether these are the weights, in the place where they were."""
+        own = [*self._hidden, self._output]
+        return all(w.data_ptr() == v.data_ptr() for w, v in zip([*hidden_weights, output_weights], own, strict=True))
+
     @torch.no_grad()
     def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Write the gradients at the present weights.
@@ -77,7 +82,7 @@ class SquaredErrorGradient:
         torch.sub(memory.predictions, _with_replicas(targets[..., None, :], 3), out=memory.residual)
         self._go_back(below, memory)
         for weights, gradient in zip(self._weights, self._gradients, strict=True):
-            weights.grad = gradient
+            weights.grad = gradient if weights.requires_grad else None
         shape = (*self._lead, samples)
         return memory.predictions.view(shape), memory.residual.view(shape)
 

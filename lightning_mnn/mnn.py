@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_mnn.bundling import count_step, epochs_at_a_time, may_bundle, next_epoch
+from lightning_mnn.bundling import (
+    count_batches,
+    count_step,
+    epochs_at_a_time,
+    may_bundle,
+    next_epoch,
+    share_count,
+    share_saved_count,
+)
 from lightning_mnn.data.checks import check_training_set
 from lightning_mnn.data.loader import ExactData, ExactLoader
 from lightning_mnn.data.shards import flat_batch
@@ -114,6 +122,7 @@ class MNN(pl.LightningModule):
         build_schedule(torch.optim.SGD(self.parameters(), lr=1.0), schedule, total_steps=1)
         self.threshold = threshold
         self._gradient: SquaredErrorGradient | None = None
+        self._saved_steps_per_batch: int | None = None  # of the checkpoint that training goes on from
 
     def _draw(self, generators: Sequence[torch.Generator], shape: tuple[int, ...], fan_in: int) -> nn.Parameter:
         std = math.sqrt(2 / ((1 + self.hparams["negative_slope"] ** 2) * fan_in))
@@ -144,53 +153,87 @@ class MNN(pl.LightningModule):
     @override
     def setup(self, stage: str) -> None:
         """Take several steps a Lightning batch where that is the same but for the time."""
-        data = self.trainer.datamodule if stage == "fit" else None  # type: ignore[attr-defined]
+        if stage != "fit":
+            return
+        data = self.trainer.fit_loop._data_source.instance  # noqa: SLF001 (trainer.datamodule may be of an earlier fit)
         bundled = (
             isinstance(data, ExactData)
             and type(self) is MNN
             and self.hparams["optimizer"]["name"] != "lbfgs"
             and may_bundle(self.trainer)
         )
+        share_count(self.trainer)
         self.automatic_optimization = not bundled
-        self._gradient = None
         if isinstance(data, ExactData):
             operations = 6.0 * sum(weights.numel() for weights in self.parameters())
             data.operations_per_sample = operations if bundled else None
 
     @override
+    def teardown(self, stage: str) -> None:
+        """Let the data be those of any module again, and drop what training needs."""
+        self._gradient = None
+        if stage != "fit":
+            return
+        share_count(self.trainer)  # which another module may ask for
+        data = self.trainer.fit_loop._data_source.instance  # noqa: SLF001
+        if isinstance(data, ExactData):
+            data.operations_per_sample = None
+
+    @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         if self.automatic_optimization:
             return self._loss(batch)
+        before = self.trainer.global_step
         self._descend(batch)
         if batch_idx + 1 == self.trainer.num_training_batches:
             self._go_on_with_epochs()
+        count_batches(self.trainer, self.trainer.global_step - before - 1)  # Lightning counts one
         return None
 
     def _go_on_with_epochs(self) -> None:
         """Take the epochs up to the next that something looks at, within this one of Lightning's."""
-        loader = cast("ExactLoader", self.trainer.train_dataloader)
+        loader = self._exact_loader
         for _ in range(1, min(epochs_at_a_time(self.trainer), loader.steps_per_batch // loader.num_steps)):
             next_epoch(self.trainer)
             loader.sampler.set_epoch(self.trainer.current_epoch)
             self._descend(loader.batches(0, loader.num_steps, reuse=True))
 
+    @property
+    def _exact_loader(self) -> ExactLoader:
+        return cast("ExactLoader", self.trainer.train_dataloader)
+
     def _descend(self, batches: Iterable[Any]) -> None:
         """Take a step a batch."""
-        if self._gradient is None:  # now, when the weights are where they stay
-            slope = float(self.hparams["negative_slope"])
-            self._gradient = SquaredErrorGradient(list(self.hidden_weights), self.output_weights, slope)
+        gradient = None if self._is_watched() else self._in_place_gradient()
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
         schedule: Any = self.lr_schedulers()
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         for step, (inputs, targets) in enumerate(batches, start=self.trainer.global_step + 1):
-            predictions, residual = self._gradient(inputs, targets)
-            if every and step % every == 0:
-                scale = targets.shape[-1]
-                self._log(residual.square().sum(-1) / scale, predictions, targets, scale)
+            if gradient is None:
+                optimizer.zero_grad()
+                self._loss((inputs, targets)).backward()  # type: ignore[no-untyped-call]
+            else:
+                predictions, residual = gradient(inputs, targets)
+                if every and step % every == 0:
+                    scale = targets.shape[-1]
+                    self._log(residual.square().sum(-1) / scale, predictions, targets, scale)
             optimizer.step()
             count_step(self.trainer)
             if schedule is not None:
                 schedule.step()
+
+    def _is_watched(self) -> bool:
+        """Whether something follows autograd: hooks of modules or weights, or the search for anomalies."""
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        modules = any(getattr(module, name) for module in self.modules() for name in hooks)
+        weights = any(w._backward_hooks or getattr(w, "_post_accumulate_grad_hooks", None) for w in self.parameters())  # noqa: SLF001
+        return modules or weights or torch.is_anomaly_enabled()
+
+    def _in_place_gradient(self) -> SquaredErrorGradient:
+        hidden, output = list(self.hidden_weights), self.output_weights
+        if self._gradient is None or not self._gradient.is_of(hidden, output):
+            self._gradient = SquaredErrorGradient(hidden, output, float(self.hparams["negative_slope"]))
+        return self._gradient
 
     def _loss(self, batch: Any) -> Tensor:
         """The sum of the replicas' MSEs on a batch; logged now and then."""
@@ -277,8 +320,29 @@ class MNN(pl.LightningModule):
         )
 
     @override
+    def on_train_start(self) -> None:
+        """Check that a run that is resumed within an epoch counts its batches as it did."""
+        saved, self._saved_steps_per_batch = self._saved_steps_per_batch, None
+        own = getattr(self.trainer.train_dataloader, "steps_per_batch", None)
+        if saved is not None and saved != own:
+            raise ValueError(
+                f"the checkpoint was saved within an epoch by a run that took {saved} steps at a time, and this one "
+                f"takes {own}: resume with the same callbacks and Trainer flags, or from the end of an epoch"
+            )
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the number of steps, whether or not they are taken in bundles now."""
+        self._saved_steps_per_batch = checkpoint.get("steps_per_batch")
+        if "loops" in checkpoint:
+            share_saved_count(checkpoint)
+
+    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to replace a good checkpoint by one with weights that are not finite."""
+        loader = self.trainer.train_dataloader
+        if isinstance(loader, ExactLoader) and loader.state_dict()["next_batch"]:  # within an epoch
+            checkpoint["steps_per_batch"] = loader.steps_per_batch
         for name, weights in self.named_parameters():
             if not bool(weights.isfinite().all()):
                 raise DivergenceError(

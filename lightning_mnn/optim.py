@@ -24,11 +24,14 @@ class Adam(torch.optim.Adam):
     @torch.no_grad()
     @override
     def step(self, closure: Any = None) -> Any:
-        ready = closure is None and all(self._goes_straight(group) for group in self.param_groups)
+        scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
+        ready = closure is None and not scaled and all(self._goes_straight(group) for group in self.param_groups)
         if not ready:
-            return super().step(closure)
+            return _without_hooks(torch.optim.Adam.step)(self, closure)
         for group in self.param_groups:
             weights = group["params"]
+            if not weights:
+                continue
             states = [self.state[p] for p in weights]
             counts = [state["step"] for state in states]
             torch._foreach_add_(counts, 1)
@@ -56,9 +59,15 @@ class Adam(torch.optim.Adam):
             bool(group["fused"])
             and not group["amsgrad"]
             and not group["differentiable"]
+            and not group.get("decoupled_weight_decay", False)  # which torch's fused step leaves to another kernel
             and isinstance(group["lr"], float)
             and all(p.device.type == "cpu" and p.grad is not None and p in self.state for p in group["params"])
         )
+
+
+def _without_hooks(step: Any) -> Any:
+    """Torch's step without its hooks, which the step that calls it has."""
+    return step.__wrapped__ if getattr(step, "hooked", False) else step
 
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {

@@ -22,7 +22,15 @@ def test_optimizers_by_name(name, kind):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"weight_decay": 0.1, "maximize": True}, {"amsgrad": True}, {"fused": False}, {"fused": None}]
+    "options",
+    [
+        {},
+        {"weight_decay": 0.1, "maximize": True},
+        {"amsgrad": True},
+        {"weight_decay": 0.5, "decoupled_weight_decay": True},
+        {"fused": False},
+        {"fused": None},
+    ],
 )
 def test_adam_takes_torchs_steps(options):
     options = {"lr": 0.01, "betas": (0.8, 0.95), "fused": True} | options
@@ -42,6 +50,18 @@ def test_adam_takes_torchs_steps(options):
     resumed = [steps(kind, 3, copy.deepcopy(state))[0] for kind in (Adam, torch.optim.Adam)]
     for one, other in zip([*ours, *resumed[0]], [*theirs, *resumed[1]], strict=True):
         assert torch.equal(one, other)
+
+
+def test_adam_runs_hooks_once_a_step_and_takes_an_empty_group():
+    torch.optim.Adam(weights())  # after which torch's own step has hooks, too
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = Adam([{"params": [parameter]}, {"params": []}], lr=0.1, fused=True)
+    calls = []
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    parameter.grad = torch.ones(2)
+    for _ in range(3):
+        optimizer.step()
+    assert len(calls) == 3
 
 
 def test_adam_passes_over_weights_without_a_gradient_and_heeds_a_closure():
