@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from omegaconf.errors import OmegaConfBaseException
 
 from lightning_mnn.tasks._quiet import quieten
 
@@ -24,7 +25,7 @@ def main(cfg: DictConfig) -> float | None:
     quieten()
     try:
         return run(cfg)
-    except (ValueError, OSError, ArithmeticError) as error:
+    except (ValueError, OSError, ArithmeticError, OmegaConfBaseException) as error:
         if HydraConfig.get().mode is RunMode.MULTIRUN or "HYDRA_FULL_ERROR" in os.environ:
             raise  # Hydra notes which job failed, and shows where
         sys.exit(f"error: {error}\n(HYDRA_FULL_ERROR=1 shows where it was raised)")

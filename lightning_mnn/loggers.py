@@ -89,11 +89,15 @@ class ResumableCSVLogger(Logger):
 
     @rank_zero_only
     def resume(self, rows: int) -> None:
-        """Go on with the file that is there after its first rows.
+        """Go on with the file that is there after its first rows; where none are kept, it goes.
 
         Raises:
             ValueError: it has fewer.
         """
+        if rows == 0:
+            self.path.unlink(missing_ok=True)
+            self._columns, self.rows = [], 0
+            return
         columns, kept = self._read(rows) if self.path.exists() else ([], [])
         if len(kept) < rows:
             raise ValueError(f"{self.path} should hold {rows} rows or more, and holds {len(kept)}: begin the run anew")

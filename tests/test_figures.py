@@ -190,6 +190,15 @@ def test_errors_of_a_scan_are_drawn_with_their_spread(tmp_path, drawn):
     assert "ReLU, 6 replicas\n2,000 epochs of adam" in figure.get_suptitle()
 
 
+def test_a_rate_that_is_not_set_is_not_said(tmp_path, drawn):
+    write_scan(tmp_path, "error")
+    path = tmp_path / "summary.json"
+    summary = json.loads(path.read_text())
+    path.write_text(json.dumps(summary | {"optimizer": {"name": "adam"}}))
+    scan_figure(tmp_path)
+    assert drawn[0].get_suptitle().endswith("2,000 epochs of adam, float64")
+
+
 def test_minima_of_a_scan_are_drawn_one_by_one(tmp_path, drawn):
     table, sizes = write_scan(tmp_path, "minima", layers=(1,), ratios=(0.5,))
     scan_figure(tmp_path)

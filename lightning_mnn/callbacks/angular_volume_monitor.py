@@ -181,7 +181,7 @@ class AngularVolumeMonitor(ScheduledCallback):
         self._measure_at_certificate(trainer, pl_module)
         if self._wanted("end"):
             self._measure(trainer, pl_module)
-        elif self.measure is None:
+        elif self.measure is None and not self._measured:
             self.reasons = [_NOT_OF_REPLICAS] * len(self.reasons)
         for reason in dict.fromkeys(self.reasons):
             if self._measured and reason is not None:

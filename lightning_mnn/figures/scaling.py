@@ -186,7 +186,8 @@ def _conditions(summary: Row) -> str:
     settings, slope = summary["scan"], summary["scan"]["negative_slope"]
     labels = {"plus_minus": "±1 labels", "zero_one": "0/1 labels"}[settings["labels"]]
     unit = "ReLU" if slope == 0 else f"leaky ReLU, ρ = {slope:g}"
-    optimizer = f"{summary['optimizer']['name']}, rate {summary['optimizer']['lr']:g}"
+    rate = summary["optimizer"].get("lr")
+    optimizer = summary["optimizer"]["name"] + ("" if rate is None else f", rate {rate:g}")
     data = f"Gaussian data, random {labels}, {unit}, {summary['replicas']} replicas"
     return f"{data}\n{settings['max_epochs']:,} epochs of {optimizer}, {summary['dtype']}"
 

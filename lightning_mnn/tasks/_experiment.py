@@ -34,17 +34,35 @@ def settings_of(cfg: DictConfig, task: str, experiment: str) -> dict[str, Any]:
     return settings
 
 
+def refuse_unused(cfg: DictConfig, task: str, groups: Sequence[str]) -> None:
+    """Refuse what the task would pass over: the named groups of the config, and `threads`.
+
+    Raises:
+        ValueError: one of the groups is not null, or `threads` is given.
+
+    >>> refuse_unused(OmegaConf.create({"data": None, "threads": None}), "scan", ["data", "model"])
+    """
+    for group in groups:
+        if cfg.get(group) is not None:
+            raise ValueError(f"task={task} makes no use of {group}: leave {group} out, or choose {group}=null")
+    if cfg.get("threads") is not None:
+        raise ValueError(
+            f"threads={cfg.threads}: the worker processes of task={task} use one thread each: leave threads out, and "
+            f"choose their number by {task}.processes"
+        )
+
+
 def different(key: str, values: Any, what: str, *, at_least: int = 1) -> list[Any]:
     """A list without repetitions.
 
     Raises:
-        ValueError: it is no list, has fewer entries than ``at_least``, or holds something twice.
+        ValueError: it is no list, has fewer entries than ``at_least``, or holds something twice, or true or false.
 
     >>> different("census.epsilons", [0.0, 0.1], "numbers")
     [0.0, 0.1]
     """
     given = isinstance(values, list) and len(values) >= at_least
-    if not given or any(value in values[:number] for number, value in enumerate(values)):
+    if not given or any(isinstance(value, bool) or value in values[:n] for n, value in enumerate(values)):
         many = f"{at_least} or more " if at_least else ""
         raise ValueError(f"{key} must be a list of {many}different {what}, got {values}")
     return list(values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 # Keys that change no result, or that say where a run is and how it was started.
 _INDIFFERENT = ("resume", "run_dir", "threads", "logger")
-_INDIFFERENT_CALLBACKS = ("checkpoint", "progress")
+
+# Callbacks that change no result but by their class: one that is to see every step changes how steps are computed
+# together, and with it their rounding.
+_CLASS_ALONE = ("checkpoint", "progress")
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Standing:
     """What an earlier process left of a run.
 
     Attributes:
+        plan: all that the run's results depend on, as it is asked for now.
         begun: whether there was one.
         checkpoint: from which to go on; None: from the beginning.
         rows: that were logged up to the checkpoint.
@@ -37,6 +41,7 @@ class Standing:
         wandb_id: the run's name in W&B.
     """
 
+    plan: dict[str, Any]
     begun: bool = False
     checkpoint: Path | None = None
     rows: int = 0
@@ -57,31 +62,31 @@ def standing(cfg: DictConfig) -> Standing:
         raise ValueError(
             f"resume=true goes on from the run folder's own checkpoint: leave out ckpt_path={cfg.ckpt_path}"
         )
+    asked = _plan(cfg)
     if not cfg.resume:
         _refuse_a_run(run_dir)
-        return Standing()
+        return Standing(asked)
     if not (run_dir / "plan.json").exists():
         _refuse_leftovers(run_dir)
-        return Standing()
+        return Standing(asked)
     plan = json.loads((run_dir / "plan.json").read_text())
     checkpoint = run_dir / "checkpoints" / "last.ckpt"
-    asked = _plan(cfg)
     if checkpoint.exists():  # what the run began with is past
         plan["config"]["ckpt_path"] = asked["config"]["ckpt_path"]
     if found := differences({key: plan[key] for key in asked}, asked):
         raise FileExistsError(f"{run_dir} was begun otherwise: {found}: choose another hydra.run.dir")
-    kept = Standing(begun=True, summary=_finished(run_dir), wandb_id=plan["wandb_id"])
+    kept = Standing(asked, begun=True, summary=_finished(run_dir), wandb_id=plan["wandb_id"])
     if kept.summary is not None or not checkpoint.exists():
         return kept
-    return Standing(begun=True, checkpoint=checkpoint, rows=_logged_rows(checkpoint), wandb_id=plan["wandb_id"])
+    return replace(kept, checkpoint=checkpoint, rows=_logged_rows(checkpoint))
 
 
 @rank_zero_only
 def claim(cfg: DictConfig, found: Standing) -> None:
-    """Write ``plan.json``, all that the results depend on; clear away what the run will write again."""
+    """Write ``plan.json``; clear away what the run will write again."""
     run_dir = Path(cfg.run_dir)
     if not found.begun:
-        write_json(run_dir / "plan.json", {"wandb_id": found.wandb_id, **_plan(cfg)})
+        write_json(run_dir / "plan.json", {"wandb_id": found.wandb_id, **found.plan})
         return
     (run_dir / "summary.json").unlink(missing_ok=True)
     if found.checkpoint is None:
@@ -91,11 +96,15 @@ def claim(cfg: DictConfig, found: Standing) -> None:
 
 
 def _plan(cfg: DictConfig) -> dict[str, Any]:
-    """The config, with references as they are written, and the versions of what computes."""
+    """The config, with references as they are written, and the versions of what computes.
+
+    It is asked for before anything is built: Hydra puts values in the place of some references as it builds.
+    """
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=False)  # type: ignore[assignment]
     config = {key: value for key, value in config.items() if key not in _INDIFFERENT}
     callbacks = config.get("callbacks") or {}
-    config["callbacks"] = {key: node for key, node in callbacks.items() if key not in _INDIFFERENT_CALLBACKS}
+    classes = {key: {"_target_": (callbacks.get(key) or {}).get("_target_")} for key in _CLASS_ALONE}
+    config["callbacks"] = callbacks | classes
     return {
         "config": config,
         "versions": {name: version(name) for name in ("lightning_mnn", "pytorch_lightning", "torch")},

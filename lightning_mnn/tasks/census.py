@@ -20,6 +20,7 @@ from lightning_mnn.tasks._experiment import (
     finish_experiment,
     number_of_processes,
     own_command,
+    refuse_unused,
     settings_of,
     shown,
 )
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 # Which draws a proportion is taken over: of a region's rank and residual all is known without a search for a minimum.
 _OF_ALL = ("rank_deficient", "suboptimal_residual", "suboptimal_minimum")
 _OF_SEARCHED = ("any_minimum", "global_minimum", "undecided")
+
+# Groups of the config that have no part in it: nothing is trained.
+_UNUSED = ("data", "model", "optimizer", "schedule", "trainer", "callbacks", "logger")
 
 
 @dataclass(frozen=True)
@@ -202,6 +206,7 @@ def _settings(cfg: DictConfig) -> dict[str, Any]:
     What the sizes mean is checked where they are used.
     """
     settings = settings_of(cfg, "census", "census")
+    refuse_unused(cfg, "census", _UNUSED)
     for key in ("negative_slopes", "epsilons"):
         different(f"census.{key}", settings[key], "numbers")
     positive_integer("census.parts", settings["parts"])

@@ -31,11 +31,13 @@ def report(cfg: DictConfig) -> None:
     """Draw ``figure.png`` in ``cfg.folder`` from what a scan, a census or a training run has left there.
 
     In a folder whose subfolders hold training runs, write ``table_1.csv`` instead, a row for each network, and print
-    it: its first column is the subfolder. Nothing else is written: the folder that Hydra makes for a job goes again.
+    it: its first column is the subfolder. Runs that diverged or were interrupted are left out, and named. Nothing else
+    is written: the folder that Hydra makes for a job goes again.
 
     Raises:
         ValueError: no folder is given.
-        FileNotFoundError: the folder does not exist, or holds nothing that can be drawn; the message says what to do.
+        FileNotFoundError: the folder does not exist, or holds nothing that can be drawn or no finished run; the message
+            says what to do.
     """
     _remove_job_folder(Path(cfg.run_dir))
     folder = _existing(cfg.get("folder"))
@@ -48,26 +50,39 @@ def report(cfg: DictConfig) -> None:
     runs = _runs(folder)
     if not runs:
         raise FileNotFoundError(_nothing(folder))
-    rows = [row for run in runs for row in table_rows(folder, run)]
+    finished = {run: summary for run, summary in runs.items() if _is_finished(summary)}
+    left_out = ", ".join(str(run) for run in runs if run not in finished)
+    if not finished:
+        raise FileNotFoundError(
+            f"{folder} holds no finished training run, only {left_out}: give a command again with resume=true to go on"
+        )
+    rows = [row for run, summary in finished.items() for row in table_rows(run, summary)]
     write_csv(folder / "table_1.csv", rows)
     console.print(_table(rows))
+    if left_out:
+        console.print(f"[bold]left out, for they are not finished:[/] {left_out}")
     console.print(f"[bold]written:[/] {shown(folder / 'table_1.csv')}")
 
 
-def table_rows(folder: Path, run: Path) -> Iterator[dict[str, Any]]:
-    """Rows of Table 1 from a run below a folder, one for each replica; parameters are all weights."""
-    summary = json.loads((run / "summary.json").read_text())
+def table_rows(run: Path, summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Rows of Table 1 from a run's place below a folder and its summary, one for each replica; parameters: all weights.
+
+    >>> summary = {"input_dim": 3, "hidden_dims": [4], "num_samples": 32, "replicas": 1, "seed": 5, "seconds": 1.0}
+    >>> summary |= {"mce": 0.25, "wrong": 8, "mse": 0.1, "kind": "saddle"}
+    >>> (row,) = table_rows(Path("mnist/seed_5"), summary)
+    >>> row["data"], row["mce_percent"], row["parameters_per_sample"]
+    ('mnist', 25.0, 0.5)
+    """
     sizes = [summary["input_dim"], *summary["hidden_dims"]]
     parameters = sum(a * b for a, b in zip(sizes, [*sizes[1:], 1], strict=True))
-    place = run.relative_to(folder)
     for replica in range(summary["replicas"]):
         measures = {
             name: value[replica] if isinstance(value := summary[name], list) else value
             for name in ("mce", "wrong", "mse", "kind")
         }
         yield {
-            "data": place.parts[0],
-            "run": str(place),
+            "data": run.parts[0],
+            "run": str(run),
             "seed": summary["seed"] + replica,
             "mce_percent": None if measures["mce"] is None else 100 * measures["mce"],
             "wrong": measures["wrong"],
@@ -117,14 +132,20 @@ def _require_summary(folder: Path) -> None:
         )
 
 
-def _runs(folder: Path) -> list[Path]:
-    """Folders of training runs, at any depth below."""
-    found = sorted(path.parent for path in folder.rglob("summary.json") if path.parent != folder)
-    return [run for run in found if _is_training_run(json.loads((run / "summary.json").read_text()))]
+def _runs(folder: Path) -> dict[Path, dict[str, Any]]:
+    """Summaries of training runs at any depth below, by their places there."""
+    paths = sorted(path.parent for path in folder.rglob("summary.json") if path.parent != folder)
+    found = {path.relative_to(folder): json.loads((path / "summary.json").read_text()) for path in paths}
+    return {run: summary for run, summary in found.items() if _is_training_run(summary)}
 
 
 def _is_training_run(summary: dict[str, Any]) -> bool:
     return {"mse", "mce", "hidden_dims", "num_samples", "seconds"} <= summary.keys()
+
+
+def _is_finished(summary: dict[str, Any]) -> bool:
+    """Whether a training run came to its end; older summaries do not say, but that of one without data is of none."""
+    return bool(summary.get("finished", True)) and summary["num_samples"] is not None
 
 
 def _nothing(folder: Path) -> str:

@@ -28,6 +28,7 @@ from lightning_mnn.tasks._experiment import (
     finish_experiment,
     number_of_processes,
     own_command,
+    refuse_unused,
     settings_of,
     shown,
 )
@@ -46,6 +47,9 @@ THRESHOLDS = {"plus_minus": 0.0, "zero_one": 0.5}  # by the labels; a teacher's 
 # What N is a multiple of, and the settings that no trained network depends on.
 _REFERENCES = ("square", "parameter")
 _INDIFFERENT = ("input_dims", "hidden_layers", "samples_per", "ratios")
+
+# Groups of the config that have no part in it: a network and its data follow from the settings.
+_UNUSED = ("data", "model", "trainer", "callbacks", "logger")
 
 # Columns that are found by the detector: of the trained weights, and of the minimum next to them.
 _MEASURES = (
@@ -280,6 +284,7 @@ def _kinds(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
 def _settings(cfg: DictConfig) -> dict[str, Any]:
     """The node ``scan`` as a dictionary, all of it checked but what Fit's model and data check."""
     settings = settings_of(cfg, "scan", "figure_5_1 or figure_5_2")
+    refuse_unused(cfg, "scan", _UNUSED)
     for key, what in (("input_dims", "widths"), ("hidden_layers", "numbers of layers"), ("ratios", "numbers")):
         different(f"scan.{key}", settings[key], what)
     for width in settings["input_dims"]:

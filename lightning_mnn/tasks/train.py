@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError
 from pytorch_lightning.callbacks import Timer
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
@@ -65,10 +67,11 @@ def train(cfg: DictConfig) -> float:
         The final MSE, the largest of the replicas'.
 
     Raises:
-        ValueError: ``resume`` together with ``ckpt_path``.
+        ValueError: ``resume`` together with ``ckpt_path``, or the experiment has no settings for the data set.
         FileExistsError: the run folder already holds a run, and ``resume`` is false or the run was begun otherwise.
         DivergenceError: training reached values that are not finite.
     """
+    _require_row(cfg)
     run_dir = Path(cfg.run_dir)
     found = standing(cfg)
     if found.summary is not None:
@@ -140,6 +143,17 @@ def summarise(
         "replicas": model.replicas,
         "seed": seed,
     }
+
+
+def _require_row(cfg: DictConfig) -> None:
+    """Say what to choose where Table 1 has no row for the data set."""
+    if "table_1" not in cfg:
+        return
+    try:
+        cfg.get("row")  # which refers to the data set's settings
+    except InterpolationKeyError:
+        data, known = HydraConfig.get().runtime.choices.get("data"), "|".join(map(str, cfg.table_1))
+        raise ValueError(f"experiment=table_1 has no settings for data={data}: choose data={known}") from None
 
 
 def _build(node: DictConfig, **overrides: Any) -> Any:

@@ -182,6 +182,21 @@ def test_replicas_have_their_own_volumes_and_kinks_have_none(make_trainer):
     )
 
 
+def test_replicas_measured_at_the_last_check_have_their_own_reasons(make_trainer):
+    monitor = AngularVolumeMonitor(Schedule(every=1), measure_every=1)
+    model = MNN(5, (4,), replicas=2)
+    make_trainer(max_epochs=2, callbacks=[KinkAt(1), monitor]).fit(model, GaussianData(15, 5, replicas=2))
+    found = monitor.summary()
+    assert [value is None for value in found["log_volume"]] == [False, True]
+    none, kink = found["log_volume_reason"]
+    assert none is None
+    assert "on a kink" in kink
+    unmeasured = AngularVolumeMonitor(Schedule(every=1))
+    make_trainer(max_epochs=2, callbacks=[unmeasured]).fit(model, GaussianData(15, 5, replicas=2))
+    assert unmeasured.summary()["log_volume"] == [None, None]
+    assert all("where measure says so" in reason for reason in unmeasured.summary()["log_volume_reason"])
+
+
 def test_a_cone_too_thin_for_floats_does_not_end_the_training(make_trainer, monkeypatch):
     monkeypatch.setattr(cone, "_THIN", 1.0)
     monitor = AngularVolumeMonitor()

@@ -104,6 +104,25 @@ def test_runs_below_a_folder_make_a_table(capsys, monkeypatch):
     assert not list(folder.rglob("figure.png"))
 
 
+def test_unfinished_runs_are_left_out_and_named(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    folder = Path("outputs/table_1")
+    nothing = dict.fromkeys(("mse", "mce", "wrong", "num_samples"))
+    write_run(folder / "cifar10" / "diverged", finished=False)
+    write_run(folder / "imagenet64" / "before_its_data", finished=False, **nothing)
+    write_run(folder / "imagenet64" / "older", **nothing)
+    with pytest.raises(FileNotFoundError, match=r"no finished training run, only cifar10/diverged, .*resume=true"):
+        report(settings(folder))
+    assert not (folder / "table_1.csv").exists()
+    write_run(folder / "mnist" / "a", finished=True)
+    write_run(folder / "mnist" / "b")  # of before summaries said so
+    report(settings(folder))
+    with (folder / "table_1.csv").open(newline="") as file:
+        assert [row["run"] for row in csv.DictReader(file)] == ["mnist/a", "mnist/b"]
+    left_out = "not finished: cifar10/diverged, imagenet64/before_its_data, imagenet64/older\n"
+    assert left_out in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("prepare", "folder", "message"),
     [

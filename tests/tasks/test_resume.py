@@ -150,11 +150,21 @@ def test_killed_at_any_moment_it_ends_in_the_numbers_of_an_unbroken_run(kind, tm
 
 
 def test_a_finished_run_is_told_again_and_another_is_refused(tmp_path):
-    tiny = (*SMALL, "trainer.max_epochs=3", "logger.mode=disabled", "hydra.run.dir=run")
+    tiny = (
+        *SMALL,
+        "+rate=0.02",
+        "optimizer.lr=${rate}",
+        "trainer.max_epochs=3",
+        "logger.mode=disabled",
+        "hydra.run.dir=run",
+    )
     command(tmp_path, *tiny, "resume=true")  # there is no folder yet
     run = tmp_path / "run"
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and ".hydra" not in path.parts}
-    said = command(tmp_path, *tiny, "resume=true", "threads=1", "callbacks.checkpoint=null", "~logger.wandb")
+    said = command(
+        tmp_path, *tiny, "resume=true", "threads=1", "callbacks.checkpoint.train_time_interval.minutes=9",
+        "~logger.wandb",
+    )  # fmt: skip
     assert "finished: there is nothing left to do" in said
     assert "3 epochs, 3 steps" in said
     for arguments, message in (
@@ -162,6 +172,14 @@ def test_a_finished_run_is_told_again_and_another_is_refused(tmp_path):
         (
             ("resume=true", "seed=2", "data.labels=zero_one"),
             "data.labels is plus_minus, not zero_one; config.seed is 1",
+        ),
+        (
+            ("resume=true", "callbacks.progress._target_=pytorch_lightning.callbacks.TQDMProgressBar"),
+            "callbacks.progress._target_ is lightning_mnn.callbacks.RunProgress, not pytorch_lightning",
+        ),
+        (
+            ("resume=true", "callbacks.checkpoint=null"),
+            "callbacks.checkpoint._target_ is lightning_mnn.callbacks.LastCheckpoint, not None",
         ),
         (("resume=true", "ckpt_path=run/checkpoints/last.ckpt"), "leave out ckpt_path=run/checkpoints/last.ckpt"),
     ):
@@ -234,6 +252,40 @@ def test_a_table_goes_on_after_the_rows_that_are_asked_for(tmp_path):
     again.log_metrics({"a": 1.0}, 3)
     assert first.path.read_bytes() == whole
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_a_table_of_which_nothing_is_kept_begins_anew(tmp_path):
+    for names in ("a", "b"):  # columns of the table that goes, and of the one that comes
+        first = ResumableCSVLogger(tmp_path / names)
+        first.log_metrics({"a": 1.0}, 0)
+        again = ResumableCSVLogger(tmp_path / names)
+        again.resume(0)
+        assert (again.rows, again.read(), again.path.exists()) == (0, [], False)
+        again.log_metrics({names: 2.0}, 3)
+        assert again.path.read_text() == f"{names},step\n2.0,3\n"
+    ResumableCSVLogger(tmp_path / "nothing").resume(0)
+
+
+def test_from_a_checkpoint_before_the_first_row_a_run_ends_in_the_table_of_an_unbroken_one(make_trainer, tmp_path):
+    def fit(table, checkpoint=None, max_epochs=4):
+        saver = LastCheckpoint(tmp_path / "checkpoints", timedelta(0))
+        options = {"enable_checkpointing": True, "gradient_clip_val": 1e9, "log_every_n_steps": 8}
+        trainer = make_trainer(callbacks=[saver], logger=table, max_epochs=max_epochs, **options)
+        model = MNN(6, (4,), default_callbacks=False, optimizer={"name": "adam", "lr": 1e-3})
+        trainer.fit(model, GaussianData(12, 6, batch_size=4), ckpt_path=checkpoint, weights_only=True)
+        return saver.path
+
+    early = fit(ResumableCSVLogger(tmp_path / "early"), max_epochs=2).rename(tmp_path / "early.ckpt")
+    kept = torch.load(early, weights_only=True)
+    assert (kept["global_step"], kept["logged_rows"]) == (5, 0)
+    whole, at_once, later = (ResumableCSVLogger(tmp_path / name) for name in ("whole", "at_once", "later"))
+    fit(whole)
+    assert whole.rows
+    shutil.copytree(whole.path.parent, later.path.parent)  # what was logged between the checkpoint and a kill
+    for again in (at_once, later):
+        again.resume(kept["logged_rows"])
+        fit(again, early)
+        assert again.path.read_bytes() == whole.path.read_bytes()
 
 
 def test_nothing_is_saved_when_training_is_about_to_end(make_trainer, tmp_path):

@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
+from hydra.core.hydra_config import HydraConfig
 
 from lightning_mnn import MNN
 from lightning_mnn.callbacks import PatternStore
 from lightning_mnn.figures import read_metrics
+from tests.tasks.test_resume import command as forked
 
 SUMMARY = {
     "mse", "mce", "wrong", "kind", "zero_error", "distance", "margin_ratio", "min_preactivation", "kinks", "rank",
@@ -189,6 +192,41 @@ def test_bad_input_is_named_on_the_command_line(arguments, message):
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(Path().glob("outputs/*/*/summary.json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["experiment=table_1", "data=gaussian"],
+            "has no settings for data=gaussian: choose data=mnist|cifar10|image_folder|imagenet64\n",
+        ),
+        (["~seed", "experiment=census", "hydra.run.dir=run"], "error: Key 'seed' is not in struct\n"),
+    ],
+)
+def test_what_the_config_lacks_is_named(tmp_path, arguments, message):
+    said = forked(tmp_path, *arguments, expect=1)
+    assert message in said
+    assert "Traceback" not in said
+    assert not [*Path().rglob("plan.json"), *Path().rglob("summary.json")]
+
+
+@pytest.fixture
+def _own_hydra_config():
+    before = HydraConfig.instance().cfg
+    yield
+    HydraConfig.instance().cfg = before
+
+
+@pytest.mark.usefixtures("_own_hydra_config")
+@pytest.mark.parametrize("overrides", [[], ["data=cifar10", "seed=3", "name=mine"]])
+def test_a_sweep_over_table_1_finds_the_folders_of_single_runs(overrides):
+    with initialize_config_module("lightning_mnn.conf", version_base="1.3"):
+        cfg = compose("config", ["experiment=table_1", *overrides], return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    single, sweep = cfg.hydra.run.dir, cfg.hydra.sweep
+    assert single == ("outputs/mine/cifar10/seed_3" if overrides else "outputs/table_1/mnist/seed_0")
+    assert Path(sweep.dir, sweep.subdir) == Path(single)
 
 
 def test_a_run_folder_is_not_overwritten():
