@@ -21,6 +21,15 @@ if TYPE_CHECKING:
     from lightning_mnn.landscape.survey import Network
 
 _WHOLE = 1 << 24  # numbers of inputs up to which one process takes all samples: 128 MiB
+_MOST = 1 << 28  # numbers of inputs that a process certifies on: they, a copy in float64 and blocks take 6 GiB
+
+
+def why_not_certified(trainer: pl.Trainer, network: Network) -> str | None:
+    """Why the training set is too large to certify a network on, or None where it is not."""
+    numbers = num_samples(trainer.train_dataloader) * network.input_dim // trainer.world_size
+    if numbers <= _MOST:
+        return None
+    return f"a certificate would have {numbers:.1e} input numbers in the memory of a process, above {_MOST:.1e}"
 
 
 def certify_training_set(

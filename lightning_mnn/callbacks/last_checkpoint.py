@@ -78,7 +78,8 @@ class LastCheckpoint(Checkpoint):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint["logged_rows"] = max((getattr(logger, "rows", 0) for logger in trainer.loggers), default=0)
+        rows = [getattr(logger, "rows", 0) for logger in trainer.loggers]  # a DummyLogger answers with a function
+        checkpoint["logged_rows"] = max((count for count in rows if isinstance(count, int)), default=0)
 
     def _save_if_due(self, trainer: pl.Trainer, completed_epochs: int) -> None:
         ends = trainer.should_stop or completed_epochs == trainer.max_epochs or trainer.global_step == trainer.max_steps

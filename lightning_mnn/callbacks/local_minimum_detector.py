@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING, Any
 from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightning_mnn.callbacks.certification import certify_training_set, move_to, polish_on_training_set
+from lightning_mnn.callbacks.certification import (
+    certify_training_set,
+    move_to,
+    polish_on_training_set,
+    why_not_certified,
+)
 from lightning_mnn.callbacks.schedule import Schedule, ScheduledCallback, plain
 from lightning_mnn.callbacks.training_set import input_rank, required_network, survey_training_set
 from lightning_mnn.landscape.judgement import Kind
@@ -29,8 +34,8 @@ class LocalMinimumDetector(ScheduledCallback):
     relative to ‖G‖‖y‖, and no pre-activation is zero relative to ‖w‖‖x‖, both within tolerances. When every replica
     has passed a few times in a row, and at the end of training whatever they say, a two-layer network is certified: an
     exact minimum within ``max_distance``, differentiable or on kinks, or the reason why none could be told (see
-    :func:`lightning_mnn.landscape.certify`). With two hidden layers there are the first-order tests only, which are
-    necessary conditions.
+    :func:`lightning_mnn.landscape.certify`). With two hidden layers, and on training sets of more than 2.7e8 input
+    numbers a process, there are the first-order tests only, which are necessary conditions.
 
     Logs ``minimum/mse``, ``minimum/mce``, ``minimum/stationarity``, ``minimum/min_preactivation`` (absolute),
     ``minimum/relative_preactivation``, ``minimum/kinks`` and, with one hidden layer, ``minimum/rank_cap``, all of the
@@ -92,6 +97,7 @@ class LocalMinimumDetector(ScheduledCallback):
         self.converged = False
         self._moved: list[float] = []  # relative distances of replicas that polishing took too far; else 0
         self._passed = 0
+        self._not_certified: str | None = None  # why
         self._rank_cap: Tensor | None = None
 
     @override
@@ -109,7 +115,7 @@ class LocalMinimumDetector(ScheduledCallback):
         self._passed = self._passed + 1 if passed else 0
         self.certificates = []
         known, self.converged = self.converged, self._passed >= self.patience
-        certifiable = len(network.hidden_weights) == 1
+        certifiable = self._is_certifiable(trainer, network)
         if certifiable and (self.polish or (self.converged and not known)):  # once, and again at the end
             self.certificates = certify_training_set(trainer, pl_module, network, self.max_distance)
             self.converged = all(certificate.is_minimum for certificate in self.certificates)
@@ -122,7 +128,7 @@ class LocalMinimumDetector(ScheduledCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         network = required_network(self, pl_module)
-        if len(network.hidden_weights) == 1:
+        if self._is_certifiable(trainer, network):
             self._certify_the_end(trainer, pl_module, network)
         for replica, (kind, reason) in enumerate(zip(*self._kinds(), strict=True)):
             name = f" (replica {replica})" if len(self.verdicts) > 1 else ""
@@ -198,10 +204,16 @@ class LocalMinimumDetector(ScheduledCallback):
         self.converged = all(kind in (Kind.DIFFERENTIABLE_MINIMUM, Kind.KINK_MINIMUM) for kind in kinds)
         self._log(trainer)
 
+    def _is_certifiable(self, trainer: pl.Trainer, network: Network) -> bool:
+        """Whether there is one hidden layer, and a training set that a certificate can have in memory."""
+        self._not_certified = why_not_certified(trainer, network)
+        return len(network.hidden_weights) == 1 and self._not_certified is None
+
     def _kinds(self) -> tuple[list[str], list[str]]:
         """Kind and reason of each replica: a certificate's where there is one."""
         if not self.certificates:
-            return [str(verdict.kind) for verdict in self.verdicts], [verdict.reason for verdict in self.verdicts]
+            more = "" if self._not_certified is None else f"; {self._not_certified}"
+            return [str(verdict.kind) for verdict in self.verdicts], [found.reason + more for found in self.verdicts]
         kinds, reasons = [], []
         for replica, found in enumerate(self.certificates):
             moved = self._moved[replica] if self._moved else 0.0

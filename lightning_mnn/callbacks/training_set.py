@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_mnn.data.checks import find_threshold
-from lightning_mnn.data.shards import exact_shard, flat_batch
+from lightning_mnn.data.shards import exact_shard, flat_batch, num_samples
 from lightning_mnn.landscape.pattern import PackedPattern
 from lightning_mnn.landscape.region import gram_rank
 from lightning_mnn.landscape.survey import Network, Survey, exact_patterns, merge_surveys, on_cpu, survey_network
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Answer = TypeVar("Answer")
+
+_MOST_WORK = 1e12  # multiplications for the rank of the inputs, which is worth a minute
 
 _surveys: WeakKeyDictionary[pl.LightningModule, tuple[Any, Survey]] = WeakKeyDictionary()
 _input_ranks: WeakKeyDictionary[pl.LightningModule, Tensor] = WeakKeyDictionary()
@@ -124,16 +126,29 @@ def patterns_of_training_set(trainer: pl.Trainer, pl_module: pl.LightningModule)
 
 
 def input_rank(trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network) -> Tensor:
-    """Rank of the training inputs X, augmented where there is a hidden bias, int64 (...); found once a run."""
+    """Rank of the training inputs X, augmented where there is a hidden bias, int64 (...); found once a run.
+
+    Where that would take more than 1e12 multiplications, an upper bound instead: the smaller of N and d0.
+    """
     if pl_module not in _input_ranks:
-        gram: Tensor | float = 0.0
-        for inputs, _ in _batches(trainer, network):
-            wide = network.augment(inputs.to(torch.float64))
-            gram = gram + wide.mT @ wide
-        total = sum(part for part in gather(gram.cpu() if isinstance(gram, torch.Tensor) else None) if part is not None)
-        assert isinstance(total, torch.Tensor)  # noqa: S101 (a training set holds a sample)
-        _input_ranks[pl_module] = gram_rank(total)
+        dim, samples = network.rows.shape[-1], num_samples(trainer.train_dataloader)
+        if samples * dim**2 > _MOST_WORK:
+            lead = network.output_weights.shape[:-1]
+            _input_ranks[pl_module] = torch.full(lead, min(samples, dim), dtype=torch.int64)
+        else:
+            _input_ranks[pl_module] = gram_rank(_gram(trainer, network))
     return _input_ranks[pl_module]
+
+
+def _gram(trainer: pl.Trainer, network: Network) -> Tensor:
+    """XᵀX over all processes, float64 (..., d0, d0)."""
+    gram: Tensor | float = 0.0
+    for inputs, _ in _batches(trainer, network):
+        wide = network.augment(inputs.to(torch.float64))
+        gram = gram + wide.mT @ wide
+    total = sum(part for part in gather(gram.cpu() if isinstance(gram, torch.Tensor) else None) if part is not None)
+    assert isinstance(total, torch.Tensor)  # noqa: S101 (a training set holds a sample)
+    return total
 
 
 def training_samples(trainer: pl.Trainer, network: Network, *, whole: bool) -> tuple[Tensor, Tensor]:

@@ -99,7 +99,7 @@ class ExactLoader(ABC):
         self.world_size = world_size
         self.sampler = EpochShuffle(num_samples, seeds, shuffle=shuffle)  # Lightning looks for this name
         self.steps_per_batch = 1
-        self._start = 0  # first batch of the next pass
+        self._start = (0, 0)  # epoch and batch with which the next pass begins, if it is of that epoch
         self._next = 0  # batch to begin with, if training is resumed from here
 
     @abstractmethod
@@ -110,6 +110,11 @@ class ExactLoader(ABC):
     @abstractmethod
     def numbers_per_sample(self) -> int:
         """Numbers that the inputs of one sample are, over all replicas."""
+
+    @property
+    def operations_per_sample(self) -> float:
+        """What it takes to make a sample ready, about."""
+        return 0.0
 
     @abstractmethod
     def _part(self, first: int, low: int, high: int, *, reuse: bool) -> tuple[Tensor, Tensor]:
@@ -126,7 +131,10 @@ class ExactLoader(ABC):
 
     def __iter__(self) -> Iterator[Any]:
         """This process's part of each batch; of the first pass after a resume, of those that are left."""
-        start, self._start = self._start, 0
+        epoch, start = self._start
+        self._start = (0, 0)
+        if epoch != self.sampler.epoch:  # saved at the end of an epoch that did not take all batches
+            start = 0
         if self.steps_per_batch == 1:
             yield from self.batches(start, self.num_steps)
             return
@@ -149,11 +157,12 @@ class ExactLoader(ABC):
 
     def state_dict(self) -> dict[str, int]:
         """Where in the epoch the loader is."""
-        return {"next_batch": self._next}
+        return {"epoch": self.sampler.epoch, "next_batch": self._next}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on where a loader with this state was."""
-        self._start = self._next = state_dict.get("next_batch", 0)
+        self._next = state_dict.get("next_batch", 0)
+        self._start = (state_dict.get("epoch", self.sampler.epoch), self._next)
 
 
 class ExactData(pl.LightningDataModule, ABC):
@@ -228,8 +237,8 @@ class ExactData(pl.LightningDataModule, ABC):
             world_size=world_size,
         )
         if self.operations_per_sample is not None:
-            operations = self.exact_loader.batch_size * self.operations_per_sample
-            self.exact_loader.steps_per_batch = steps_at_a_time(operations)
+            operations = self.operations_per_sample + self.exact_loader.operations_per_sample
+            self.exact_loader.steps_per_batch = steps_at_a_time(self.exact_loader.batch_size * operations)
         self.exact_loader.load_state_dict(self._loader_state)
         self._loader_state = {}  # of the resumed epoch only: a loader made later begins at the beginning
         return self.exact_loader

@@ -27,6 +27,11 @@ _INDIFFERENT = ("resume", "run_dir", "threads", "logger")
 # together, and with it their rounding.
 _CLASS_ALONE = ("checkpoint", "progress")
 
+# Of the data, where files are kept that can be made anew, and how fast they are.
+_INDIFFERENT_DATA = ("cache", "workers")
+
+_RESULTS = ("metrics.csv", "summary.json", "checkpoints")
+
 
 @dataclass(frozen=True)
 class Standing:
@@ -63,12 +68,16 @@ def standing(cfg: DictConfig) -> Standing:
             f"resume=true goes on from the run folder's own checkpoint: leave out ckpt_path={cfg.ckpt_path}"
         )
     asked = _plan(cfg)
+    if not any((run_dir / name).exists() for name in _RESULTS):  # a plan alone is of a run that never came to train
+        return Standing(asked)
     if not cfg.resume:
-        _refuse_a_run(run_dir)
-        return Standing(asked)
+        raise FileExistsError(
+            f"{run_dir} already holds a run: choose another hydra.run.dir, or go on with this one by resume=true"
+        )
     if not (run_dir / "plan.json").exists():
-        _refuse_leftovers(run_dir)
-        return Standing(asked)
+        raise FileExistsError(
+            f"{run_dir} holds a run without plan.json, which cannot be gone on with: choose another hydra.run.dir"
+        )
     plan = json.loads((run_dir / "plan.json").read_text())
     checkpoint = run_dir / "checkpoints" / "last.ckpt"
     if checkpoint.exists():  # what the run began with is past
@@ -105,6 +114,7 @@ def _plan(cfg: DictConfig) -> dict[str, Any]:
     callbacks = config.get("callbacks") or {}
     classes = {key: {"_target_": (callbacks.get(key) or {}).get("_target_")} for key in _CLASS_ALONE}
     config["callbacks"] = callbacks | classes
+    config["data"] = {key: value for key, value in (config.get("data") or {}).items() if key not in _INDIFFERENT_DATA}
     return {
         "config": config,
         "versions": {name: version(name) for name in ("lightning_mnn", "pytorch_lightning", "torch")},
@@ -125,19 +135,3 @@ def _logged_rows(checkpoint: Path) -> int:
             "lightning_mnn.callbacks.LastCheckpoint; begin from this one in another hydra.run.dir by ckpt_path="
         )
     return int(state["logged_rows"])
-
-
-@rank_zero_only
-def _refuse_a_run(run_dir: Path) -> None:
-    if any((run_dir / name).exists() for name in ("plan.json", "metrics.csv", "summary.json")):
-        raise FileExistsError(
-            f"{run_dir} already holds a run: choose another hydra.run.dir, or go on with this one by resume=true"
-        )
-
-
-@rank_zero_only
-def _refuse_leftovers(run_dir: Path) -> None:
-    if any((run_dir / name).exists() for name in ("metrics.csv", "summary.json", "checkpoints")):
-        raise FileExistsError(
-            f"{run_dir} holds a run without plan.json, which cannot be gone on with: choose another hydra.run.dir"
-        )

@@ -117,6 +117,18 @@ def test_float32_is_certified_in_float64_next_to_its_weights(make_trainer):
     assert found.distance < 1e-5
 
 
+@pytest.mark.parametrize("polish", [False, True])
+def test_a_set_too_large_to_certify_on_is_judged_by_necessary_conditions(make_trainer, monkeypatch, polish):
+    monkeypatch.setattr("lightning_mnn.callbacks.certification._MOST", 28 * 12 - 1)
+    detector = LocalMinimumDetector(polish=polish)
+    fit(make_trainer, detector, epochs=3)
+    assert detector.certificates == []
+    found = detector.summary()
+    assert found["kind"] == "not_stationary"
+    assert "a certificate would have 3.4e+02 input numbers in the memory of a process" in found["reason"]
+    assert not found["distance"]
+
+
 def test_bad_distance():
     with pytest.raises(ValueError, match=r"max_distance must be at least 0, got -0\.1"):
         LocalMinimumDetector(max_distance=-0.1)

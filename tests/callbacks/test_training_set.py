@@ -139,6 +139,19 @@ def test_rank_of_the_inputs_counts_the_ones(make_trainer):
     assert all(found == expected for found, expected in ranks)
 
 
+def test_rank_of_many_inputs_is_bounded_alone(make_trainer, monkeypatch):
+    monkeypatch.setattr("lightning_mnn.callbacks.training_set._MOST_WORK", 30 * 5**2 - 1)
+    x = data()[0]
+    x[:, 4] = x[:, 3]
+    ranks = []
+
+    def rank(trainer, module):
+        ranks.append(int(input_rank(trainer, module, network_of(module))))
+
+    fit(make_trainer, Regressor(nn.Linear(5, 4, bias=False), nn.ReLU(), nn.Linear(4, 1)), rank, x, epochs=1)
+    assert ranks == [5]
+
+
 @pytest.mark.parametrize("name", ["net.0.bias", "net.2.bias", "net.1.weight"])
 def test_a_change_of_a_bias_or_slope_is_noticed(make_trainer, name):
     module = Regressor(nn.Linear(5, 4), nn.PReLU(), nn.Linear(4, 1))

@@ -46,6 +46,17 @@ def test_replicas_see_what_single_runs_see(n, batch, world, replicas):
                 assert torch.equal(inputs[r], x)
 
 
+def test_a_state_from_the_end_of_a_limited_epoch_begins_the_next_at_its_beginning():
+    one, two, within = loader(10, 3), loader(10, 3), loader(10, 3)
+    passing = iter(one)
+    next(passing), next(passing)  # and no more: Trainer(limit_train_batches=2)
+    for other, epoch in ((two, 1), (within, 0)):
+        other.load_state_dict(one.state_dict())
+        other.sampler.set_epoch(epoch)
+    assert [len(list(other)) for other in (two, within)] == [4, 2]
+    assert [len(list(other)) for other in (two, within)] == [4, 4]
+
+
 def test_shared_inputs_with_several_seeds():
     shared = ResidentLoader(torch.arange(6.0)[:, None], torch.arange(6), 3, seeds=[0, 1])
     inputs, targets = next(iter(shared))

@@ -18,6 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from lightning_mnn import MNN
 from lightning_mnn.callbacks import PatternStore
 from lightning_mnn.figures import read_metrics
+from lightning_mnn.tasks._files import write_json
 from tests.tasks.test_resume import command as forked
 
 SUMMARY = {
@@ -209,6 +210,19 @@ def test_what_the_config_lacks_is_named(tmp_path, arguments, message):
     assert message in said
     assert "Traceback" not in said
     assert not [*Path().rglob("plan.json"), *Path().rglob("summary.json")]
+
+
+def test_fast_dev_run_ends_well(tmp_path):
+    assert "verdict" in forked(tmp_path, *SMALL, "+trainer.fast_dev_run=true", "hydra.run.dir=run")
+
+
+def test_a_run_that_never_came_to_train_does_not_hold_its_folder(tmp_path):
+    """Its plan may be another: the command was mended."""
+    Path("run").mkdir()
+    write_json(Path("run/plan.json"), {"wandb_id": "x", "config": {"seed": 5}, "versions": {}})
+    options = (*SMALL, "trainer.max_epochs=1", "logger.wandb=null", "hydra.run.dir=run")
+    assert "verdict" in forked(tmp_path, *options)
+    assert json.loads(Path("run/plan.json").read_text())["config"]["seed"] == 0
 
 
 @pytest.fixture
