@@ -26,7 +26,7 @@ REPLICAS = 30
 
 
 def main():
-    for dim, epochs in ((10, 2000), (20, 2000), (40, 2000), (80, 200)):
+    for dim, epochs in ((10, 2000), (20, 2000), (40, 2000), (80, 500)):
         overrides = [
             f"replicas={REPLICAS}", f"data.num_samples={dim * dim // 5}", f"data.input_dim={dim}",
             f"model.hidden_dims=[{dim}]", f"trainer.max_epochs={epochs}", "trainer.log_every_n_steps=50",
