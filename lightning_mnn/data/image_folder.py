@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
-from lightning_mnn.data.images import ImageData
+from lightning_mnn.data.images import ImageData, is_list
 from lightning_mnn.data.store import MODES, build_store
 from lightning_mnn.validation import positive_integer
 
@@ -29,14 +29,15 @@ class ImageFolderData(ImageData):
         root: folder with one folder a class.
         size: pixels of a side: the square in the middle of an image is averaged down to size × size.
         colour: "rgb" (d0 = 3 · size²) or "grey" (d0 = size²).
-        classes: names of the classes to put into the store; None: all.
+        classes: names of the classes to put into the store, a number for the name that reads so; None: all.
         store: folder of the store; None: one in ``cache`` whose name depends on root, size, colour and classes.
         workers: threads that decode images; None: one a processor, 16 at most.
-        skip_corrupt: leave out images that cannot be read and name them in the store's ``skipped.txt``.
+        skip_corrupt: leave out images that cannot be read and name them in the store's ``skipped.txt``; a store that
+            lacks images is not taken without it.
         **options: see :class:`~lightning_mnn.data.images.ImageData`.
 
     Raises:
-        ValueError: a bad size or colour.
+        ValueError: a bad size or colour, or classes that are no list.
         FileNotFoundError: (in prepare_data) no folder ``root``.
         OSError: (in prepare_data) images that cannot be read; the message names the first ones.
     """
@@ -56,6 +57,8 @@ class ImageFolderData(ImageData):
         super().__init__(**options)
         if colour not in MODES:
             raise ValueError(f"colour must be one of {sorted(MODES)}, got {colour!r}")
+        if classes is not None and not is_list(classes):
+            raise ValueError(f"classes must be a list of names, as [cat, dog], or null, got {classes!r}")
         self.root = Path(root).expanduser().resolve()
         self.size = positive_integer("size", size)
         self.colour = colour

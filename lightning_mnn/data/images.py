@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zipfile
+import zlib
 from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_mnn.data.loader import ExactData, ExactLoader, part_of
 from lightning_mnn.data.resident import ResidentLoader
-from lightning_mnn.data.rows import RowFile, Rows, rows_of, written_rows
+from lightning_mnn.data.rows import RowFile, Rows, naming, rows_of, written_rows
 from lightning_mnn.data.streaming import BUFFER_BYTES, StreamedLoader
 from lightning_mnn.data.whitening import ROWS, InputMap, check_floor, input_map, moments, team_moments
 from lightning_mnn.landscape.team import ProcessTeam, Team
@@ -38,6 +42,7 @@ LABELS = ("zero_one", "plus_minus")
 RESIDENCIES = ("auto", "memory", "stream")
 STORAGES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _MEMORY_SHARE = 0.5  # of the free memory, that mapped inputs may take
+_COMPARED_ROWS = 256  # of a file, by which other data are told from those of a checkpoint
 _BLOCK_NUMBERS = 1 << 25  # of samples whose moments are taken at a time: 256 MiB in float64
 
 
@@ -49,26 +54,29 @@ class ImageData(ExactData):
 
     In memory, the mapped inputs lie on the device as one tensor. Streamed, batches are read from a file in a random
     order that disks like (:class:`~lightning_mnn.data.streaming.StreamedLoader`) and mapped as they come, or read from
-    a file of mapped inputs that is written once. Training and callbacks see the same numbers either way: they come from
-    the same map, with whitening to the last bit as far as :meth:`InputMap.apply` says, and are rounded to ``storage``.
+    a file of mapped inputs that is written once. A sample is the same numbers either way: they come from the same map,
+    with whitening to the last bit as far as :meth:`InputMap.apply` says, and are rounded to ``storage``. Without
+    ``shuffle`` the batches are the same, too. With it, streamed data come in an order of their own, that depends on
+    ``buffer_bytes`` and not on ``materialise``: so a run that is resumed must find the residency that it began with,
+    which its checkpoints keep together with what tells these data from others.
 
     Args:
-        groups: the classes of label 0 and those of label 1, each by its index or name; other classes are left out.
-            None: the first half of the sorted names, and the others.
+        groups: the classes of label 0 and those of label 1, each by its name, or by its index if no name reads like
+            that number; other classes are left out. None: the first half of the sorted names, and the others.
         labels: "zero_one" or "plus_minus".
         whiten: floor of :func:`~lightning_mnn.data.whitening.whitening_matrix`; None: no whitening.
         equal_norms: bring every image to the norm √d0 at last, so that faint images weigh as much as
             others. The class that a network without biases gives an image, with labels ±1, does not depend on its norm.
         residency: "memory", "stream", or "auto": in memory where the mapped inputs take at most half of what is free,
-            on the training device.
+            on the training device, when the run begins.
         storage: "float32", "bfloat16" or "float16", to which mapped inputs are rounded; None: ``dtype``. The network
             computes in its own precision.
         materialise: of streamed data, write the mapped inputs to a file in ``cache``, which may be stopped at any time
             and goes on when started again.
         cache: folder for files that are made once: the map of streamed data, and the mapped inputs. None:
             ``$LIGHTNING_MNN_CACHE``, or else ``~/.cache/lightning-mnn``.
-        buffer_bytes: of streamed data, samples that are shuffled together; two such buffers are in memory, over all
-            processes.
+        buffer_bytes: of streamed data, samples that are shuffled together, counted in float32 whatever they are stored
+            in; two such buffers are in memory, over all processes, in bytes a quarter of that.
         **options: see :class:`ExactData`.
 
     Attributes:
@@ -77,7 +85,8 @@ class ImageData(ExactData):
 
     Raises:
         ValueError: an argument out of its range. In setup: classes that are not there, images that are all the same.
-            Of streamed data: the full batch, and a shuffled order for each of several replicas.
+            Of streamed data: the full batch, and a shuffled order for each of several replicas. In load_state_dict:
+            a checkpoint of other data, or of another residency.
     """
 
     def __init__(
@@ -116,6 +125,8 @@ class ImageData(ExactData):
         self.inputs: Tensor | None = None
         self.targets: Tensor | None = None
         self._streamed: dict[str, Any] = {}  # what StreamedLoader takes
+        self._facts: dict[str, Any] = {}  # what must stay as it is from one start of a run to the next
+        self._facts_before: dict[str, Any] = {}
 
     @abstractmethod
     def source(self) -> LabelledImages:
@@ -146,6 +157,18 @@ class ImageData(ExactData):
             self.inputs = self._mapped(samples, self._found_map(samples, team))
         ones = torch.from_numpy(samples.ones).to(self.dtype)
         self.targets = ones if self.labels == "zero_one" else 2 * ones - 1
+        self._facts = self._found_facts(samples)
+        self._check_facts()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"data": self._facts}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({name: value for name, value in state_dict.items() if name != "data"})
+        self._facts_before = state_dict.get("data", {})
+        self._check_facts()  # Lightning calls setup before; else that will do it
 
     @override
     def loader(self, device: torch.device, **options: Any) -> ExactLoader:
@@ -180,6 +203,29 @@ class ImageData(ExactData):
         free = torch.tensor(_free_memory(self._device) / processes, dtype=torch.float64, device=self._device)
         return samples.count * samples.shape[1] * self.storage.itemsize > _MEMORY_SHARE * float(team.least(free))
 
+    def _found_facts(self, samples: _Samples) -> dict[str, Any]:
+        order: dict[str, Any] = {}
+        if self.shuffle and self.inputs is not None:
+            order = {"residency": "memory"}
+        elif self.shuffle:
+            order = {"residency": "stream", "buffer_bytes": self.buffer_bytes}
+        options = {"labels": self.labels, "whiten": self.whiten, "equal_norms": self.equal_norms}
+        ones = int(samples.ones.sum())
+        counts = {"samples": samples.count, "samples of label 0 and 1": [samples.count - ones, ones]}
+        return order | options | counts | {"digest of the images": samples.digest()}
+
+    def _check_facts(self) -> None:
+        """Refuse to go on from a checkpoint with other data, or with the same in another order."""
+        before, now = self._facts_before, self._facts
+        for name in (name for name in now if name in before and now[name] != before[name]):
+            remedy = "resume it on the data that it was trained on, or begin anew without it"
+            if hasattr(self, name):  # an option
+                remedy = f"set data.{name}={'null' if before[name] is None else str(before[name]).lower()}"
+            raise ValueError(
+                f"the checkpoint is of a run on other data, or on these in another order: {name} was {before[name]}, "
+                f"and is {now[name]}: {remedy}"
+            )
+
     def _mapped(self, samples: _Samples, mapping: InputMap) -> Tensor:
         mapping = mapping.to(self._device, self._precision)
         inputs = torch.empty(samples.shape, dtype=self.storage, device=self._device)
@@ -209,12 +255,19 @@ class ImageData(ExactData):
     def _kept_map(self, samples: _Samples, team: Team) -> InputMap:
         """The map of streamed samples, from a file if an earlier run has found it."""
         path = self.cache / f"{self._name_of_map(samples)}.npz"
-        known = torch.tensor(float(path.exists()), device=self._device)
-        if team.least(known) == 1:
-            return replace(_load_map(path), equal_norms=self.equal_norms)
+        kept = _load_map(path) if path.exists() else None
+        known = torch.tensor(float(kept is not None), device=self._device)
+        if team.least(known) == 1 and kept is not None:
+            return replace(kept, equal_norms=self.equal_norms)
         mapping = self._found_map(samples, team)
         if self.trainer is None or self.trainer.local_rank == 0:
-            _save_map(path, mapping)
+            try:
+                _save_map(path, mapping)
+            except OSError as error:
+                rank_zero_warn(
+                    f"the map of the inputs is not kept, and is found anew at the next start: {error}: "
+                    "set cache (data.cache) to a folder that can be written"
+                )
         return mapping
 
     def _name_of_map(self, samples: _Samples) -> str:
@@ -269,15 +322,33 @@ class _Samples:
         self.rows.read(numbers, out)
         return out
 
+    @cached_property
+    def content(self) -> str:
+        """A digest of the source's images, wherever they lie; of a file that no one made a digest of, of some rows."""
+        if self._source.digest is not None:
+            return self._source.digest
+        if not isinstance(self.rows, RowFile):
+            return hashlib.sha256(np.ascontiguousarray(self._source.images).data).hexdigest()
+        numbers = np.unique(np.linspace(0, self.rows.shape[0] - 1, _COMPARED_ROWS).astype(np.int64))
+        out = torch.empty(len(numbers), self.rows.shape[1], dtype=self.rows.dtype)
+        self.rows.read(numbers, out)
+        return _digest([str(self.rows.shape), hashlib.sha256(out.view(torch.uint8).numpy().data).hexdigest()])
+
+    def digest(self) -> str:
+        """Of the samples: their content, which they are and their groups; the same wherever they lie."""
+        return _digest([self.content, self._which(), hashlib.sha256(self.ones.data).hexdigest()])
+
     def identity(self) -> str:
         """What the samples are: of a file its path, size and time, of an array its content; and which of them."""
         if isinstance(self.rows, RowFile):
             stat = self.rows.path.stat()
             where = [str(self.rows.path.resolve()), str(stat.st_size), str(stat.st_mtime_ns), str(self.rows.offset)]
         else:
-            where = [hashlib.sha256(np.ascontiguousarray(self._source.images).data).hexdigest()]
-        chosen = "all" if self.chosen is None else hashlib.sha256(self.chosen.data).hexdigest()
-        return _digest([*where, str(self.rows.shape), chosen])
+            where = [self.content]
+        return _digest([*where, str(self.rows.shape), self._which()])
+
+    def _which(self) -> str:
+        return "all" if self.chosen is None else hashlib.sha256(self.chosen.data).hexdigest()
 
 
 Groups = tuple[tuple[int | str, ...], tuple[int | str, ...]]
@@ -287,20 +358,27 @@ def check_groups(groups: Sequence[Sequence[int | str]]) -> Groups:
     """Two groups of classes, as tuples.
 
     Raises:
-        ValueError: there are not two, one is empty, or a class is named twice.
+        ValueError: they are not two lists of names and numbers, one is empty, or a class is named twice.
     """
-    checked = tuple(tuple(group) for group in groups)
+    checked = [tuple(group) if is_list(group) else () for group in groups] if is_list(groups) else []
     classes = [c for group in checked for c in group]
-    if len(checked) != 2 or not all(checked) or len(set(classes)) < len(classes):
-        raise ValueError(f"groups must be two lists of classes that share none, got {checked}")
+    known = all(isinstance(c, int | str) for c in classes)
+    if len(checked) != 2 or not all(checked) or not known or len(set(classes)) < len(classes):
+        raise ValueError(f"groups must be two lists of classes that share none, as [[cat, cow], [dog]], got {groups!r}")
     return checked[0], checked[1]
+
+
+def is_list(value: Any) -> bool:
+    """Whether it is a list of things, and not a text, which is one of letters."""
+    return isinstance(value, Iterable) and not isinstance(value, str)
 
 
 def group_classes(groups: Groups | None, names: Sequence[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Indices of the classes of two groups.
 
     Args:
-        groups: by index or name; None: the first half of the sorted names, and the others.
+        groups: by name, or by index; a number that reads like a name is that name. None: the first half of the sorted
+            names, and the others.
         names: of all classes.
 
     Raises:
@@ -308,6 +386,8 @@ def group_classes(groups: Groups | None, names: Sequence[str]) -> tuple[tuple[in
 
     >>> group_classes((("cat",), (0, "bat")), ("ant", "bat", "cat"))
     ((2,), (0, 1))
+    >>> group_classes(((10,), (2,)), ("0", "10", "2"))
+    ((1,), (2,))
     >>> group_classes(None, ("ant", "cat", "bat"))
     ((0,), (1, 2))
     """
@@ -316,8 +396,9 @@ def group_classes(groups: Groups | None, names: Sequence[str]) -> tuple[tuple[in
         groups = tuple(order[: len(names) // 2]), tuple(order[len(names) // 2 :])
         if len(names) < 2:
             raise ValueError(f"groups need two classes at least, and there is {list(names)} alone")
-    known: dict[int | str, int] = {name: index for index, name in enumerate(names)}
-    known |= {index: index for index in range(len(names))}
+    known: dict[int | str, int] = {index: index for index in range(len(names))}
+    known |= {name: index for index, name in enumerate(names)}
+    known |= {number: known[str(number)] for group in groups for number in group if str(number) in known}
     if unknown := [c for group in groups for c in group if c not in known]:
         some = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
         raise ValueError(f"groups must hold classes 0 to {len(names) - 1} or their names ({some}), got {unknown}")
@@ -353,14 +434,26 @@ def _digest(parts: Sequence[str]) -> str:
 
 def _save_map(path: Path, mapping: InputMap) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    matrix = {} if mapping.matrix is None else {"matrix": mapping.matrix.cpu().numpy()}
+    numbers: dict[str, Any] = {"mean": mapping.mean.cpu().numpy(), "scale": np.float64(mapping.scale)}
+    if mapping.matrix is not None:
+        numbers["matrix"] = mapping.matrix.cpu().numpy()
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with unfinished.open("wb") as file:
-        np.savez(file, allow_pickle=False, mean=mapping.mean.cpu().numpy(), scale=np.float64(mapping.scale), **matrix)
-    unfinished.replace(path)
+    try:
+        with naming(path), unfinished.open("wb") as file:
+            np.savez(file, allow_pickle=False, **numbers)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
-def _load_map(path: Path) -> InputMap:
-    with np.load(path, allow_pickle=False) as file:
-        matrix = torch.from_numpy(file["matrix"]) if "matrix" in file else None
-        return InputMap(torch.from_numpy(file["mean"]), matrix, float(file["scale"]))
+def _load_map(path: Path) -> InputMap | None:
+    """The map that a file holds; None if it is damaged."""
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            matrix = torch.from_numpy(file["matrix"]) if "matrix" in file else None
+            return InputMap(torch.from_numpy(file["mean"]), matrix, float(file["scale"]))
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        rank_zero_warn(f"{path} is damaged, so the map of the inputs is found anew: {error}")
+        return None

@@ -172,14 +172,16 @@ def _write(
         journal.seek(0, os.SEEK_END)
         for number, (low, high) in enumerate(blocks[done:], done + 1):
             content = block_of(low, high).to(rows.dtype).contiguous().view(torch.uint8).numpy().data
-            file.write(content)
-            file.flush()
-            journal.write(_line(content))
-            journal.flush()
+            with naming(rows.path):
+                file.write(content)
+                file.flush()
+                journal.write(_line(content))
+                journal.flush()
             if 10 * number // len(blocks) > 10 * (number - 1) // len(blocks):
                 rank_zero_info(f"{number} of {len(blocks)} blocks of {rows.path.stem} written")
-        os.fsync(file.fileno())
-        os.fsync(journal.fileno())
+        with naming(rows.path):
+            os.fsync(file.fileno())
+            os.fsync(journal.fileno())
 
 
 def _good_blocks(rows: RowFile, checksums: Path, blocks: list[tuple[int, int]]) -> int:
@@ -195,9 +197,28 @@ def _check(rows: RowFile, checksums: Path, blocks: list[tuple[int, int]]) -> Non
     """Check the size of a finished file, and the checksums of some blocks spread over it."""
     lines = _lines(checksums) if checksums.exists() else []
     whole = rows.path.stat().st_size == rows.shape[0] * rows.row_bytes and len(lines) == len(blocks)
-    spread = np.linspace(0, len(blocks) - 1, _CHECKED_BLOCKS).astype(int)
-    if not whole or any(_line(_content(rows, blocks[i])) != lines[i] for i in set(spread.tolist())):
+    if not whole or any(_line(_content(rows, blocks[i])) != lines[i] for i in some_blocks(len(blocks))):
         raise OSError(f"{rows.path} is damaged: its size or a checksum is wrong. Delete it to make it again")
+
+
+def some_blocks(count: int) -> list[int]:
+    """Numbers of some blocks spread over a file, whose checksums are compared whenever it is opened.
+
+    >>> some_blocks(3), some_blocks(1000)[:3]
+    ([0, 1, 2], [0, 66, 133])
+    """
+    return sorted(set(np.linspace(0, count - 1, _CHECKED_BLOCKS).astype(int).tolist()))
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give a system's error that says no path, as that of a full disk, the path of the file that is worked on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _check_room(rows: RowFile, blocks: list[tuple[int, int]]) -> None:

@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from lightning_mnn.data.rows import naming, some_blocks
 from lightning_mnn.validation import positive_integer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -48,11 +49,13 @@ class LabelledImages:
         images: uint8 (N, d0), an array or a ``np.memmap``: rows are images, flattened H · W · C.
         classes: int64 (N,): indices into the names.
         names: of the classes.
+        digest: of the images, where it is known without reading them.
     """
 
     images: NDArray[np.uint8]
     classes: NDArray[np.int64]
     names: tuple[str, ...]
+    digest: str | None = None
 
 
 def build_store(
@@ -72,24 +75,25 @@ def build_store(
     image's suffix are left out, and so are classes without images; links are followed.
 
     Making a store may be killed at any time and goes on where it was when it is called again; a process that finds
-    another at it waits. A finished store needs the tree no more, and does not see what is changed in it: delete the
-    folder to make it again.
+    another at it waits. A finished store needs the tree no more, which may be gone, and does not see what is changed in
+    it: delete the folder to make it again. It is not taken for a store of another tree that is there.
 
     Args:
         root: folder with one folder a class.
         folder: of the store: its own.
         size: pixels of a side.
         colour: "rgb" or "grey".
-        classes: names of the classes to take; None: all.
+        classes: names of the classes to take, a number for the name that reads so; None: all.
         workers: threads that decode images; None: one a processor, 16 at most.
         skip_corrupt: leave out images that cannot be read and name them in ``skipped.txt``; while that is done, the
-            disk holds the images twice.
+            disk holds the images twice. A store that lacks images is not taken without it.
 
     Raises:
         ValueError: a bad argument, or a tree without images.
         FileNotFoundError: no folder ``root``.
         FileExistsError: the folder holds something else, or a store made otherwise; the message names what differs.
-        OSError: images that cannot be read, or too little room on the disk.
+        OSError: images that cannot be read, or that the store was made without; too little room on the disk; a store
+            that is damaged.
 
     >>> import tempfile
     >>> tree = Path(tempfile.mkdtemp())
@@ -119,10 +123,21 @@ def build_store(
         asked["names"] = chosen
     index = _read_index(folder)
     _check_same(folder, index, asked)
+    made_of = index.get("root", str(root.resolve()))
+    if root.is_dir() and made_of != str(root.resolve()):
+        raise FileExistsError(
+            f"the store {folder} was made of another tree: {made_of}, not {root.resolve()}: "
+            "choose another folder or delete it (or, if the tree was but moved, keep to its old name as root)"
+        )
     if root.is_dir() and (unknown := [name for name in index["names"] if not (root / name).is_dir()]):
         raise FileExistsError(
             f"the store {folder} was made of another tree: {root.absolute()} has no {reprlib.repr(unknown)}: "
             "choose another folder or delete it"
+        )
+    if index.get("skipped", 0) and not skip_corrupt:
+        raise OSError(
+            f"the store {folder} was made without {index['skipped']} images that could not be read, which "
+            f"{folder / _SKIPPED} names: allow that by skip_corrupt=true, or repair them and delete the store"
         )
     return open_store(folder)
 
@@ -132,7 +147,7 @@ def open_store(folder: str | Path, *, verify: bool = False) -> LabelledImages:
 
     Args:
         folder: of the store.
-        verify: read all images and compare their checksums.
+        verify: read all images and compare their checksums, not only those of 16 blocks spread over them.
 
     Raises:
         FileNotFoundError: no finished store there.
@@ -147,12 +162,15 @@ def open_store(folder: str | Path, *, verify: bool = False) -> LabelledImages:
     if found != expected:
         raise _damaged(folder, f"{_IMAGES} has {found} bytes, not {expected}")
     images = np.memmap(folder / _IMAGES, np.uint8, "r", shape=shape)
-    if verify:
-        for block, crc32 in enumerate(index["crc32"]):
-            rows = slice(block * index["block"], min((block + 1) * index["block"], len(images)))
-            if zlib.crc32(images[rows].data) != crc32:
-                raise _damaged(folder, f"block {block}, images {rows.start} to {rows.stop - 1}, has another checksum")
-    return LabelledImages(images, np.load(folder / _CLASSES, allow_pickle=False), tuple(index["names"]))
+    checksums = index["crc32"]
+    with (folder / _IMAGES).open("rb") as file:  # beside the map, whose pages would stay in memory
+        for block in range(len(checksums)) if verify else some_blocks(len(checksums)):
+            first, last = block * index["block"], min((block + 1) * index["block"], shape[0]) - 1
+            file.seek(first * shape[1])
+            if zlib.crc32(file.read((last + 1 - first) * shape[1])) != checksums[block]:
+                raise _damaged(folder, f"block {block}, images {first} to {last}, has another checksum")
+    digest = hashlib.sha256(json.dumps([shape, checksums]).encode()).hexdigest()
+    return LabelledImages(images, np.load(folder / _CLASSES, allow_pickle=False), tuple(index["names"]), digest)
 
 
 def list_images(root: Path, classes: Sequence[str] | None = None) -> list[str]:
@@ -260,7 +278,7 @@ class _Build:
     def _plan(self) -> dict[str, Any]:
         listing = hashlib.sha256(b"\0".join(map(os.fsencode, self.files))).hexdigest()
         plan = {"size": self.size, "colour": self.colour, "names": self.names, "images": len(self.files)}
-        return plan | {"listing": listing, "block": _BLOCK}
+        return plan | {"root": str(self.root.resolve()), "listing": listing, "block": _BLOCK}
 
     def _journalled(self) -> tuple[dict[str, Any] | None, dict[int, _Block]]:
         """The plan and the finished blocks of a build that was interrupted."""
@@ -298,7 +316,7 @@ class _Build:
                 os.fsync(journal.fileno())
                 advance(_BLOCK)
 
-    def _finish(self, good: Sequence[bool], skipped: Iterable[str]) -> None:
+    def _finish(self, good: Sequence[bool], skipped: Collection[str]) -> None:
         unfinished, images = self.folder / _UNFINISHED, self.folder / _IMAGES
         if all(good):
             checksums = [self.done[block].crc32 for block in range(self.num_blocks)]
@@ -312,7 +330,7 @@ class _Build:
         with (self.folder / _CLASSES).open("wb") as file:
             np.save(file, np.array([number[_class_of(path)] for path in files], np.int64), allow_pickle=False)
             _to_disk(file)
-        index = self._plan() | {"count": len(files), "crc32": checksums}
+        index = self._plan() | {"count": len(files), "skipped": len(skipped), "crc32": checksums}
         index["classes_crc32"] = zlib.crc32((self.folder / _CLASSES).read_bytes())
         _write(self.folder / _INDEX, _line(index))
 
@@ -322,13 +340,17 @@ class _Build:
         shape = len(self.files), _row_bytes(self.size, self.colour)
         everything = np.memmap(self.folder / _UNFINISHED, np.uint8, "r", shape=shape)
         checksums = []
-        with (self.folder / "compact.tmp").open("wb") as file:
-            for start in range(0, len(rows), _BLOCK):
-                block = everything[rows[start : start + _BLOCK]]
-                checksums.append(zlib.crc32(block.data))
-                file.write(block.data)
-            _to_disk(file)
-        (self.folder / "compact.tmp").rename(self.folder / _IMAGES)
+        unfinished = self.folder / "compact.tmp"
+        try:
+            with naming(unfinished), unfinished.open("wb") as file:
+                for start in range(0, len(rows), _BLOCK):
+                    block = everything[rows[start : start + _BLOCK]]
+                    checksums.append(zlib.crc32(block.data))
+                    file.write(block.data)
+                _to_disk(file)
+            unfinished.rename(self.folder / _IMAGES)
+        finally:
+            unfinished.unlink(missing_ok=True)
         return checksums
 
     def _check_room(self, rows: int) -> None:
@@ -352,7 +374,7 @@ def _decode(
             rows[row] = _pixels(name, size, MODES[colour])
         except Exception as error:  # noqa: BLE001 (what readers of many formats raise on broken files)
             corrupt[file] = f"{type(error).__name__}: {error}".replace(repr(name), "").rstrip(" :")
-    with path.open("r+b") as images:
+    with naming(path), path.open("r+b") as images:
         images.seek(start * rows.shape[1])
         images.write(rows.data)
         _to_disk(images)
@@ -460,10 +482,13 @@ def _line(content: Mapping[str, Any]) -> bytes:
 
 def _write(path: Path, content: bytes) -> None:
     unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("wb") as file:
-        file.write(content)
-        _to_disk(file)
-    unfinished.replace(path)
+    try:
+        with naming(path), unfinished.open("wb") as file:
+            file.write(content)
+            _to_disk(file)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _to_disk(file: Any) -> None:

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from lightning_mnn.data.rows import Rows
     from lightning_mnn.data.whitening import InputMap
 
-BUFFER_BYTES = 1 << 29
-_CHUNK_BYTES = 1 << 20
+BUFFER_BYTES = 1 << 30
+_CHUNK_BYTES = 1 << 22
+_NUMBER_BYTES = 4  # by which both are counted, so that the order does not depend on what the rows are stored in
 
 
 class BufferedShuffle(EpochShuffle):
@@ -72,7 +73,7 @@ class StreamedLoader(ExactLoader):
 
     A buffer of samples is in use while a thread reads the next one: two buffers are in memory. A process reads the rows
     of its own part of each batch, and those only. The order is that of :class:`BufferedShuffle`: it depends on
-    ``buffer_bytes``, and not on the number of processes.
+    ``buffer_bytes`` and d0, and neither on the number of processes nor on the dtype of the rows.
 
     Args:
         rows: where the inputs are read, (n, d0).
@@ -82,7 +83,8 @@ class StreamedLoader(ExactLoader):
         mapping: applied to each row, on its device and in its precision; None: rows are the inputs as they are.
         dtype: to which mapped inputs are rounded.
         device: of the batches.
-        buffer_bytes: size of a buffer over all processes.
+        buffer_bytes: size of a buffer over all processes, counted in float32: one of bytes takes a quarter of it, one
+            of float64 twice as much.
         **options: see :class:`ExactLoader`.
 
     Raises:
@@ -120,7 +122,7 @@ class StreamedLoader(ExactLoader):
         self._chosen = chosen
         self._mapping = mapping
         self._dtype = dtype
-        row_bytes = rows.shape[1] * rows.dtype.itemsize
+        row_bytes = rows.shape[1] * _NUMBER_BYTES
         buffer = max(1, positive_integer("buffer_bytes", buffer_bytes) // row_bytes)
         chunk = max(1, min(_CHUNK_BYTES // row_bytes, buffer // 2))
         self.sampler: BufferedShuffle = BufferedShuffle(num_samples, seeds, chunk=chunk, buffer=buffer, shuffle=shuffle)
@@ -133,6 +135,12 @@ class StreamedLoader(ExactLoader):
     @override
     def numbers_per_sample(self) -> int:
         return self._rows.shape[1]
+
+    @property
+    @override
+    def operations_per_sample(self) -> float:
+        whitened = self._mapping is not None and self._mapping.matrix is not None
+        return 2.0 * self._rows.shape[1] ** 2 if whitened else 0.0
 
     @override
     def samples(self, index: slice | Tensor) -> tuple[Tensor, Tensor]:

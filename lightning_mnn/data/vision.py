@@ -106,7 +106,7 @@ class CIFAR10Data(ImageData):
         root: folder that holds ``cifar-10-batches-py``, the unpacked batches, or ``cifar-10-python.tar.gz``, from which
             they are then read. It is only read, unless ``download`` is set.
         part: "train" (50,000), "test" (10,000) or "all" (60,000).
-        groups: the classes of label 0 and those of label 1, by index or name (airplane, …); other classes are left out.
+        groups: the classes of label 0 and those of label 1, by name (airplane, …) or index; other classes are left out.
             None: the first five (to deer), and the others.
         download: fetch a missing archive through torchvision.
         **options: ``labels``, ``whiten`` and the others of :class:`~lightning_mnn.data.images.ImageData`.

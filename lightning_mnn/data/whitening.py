@@ -6,8 +6,9 @@ Shapes: N samples, d0 inputs.
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -99,14 +100,14 @@ def merged(parts: Sequence[Moments]) -> Moments:
 def team_moments(own: Moments, team: Team) -> Moments:
     """Moments of the samples of all processes, the same on each of them: what :func:`merged` gives, to rounding.
 
-    Collective: every process of the team must call it.
+    Collective: every process of the team must call it. The scatter of ``own`` is written over.
     """
     if team.size == 1:
         return own
     count = int(team.sum(torch.tensor(own.count, device=own.mean.device)))
     mean = team.sum(own.mean * (own.count / count))
-    _add_shift(scatter := own.scatter.clone(), own.mean - mean, own.count)
-    return Moments(count, mean, team.sum(scatter))
+    _add_shift(own.scatter, own.mean - mean, own.count)
+    return Moments(count, mean, team.sum(own.scatter))
 
 
 def _add_shift(scatter: Tensor, shift: Tensor, weight: float) -> None:
@@ -132,35 +133,43 @@ def whitening_matrix(covariance: Tensor, floor: float) -> Tensor:
         float64 (d0, d0); whitened inputs are ``(inputs - mean) @ T``.
 
     Raises:
-        ValueError: a negative floor, or inputs without variance in some direction and ``floor`` = 0.
+        ValueError: a negative or infinite floor, or one too small for inputs without variance in some direction; the
+            message names the least one that will do.
 
     >>> whitening_matrix(torch.diag(torch.tensor([4.0, 0.25], dtype=torch.float64)), floor=0.0)
     tensor([[0.5000, 0.0000],
             [0.0000, 2.0000]], dtype=torch.float64)
     """
-    return _whitening(covariance, floor)[0]
+    return _whitening(covariance.clone(), floor)[0]
 
 
 def _whitening(covariance: Tensor, floor: float) -> tuple[Tensor, float]:
-    """T, and the mean variance of an input after it."""
+    """T, and the mean variance of an input after it; the covariance is written over, for it may be a large one."""
     check_floor(floor)
-    values, vectors = torch.linalg.eigh(covariance)
-    values = values.clamp(min=0)
-    floored = values + floor * covariance.diagonal().mean()
-    if floored[0] <= floored[-1] * len(floored) * torch.finfo(torch.float64).eps:
-        raise ValueError("the inputs have no variance in some direction: whiten with a floor > 0")
+    mean = float(covariance.diagonal().mean())
+    values, vectors = covariance.new_empty(len(covariance)), covariance.T  # columns in a row, as eigh wants them
+    torch.linalg.eigh(vectors, out=(values, vectors))
+    values.clamp_(min=0)
+    floored = values + floor * mean
+    rounding = len(values) * torch.finfo(values.dtype).eps
+    if floored[0] <= rounding * floored[-1]:
+        least = (rounding * float(values[-1]) - float(values[0])) / (mean * (1 - rounding))
+        raise ValueError(
+            "the inputs have no variance in some direction: "
+            f"whiten (data.whiten) must be at least {1.1 * least:.1e}, got {floor}"
+        )
     vectors *= floored**-0.25
     return vectors @ vectors.T, float((values / floored).mean())
 
 
-def check_floor(floor: float) -> None:
+def check_floor(floor: Any) -> None:
     """Check the floor of a whitening.
 
     Raises:
-        ValueError: it is negative.
+        ValueError: it is no number, negative or infinite.
     """
-    if not floor >= 0:
-        raise ValueError(f"the floor of the whitening must not be negative, got {floor}")
+    if isinstance(floor, bool) or not isinstance(floor, numbers.Real) or not 0 <= float(floor) < math.inf:
+        raise ValueError(f"whiten (data.whiten) must be a finite number that is not negative, or null, got {floor!r}")
 
 
 @dataclass(frozen=True)
@@ -226,21 +235,21 @@ def input_map(found: Moments, floor: float | None) -> InputMap:
     """The map after which samples with these moments have mean 0, mean variance 1, and are whitened if asked.
 
     Args:
-        found: moments, with products where there is to be whitening.
+        found: moments, with products where there is to be whitening: then the scatter is written over, and finding its
+            eigenvectors takes about twice its memory besides.
         floor: of :func:`whitening_matrix`; None: only centre and scale.
 
     Raises:
-        ValueError: a negative floor, samples that are all the same, or without variance in some direction and
-            ``floor`` = 0.
+        ValueError: samples that are all the same, or what :func:`whitening_matrix` refuses.
 
     >>> input_map(moments([torch.tensor([[0.0], [4.0]])], 1), None)
     InputMap(mean=tensor([2.], dtype=torch.float64), matrix=None, scale=0.5, equal_norms=False)
     """
-    covariance = found.covariance
-    variance = float((covariance.diagonal() if covariance.ndim == 2 else covariance).mean())
+    variances = found.scatter.diagonal() if found.scatter.ndim == 2 else found.scatter
+    variance = float(variances.mean()) / found.count
     if not variance > (8 * torch.finfo(torch.float64).eps * float(found.mean.abs().max())) ** 2:
         raise ValueError(f"the inputs of all {found.count} samples are the same: there is nothing to learn from them")
     if floor is None:
         return InputMap(found.mean, None, variance**-0.5)
-    matrix, variance = _whitening(covariance, floor)
+    matrix, variance = _whitening(found.scatter.div_(found.count), floor)
     return InputMap(found.mean, matrix, variance**-0.5)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from lightning_mnn import MNN
 from lightning_mnn.data.image_folder import ImageFolderData
+from lightning_mnn.data.streaming import BUFFER_BYTES
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +89,31 @@ def test_bad_arguments_are_named(tree):
         ImageFolderData(tree / "nowhere").prepare_data()
 
 
+def test_classes_and_groups_that_are_numbers_are_names(tmp_path):
+    for number in range(12):
+        (tmp_path / "tree" / str(number)).mkdir(parents=True)
+        Image.new("L", (4, 4), 20 * number).save(tmp_path / "tree" / str(number) / "1.png")
+    data = ImageFolderData(tmp_path / "tree", 2, "grey", groups=[[2], [3, 10]])
+    data.setup()
+    x = data.inputs[:, 0]
+    assert data.targets.tolist() == [1.0, 0.0, 1.0]  # in the order 10, 2, 3
+    torch.testing.assert_close((x[0] - x[1]) / (x[2] - x[1]), torch.tensor(8.0))
+    assert ImageFolderData(tmp_path / "tree", 2, classes=[2, 3]).source().names == ("2", "3")
+    for classes in ("2", 2):
+        with pytest.raises(ValueError, match=r"classes must be a list of names, as \[cat, dog\], or null, got '?2"):
+            ImageFolderData(tmp_path / "tree", 2, classes=classes)
+
+
+def test_a_store_of_another_tree_or_without_some_images_is_refused(tree, tmp_path):
+    shutil.copytree(tree, tmp_path / "val")
+    (tree / "bee" / "2.png").write_bytes(b"no image")
+    ImageFolderData(tree, 4, store=tmp_path / "store", skip_corrupt=True).prepare_data()
+    with pytest.raises(FileExistsError, match=r"made of another tree: .*pictures, not .*val"):
+        ImageFolderData(tmp_path / "val", 4, store=tmp_path / "store").prepare_data()
+    with pytest.raises(OSError, match="made without 1 images"):
+        ImageFolderData(tree, 4, store=tmp_path / "store").prepare_data()
+
+
 def test_corrupt_images(tree):
     (tree / "bee" / "2.png").write_bytes(b"no image")
     with pytest.raises(OSError, match=r"1 of 16 images .*bee/2\.png"):
@@ -101,6 +127,16 @@ def test_corrupt_images(tree):
 def test_training(tree, make_trainer):
     data = ImageFolderData(tree, 4, batch_size=8)
     make_trainer(max_epochs=2).fit(MNN(data.input_dim, hidden_dims=(5,)), datamodule=data)
+
+
+@pytest.mark.parametrize("option", ["mnist", "cifar10", "image_folder", "imagenet64"])
+def test_all_images_may_be_streamed_by_config(option, tmp_path):
+    asked = ["data.materialise=true", f"data.cache={tmp_path}", "data.buffer_bytes=1000", "data.residency=stream"]
+    with initialize_config_module("lightning_mnn.conf", version_base=None):
+        plain = instantiate(compose("config", [f"data={option}", f"data.root={tmp_path}"]).data)
+        data = instantiate(compose("config", [f"data={option}", f"data.root={tmp_path}", *asked]).data)
+    assert (data.materialise, data.cache, data.buffer_bytes, data.residency) == (True, tmp_path, 1000, "stream")
+    assert plain.buffer_bytes == BUFFER_BYTES
 
 
 @pytest.mark.parametrize(("option", "input_dim"), [("image_folder", 3072), ("imagenet64", 12288)])

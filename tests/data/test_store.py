@@ -201,8 +201,15 @@ def test_finished_store_of_other_options_or_another_tree_is_refused(tmp_path):
     with pytest.raises(FileExistsError, match=r"names is \['a', 'b'\], not \['a'\]"):
         build_store(root, tmp_path / "store", size=4, classes=["a"])
     other = make_tree(tmp_path / "other", {"a": 1})
-    with pytest.raises(FileExistsError, match=r"made of another tree: .*other has no \['b'\]"):
+    with pytest.raises(FileExistsError, match=r"made of another tree: .*/tree, not .*/other: choose another folder"):
         build_store(other, tmp_path / "store", size=4)
+    make_tree(tmp_path / "val", {"a": 2, "b": 2})
+    with pytest.raises(FileExistsError, match=r"made of another tree: .*/tree, not .*/val: choose another folder"):
+        build_store(tmp_path / "val", tmp_path / "store", size=4)
+    assert len(build_store(tmp_path / "val" / ".." / "tree", tmp_path / "store", size=4).images) == 4
+    shutil.rmtree(root / "b")
+    with pytest.raises(FileExistsError, match=r"made of another tree: .*tree has no \['b'\]"):
+        build_store(root, tmp_path / "store", size=4)
     shutil.rmtree(root)  # which is needed no more
     assert len(build_store(root, tmp_path / "store", size=4).images) == 4
 
@@ -249,6 +256,11 @@ def test_corrupt_images_are_left_out_when_asked(tmp_path, blocks_of_four):
     assert (tmp_path / "store" / "skipped.txt").read_text().split() == broken
     assert set(contents(tmp_path / "store")) == {"images.bin", "classes.npy", "index.json", "skipped.txt"}
     open_store(tmp_path / "store", verify=True)
+    with pytest.raises(OSError, match=r"made without 3 images .*store/skipped\.txt names: allow that by skip"):
+        build_store(root, tmp_path / "store", size=4)
+    assert len(build_store(root, tmp_path / "store", size=4, skip_corrupt=True).images) == 17
+    build_store(good, tmp_path / "expected", size=4, skip_corrupt=True)
+    build_store(good, tmp_path / "expected", size=4)  # nothing was left out
 
 
 def test_nothing_but_corrupt_images(tmp_path):
@@ -265,6 +277,8 @@ def test_plan_of_an_interrupted_build_is_kept_to(tmp_path):
         build_store(root, tmp_path / "store", size=4)
     with pytest.raises(FileExistsError, match="size is 4, not 2: choose another folder or delete it"):
         build_store(root, tmp_path / "store", size=2)
+    with pytest.raises(FileExistsError, match=r"root is '.*', not '.*'"):
+        build_store(make_tree(tmp_path / "same", {"a": 3}), tmp_path / "store", size=4)
     make_tree(root, {"b": 1})
     with pytest.raises(FileExistsError, match=r"names is \['a'\], not \['a', 'b'\]; images is 3, not 4; listing is"):
         build_store(root, tmp_path / "store", size=4)
@@ -365,9 +379,9 @@ def test_damage_is_found_and_named(tmp_path, blocks_of_four):
     images = bytearray((folder / "images.bin").read_bytes())
     images[5 * made.images.shape[1]] ^= 1
     (folder / "images.bin").write_bytes(images)
-    open_store(folder)
-    with pytest.raises(OSError, match="block 1, images 4 to 7, has another checksum: delete"):
-        open_store(folder, verify=True)
+    for open_it in (open_store, lambda folder: build_store(root, folder, size=4)):
+        with pytest.raises(OSError, match="block 1, images 4 to 7, has another checksum: delete"):
+            open_it(folder)
     (folder / "images.bin").write_bytes(images[:-1])
     with pytest.raises(OSError, match="has 479 bytes, not 480"):
         open_store(folder)
@@ -377,6 +391,37 @@ def test_damage_is_found_and_named(tmp_path, blocks_of_four):
     (folder / "classes.npy").write_bytes(classes)
     with pytest.raises(OSError, match=r"classes\.npy has another checksum"):
         open_store(folder)
+
+
+def test_of_a_large_store_all_blocks_are_read_only_when_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "_BLOCK", 1)
+    folder = tmp_path / "store"
+    build_store(make_tree(tmp_path / "tree", {"a": 31}), folder, size=2)
+    images = bytearray((folder / "images.bin").read_bytes())
+    images[12] ^= 1
+    (folder / "images.bin").write_bytes(images)
+    open_store(folder)  # blocks 0, 2, 4, …
+    with pytest.raises(OSError, match="block 1, images 1 to 1, has"):
+        open_store(folder, verify=True)
+
+
+def test_full_disks_and_forbidden_files_are_named_and_nothing_unfinished_is_left(tmp_path):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(OSError, match=r"No space left on device: '.*store/journal\.jsonl'"):
+            build_store(make_tree(tmp_path / "tree", {"a": 1}), tmp_path / "store", size=2)
+    assert set(contents(tmp_path / "store")) == set()
+
+
+def test_the_digest_is_that_of_the_images(tmp_path):
+    one, two = make_tree(tmp_path / "one", {"a": 3}), make_tree(tmp_path / "two", {"b": 3})
+    first, second = (build_store(root, tmp_path / f"{root.name} store", size=2) for root in (one, two))
+    assert first.digest == second.digest  # the same pixels elsewhere
+    shutil.copy(one / "a" / "000.png", two / "b" / "001.png")
+    assert build_store(two, tmp_path / "third", size=2).digest != first.digest
 
 
 def test_real_photographs(tmp_path, photographs):

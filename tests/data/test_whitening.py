@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -106,12 +107,44 @@ def test_a_row_has_one_image_whatever_stands_beside_it(seed, picked, white):
 
 def test_bad_input_is_named():
     flat = torch.tensor([[1.0, 0.1], [-1.0, 0.1]])
-    with pytest.raises(ValueError, match=r"must not be negative, got -1\.0"):
-        input_map(moments([flat], 2), -1.0)
-    with pytest.raises(ValueError, match="whiten with a floor > 0"):
-        input_map(moments([flat], 2), 0.0)
+    for floor in (-1.0, float("inf"), float("nan"), True, "much"):
+        with pytest.raises(ValueError, match=r"whiten \(data\.whiten\) must be a finite number .* got"):
+            input_map(moments([flat], 2), floor)
     with pytest.raises(ValueError, match="all 7 samples are the same"):
         input_map(moments([torch.full((3, 2), 0.1), torch.full((4, 2), 0.1)], 2, products=False), None)
+
+
+@given(seed=st.integers(0, 2**31), dim=st.integers(3, 12), floor=st.sampled_from([0.0, 1e-17]))
+def test_the_floor_that_is_asked_for_will_do_and_half_of_it_will_not(seed, dim, floor):
+    found = moments([correlated(seed, dim - 1, dim)], dim).covariance
+    with pytest.raises(ValueError, match=rf"no variance .*: whiten \(data\.whiten\) .* got {floor}") as e:
+        whitening_matrix(found, floor)
+    least = float(re.search(r"at least (\S+),", str(e.value))[1])
+    assert whitening_matrix(found, least).isfinite().all()
+    with pytest.raises(ValueError, match="no variance"):
+        whitening_matrix(found, least / 2)
+
+
+def test_the_covariance_is_left_as_it_is():
+    covariance = moments([correlated(0, 9, 3)], 3).covariance
+    before = covariance.clone()
+    whitening_matrix(covariance, 0.1)
+    assert torch.equal(covariance, before)
+
+
+def test_whitening_takes_the_memory_of_four_matrices():
+    program = """
+import resource, torch
+from lightning_mnn.data.whitening import Moments, input_map
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+torch.linalg.eigh(torch.eye(64, dtype=torch.float64))
+before = peak()
+found = Moments(10, torch.ones(1536, dtype=torch.float64), torch.rand(1536, 1536, dtype=torch.float64))
+input_map(found, 0.3)
+print((peak() - before) / found.scatter.nbytes)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 4
 
 
 @pytest.mark.slow
@@ -126,6 +159,8 @@ x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.f
 own = [x[:20], x[20:]][rank]
 found = [team_moments(moments([own], 4, products=p), ProcessTeam(len(own))) for p in (True, False)]
 print(json.dumps([[f.count, f.mean.tolist(), f.scatter.tolist()] for f in found]))
+dist.barrier()
+dist.destroy_process_group()
 """
     commands = [[sys.executable, "-c", program, str(rank), str(tmp_path)] for rank in range(2)]
     workers = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for command in commands]
