@@ -132,7 +132,7 @@ def input_rank(trainer: pl.Trainer, pl_module: pl.LightningModule, network: Netw
     """
     if pl_module not in _input_ranks:
         dim, samples = network.rows.shape[-1], num_samples(trainer.train_dataloader)
-        if samples * dim**2 > _MOST_WORK:
+        if (samples + dim) * dim**2 > _MOST_WORK:
             lead = network.output_weights.shape[:-1]
             _input_ranks[pl_module] = torch.full(lead, min(samples, dim), dtype=torch.int64)
         else:

@@ -42,6 +42,7 @@ def run_the_command(folder, arguments):
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.argv = ["lightning-mnn", *arguments]
+    os.environ.pop("WANDB_SERVICE", None)  # of the process that tests: it would outlive a kill, and the run in it
     from lightning_mnn.app import main
 
     main()
