@@ -63,3 +63,15 @@ def test_replicas_end_where_single_runs_end(make_trainer):
         alone = trained(3 + replica, 1)
         for several, one in zip(together.parameters(), alone.parameters(), strict=True):
             torch.testing.assert_close(several[replica], one, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("batch_size", [None, 16])
+def test_the_same_seed_ends_in_the_same_bits(make_trainer, batch_size):
+    ends = []
+    for _ in range(2):
+        model = MNN(10, (10, 7), replicas=2, seed=3, default_callbacks=False)
+        data = GaussianData(50, 10, replicas=2, seed=3, batch_size=batch_size, dtype="float64")
+        make_trainer(max_epochs=60).fit(model, data)
+        assert not model.automatic_optimization
+        ends.append([weights.detach().clone() for weights in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
