@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -158,8 +159,8 @@ def _nothing(folder: Path) -> str:
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table()
-    for name in ("data", "MCE %", "wrong", "d0", "d1", "N", "parameters / N", "seconds", "kind"):
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for name in ("data", "MCE %", "wrong", "d0", "d1", "N", "params/N", "seconds", "kind"):
         table.add_column(name, justify="left" if name in ("data", "kind") else "right", overflow="fold")
     for row in rows:
         widths = str(row["d1"]) if row["d2"] is None else f"{row['d1']}, {row['d2']}"
