@@ -26,7 +26,7 @@ REPLICAS = 30
 
 
 def main():
-    for dim, epochs in ((10, 2000), (20, 2000), (40, 2000), (80, 500)):
+    for dim, epochs in ((10, 2000), (20, 2000), (40, 2000), (80, 1000)):
         overrides = [
             f"replicas={REPLICAS}", f"data.num_samples={dim * dim // 5}", f"data.input_dim={dim}",
             f"model.hidden_dims=[{dim}]", f"trainer.max_epochs={epochs}", "trainer.log_every_n_steps=50",
@@ -40,7 +40,7 @@ def main():
         ],
     )  # fmt: skip
     if digits := os.environ.get("LIGHTNING_MNN_DATA"):
-        compare("MNIST, batch 1024", ["experiment=mnist", f"data.root={digits}", "trainer.max_epochs=100"])
+        compare("MNIST, batch 1024", ["experiment=mnist", f"data.root={digits}", "trainer.max_epochs=200"])
     else:
         print("MNIST left out: set LIGHTNING_MNN_DATA to the folder that holds MNIST/raw")
 
