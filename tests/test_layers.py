@@ -23,6 +23,8 @@ FLOORS = {
     "bundling": 2,
     "figures": 3,
     "app": 4,
+    "jobs": 4,
+    "launcher": 4,
     "tasks": 4,
     "__main__": 4,
 }

@@ -1,0 +1,17 @@
+"""Where Hydra looks for plugins: installed as ``hydra_plugins/lightning_mnn.py`` (see ``pyproject.toml``).
+
+Hydra may run this module again in one process, when it looks for plugins again.
+"""
+
+from hydra.core.config_store import ConfigStore
+
+from lightning_mnn import launcher
+
+
+class DevicePool(launcher.DevicePool):
+    """The launcher by the only sort of name that Hydra takes."""
+
+
+ConfigStore.instance().store(
+    group="hydra/launcher", name="device_pool", node=launcher.DevicePoolConf, provider="lightning_mnn"
+)

@@ -1,0 +1,94 @@
+"""The process of one job: run by this file's path, with the folder that holds the job's call.
+
+Lightning starts DDP's other ranks by giving the command of this process again, with a LOCAL_RANK: they run the same job
+and keep what comes of it to themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if sys.path and sys.path[0] == os.path.dirname(__file__):  # noqa: PTH120 (pathlib is yet to be imported)
+    del sys.path[0]  # this script's neighbours would hide modules of the user's with their names
+
+import multiprocessing.spawn
+import pickle
+import signal
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+_GRACE = 10.0  # seconds between asking a process to end and ending it
+
+
+def main() -> int:
+    """Run the job; put its JobReturn beside its call."""
+    folder = Path(sys.argv[1])
+    leads = os.environ.get("LOCAL_RANK", "0") == "0"
+    if leads:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    with (folder / "call.pickle").open("rb") as file:  # written by the launcher a moment ago
+        multiprocessing.spawn.prepare(pickle.load(file))  # noqa: S301
+        sys.modules["__main__"].__spec__ = None  # by which Lightning tells that a script is to be given again
+        call = pickle.load(file)  # noqa: S301
+    found = _run(call, leads=leads)
+    failed = found.status.name == "FAILED"
+    if failed:
+        error = found._return_value  # noqa: SLF001 (return_value would raise it)
+        traceback.print_exception(error)
+    if leads:
+        _write_return(folder, found)
+    return int(failed)
+
+
+def _run(call: dict[str, Any], *, leads: bool) -> Any:
+    from hydra.core.singleton import Singleton  # noqa: PLC0415 (after the user's sys.path is in place)
+    from hydra.core.utils import run_job, setup_globals  # noqa: PLC0415
+    from omegaconf import open_dict  # noqa: PLC0415
+
+    Singleton.set_state(call["singletons"])
+    setup_globals()
+    config = call["config"]
+    if not leads:  # as Lightning has it for single runs
+        with open_dict(config):
+            config.hydra.output_subdir = None
+            config.hydra.job.name = f"train_ddp_process_{os.environ['LOCAL_RANK']}"
+    return run_job(
+        hydra_context=call["hydra_context"],
+        task_function=call["task_function"].resolve(),
+        config=config,
+        job_dir_key="hydra.sweep.dir",
+        job_subdir_key="hydra.sweep.subdir",
+    )
+
+
+def _write_return(folder: Path, found: Any) -> None:
+    import cloudpickle  # noqa: PLC0415 (after the user's sys.path is in place)
+
+    try:
+        content = cloudpickle.dumps(found)
+        if found.status.name == "FAILED":
+            pickle.loads(content)  # noqa: S301 (our own; errors may need more arguments than they pickle)
+    except Exception:  # noqa: BLE001 (whatever hinders it)
+        error = found._return_value  # noqa: SLF001
+        found._return_value = RuntimeError(f"{type(error).__name__}: {error}")  # noqa: SLF001
+        content = cloudpickle.dumps(found)
+    unfinished = folder / "return.tmp"
+    unfinished.write_bytes(content)
+    unfinished.replace(folder / "return.pickle")
+
+
+def _end_with_parent() -> None:
+    """End the job's processes when the launcher is gone, which holds the other end of standard input."""
+    while os.read(0, 1):
+        pass
+    os.killpg(os.getpgid(0), signal.SIGTERM)
+    time.sleep(_GRACE)
+    os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

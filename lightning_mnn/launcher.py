@@ -1,0 +1,246 @@
+"""``hydra/launcher=device_pool``: each job of a sweep in a process of its own, several at once over a pool of devices.
+
+Hydra finds the launcher wherever lightning_mnn is installed, for any application.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, configure_log, filter_overrides, setup_globals
+from hydra.plugins.launcher import Launcher
+from omegaconf import DictConfig, OmegaConf, open_dict
+from typing_extensions import override
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from types import FrameType
+
+    from hydra.types import HydraContext, TaskFunction
+
+    from lightning_mnn.jobs.devices import Devices, Request
+    from lightning_mnn.jobs.process import Job
+
+log = logging.getLogger(__name__)
+
+_INTERVAL = 0.1  # seconds between two looks at the jobs
+_GRACE = {signal.SIGINT: 20.0, signal.SIGTERM: 5.0, signal.SIGKILL: 5.0}  # seconds for a job to heed them, one by one
+
+
+@dataclass
+class DevicePoolConf:
+    """Config of the launcher.
+
+    Attributes:
+        n_jobs: jobs at once; null: as many as there are devices for.
+        gpus: names of the GPUs that are lent; null: those of CUDA_VISIBLE_DEVICES, or all there are.
+        cpu_slots: devices that the CPU counts as; null: one a core, or ``n_jobs`` if that is more.
+        resume: leave out jobs that have finished, by the ``job.json`` in their folders; null: as the application's
+            own key ``resume`` says, if it has one.
+        trainer_key: where in the application's config the Trainer's arguments are: ``devices``, ``accelerator``,
+            ``num_nodes``.
+    """
+
+    _target_: str = "hydra_plugins.lightning_mnn.DevicePool"
+    n_jobs: int | None = None
+    gpus: list[Any] | None = None
+    cpu_slots: int | None = None
+    resume: bool | None = None
+    trainer_key: str = "trainer"
+
+
+class DevicePool(Launcher):
+    """Runs each job of a sweep in a fresh process, several at once, each on as many devices as its Trainer asks for.
+
+    A job that fails leaves the others alone. It fails, too, if its process is ended from outside; what any of its
+    ranks has left is ended with it. Each job's folder gets ``console.log``, what it printed, and ``job.json``, what it
+    came to.
+
+    Args:
+        **options: see :class:`DevicePoolConf`.
+
+    Raises:
+        ValueError: (at the launch, before any job is started) a job asks for devices that the pool does not have, or
+            for several nodes, or two jobs share a folder.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self._options = DevicePoolConf(**options)
+        self._context: tuple[HydraContext, TaskFunction, DictConfig] | None = None
+
+    @override
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self._context = (hydra_context, task_function, config)
+
+    @override
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from lightning_mnn.jobs.devices import Devices  # noqa: PLC0415 (Hydra imports this module in all programs)
+        from lightning_mnn.jobs.process import TaskReference  # noqa: PLC0415
+
+        assert self._context is not None  # noqa: S101 (for the type checker: Hydra calls setup first)
+        hydra_context, task_function, config = self._context
+        setup_globals()
+        configure_log(config.hydra.hydra_logging, config.hydra.verbose)
+        pool = Devices(self._options.gpus, self._options.cpu_slots, self._options.n_jobs)
+        common = set.intersection(*(set(one) for one in job_overrides)) if len(job_overrides) > 1 else set()
+        jobs = [self._job(number, list(one), pool, common) for number, one in enumerate(job_overrides, initial_job_idx)]
+        _require_own_folders(jobs)
+        if self._resumes(config):
+            for job in jobs:
+                job.keep_if_finished()
+        Path(str(config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
+        call = {
+            "hydra_context": hydra_context,
+            "task_function": TaskReference.to(task_function),
+            "singletons": Singleton.get_state(),
+        }
+        with _signals_raise(), _shown(jobs) as say:
+            _run(jobs, pool, call, say)
+        _tell_failures(jobs)
+        return [job.returned for job in jobs if job.returned is not None]
+
+    def _job(self, number: int, overrides: list[str], pool: Devices, common: set[str]) -> Job:
+        from lightning_mnn.jobs.process import Job  # noqa: PLC0415
+
+        assert self._context is not None  # noqa: S101
+        hydra_context, _, config = self._context
+        composed = hydra_context.config_loader.load_sweep_config(config, overrides)
+        with open_dict(composed):
+            composed.hydra.job.id = str(number)
+            composed.hydra.job.num = number
+            composed.hydra.sweep.dir = str(config.hydra.sweep.dir)  # as it is now: it may hold the time
+        request = _request(composed, self._options.trainer_key, pool)
+        own = list(filter_overrides(overrides))
+        label = " ".join(override for override in own if override not in common)
+        return Job(number, own, label, composed, _folder(composed), request)
+
+    def _resumes(self, config: DictConfig) -> bool:
+        own = self._options.resume
+        return bool(OmegaConf.select(config, "resume", default=False) if own is None else own)
+
+
+def _run(jobs: Sequence[Job], pool: Devices, call: dict[str, Any], say: Callable[[Job], None]) -> None:
+    """Run what waits, in order, but a job that fits before one that does not; to the end of all or the first signal."""
+    for job in jobs:
+        if job.state == "kept":
+            say(job)
+    try:
+        while any(job.state in ("waiting", "running") for job in jobs):
+            for job in jobs:
+                if job.state == "waiting" and (loan := pool.lend(job.request)) is not None:
+                    job.start(loan, call)
+                    say(job)
+            time.sleep(_INTERVAL)
+            for job in jobs:
+                if job.state == "running" and job.has_ended() and job.process is not None:
+                    pool.take_back(job.process.loan)
+                    say(job)
+    except BaseException as error:
+        _end([job for job in jobs if job.state == "running"])
+        if isinstance(error, SystemExit):
+            states = Counter(job.state for job in jobs)
+            log.error(  # noqa: TRY400 (a signal needs no traceback)
+                "interrupted: %d jobs had finished, %d had not. To go on: the same command with resume=true, and "
+                "hydra.sweep.dir=%s",
+                *(states["finished"] + states["kept"], states["failed"] + states["waiting"]),
+                jobs[0].config.hydra.sweep.dir,
+            )
+        raise
+
+
+def _end(running: Sequence[Job]) -> None:
+    """Ask the jobs to end, ever more sternly. Another signal of the user's makes the next step come at once."""
+    for number, grace in _GRACE.items():
+        left = [job for job in running if not job.has_ended()]
+        for job in left:
+            if job.process is not None:
+                job.process.signal(number)
+        deadline = time.monotonic() + grace
+        with contextlib.suppress(SystemExit):
+            while not all([job.has_ended() for job in left]) and time.monotonic() < deadline:  # noqa: C419 (see to all)
+                time.sleep(_INTERVAL)
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM raise SystemExit meanwhile, with the exit codes that shells know."""
+
+    def leave(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    try:
+        before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread, which alone hears signals
+        before = {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _shown(jobs: Sequence[Job]) -> Iterator[Callable[[Job], None]]:
+    """Show the jobs: on a terminal in a table, elsewhere in a line whenever one starts or ends."""
+    from rich.console import Console  # noqa: PLC0415 (Hydra imports this module in all programs)
+
+    from lightning_mnn.jobs.table import JobTable, clock, counts  # noqa: PLC0415
+
+    def line(job: Job) -> None:
+        what = {"running": "starts", "finished": "done", "kept": "was done before", "failed": "FAILED"}[job.state]
+        on = f"on {job.process.loan}" if job.process is not None else ""
+        after = f"after {clock(job.seconds)}" if job.state in ("finished", "failed") else ""
+        log.info("#%d %s %s: %s", job.number, what, after or on, job.label)
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with JobTable(jobs).live(console):
+            yield lambda _: None
+    else:
+        log.info("%d jobs, each in a process of its own", len(jobs))
+        yield line
+    log.info("%s", counts(jobs))
+
+
+def _tell_failures(jobs: Sequence[Job]) -> None:
+    failed = [job for job in jobs if job.state == "failed" and job.returned is not None]
+    for job in failed:
+        log.error("%s", job.returned._return_value)  # type: ignore[union-attr] # noqa: SLF001 (return_value raises it)
+
+
+def _request(composed: DictConfig, key: str, pool: Devices) -> Request:
+    """The devices that a job asks for."""
+    nodes = OmegaConf.select(composed, f"{key}.num_nodes", default=1)
+    if nodes not in (None, 1):
+        raise ValueError(
+            f"{key}.num_nodes={nodes}: hydra/launcher=device_pool has the devices of one machine: choose "
+            "hydra/launcher=slurm"
+        )
+    return pool.request(*(OmegaConf.select(composed, f"{key}.{name}") for name in ("devices", "accelerator")))
+
+
+def _folder(composed: DictConfig) -> Path:
+    """The job's output folder, which may be named by what Hydra knows of the job only."""
+    hydra_config = HydraConfig.instance()
+    before = hydra_config.cfg
+    try:
+        hydra_config.set_config(composed)
+        return Path(str(composed.hydra.sweep.dir), str(composed.hydra.sweep.subdir)).absolute()
+    finally:
+        hydra_config.cfg = before
+
+
+def _require_own_folders(jobs: Sequence[Job]) -> None:
+    for folder, times in Counter(job.folder for job in jobs).items():
+        if times > 1:
+            numbers = [job.number for job in jobs if job.folder == folder]
+            raise ValueError(f"jobs {numbers} would share the folder {folder}: choose another hydra.sweep.subdir")
