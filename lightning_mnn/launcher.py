@@ -103,9 +103,11 @@ class DevicePool(Launcher):
             "task_function": TaskReference.to(task_function),
             "singletons": Singleton.get_state(),
         }
-        with _signals_raise(), _shown(jobs) as say:
-            _run(jobs, pool, call, say)
-        _tell_failures(jobs)
+        try:
+            with _signals_raise(), _shown(jobs) as say:
+                _run(jobs, pool, call, say)
+        finally:  # below the table, not in it
+            _tell_end(jobs)
         return [job.returned for job in jobs if job.returned is not None]
 
     def _job(self, number: int, overrides: list[str], pool: Devices, common: set[str]) -> Job:
@@ -144,16 +146,8 @@ def _run(jobs: Sequence[Job], pool: Devices, call: dict[str, Any], say: Callable
                 if job.state == "running" and job.has_ended() and job.process is not None:
                     pool.take_back(job.process.loan)
                     say(job)
-    except BaseException as error:
+    except BaseException:
         _end([job for job in jobs if job.state == "running"])
-        if isinstance(error, SystemExit):
-            states = Counter(job.state for job in jobs)
-            log.error(  # noqa: TRY400 (a signal needs no traceback)
-                "interrupted: %d jobs had finished, %d had not. To go on: the same command with resume=true, and "
-                "hydra.sweep.dir=%s",
-                *(states["finished"] + states["kept"], states["failed"] + states["waiting"]),
-                jobs[0].config.hydra.sweep.dir,
-            )
         raise
 
 
@@ -193,13 +187,16 @@ def _shown(jobs: Sequence[Job]) -> Iterator[Callable[[Job], None]]:
     """Show the jobs: on a terminal in a table, elsewhere in a line whenever one starts or ends."""
     from rich.console import Console  # noqa: PLC0415 (Hydra imports this module in all programs)
 
-    from lightning_mnn.jobs.table import JobTable, clock, counts  # noqa: PLC0415
+    from lightning_mnn.jobs.table import JobTable, clock  # noqa: PLC0415
 
     def line(job: Job) -> None:
-        what = {"running": "starts", "finished": "done", "kept": "was done before", "failed": "FAILED"}[job.state]
-        on = f"on {job.process.loan}" if job.process is not None else ""
-        after = f"after {clock(job.seconds)}" if job.state in ("finished", "failed") else ""
-        log.info("#%d %s %s: %s", job.number, what, after or on, job.label)
+        if job.state == "running" and job.process is not None:
+            what = f"starts on {job.process.loan}"
+        elif job.state == "kept":
+            what = "was done before"
+        else:
+            what = f"{'FAILED' if job.state == 'failed' else 'done'} after {clock(job.seconds)}"
+        log.info("#%d %s: %s", job.number, what, job.label)
 
     console = Console(stderr=True)
     if console.is_terminal:
@@ -208,13 +205,18 @@ def _shown(jobs: Sequence[Job]) -> Iterator[Callable[[Job], None]]:
     else:
         log.info("%d jobs, each in a process of its own", len(jobs))
         yield line
+
+
+def _tell_end(jobs: Sequence[Job]) -> None:
+    from lightning_mnn.jobs.table import counts  # noqa: PLC0415
+
     log.info("%s", counts(jobs))
-
-
-def _tell_failures(jobs: Sequence[Job]) -> None:
-    failed = [job for job in jobs if job.state == "failed" and job.returned is not None]
-    for job in failed:
-        log.error("%s", job.returned._return_value)  # type: ignore[union-attr] # noqa: SLF001 (return_value raises it)
+    for job in jobs:
+        if job.state == "failed" and job.returned is not None:
+            log.error("%s", job.returned._return_value)  # noqa: SLF001 (return_value raises it)
+    if any(job.state in ("failed", "waiting") for job in jobs):
+        folder = jobs[0].config.hydra.sweep.dir
+        log.error("what is not done: the same command with resume=true hydra.sweep.dir=%s goes on with it", folder)
 
 
 def _request(composed: DictConfig, key: str, pool: Devices) -> Request:

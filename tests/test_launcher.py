@@ -1,9 +1,25 @@
 """The device_pool launcher: Hydra's own tests of launchers, and real sweeps of real applications."""
 
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, IntegrationTestSuite, LauncherTestSuite
+
+# Of this process the jobs are to take nothing that belongs to it alone.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(autouse=True)
+def _own_temporary_folder(tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setitem(ENVIRONMENT, "TMPDIR", str(tmp_path / "temporary"))
 
 
 @pytest.mark.parametrize(("launcher_name", "overrides"), [("device_pool", [])])
@@ -25,3 +41,224 @@ class TestDevicePoolInBatches(BatchedSweeperTestSuite):
 )
 class TestDevicePoolIntegration(IntegrationTestSuite):
     """Hydra's tests of launchers with applications that are scripts."""
+
+
+CONFIG = """
+do: "return"
+size: 1
+answer: ${twice:${size}}
+resume: false
+trainer: {devices: 1, accelerator: cpu}
+"""
+APP = """
+import os, subprocess, sys, time
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+OmegaConf.register_new_resolver("twice", lambda x: 2 * x)
+
+
+class Odd(Exception):
+    def __init__(self, first, second):  # does not survive pickling
+        super().__init__(f"{first} and {second}")
+
+
+@hydra.main(version_base="1.3", config_path=".", config_name="config")
+def main(cfg):
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    with (folder / "starts").open("a") as file:
+        print(time.time(), os.environ["OMP_NUM_THREADS"], os.environ.get("CUDA_VISIBLE_DEVICES"), file=file)
+    print("said by", folder.name)
+    if cfg.do == "raise":
+        raise Odd("this", "that")
+    if cfg.do == "kill":
+        os.kill(os.getpid(), 9)
+    if cfg.do == "exit":
+        sys.exit(3)
+    if cfg.do == "wait":
+        child = subprocess.Popen(["sleep", "100"])
+        (folder / "pids").write_text(f"{os.getpid()} {child.pid}")
+        time.sleep(100)
+    if cfg.do == "odd":
+        return Odd
+    time.sleep(0.2)
+    with (folder / "starts").open("a") as file:
+        print(time.time(), file=file)
+    return {"answer": cfg.answer}
+
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.fixture
+def app(tmp_path):
+    """The command of a sweep of a small application that is not ours."""
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    (tmp_path / "app.py").write_text(APP)
+    return [sys.executable, "app.py", "-m", "hydra/launcher=device_pool", "hydra.sweep.dir=sweep"]
+
+
+def say(command, expect=0):
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False, env=ENVIRONMENT)
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def record_of(number):
+    return json.loads(Path("sweep", str(number), "job.json").read_text())
+
+
+def starts_of(number):
+    return [line.split() for line in Path("sweep", str(number), "starts").read_text().splitlines()]
+
+
+def test_failures_are_isolated_and_listed_and_only_they_run_again(app):
+    sweep = [*app, "hydra.launcher.n_jobs=4", "do=raise,return,kill,exit,odd"]
+    said = say(sweep, expect=1)
+    assert [record_of(n)["status"] for n in range(5)] == ["failed", "finished", "failed", "failed", "returned"]
+    for words in (
+        "job #0 (do=raise) failed with exit code 1: Odd: this and that\n",
+        "job #2 (do=kill) was ended by SIGKILL: said by 2\n",
+        "job #3 (do=exit) failed with exit code 3: said by 3\n",
+        "2 done, 3 failed",
+        "resume=true hydra.sweep.dir=sweep",
+    ):
+        assert words in said
+    assert record_of(1)["return_value"] == {"answer": 2}
+    assert Path("sweep/0/console.log").read_text().startswith("said by 0\nTraceback")
+    assert not list(Path("temporary").iterdir())
+    assert "1 done before" in say([*sweep, "resume=true"], expect=1)
+    assert [sum(len(line) > 1 for line in starts_of(n)) for n in range(5)] == [2, 1, 2, 2, 2]
+    assert "#1 was done before: do=return\n" in say([*sweep, "resume=true"], expect=1)
+
+
+def test_jobs_share_the_devices_of_the_pool(app):
+    started = time.time()
+    sizes = "size=1,2,3,4,5,6"
+    say([*app, sizes, "hydra.launcher.n_jobs=3", "hydra.launcher.cpu_slots=6", "trainer.devices=2"])
+    spans = [(float(begin[0]), float(end[0])) for begin, end in map(starts_of, range(6))]
+    overlaps = [sum(a <= begin <= b for a, b in spans) for begin, _ in spans]
+    assert max(overlaps) <= 3
+    assert started < min(spans)[0]
+    assert [record_of(n)["return_value"]["answer"] for n in range(6)] == [2, 4, 6, 8, 10, 12]
+    assert {record_of(n)["devices"] for n in range(6)} <= {"CPU 0,1", "CPU 2,3", "CPU 4,5"}
+
+
+def test_gpus_are_lent_by_their_names(app):
+    gpus = ["trainer.accelerator=gpu", "hydra.launcher.gpus=[4,MIG-7]", "trainer.devices=1,2,-1"]
+    say([*app, *gpus])
+    assert [starts_of(n)[0][2] for n in range(3)] == ["4", "4,MIG-7", "4,MIG-7"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("hydra.launcher.n_jobs=0",), "hydra.launcher.n_jobs must be a positive number or null, got 0"),
+        (("hydra.launcher.jobs=2",), "Key 'jobs' not in 'DevicePoolConf'"),
+        (("+trainer.num_nodes=2",), "trainer.num_nodes=2: hydra/launcher=device_pool has the devices of one machine"),
+        (("hydra.sweep.subdir=same",), "jobs [0, 1] would share the folder"),
+        (
+            ("trainer.accelerator=gpu", "hydra.launcher.gpus=[0]", "trainer.devices=2"),
+            "trainer.devices=2 asks for 2 GPUs, and the pool has 1",
+        ),
+    ],
+)
+def test_bad_input_is_refused_before_any_job_starts(app, arguments, message):
+    assert message in say([*app, "size=1,2", *arguments], expect=1)
+    assert not list(Path().glob("sweep/*/starts"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=str)
+def test_no_process_outlives_the_launcher(app, number):
+    launcher = subprocess.Popen([*app, "do=wait", "size=1,2,3", "hydra.launcher.n_jobs=2"], env=ENVIRONMENT)
+    files = [Path("sweep", job, "pids") for job in "01"]
+    until(lambda: all(file.exists() and file.read_text() for file in files))
+    started = [int(pid) for file in files for pid in file.read_text().split()]
+    launcher.send_signal(number)
+    assert launcher.wait(30) == (-9 if number is signal.SIGKILL else 128 + number)
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
+    assert not Path("sweep/2").exists()
+    assert not list(Path("temporary").glob("lightning-mnn-job-*"))
+    if number is not signal.SIGKILL:
+        assert "interrupted" in record_of(0)["error"]
+
+
+def until(holds):
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def ranks(number):
+    """Process numbers of a rank of DDP that jobs have started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            is_job = b"jobs/main.py" in (path / "cmdline").read_bytes()
+            if is_job and f"LOCAL_RANK={number}".encode() in (path / "environ").read_bytes().split(b"\0"):
+                found.append(int(path.name))
+    return found
+
+
+def summaries(folder):
+    found = {}
+    for path in Path(folder).glob("*/summary.json"):
+        summary = json.loads(path.read_text())
+        del summary["seconds"]
+        found[summary["processes"], summary["seed"]] = summary
+    return found
+
+
+@pytest.mark.slow
+def test_a_sweep_over_devices_is_right_and_survives_the_loss_of_a_rank():
+    epochs = 1500
+    common = [
+        *(sys.executable, "-m", "lightning_mnn", "-m", "hydra/launcher=device_pool", "hydra.launcher.n_jobs=2"),
+        *(
+            "trainer=cpu_ddp",
+            "data.num_samples=41",
+            "data.input_dim=7",
+            "model.hidden_dims=[9]",
+            "logger.mode=disabled",
+        ),
+        *(
+            f"trainer.max_epochs={epochs}",
+            "logger.mode=disabled",
+            "callbacks.local_minimum_detector.stop_training=false",
+        ),
+        "callbacks.checkpoint.train_time_interval.minutes=0.005",
+    ]
+    say([*common, "hydra.sweep.dir=whole", "trainer.devices=1,2", "seed=1,2"])
+    whole = summaries("whole")
+    assert whole.keys() == {(1, 1), (1, 2), (2, 1), (2, 2)}
+    for summary in whole.values():
+        assert summary["visits"] == [epochs, epochs]
+        assert (summary["num_samples"], summary["epochs"], summary["finished"]) == (41, epochs, True)
+    for seed in (1, 2):
+        one, two = (dict(whole[devices, seed]) for devices in (1, 2))
+        assert (one.pop("processes"), two.pop("processes")) == (1, 2)
+        assert one.keys() == two.keys()
+        for key, value in one.items():
+            close = pytest.approx(value, rel=1e-8, abs=1e-8) if isinstance(value, float) else value
+            assert two[key] == close, key
+
+    cut = [*common, "hydra.sweep.dir=cut", "trainer.devices=2,1", "seed=2"]
+    launcher = subprocess.Popen(cut, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
+    until(Path("cut/0/checkpoints/last.ckpt").exists)
+    (lost,) = ranks(1)
+    os.kill(lost, signal.SIGKILL)
+    killed = time.monotonic()
+    until(Path("cut/0/job.json").exists)
+    assert time.monotonic() - killed < 60
+    said, _ = launcher.communicate(timeout=100)
+    assert launcher.returncode == 1
+    assert "job #0 (trainer.devices=2) " in said
+    assert summaries("cut").keys() == {(1, 2)}
+    say([*cut, "resume=true"])
+    assert summaries("cut") == {(2, 2): whole[2, 2], (1, 2): whole[1, 2]}

@@ -12,8 +12,10 @@ import sys
 if sys.path and sys.path[0] == os.path.dirname(__file__):  # noqa: PTH120 (pathlib is yet to be imported)
     del sys.path[0]  # this script's neighbours would hide modules of the user's with their names
 
+import contextlib
 import multiprocessing.spawn
 import pickle
+import shutil
 import signal
 import threading
 import time
@@ -25,11 +27,11 @@ _GRACE = 10.0  # seconds between asking a process to end and ending it
 
 
 def main() -> int:
-    """Run the job; put its JobReturn beside its call."""
+    """Run the job; put its JobReturn beside its call, with an error in words."""
     folder = Path(sys.argv[1])
     leads = os.environ.get("LOCAL_RANK", "0") == "0"
     if leads:
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+        threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     with (folder / "call.pickle").open("rb") as file:  # written by the launcher a moment ago
         multiprocessing.spawn.prepare(pickle.load(file))  # noqa: S301
         sys.modules["__main__"].__spec__ = None  # by which Lightning tells that a script is to be given again
@@ -38,7 +40,10 @@ def main() -> int:
     failed = found.status.name == "FAILED"
     if failed:
         error = found._return_value  # noqa: SLF001 (return_value would raise it)
+        for number in _signals_of_children():  # one of DDP's ranks, of which the error tells nothing
+            error.add_note(f"a process that the job had started was ended by {number.name}")
         traceback.print_exception(error)
+        found._return_value = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])  # noqa: SLF001
     if leads:
         _write_return(folder, found)
     return int(failed)
@@ -47,13 +52,13 @@ def main() -> int:
 def _run(call: dict[str, Any], *, leads: bool) -> Any:
     from hydra.core.singleton import Singleton  # noqa: PLC0415 (after the user's sys.path is in place)
     from hydra.core.utils import run_job, setup_globals  # noqa: PLC0415
-    from omegaconf import open_dict  # noqa: PLC0415
+    from omegaconf import open_dict, read_write  # noqa: PLC0415
 
     Singleton.set_state(call["singletons"])
     setup_globals()
     config = call["config"]
     if not leads:  # as Lightning has it for single runs
-        with open_dict(config):
+        with read_write(config.hydra), open_dict(config.hydra):
             config.hydra.output_subdir = None
             config.hydra.job.name = f"train_ddp_process_{os.environ['LOCAL_RANK']}"
     return run_job(
@@ -70,21 +75,30 @@ def _write_return(folder: Path, found: Any) -> None:
 
     try:
         content = cloudpickle.dumps(found)
-        if found.status.name == "FAILED":
-            pickle.loads(content)  # noqa: S301 (our own; errors may need more arguments than they pickle)
-    except Exception:  # noqa: BLE001 (whatever hinders it)
-        error = found._return_value  # noqa: SLF001
-        found._return_value = RuntimeError(f"{type(error).__name__}: {error}")  # noqa: SLF001
+    except Exception as error:  # noqa: BLE001 (whatever hinders it)
+        print(f"what the job returned cannot be handed to the sweeper, which gets None: {error}", file=sys.stderr)  # noqa: T201
+        found._return_value = None  # noqa: SLF001
         content = cloudpickle.dumps(found)
     unfinished = folder / "return.tmp"
     unfinished.write_bytes(content)
     unfinished.replace(folder / "return.pickle")
 
 
-def _end_with_parent() -> None:
+def _signals_of_children() -> list[signal.Signals]:
+    """Signals that have ended processes which this one had started, and which nothing has asked after yet."""
+    found = []
+    with contextlib.suppress(ChildProcessError):  # there are no children
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            if os.WIFSIGNALED(ended[1]):
+                found.append(signal.Signals(os.WTERMSIG(ended[1])))
+    return found
+
+
+def _end_with_parent(folder: Path) -> None:
     """End the job's processes when the launcher is gone, which holds the other end of standard input."""
     while os.read(0, 1):
         pass
+    shutil.rmtree(folder, ignore_errors=True)
     os.killpg(os.getpgid(0), signal.SIGTERM)
     time.sleep(_GRACE)
     os.killpg(os.getpgid(0), signal.SIGKILL)

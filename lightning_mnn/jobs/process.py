@@ -7,6 +7,7 @@ import json
 import multiprocessing.spawn
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -37,6 +38,7 @@ _NOT_INHERITED = (
     *("MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED", "WANDB_SERVICE", "WANDB_RUN_ID"),
 )
 _LAST_WORDS = 4096  # bytes of a log that are searched for why a job failed
+_ERROR = re.compile(r"(\[rank\d+\]: )?[\w.]*(Error|Exception|Interrupt)\b")  # as a traceback ends
 
 
 class JobError(CompactHydraException):
@@ -150,12 +152,12 @@ class Job:
         self.process.clear_away()
         return True
 
-    def _error(self, raised: BaseException | None) -> JobError:
+    def _error(self, words: str | None) -> JobError:
         process = self.process
         assert process is not None  # noqa: S101 (for the type checker: only what ran has failed)
         code = process.exit_code or 0
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-        words = _last_words(self.log) if raised is None else f"{type(raised).__name__}: {raised}"
+        words = words or _last_words(self.log)
         return JobError(
             f"job #{self.number} ({self.label}) {'was interrupted' if process.ended_by_us else how}"
             f"{f': {words}' if words else ''}\n  all it said is in {self.log}"
@@ -279,8 +281,9 @@ def _without_resume(overrides: Sequence[str]) -> list[str]:
 
 
 def _last_words(log: Path) -> str:
-    """The last line of a log, which is the error in a Python traceback."""
+    """What a log ends in: the error that is named last, or else the last line."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - _LAST_WORDS))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+    errors = [line for line in lines if _ERROR.match(line)]
+    return (errors or lines or [""])[-1]

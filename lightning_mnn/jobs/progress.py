@@ -60,6 +60,9 @@ def _job_progress(path: Path) -> pl.Callback:
             if time.monotonic() >= self._due:
                 self._note(trainer, trainer.current_epoch + 1)
 
+        def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+            self._note(trainer, trainer.current_epoch)
+
         def epochs_until_due(self, done: int) -> float:  # noqa: ARG002 (as of the other callbacks)
             return math.inf  # whenever it can
 

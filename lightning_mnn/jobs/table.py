@@ -33,7 +33,7 @@ class JobTable:
         """The table, no higher than the screen, and below it how many jobs are in which state."""
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=False)
         table.add_column("#", justify="right")
-        table.add_column("job", overflow="ellipsis", no_wrap=True, min_width=12)
+        table.add_column("job", min_width=12)  # which gives way where the screen is narrow
         table.add_column("state", no_wrap=True)
         table.add_column("on", no_wrap=True)
         for name in ("epoch", "loss", "time"):
@@ -74,13 +74,14 @@ def clock(seconds: float) -> str:
 
 
 def _row(job: Job) -> tuple[Any, ...]:
+    label = Text(job.label, no_wrap=True, overflow="ellipsis")
     state = Text(_WORDS.get(job.state, job.state), style=_STYLES[job.state])
     if job.process is None:
-        return str(job.number), job.label, state, "", "", "", ""
+        return str(job.number), label, state, "", "", "", ""
     seen = job.progress
     limit = seen.get("max_epochs")
     epochs = "" if "epochs" not in seen else f"{seen['epochs']:,}" + (f"/{limit:,}" if limit else "")
     loss = "" if seen.get("loss") is None else f"{seen['loss']:.3g}"
     if job.state == "running" and not epochs:
         state = Text("starting", style="cyan")
-    return str(job.number), job.label, state, str(job.process.loan), epochs, loss, clock(job.seconds)
+    return str(job.number), label, state, str(job.process.loan), epochs, loss, clock(job.seconds)
