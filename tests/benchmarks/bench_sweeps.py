@@ -25,7 +25,7 @@ def main():
         overheads = [record["seconds_to_training"] for record in records]
         typical, largest = statistics.median(overheads), max(overheads)
         print(
-            f"n_jobs={n_jobs}: {jobs} jobs in {seconds[n_jobs]:.1f} s; to training {typical:.2f} s, at most {largest:.2f} s"
+            f"n_jobs={n_jobs}: {jobs} jobs in {seconds[n_jobs]:.1f} s; to training {typical:.2f} s, at most {largest:.2f}"
         )
     print(f"two at once: {seconds[1] / seconds[2]:.2f} times as fast")
 
