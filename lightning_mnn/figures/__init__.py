@@ -3,6 +3,7 @@
 from lightning_mnn.figures.census import census_figure
 from lightning_mnn.figures.run import PANELS, Panel, read_metrics, run_figure
 from lightning_mnn.figures.scaling import FIGURES, error_figure, minima_figure, scan_figure
+from lightning_mnn.figures.sweep import sweep_figure
 
 __all__ = [
     "FIGURES",
@@ -14,4 +15,5 @@ __all__ = [
     "read_metrics",
     "run_figure",
     "scan_figure",
+    "sweep_figure",
 ]

@@ -1,4 +1,4 @@
-"""Draw the figure of saved results again, or tabulate the runs below a folder."""
+"""Draw the figure of saved results again, or tabulate the runs below a folder or the jobs of a sweep."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.hydra_config import HydraConfig
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from lightning_mnn.figures import census_figure, run_figure, scan_figure
+from lightning_mnn.figures import census_figure, run_figure, scan_figure, sweep_figure
 from lightning_mnn.tasks._experiment import shown
 from lightning_mnn.tasks._files import write_csv
+from lightning_mnn.tasks._job_folder import remove_job_folder
+from lightning_mnn.tasks._sweep import Status, how_to_go_on, is_finished, read_sweep, write_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from omegaconf import DictConfig
+
+    from lightning_mnn.tasks._sweep import Job, Sweep
 
 # What a figure is drawn from tells whose it is; summary.json is written last, when all else is there.
 _FIGURES: dict[str, Callable[[Path], Path]] = {
@@ -32,17 +36,32 @@ def report(cfg: DictConfig) -> None:
     """Draw ``figure.png`` in ``cfg.folder`` from what a scan, a census or a training run has left there.
 
     In a folder whose subfolders hold training runs, write ``table_1.csv`` instead, a row for each network, and print
-    it: its first column is the subfolder. Runs that diverged or were interrupted are left out, and named. Nothing else
-    is written: the folder that Hydra makes for a job goes again.
+    it: its first column is the subfolder. Runs that diverged or were interrupted are left out, and named.
+
+    With ``cfg.sweep`` instead, write one table of all jobs below that folder, ``sweep.csv`` and ``sweep.parquet``, and
+    draw ``figure.png`` of the finished ones, grouped by what was swept. Jobs that failed, broke off or have not begun
+    are in the table without measures and are named, with the command that goes on.
+
+    Nothing else is written: the folder that Hydra makes for a job goes again.
 
     Raises:
-        ValueError: no folder is given.
-        FileNotFoundError: the folder does not exist, or holds nothing that can be drawn or no finished run; the message
-            says what to do.
+        ValueError: no folder is given, or both are.
+        FileNotFoundError: the folder does not exist, or holds nothing that can be drawn, no finished run or no training
+            job; the message says what to do.
     """
-    _remove_job_folder(Path(cfg.run_dir))
-    folder = _existing(cfg.get("folder"))
+    remove_job_folder(Path(cfg.run_dir))
+    given = {key: cfg.get(key) for key in ("folder", "sweep") if cfg.get(key) is not None}
+    if len(given) > 1:
+        raise ValueError(f"folder={cfg.folder} and sweep={cfg.sweep} are two reports: give one of them")
     console = Console(soft_wrap=True, highlight=False)
+    if "sweep" in given:
+        _report_sweep(_existing("sweep", cfg.sweep), console)
+    else:
+        _report_folder(_existing("folder", cfg.get("folder")), console)
+
+
+def _report_folder(folder: Path, console: Console) -> None:
+    """Draw one figure, or tabulate the runs below a folder."""
     for name, draw in _FIGURES.items():
         if (folder / name).exists():
             _require_summary(folder)
@@ -51,7 +70,7 @@ def report(cfg: DictConfig) -> None:
     runs = _runs(folder)
     if not runs:
         raise FileNotFoundError(_nothing(folder))
-    finished = {run: summary for run, summary in runs.items() if _is_finished(summary)}
+    finished = {run: summary for run, summary in runs.items() if is_finished(summary)}
     left_out = ", ".join(str(run) for run in runs if run not in finished)
     if not finished:
         raise FileNotFoundError(
@@ -98,30 +117,56 @@ def table_rows(run: Path, summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
         }
 
 
-def _remove_job_folder(run_dir: Path) -> None:
-    """Remove the folder that Hydra made for this job, and empty ones above it, unless anything else is in it."""
-    if not HydraConfig.initialized():
-        return
-    config = HydraConfig.get()
-    notes, log = run_dir / (config.output_subdir or ""), run_dir / f"{config.job.name}.log"
-    own = {log, *(notes / f"{name}.yaml" for name in ("config", "hydra", "overrides"))}
-    if set(run_dir.rglob("*")) - own - {notes} or (log.exists() and log.stat().st_size):
-        return
-    for path in own:
-        path.unlink(missing_ok=True)
-    above = [parent for parent in run_dir.parents if parent.is_relative_to(Path.cwd())]
-    for empty in dict.fromkeys((notes, run_dir, *above)):
-        if empty == Path.cwd() or any(empty.iterdir()):
-            return
-        empty.rmdir()
+def _report_sweep(folder: Path, console: Console) -> None:
+    """Write the table of a sweep's jobs and draw its figure; say which jobs are not finished, and how to go on."""
+    sweep = read_sweep(folder)
+    written = write_table(sweep)
+    finished = sweep.having(Status.FINISHED)
+    if finished:
+        written.append(sweep_figure(folder))
+    counts = {status: len(sweep.having(status)) for status in Status}
+    console.print(f"[bold]jobs:[/] {', '.join(f'{n} {status}' for status, n in counts.items() if n)}")
+    console.print(f"[bold]swept:[/] {', '.join(sweep.swept) or 'nothing'}")
+    for status in (Status.FAILED, Status.UNFINISHED, Status.WAITING):
+        for job in sweep.having(status):
+            console.print(Text.assemble((f"{status}: ", "bold"), f"{job.name}{_settings(sweep, job)}{_because(job)}"))
+    if len(finished) < len(sweep.jobs):
+        _tell_how_to_go_on(sweep, console)
+    for path in written:
+        console.print(f"[bold]written:[/] {shown(path)}")
 
 
-def _existing(folder: str | None) -> Path:
+def _settings(sweep: Sweep, job: Job) -> str:
+    """What was swept, with the job's values."""
+    place = sweep.jobs.index(job)
+    values = " ".join(f"{key}={values[place]}" for key, values in sweep.swept.items())
+    return f" ({values})" if values and job.folder is not None else ""
+
+
+def _because(job: Job) -> str:
+    """The line of a failed job's error that says what it was: the first, or the last of a traceback."""
+    lines = (job.error or "").strip().splitlines()
+    if not lines:
+        return ""
+    return f": {lines[-1] if lines[0].startswith('Traceback') else lines[0]}"
+
+
+def _tell_how_to_go_on(sweep: Sweep, console: Console) -> None:
+    commands = how_to_go_on(sweep)
+    if commands:
+        console.print("[bold]go on[/] (jobs that are finished stay as they are) [bold]with[/]")
+        for command in commands:
+            console.print(f"  {command}", markup=False)
+    else:
+        console.print("[bold]go on[/] by their commands, each with resume=true and hydra.run.dir=its folder")
+
+
+def _existing(key: str, folder: str | None) -> Path:
     if folder is None:
-        raise ValueError("task=report needs the folder of saved results: give folder=DIR")
+        raise ValueError("task=report needs saved results: give folder=DIR, or sweep=DIR for all jobs of a sweep")
     path = Path(folder).absolute()
     if not path.is_dir():
-        raise FileNotFoundError(f"folder={folder}: there is no such folder")
+        raise FileNotFoundError(f"{key}={folder}: there is no such folder")
     return path
 
 
@@ -142,11 +187,6 @@ def _runs(folder: Path) -> dict[Path, dict[str, Any]]:
 
 def _is_training_run(summary: dict[str, Any]) -> bool:
     return {"mse", "mce", "hidden_dims", "num_samples", "seconds"} <= summary.keys()
-
-
-def _is_finished(summary: dict[str, Any]) -> bool:
-    """Whether a training run came to its end; older summaries do not say, but that of one without data is of none."""
-    return bool(summary.get("finished", True)) and summary["num_samples"] is not None
 
 
 def _nothing(folder: Path) -> str:

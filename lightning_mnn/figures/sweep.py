@@ -1,0 +1,431 @@
+"""The figure of a sweep: what its jobs ended in, against what was swept."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+from lightning_mnn.figures._save import save
+from lightning_mnn.figures.scaling import _COLORS, _KINDS, _NOTE, _tidy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from matplotlib.axes import Axes
+
+Row = dict[str, Any]
+
+_FEW = 8  # values that an axis or a legend names one by one
+_MOST_PILES = 48
+_REPETITION = "seed"  # its values are a sample, not a scale
+_WIDE = 30  # ratio of values from which on an axis is logarithmic
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A measure of the table and its panel.
+
+    Attributes:
+        title: of the panel.
+        unit: of its axis.
+        value: the measure of a row.
+        log: whether the axis is logarithmic; None: if the values span more than a decade and a half.
+        limits: of the axis; None: what the values span.
+        of_job: whether it is the job's, the same for all its replicas.
+    """
+
+    title: str
+    unit: str
+    value: Callable[[Row], float | None]
+    log: bool | None = None
+    limits: tuple[float, float] | None = None
+    of_job: bool = False
+
+    def known(self, rows: Sequence[Row]) -> list[tuple[Row, float]]:
+        """Rows of which it is known, and its values."""
+        once = [row for row in rows if not (self.of_job and row["replica"])]
+        values = [(row, self.value(row)) for row in once]
+        return [(row, float(value)) for row, value in values if value is not None and math.isfinite(value)]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """An axis of swept values: the key, its values in order, where they stand, and the kind of axis."""
+
+    key: str
+    values: tuple[str, ...]
+    places: tuple[float, ...]
+    kind: str = "categories"
+
+    def index(self, row: Row) -> int:
+        """Which of the values a row has."""
+        return self.values.index(_label(row.get(self.key))) if self.key else 0
+
+
+def _rank_share(row: Row) -> float | None:
+    rank, total = row.get("rank"), row.get("num_samples")
+    return None if rank is None or not total else rank / total
+
+
+def _percent(row: Row) -> float | None:
+    error = row.get("mce")
+    return None if error is None else 100 * error
+
+
+MEASURES = (
+    Measure("Final loss", "MSE", lambda row: row.get("mse"), log=True),
+    Measure("Classification error", "MCE (%)", _percent, log=False),
+    Measure(
+        "Distance to the nearest kink", "smallest |pre-activation|", lambda row: row.get("min_preactivation"), log=True
+    ),
+    Measure("Rank", "rank(A∘X) / N", _rank_share, log=False, limits=(0, 1.05)),
+    Measure("Angular volume of the region", "log-volume (nats)", lambda row: row.get("log_volume"), log=False),
+    Measure("Regions seen", "activation patterns", lambda row: row.get("regions_visited")),
+    Measure("Length of training", "optimiser steps", lambda row: row.get("steps"), of_job=True),
+    Measure("Time", "seconds of training", lambda row: row.get("seconds"), of_job=True),
+)
+_BOUND = replace(
+    MEASURES[4],
+    unit="lower bound of the log-volume (nats)",
+    value=lambda row: row.get("log_volume_lower_bound"),
+)
+
+
+def sweep_figure(folder: Path) -> Path:
+    """Draw ``figure.png`` of a sweep from its ``sweep.parquet``: a panel for each measure, a dot for each network.
+
+    The key that was swept is the axis, a second one the colour; lines go through the medians. Of more keys, those two
+    are shown that explain most of the measures' variance, and the title says what is pooled. `seed` is the repetition,
+    unless nothing else was swept. Kinds are shares of the networks. Only finished jobs are drawn.
+
+    Returns:
+        The path of the figure.
+
+    Raises:
+        ValueError: no job is finished.
+    """
+    table = pq.read_table(folder / "sweep.parquet")
+    jobs = table.to_pylist()
+    rows = [row for row in jobs if row["status"] == "finished"]
+    if not rows:
+        raise ValueError(f"{folder / 'sweep.parquet'} holds no finished job to draw")
+    swept = json.loads(table.schema.metadata[b"swept"])
+    measures = [measure for measure in _measures(rows) if measure.known(rows)]
+    x_key, color_key = choose_axes(rows, swept, measures)
+    x, color = _scale(rows, x_key), _scale(rows, color_key)
+    judged = any(row.get("kind") is not None for row in rows)
+    panels = len(measures) + judged
+    columns = min(3, panels)
+    lines = math.ceil(panels / columns)
+    figure = Figure(figsize=(max(5.2 * columns, 8), 1.6 + 3.9 * lines), dpi=110, layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)  # type: ignore[union-attr, call-arg]
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    if judged:
+        _draw_kinds(axes[0], rows, x, color)
+    for ax, measure in zip(axes[judged:], measures, strict=False):
+        _draw_measure(ax, rows, measure, x, color)
+    for ax in axes[panels:]:
+        ax.remove()
+    _legend(figure, rows, color, judged=judged)
+    figure.suptitle(_title(rows, len({row["folder"] for row in jobs}), swept, x, color), fontsize=12)
+    return save(figure, folder / "figure.png")
+
+
+def choose_axes(rows: Sequence[Row], swept: Sequence[str], measures: Sequence[Measure]) -> tuple[str, str]:
+    """The keys of the axis and the colour, empty where there is none.
+
+    >>> mse = MEASURES[:1]
+    >>> rows = [{"seed": s, "a": a, "b": b, "mse": 10.0**b} for s in (1, 2) for a in (1, 2) for b in (1, 2, 3)]
+    >>> choose_axes(rows, ["seed"], mse), choose_axes(rows, ["a", "seed"], mse), choose_axes(rows, ["a", "b"], mse)
+    (('seed', ''), ('a', ''), ('b', 'a'))
+    """
+    keys = [key for key in swept if key != _REPETITION and _count(rows, key) > 1]
+    if not keys:
+        return (_REPETITION if _REPETITION in swept else ""), ""
+    if len(keys) > 2:
+        known = [measure.known(rows) for measure in measures]
+        shares = {key: sum(_explained([(_label(row[key]), v) for row, v in pairs]) for pairs in known) for key in keys}
+        keys.sort(key=lambda key: -shares[key])
+    first, second, *_ = [*keys, ""]
+    if second and _axis_fitness(rows, second) > _axis_fitness(rows, first):
+        first, second = second, first
+    return first, second
+
+
+def _axis_fitness(rows: Sequence[Row], key: str) -> tuple[bool, int]:
+    """How well a key goes along an axis: numbers before names, many values before few."""
+    return _numbers(rows, key) is not None, _count(rows, key)
+
+
+def _count(rows: Sequence[Row], key: str) -> int:
+    return len({_label(row.get(key)) for row in rows})
+
+
+def _explained(pairs: Sequence[tuple[str, float]]) -> float:
+    """Share of the variance of the values' ranks that lies between the groups of a label."""
+    place = {value: float(rank) for rank, value in enumerate(sorted({value for _, value in pairs}))}
+    ranks = np.array([place[value] for _, value in pairs])
+    if len(place) < 2:
+        return 0.0
+    labels = np.array([label for label, _ in pairs])
+    groups = [ranks[labels == label] for label in np.unique(labels)]
+    return float(sum(len(group) * (group.mean() - ranks.mean()) ** 2 for group in groups) / (len(ranks) * ranks.var()))
+
+
+def _measures(rows: Sequence[Row]) -> list[Measure]:
+    """The measures; where no volume was measured, its bound."""
+    measured = any(row.get("log_volume") is not None for row in rows)
+    return [_BOUND if measure is MEASURES[4] and not measured else measure for measure in MEASURES]
+
+
+def _label(value: Any) -> str:
+    """A swept value as the figure writes it.
+
+    >>> _label(0.001), _label([20, 30]), _label([20]), _label(None), _label(True)
+    ('0.001', '20, 30', '20', 'null', 'true')
+    """
+    if isinstance(value, list):
+        return ", ".join(map(_label, value))
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _number(value: Any) -> float | None:
+    """A swept value as a number, a list of one as what is in it; None for what is none."""
+    if isinstance(value, list) and len(value) == 1:
+        return _number(value[0])
+    return None if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+
+
+def _numbers(rows: Sequence[Row], key: str) -> dict[str, float] | None:
+    """A key's values in rising order, by their labels, if all are numbers and the key is one with an order."""
+    if not key or key == _REPETITION:
+        return None
+    found = {_label(row.get(key)): _number(row.get(key)) for row in rows}
+    numbers = {label: number for label, number in found.items() if number is not None}
+    return dict(sorted(numbers.items(), key=lambda pair: pair[1])) if len(numbers) == len(found) else None
+
+
+def _scale(rows: Sequence[Row], key: str) -> Scale:
+    """How a key is laid out: numbers by their size, all else side by side in the order of the command."""
+    numbers = _numbers(rows, key)
+    if numbers is not None and len(numbers) > 1:
+        return Scale(key, tuple(numbers), tuple(numbers.values()), _spacing(list(numbers.values())))
+    labels = tuple(dict.fromkeys(_label(row.get(key)) if key else "" for row in rows))
+    return Scale(key, labels, tuple(map(float, range(len(labels)))))
+
+
+def _spacing(values: Sequence[float]) -> str:
+    """The kind of axis on which rising values stand most evenly; one with zero is logarithmic above its least value.
+
+    >>> _spacing([1, 2, 3]), _spacing([1e-3, 1e-2, 1e-1]), _spacing([0.0, 0.01, 0.1]), _spacing([-1, 0, 1])
+    ('linear', 'log', 'symlog', 'linear')
+    """
+    positive = [value for value in values if value > 0]
+    if values[0] < 0 or len(positive) < 2:
+        return "linear"
+
+    def unevenness(places: Sequence[float]) -> float:
+        gaps = [b - a for a, b in pairwise(places)]
+        return float(np.std(gaps) / np.mean(gaps))
+
+    even = len(positive) == 2 and positive[1] / positive[0] < 10
+    if even or (len(positive) > 2 and unevenness(positive) <= unevenness([math.log(value) for value in positive])):
+        return "linear"
+    return "log" if len(positive) == len(values) else "symlog"
+
+
+def _colors(scale: Scale) -> list[str]:
+    """A colour for each value: a row of hues where there are many numbers."""
+    count = len(scale.values)
+    if scale.kind != "categories" and count > len(_COLORS):
+        return [to_hex(colormaps["viridis"](0.9 * place / (count - 1))) for place in range(count)]
+    return [_COLORS[place % len(_COLORS)] for place in range(count)]
+
+
+def _draw_measure(ax: Axes, rows: Sequence[Row], measure: Measure, x: Scale, color: Scale) -> None:
+    """A dot for each network, a line or bars at the medians of each colour."""
+    known = measure.known(rows)
+    foot = _set_heights(ax, measure, [value for _, value in known])
+    wide = _draw_places(ax, x)
+    size = 5 if len(known) <= 200 else 3
+    colors = len(color.values)
+    for number, hue in enumerate(_colors(color)):
+        groups: dict[int, list[float]] = {}
+        for row, value in known:
+            if color.index(row) == number:
+                groups.setdefault(x.index(row), []).append(max(value, foot))
+        aside = _dodge(number, colors) if wide else 0.0
+        for index, heights in sorted(groups.items()):
+            middle, half = x.places[index] + aside, 0.36 * _share(colors)
+            beside = half if wide and len(heights) > 1 else 0.0
+            ax.plot(
+                np.linspace(middle - beside, middle + beside, len(heights)), heights,
+                "o", color=hue, ms=size, alpha=0.55, mew=0, zorder=3,
+            )  # fmt: skip
+            if beside and x.key != _REPETITION:
+                ax.hlines(float(np.median(heights)), middle - half, middle + half, color=hue, lw=2.2, zorder=4)
+        if groups and not wide:  # lines below are wider, so that those on top of each other all show
+            medians = [(x.places[index], float(np.median(heights))) for index, heights in sorted(groups.items())]
+            width = 1.8 + (1.2 * (colors - 1 - number) if colors <= 3 else 0)
+            ax.plot(*zip(*medians, strict=True), color=hue, lw=width, alpha=0.85, zorder=4)
+    if x.key == _REPETITION:
+        ax.axhline(float(np.median([max(value, foot) for _, value in known])), color="0.3", lw=1.2, ls="--", zorder=2)
+    ax.set_title(measure.title, fontsize=11)
+    ax.set_ylabel(measure.unit)
+    ax.set_xlabel(x.key)
+    _tidy(ax)
+
+
+def _draw_kinds(ax: Axes, rows: Sequence[Row], x: Scale, color: Scale) -> None:
+    """Shares of the kinds, a pile for each value of the axis and colour, or of the axis alone if those are too many."""
+    crowded = len(x.values) * len(color.values) > _MOST_PILES
+    title = f"Certified kinds, pooled over {color.key}" if crowded and color.key else "Certified kinds"
+    color = _scale(rows, "") if crowded else color
+    hues, share = _colors(color), _share(len(color.values))
+    for index in range(len(x.values)):
+        for number in range(len(color.values)):
+            same = [row["kind"] for row in rows if x.index(row) == index and color.index(row) == number]
+            place, below = index + _dodge(number, len(color.values)), 0.0
+            for kind, (_, hue, _) in _KINDS.items():
+                part = 100 * same.count(kind) / len(same) if same else 0.0
+                ax.bar(place, part, 0.92 * share, below, color=hue, alpha=0.85)
+                below += part
+            if color.key:  # which colour the pile is of
+                ax.bar(place, 3.5, 0.92 * share, -5, color=hues[number])
+    _name_places(ax, list(map(float, range(len(x.values)))), x.values)
+    ax.set_xlim(-0.6, len(x.values) - 0.4)
+    ax.set(xlabel=x.key, ylim=(-6 if color.key else 0, 100))
+    ax.yaxis.set_major_locator(MaxNLocator(steps=[2, 5, 10]))
+    ax.set_title(title, fontsize=11)
+    ax.set_ylabel("share of networks (%)")
+    _tidy(ax)
+
+
+def _set_heights(ax: Axes, measure: Measure, values: Sequence[float]) -> float:
+    """Choose the kind of a panel's height; what is exactly zero stands at the foot of a logarithmic one.
+
+    Returns:
+        The height at which zeros are drawn, minus infinity where there is no need.
+    """
+    positive = [value for value in values if value > 0]
+    wide = bool(positive) and max(positive) / min(positive) >= _WIDE
+    if not positive or not (wide if measure.log is None else measure.log):
+        low, high = min(values), max(values)
+        room = 0.1 * (high - low) or 0.5 * abs(high) or 1.0
+        ax.set_ylim(measure.limits or ((low - room, high + room) if high or low else (-0.05, 1)))
+        ax.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=all(value == int(value) for value in values)))
+        return -math.inf
+    low, high = math.log10(min(positive)), math.log10(max(positive))
+    foot, room = 10.0 ** (math.floor(low) - 2), max(0.1 * (high - low), 0.3)
+    some_zero = len(positive) < len(values)
+    ax.set(yscale="log", ylim=(foot / 3 if some_zero else 10 ** (low - room), 10 ** (high + room)))
+    ax.yaxis.set_major_locator(LogLocator(numticks=8))
+    if high - low + 2 * room > 1.5:  # decades are enough
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    if not some_zero:
+        return -math.inf
+    ax.axhline(foot * 3, color="0.6", lw=0.8, ls=":")
+    ax.text(0.985, foot, "exactly 0", va="center", transform=ax.get_yaxis_transform(), **_NOTE)
+    return foot
+
+
+def _draw_places(ax: Axes, x: Scale) -> bool:
+    """Lay out the axis of what was swept.
+
+    Returns:
+        Whether its values stand side by side, which leaves room for dots beside each other.
+    """
+    if x.kind == "categories":
+        _name_places(ax, x.places, x.values)
+        ax.set_xlim(-0.6, len(x.places) - 0.4)
+        return True
+    if x.kind == "symlog":
+        least = min(value for value in x.places if value > 0)
+        ax.set_xscale("symlog", linthresh=least, linscale=0.5)
+    else:
+        ax.set_xscale(x.kind)
+    if len(x.places) <= _FEW:
+        ax.set_xticks(x.places, x.values)
+        ax.xaxis.set_minor_locator(NullLocator())
+    elif x.kind == "log":
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.margins(x=0.08)
+    return False
+
+
+def _name_places(ax: Axes, places: Sequence[float], names: Sequence[str]) -> None:
+    """Name places on an axis: every one, or every second, third, … where there are many; long names aslant."""
+    every = math.ceil(len(names) / 16)
+    named = [name if len(name) <= 16 else name[:15] + "…" for name in names[::every]]
+    aslant: dict[str, Any] = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"}
+    ax.set_xticks(list(places)[::every], named, **(aslant if max(map(len, named)) * len(named) > 45 else {}))
+
+
+def _share(count: int) -> float:
+    """Width of what stands beside each other at one place."""
+    return 0.8 / count
+
+
+def _dodge(number: int, count: int) -> float:
+    """How far aside of its place the colour of that number stands."""
+    return (number - (count - 1) / 2) * _share(count)
+
+
+def _legend(figure: Figure, rows: Sequence[Row], color: Scale, *, judged: bool) -> None:
+    """Colours of the values and of the kinds, below the panels."""
+    ax = figure.axes[0]
+    look: dict[str, Any] = {"frameon": False, "fontsize": 10}
+    if judged:
+        present = [kind for kind in _KINDS if any(row["kind"] == kind for row in rows)]
+        bars = [ax.bar(0, 0, color=_KINDS[kind][1], label=_KINDS[kind][0], alpha=0.85) for kind in present]
+        figure.legend(handles=bars, loc="outside lower right", ncols=len(bars), **look)
+    if color.key:
+        hues = _colors(color)
+        last = len(hues) - 1
+        chosen = range(len(hues)) if last < _FEW else sorted({round(last * k / 4) for k in range(5)})
+        handles = [ax.plot([], [], "o-", color=hues[k], label=color.values[k])[0] for k in chosen]
+        title = color.key if last < _FEW else f"{color.key} ({last + 1} values)"
+        figure.legend(handles=handles, loc="outside lower left", ncols=min(len(handles), 6), title=title, **look)
+
+
+def _title(rows: Sequence[Row], jobs: int, swept: Sequence[str], x: Scale, color: Scale) -> str:
+    """How many networks there are, what they have in common, and what is pooled."""
+    finished = len({row["folder"] for row in rows})
+    counted = (
+        f"{finished:,} finished job{'s' * (finished > 1)}" if finished == jobs else f"{finished:,} of {jobs:,} jobs"
+    )
+    networks = "" if len(rows) == finished else f", {len(rows):,} networks"
+    against = " and ".join(key for key in (x.key, color.key) if key)
+    pooled = [
+        f"{key} ({count} values)" for key in swept if key not in (x.key, color.key) and (count := _count(rows, key)) > 1
+    ] + ["replicas"] * (len(rows) > finished)
+    if x.key == _REPETITION:
+        marks = "dots: networks; broken line: median of all"
+    elif len(rows) == 1:
+        marks = ""
+    else:
+        marks = "dots: networks; lines: medians" + (f", pooled over {' and '.join(pooled)}" if pooled else "")
+    common = [
+        f"{name} = {_label(rows[0][key])}" for name, key in _COMMON.items() if key in rows[0] and _count(rows, key) == 1
+    ]
+    return "\n".join(
+        (f"{counted}{networks}" + (f" against {against}" if against else ""), ", ".join(common), marks)
+    ).strip()
+
+
+# What a title names where all networks have it in common.
+_COMMON = {"N": "num_samples", "d0": "input_dim", "hidden units": "hidden_dims", "ρ": "negative_slope"}

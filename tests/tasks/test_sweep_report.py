@@ -1,0 +1,275 @@
+"""The table and the figure of a sweep's jobs, finished or not."""
+
+import csv
+import json
+import shlex
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hydra import compose, initialize_config_module
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from lightning_mnn.figures.sweep import MEASURES, choose_axes
+from lightning_mnn.tasks.report import report
+from tests.tasks.test_resume import command, kill_when, rows_of, start
+
+SUMMARY = {
+    "mse": 1e-3, "mce": 0.1, "wrong": 5, "kind": "saddle", "min_preactivation": 1e-4, "rank": 20, "log_volume": None,
+    "log_volume_lower_bound": -50.0, "regions_visited": 7, "reason": "why", "finished": True, "epochs": 9, "steps": 90,
+    "seconds": 1.5, "num_samples": 50, "input_dim": 6, "hidden_dims": [8], "negative_slope": 0.0, "replicas": 1,
+    "seed": 0,
+}  # fmt: skip
+
+
+def settings(*overrides):
+    with initialize_config_module("lightning_mnn.conf", version_base="1.3"):
+        return compose("config", ["task=report", "run_dir=.", *overrides])
+
+
+def write_job(folder, overrides=(), **changes):
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "overrides.yaml").write_text("".join(f"- {override}\n" for override in overrides))
+    (folder / "summary.json").write_text(json.dumps(SUMMARY | changes))
+
+
+def write_sweep(folder, axes, change=lambda **values: {}):
+    for number, values in enumerate(product(*axes.values())):
+        given = dict(zip(axes, values, strict=True))
+        write_job(
+            folder / str(number),
+            [f"{key}={value}" for key, value in given.items()],
+            **change(**{key.split(".")[-1]: value for key, value in given.items()}),
+        )
+
+
+def read(folder):
+    """The table as it stands in both files."""
+    with (folder / "sweep.csv").open(newline="") as file:
+        return list(csv.DictReader(file)), pq.read_table(folder / "sweep.parquet")
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are drawn."""
+    figures = []
+    real = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), real(self, *a, **k))[1])
+    return figures
+
+
+def panel(figure, title):
+    (ax,) = (ax for ax in figure.axes if ax.get_title() == title)
+    return ax
+
+
+def ticks(ax):
+    return [text.get_text() for text in ax.get_xticklabels()]
+
+
+def dots(ax):
+    """Places and heights of all dots."""
+    parts = [line.get_xydata() for line in ax.lines if line.get_marker() == "o"]
+    return sorted(map(tuple, np.concatenate([part for part in parts if len(part)])))
+
+
+@pytest.mark.slow
+def test_a_sweep_that_was_killed_says_what_is_left_and_goes_on_by_the_command_that_it_gives(tmp_path, capsys):
+    sweep = tmp_path / "sweep"
+    small = (
+        "-m", "data.num_samples=20", "data.input_dim=4", "trainer.max_epochs=200", "trainer.log_every_n_steps=1",
+        "callbacks.local_minimum_detector.stop_training=false", "callbacks.angular_volume_monitor=null",
+        "callbacks.progress=null", "logger.mode=disabled", "model.hidden_dims=[5],[8,3],[6]",
+    )  # fmt: skip
+    kill_when(start(tmp_path, *small, "hydra.sweep.dir=sweep"), lambda: rows_of(sweep / "1") > 3)
+    report(settings("sweep=sweep"))
+    text, typed = read(sweep)
+    assert [(row["job"], row["status"]) for row in text] == [("0", "finished"), ("1", "unfinished"), ("2", "waiting")]
+    assert typed["model.hidden_dims"].to_pylist() == [[5], [8, 3], [6]]
+    assert typed["mse"].null_count == 2
+    said = capsys.readouterr().out
+    assert "jobs: 1 finished, 1 unfinished, 1 waiting" in said
+    assert "unfinished: 1 (model.hidden_dims=[8, 3])\n" in said
+    assert "waiting: 2 (model.hidden_dims=[6])\n" in said
+    (again,) = (line for line in said.splitlines() if line.startswith("  lightning-mnn -m"))
+    assert (sweep / "figure.png").exists()
+
+    before = (sweep / "0" / "summary.json").read_bytes()
+    command(tmp_path, *shlex.split(again)[1:])
+    assert (sweep / "0" / "summary.json").read_bytes() == before
+    report(settings("sweep=sweep"))
+    text, typed = read(sweep)
+    assert typed["status"].to_pylist() == ["finished"] * 3
+    for number, row in enumerate(typed.to_pylist()):  # every value of every summary
+        summary = json.loads((sweep / str(number) / "summary.json").read_text())
+        assert {key: row[key] for key in summary} == summary
+    said = capsys.readouterr().out
+    assert "jobs: 3 finished\nswept: model.hidden_dims\n" in said
+    assert "go on" not in said
+    assert not list(sweep.glob("*.tmp"))
+
+
+def test_columns_are_typed_in_the_order_of_the_command_with_a_row_for_each_replica():
+    lists = {"replicas": 2, "mse": [0.5, 0.25], "kind": ["saddle", None], "hidden_dims": [8, 8]}
+    for number, (optimizer, slope) in enumerate((("adam", "0"), ("adam", "0.1"), ("sgd", "null"))):
+        overrides = ["data.num_samples=50", f"optimizer={optimizer}", f"model.negative_slope={slope}", "seed=3"]
+        write_job(Path("sweep") / str(number * 5), overrides, mce=None, **lists)
+    write_job(Path("sweep/7"), ["data.num_samples=50", "optimizer=sgd", "model.negative_slope=0.2", "seed=3"])
+    report(settings("sweep=sweep"))
+    text, typed = read(Path("sweep"))
+    table = typed.to_pylist()
+    assert typed.column_names[:6] == ["job", "folder", "optimizer", "model.negative_slope", "status", "replica"]
+    assert typed.column_names[6:] == list(SUMMARY)
+    assert [row["job"] for row in table] == [0, 0, 5, 5, 7, 10, 10]
+    assert [row["replica"] for row in table] == [0, 1, 0, 1, 0, 0, 1]
+    assert [row["model.negative_slope"] for row in table] == [0.0, 0.0, 0.1, 0.1, 0.2, None, None]
+    assert [(row["mse"], row["kind"]) for row in table[:2]] == [(0.5, "saddle"), (0.25, None)]
+    assert [str(typed.schema.field(name).type) for name in ("job", "optimizer", "mse", "finished", "hidden_dims")] == [
+        "int64", "string", "double", "bool", "list<element: int64>"
+    ]  # fmt: skip
+    assert table[4]["hidden_dims"] == [8]
+    assert (text[0]["hidden_dims"], text[0]["mce"], text[5]["model.negative_slope"]) == ("[8, 8]", "", "")
+    assert json.loads(typed.schema.metadata[b"swept"]) == ["optimizer", "model.negative_slope"]
+
+
+def test_what_ended_badly_is_named_with_its_reason(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    folder = Path("outputs/sweep")
+    write_job(folder / "0", ["seed=1"])
+    write_job(folder / "1", ["seed=2"], finished=False, reason="training diverged: lower the rate", num_samples=9)
+    write_job(folder / "2", ["seed=3"], finished=False, reason="interrupted after 3 steps")
+    (folder / "3").mkdir()
+    note = {"overrides": ["seed=4"], "status": "failed", "error": "Traceback …\nValueError: [no] such"}
+    (folder / "3" / "job.json").write_text(json.dumps(note))
+    write_job(folder / "4", ["seed=5"])
+    (folder / "4" / "job.json").write_text(json.dumps(note | {"overrides": ["seed=5"], "status": "finished"}))
+    report(settings(f"sweep={folder}"))
+    said = capsys.readouterr().out
+    for line in (
+        "jobs: 2 finished, 2 failed, 1 unfinished", "failed: 1 (seed=2): training diverged: lower the rate",
+        "failed: 3 (seed=4): ValueError: [no] such", "unfinished: 2 (seed=3)\n", "each with resume=true",
+    ):  # fmt: skip
+        assert line in said, line
+    rows, typed = read(folder)
+    assert typed["seed"].to_pylist() == [1, 2, 3, 4, 5]
+    assert [row["status"] for row in rows] == ["finished", "failed", "unfinished", "failed", "finished"]
+
+
+def test_without_a_finished_job_there_is_a_table_and_no_figure(capsys):
+    write_job(Path("sweep/0"), ["seed=1"], finished=False, num_samples=None)
+    report(settings("sweep=sweep"))
+    assert {path.name for path in Path("sweep").iterdir()} == {"0", "sweep.csv", "sweep.parquet"}
+    assert "jobs: 1 unfinished" in capsys.readouterr().out
+
+
+def test_several_sweeps_in_one_folder_make_one_table():
+    write_sweep(Path("all/a"), {"model.negative_slope": [0.1], "seed": [1, 2]})
+    write_sweep(Path("all/b"), {"optimizer": ["sgd"], "seed": [1, 2]})
+    for place in Path("all").glob("*/*"):
+        choices = {"runtime": {"choices": {"optimizer": "adam" if place.parts[1] == "a" else "sgd"}}}
+        (place / ".hydra" / "hydra.yaml").write_text(json.dumps({"hydra": choices}))
+        config = {
+            "task": "train",
+            "model": {"negative_slope": "${slope}"},
+            "slope": 0.1 if place.parts[1] == "a" else 0,
+        }
+        (place / ".hydra" / "config.yaml").write_text(json.dumps(config))
+    write_job(Path("all/b/patterns.zarr"), ["task=scan"], figure="minima", mse=None)
+    scan = {"figure": "minima", "sizes": []}
+    (Path("all/b/patterns.zarr") / "summary.json").write_text(json.dumps(scan))
+    report(settings("sweep=all"))
+    _, typed = read(Path("all"))
+    assert typed["folder"].to_pylist() == ["a/0", "a/1", "b/0", "b/1"]
+    assert typed["optimizer"].to_pylist() == ["adam", "adam", "sgd", "sgd"]
+    assert typed["model.negative_slope"].to_pylist() == [0.1, 0.1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("prepare", "overrides", "error", "message"),
+    [
+        ({}, ["sweep=nowhere"], FileNotFoundError, "sweep=nowhere: there is no such folder"),
+        ({}, ["sweep=.", "folder=."], ValueError, "give one of them"),
+        ({}, [], ValueError, "give folder=DIR, or sweep=DIR"),
+        ({}, ["sweep=."], FileNotFoundError, "holds no jobs: give the folder of a sweep"),
+        ({"summary.json": SUMMARY}, ["sweep=."], FileNotFoundError, "of one run or experiment"),
+        (
+            {"0/summary.json": {"figure": "minima"}, "1/summary.json": {"regions_searched": 3}},
+            ["sweep=."], FileNotFoundError, "holds no training runs, but no training run: 0, 1: task=report folder=DIR",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_reported_is_said(prepare, overrides, error, message):
+    for name, content in prepare.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(json.dumps(content))
+    with pytest.raises(error, match=message):
+        report(settings(*overrides))
+    assert not list(Path().rglob("sweep.*"))
+
+
+def test_a_swept_number_is_an_axis_with_every_job_and_the_medians(drawn):
+    losses = {1: 1e-8, 2: 0.0, 3: 1e-2}
+    write_sweep(
+        Path("sweep"),
+        {"optimizer.lr": [0.001, 0.01, 0.1], "seed": [1, 2, 3]},
+        lambda lr, seed: {"mse": losses[seed] * lr, "kind": "kink_minimum" if seed == 1 else "saddle"},
+    )
+    report(settings("sweep=sweep"))
+    assert imread("sweep/figure.png").shape[0] > 1000
+    (figure,) = drawn
+    loss = panel(figure, "Final loss")
+    assert (loss.get_xscale(), loss.get_yscale(), loss.get_xlabel()) == ("log", "log", "optimizer.lr")
+    assert ticks(loss) == ["0.001", "0.01", "0.1"]
+    foot = 1e-13  # of what is exactly zero
+    expected = sorted((lr, max(loss * lr, foot)) for lr in (0.001, 0.01, 0.1) for loss in losses.values())
+    np.testing.assert_allclose(dots(loss), expected)
+    (medians,) = (line for line in loss.lines if len(line.get_xdata()) == 3 and line.get_marker() == "None")
+    np.testing.assert_allclose(medians.get_xydata(), [(lr, 1e-8 * lr) for lr in (0.001, 0.01, 0.1)])
+    assert "exactly 0" in [text.get_text() for text in loss.texts]
+    shares = [bar.get_height() for bar in panel(figure, "Certified kinds").patches if bar.get_height()]
+    assert sorted(map(round, shares)) == [33] * 3 + [67] * 3
+    assert "pooled over seed (3 values)" in figure.get_suptitle()
+    titles = {ax.get_title() for ax in figure.axes}
+    assert titles == {measure.title for measure in MEASURES} | {"Certified kinds"}
+
+
+def test_a_second_key_is_the_colour_and_names_stand_in_the_order_of_the_command(drawn):
+    axes = {"optimizer": ["sgd", "adam", "lbfgs"], "model.hidden_dims": ["[8,8]", "[8]"], "seed": [1, 2]}
+    write_sweep(Path("sweep"), axes, lambda **_: {"mce": None, "kind": None, "rank": None})
+    report(settings("sweep=sweep"))
+    (figure,) = drawn
+    assert "Classification error" not in {ax.get_title() for ax in figure.axes}
+    assert ticks(figure.axes[0]) == ["sgd", "adam", "lbfgs"]
+    (legend,) = figure.legends
+    assert (legend.get_title().get_text(), [text.get_text() for text in legend.get_texts()]) == (
+        "model.hidden_dims", ["8, 8", "8"]
+    )  # fmt: skip
+    assert len(dots(panel(figure, "Final loss"))) == 12
+    assert "12 finished jobs against optimizer and model.hidden_dims" in figure.get_suptitle()
+
+
+def test_seeds_are_an_axis_only_where_nothing_else_was_swept(drawn):
+    lists = {"replicas": 2, "mse": [1e-3, 1e-4]}
+    write_sweep(Path("seeds"), {"seed": list(range(30))}, lambda seed: lists)
+    write_job(Path("one/0"), ["seed=1"])
+    report(settings("sweep=seeds"))
+    report(settings("sweep=one"))
+    several, one = drawn
+    assert panel(several, "Final loss").get_xlabel() == "seed"
+    assert [len(dots(panel(several, title))) for title in ("Final loss", "Time")] == [60, 30]  # time is the job's
+    assert "30 finished jobs, 60 networks against seed" in several.get_suptitle()
+    assert one.get_suptitle() == "1 finished job\nN = 50, d0 = 6, hidden units = 8, ρ = 0"
+    assert ticks(one.axes[0]) == [""]
+
+
+def test_of_many_keys_those_are_shown_that_explain_most():
+    draw = np.random.default_rng(0)
+    rows = [
+        {"a": a, "b": b, "c": c, "d": "x", "seed": seed, "replica": 0, "mse": 10.0 ** (3 * b + c + 0.1 * draw.random())}
+        for a, b, c, seed in product((1, 2, 3), (1, 2, 3), (0, 1), (1, 2))
+    ]
+    assert choose_axes(rows, ["a", "b", "c", "d", "seed"], MEASURES[:1]) == ("b", "c")
+    assert choose_axes(rows, ["a", "d", "seed"], MEASURES[:1]) == ("a", "")
