@@ -23,10 +23,8 @@ def main():
             records = [json.loads(path.read_text()) for path in Path(folder).glob("sweep/*/job.json")]
         assert [record["status"] for record in records] == ["finished"] * jobs
         overheads = [record["seconds_to_training"] for record in records]
-        typical, largest = statistics.median(overheads), max(overheads)
-        print(
-            f"n_jobs={n_jobs}: {jobs} jobs in {seconds[n_jobs]:.1f} s; to training {typical:.2f} s, at most {largest:.2f}"
-        )
+        print(f"n_jobs={n_jobs}: {jobs} jobs in {seconds[n_jobs]:.1f} s")
+        print(f"  from a job's start to its training {statistics.median(overheads):.2f} s, at most {max(overheads):.2f} s")
     print(f"two at once: {seconds[1] / seconds[2]:.2f} times as fast")
 
 
