@@ -24,7 +24,7 @@ def main():
         assert [record["status"] for record in records] == ["finished"] * jobs
         overheads = [record["seconds_to_training"] for record in records]
         print(f"n_jobs={n_jobs}: {jobs} jobs in {seconds[n_jobs]:.1f} s")
-        print(f"  from a job's start to its training {statistics.median(overheads):.2f} s, at most {max(overheads):.2f} s")
+        print(f"  from start to training {statistics.median(overheads):.2f} s, at most {max(overheads):.2f} s")
     print(f"two at once: {seconds[1] / seconds[2]:.2f} times as fast")
 
 
