@@ -5,11 +5,15 @@ Hydra may run this module again in one process, when it looks for plugins again.
 
 from hydra.core.config_store import ConfigStore
 
-from lightning_mnn import launcher
+from lightning_mnn import launcher, slurm
 
 
 class DevicePool(launcher.DevicePool):
     """The launcher by the only sort of name that Hydra takes."""
+
+
+class Slurm(slurm.Slurm):
+    """The same of the other launcher."""
 
 
 ConfigStore.instance().store(

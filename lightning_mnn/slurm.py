@@ -1,0 +1,221 @@
+"""``hydra/launcher=slurm``: each job of a sweep is one of a SLURM cluster, with the nodes and tasks that it needs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides
+from hydra.plugins.launcher import Launcher
+from omegaconf import OmegaConf
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from hydra.types import HydraContext, TaskFunction
+    from omegaconf import DictConfig
+
+log = logging.getLogger(__name__)
+
+_SIZES = ("num_nodes", "devices", "accelerator")
+_OF_ANY_CLUSTER = ("name", "timeout_min", "mem_gb", "cpus_per_task", *("nodes", "tasks_per_node", "gpus_per_node"))
+_LOOK = 1.0  # seconds between looks at what jobs have left
+_ASK = 10.0  # seconds between questions to SLURM
+_GRACE = 30.0  # seconds in which what a job has left may become visible here when SLURM knows it no more
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What SLURM is asked for: ``nodes``, ``tasks_per_node`` (processes, one a device), and ``gpus_per_node``."""
+
+    nodes: int
+    tasks_per_node: int
+    gpus_per_node: int | None
+
+
+def allocation(trainer: Mapping[str, Any]) -> Allocation:
+    """What a job needs whose Trainer has these arguments: a task for each device of each of its nodes.
+
+    Raises:
+        ValueError: ``devices`` is no number (a list must count from 0), ``num_nodes`` is none, or ``accelerator``
+            leaves open whether there are to be GPUs.
+
+    >>> allocation({"accelerator": "gpu", "devices": 4, "num_nodes": 2})
+    Allocation(nodes=2, tasks_per_node=4, gpus_per_node=4)
+    >>> allocation({"accelerator": "cpu", "devices": 1})
+    Allocation(nodes=1, tasks_per_node=1, gpus_per_node=None)
+    """
+    nodes, devices = trainer.get("num_nodes", 1), _number(trainer.get("devices", "auto"))
+    if not isinstance(nodes, int) or isinstance(nodes, bool) or nodes < 1:
+        raise ValueError(f"trainer.num_nodes must be a positive number, got {nodes!r}")
+    accelerator = trainer.get("accelerator", "auto")
+    if accelerator not in ("cpu", "gpu", "cuda"):
+        raise ValueError(
+            f"trainer.accelerator={accelerator} does not say what to ask SLURM for: "
+            "choose trainer.accelerator=cpu or trainer.accelerator=gpu"
+        )
+    return Allocation(nodes, devices, None if accelerator == "cpu" else devices)
+
+
+def _number(devices: Any) -> int:
+    names = list(devices) if isinstance(devices, list | tuple) else None
+    if isinstance(devices, str) and devices.isdigit():
+        devices = int(devices)
+    if names and names == list(range(len(names))):  # a job sees the GPUs that it gets as 0, 1, …
+        return len(names)
+    if not isinstance(devices, int) or isinstance(devices, bool) or devices < 1:
+        raise ValueError(
+            f"trainer.devices={devices} does not say how many devices of a node to ask SLURM for: "
+            "give a number, such as trainer.devices=2"
+        )
+    return devices
+
+
+class Slurm(Launcher):
+    """Hands each job of a sweep to SLURM, by submitit, and waits for what they return.
+
+    A job's size is that of its own Trainer (see :func:`allocation`), so that a sweep may be over sizes too. A job that
+    fails, or that SLURM ends, leaves the others alone.
+
+    Args:
+        submitit_folder: folder of what the jobs say and return; ``%j`` stands for a job's number.
+        max_num_timeout: how often a job may run out of time and be requeued.
+        **options: of submitit's executor for SLURM: ``partition``, ``timeout_min``, …; None: the cluster's default.
+    """
+
+    def __init__(self, *, submitit_folder: str, max_num_timeout: int, **options: Any) -> None:
+        self._folder = submitit_folder
+        self._max_num_timeout = max_num_timeout
+        self._options = {key: _plain(value) for key, value in options.items() if value is not None}
+        self._hydra: dict[str, Any] = {}
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Take what Hydra hands to a launcher."""
+        _submitit()
+        self._hydra = {"hydra_context": hydra_context, "task_function": task_function, "config": config}
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+        """Submit the jobs, those of one size together, and wait for all of them.
+
+        Returns:
+            What each job's first process returned; of one that failed in any of its processes, that failure.
+
+        Raises:
+            ImportError: submitit is not installed.
+            ValueError: a job's Trainer does not say what to ask for; nothing has been submitted.
+        """
+        groups: dict[Allocation, list[int]] = {}
+        for index, overrides in enumerate(job_overrides):
+            groups.setdefault(self._allocation(overrides), []).append(index)
+        Path(self._hydra["config"].hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
+        jobs: dict[int, Any] = {}
+        for size, indices in groups.items():
+            submitted = self._submit(size, [(initial_job_idx + i, job_overrides[i]) for i in indices])
+            jobs |= dict(zip(indices, submitted, strict=True))
+        for index in range(len(job_overrides)):
+            words = " ".join(filter_overrides(job_overrides[index]))
+            log.info("#%d is SLURM's job %s: %s", initial_job_idx + index, jobs[index].job_id, words)
+        _wait(jobs.values())
+        found = [_returned(jobs[index]) for index in range(len(job_overrides))]
+        for index, result in enumerate(found):
+            result.overrides = job_overrides[index]
+            if result.status == JobStatus.FAILED:
+                log.error("#%d failed, resume=true would go on: %s", initial_job_idx + index, jobs[index].paths.stderr)
+        return found
+
+    def _allocation(self, overrides: Sequence[str]) -> Allocation:
+        loader, config = self._hydra["hydra_context"].config_loader, self._hydra["config"]
+        trainer = loader.load_sweep_config(config, list(overrides)).get("trainer") or {}
+        try:
+            return allocation({key: _plain(trainer.get(key)) for key in _SIZES if key in trainer})
+        except ValueError as error:
+            raise ValueError(f"{error} (job {' '.join(overrides)})") from None
+
+    def _submit(self, size: Allocation, jobs: Sequence[tuple[int, Sequence[str]]]) -> list[Any]:
+        executor_class, call_class = _submitit()
+        executor = executor_class(folder=self._folder, cluster="slurm", slurm_max_num_timeout=self._max_num_timeout)
+        # A rank that is killed ends its job; and srun would forget the CPUs that sbatch was asked for.
+        srun = ["--kill-on-bad-exit=1", *(f"--cpus-per-task={n}" for n in [self._options.get("cpus_per_task")] if n)]
+        options = self._options | {key: value for key, value in asdict(size).items() if value} | {"srun_args": srun}
+        executor.update_parameters(**{k if k in _OF_ANY_CLUSTER else f"slurm_{k}": v for k, v in options.items()})
+        call = call_class()  # itself a launcher, but one that waits for SLURM's accounting, and has one size for all
+        call.setup(**self._hydra)
+        state = Singleton.get_state()
+        folder = str(self._hydra["config"].hydra.sweep.dir).replace("'", r"\'")  # as it is now: it may hold the time
+        fixed = f"hydra.sweep.dir='{folder}'"
+        calls = [([*words, fixed], "hydra.sweep.dir", number, f"job_id_for_{number}", state) for number, words in jobs]
+        submitted: list[Any] = executor.map_array(call, *zip(*calls, strict=True))
+        return submitted
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _submitit() -> tuple[Any, Any]:
+    """Submitit's executor, and what runs one job of a sweep in the process that submitit starts."""
+    try:
+        from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher  # noqa: PLC0415 (optional)
+        from submitit import AutoExecutor  # noqa: PLC0415
+    except ImportError as error:
+        raise ImportError(f"hydra/launcher=slurm needs submitit: pip install lightning-mnn[slurm] ({error})") from error
+    return AutoExecutor, SlurmLauncher
+
+
+def _processes(job: Any) -> list[Any]:
+    return [job.task(number) for number in range(job.num_tasks)]
+
+
+def _complete(job: Any) -> bool:
+    return all(process.paths.result_pickle.exists() for process in _processes(job))
+
+
+def _wait(jobs: Iterable[Any]) -> None:
+    """Until each job has left what its processes return, or SLURM has long not known it.
+
+    SLURM's accounting, which not every cluster has, is not asked; a job that was requeued is in the queue.
+    """
+    waiting = list(jobs)
+    asked = time.monotonic()
+    seen = {job.job_id: asked for job in waiting}
+    while waiting := [job for job in waiting if not _complete(job) and asked - seen[job.job_id] < _GRACE]:
+        time.sleep(_LOOK)
+        if time.monotonic() - asked >= _ASK and (queue := _queue()) is not None:
+            asked = time.monotonic()
+            seen |= dict.fromkeys(queue, asked)
+
+
+def _queue() -> set[str] | None:
+    """This user's jobs that run or wait; None: SLURM does not answer."""
+    query = ["squeue", "--noheader", "--array", "--format=%i", f"--user={os.getuid()}"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False)  # noqa: S603 (no user's text)
+    return set(done.stdout.split()) if done.returncode == 0 else None
+
+
+def _returned(job: Any) -> JobReturn:
+    """What the first process returned, or the first failure of any."""
+    first: JobReturn | None = None
+    for process in _processes(job):
+        if not process.paths.result_pickle.exists():
+            return _failure(RuntimeError(f"SLURM's job {job.job_id} ended early: see {process.paths.stderr}"))
+        try:
+            found = process.result()
+        except Exception as error:  # noqa: BLE001 (whatever the job raised)
+            return _failure(error)
+        if found.status == JobStatus.FAILED:
+            return found  # type: ignore[no-any-return]
+        first = first or found
+    return first or _failure(RuntimeError(f"SLURM's job {job.job_id} has no processes"))
+
+
+def _failure(error: Exception) -> JobReturn:
+    result = JobReturn()
+    result.status = JobStatus.FAILED
+    result.return_value = error
+    return result

@@ -1,0 +1,220 @@
+"""Sweeps on a SLURM cluster: a real one, of two nodes, in the tests with the marker."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from lightning_mnn import MNN
+from lightning_mnn.callbacks import LastCheckpoint
+from lightning_mnn.callbacks.last_checkpoint import SavedAndStopped
+from lightning_mnn.data import GaussianData
+from lightning_mnn.slurm import Allocation, allocation
+
+COMMAND = (sys.executable, "-m", "lightning_mnn", "-m")
+RUN = (
+    *("data.num_samples=40", "data.input_dim=6", "model.hidden_dims=[8]", "trainer.max_epochs=400"),
+    *("trainer.log_every_n_steps=10", "callbacks.local_minimum_detector.stop_training=false"),
+    *("callbacks.angular_volume_monitor.measure=[]", "threads=1"),
+)
+TWO_NODES = ("hydra/launcher=slurm", "trainer=cpu_ddp", "trainer.devices=1")
+
+
+@pytest.mark.parametrize(
+    ("trainer", "expected"),
+    [
+        ({"accelerator": "gpu", "devices": 4, "num_nodes": 2}, Allocation(2, 4, 4)),
+        ({"accelerator": "cuda", "devices": [0, 1]}, Allocation(1, 2, 2)),
+        ({"accelerator": "cpu", "devices": "3", "num_nodes": 1}, Allocation(1, 3, None)),
+    ],
+)
+def test_a_job_gets_a_task_for_each_device_of_each_node(trainer, expected):
+    assert allocation(trainer) == expected
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"devices": "auto"}, r"trainer.devices=auto .* such as trainer.devices=2"),
+        ({"devices": -1}, r"trainer.devices=-1 does not say how many"),
+        ({"devices": [2, 3]}, r"trainer.devices=\[2, 3\]"),
+        ({"devices": True}, "trainer.devices=True"),
+        ({"num_nodes": 0}, "trainer.num_nodes must be a positive number, got 0"),
+        ({"accelerator": "auto"}, "choose trainer.accelerator=cpu"),
+    ],
+)
+def test_what_does_not_say_how_much_is_refused(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        allocation({"accelerator": "gpu", "devices": 2, "num_nodes": 2} | wrong)
+
+
+def test_a_sweep_whose_size_is_open_is_refused_before_anything_is_submitted(tmp_path):
+    arguments = ("hydra/launcher=slurm", "trainer=ddp", "trainer.num_nodes=2", "trainer.devices=2,auto")
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "trainer.devices=auto does not say how many devices of a node to ask SLURM for" in done.stderr
+    assert not list(tmp_path.rglob("*submission*"))
+
+
+def test_without_submitit_it_is_said_how_to_get_it():
+    code = "import sys; sys.modules['submitit'] = None; from lightning_mnn.app import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "-m", "hydra/launcher=slurm"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "pip install lightning-mnn[slurm]" in done.stderr
+
+
+class TellsToStop(pl.Callback):
+    def __init__(self, saver, step):
+        self.saver, self.step = saver, step
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            self.saver.stop_soon()
+
+
+def test_told_to_stop_a_run_saves_at_once_and_ends(make_trainer, tmp_path):
+    saver = LastCheckpoint(tmp_path)
+    trainer = make_trainer(max_epochs=10, enable_checkpointing=True, callbacks=[TellsToStop(saver, step=7), saver])
+    with pytest.raises(SavedAndStopped) as ended:
+        trainer.fit(MNN(5, hidden_dims=(4,)), GaussianData(num_samples=12, input_dim=5, batch_size=4))
+    assert not ended.value.code
+    assert torch.load(saver.path, weights_only=True)["global_step"] == 7
+
+
+def slurm(*command, check=True):
+    return subprocess.run(command, capture_output=True, text=True, check=check).stdout.strip()
+
+
+def state_of(job):
+    """State and number of nodes of a job of SLURM's."""
+    return slurm("squeue", "--noheader", "--array", f"--jobs={job}", "--format=%T %D", check=False)
+
+
+def wait_for(moment):
+    deadline = time.monotonic() + 100
+    while not (found := moment()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
+def has_rows(run, rows):
+    path = run / "metrics.csv"
+    return path.exists() and path.read_text().count("\n") > rows
+
+
+def summary_of(run):
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary.pop("finished")
+    return {key: value for key, value in summary.items() if key != "seconds"}
+
+
+class Sweeps:
+    """Sweeps by the real command, each in a folder and with a log of its name."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self._running = {}
+
+    def start(self, name, *arguments):
+        command = [*COMMAND, *RUN, *arguments, f"hydra.sweep.dir={name}"]
+        with (self.folder / f"{name}.log").open("w") as log:
+            self._running[name] = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log)
+
+    def end(self, name):
+        """The exit code."""
+        return self._running[name].wait(100)
+
+    def said(self, name):
+        return (self.folder / f"{name}.log").read_text()
+
+    def jobs(self, name):
+        return re.findall(r"#\d+ is SLURM's job (\w+)", self.said(name))
+
+    def close(self):
+        for name, process in self._running.items():
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+                slurm("scancel", *self.jobs(name), check=False)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    if shutil.which("sinfo") is None:
+        pytest.skip("there is no SLURM here")
+    nodes = [line.split() for line in slurm("sinfo", "--noheader", "--format=%D %t", check=False).splitlines()]
+    if sum(int(number) for number, state in nodes if state in ("idle", "alloc", "mix", "comp")) < 2:
+        pytest.skip("SLURM has no two nodes that are up")
+
+
+@pytest.fixture(scope="module")
+def sweeps(cluster, tmp_path_factory):
+    """A sweep of two jobs, one whose first job is requeued and whose second is cancelled, and one without SLURM."""
+    sweeps = Sweeps(tmp_path_factory.mktemp("sweeps"))
+    try:
+        sweeps.start("cut", *TWO_NODES, "trainer.num_nodes=2,1", "seed=1")
+        first, second = wait_for(lambda: sweeps.jobs("cut")[:2])
+        sizes = [state_of(job).split()[1] for job in (first, second)]
+        slurm("scancel", second)
+        run = sweeps.folder / "cut" / "0"
+        wait_for(lambda: has_rows(run, 10))
+        slurm("scancel", "--signal=USR1", first)
+        sweeps.start("alone", "trainer=cpu", "seed=1,2", "logger.mode=disabled")
+        sweeps.start("whole", *TWO_NODES, "trainer.num_nodes=2", "seed=1,2")
+        wait_for(lambda: state_of(first).startswith("PENDING"))
+        kept = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+        slurm("scontrol", "update", f"JobId={first}", "StartTime=now")  # it would wait two minutes
+        codes = {name: sweeps.end(name) for name in ("alone", "cut", "whole")}
+        yield SimpleNamespace(
+            folder=sweeps.folder, said=sweeps.said, codes=codes, kept=kept, sizes=sizes, cancelled=second
+        )
+    finally:
+        sweeps.close()
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+@pytest.mark.xdist_group("slurm")
+def test_two_jobs_of_two_nodes_each_agree_with_one_process(sweeps):
+    assert (sweeps.codes["whole"], sweeps.codes["alone"]) == (0, 0), sweeps.said("whole") + sweeps.said("alone")
+    for job in ("0", "1"):
+        two, one = (summary_of(sweeps.folder / name / job) for name in ("whole", "alone"))
+        assert (two["processes"], one["processes"]) == (2, 1)
+        assert two["visits"] == one["visits"] == [400, 400]  # of every sample, the least and the most
+        for key in ("epochs", "steps", "num_samples", "seed", "kind", "kinks", "rank", "regions_visited"):
+            assert two[key] == one[key], key
+        for key in ("mse", "mce", "distance", "stationarity"):
+            assert two[key] == pytest.approx(one[key], rel=1e-8), key
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+@pytest.mark.xdist_group("slurm")
+def test_a_job_that_was_requeued_goes_on_where_it_was(sweeps):
+    assert 0 < sweeps.kept["global_step"] < 400  # saved when the signal came: the clock's first is after a minute
+    cut, whole = (sweeps.folder / name / "0" for name in ("cut", "whole"))
+    assert summary_of(cut) == summary_of(whole)
+    assert (cut / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+    runs = [path.name.rpartition("-")[2] for path in cut.glob("wandb/offline-run-*")]
+    assert len(runs) == 2  # the parts
+    assert len(set(runs)) == 1  # of one
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+@pytest.mark.xdist_group("slurm")
+def test_each_job_has_its_own_size_and_one_that_slurm_ends_fails_alone(sweeps):
+    assert sweeps.sizes == ["2", "1"]
+    assert sweeps.codes["cut"] == 1
+    assert f"SLURM's job {sweeps.cancelled} ended early" in sweeps.said("cut")
+    assert "#1 failed, resume=true would go on" in sweeps.said("cut")
