@@ -13,10 +13,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
+from lightning_mnn.tasks._folders import register_resolvers
 from lightning_mnn.tasks._quiet import quieten
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+register_resolvers()
 
 
 @hydra.main(version_base="1.3", config_path="pkg://lightning_mnn.conf", config_name="config")

@@ -14,12 +14,15 @@ def positive_integer(name: str, value: Any) -> int:
     """The value as an int.
 
     Raises:
-        ValueError: it is not a whole number of at least 1.
+        ValueError: it is not a whole number of at least 1, or it is True.
 
     >>> positive_integer("width", 3)
     3
+    >>> positive_integer("width", True)
+    Traceback (most recent call last):
+    ValueError: width must be at least 1 and a whole number, got True
     """
-    if not isinstance(value, numbers.Integral) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"{name} must be at least 1 and a whole number, got {value!r}")
     return int(value)
 

@@ -25,6 +25,7 @@ FLOORS = {
     "app": 4,
     "jobs": 4,
     "launcher": 4,
+    "slurm": 4,
     "tasks": 4,
     "__main__": 4,
 }

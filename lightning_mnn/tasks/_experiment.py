@@ -15,7 +15,7 @@ from lightning_mnn.tasks._parts import finish_parts
 from lightning_mnn.validation import positive_integer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from lightning_mnn.tasks._parts import Part
 
@@ -34,22 +34,38 @@ def settings_of(cfg: DictConfig, task: str, experiment: str) -> dict[str, Any]:
     return settings
 
 
-def refuse_unused(cfg: DictConfig, task: str, groups: Sequence[str]) -> None:
-    """Refuse what the task would pass over: the named groups of the config, and `threads`.
+def refuse_unused(cfg: DictConfig, task: str, unused: Mapping[str, Any]) -> None:
+    """Refuse what the task would pass over: `threads`, `ckpt_path`, and what is named.
+
+    Args:
+        cfg: the config.
+        task: its name.
+        unused: keys and groups of the config that have no part in the task, with the values that they have if nobody
+            asks for anything.
 
     Raises:
-        ValueError: one of the groups is not null, or `threads` is given.
+        ValueError: one of them has another value, or `threads` or `ckpt_path` is given.
 
-    >>> refuse_unused(OmegaConf.create({"data": None, "threads": None}), "scan", ["data", "model"])
+    >>> refuse_unused(OmegaConf.create({"data": None, "replicas": 1}), "census", {"data": None, "replicas": 1})
     """
-    for group in groups:
-        if cfg.get(group) is not None:
-            raise ValueError(f"task={task} makes no use of {group}: leave {group} out, or choose {group}=null")
+    for key, default in {**unused, "ckpt_path": None}.items():
+        if (value := cfg.get(key, default)) == default:
+            continue
+        if (debug := _debug_choice()) is not None:
+            raise ValueError(f"debug={debug} sets {key}, which task={task} makes no use of: choose debug=limit")
+        given = key if OmegaConf.is_config(value) else f"{key}={value}"
+        remedy = f"leave {key} out, or choose {key}={'null' if default is None else default}"
+        raise ValueError(f"task={task} makes no use of {given}: {remedy}")
     if cfg.get("threads") is not None:
         raise ValueError(
             f"threads={cfg.threads}: the worker processes of task={task} use one thread each: leave threads out, and "
             f"choose their number by {task}.processes"
         )
+
+
+def _debug_choice() -> str | None:
+    choice: str | None = HydraConfig.get().runtime.choices.get("debug") if HydraConfig.initialized() else None
+    return choice
 
 
 def different(key: str, values: Any, what: str, *, at_least: int = 1) -> list[Any]:

@@ -37,8 +37,11 @@ if TYPE_CHECKING:
 _OF_ALL = ("rank_deficient", "suboptimal_residual", "suboptimal_minimum")
 _OF_SEARCHED = ("any_minimum", "global_minimum", "undecided")
 
-# Groups of the config that have no part in it: nothing is trained.
-_UNUSED = ("data", "model", "optimizer", "schedule", "trainer", "callbacks", "logger")
+# What of the config has no part in it, and how it is if left alone: nothing is trained.
+_UNUSED = dict.fromkeys(("data", "model", "optimizer", "schedule", "trainer", "callbacks", "logger")) | {
+    "replicas": 1,
+    "dtype": "float64",
+}
 
 
 @dataclass(frozen=True)

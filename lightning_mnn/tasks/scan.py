@@ -49,7 +49,7 @@ _REFERENCES = ("square", "parameter")
 _INDIFFERENT = ("input_dims", "hidden_layers", "samples_per", "ratios")
 
 # Groups of the config that have no part in it: a network and its data follow from the settings.
-_UNUSED = ("data", "model", "trainer", "callbacks", "logger")
+_UNUSED = dict.fromkeys(("data", "model", "trainer", "callbacks", "logger"))
 
 # Columns that are found by the detector: of the trained weights, and of the minimum next to them.
 _MEASURES = (

@@ -28,7 +28,7 @@ SMALL = (
     "callbacks.checkpoint.train_time_interval.minutes=0.004",
 )  # fmt: skip
 KINDS = {
-    "whole_epochs_at_a_time": ("trainer.max_epochs=8000",),
+    "whole_epochs_at_a_time": ("trainer.max_epochs=6000",),
     "checkpoints_within_epochs": ("trainer.max_epochs=500", "data.batch_size=9", "+trainer.gradient_clip_val=1e9"),
 }
 
@@ -93,7 +93,7 @@ def wandb_rows(run):
     records = [json.loads(line) for line in done.stdout.splitlines()]
     names = {record["run"]["run_id"] for record in records if record["type"] == "run"}
     rows = [record["history"]["item"] for record in records if record["type"] == "history"]
-    own = ("_runtime", "_timestamp", "figure")  # of the process, not of the run
+    own = ("_runtime", "_timestamp", "figure", "verdict")  # of the process, not of the run
     return names, {row["_step"]: {k: v for k, v in row.items() if not k.startswith(own)} for row in rows}
 
 
@@ -122,32 +122,45 @@ def assert_same_run(run, unbroken):
     assert names == {path.name for path in unbroken.rglob("*") if not {"wandb", ".hydra"} & {*path.parts}}
 
 
+def begun(folder):
+    """The folder of the one run that has come to train there, or one that is not there."""
+    (run,) = [path.parent for path in folder.glob("outputs/quickstart/*/plan.json")] or [folder / "none"]
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_any_moment_it_ends_in_the_numbers_of_an_unbroken_run(kind, tmp_path):
     arguments = (*SMALL, *KINDS[kind])
+    start_time = time.monotonic()
     command(tmp_path, *arguments, "hydra.run.dir=unbroken")
-    run, again = tmp_path / "cut", (*arguments, "hydra.run.dir=cut", "resume=true")
+    life = time.monotonic() - start_time
     total = rows_of(tmp_path / "unbroken")
+    again = (*arguments, "resume=true")  # which finds the folder
+
+    kill_when(start(tmp_path, *again), lambda: rows_of(begun(tmp_path)) > 3)
+    run = begun(tmp_path)
     last = run / "checkpoints" / "last.ckpt"
-    rarely = "callbacks.checkpoint.train_time_interval.minutes=10"
-    kill_when(start(tmp_path, *again, rarely), lambda: rows_of(run) > 3)
-    assert not last.exists()
     kill_when(start(tmp_path, *again), lambda: last.exists() and rows_of(run) > total / 4)
-    kill_when(start(tmp_path, *again), lambda: rows_of(run) > total / 2)
     kept = torch.load(last, weights_only=True)
     assert total / 8 < kept["logged_rows"] < total - 1
+    moments = np.random.default_rng(len(kind))
+    for _ in range(2):  # from the first moment to the last
+        process = start(tmp_path, *again)
+        process.join(moments.uniform(0, life))
+        process.kill()
+        process.join()
     command(tmp_path, *again)
+    assert run == begun(tmp_path)
     assert_same_run(run, tmp_path / "unbroken")
-    assert summary_of(run)[1] > kept["callbacks"]["FitTimer"]["time_elapsed"]["train"] > 0.3  # of three processes
+    assert summary_of(run)[1] > kept["callbacks"]["FitTimer"]["time_elapsed"]["train"] > 0.3  # of several processes
 
     (_, whole), *_ = [wandb_rows(path) for path in (tmp_path / "unbroken" / "wandb").glob("offline-run-*")]
     found = [wandb_rows(path) for path in sorted((run / "wandb").glob("offline-run-*"))]
-    assert len(found) == 4
     assert len(set().union(*(names for names, _ in found))) == 1
     for _, rows in found:
         assert all(whole[step] == row for step, row in rows.items())
-    assert found[-1][1] == whole
+    assert any(rows == whole for _, rows in found)
 
 
 def test_a_finished_run_is_told_again_and_another_is_refused(tmp_path):
@@ -213,26 +226,25 @@ def test_a_finished_run_is_told_again_and_another_is_refused(tmp_path):
 def test_two_processes_go_on_alike(tmp_path):
     arguments = (*SMALL, "trainer=cpu_ddp", "trainer.max_epochs=600", "logger.mode=disabled", "resume=true")
 
-    def launch(name):
+    def launch(*more):
         return subprocess.Popen(
-            [sys.executable, "-m", "lightning_mnn", *arguments, f"hydra.run.dir={name}"],
+            [sys.executable, "-m", "lightning_mnn", *arguments, *more],
             cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )  # fmt: skip
 
-    unbroken, cut = launch("unbroken"), launch("cut")
-    last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    unbroken, cut = launch("hydra.run.dir=unbroken"), launch()
     deadline = time.monotonic() + 100
-    while not last.exists() and time.monotonic() < deadline:
+    while not (last := begun(tmp_path) / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     assert cut.poll() is None
     os.killpg(cut.pid, signal.SIGKILL)
     cut.communicate()
     assert torch.load(last, weights_only=True)["global_step"] < 600
-    again = launch("cut")
+    again = launch()
     for process in (unbroken, again):
         said, _ = process.communicate(timeout=200)
         assert process.returncode == 0, said[-3000:]
-    assert_same_run(tmp_path / "cut", tmp_path / "unbroken")
+    assert_same_run(begun(tmp_path), tmp_path / "unbroken")
 
 
 def test_a_table_goes_on_after_the_rows_that_are_asked_for(tmp_path):

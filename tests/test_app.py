@@ -1,0 +1,149 @@
+"""The command as one meets it: its help, completion in the shell, and trial runs by debug=."""
+
+import json
+import os
+import pkgutil
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+
+from lightning_mnn import app, tasks
+from tests.tasks.test_resume import command
+
+CONF = Path(__file__).parent.parent / "conf"
+NO_LOG = ("logger.mode=disabled", "callbacks.angular_volume_monitor.measure=[]")
+
+
+def test_the_help_names_all_there_is_and_fits_a_terminal(tmp_path):
+    said = command(tmp_path, "--help")
+    lines = said.splitlines()
+    assert len(lines) <= 70
+    assert max(map(len, lines)) <= 100
+    assert lines[2].startswith("usage: lightning-mnn [-m] [experiment=NAME]")
+    words = set(re.findall(r"\w+", said))
+    for group in ("experiment", "model", "data", "optimizer", "schedule", "trainer", "callbacks", "logger", "debug"):
+        options = {path.stem for path in (CONF / group).glob("*.yaml")} - {"default"}
+        assert options | {group} <= words, group
+    known = {module.name for module in pkgutil.iter_modules(tasks.__path__) if not module.name.startswith("_")}
+    assert known <= words
+    for shown in (
+        "resume=true", "debug=limit", "hydra/launcher=device_pool hydra.launcher.n_jobs=2", "hydra/launcher=slurm",
+        "task=report sweep=", "dry_run", "logger.mode=", 'eval "$(lightning-mnn -sc install=bash)"',
+    ):  # fmt: skip
+        assert shown in said
+
+
+def complete(*lines):
+    """What bash offers for each line, its last word being begun."""
+    script = 'eval "$(lightning-mnn -sc install=bash)"\n'
+    for line in lines:
+        script += f"COMP_LINE={line!r} COMP_POINT={len(line)} COMP_CWORD={len(line.split()) - 1}\n"
+        script += 'hydra_bash_completion 2> /dev/null; echo "${COMPREPLY[*]}"\n'
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [shutil.which("bash"), "--norc", "-c", script], capture_output=True, text=True, check=True, env=environment
+    )
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+def test_bash_completes_groups_and_keys():
+    experiments, keys = complete("lightning-mnn experiment=fi", "lightning-mnn -m data=mnist debug=limit data.pa")
+    assert experiments == ["experiment=figure_5_1", "experiment=figure_5_2"]
+    assert keys == ["data.part="]
+
+
+def trial(folder, *arguments):
+    """What a trial run said, and the folder that it worked in."""
+    name = arguments[0].removeprefix("experiment=")
+    before = set(folder.glob(f"outputs/debug/{name}/*"))
+    said = command(folder, *arguments)
+    (run,) = set(folder.glob(f"outputs/debug/{name}/*")) - before
+    assert [path.name for path in (folder / "outputs").iterdir()] == ["debug"]
+    return said, run
+
+
+def summary_of(run):
+    return json.loads((run / "summary.json").read_text())
+
+
+def assert_whole(run):
+    names = {"summary.json", "metrics.csv", "figure.png", "patterns.zarr", "checkpoints", "plan.json", ".hydra"}
+    assert names <= {path.name for path in run.iterdir()}
+    assert summary_of(run)["finished"]
+
+
+@pytest.mark.parametrize("experiment", ["quickstart", pytest.param("mnist", marks=pytest.mark.slow)])
+def test_every_trial_runs(experiment, tmp_path, request):
+    options = [f"experiment={experiment}", *NO_LOG]
+    if experiment == "mnist":
+        options.append(f"data.root={request.getfixturevalue('mnist_root')}")
+
+    said, run = trial(tmp_path, *options, "debug=fast", *(["data.part=test"] if experiment == "mnist" else []))
+    assert "all went well in 1 step(s) of a fast_dev_run, of which nothing is kept" in said
+    assert {path.name for path in run.iterdir()} == {".hydra", f"{experiment}.log"}
+
+    _, run = trial(tmp_path, *options, "debug=limit")
+    assert_whole(run)
+    assert (summary_of(run)["epochs"], summary_of(run)["num_samples"]) == (
+        3,
+        40 if experiment == "quickstart" else 2115,
+    )
+
+    _, run = trial(tmp_path, *options, "debug=overfit", "trainer.max_epochs=100")
+    assert_whole(run)
+    assert summary_of(run)["steps"] == summary_of(run)["epochs"] <= 100
+    assert summary_of(run)["mse"] < 0.01
+    assert summary_of(run)["mce"] == 0
+
+    if experiment == "mnist":
+        return
+    _, run = trial(tmp_path, *options, "debug=profiler", "trainer.max_epochs=2", "data.num_samples=20")
+    assert_whole(run)
+    profile = (run / "fit-profile.txt").read_text()
+    assert "run_training_epoch" in profile
+    assert "[Callback]LocalMinimumDetector.on_train_end" in profile
+
+
+def test_experiments_in_parts_have_a_small_form(tmp_path):
+    said = command(tmp_path, "experiment=census", "debug=fast", expect=1)
+    assert "error: debug=fast sets trainer, which task=census makes no use of: choose debug=limit\n" in said
+    _, run = trial(tmp_path, "experiment=figure_5_1", "debug=limit", "scan.processes=1")
+    assert summary_of(run)["networks"] == 2 * 2 * 3 * 3
+    assert (run / "figure.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("experiment", "override", "message"),
+    [
+        (
+            "census",
+            "ckpt_path=a",
+            "task=census makes no use of ckpt_path=a: leave ckpt_path out, or choose ckpt_path=null",
+        ),
+        ("census", "replicas=2", "task=census makes no use of replicas=2: leave replicas out, or choose replicas=1"),
+        ("census", "dtype=float32", "task=census makes no use of dtype=float32: leave dtype out"),
+        ("figure_5_2", "ckpt_path=a", "task=scan makes no use of ckpt_path=a"),
+    ],
+)
+def test_what_an_experiment_in_parts_would_pass_over_is_refused(experiment, override, message):
+    with initialize_config_module("lightning_mnn.conf", version_base="1.3"):
+        cfg = compose("config", [f"experiment={experiment}", override, "run_dir=run"])
+    with pytest.raises(ValueError, match=message):
+        app.run(cfg)
+    assert not Path("run").exists()
+
+
+@pytest.mark.slow
+def test_a_trial_by_two_processes(tmp_path):
+    arguments = ("trainer=cpu_ddp", "debug=profiler", "trainer.max_epochs=2", *NO_LOG, "data.num_samples=20")
+    subprocess.run([sys.executable, "-m", "lightning_mnn", *arguments], cwd=tmp_path, check=True, capture_output=True)
+    (run,) = tmp_path.glob("outputs/debug/quickstart/*")
+    assert_whole(run)
+    assert {"fit-profile-0.txt", "fit-profile-1.txt"} <= {path.name for path in run.iterdir()}
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
