@@ -7,21 +7,29 @@ from the row that came next.
 from __future__ import annotations
 
 import csv
+import os
+import re
+import shutil
+import sys
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning_fabric.loggers.logger import rank_zero_experiment
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.loggers.logger import Logger
-from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import pytorch_lightning as pl
     from torch import Tensor
+
+_STEP = "trainer/global_step"
 
 
 class ResumableCSVLogger(Logger):
@@ -127,39 +135,242 @@ class ResumableCSVLogger(Logger):
 
 
 class ResumableWandbLogger(WandbLogger):
-    """Logs to W&B, where a row's own step says which row it is, so that one that is logged again does not count twice.
+    """Logs to W&B; trouble with its server neither stops a run nor loses anything of it.
 
-    W&B's step of row ``i`` is ``2 i + 1``, that of pictures and histograms after ``i`` rows ``2 i``. A run that goes on
-    after a kill logs rows again under the steps that they had: W&B passes over those that it has.
+    Where an online run cannot begin (no API key, no network, a server that errs or does not answer within
+    ``settings.init_timeout``), or W&B fails on the way, the run goes on offline; nothing is ever asked on a terminal.
+    What the server does not take within ``settings.finish_timeout`` after the end stays in the run's folder. Each is
+    said in one warning with the command that uploads it.
+
+    A row's own W&B step says which row it is, so that one that is logged again does not count twice: W&B's step of row
+    ``i`` is ``2 i + 1``, that of pictures, tables and histograms after ``i`` rows ``2 i``. A run that goes on after a
+    kill logs rows again under the steps that they had: W&B passes over those that it has.
 
     Args:
+        best: by direction, ``min`` or ``max``, the names of which a run's summary keeps the best value (as
+            ``NAME.min``, ``NAME.max``) beside the last one (``NAME.last``). Of others it keeps the last (``NAME``).
+        run_config: the run's settings, as W&B is to show them; the hyperparameters that Lightning finds in the module
+            and the data are then not logged a second time.
         **options: see :class:`pytorch_lightning.loggers.WandbLogger`.
 
     Attributes:
-        rows: rows logged, without pictures and histograms.
+        rows: rows logged, without pictures, tables and histograms.
+
+    Raises:
+        ValueError: ``best`` has another direction.
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(
+        self,
+        *,
+        best: Mapping[str, Sequence[str]] | None = None,
+        run_config: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options if run_config is None else options | {"config": dict(run_config)})
+        self.best = {direction: list(names) for direction, names in (best or {}).items()}
+        if not self.best.keys() <= {"min", "max"}:
+            raise ValueError(f"best must have the keys min and max, got {list(self.best)}")
         self.rows = 0
+        self._online: list[tuple[dict[str, Any], int]] = []  # rows of a run whose folder W&B's process may leave torn
+        self._summary: dict[str, Any] = {}
+        self._said = _Said()
+
+    @property
+    @override
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        import wandb  # noqa: PLC0415 (slow, and only used with its logger)
+
+        if self._experiment is None and wandb.run is None:
+            self._experiment = self._begin()
+        return super().experiment
+
+    @property
+    def url(self) -> str | None:
+        """Where W&B shows the run; None if it is offline or disabled, or has not begun."""
+        run = self._experiment
+        return run.url if run is not None and _is_online(run) else None
+
+    @override
+    @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:
+        """Add to the run's config; where the run was given one, take no notice."""
+        if "config" not in self._wandb_init:
+            super().log_hyperparams(params)
 
     @override
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         named = {f"{self._prefix}{self.LOGGER_JOIN_CHAR}{k}" if self._prefix else k: v for k, v in metrics.items()}
         if step is not None:
-            named["trainer/global_step"] = step
-        if all(isinstance(value, int | float | torch.Tensor) for value in metrics.values()):
-            self.experiment.log(named, step=2 * self.rows + 1, commit=True)
-            self.rows += 1
-        else:
-            self.experiment.log(named, step=2 * self.rows, commit=False)
+            named[_STEP] = step
+        run = self.experiment
+        if not all(isinstance(value, int | float | torch.Tensor) for value in metrics.values()):
+            with self._offline_if_it_fails():
+                run.log(named, step=2 * self.rows, commit=False)
+            if self._experiment is not run:
+                with suppress(Exception):  # what W&B has bound to the run before stays there
+                    self.experiment.log(named, step=2 * self.rows, commit=False)
+            return
+        row = (named, 2 * self.rows + 1)
+        self.rows += 1
+        if _is_online(run):
+            self._online.append(row)
+        with self._offline_if_it_fails():
+            run.log(row[0], step=row[1], commit=True)
+
+    @rank_zero_only
+    def log_summary(self, values: Mapping[str, Any]) -> None:
+        """Add to the run's summary."""
+        run = self.experiment
+        self._summary.update(values)
+        with self._offline_if_it_fails():
+            run.summary.update(dict(values))
 
     @rank_zero_only
     def resume(self, rows: Sequence[tuple[dict[str, float], int]]) -> None:
         """Begin with the rows (metrics, step) of before: W&B writes them now and then, and a kill takes the rest."""
         for metrics, step in rows:
             self.log_metrics(metrics, step)
+
+    @rank_zero_only
+    def finish(self, exit_code: int = 0) -> None:
+        """End the run, or the next one of this process would go on with it; warn if not all of it was uploaded."""
+        run = self._experiment
+        if run is None:
+            return
+        left = None
+        with self._offline_if_it_fails():
+            try:
+                run.finish(exit_code)
+            except TimeoutError as error:
+                left = str(error)
+        if self._experiment is not run:
+            self.experiment.finish(exit_code)
+        elif _is_online(run) and (left := left or self._said.of_sync()):
+            rank_zero_warn(f"Not all of the run came to W&B ({_first_line(left)}). {_all_is_in(run)}")
+
+    def _begin(self) -> Any:
+        """Start the run; if that fails online, offline."""
+        mode = "offline" if self._offline else self._wandb_init.get("mode") or os.environ.get("WANDB_MODE", "online")
+        if mode in ("offline", "disabled", "dryrun"):
+            return self._start(mode)
+        before = self._folders()
+        try:
+            return self._start(mode)
+        except Exception as error:  # noqa: BLE001 (what is not the server's fault comes again offline)
+            reason = str(error) or type(error).__name__
+        _end_service()
+        for attempt in self._folders() - before:  # which holds nothing but the beginning
+            shutil.rmtree(attempt, ignore_errors=True)
+        run = self._start("offline")
+        rank_zero_warn(f"W&B cannot be used ({_first_line(reason)}): the run goes on offline. {_all_is_in(run)}")
+        return run
+
+    @contextmanager
+    def _offline_if_it_fails(self) -> Iterator[None]:
+        """Where W&B fails in an online run, as when its own process has died, begin it anew offline, with its rows."""
+        run = self._experiment
+        try:
+            yield
+        except Exception as error:
+            if run is None or not _is_online(run):
+                raise
+            reason = str(error) or type(error).__name__
+        else:
+            return
+        _end_service()
+        self._experiment = run = self._start("offline")
+        for row, step in self._online:
+            run.log(row, step=step, commit=True)
+        run.summary.update(self._summary)
+        self._online.clear()
+        rank_zero_warn(f"W&B failed ({_first_line(reason)}): the run goes on offline. {_all_is_in(run)}")
+
+    def _start(self, mode: str) -> Any:
+        options = {name: value for name, value in self._wandb_init.items() if value is not None} | {"mode": mode}
+        run = _init(options, self._said)
+        run.define_metric(_STEP)
+        run.define_metric("*", step_metric=_STEP, step_sync=True)
+        for direction, names in self.best.items():
+            for name in names:
+                run.define_metric(name, step_metric=_STEP, step_sync=True, summary=f"{direction},last")
+        return run
+
+    def _folders(self) -> set[Path]:
+        """Where runs of this name were begun online."""
+        return set(Path(self._save_dir or ".", "wandb").glob(f"run-*-{self._id or '*'}"))
+
+
+class _Said:
+    """What W&B would have written to a terminal."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def of_sync(self) -> str | None:
+        """The first warning that not all is uploaded."""
+        return next((line for line in self.warnings if "wandb sync" in line), None)
+
+    def info(self, message: str) -> None:
+        """Pass over a message."""
+
+    def warning(self, message: str) -> None:
+        """Keep a warning."""
+        self.warnings.append(message.removeprefix("wandb: WARNING "))
+
+    error = warning
+
+
+def _is_online(run: Any) -> bool:
+    return not (run.offline or run.disabled)
+
+
+def _init(options: Mapping[str, Any], said: _Said) -> Any:
+    """``wandb.init`` in a service of this process's own, which asks nothing."""
+    import wandb  # noqa: PLC0415 (slow, and only used with its logger)
+
+    owner = re.match(r"\d+-(\d+)-", os.environ.get("WANDB_SERVICE", ""))
+    if owner is None or int(owner[1]) != os.getpid():  # it may hold the run of a process that was killed
+        os.environ.pop("WANDB_SERVICE", None)
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # reports of W&B's own, for which the exit would wait
+    settings = options.get("settings")
+    if isinstance(settings, wandb.Settings) and settings.silent:
+        wandb.setup(wandb.Settings(silent=True))  # before it says where it found a key
+        wandb.termsetup(wandb.Settings(silent=True), said)
+    with _nobody_to_ask():
+        return wandb.init(**options)
+
+
+def _end_service() -> None:
+    """End the service, for which the name of a run that failed to begin remains in use."""
+    import wandb  # noqa: PLC0415 (slow, and only used with its logger)
+
+    with suppress(Exception, SystemExit):  # of a process that is no more, by whose code W&B would exit
+        wandb.teardown()
+
+
+@contextmanager
+def _nobody_to_ask() -> Iterator[None]:
+    """Let the input not be a terminal."""
+    terminal = sys.stdin
+    with Path(os.devnull).open() as nothing:
+        sys.stdin = nothing
+        try:
+            yield
+        finally:
+            sys.stdin = terminal
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0].removesuffix(".")
+
+
+def _all_is_in(run: Any) -> str:
+    folder = Path(run.dir).parent
+    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    return f"All of it is in {shown}; upload it with: wandb sync {shown}"
 
 
 def log_scalars(trainer: pl.Trainer, scalars: dict[str, Tensor | float | None]) -> None:
@@ -193,6 +404,18 @@ def log_image(logger: Logger, name: str, path: Path, step: int) -> bool:
         add_image(name, imread(path), step, dataformats="HWC")
         return True
     return False
+
+
+def log_table(logger: Logger, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> bool:
+    """Log a table to W&B; other loggers are passed over.
+
+    Returns:
+        Whether the logger took it.
+    """
+    if not hasattr(logger, "log_table"):
+        return False
+    logger.log_table(name, columns=list(columns), data=[list(row) for row in rows], step=step)
+    return True
 
 
 def log_histogram(logger: Logger, name: str, values: Tensor, step: int) -> bool:

@@ -247,7 +247,7 @@ class MNN(pl.LightningModule):
         loss: Tensor = squared_errors.sum()
         return loss
 
-    def _samples_per_process(self, targets: Tensor) -> Tensor | int:
+    def _samples_per_process(self, targets: Tensor) -> Tensor | float:
         """Samples of the batch over all processes, divided by the number of processes.
 
         Squared errors divided by it give a loss whose mean over the processes is the batch's MSE, whatever share of the
@@ -255,10 +255,13 @@ class MNN(pl.LightningModule):
         """
         if self.trainer.world_size == 1:
             return targets.shape[-1]
+        loader = self.trainer.train_dataloader
+        if isinstance(loader, ExactLoader):  # which knows it without asking the others
+            return loader.size_of_batch / self.trainer.world_size
         count = self.output_weights.new_tensor(targets.shape[-1])
         return self.trainer.strategy.reduce(count, reduce_op="mean")
 
-    def _log(self, squared_errors: Tensor, predictions: Tensor, targets: Tensor, scale: Tensor | int) -> None:
+    def _log(self, squared_errors: Tensor, predictions: Tensor, targets: Tensor, scale: Tensor | float) -> None:
         """Log the batch's MSE and MCE, the mean over replicas and processes.
 
         Raises:

@@ -50,6 +50,7 @@ def numbers(value):
 def test_two_processes_agree_with_one(tmp_path, options):
     one, two = run(1, options, tmp_path / "one"), run(2, options, tmp_path / "two")
     assert (one.pop("world_size"), two.pop("world_size")) == (1, 2)
+    assert one["visits"] == two["visits"] == [6, 6]
     if options.get("replicas", 1) == 1:
         assert set(one["counts"]) == set(two["counts"]) == {6.0}  # every sample once in each of the 6 epochs
     assert one.keys() == two.keys()
@@ -61,3 +62,11 @@ def test_two_processes_agree_with_one(tmp_path, options):
         for a, b in zip(numbers(one[name]), numbers(two[name]), strict=True):
             same_text = isinstance(a, str) or a is None or b is None
             assert a == b if same_text else b == pytest.approx(a, rel=1e-9, abs=1e-10), name
+
+
+@pytest.mark.slow
+def test_all_processes_stop_where_one_was_told_to_and_seldom_ask_one_another(tmp_path):
+    found = run(2, {"stop": 150}, tmp_path / "stopped")
+    assert 150 <= found["steps"] == found["saved"] <= 250
+    assert found["visits"] == {"samples": 21, "fewest": found["steps"]}  # of both processes
+    assert found["questions"] <= 5

@@ -196,11 +196,12 @@ def until(holds):
 
 
 def ranks(number):
-    """Process numbers of a rank of DDP that jobs have started."""
+    """Process numbers of a rank of DDP that jobs in this folder have started."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            is_job = b"jobs/main.py" in (path / "cmdline").read_bytes()
+            here = (path / "cwd").resolve() == Path.cwd()
+            is_job = here and b"jobs/main.py" in (path / "cmdline").read_bytes()
             if is_job and f"LOCAL_RANK={number}".encode() in (path / "environ").read_bytes().split(b"\0"):
                 found.append(int(path.name))
     return found
@@ -217,7 +218,7 @@ def summaries(folder):
 
 @pytest.mark.slow
 def test_a_sweep_over_devices_is_right_and_survives_the_loss_of_a_rank():
-    epochs = 1500
+    epochs = 700
     common = [
         *(sys.executable, "-m", "lightning_mnn", "-m", "hydra/launcher=device_pool", "hydra.launcher.n_jobs=2"),
         *(
@@ -233,6 +234,7 @@ def test_a_sweep_over_devices_is_right_and_survives_the_loss_of_a_rank():
             "callbacks.local_minimum_detector.stop_training=false",
         ),
         "callbacks.checkpoint.train_time_interval.minutes=0.005",
+        "callbacks.angular_volume_monitor.measure=[]",  # an estimate: it agrees within its error
     ]
     say([*common, "hydra.sweep.dir=whole", "trainer.devices=1,2", "seed=1,2"])
     whole = summaries("whole")

@@ -2,13 +2,21 @@
 
 import json
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
 
 from lightning_mnn import MNN
-from lightning_mnn.callbacks import ActivationPatternRecorder, LocalMinimumDetector, Schedule, certification
+from lightning_mnn.callbacks import (
+    ActivationPatternRecorder,
+    LastCheckpoint,
+    LocalMinimumDetector,
+    Schedule,
+    certification,
+)
+from lightning_mnn.callbacks.last_checkpoint import SavedAndStopped
 from lightning_mnn.callbacks.schedule import ScheduledCallback
 from lightning_mnn.data import GaussianData
 from lightning_mnn.landscape import least_squares
@@ -27,14 +35,58 @@ class Counter(pl.Callback):
 
     def on_train_end(self, trainer, pl_module):
         self.counts = trainer.strategy.reduce(self.counts, reduce_op="sum")
+        self.visits = trainer.datamodule.visits()  # collective
         metric = MeanClassificationError(0.0).to(pl_module.device)
         for x, y in trainer.train_dataloader:
             metric.update(pl_module(x), y)
         self.mce = float(metric.compute())  # collective
 
 
+class Told(LastCheckpoint):
+    """Counts how often the processes ask one another; the last of them is told to stop after a step."""
+
+    def __init__(self, dirpath, step):
+        super().__init__(dirpath, timedelta(hours=1))
+        self.step, self.questions = step, 0
+
+    def _agreed(self, trainer):
+        before = self._asked
+        if trainer.global_step == self.step and trainer.global_rank == trainer.world_size - 1:
+            self.stop_soon()
+        answer = super()._agreed(trainer)
+        self.questions += self._asked != before
+        return answer
+
+
+def stop(devices: int, step: int, out: Path) -> None:
+    """Train until the last process is told to stop, and write where that was."""
+    saver = Told(out.parent, step)
+    trainer = pl.Trainer(
+        max_epochs=1000,
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=out.parent,
+        callbacks=[saver],
+    )
+    try:
+        trainer.fit(MNN(6, [9], default_callbacks=False), GaussianData(21, 6))
+    except SavedAndStopped:
+        if trainer.is_global_zero:
+            state = torch.load(saver.path, weights_only=True)
+            visits = state["GaussianData"]["visits"]
+            found = {"steps": trainer.global_step, "saved": state["global_step"], "visits": visits}
+            out.write_text(json.dumps(found | {"questions": saver.questions}))
+
+
 def main(devices: int, options: dict, out: Path) -> None:
     torch.set_num_threads(1)
+    if "stop" in options:
+        stop(devices, options["stop"], out)
+        return
     counter, recorder = (
         Counter(options["num_samples"]),
         ActivationPatternRecorder(Schedule(every=2), dirpath=out.parent),
@@ -64,6 +116,7 @@ def main(devices: int, options: dict, out: Path) -> None:
     data = GaussianData(options["num_samples"], 6, batch_size=options.get("batch_size"), replicas=replicas)
     trainer.fit(model, data)
     found = {"world_size": trainer.world_size, "counts": counter.counts.tolist(), "metric": counter.mce}
+    found["visits"] = counter.visits
     found |= {"logged": {name: float(value) for name, value in trainer.callback_metrics.items()}}
     for callback in trainer.callbacks:
         if isinstance(callback, ScheduledCallback):

@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from pytorch_lightning.callbacks import Checkpoint
 from typing_extensions import override
 
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 _INTERVAL = timedelta(minutes=1)
+_LATE = 0.01  # of the interval, by which several processes may be late, so as not to ask one another after each batch
+_MOMENTS = 100  # by which they may be, at most: the next ones may take longer
+
+
+class SavedAndStopped(SystemExit):
+    """The end, with exit code 0, of a run that saved a checkpoint when it was told to stop."""
 
 
 class LastCheckpoint(Checkpoint):
@@ -52,6 +59,16 @@ class LastCheckpoint(Checkpoint):
         self.path = Path(dirpath) / "last.ckpt"
         self.train_time_interval = train_time_interval
         self._last_time = 0.0
+        self._is_to_stop = False
+        self._asked = 0.0  # when the processes asked one another
+        self._pause = self._left = 1  # moments from one question to the next, and until the next
+
+    def stop_soon(self) -> None:
+        """Save at the next such moment, whatever the interval, and raise :class:`SavedAndStopped` on all processes.
+
+        It may be called by a signal handler, and on one process of several; these may let some moments pass.
+        """
+        self._is_to_stop = True
 
     def epochs_until_due(self, done: int) -> float:  # noqa: ARG002 (as of the other callbacks)
         """Epochs after ``done`` of them until one at whose end the callback must act: it can wait."""
@@ -59,7 +76,8 @@ class LastCheckpoint(Checkpoint):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._last_time = time.monotonic()
+        self._last_time = self._asked = time.monotonic()
+        self._pause = self._left = 1
 
     @override
     def on_train_batch_end(
@@ -85,11 +103,30 @@ class LastCheckpoint(Checkpoint):
         ends = trainer.should_stop or completed_epochs == trainer.max_epochs or trainer.global_step == trainer.max_steps
         if ends or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        elapsed = time.monotonic() - self._last_time
-        if not trainer.strategy.reduce_boolean_decision(elapsed >= self.train_time_interval.total_seconds(), all=False):
+        is_due, is_to_stop = self._agreed(trainer)
+        if not is_due:
             return
         unfinished = self.path.with_name(self.path.name + ".tmp")
         trainer.save_checkpoint(unfinished, weights_only=False)
         if trainer.is_global_zero:
             unfinished.replace(self.path)
-        self._last_time = time.monotonic()
+        self._last_time = self._asked = time.monotonic()
+        if is_to_stop:
+            raise SavedAndStopped
+
+    def _agreed(self, trainer: pl.Trainer) -> tuple[bool, bool]:
+        """Whether to save now, and to stop then: the same on all processes, of which the first one's clock decides."""
+        is_to_stop = self._is_to_stop
+        interval, now = self.train_time_interval.total_seconds(), time.monotonic()
+        is_due = is_to_stop or now - self._last_time >= interval
+        if trainer.world_size == 1:
+            return is_due, is_to_stop
+        self._left -= 1
+        if self._left:
+            return False, False
+        in_time = self._pause * _LATE * interval / max(now - self._asked, 1e-9)
+        first = [is_due, is_to_stop, max(1, min(int(in_time), _MOMENTS))]
+        own = torch.tensor(first if trainer.is_global_zero else [0, is_to_stop, 0], device=trainer.strategy.root_device)
+        is_due, is_to_stop, self._pause = trainer.strategy.reduce(own, reduce_op="max").tolist()
+        self._asked, self._left = now, self._pause
+        return bool(is_due or is_to_stop), bool(is_to_stop)

@@ -155,7 +155,7 @@ class LocalMinimumDetector(ScheduledCallback):
         }
         stood = [kind in (Kind.DIFFERENTIABLE_MINIMUM, Kind.KINK_MINIMUM, Kind.SADDLE) for kind in kinds]
         for name in ("zero_error", "kinks", "rank_cap"):  # of the minimum, where there is one
-            values = found[name] if isinstance(found[name], list) else [found[name]]
+            values = found[name] if isinstance(found[name], list) else [found[name]] * len(kinds)
             pairs = zip(self.certificates, stood, values, strict=False)
             found[name] = [getattr(c, name) if yes else value for c, yes, value in pairs] or values
         for name in ("mse", "mce"):

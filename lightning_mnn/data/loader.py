@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from typing_extensions import override
 
 from lightning_mnn.bundling import steps_at_a_time
+from lightning_mnn.data.visits import Visits, packed, unpacked
 from lightning_mnn.seeding import generator
 from lightning_mnn.validation import dtype_named, positive_integer
 
@@ -74,6 +76,8 @@ class ExactLoader(ABC):
     Attributes:
         steps_per_batch: batches that are handed to Lightning at a time, as an iterator over them, where it is above 1
             (see :mod:`lightning_mnn.bundling`).
+        visits: how often this process has handed out each sample.
+        size_of_batch: samples of the batch that was handed out last, over all processes.
 
     Raises:
         ValueError: an empty data set, or a batch size that is not positive.
@@ -99,6 +103,8 @@ class ExactLoader(ABC):
         self.world_size = world_size
         self.sampler = EpochShuffle(num_samples, seeds, shuffle=shuffle)  # Lightning looks for this name
         self.steps_per_batch = 1
+        self.visits = Visits(num_samples)
+        self.size_of_batch = 0
         self._start = (0, 0)  # epoch and batch with which the next pass begins, if it is of that epoch
         self._next = 0  # batch to begin with, if training is resumed from here
 
@@ -117,8 +123,8 @@ class ExactLoader(ABC):
         return 0.0
 
     @abstractmethod
-    def _part(self, first: int, low: int, high: int, *, reuse: bool) -> tuple[Tensor, Tensor]:
-        """Samples first + low to first + high of this epoch's order."""
+    def _part(self, first: int, low: int, high: int, *, reuse: bool) -> tuple[tuple[Tensor, Tensor], slice | Tensor]:
+        """Samples first + low to first + high of this epoch's order, and the index by which they were looked up."""
 
     @property
     def num_steps(self) -> int:
@@ -152,8 +158,11 @@ class ExactLoader(ABC):
         for batch in range(start, stop):
             self._next = (batch + 1) % self.num_steps
             first = batch * self.batch_size
-            low, high = part_of(min(self.batch_size, self.num_samples - first), self.rank, self.world_size)
-            yield self._part(first, low, high, reuse=reuse)
+            self.size_of_batch = min(self.batch_size, self.num_samples - first)
+            low, high = part_of(self.size_of_batch, self.rank, self.world_size)
+            samples, index = self._part(first, low, high, reuse=reuse)
+            self.visits.add(index)
+            yield samples
 
     def state_dict(self) -> dict[str, int]:
         """Where in the epoch the loader is."""
@@ -200,7 +209,7 @@ class ExactData(pl.LightningDataModule, ABC):
         self.dtype = dtype_named(dtype)
         self.operations_per_sample: float | None = None
         self.exact_loader: ExactLoader | None = None
-        self._loader_state: dict[str, int] = {}
+        self._loader_state: dict[str, Any] = {}
 
     @property
     @abstractmethod
@@ -228,27 +237,57 @@ class ExactData(pl.LightningDataModule, ABC):
         if self.trainer is not None:
             rank, world_size = self.trainer.global_rank, self.trainer.world_size
             device = self.trainer.strategy.root_device
-        self.exact_loader = self.loader(
-            device,
-            batch_size=self.batch_size,
-            shuffle=self.shuffle,
-            seeds=self.seeds,
-            rank=rank,
-            world_size=world_size,
+        before, self.exact_loader = (
+            self.exact_loader,
+            self.loader(
+                device,
+                batch_size=self.batch_size,
+                shuffle=self.shuffle,
+                seeds=self.seeds,
+                rank=rank,
+                world_size=world_size,
+            ),
         )
         if self.operations_per_sample is not None:
             operations = self.operations_per_sample + self.exact_loader.operations_per_sample
             self.exact_loader.steps_per_batch = steps_at_a_time(self.exact_loader.batch_size * operations)
+        if before is not None and before.num_samples == self.exact_loader.num_samples:
+            self.exact_loader.visits = before.visits
+        visits = self._loader_state.get("visits", {})
+        if visits.get("samples") == self.exact_loader.num_samples:
+            # The sum over all processes, which one of them goes on with.
+            self.exact_loader.visits.go_on_from(unpacked(visits) * int(rank == 0))
         self.exact_loader.load_state_dict(self._loader_state)
         self._loader_state = {}  # of the resumed epoch only: a loader made later begins at the beginning
         return self.exact_loader
 
-    @override
-    def state_dict(self) -> dict[str, int]:
-        return {} if self.exact_loader is None else self.exact_loader.state_dict()
+    def visits(self) -> tuple[int, int] | None:
+        """How often training saw a sample: the fewest and the most times, over all samples (and replicas).
+
+        It is counted from the indices by which the loader looked the samples up, over all processes, which must all ask
+        for it, and over all fits with this data module; resumed, also over those of the checkpoint. None before
+        training.
+        """
+        if self.exact_loader is None:
+            return None
+        counts = self._visits_of_all(self.exact_loader)
+        return int(counts.min()), int(counts.max())
+
+    def _visits_of_all(self, loader: ExactLoader) -> Tensor:
+        counts = loader.visits.counts()
+        if self.trainer is None or self.trainer.world_size == 1 or not dist.is_initialized():
+            return counts
+        counts = counts.to(self.trainer.strategy.root_device, copy=True)
+        dist.all_reduce(counts)  # over the group that was really formed
+        return counts.cpu()
 
     @override
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        loader = self.exact_loader
+        return {} if loader is None else loader.state_dict() | {"visits": packed(self._visits_of_all(loader))}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Lightning itself restores a loader's state only where nothing asked for the loader before.
         self._loader_state = state_dict
 

@@ -56,18 +56,16 @@ class ResidentLoader(ExactLoader):
         return self.inputs[..., index, :], self.targets[..., index]
 
     @override
-    def _part(self, first: int, low: int, high: int, *, reuse: bool) -> tuple[Tensor, Tensor]:
+    def _part(self, first: int, low: int, high: int, *, reuse: bool) -> tuple[tuple[Tensor, Tensor], slice | Tensor]:
         if self.num_steps == 1:
-            return self.samples(slice(low, high))
+            return self.samples(slice(low, high)), slice(low, high)
         if self._order is None or self._order[0] != self.sampler.epoch:
             self._order = self.sampler.epoch, self.sampler.permutation().to(self.inputs.device)
         index = self._order[1][..., first + low : first + high]
         if index.ndim == 1 and self.inputs.ndim == 2:
-            return self._gathered(index, reuse=reuse)
-        return (
-            _take(self.inputs, index, own=self.inputs.ndim == 3),
-            _take(self.targets, index, own=self.targets.ndim == 2),
-        )
+            return self._gathered(index, reuse=reuse), index
+        inputs = _take(self.inputs, index, own=self.inputs.ndim == 3)
+        return (inputs, _take(self.targets, index, own=self.targets.ndim == 2)), index
 
     def _gathered(self, index: Tensor, *, reuse: bool) -> tuple[Tensor, Tensor]:
         """The samples of one index set, in the memory of the last ones: fresh pages cost as much as the copy."""

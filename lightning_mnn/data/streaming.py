@@ -153,15 +153,15 @@ class StreamedLoader(ExactLoader):
         return self._mapped(rows.to(self.device), reuse=False), self.targets[index]
 
     @override
-    def _part(self, first: int, low: int, high: int, *, reuse: bool) -> tuple[Tensor, Tensor]:
+    def _part(self, first: int, low: int, high: int, *, reuse: bool) -> tuple[tuple[Tensor, Tensor], slice | Tensor]:
         if self.num_steps == 1 or low == high:
-            return self.samples(slice(low, high))
+            return self.samples(slice(low, high)), slice(low, high)
         current = self._pass
         if current is None or (current.epoch, current.next) != (self.sampler.epoch, first + low):
             current = self._begin_pass(first + low)
         rows = self._staging.memory(high - low, fresh=self._mapping is None and not reuse)
         samples = current.copy(rows)
-        return self._mapped(self._staging.send(rows), reuse=reuse), self.targets[samples.to(self.device)]
+        return (self._mapped(self._staging.send(rows), reuse=reuse), self.targets[samples.to(self.device)]), samples
 
     def _begin_pass(self, start: int) -> _Pass:
         """A pass over this process's samples of the epoch, from a place in its order on."""

@@ -16,6 +16,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from lightning_mnn.tasks._files import write_json
 from lightning_mnn.tasks._parts import differences
+from lightning_mnn.tasks._requeue import was_requeued
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -69,8 +70,8 @@ def standing(cfg: DictConfig) -> Standing:
         )
     asked = _plan(cfg)
     if not any((run_dir / name).exists() for name in _RESULTS):  # a plan alone is of a run that never came to train
-        return Standing(asked)
-    if not cfg.resume:
+        return _never_trained(run_dir, asked)
+    if not (cfg.resume or was_requeued()):
         raise FileExistsError(
             f"{run_dir} already holds a run: choose another hydra.run.dir, or go on with this one by resume=true"
         )
@@ -88,6 +89,15 @@ def standing(cfg: DictConfig) -> Standing:
     if kept.summary is not None or not checkpoint.exists():
         return kept
     return replace(kept, checkpoint=checkpoint, rows=_logged_rows(checkpoint))
+
+
+def _never_trained(run_dir: Path, asked: dict[str, Any]) -> Standing:
+    """A new run; if it is the one that was planned here, under the name that W&B may have of it already."""
+    path = run_dir / "plan.json"
+    plan = json.loads(path.read_text()) if path.exists() else {}
+    if differences({key: plan.get(key) for key in asked}, asked):
+        return Standing(asked)
+    return Standing(asked, wandb_id=plan["wandb_id"])
 
 
 @rank_zero_only

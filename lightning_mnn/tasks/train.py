@@ -10,21 +10,24 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import InterpolationKeyError
 from pytorch_lightning.callbacks import Timer
-from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 from typing_extensions import override
 
+from lightning_mnn.callbacks import LastCheckpoint
 from lightning_mnn.callbacks.schedule import ScheduledCallback
 from lightning_mnn.figures import run_figure
 from lightning_mnn.loggers import ResumableCSVLogger, ResumableWandbLogger, log_image
 from lightning_mnn.mnn import MNN, DivergenceError
 from lightning_mnn.tasks._console import print_config, print_verdict
+from lightning_mnn.tasks._devices import check_devices, processes
 from lightning_mnn.tasks._files import write_json
+from lightning_mnn.tasks._requeue import requeued_on_signal
 from lightning_mnn.tasks._standing import Standing, claim, standing
+from lightning_mnn.tasks._wandb import end_wandb_runs, is_wandb, leave_in_wandb, settings_of, wandb_options
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -60,18 +63,28 @@ def train(cfg: DictConfig) -> float:
     ``plan.json`` and, by Hydra, ``.hydra/``. A run that diverges or is interrupted leaves what it had, with a summary
     that says so: its ``finished`` is false.
 
+    A ``trainer.fast_dev_run`` leaves nothing but ``.hydra/``: it is to show that nothing fails.
+
     With ``cfg.resume`` a run that was killed or interrupted, at whatever moment, goes on from its last checkpoint and
-    ends in the numbers of an unbroken run; without a checkpoint it begins anew; a finished one stays as it is.
+    ends in the numbers of an unbroken run; without a checkpoint it begins anew; a finished one stays as it is. So it
+    does, whatever ``cfg.resume``, in a SLURM job that was requeued.
 
     Returns:
         The final MSE, the largest of the replicas'.
 
     Raises:
-        ValueError: ``resume`` together with ``ckpt_path``, or the experiment has no settings for the data set.
+        ValueError: ``resume`` together with ``ckpt_path``, the experiment has no settings for the data set, or the
+            Trainer's processes cannot be started rightly (see :func:`~lightning_mnn.tasks._devices.check_devices`).
         FileExistsError: the run folder already holds a run, and ``resume`` is false or the run was begun otherwise.
         DivergenceError: training reached values that are not finite.
     """
+    with requeued_on_signal() as savers:
+        return _train(cfg, savers)
+
+
+def _train(cfg: DictConfig, savers: list[LastCheckpoint]) -> float:
     _require_row(cfg)
+    check_devices(cfg.trainer)
     run_dir = Path(cfg.run_dir)
     found = standing(cfg)
     if found.summary is not None:
@@ -85,15 +98,18 @@ def train(cfg: DictConfig) -> float:
     model: MNN = _build(cfg.model, input_dim=input_dim)
     timer = FitTimer()
     callbacks = [timer, *(_build(node) for node in cfg.callbacks.values() if node)]
-    loggers = _loggers(cfg.logger, found)
+    savers += [callback for callback in callbacks if isinstance(callback, LastCheckpoint)]
+    loggers = _loggers(cfg, found)
     trainer: pl.Trainer = _build(cfg.trainer, callbacks=callbacks, logger=loggers)
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return _try_out(trainer, model, datamodule, cfg.ckpt_path)
     failure: BaseException | None = None
     claim(cfg, found)
     try:
         if found.checkpoint is not None:
             _go_on(loggers, found.rows)
         for logger in loggers:
-            logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+            logger.log_hyperparams(settings_of(cfg, HydraConfig.get().runtime.choices))
         try:
             trainer.fit(model, datamodule, ckpt_path=found.checkpoint or cfg.ckpt_path, weights_only=True)
             trainer.save_checkpoint(run_dir / _ENDED, weights_only=False)  # optimiser too
@@ -102,12 +118,12 @@ def train(cfg: DictConfig) -> float:
         summary = summarise(trainer, model, datamodule, timer.time_elapsed("train"), cfg.seed, failure)
         _leave(run_dir, trainer, summary)
     finally:
-        _finish(loggers, failed=sys.exc_info()[0] is not None or failure is not None)
+        end_wandb_runs(loggers, failed=sys.exc_info()[0] is not None or failure is not None)
     if failure is None:
         _close(run_dir, summary)
     if isinstance(failure, DivergenceError):
         raise failure
-    print_verdict(cfg.name, summary, run_dir, offline=_offline(cfg))
+    print_verdict(cfg.name, summary, run_dir, offline=any(run_dir.glob("wandb/offline-run-*")))
     if failure is not None:
         raise failure
     return _largest(summary["mse"])
@@ -135,6 +151,9 @@ def summarise(
         "finished": False,  # until all else is written
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
+        "processes": processes(),
+        # A process that failed does not wait for the others' counts.
+        "visits": datamodule.visits() if failure is None or trainer.world_size == 1 else None,
         "seconds": seconds,
         "num_samples": None if datamodule.exact_loader is None else datamodule.exact_loader.num_samples,
         "input_dim": model.hparams["input_dim"],
@@ -143,6 +162,17 @@ def summarise(
         "replicas": model.replicas,
         "seed": seed,
     }
+
+
+def _try_out(trainer: pl.Trainer, model: MNN, datamodule: ExactData, checkpoint: str | None) -> float:
+    """Train as long as ``fast_dev_run`` says; nothing is kept of it."""
+    trainer.fit(model, datamodule, ckpt_path=checkpoint, weights_only=True)
+    if trainer.is_global_zero:
+        Console(soft_wrap=True, highlight=False).print(
+            f"all went well in {trainer.global_step} step(s) of a fast_dev_run, of which nothing is kept: "
+            "no summary, figure, checkpoint or log"
+        )
+    return float(trainer.callback_metrics.get("train/mse", "nan"))
 
 
 def _require_row(cfg: DictConfig) -> None:
@@ -165,17 +195,8 @@ def _build(node: DictConfig, **overrides: Any) -> Any:
 
 
 def _loggers(cfg: DictConfig, found: Standing) -> list[Any]:
-    nodes = [node for node in cfg.values() if isinstance(node, DictConfig)]
-    if any(node["_target_"].endswith("WandbLogger") for node in nodes):
-        import wandb  # noqa: PLC0415 (slow, and only used with its logger)
-
-        wandb.setup(wandb.Settings(silent=True))  # before it warns of arguments that Lightning gives it
-    return [_build(node, **({"id": found.wandb_id} if _is_new_to_wandb(node) else {})) for node in nodes]
-
-
-def _is_new_to_wandb(node: DictConfig) -> bool:
-    """Whether a node is a W&B logger without an `id` of its own."""
-    return node["_target_"].endswith("WandbLogger") and not (node.get("id") or node.get("version"))
+    nodes = [node for node in cfg.logger.values() if isinstance(node, DictConfig)]
+    return [_build(node, **(wandb_options(cfg, node, found.wandb_id) if is_wandb(node) else {})) for node in nodes]
 
 
 @rank_zero_only
@@ -197,8 +218,7 @@ def _leave(run_dir: Path, trainer: pl.Trainer, summary: dict[str, Any]) -> None:
     write_json(run_dir / "summary.json", summary)
     for logger in trainer.loggers:
         logger.save()
-        if isinstance(logger, WandbLogger):
-            logger.experiment.summary.update(summary)
+    leave_in_wandb(trainer.loggers, summary, MEASURES)
     if (run_dir / "metrics.csv").exists():
         figure = run_figure(run_dir)
         for logger in trainer.loggers:
@@ -219,20 +239,7 @@ def _tell_again(cfg: DictConfig, summary: dict[str, Any]) -> None:
     if (run_dir / _ENDED).exists():
         _close(run_dir, summary)
     Console().print(f"{run_dir} holds this run, finished: there is nothing left to do", soft_wrap=True, highlight=False)
-    print_verdict(cfg.name, summary, run_dir, offline=_offline(cfg))
-
-
-def _offline(cfg: DictConfig) -> bool:
-    return bool(cfg.logger.get("mode") == "offline")
-
-
-@rank_zero_only
-def _finish(loggers: list[Any], *, failed: bool) -> None:
-    """End the W&B run, or the next job of this process would log into it."""
-    if any(isinstance(logger, WandbLogger) for logger in loggers):
-        import wandb  # noqa: PLC0415 (slow, and only used with its logger)
-
-        wandb.finish(exit_code=int(failed))
+    print_verdict(cfg.name, summary, run_dir, offline=any(run_dir.glob("wandb/offline-run-*")))
 
 
 def _largest(mse: float | list[float] | None) -> float:

@@ -24,7 +24,8 @@ from tests.tasks.test_resume import command as forked
 SUMMARY = {
     "mse", "mce", "wrong", "kind", "zero_error", "distance", "margin_ratio", "min_preactivation", "kinks", "rank",
     "rank_cap", "log_volume", "log_volume_standard_error", "log_volume_lower_bound", "regions_visited", "epochs",
-    "steps", "seconds", "num_samples", "input_dim", "hidden_dims", "negative_slope", "replicas", "seed",
+    "steps", "seconds", "num_samples", "input_dim", "hidden_dims", "negative_slope", "replicas", "seed", "processes",
+    "visits",
 }  # fmt: skip
 FOLDER = {"summary.json", "metrics.csv", "figure.png", "patterns.zarr", "checkpoints", ".hydra", "wandb"}
 SMALL = ("data.num_samples=20", "data.input_dim=6", "model.hidden_dims=[8]", "trainer.accelerator=cpu")
@@ -54,13 +55,16 @@ def summary_of(folder):
 
 
 def wandb_summary(folder):
-    """The summary of an offline run, read back by W&B's own reader."""
+    """The summary of an offline run, read back by W&B's own reader; of metrics the last value."""
     run = only(f"{folder}/wandb/offline-run-*/run-*.wandb")
     tool = Path(sys.executable).with_name("wandb")
     shown = subprocess.run(
         [tool, "leet", "inspect", "--summary", "--json", run], capture_output=True, text=True, check=True
     )
-    return json.loads(shown.stdout)["summary"]
+    summary = json.loads(shown.stdout)["summary"]
+    return {
+        key: value["last"] if isinstance(value, dict) and "last" in value else value for key, value in summary.items()
+    }
 
 
 def test_quickstart_leaves_a_complete_run_folder():
@@ -75,6 +79,7 @@ def test_quickstart_leaves_a_complete_run_folder():
     assert (summary["mce"], summary["wrong"]) == (0.0, 0)
     assert summary["rank"] == summary["rank_cap"] == summary["num_samples"] == 320
     assert summary["epochs"] < 2000
+    assert (summary["processes"], summary["visits"]) == (1, [summary["epochs"]] * 2)
     for words in ("a differentiable local minimum", "0 of 320 wrong", "rank of A∘X", str(folder), "num_samples: 320"):
         assert words in done.stdout, words
     assert (folder / "figure.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -139,6 +144,8 @@ def test_resume_from_a_checkpoint_and_two_processes():
     )
     resumed, two = summary_of(Path("resumed")), summary_of(Path("ddp"))
     assert resumed["steps"] == two["steps"] == 60
+    assert resumed["visits"] == two["visits"] == [60, 60]
+    assert (resumed["processes"], two["processes"]) == (1, 2)
     for key in ("mse", "min_preactivation", "log_volume_lower_bound", "stationarity"):
         assert two[key] == pytest.approx(resumed[key], rel=1e-8)
     assert {p.name for p in Path("ddp").iterdir()} >= FOLDER
@@ -213,7 +220,9 @@ def test_what_the_config_lacks_is_named(tmp_path, arguments, message):
 
 
 def test_fast_dev_run_ends_well(tmp_path):
-    assert "verdict" in forked(tmp_path, *SMALL, "+trainer.fast_dev_run=true", "hydra.run.dir=run")
+    said = forked(tmp_path, *SMALL, "+trainer.fast_dev_run=true", "hydra.run.dir=run")
+    assert "all went well in 1 step(s) of a fast_dev_run, of which nothing is kept" in said
+    assert not [*Path("run").rglob("*.json"), *Path("run").rglob("*.ckpt")]
 
 
 def test_a_run_that_never_came_to_train_does_not_hold_its_folder(tmp_path):
