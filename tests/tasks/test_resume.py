@@ -153,7 +153,7 @@ def test_killed_at_any_moment_it_ends_in_the_numbers_of_an_unbroken_run(kind, tm
     command(tmp_path, *again)
     assert run == begun(tmp_path)
     assert_same_run(run, tmp_path / "unbroken")
-    assert summary_of(run)[1] > kept["callbacks"]["FitTimer"]["time_elapsed"]["train"] > 0.3  # of several processes
+    assert summary_of(run)[1] > kept["callbacks"]["FitTimer"]["time_elapsed"]["train"] > 0.1  # of several processes
 
     (_, whole), *_ = [wandb_rows(path) for path in (tmp_path / "unbroken" / "wandb").glob("offline-run-*")]
     found = [wandb_rows(path) for path in sorted((run / "wandb").glob("offline-run-*"))]
