@@ -1,17 +1,19 @@
 """What the README says is true."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_module
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = re.findall(
-    r"^lightning-mnn(?: .*)?$", "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)), re.MULTILINE
-)
+SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+COMMANDS = re.findall(r"^lightning-mnn(?: .*)?$", SHELL, re.MULTILINE)
 
 
 @pytest.mark.filterwarnings("ignore:Starting from v1.9.0")  # Lightning, of loggers that are not installed
@@ -22,11 +24,11 @@ def test_python_blocks_run(code):
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_compose(line):
-    words = line.split("#")[0].split()[1:]
-    overrides = [word for word in words if word != "-m"]
-    first = [re.sub(r"=([^\[\],]+),.*", r"=\1", word) for word in overrides]  # of a sweep, its first job
+    words = shlex.split(line.split(" > ")[0], comments=True)[1:]
+    overrides = OverridesParser.create().parse_overrides([word for word in words if not word.startswith("-")])
+    ((job, *_),) = BasicSweeper.split_arguments(overrides, None)  # the first job of a sweep
     with initialize_config_module("lightning_mnn.conf", version_base="1.3"):
-        compose("config", [word for word in first if not word.startswith("-")])
+        compose("config", list(job))
 
 
 def test_there_is_something_to_test_and_links_lead_somewhere():

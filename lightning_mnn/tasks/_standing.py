@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +20,14 @@ from lightning_mnn.tasks._files import write_json
 from lightning_mnn.tasks._parts import differences
 from lightning_mnn.tasks._requeue import was_requeued
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from omegaconf import DictConfig
 
 # Keys that change no result, or that say where a run is and how it was started.
@@ -98,6 +107,40 @@ def _never_trained(run_dir: Path, asked: dict[str, Any]) -> Standing:
     if differences({key: plan.get(key) for key in asked}, asked):
         return Standing(asked)
     return Standing(asked, wandb_id=plan["wandb_id"])
+
+
+@contextmanager
+def alone_in(run_dir: Path) -> Iterator[None]:
+    """Keep other processes from training in a run folder meanwhile, until this one's end, be it by kill -9.
+
+    Where the system or the file system has no locks, nothing is kept.
+
+    Raises:
+        FileExistsError: one is at it.
+    """
+    if getattr(rank_zero_only, "rank", 0) != 0 or fcntl is None or not run_dir.is_dir():
+        yield
+        return
+    folder = os.open(run_dir, os.O_RDONLY)
+    try:
+        if _is_locked(folder):
+            raise FileExistsError(
+                f"another process trains in {run_dir}: await its end, or choose another hydra.run.dir"
+            )
+        yield
+    finally:
+        os.close(folder)
+
+
+def _is_locked(folder: int) -> bool:
+    """Whether another process has locked an open folder; if not, it is locked now."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # as of some network file systems
+        return False
+    return False
 
 
 @rank_zero_only

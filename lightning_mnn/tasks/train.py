@@ -26,7 +26,7 @@ from lightning_mnn.tasks._console import print_config, print_verdict
 from lightning_mnn.tasks._devices import check_devices, processes
 from lightning_mnn.tasks._files import write_json
 from lightning_mnn.tasks._requeue import requeued_on_signal
-from lightning_mnn.tasks._standing import Standing, claim, standing
+from lightning_mnn.tasks._standing import Standing, alone_in, claim, standing
 from lightning_mnn.tasks._wandb import end_wandb_runs, is_wandb, leave_in_wandb, settings_of, wandb_options
 
 if TYPE_CHECKING:
@@ -75,10 +75,11 @@ def train(cfg: DictConfig) -> float:
     Raises:
         ValueError: ``resume`` together with ``ckpt_path``, the experiment has no settings for the data set, or the
             Trainer's processes cannot be started rightly (see :func:`~lightning_mnn.tasks._devices.check_devices`).
-        FileExistsError: the run folder already holds a run, and ``resume`` is false or the run was begun otherwise.
+        FileExistsError: the run folder already holds a run, and ``resume`` is false or the run was begun otherwise; or
+            another process trains there.
         DivergenceError: training reached values that are not finite.
     """
-    with requeued_on_signal() as savers:
+    with requeued_on_signal() as savers, alone_in(Path(cfg.run_dir)):
         return _train(cfg, savers)
 
 

@@ -163,6 +163,16 @@ def test_killed_at_any_moment_it_ends_in_the_numbers_of_an_unbroken_run(kind, tm
     assert any(rows == whole for _, rows in found)
 
 
+def test_a_second_process_does_not_go_on_with_a_run_that_goes_on(tmp_path):
+    arguments = (*SMALL, "trainer.max_epochs=1000000", "logger.mode=disabled", "hydra.run.dir=run", "resume=true")
+    first = start(tmp_path, *arguments)
+    deadline = time.monotonic() + 60
+    while not rows_of(tmp_path / "run") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert "another process trains in" in command(tmp_path, *arguments, expect=1)
+    kill_when(first, lambda: True)
+
+
 def test_a_finished_run_is_told_again_and_another_is_refused(tmp_path):
     tiny = (
         *SMALL,
