@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
+import shlex
 import signal
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -83,13 +86,14 @@ class DevicePool(Launcher):
 
     @override
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from lightning_mnn.jobs.devices import Devices  # noqa: PLC0415 (Hydra imports this module in all programs)
-        from lightning_mnn.jobs.process import TaskReference  # noqa: PLC0415
+        from lightning_mnn.jobs.calls import TaskReference  # noqa: PLC0415 (Hydra imports this module in all programs)
+        from lightning_mnn.jobs.devices import Devices  # noqa: PLC0415
 
         assert self._context is not None  # noqa: S101 (for the type checker: Hydra calls setup first)
         hydra_context, task_function, config = self._context
         setup_globals()
         configure_log(config.hydra.hydra_logging, config.hydra.verbose)
+        log.info("%d jobs, each in a process of its own", len(job_overrides))
         pool = Devices(self._options.gpus, self._options.cpu_slots, self._options.n_jobs)
         common = set.intersection(*(set(one) for one in job_overrides)) if len(job_overrides) > 1 else set()
         jobs = [self._job(number, list(one), pool, common) for number, one in enumerate(job_overrides, initial_job_idx)]
@@ -97,17 +101,19 @@ class DevicePool(Launcher):
         if self._resumes(config):
             for job in jobs:
                 job.keep_if_finished()
-        Path(str(config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
         call = {
             "hydra_context": hydra_context,
             "task_function": TaskReference.to(task_function),
             "singletons": Singleton.get_state(),
         }
-        try:
-            with _signals_raise(), _shown(jobs) as say:
-                _run(jobs, pool, call, say)
-        finally:  # below the table, not in it
-            _tell_end(jobs)
+        with _signals() as received:
+            try:
+                with _shown(jobs) as say:
+                    _run(jobs, pool, call, say, received)
+            finally:  # below the table, not in it
+                _tell_end(jobs)
+        if received:
+            raise SystemExit(128 + received[0])
         return [job.returned for job in jobs if job.returned is not None]
 
     def _job(self, number: int, overrides: list[str], pool: Devices, common: set[str]) -> Job:
@@ -130,53 +136,63 @@ class DevicePool(Launcher):
         return bool(OmegaConf.select(config, "resume", default=False) if own is None else own)
 
 
-def _run(jobs: Sequence[Job], pool: Devices, call: dict[str, Any], say: Callable[[Job], None]) -> None:
+def _run(
+    jobs: Sequence[Job],
+    pool: Devices,
+    call: dict[str, Any],
+    say: Callable[[Job], None],
+    received: Sequence[int],
+) -> None:
     """Run what waits, in order, but a job that fits before one that does not; to the end of all or the first signal."""
     for job in jobs:
         if job.state == "kept":
             say(job)
+    at_work: list[Job] = []
     try:
-        while any(job.state in ("waiting", "running") for job in jobs):
+        while not received and any(job.state in ("waiting", "running") for job in jobs):
             for job in jobs:
-                if job.state == "waiting" and (loan := pool.lend(job.request)) is not None:
+                if job.state == "waiting" and not received and (loan := pool.lend(job.request)) is not None:
                     job.start(loan, call)
-                    say(job)
+                    at_work.append(job)
+                    if job.state == "running":
+                        say(job)
             time.sleep(_INTERVAL)
-            for job in jobs:
-                if job.state == "running" and job.has_ended() and job.process is not None:
-                    pool.take_back(job.process.loan)
-                    say(job)
-    except BaseException:
-        _end([job for job in jobs if job.state == "running"])
-        raise
+            for job in [job for job in at_work if job.has_ended()]:
+                at_work.remove(job)
+                if job.loan is not None:
+                    pool.take_back(job.loan)
+                say(job)
+    finally:
+        _end(at_work, received)
 
 
-def _end(running: Sequence[Job]) -> None:
+def _end(running: Sequence[Job], received: Sequence[int]) -> None:
     """Ask the jobs to end, ever more sternly. Another signal of the user's makes the next step come at once."""
     for number, grace in _GRACE.items():
-        left = [job for job in running if not job.has_ended()]
+        left = [job for job in running if job.state == "running"]
         for job in left:
             if job.process is not None:
                 job.process.signal(number)
-        deadline = time.monotonic() + grace
-        with contextlib.suppress(SystemExit):
-            while not all([job.has_ended() for job in left]) and time.monotonic() < deadline:  # noqa: C419 (see to all)
-                time.sleep(_INTERVAL)
+        deadline, heard = time.monotonic() + grace, len(received)
+        while left and time.monotonic() < deadline and (len(received) == heard or number is signal.SIGKILL):
+            left = [job for job in left if not job.has_ended()]
+            time.sleep(_INTERVAL)
 
 
 @contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM raise SystemExit meanwhile, with the exit codes that shells know."""
+def _signals() -> Iterator[list[int]]:
+    """Collect Ctrl-C and SIGTERM meanwhile, instead of dying of them."""
+    received: list[int] = []
 
-    def leave(number: int, _: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+    def hear(number: int, _: FrameType | None) -> None:
+        received.append(number)
 
     try:
-        before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not in the main thread, which alone hears signals
         before = {}
     try:
-        yield
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -190,8 +206,8 @@ def _shown(jobs: Sequence[Job]) -> Iterator[Callable[[Job], None]]:
     from lightning_mnn.jobs.table import JobTable, clock  # noqa: PLC0415
 
     def line(job: Job) -> None:
-        if job.state == "running" and job.process is not None:
-            what = f"starts on {job.process.loan}"
+        if job.state == "running":
+            what = f"starts on {job.loan}"
         elif job.state == "kept":
             what = "was done before"
         else:
@@ -199,11 +215,10 @@ def _shown(jobs: Sequence[Job]) -> Iterator[Callable[[Job], None]]:
         log.info("#%d %s: %s", job.number, what, job.label)
 
     console = Console(stderr=True)
-    if console.is_terminal:
+    if sys.stderr.isatty() and not console.is_dumb_terminal:
         with JobTable(jobs).live(console):
             yield lambda _: None
     else:
-        log.info("%d jobs, each in a process of its own", len(jobs))
         yield line
 
 
@@ -215,8 +230,15 @@ def _tell_end(jobs: Sequence[Job]) -> None:
         if job.state == "failed" and job.returned is not None:
             log.error("%s", job.returned._return_value)  # noqa: SLF001 (return_value raises it)
     if any(job.state in ("failed", "waiting") for job in jobs):
-        folder = jobs[0].config.hydra.sweep.dir
-        log.error("what is not done: the same command with resume=true hydra.sweep.dir=%s goes on with it", folder)
+        log.error("what is not done: the same command goes on with it by %s", _how_to_go_on(jobs[0].config))
+
+
+def _how_to_go_on(config: DictConfig) -> str:
+    key = "resume" if "resume" in config else "hydra.launcher.resume"
+    folder = str(config.hydra.sweep.dir)
+    if not re.fullmatch(r"[\w./-]+", folder):  # which Hydra would take for something else
+        folder = "'" + folder.replace("'", r"\'") + "'"
+    return shlex.join([f"{key}=true", f"hydra.sweep.dir={folder}"])
 
 
 def _request(composed: DictConfig, key: str, pool: Devices) -> Request:
@@ -227,6 +249,8 @@ def _request(composed: DictConfig, key: str, pool: Devices) -> Request:
             f"{key}.num_nodes={nodes}: hydra/launcher=device_pool has the devices of one machine: choose "
             "hydra/launcher=slurm"
         )
+    if OmegaConf.select(composed, key) is None:  # a program that does not say
+        return pool.request(1, "auto")
     return pool.request(*(OmegaConf.select(composed, f"{key}.{name}") for name in ("devices", "accelerator")))
 
 
@@ -236,7 +260,7 @@ def _folder(composed: DictConfig) -> Path:
     before = hydra_config.cfg
     try:
         hydra_config.set_config(composed)
-        return Path(str(composed.hydra.sweep.dir), str(composed.hydra.sweep.subdir)).absolute()
+        return Path(str(composed.hydra.sweep.dir), str(composed.hydra.sweep.subdir)).resolve()
     finally:
         hydra_config.cfg = before
 

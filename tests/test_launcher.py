@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, IntegrationTestSuite, LauncherTestSuite
+from hydra.version import VersionBase
+from packaging.version import Version
 
 # Of this process the jobs are to take nothing that belongs to it alone.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -22,11 +24,19 @@ def _own_temporary_folder(tmp_path, monkeypatch):
     monkeypatch.setitem(ENVIRONMENT, "TMPDIR", str(tmp_path / "temporary"))
 
 
+@pytest.fixture
+def _hydra_1_1(hydra_restore_singletons):
+    """Hydra's tests are written for the behaviour of its version 1.1, which other tests leave."""
+    VersionBase.instance().setbase(Version("1.1"))
+
+
+@pytest.mark.usefixtures("_hydra_1_1")
 @pytest.mark.parametrize(("launcher_name", "overrides"), [("device_pool", [])])
 class TestDevicePool(LauncherTestSuite):
     """Hydra's tests of any launcher."""
 
 
+@pytest.mark.usefixtures("_hydra_1_1")
 @pytest.mark.parametrize(
     ("launcher_name", "overrides"),
     [("device_pool", ["hydra/sweeper=basic", "hydra.sweeper.max_batch_size=2"])],
@@ -51,13 +61,27 @@ resume: false
 trainer: {devices: 1, accelerator: cpu}
 """
 APP = """
-import os, subprocess, sys, time
+import os, shutil, subprocess, sys, time
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+
+class Color(Enum):
+    RED = 1
+
+
+@dataclass
+class Style:
+    color: Color = Color.RED
+
+
+ConfigStore.instance().store(group="style", name="plain", node=Style)
 OmegaConf.register_new_resolver("twice", lambda x: 2 * x)
 
 
@@ -82,8 +106,25 @@ def main(cfg):
         child = subprocess.Popen(["sleep", "100"])
         (folder / "pids").write_text(f"{os.getpid()} {child.pid}")
         time.sleep(100)
+    if cfg.do == "catch":
+        try:
+            (folder / "pids").write_text(f"{os.getpid()}")
+            time.sleep(100)
+        except KeyboardInterrupt:
+            return 0.5
     if cfg.do == "odd":
         return Odd
+    if cfg.do == "unreadable":
+        return Odd("this", "that")
+    if cfg.do == "remove":
+        shutil.rmtree(folder)
+        return 1
+    if cfg.do == "signal":
+        os.kill(os.getpid(), 40)
+    if cfg.do == "read":
+        input()
+    if "style" in cfg:
+        return [cfg.style.color == Color.RED, isinstance(OmegaConf.to_object(cfg.style), Style)]
     time.sleep(0.2)
     with (folder / "starts").open("a") as file:
         print(time.time(), file=file)
@@ -135,6 +176,46 @@ def test_failures_are_isolated_and_listed_and_only_they_run_again(app):
     assert "1 done before" in say([*sweep, "resume=true"], expect=1)
     assert [sum(len(line) > 1 for line in starts_of(n)) for n in range(5)] == [2, 1, 2, 2, 2]
     assert "#1 was done before: do=return\n" in say([*sweep, "resume=true"], expect=1)
+
+
+def test_a_bad_end_of_one_job_is_no_other_ones(app):
+    said = say([*app, "hydra.launcher.n_jobs=6", "do=unreadable,remove,signal,read,return"], expect=1)
+    for words in (
+        "job #0 (do=unreadable) ",
+        "job #2 (do=signal) was ended by signal 40",
+        "#3 (do=read) failed",
+        "EOFError",
+    ):
+        assert words in said
+    assert "2 done, 3 failed" in said  # the one without a folder has no record of it
+    assert record_of(4)["status"] == "finished"
+    assert not list(Path("temporary").iterdir())
+
+
+def test_classes_of_a_script_are_the_same_ones_in_its_jobs(app):
+    say([*app, "+style=plain"])
+    assert record_of(0)["return_value"] == [True, True]
+
+
+def test_what_finished_with_another_config_runs_again(app):
+    say([*app, "size=1,2"])
+    Path("config.yaml").write_text(CONFIG.replace('do: "return"', "do: other"))
+    assert "2 done\n" in say([*app, "size=1,2", "resume=true"])
+    assert "2 done before\n" in say([*app, "size=1,2", "resume=true"])
+    Path("sweep/0/job.json").write_text("torn")
+    assert "1 done, 1 done before\n" in say([*app, "size=1,2", "resume=true"])
+
+
+def test_what_is_interrupted_is_not_finished_whatever_it_returns(app):
+    launcher = subprocess.Popen([*app, "do=catch"], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    until(Path("sweep/0/pids").exists)
+    assert "another process is at work in" in say([*app, "do=catch", "resume=true"], expect=1)
+    launcher.send_signal(signal.SIGTERM)
+    said, _ = launcher.communicate(timeout=30)
+    assert launcher.returncode == 128 + signal.SIGTERM
+    assert "job #0 (do=catch) was interrupted" in said
+    assert "by resume=true hydra.sweep.dir=sweep" in said
+    assert record_of(0)["status"] == "failed"
 
 
 def test_jobs_share_the_devices_of_the_pool(app):
@@ -189,7 +270,7 @@ def test_no_process_outlives_the_launcher(app, number):
 
 
 def until(holds):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 100
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -264,3 +345,57 @@ def test_a_sweep_over_devices_is_right_and_survives_the_loss_of_a_rank():
     assert summaries("cut").keys() == {(1, 2)}
     say([*cut, "resume=true"])
     assert summaries("cut") == {(2, 2): whole[2, 2], (1, 2): whole[1, 2]}
+
+
+LIGHTNING = """
+import hydra
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
+
+
+class Model(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 1)
+        self.mean = MeanMetric()
+        self.right = 0
+
+    def training_step(self, batch, batch_idx):
+        loss = self.layer(batch[0]).square().mean()
+        self.mean.update(loss)
+        self.log("train_loss", loss, on_epoch=True, sync_dist=True)
+        return loss
+
+    def on_train_epoch_end(self):
+        self.mean.compute()  # both are for all processes at once, in one order
+        self.mean.reset()
+        mean = self.trainer.strategy.reduce(torch.tensor(float(self.global_rank)), reduce_op="mean")
+        self.right += float(mean) == (self.trainer.world_size - 1) / 2
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+@hydra.main(version_base="1.3", config_path=".", config_name="config")
+def main(cfg):
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = pl.Trainer(max_epochs=300, devices=cfg.trainer.devices, enable_model_summary=False, **options)
+    model = Model()
+    trainer.fit(model, DataLoader(TensorDataset(torch.ones(8, 3)), batch_size=2))
+    return [trainer.world_size, model.right]
+
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.slow
+def test_the_processes_of_another_application_are_left_to_themselves(app):
+    """What the launcher wants to know of a training takes no part in what its processes say to one another."""
+    Path("app.py").write_text(LIGHTNING)
+    say([*app, "trainer.devices=1,2", "hydra.launcher.n_jobs=2"])
+    assert [record_of(n)["return_value"] for n in range(2)] == [[1, 300], [2, 300]]
+    assert record_of(1)["seconds_to_training"] > 0

@@ -17,23 +17,24 @@ import multiprocessing.spawn
 import pickle
 import shutil
 import signal
+import subprocess
 import threading
-import time
 import traceback
 from pathlib import Path
 from typing import Any
 
-_GRACE = 10.0  # seconds between asking a process to end and ending it
+_GRACE = 10  # seconds between asking a process to end and ending it
 
 
 def main() -> int:
     """Run the job; put its JobReturn beside its call, with an error in words."""
     folder = Path(sys.argv[1])
     leads = os.environ.get("LOCAL_RANK", "0") == "0"
-    if leads:
-        threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     with (folder / "call.pickle").open("rb") as file:  # written by the launcher a moment ago
-        multiprocessing.spawn.prepare(pickle.load(file))  # noqa: S301
+        prepared = pickle.load(file)  # noqa: S301
+        if leads:
+            threading.Thread(target=_end_with_launcher, args=(prepared["watched"], folder), daemon=True).start()
+        multiprocessing.spawn.prepare(prepared)
         sys.modules["__main__"].__spec__ = None  # by which Lightning tells that a script is to be given again
         call = pickle.load(file)  # noqa: S301
     found = _run(call, leads=leads)
@@ -80,8 +81,9 @@ def _write_return(folder: Path, found: Any) -> None:
         found._return_value = None  # noqa: SLF001
         content = cloudpickle.dumps(found)
     unfinished = folder / "return.tmp"
-    unfinished.write_bytes(content)
-    unfinished.replace(folder / "return.pickle")
+    with contextlib.suppress(FileNotFoundError):  # the launcher is gone, and the folder with it
+        unfinished.write_bytes(content)
+        unfinished.replace(folder / "return.pickle")
 
 
 def _signals_of_children() -> list[signal.Signals]:
@@ -94,14 +96,14 @@ def _signals_of_children() -> list[signal.Signals]:
     return found
 
 
-def _end_with_parent(folder: Path) -> None:
-    """End the job's processes when the launcher is gone, which holds the other end of standard input."""
-    while os.read(0, 1):
+def _end_with_launcher(watched: int, folder: Path) -> None:
+    """End the job's processes when the launcher is gone, which holds the other end of a pipe."""
+    while os.read(watched, 1):
         pass
     shutil.rmtree(folder, ignore_errors=True)
-    os.killpg(os.getpgid(0), signal.SIGTERM)
-    time.sleep(_GRACE)
-    os.killpg(os.getpgid(0), signal.SIGKILL)
+    group = os.getpgid(0)  # of which this process is one: another has to see to the end
+    end = f"kill -s TERM -- -{group}; sleep {_GRACE}; kill -s KILL -- -{group}"
+    subprocess.Popen(["/bin/sh", "-c", end], start_new_session=True)  # noqa: S603 (no user's text)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
 import json
-import multiprocessing.spawn
+import logging
 import os
 import pickle
 import re
@@ -14,74 +16,38 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import cloudpickle
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import CompactHydraException
+from omegaconf import OmegaConf
 
 from lightning_mnn.jobs import main
+from lightning_mnn.jobs.calls import write_call
 from lightning_mnn.jobs.progress import VARIABLE, note, read_note
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from omegaconf import DictConfig
 
     from lightning_mnn.jobs.devices import Loan, Request
+
+log = logging.getLogger(__name__)
 
 # Of a process group that this one may itself be in, and of services that another run may have started.
 _NOT_INHERITED = (
     *("LOCAL_RANK", "GLOBAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
     *("MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED", "WANDB_SERVICE", "WANDB_RUN_ID"),
 )
+_LONGEST = 300  # characters of what a job failed with
+_HINT = "Set the environment variable HYDRA_FULL_ERROR"  # Hydra's, below the error
 _LAST_WORDS = 4096  # bytes of a log that are searched for why a job failed
 _ERROR = re.compile(r"(\[rank\d+\]: )?[\w.]*(Error|Exception|Interrupt)\b")  # as a traceback ends
 
 
 class JobError(CompactHydraException):
     """A job of a sweep has failed; the message says how, and where its output is."""
-
-
-@dataclass(frozen=True)
-class TaskReference:
-    """A function by the place where it is defined, below so many decorators; or, where it has none, by its value.
-
-    The job imports the module, or the script that was started, anew: what it registers there is there in the job.
-    """
-
-    module: str
-    name: str
-    depth: int
-    value: Callable[..., Any] | None = None
-
-    @classmethod
-    def to(cls, function: Callable[..., Any]) -> TaskReference:
-        """A reference to a function."""
-        module, name = (getattr(function, key, "") for key in ("__module__", "__qualname__"))
-        found, depth = _look_up(module, name), 0
-        while found is not None and found is not function:
-            found, depth = getattr(found, "__wrapped__", None), depth + 1
-        return cls(module, name, depth, function if found is None else None)
-
-    def resolve(self) -> Callable[..., Any]:
-        """The function."""
-        found = self.value
-        if found is None:
-            __import__(self.module)
-            found = _look_up(self.module, self.name)
-            for _ in range(self.depth):
-                found = found.__wrapped__
-        return found
-
-
-def _look_up(module: str, name: str) -> Any:
-    found: Any = sys.modules.get(module)
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    return found
 
 
 @dataclass
@@ -96,6 +62,7 @@ class Job:
         folder: its output folder.
         request: devices that it asks for.
         state: "waiting", "running", "finished", "failed", or "kept" if it had finished before.
+        loan: devices that it got.
         returned: what it has come to.
         process: that runs it, once it is started.
         seconds: since its start, or that it took.
@@ -109,6 +76,7 @@ class Job:
     folder: Path
     request: Request
     state: str = "waiting"
+    loan: Loan | None = None
     returned: JobReturn | None = None
     process: JobProcess | None = None
     seconds: float = 0.0
@@ -120,21 +88,24 @@ class Job:
         return self.folder / "console.log"
 
     def keep_if_finished(self) -> None:
-        """Take over what the job came to when it was run before, if it had finished, with the same overrides."""
-        try:
-            record = json.loads((self.folder / "job.json").read_text())
-        except FileNotFoundError:
-            return
-        if record["status"] == "finished" and record["overrides"] == _without_resume(self.overrides):
+        """Take over what the job came to when it was run before, if it had finished, with the same config."""
+        record = read_note(self.folder / "job.json")
+        if record.get("status") == "finished" and record.get("config") == self._digest():
             self.state = "kept"
-            self.returned = self._return(JobStatus.COMPLETED, record["return_value"])
+            self.returned = self._return(JobStatus.COMPLETED, record.get("return_value"))
 
     def start(self, loan: Loan, call: dict[str, Any]) -> None:
-        """Start the job's process on lent devices."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "job.json").unlink(missing_ok=True)
-        self.process = JobProcess(loan, self.log, call | {"config": self.config})
-        self.state = "running"
+        """Start the job's process on lent devices; where that cannot be, the job has failed."""
+        self.loan = loan
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self.log.open("ab") as output:
+                _lock(output, self.folder)
+                (self.folder / "job.json").unlink(missing_ok=True)
+                self.process = JobProcess(loan, output, call | {"config": self.config})
+            self.state = "running"
+        except Exception as error:  # noqa: BLE001 (the other jobs are to go on)
+            self._end(self._return(JobStatus.FAILED, f"cannot be started: {type(error).__name__}: {error}"))
 
     def has_ended(self) -> bool:
         """Look at the process: whether it has ended. The first time this is so, the job's record is written."""
@@ -143,25 +114,37 @@ class Job:
         self.seconds, self.progress = self.process.seconds, self.process.progress
         if self.process.exit_code is None:
             return False
-        found = self.process.returned() or self._return(JobStatus.FAILED, None)
-        if found.status is not JobStatus.COMPLETED:
-            found._return_value = self._error(found._return_value)  # noqa: SLF001 (return_value would raise it)
-        self.returned = found
-        self.state = "finished" if found.status is JobStatus.COMPLETED else "failed"
-        self._write_record()
+        try:
+            found = self.process.returned() or self._return(JobStatus.FAILED, None)
+        except Exception as error:  # noqa: BLE001 (what a job returned may raise anything when it is loaded)
+            found = self._return(JobStatus.FAILED, f"what it returned cannot be read: {type(error).__name__}: {error}")
+        if self.process.ended_by_us:  # whatever it made of that
+            found = self._return(JobStatus.FAILED, "was interrupted")
+        self._end(found)
         self.process.clear_away()
         return True
 
+    def _end(self, found: JobReturn) -> None:
+        failed = found.status is not JobStatus.COMPLETED
+        if failed:
+            found._return_value = self._error(found._return_value)  # noqa: SLF001 (return_value would raise it)
+        self.returned = found
+        self.state = "failed" if failed else "finished"
+        if self.process is None:  # not started, maybe for another one is at work in the folder
+            return
+        try:
+            note(self.folder / "job.json", self._record())
+        except OSError as error:
+            log.warning("#%d: %s cannot be written: %s", self.number, self.folder / "job.json", error)
+
     def _error(self, words: str | None) -> JobError:
-        process = self.process
-        assert process is not None  # noqa: S101 (for the type checker: only what ran has failed)
-        code = process.exit_code or 0
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-        words = words or _last_words(self.log)
-        return JobError(
-            f"job #{self.number} ({self.label}) {'was interrupted' if process.ended_by_us else how}"
-            f"{f': {words}' if words else ''}\n  all it said is in {self.log}"
-        )
+        code = None if self.process is None else self.process.exit_code
+        if code is None or words == "was interrupted":
+            how = words
+        else:
+            how = f"was ended by {_signal_name(-code)}" if code < 0 else f"failed with exit code {code}"
+            how += f": {shortened}" if (shortened := _printable(words or _last_words(self.log))) else ""
+        return JobError(f"job #{self.number} ({self.label}) {how}\n  all it said is in {self.log}")
 
     def _return(self, status: JobStatus, value: Any) -> JobReturn:
         return JobReturn(
@@ -173,25 +156,30 @@ class Job:
             _return_value=value,
         )
 
-    def _write_record(self) -> None:
-        assert self.returned is not None  # noqa: S101 (for the type checker: there is a record of what has ended)
-        assert self.process is not None  # noqa: S101
-        value = self.returned._return_value  # noqa: SLF001 (return_value would raise the error)
+    def _record(self) -> dict[str, Any]:
+        value = None if self.returned is None else _plain(self.returned._return_value)  # noqa: SLF001 (it may raise)
         started = self.progress.get("started")
         record = {
-            "overrides": _without_resume(self.overrides),
+            "overrides": self.overrides,
+            "config": self._digest(),
             "status": self.state,
             "error": str(value) if self.state == "failed" else None,
             "return_value": None if self.state == "failed" else value,
-            "devices": str(self.process.loan),
+            "devices": str(self.loan),
             "seconds": self.seconds,
-            "seconds_to_training": None if started is None else started - self.process.began,
+            "seconds_to_training": None if started is None or self.process is None else started - self.process.began,
         }
         try:
             json.dumps(record)
         except (TypeError, ValueError):  # it cannot be given again later, so that the job would have to run anew
             record |= {"status": "returned", "return_value": repr(value)}
-        note(self.folder / "job.json", record)
+        return record
+
+    def _digest(self) -> str:
+        """Of the application's config, as it is written, but for whether it resumes."""
+        content: Any = OmegaConf.to_container(self.config, resolve=False)
+        shown = {key: value for key, value in content.items() if key not in ("hydra", "resume")}
+        return hashlib.sha256(repr(_sorted(shown)).encode()).hexdigest()
 
 
 @dataclass
@@ -200,35 +188,38 @@ class JobProcess:
 
     Attributes:
         loan: its devices.
-        log: where its output goes.
+        output: where its output goes.
         call: what Hydra's ``run_job`` is to be called with.
         began: when it was started, in seconds since the epoch.
         ended_by_us: whether it was told to end.
     """
 
     loan: Loan
-    log: Path
-    call: dict[str, Any]
+    output: IO[bytes]
+    call: InitVar[dict[str, Any]]
     began: float = field(default_factory=time.time)
     ended_by_us: bool = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, call: dict[str, Any]) -> None:
         """Start it."""
         self._folder = Path(tempfile.mkdtemp(prefix="lightning-mnn-job-"))
-        prepared = multiprocessing.spawn.get_preparation_data("job")
-        kept = ("sys_path", "init_main_from_name", "init_main_from_path")
-        with (self._folder / "call.pickle").open("wb") as file:
-            pickle.dump({key: prepared[key] for key in kept if key in prepared}, file)
-            cloudpickle.dump(self.call, file)
-        with self.log.open("ab") as output:
+        watched, self._held = os.pipe()  # its end tells the job that the launcher is gone
+        try:
+            write_call(self._folder / "call.pickle", call, watched)
             self._process = subprocess.Popen(  # noqa: S603 (our own file)
                 [sys.executable, str(main.__file__), str(self._folder)],
                 env=self._environment(),
-                stdin=subprocess.PIPE,  # held open: its end tells the job that the launcher is gone
-                stdout=output,
+                stdin=subprocess.DEVNULL,
+                stdout=self.output,
                 stderr=subprocess.STDOUT,
+                pass_fds=[watched],
                 start_new_session=True,  # which Ctrl-C on the terminal does not reach, but our own signals do
             )
+        except BaseException:
+            self._remove()
+            raise
+        finally:
+            os.close(watched)
 
     @property
     def exit_code(self) -> int | None:
@@ -262,11 +253,12 @@ class JobProcess:
 
     def clear_away(self) -> None:
         """End what the process has left running, and remove its folder."""
-        if self.exit_code:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-        if self._process.stdin is not None:
-            self._process.stdin.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._remove()
+
+    def _remove(self) -> None:
+        os.close(self._held)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _environment(self) -> dict[str, str]:
@@ -276,14 +268,52 @@ class JobProcess:
         return own | self.loan.environment | {VARIABLE: str(self._folder / "progress.json"), "PYTHONUNBUFFERED": "1"}
 
 
-def _without_resume(overrides: Sequence[str]) -> list[str]:
-    return [override for override in overrides if override.split("=")[0].lstrip("+") != "resume"]
+def _lock(output: IO[bytes], folder: Path) -> None:
+    """Lock the log of a job; the lock is its process's, too, and lasts as long as anything may write to it.
+
+    Raises:
+        RuntimeError: it is locked.
+    """
+    try:
+        fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RuntimeError(f"another process is at work in {folder}: wait for its end") from None
+    except OSError:  # as of some network file systems
+        pass
+
+
+def _sorted(value: Any) -> Any:
+    """A value with the keys of its mappings in one order."""
+    if isinstance(value, dict):
+        return sorted(((str(key), _sorted(item)) for key, item in value.items()), key=lambda pair: pair[0])
+    return [_sorted(item) for item in value] if isinstance(value, list) else value
+
+
+def _plain(value: Any) -> Any:
+    """A number for a tensor or array that holds one."""
+    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _printable(words: str) -> str:
+    """Words that a terminal can be given, and not too many."""
+    return "".join(c if c.isprintable() else " " for c in words)[:_LONGEST]
 
 
 def _last_words(log: Path) -> str:
     """What a log ends in: the error that is named last, or else the last line."""
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - _LAST_WORDS))
-        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _LAST_WORDS))
+            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
+    except OSError:
+        return ""
+    lines = [line for line in lines if line and not line.startswith(_HINT)]
     errors = [line for line in lines if _ERROR.match(line)]
     return (errors or lines or [""])[-1]

@@ -5,6 +5,7 @@ Lightning adds it to each Trainer by the entry point ``callbacks_factory``, wher
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 VARIABLE = "LIGHTNING_MNN_PROGRESS"  # the file that a job writes
-_LOSSES = ("train/mse", "train/loss", "train_loss", "loss")
 _SECONDS = 0.5  # between two notes
 
 
@@ -34,19 +34,19 @@ def note(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_note(path: Path) -> dict[str, Any]:
-    """What is noted; {} where there is nothing yet."""
+    """What is noted; {} where there is nothing yet, or nothing that a note would be."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
         return {}
-    return content
+    return content if isinstance(content, dict) else {}
 
 
 def _job_progress(path: Path) -> pl.Callback:
     import pytorch_lightning as pl  # noqa: PLC0415 (the entry point is loaded by all Trainers of an environment)
 
     class JobProgress(pl.Callback):
-        """Notes the epoch and the loss twice a second at most."""
+        """Notes the epoch and the loss twice a second at most; the first process does, and asks the others nothing."""
 
         def __init__(self) -> None:
             self._due = 0.0
@@ -56,9 +56,16 @@ def _job_progress(path: Path) -> pl.Callback:
             self._started = time.time()
             self._note(trainer, trainer.current_epoch)
 
-        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        def on_train_batch_end(
+            self,
+            trainer: pl.Trainer,
+            pl_module: pl.LightningModule,  # noqa: ARG002
+            outputs: Any,
+            batch: Any,  # noqa: ARG002
+            batch_idx: int,  # noqa: ARG002
+        ) -> None:
             if time.monotonic() >= self._due:
-                self._note(trainer, trainer.current_epoch + 1)
+                self._note(trainer, trainer.current_epoch, outputs)
 
         def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
             self._note(trainer, trainer.current_epoch)
@@ -66,18 +73,25 @@ def _job_progress(path: Path) -> pl.Callback:
         def epochs_until_due(self, done: int) -> float:  # noqa: ARG002 (as of the other callbacks)
             return math.inf  # whenever it can
 
-        def _note(self, trainer: pl.Trainer, epochs: int) -> None:
+        def _note(self, trainer: pl.Trainer, epochs: int, outputs: Any = None) -> None:
             self._due = time.monotonic() + _SECONDS
-            if trainer.is_global_zero:
-                limit = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
-                content = {"epochs": epochs, "max_epochs": limit, "loss": _loss(trainer), "started": self._started}
-                note(path, content)
+            if not trainer.is_global_zero:
+                return
+            limit = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
+            loss = _loss(trainer, outputs)
+            content = {"epochs": epochs, "max_epochs": limit, "loss": loss, "started": self._started}
+            with contextlib.suppress(OSError):  # of which the training is not to die
+                note(path, read_note(path) | {key: value for key, value in content.items() if value is not None})
 
     return JobProgress()
 
 
-def _loss(trainer: pl.Trainer) -> float | None:
-    """The training loss that was logged last, by one of its usual names or any with "loss" in it."""
-    logged: dict[str, Any] = trainer.callback_metrics
-    name = next((name for name in (*_LOSSES, *logged) if name in logged and (name in _LOSSES or "loss" in name)), None)
-    return None if name is None else float(logged[name])
+def _loss(trainer: pl.Trainer, outputs: Any) -> float | None:
+    """MNN's error, or else the loss of a batch, or else what was logged with "loss" in its name.
+
+    Of what is logged only that counts which Lightning has computed already: to compute may take all processes.
+    """
+    logged: dict[str, Any] = getattr(trainer._logger_connector, "_callback_metrics", {})  # noqa: SLF001 (see above)
+    loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+    losses = [logged.get("train/mse"), loss, *(value for name, value in logged.items() if "loss" in name)]
+    return next((float(value.detach()) for value in losses if hasattr(value, "numel") and value.numel() == 1), None)

@@ -3,7 +3,6 @@
 import json
 import time
 
-import pytest
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -17,9 +16,11 @@ class Foreign(pl.LightningModule):
     def __init__(self):
         super().__init__()
         self.layer = torch.nn.Linear(3, 1)
+        self.losses = []
 
     def training_step(self, batch, batch_idx):
         loss = self.layer(batch[0]).square().mean()
+        self.losses.append(float(loss.detach()))
         self.log("my_loss", loss, on_epoch=True)
         self.log("accuracy", 0.5)
         return loss
@@ -44,8 +45,7 @@ def test_a_trainer_of_any_application_notes_how_far_it_is(make_trainer, tmp_path
     trainer.fit(model, DataLoader(TensorDataset(torch.ones(4, 3)), batch_size=2))
     note = json.loads(path.read_text())
     assert (note["epochs"], note["max_epochs"]) == (3, 3)
-    assert note["loss"] == pytest.approx(float(trainer.callback_metrics["my_loss_step"]), abs=1)
-    assert note["loss"] != 0.5
+    assert note["loss"] in model.losses
     assert before <= note["started"] <= time.time()
 
 

@@ -1,7 +1,6 @@
 """What a terminal shows of a sweep."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -16,9 +15,9 @@ STATES = ["finished"] * 5 + ["failed", "running", "running"] + ["waiting"] * 20 
 
 def job(number, state):
     started = state in ("finished", "failed", "running")
-    process = SimpleNamespace(loan=Loan(REQUEST, ("0", "3"), 1)) if started else None
+    loan = Loan(REQUEST, ("0", "3"), 1) if started else None
     progress = {"epochs": 1200, "max_epochs": 2000, "loss": 0.0123456} if number == 6 else {}
-    return Job(number, [], f"seed={number}", None, Path(), REQUEST, state, None, process, 83.0, progress)
+    return Job(number, [], f"seed={number}", None, Path(), REQUEST, state, loan, seconds=83.0, progress=progress)
 
 
 def screen(jobs, height, width=100):

@@ -143,7 +143,7 @@ def test_killed_at_any_moment_it_ends_in_the_numbers_of_an_unbroken_run(kind, tm
     last = run / "checkpoints" / "last.ckpt"
     kill_when(start(tmp_path, *again), lambda: last.exists() and rows_of(run) > total / 4)
     kept = torch.load(last, weights_only=True)
-    assert total / 8 < kept["logged_rows"] < total - 1
+    assert 0 < kept["logged_rows"] < total - 1
     moments = np.random.default_rng(len(kind))
     for _ in range(2):  # from the first moment to the last
         process = start(tmp_path, *again)

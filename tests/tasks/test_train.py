@@ -192,7 +192,7 @@ def test_an_interrupted_run_leaves_what_it_had():
         (["experiment=mnist", "data.root=nowhere"], "no MNIST in"),
         (["model.wdith=3"], "Key 'wdith' is not in struct"),
         (["data=cifar11"], "Could not find 'data/cifar11'"),
-        (["task=fly"], "task must be one of ['census', 'report', 'scan', 'train'], got 'fly'"),
+        (["task=fly"], "task must be one of ['census', 'dashboard', 'report', 'scan', 'train'], got 'fly'"),
     ],
 )
 def test_bad_input_is_named_on_the_command_line(arguments, message):
