@@ -19,6 +19,8 @@ from PIL import Image
 from lightning_mnn.data import store
 from lightning_mnn.data.store import build_store, list_images, open_store
 
+pytestmark = pytest.mark.xdist_group("store")  # whose fixture takes seconds: for one process, not for each
+
 BROKEN = b"\x89PNG\r\n\x1a\n and nothing more"
 
 

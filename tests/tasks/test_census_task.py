@@ -24,6 +24,8 @@ SMALL = (
     "census.scans.samples.num_screened=0", "census.splitting.cases=[[6,2,4,0.0,20]]",
     "census.splitting.runs=3", "census.splitting.steps=2", "census.splitting.regions=2", "census.parts=3", "seed=4",
 )  # fmt: skip
+
+pytestmark = pytest.mark.xdist_group("census")  # whose fixture takes seconds: for one process, not for each
 PARTS = 3 * 2 * 3 + 2  # sizes, slopes and parts of each; data sets of one case of splitting
 
 

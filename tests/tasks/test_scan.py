@@ -25,6 +25,8 @@ SMALL = (
     "experiment=figure_5_1", "scan.input_dims=[5,6]", "scan.ratios=[0.2,0.45]", f"scan.max_epochs={EPOCHS}",
     "replicas=3", "scan.replicas_per_part=2", "seed=4",
 )  # fmt: skip
+
+pytestmark = pytest.mark.xdist_group("scan")  # whose fixture takes seconds: for one process, not for each
 PARTS = 2 * 2 * 2 * 2  # layers, widths, ratios, parts of each
 ADAM, TAIL = {"name": "adam", "lr": 0.01}, {"name": "exponential_tail", "hold": 0.5}
 
