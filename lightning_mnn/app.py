@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_mnn.tasks._folders import register_resolvers
+from lightning_mnn.tasks._folders import check_names, register_resolvers
 from lightning_mnn.tasks._quiet import quieten
 
 if TYPE_CHECKING:
@@ -38,8 +38,9 @@ def run(cfg: DictConfig) -> float | None:
     """Run ``cfg.task``: the function of that name in :mod:`lightning_mnn.tasks`.
 
     Raises:
-        ValueError: there is no such task.
+        ValueError: there is no such task, or ``resume`` or ``name`` is no value for them.
     """
+    check_names(cfg)
     tasks = importlib.import_module("lightning_mnn.tasks")
     known = sorted(m.name for m in pkgutil.iter_modules(tasks.__path__) if not m.name.startswith("_"))
     if cfg.task not in known:

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 
 from lightning_mnn import app, tasks
+from lightning_mnn.tasks._console import print_config, print_verdict
 from tests.tasks.test_resume import command
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -137,6 +139,49 @@ def test_what_an_experiment_in_parts_would_pass_over_is_refused(experiment, over
     with pytest.raises(ValueError, match=message):
         app.run(cfg)
     assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resume=yes"], "resume must be true or false, got 'yes'"),
+        (["-m", "resume=1", "seed=1,2"], "resume must be true or false, got 1"),
+        (["resume=null"], "resume must be true or false, got null"),
+        (["name=a/b"], "name must be that of one folder in outputs, without a slash, got 'a/b'"),
+        (["name=null", "hydra.run.dir=run"], "name must be that of one folder in outputs, without a slash, got null"),
+        (["-m", "name=..", "seed=1,2"], "name must be that of one folder in outputs, without a slash, got '..'"),
+    ],
+)
+def test_what_would_be_misunderstood_is_refused_before_there_is_a_folder(arguments, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lightning-mnn", *arguments])
+    with pytest.raises(SystemExit, match=f"error: {message}"):
+        app.main()
+    assert not [*Path().iterdir()]
+
+
+def test_a_name_is_shown_as_it_is(capsys):
+    """Square brackets are no markup."""
+    summary = {"kind": None, "mse": 0.1, "wrong": None, "epochs": 1, "steps": 2, "seconds": 3.0, "num_samples": 4}
+    print_verdict("q [y]", summary | {"reason": "net [a]"}, Path("out/q [y]").absolute(), offline=False)
+    print_verdict(2024, summary, Path(), offline=False)  # name=2024 is a number
+    print_config(OmegaConf.create({"name": "q [x]", "at": ["[/b]"]}))
+    said = capsys.readouterr().out
+    for words in (
+        "2024: verdict",
+        "q [y]: verdict",
+        "net [a]",
+        "everything is in out/q [y]\n",
+        "name: q [x]",
+        "at: ['[/b]']",
+    ):
+        assert words in said, words
+
+
+def test_a_job_of_a_sweep_refuses_it_too():
+    with initialize_config_module("lightning_mnn.conf", version_base="1.3"):
+        cfg = compose("config", ["resume=ture", "run_dir=run"])
+    with pytest.raises(ValueError, match="resume must be true or false, got 'ture'"):
+        app.run(cfg)
 
 
 @pytest.mark.slow

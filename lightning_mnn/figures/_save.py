@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -13,9 +14,11 @@ if TYPE_CHECKING:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Draw a figure as PNG under a temporary name, then rename."""
+    """Draw a figure as PNG under a temporary name, then rename; letters that no font has are boxes in it."""
     unfinished = path.with_name("." + path.name)
     FigureCanvasAgg(figure)
-    figure.savefig(unfinished, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)  # of names such as 数
+        figure.savefig(unfinished, format="png")
     unfinished.replace(path)
     return path

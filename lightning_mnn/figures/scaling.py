@@ -8,11 +8,11 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import patheffects
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from lightning_mnn.figures._save import save
+from lightning_mnn.figures._style import COLORS, KINDS, NOTE, mark_zeros, tidy
 from lightning_mnn.figures.census import read_table
 
 if TYPE_CHECKING:
@@ -22,18 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Row = dict[str, Any]
-
-# After Okabe and Ito, whose colours the colour-blind tell apart too.
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-
-# Kinds, their names in the legend, colours and markers; None: two hidden layers, and the necessary conditions hold.
-_KINDS: dict[str | None, tuple[str, str, str]] = {
-    "differentiable_minimum": ("differentiable minimum", "#0072b2", "o"),
-    "kink_minimum": ("minimum on kinks", "#e69f00", "D"),
-    "saddle": ("saddle", "#cc79a7", "s"),
-    "not_stationary": ("not stationary", "#7f7f7f", "x"),
-    None: ("not judged", "#000000", "."),
-}
 
 # What the paper's Figure 5.2 spans.
 _PAPER = {"min_preactivation": (1e-3, 1e0), "mse": (1e-31, 1e-7)}
@@ -73,7 +61,7 @@ def error_figure(run_dir: Path) -> Path:
         ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ax.xaxis.set_minor_formatter(NullFormatter())
-        _tidy(ax)
+        tidy(ax)
         below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12)}  # where it covers nothing
         words = "mean ± standard deviation; broken line: N = #parameters"
         ax.legend(ncols=2, title=words, frameon=False, **below)
@@ -102,11 +90,9 @@ def minima_figure(run_dir: Path) -> Path:
     axes[2].set(title="Certified kinds", ylabel=f"networks of {max(len(group) for group in groups)}")
     for ax in axes:
         _name_places(ax, groups)
-        _tidy(ax)
-    present = [kind for kind in _KINDS if any(row["kind"] == kind for row in rows)]
-    handles = [
-        axes[0].plot([], [], _KINDS[kind][2], color=_KINDS[kind][1], label=_KINDS[kind][0])[0] for kind in present
-    ]
+        tidy(ax)
+    present = [kind for kind in KINDS if any(row["kind"] == kind for row in rows)]
+    handles = [axes[0].plot([], [], KINDS[kind][2], color=KINDS[kind][1], label=KINDS[kind][0])[0] for kind in present]
     handles.append(axes[0].plot([], [], "-", color="black", lw=2, label="median")[0])
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.suptitle(f"What training ends in\n{_conditions(summary)}", fontsize=12)
@@ -141,17 +127,16 @@ def _draw_dots(ax: Axes, groups: Sequence[Sequence[Row]], column: str) -> None:
     positive = [value for value in values if value > 0]
     low, high = _PAPER[column]
     ax.axhspan(low, high, color="0.92", zorder=0)
-    ax.text(0.985, high, "paper's range", va="top", transform=ax.get_yaxis_transform(), **_NOTE)
+    ax.text(0.985, high, "paper's range", ha="right", va="top", transform=ax.get_yaxis_transform(), **NOTE)
     foot = 10.0 ** (math.floor(math.log10(min(positive, default=low))) - 2)
     for place, group in enumerate(groups):
         heights = [max(row[column], foot) for row in group]
         for row, height, aside in zip(group, heights, _aside(len(group)), strict=True):
-            _, color, marker = _KINDS[row["kind"]]
+            _, color, marker = KINDS[row["kind"]]
             ax.plot(place + aside, height, marker, color=color, ms=5, alpha=0.75, zorder=3)
         ax.hlines(float(np.median(heights)), place - 0.38, place + 0.38, color="black", lw=2, zorder=4)
     if len(positive) < len(values):
-        ax.axhline(foot * 3, color="0.6", lw=0.8, ls=":")
-        ax.text(0.985, foot, "exactly 0", va="center", transform=ax.get_yaxis_transform(), **_NOTE)
+        mark_zeros(ax, foot)
     ax.yaxis.set_major_locator(LogLocator(numticks=9))
     ax.yaxis.set_minor_formatter(NullFormatter())
 
@@ -160,7 +145,7 @@ def _draw_kinds(ax: Axes, groups: Sequence[Sequence[Row]]) -> None:
     """Counts of the kinds, a pile for each size."""
     for place, group in enumerate(groups):
         below = 0
-        for kind, (_, color, _) in _KINDS.items():
+        for kind, (_, color, _) in KINDS.items():
             count = sum(row["kind"] == kind for row in group)
             if count:
                 ax.bar(place, count, 0.7, below, color=color, alpha=0.85)
@@ -206,18 +191,4 @@ def _size(row: Row) -> tuple[int, ...]:
 
 
 def _cycle(count: int) -> list[str]:
-    return [_COLORS[number % len(_COLORS)] for number in range(count)]
-
-
-def _tidy(ax: Axes) -> None:
-    ax.grid(visible=True, color="0.93")
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
-
-
-_NOTE: dict[str, Any] = {
-    "ha": "right",
-    "fontsize": 9,
-    "color": "0.4",
-    "path_effects": [patheffects.withStroke(linewidth=2.5, foreground="white")],  # a dot may lie behind it
-}
+    return [COLORS[number % len(COLORS)] for number in range(count)]

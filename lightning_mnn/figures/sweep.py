@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from lightning_mnn.figures._save import save
-from lightning_mnn.figures.scaling import _COLORS, _KINDS, _NOTE, _tidy
+from lightning_mnn.figures._style import COLORS, KINDS, mark_zeros, plain, tidy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -61,16 +62,17 @@ class Measure:
 
 @dataclass(frozen=True)
 class Scale:
-    """An axis of swept values: the key, its values in order, where they stand, and the kind of axis."""
+    """An axis of swept values: the key, its values in order and their names, where they stand, and the kind of axis."""
 
     key: str
     values: tuple[str, ...]
+    names: tuple[str, ...]
     places: tuple[float, ...]
     kind: str = "categories"
 
     def index(self, row: Row) -> int:
         """Which of the values a row has."""
-        return self.values.index(_label(row.get(self.key))) if self.key else 0
+        return self.values.index(_identity(row.get(self.key))) if self.key else 0
 
 
 def _rank_share(row: Row) -> float | None:
@@ -138,7 +140,7 @@ def sweep_figure(folder: Path) -> Path:
     for ax in axes[panels:]:
         ax.remove()
     _legend(figure, rows, color, judged=judged)
-    figure.suptitle(_title(rows, len({row["folder"] for row in jobs}), swept, x, color), fontsize=12)
+    figure.suptitle(plain(_title(rows, len({row["folder"] for row in jobs}), swept, x, color)), fontsize=12)
     return save(figure, folder / "figure.png")
 
 
@@ -155,7 +157,9 @@ def choose_axes(rows: Sequence[Row], swept: Sequence[str], measures: Sequence[Me
         return (_REPETITION if _REPETITION in swept else ""), ""
     if len(keys) > 2:
         known = [measure.known(rows) for measure in measures]
-        shares = {key: sum(_explained([(_label(row[key]), v) for row, v in pairs]) for pairs in known) for key in keys}
+        shares = {
+            key: sum(_explained([(_identity(row[key]), v) for row, v in pairs]) for pairs in known) for key in keys
+        }
         keys.sort(key=lambda key: -shares[key])
     first, second, *_ = [*keys, ""]
     if second and _axis_fitness(rows, second) > _axis_fitness(rows, first):
@@ -169,7 +173,7 @@ def _axis_fitness(rows: Sequence[Row], key: str) -> tuple[bool, int]:
 
 
 def _count(rows: Sequence[Row], key: str) -> int:
-    return len({_label(row.get(key)) for row in rows})
+    return len(_distinct(rows, key))
 
 
 def _explained(pairs: Sequence[tuple[str, float]]) -> float:
@@ -189,6 +193,27 @@ def _measures(rows: Sequence[Row]) -> list[Measure]:
     return [_BOUND if measure is MEASURES[4] and not measured else measure for measure in MEASURES]
 
 
+def _identity(value: Any) -> str:
+    """What equal values have in common, and no others."""
+    return json.dumps(value)
+
+
+def _distinct(rows: Sequence[Row], key: str) -> dict[str, Any]:
+    """A key's values in the order of the rows, by what identifies them."""
+    values = (row.get(key) for row in rows)
+    return {_identity(value): value for value in values}
+
+
+def _names(values: Sequence[Any]) -> tuple[str, ...]:
+    """Swept values as the figure names them, in full where they would share a name.
+
+    >>> _names([1.0, 1.00000001, 0.5]), _names(["null", None]), _names([0.1, 0.2])
+    (('1.0', '1.00000001', '0.5'), ('"null"', 'null'), ('0.1', '0.2'))
+    """
+    shared = Counter(map(_label, values))
+    return tuple(_label(value) if shared[_label(value)] == 1 else _identity(value) for value in values)
+
+
 def _label(value: Any) -> str:
     """A swept value as the figure writes it.
 
@@ -203,28 +228,33 @@ def _label(value: Any) -> str:
 
 
 def _number(value: Any) -> float | None:
-    """A swept value as a number, a list of one as what is in it; None for what is none."""
+    """A swept value as a number, a list of one as what is in it; None for what is none, or has no place on an axis.
+
+    >>> _number([20]), _number(float("inf")), _number("20")
+    (20.0, None, None)
+    """
     if isinstance(value, list) and len(value) == 1:
         return _number(value[0])
-    return None if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if number and math.isfinite(value) else None
 
 
 def _numbers(rows: Sequence[Row], key: str) -> dict[str, float] | None:
-    """A key's values in rising order, by their labels, if all are numbers and the key is one with an order."""
+    """A key's values in rising order, by what identifies them, if all are numbers and the key is one with an order."""
     if not key or key == _REPETITION:
         return None
-    found = {_label(row.get(key)): _number(row.get(key)) for row in rows}
-    numbers = {label: number for label, number in found.items() if number is not None}
+    found = {value: _number(given) for value, given in _distinct(rows, key).items()}
+    numbers = {value: number for value, number in found.items() if number is not None}
     return dict(sorted(numbers.items(), key=lambda pair: pair[1])) if len(numbers) == len(found) else None
 
 
 def _scale(rows: Sequence[Row], key: str) -> Scale:
     """How a key is laid out: numbers by their size, all else side by side in the order of the command."""
-    numbers = _numbers(rows, key)
+    numbers, distinct = _numbers(rows, key), _distinct(rows, key) if key else {"": ""}
     if numbers is not None and len(numbers) > 1:
-        return Scale(key, tuple(numbers), tuple(numbers.values()), _spacing(list(numbers.values())))
-    labels = tuple(dict.fromkeys(_label(row.get(key)) if key else "" for row in rows))
-    return Scale(key, labels, tuple(map(float, range(len(labels)))))
+        names = _names([distinct[value] for value in numbers])
+        return Scale(key, tuple(numbers), names, tuple(numbers.values()), _spacing(list(numbers.values())))
+    return Scale(key, tuple(distinct), _names(list(distinct.values())), tuple(map(float, range(len(distinct)))))
 
 
 def _spacing(values: Sequence[float]) -> str:
@@ -250,9 +280,9 @@ def _spacing(values: Sequence[float]) -> str:
 def _colors(scale: Scale) -> list[str]:
     """A colour for each value: a row of hues where there are many numbers."""
     count = len(scale.values)
-    if scale.kind != "categories" and count > len(_COLORS):
+    if scale.kind != "categories" and count > len(COLORS):
         return [to_hex(colormaps["viridis"](0.9 * place / (count - 1))) for place in range(count)]
-    return [_COLORS[place % len(_COLORS)] for place in range(count)]
+    return [COLORS[place % len(COLORS)] for place in range(count)]
 
 
 def _draw_measure(ax: Axes, rows: Sequence[Row], measure: Measure, x: Scale, color: Scale) -> None:
@@ -286,7 +316,7 @@ def _draw_measure(ax: Axes, rows: Sequence[Row], measure: Measure, x: Scale, col
     ax.set_title(measure.title, fontsize=11)
     ax.set_ylabel(measure.unit)
     ax.set_xlabel(x.key)
-    _tidy(ax)
+    tidy(ax)
 
 
 def _draw_kinds(ax: Axes, rows: Sequence[Row], x: Scale, color: Scale) -> None:
@@ -299,19 +329,19 @@ def _draw_kinds(ax: Axes, rows: Sequence[Row], x: Scale, color: Scale) -> None:
         for number in range(len(color.values)):
             same = [row["kind"] for row in rows if x.index(row) == index and color.index(row) == number]
             place, below = index + _dodge(number, len(color.values)), 0.0
-            for kind, (_, hue, _) in _KINDS.items():
+            for kind, (_, hue, _) in KINDS.items():
                 part = 100 * same.count(kind) / len(same) if same else 0.0
                 ax.bar(place, part, 0.92 * share, below, color=hue, alpha=0.85)
                 below += part
             if color.key:  # which colour the pile is of
                 ax.bar(place, 3.5, 0.92 * share, -5, color=hues[number])
-    _name_places(ax, list(map(float, range(len(x.values)))), x.values)
+    _name_places(ax, list(map(float, range(len(x.values)))), x.names)
     ax.set_xlim(-0.6, len(x.values) - 0.4)
     ax.set(xlabel=x.key, ylim=(-6 if color.key else 0, 100))
     ax.yaxis.set_major_locator(MaxNLocator(steps=[2, 5, 10]))
     ax.set_title(title, fontsize=11)
     ax.set_ylabel("share of networks (%)")
-    _tidy(ax)
+    tidy(ax)
 
 
 def _set_heights(ax: Axes, measure: Measure, values: Sequence[float]) -> float:
@@ -337,8 +367,7 @@ def _set_heights(ax: Axes, measure: Measure, values: Sequence[float]) -> float:
         ax.yaxis.set_minor_formatter(NullFormatter())
     if not some_zero:
         return -math.inf
-    ax.axhline(foot * 3, color="0.6", lw=0.8, ls=":")
-    ax.text(0.985, foot, "exactly 0", va="center", transform=ax.get_yaxis_transform(), **_NOTE)
+    mark_zeros(ax, foot)
     return foot
 
 
@@ -349,7 +378,7 @@ def _draw_places(ax: Axes, x: Scale) -> bool:
         Whether its values stand side by side, which leaves room for dots beside each other.
     """
     if x.kind == "categories":
-        _name_places(ax, x.places, x.values)
+        _name_places(ax, x.places, x.names)
         ax.set_xlim(-0.6, len(x.places) - 0.4)
         return True
     if x.kind == "symlog":
@@ -358,7 +387,7 @@ def _draw_places(ax: Axes, x: Scale) -> bool:
     else:
         ax.set_xscale(x.kind)
     if len(x.places) <= _FEW:
-        ax.set_xticks(x.places, x.values)
+        ax.set_xticks(x.places, list(map(plain, x.names)))
         ax.xaxis.set_minor_locator(NullLocator())
     elif x.kind == "log":
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -372,7 +401,9 @@ def _name_places(ax: Axes, places: Sequence[float], names: Sequence[str]) -> Non
     every = math.ceil(len(names) / 16)
     named = [name if len(name) <= 16 else name[:15] + "…" for name in names[::every]]
     aslant: dict[str, Any] = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"}
-    ax.set_xticks(list(places)[::every], named, **(aslant if max(map(len, named)) * len(named) > 45 else {}))
+    ax.set_xticks(
+        list(places)[::every], list(map(plain, named)), **(aslant if max(map(len, named)) * len(named) > 45 else {})
+    )
 
 
 def _share(count: int) -> float:
@@ -390,14 +421,14 @@ def _legend(figure: Figure, rows: Sequence[Row], color: Scale, *, judged: bool) 
     ax = figure.axes[0]
     look: dict[str, Any] = {"frameon": False, "fontsize": 10}
     if judged:
-        present = [kind for kind in _KINDS if any(row["kind"] == kind for row in rows)]
-        bars = [ax.bar(0, 0, color=_KINDS[kind][1], label=_KINDS[kind][0], alpha=0.85) for kind in present]
+        present = [kind for kind in KINDS if any(row["kind"] == kind for row in rows)]
+        bars = [ax.bar(0, 0, color=KINDS[kind][1], label=KINDS[kind][0], alpha=0.85) for kind in present]
         figure.legend(handles=bars, loc="outside lower right", ncols=len(bars), **look)
     if color.key:
         hues = _colors(color)
         last = len(hues) - 1
         chosen = range(len(hues)) if last < _FEW else sorted({round(last * k / 4) for k in range(5)})
-        handles = [ax.plot([], [], "o-", color=hues[k], label=color.values[k])[0] for k in chosen]
+        handles = [ax.plot([], [], "o-", color=hues[k], label=plain(color.names[k]))[0] for k in chosen]
         title = color.key if last < _FEW else f"{color.key} ({last + 1} values)"
         figure.legend(handles=handles, loc="outside lower left", ncols=min(len(handles), 6), title=title, **look)
 
@@ -412,7 +443,7 @@ def _title(rows: Sequence[Row], jobs: int, swept: Sequence[str], x: Scale, color
     against = " and ".join(key for key in (x.key, color.key) if key)
     pooled = [
         f"{key} ({count} values)" for key in swept if key not in (x.key, color.key) and (count := _count(rows, key)) > 1
-    ] + ["replicas"] * (len(rows) > finished)
+    ] + ["the networks of each job"] * (len(rows) > finished)
     if x.key == _REPETITION:
         marks = "dots: networks; broken line: median of all"
     elif len(rows) == 1:

@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.tree import Tree
@@ -33,10 +34,10 @@ def print_verdict(name: str, summary: dict[str, Any], run_dir: Path, *, offline:
     """Print what the run converged to, a line a fact; over replicas the range of each value."""
     table = Table.grid(padding=(0, 2))
     for label, value in _facts(summary):
-        table.add_row(f"[bold]{label}", value)
+        table.add_row(f"[bold]{label}", escape(value))
     console = Console()
-    console.print(Panel(table, title=f"{name}: verdict", expand=False))
-    shown = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
+    console.print(Panel(table, title=f"{escape(str(name))}: verdict", expand=False))
+    shown = escape(str(run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir))
     console.print(f"[bold]everything is in[/] {shown}", soft_wrap=True)
     if offline and (run_dir / "wandb").exists():
         console.print(f"[bold]to W&B with[/] wandb sync {shown}/wandb/offline-run-*", soft_wrap=True)
@@ -114,7 +115,7 @@ def _volume(summary: dict[str, Any]) -> str | None:
 def _grow(tree: Tree, node: DictConfig | ListConfig) -> None:
     for key, value in node.items() if isinstance(node, DictConfig) else enumerate(node):
         if isinstance(value, DictConfig):
-            _grow(tree.add(f"[cyan]{key!s}"), value)
+            _grow(tree.add(f"[cyan]{escape(str(key))}"), value)
         else:
             shown = OmegaConf.to_container(value) if isinstance(value, ListConfig) else value
-            tree.add(f"[cyan]{key!s}[/]: {shown!s}", highlight=True)
+            tree.add(f"[cyan]{escape(str(key))}[/]: {escape(str(shown))}", highlight=True)

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from typing_extensions import override
 from yaml import YAMLError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from omegaconf import DictConfig
 
 _TIME = "%Y-%m-%d_%H-%M-%S-%f"  # of the beginning: a folder's name; names sort as times do
-_TRAINED = ("metrics.csv", "checkpoints")
+_BEGUN = ("metrics.csv", "checkpoints", "summary.json", "parts")  # any of which tells a folder with results
+# Raised by what a kill has torn as Hydra wrote it.
+_TORN = (YAMLError, HydraException, OmegaConfBaseException, OSError, TypeError, ValueError, LookupError, AttributeError)
+_WITHOUT_FOLDER = ("report", "dashboard")  # tasks that remove it at once
 
 
 def register_resolvers() -> None:
@@ -30,7 +41,9 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("record_folder", record_folder, replace=True)
 
 
-def run_folder(parent: str, resume: object, overrides: Sequence[str], mode: RunMode | None = None) -> str:
+def run_folder(
+    parent: str, resume: object, overrides: Sequence[str], mode: RunMode | None = None, task: str | None = None
+) -> str:
     """The folder of a run or a sweep, named by the time at which it was begun; it need not exist.
 
     Args:
@@ -38,12 +51,13 @@ def run_folder(parent: str, resume: object, overrides: Sequence[str], mode: RunM
         resume: True: the newest that the same command began, if there is one; on standard error a line says which.
         overrides: the command but for ``hydra.…``, as Hydra keeps it.
         mode: MULTIRUN where a single run's folder is asked for in a sweep, which makes no use of it.
+        task: what is to be done there; some tasks leave nothing that could be gone on with.
 
     >>> Path(run_folder("outputs/quickstart", resume=False, overrides=["seed=1"])).parent.as_posix()
     'outputs/quickstart'
     """
     new = Path(parent, datetime.now().strftime(_TIME))  # noqa: DTZ005 (the clock on the wall, as of Hydra's folders)
-    if resume is not True or mode is RunMode.MULTIRUN:
+    if resume is not True or mode is RunMode.MULTIRUN or task in _WITHOUT_FOLDER:
         return str(new)
     asked = _essential(overrides)
     found = next((folder for folder in _newest_first(Path(parent)) if _begun_by(folder) == asked), None)
@@ -54,17 +68,126 @@ def run_folder(parent: str, resume: object, overrides: Sequence[str], mode: RunM
     return str(found)
 
 
+def check_names(cfg: DictConfig) -> None:
+    """Refuse what would be taken for something else, or could not be written.
+
+    Raises:
+        ValueError: ``resume`` is neither true nor false, or ``name`` cannot be the name of a folder.
+    """
+    if not isinstance(cfg.resume, bool):
+        raise ValueError(f"resume must be true or false, got {_said(cfg.resume)}")  # noqa: TRY004 (a user's word)
+    name = "" if cfg.name is None else str(cfg.name)
+    if name in ("", "..") or Path(name).name != name:
+        raise ValueError(
+            f"name must be that of one folder in outputs, without a slash, got {_said(cfg.name)}: choose another, or "
+            "give the whole path by hydra.run.dir"
+        )
+
+
+def _said(value: object) -> str:
+    return "null" if value is None else repr(value)
+
+
+def folder_option() -> str:
+    """The override that gives the present job another folder."""
+    return "hydra.sweep.dir" if _in_sweep() else "hydra.run.dir"
+
+
+def is_own_choice(run_dir: Path) -> bool:
+    """Whether the present job's folder is one that the user named, or of a single run an experiment, by no time."""
+    given = HydraConfig.get().overrides.hydra if HydraConfig.initialized() else ()
+    named = any(option.startswith(f"{folder_option()}=") for option in given)
+    return named or not (_in_sweep() or _is_time(run_dir.name))
+
+
+def _in_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
+
+
 def record_folder(run_dir: str | None) -> str | None:
     """The folder, in that of a run, of what Hydra writes of the command; None: the record there is to stay.
 
-    Where training has begun, it says by which command: another one may be refused, and a kill may tear what is written.
+    Where work has begun, it says by which command: another one may be refused, and a kill may tear what is written.
 
     >>> record_folder(None)
     '.hydra'
     """
     folder = None if run_dir is None else Path(run_dir)
-    kept = folder and (folder / ".hydra" / "overrides.yaml").exists() and any((folder / n).exists() for n in _TRAINED)
+    kept = folder and (folder / ".hydra" / "overrides.yaml").exists() and _has_begun(folder)
     return None if kept else ".hydra"
+
+
+def sweep_record(folder: Path) -> Path:
+    """The file that says by which command a sweep was begun; it need not exist."""
+    first = folder / "multirun.first.yaml"
+    return first if first.exists() else folder / "multirun.yaml"
+
+
+def jobs_of(hydra: Mapping[str, Any]) -> list[list[str]]:
+    """The overrides of each job of a sweep, as Hydra's own sweeper makes them of the command.
+
+    Empty where another sweeper chooses them, or the command does not say: ``glob(*)`` needs the configs of the program.
+
+    Args:
+        hydra: the node ``hydra`` of a config, with references as they are written.
+    """
+    if not str(hydra["sweeper"]["_target_"]).endswith("BasicSweeper"):
+        return []
+    given = [f"{key}={value}" for key, value in (hydra["sweeper"].get("params") or {}).items()]
+    try:
+        overrides = OverridesParser.create().parse_overrides([*given, *hydra["overrides"]["task"]])
+        (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+    except HydraException:
+        return []
+    return jobs
+
+
+class Beginning(Callback):
+    """What is done before Hydra makes or changes any folder.
+
+    Where Hydra is about to write another record into the folder of a sweep, it keeps the one by which the sweep is
+    found. That may change as long as no job has begun, and as jobs are added at the end; otherwise ``multirun.yaml``
+    is kept as ``multirun.first.yaml``: the new command's jobs may all be refused.
+
+    Raises:
+        SystemExit: a value is refused by :func:`check_names`. (Hydra heeds no other exception of a callback.)
+    """
+
+    @override
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        try:
+            check_names(config)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+
+    @override
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        self.on_run_start(config)
+        try:
+            record = sweep_record(Path(config.hydra.sweep.dir))
+            if not record.exists():
+                return
+            before, now = _plan(OmegaConf.load(record)), _plan(config)
+        except _TORN:  # or what Hydra meets next, and tells
+            return
+        if now[: len(before)] == before:
+            if record.name != "multirun.yaml":
+                record.replace(record.with_name("multirun.yaml"))
+        elif record.name == "multirun.yaml" and any(path.name in _BEGUN for path in record.parent.rglob("*")):
+            unfinished = record.with_name("multirun.first.yaml.tmp")
+            shutil.copyfile(record, unfinished)
+            unfinished.replace(record.with_name("multirun.first.yaml"))
+
+
+def _plan(config: Any) -> list[list[str]]:
+    """What each job of a sweep is known by; where that cannot be told what the command is, as if it were one job."""
+    hydra: dict[str, Any] = OmegaConf.to_container(config.hydra, resolve=False)  # type: ignore[assignment]
+    jobs = [sorted(one for one in job if one.split("=", 1)[0].lstrip("+") != "resume") for job in jobs_of(hydra)]
+    return jobs or [_essential(hydra["overrides"]["task"])]
+
+
+def _has_begun(folder: Path) -> bool:
+    return any((folder / name).exists() for name in _BEGUN)
 
 
 def _newest_first(parent: Path) -> Iterable[Path]:
@@ -82,20 +205,27 @@ def _is_time(name: str) -> bool:
 
 def _begun_by(folder: Path) -> list[str] | None:
     """By which command a run or a sweep was begun; None: that is not known."""
-    sweep, run = folder / "multirun.yaml", folder / ".hydra" / "overrides.yaml"
+    sweep, run = sweep_record(folder), folder / ".hydra" / "overrides.yaml"
     try:
         if sweep.exists():
             return _essential(OmegaConf.select(OmegaConf.load(sweep), "hydra.overrides.task"))
-        return _essential(OmegaConf.load(run)) if run.exists() else None
-    except (YAMLError, HydraException, TypeError, ValueError):  # torn by a kill, as Hydra writes it
-        option = "hydra.sweep.dir" if sweep.exists() else "hydra.run.dir"
-        sys.stderr.write(f"{folder} does not say which command began it: {option}={folder} goes on there\n")
-        return None
+        if run.exists() or not _has_begun(folder):
+            return _essential(OmegaConf.load(run)) if run.exists() else None
+    except _TORN:
+        pass
+    option = "hydra.sweep.dir" if sweep.exists() else "hydra.run.dir"
+    sys.stderr.write(f"{folder} does not say which command began it: {option}={folder} goes on there\n")
+    return None
 
 
 def _essential(overrides: Any) -> list[str]:
-    """Those that a command is known by: without ``resume``, in one order, but what is swept in that of the jobs."""
-    parsed = OverridesParser.create().parse_overrides([str(override) for override in overrides])
-    kept = [override for override in parsed if override.key_or_group != "resume"]
-    kept.sort(key=lambda override: "" if override.is_sweep_override() else str(override.input_line))
-    return [str(override.input_line) for override in kept]
+    """Those that a command is known by, as they are written: without ``resume``, in one order.
+
+    What is swept stays in the order that numbers the jobs, and what is given for a key again, where the last counts.
+    """
+    written = OmegaConf.to_container(overrides, resolve=False) if OmegaConf.is_config(overrides) else overrides
+    parsed = OverridesParser.create().parse_overrides([str(one) for one in written])  # type: ignore[union-attr]
+    swept = {one.key_or_group for one in parsed if one.is_sweep_override()}
+    kept = [one for one in parsed if one.key_or_group != "resume"]
+    kept.sort(key=lambda one: "" if one.key_or_group in swept else one.key_or_group)
+    return [str(one.input_line) for one in kept]

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -17,6 +18,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
 from lightning_mnn.tasks._files import write_json
+from lightning_mnn.tasks._folders import folder_option, is_own_choice
 from lightning_mnn.tasks._parts import differences
 from lightning_mnn.tasks._requeue import was_requeued
 
@@ -65,7 +67,9 @@ class Standing:
 
 
 def standing(cfg: DictConfig) -> Standing:
-    """Look at the run folder, the same on every process, and write nothing.
+    """Look at the run folder, the same on every process, and write nothing there.
+
+    Where ``resume`` finds nothing to go on with, a line on standard error says so, if none did.
 
     Raises:
         ValueError: ``resume`` together with ``ckpt_path``, or a checkpoint that another callback wrote.
@@ -79,25 +83,32 @@ def standing(cfg: DictConfig) -> Standing:
         )
     asked = _plan(cfg)
     if not any((run_dir / name).exists() for name in _RESULTS):  # a plan alone is of a run that never came to train
+        if cfg.resume and is_own_choice(run_dir):
+            _tell_beginning(run_dir)
         return _never_trained(run_dir, asked)
     if not (cfg.resume or was_requeued()):
         raise FileExistsError(
-            f"{run_dir} already holds a run: choose another hydra.run.dir, or go on with this one by resume=true"
+            f"{run_dir} already holds a run: choose another {folder_option()}, or go on with this one by resume=true"
         )
     if not (run_dir / "plan.json").exists():
         raise FileExistsError(
-            f"{run_dir} holds a run without plan.json, which cannot be gone on with: choose another hydra.run.dir"
+            f"{run_dir} holds a run without plan.json, which cannot be gone on with: choose another {folder_option()}"
         )
     plan = json.loads((run_dir / "plan.json").read_text())
     checkpoint = run_dir / "checkpoints" / "last.ckpt"
     if checkpoint.exists():  # what the run began with is past
         plan["config"]["ckpt_path"] = asked["config"]["ckpt_path"]
     if found := differences({key: plan[key] for key in asked}, asked):
-        raise FileExistsError(f"{run_dir} was begun otherwise: {found}: choose another hydra.run.dir")
+        raise FileExistsError(f"{run_dir} was begun otherwise: {found}: choose another {folder_option()}")
     kept = Standing(asked, begun=True, summary=_finished(run_dir), wandb_id=plan["wandb_id"])
     if kept.summary is not None or not checkpoint.exists():
         return kept
     return replace(kept, checkpoint=checkpoint, rows=_logged_rows(checkpoint))
+
+
+@rank_zero_only
+def _tell_beginning(run_dir: Path) -> None:
+    sys.stderr.write(f"resume=true: nothing in {run_dir} to go on with: it begins\n")
 
 
 def _never_trained(run_dir: Path, asked: dict[str, Any]) -> Standing:
@@ -125,7 +136,7 @@ def alone_in(run_dir: Path) -> Iterator[None]:
     try:
         if _is_locked(folder):
             raise FileExistsError(
-                f"another process trains in {run_dir}: await its end, or choose another hydra.run.dir"
+                f"another process trains in {run_dir}: await its end, or choose another {folder_option()}"
             )
         yield
     finally:
@@ -185,6 +196,6 @@ def _logged_rows(checkpoint: Path) -> int:
     if "logged_rows" not in state:
         raise ValueError(
             f"{checkpoint} does not say what was logged: resume=true goes on from checkpoints of "
-            "lightning_mnn.callbacks.LastCheckpoint; begin from this one in another hydra.run.dir by ckpt_path="
+            f"lightning_mnn.callbacks.LastCheckpoint; begin from this one in another {folder_option()} by ckpt_path="
         )
     return int(state["logged_rows"])

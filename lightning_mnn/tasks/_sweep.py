@@ -6,7 +6,8 @@ import json
 import os
 import shlex
 from collections import defaultdict
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -23,6 +25,7 @@ from yaml import YAMLError
 
 from lightning_mnn.tasks._experiment import shown
 from lightning_mnn.tasks._files import write_csv
+from lightning_mnn.tasks._folders import jobs_of, sweep_record
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +35,7 @@ Row = dict[str, Any]
 _MARKS = (".hydra", "job.json", "plan.json", "summary.json")  # any of which tells a job's folder
 _LISTS = ("hidden_dims", "visits")  # of a summary that are no lists over the replicas
 _HOW_TO_START = ("resume",)  # overrides that say how a job is started, not what it is
+_WHAT_TO_DO = ("task", "experiment")  # overrides that say of which task a job is
 
 
 class Status(StrEnum):
@@ -51,17 +55,22 @@ class Job:
         folder: its place below the sweep's folder; of a job that waits, the one that it will have, or None.
         overrides: its part of the command, as it is written.
         status: how far it has come.
-        task: what it does.
+        task: what it does; empty where its files do not say.
         summary: its ``summary.json``, empty where there is none.
-        error: why it failed, where that is known.
+        error: why it failed, or what is wrong with its files, where that is known.
     """
 
     folder: Path | None
     overrides: tuple[str, ...]
     status: Status
-    task: str = "train"
+    task: str
     summary: dict[str, Any] | None = None
     error: str | None = None
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """What it came to: its summary, empty unless it is finished."""
+        return self.summary or {} if self.status is Status.FINISHED else {}
 
     @property
     def name(self) -> str:
@@ -83,12 +92,14 @@ class Sweep:
         jobs: all of them, in the order of their numbers.
         swept: what differs between them, in the order of the command: names, and each job's value.
         plans: the ``multirun.yaml`` of the sweeps that they are of.
+        others: jobs below it that are not of training.
     """
 
     folder: Path
     jobs: tuple[Job, ...]
     swept: dict[str, tuple[Any, ...]]
     plans: tuple[Path, ...] = ()
+    others: tuple[Job, ...] = ()
 
     def having(self, status: Status) -> list[Job]:
         """The jobs that have come as far as that."""
@@ -109,29 +120,30 @@ def read_sweep(folder: Path) -> Sweep:
     folders, plans = _walk(folder)
     jobs = [_read_job(folder, place) for place in folders]
     for plan in plans:
-        pairs = zip(folders, jobs, strict=False)  # without those that wait
-        begun = {_settings(job.overrides) for place, job in pairs if place.is_relative_to(plan.parent)}
-        jobs += [job for job in _planned(folder, plan) if job.overrides not in begun]
-    training = tuple(sorted((job for job in jobs if job.task == "train"), key=_in_order))
+        jobs = _with_planned(jobs, list(_planned(folder, plan)), plan.parent.relative_to(folder))
+    jobs = sorted((job if job.task else replace(job, task=_task_of(job.overrides)) for job in jobs), key=_in_order)
+    training = tuple(job for job in jobs if job.task == "train")
+    others = tuple(job for job in jobs if job.task != "train")
     if not training:
-        raise FileNotFoundError(_nothing(folder, jobs))
-    return Sweep(folder, training, _swept(folder, training), tuple(plans))
+        raise FileNotFoundError(_nothing(folder, others))
+    return Sweep(folder, training, _swept(folder, training), tuple(plans), others)
 
 
 def rows_of(sweep: Sweep) -> list[Row]:
     """The table: a row for each job and replica; its columns are the first row's keys, None where there is nothing.
 
+    Jobs that are not finished have one row, without measures, so that means over a column are of finished ones.
     ``job`` and ``folder``, what was swept, ``status`` and ``replica``, then the summary in its own order. What was
     swept stands as the job was given it, so that ``seed`` is the seed of a job's first replica.
     """
-    measures = dict.fromkeys(key for job in sweep.jobs for key in job.summary or () if key not in sweep.swept)
+    measures = dict.fromkeys(key for job in sweep.jobs for key in job.results if key not in sweep.swept)
     return [
         {"job": job.number, "folder": None if job.folder is None else str(job.folder)}
         | {key: values[place] for key, values in sweep.swept.items()}
         | {"status": str(job.status), "replica": replica}
-        | {key: _of_replica(job.summary or {}, key, replica) for key in measures}
+        | {key: _of_replica(job.results, key, replica) for key in measures}
         for place, job in enumerate(sweep.jobs)
-        for replica in (range(job.summary["replicas"]) if job.summary else (None,))
+        for replica in (range(job.results["replicas"]) if job.results else (None,))
     ]
 
 
@@ -167,8 +179,32 @@ def is_finished(summary: Mapping[str, Any]) -> bool:
     return bool(summary.get("finished", True)) and summary.get("num_samples") is not None
 
 
+def by_task(jobs: Sequence[Job]) -> str:
+    """The names of jobs, after what they do.
+
+    >>> by_task([Job(Path("0"), (), Status.FINISHED, "scan"), Job(Path("2"), (), Status.WAITING, "scan")])
+    'scan: 0, 2'
+    """
+    names = defaultdict(list)
+    for job in jobs:
+        names[job.task].append(job.name)
+    return "; ".join(f"{task}: {', '.join(found)}" for task, found in names.items())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file, empty where there is no file.
+
+    Raises:
+        ValueError: the file holds no object; the message names it.
+    """
+    try:
+        return {**json.loads(path.read_text())} if path.exists() else {}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{shown(path)} cannot be read: {error}") from error
+
+
 def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Folders of jobs, none within another, and the ``multirun.yaml`` of sweeps."""
+    """Folders of jobs, none within another, and the records of sweeps."""
     jobs, plans = [], []
     for place, below, files in os.walk(folder):
         if any(mark in below or mark in files for mark in _MARKS):
@@ -176,14 +212,17 @@ def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
             below.clear()
             continue
         below[:] = sorted(name for name in below if not name.startswith("."))
-        plan = Path(place, "multirun.yaml")
-        if _yaml(plan):
+        plan = sweep_record(Path(place))
+        if _hydra_of(plan):
             plans.append(plan)
     return jobs, plans
 
 
 def _read_job(root: Path, place: Path) -> Job:
-    note, summary = _json(place / "job.json"), _json(place / "summary.json")
+    try:
+        note, summary = read_json(place / "job.json"), read_json(place / "summary.json")
+    except ValueError as unreadable:
+        note, summary = {"error": str(unreadable)}, {}
     overrides = _yaml(place / ".hydra" / "overrides.yaml") or note.get("overrides")
     error = note.get("error")
     if is_finished(summary):
@@ -206,37 +245,68 @@ def _diverged(summary: Mapping[str, Any]) -> bool:
 
 
 def _task(place: Path, summary: Mapping[str, Any]) -> str:
-    """What a job does: by its config, or as its summary tells where there is none."""
+    """What a job does: by its config, or as its summary tells where there is none; empty where neither does."""
     if summary.keys() >= {"mse", "mce", "hidden_dims", "num_samples", "seconds"}:
         return "train"
-    config = _yaml(place / ".hydra" / "config.yaml")
-    return str(config["task"]) if config else "no training run" if summary else "train"
+    task = _selected(_yaml(place / ".hydra" / "config.yaml"), "task")
+    return str(task) if task else "another task" if summary else ""
+
+
+def _task_of(overrides: Sequence[str]) -> str:
+    """What a job will do, by its part of the command."""
+    return _composed_task(tuple(override for override in overrides if _key(override) in _WHAT_TO_DO))
+
+
+@lru_cache(maxsize=256)
+def _composed_task(choice: tuple[str, ...]) -> str:
+    """The task of a config; training, where it cannot be composed, for that is what most jobs do.
+
+    >>> _composed_task(()), _composed_task(("experiment=figure_5_1",)), _composed_task(("task=census",))
+    ('train', 'scan', 'census')
+    """
+    running = GlobalHydra.instance().is_initialized()  # it knows the user's own configs too
+    try:
+        with nullcontext() if running else initialize_config_module("lightning_mnn.conf", version_base="1.3"):
+            return str(compose("config", list(choice)).task)
+    except (HydraException, OmegaConfBaseException):
+        return "train"
+
+
+def _with_planned(jobs: Sequence[Job], planned: Sequence[Job], where: Path) -> list[Job]:
+    """Jobs below a sweep's folder with those that it has not begun.
+
+    A job that was ended before its overrides were written is known by its folder.
+    """
+    given: dict[Path | None, tuple[str, ...]] = {job.folder: job.overrides for job in planned if job.folder}
+    jobs = [job if job.overrides else replace(job, overrides=given.get(job.folder, ())) for job in jobs]
+    begun = {
+        _settings(job.overrides)
+        for job in jobs
+        if job.status is not Status.WAITING and job.folder and job.folder.is_relative_to(where)
+    }
+    return [*jobs, *(job for job in planned if job.overrides not in begun)]
 
 
 def _planned(root: Path, plan: Path) -> Iterator[Job]:
     """All jobs of a sweep, as Hydra's own sweeper makes them of the command; none where another one chooses them."""
-    hydra = _yaml(plan)["hydra"]
-    if not str(hydra["sweeper"]["_target_"]).endswith("BasicSweeper"):
-        return
-    given = [f"{key}={value}" for key, value in (hydra["sweeper"].get("params") or {}).items()]
-    try:
-        overrides = OverridesParser.create().parse_overrides([*given, *hydra["overrides"]["task"]])
-        (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
-    except HydraException:  # such as glob(*), which needs the configs of the program that was run
-        return
+    hydra = _hydra_of(plan)
     named = hydra["sweep"].get("subdir") == "${hydra.job.num}"
-    for number, job in enumerate(jobs):
+    for number, job in enumerate(jobs_of(hydra)):
         folder = (plan.parent / str(number)).relative_to(root) if named else None
-        yield Job(folder, _settings(job), Status.WAITING)
+        yield Job(folder, _settings(job), Status.WAITING, task="")
 
 
 def _settings(overrides: Sequence[str]) -> tuple[str, ...]:
     """The overrides that say what a job is."""
-    return tuple(override for override in overrides if override.split("=")[0].lstrip("+") not in _HOW_TO_START)
+    return tuple(override for override in overrides if _key(override) not in _HOW_TO_START)
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+")
 
 
 def _command(plan: Path) -> str:
-    overrides = _yaml(plan)["hydra"]["overrides"]
+    overrides = _hydra_of(plan)["overrides"]
     own = ("hydra.mode=", "hydra.sweep.dir=")
     more = [override for override in overrides["hydra"] if not override.startswith(own)]
     where = f"hydra.sweep.dir={shown(plan.parent)}"
@@ -250,11 +320,21 @@ def _swept(root: Path, jobs: Sequence[Job]) -> dict[str, tuple[Any, ...]]:
     for key in dict.fromkeys(key for values in given for key in values):
         if len({json.dumps(values.get(key), default=str) for values in given}) == 1 and all(key in v for v in given):
             continue
-        places = zip(given, jobs, strict=True)
-        values = tuple(of[key] if key in of else _configured(root, job, key) for of, job in places)
+        values = tuple(_value(root, job, key, of) for job, of in zip(jobs, given, strict=True))
         if len({json.dumps(value, default=str) for value in values}) > 1:
             swept[key] = values
     return swept
+
+
+def _value(root: Path, job: Job, key: str, given: Mapping[str, Any]) -> Any:
+    """A job's value of a key: as it was given, or by its config where it was not, or was given as a reference."""
+    if key not in given:
+        return _configured(root, job, key)
+    value = given[key]
+    if "${" not in json.dumps(value, default=str):
+        return value
+    referred = _configured(root, job, key)
+    return value if referred is None else referred
 
 
 @lru_cache(maxsize=4096)
@@ -273,15 +353,17 @@ def _configured(root: Path, job: Job, key: str) -> Any:
     if job.folder is None:
         return None
     notes = root / job.folder / ".hydra"
-    hydra, config = _yaml(notes / "hydra.yaml"), _yaml(notes / "config.yaml")
-    choices = hydra["hydra"]["runtime"]["choices"] if hydra else {}
-    if key in choices:
-        return choices[key]
+    option = _selected(_yaml(notes / "hydra.yaml"), f"hydra.runtime.choices.{key}")
+    return _selected(_yaml(notes / "config.yaml"), key) if option is None else option
+
+
+def _selected(config: Any, key: str) -> Any:
+    """A value of a config, its references resolved; None where there is none, or that cannot be done."""
     try:
         value = OmegaConf.select(OmegaConf.create(config or {}), key)
+        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
     except OmegaConfBaseException:
         return None
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
 def _in_order(job: Job) -> tuple[bool, list[tuple[int, str]]]:
@@ -295,12 +377,9 @@ def _nothing(folder: Path, jobs: Sequence[Job]) -> str:
         return (
             f"sweep={shown(folder)} holds no jobs: give the folder of a sweep (hydra.sweep.dir), or one above several"
         )
-    places = defaultdict(list)
-    for job in jobs:
-        places[job.task].append(job.name)
-    found = "; ".join(f"{task}: {', '.join(names)}" for task, names in places.items())
     return (
-        f"sweep={shown(folder)} holds no training runs, but {found}: task=report folder=DIR draws the results of each"
+        f"sweep={shown(folder)} holds no training runs, but {by_task(jobs)}: task=report folder=DIR draws the results "
+        "of each"
     )
 
 
@@ -316,23 +395,30 @@ def _as_text(value: Any) -> Any:
 
 
 def _column(values: Sequence[Any]) -> pa.Array:
-    """A typed column; what is of several types becomes text."""
+    """A typed column; what is of several types becomes text, in quotes where it would be another value's."""
     if len({isinstance(value, bool) for value in values if value is not None}) < 2:
         try:
             return pa.array(values)
         except (pa.ArrowException, OverflowError):
             pass
-    return pa.array([value if value is None or isinstance(value, str) else json.dumps(value) for value in values])
+    others = {json.dumps(value) for value in values if not isinstance(value, str)}
+    kept = [value is None or (isinstance(value, str) and value not in others) for value in values]
+    return pa.array([value if keep else json.dumps(value) for value, keep in zip(values, kept, strict=True)])
 
 
 def _yaml(path: Path) -> Any:
     """What Hydra wrote, with references as they are written; None where there is nothing, or a kill tore it."""
+    text = path.read_text() if path.exists() else ""
+    if not text.endswith("\n"):
+        return None
     try:
-        return OmegaConf.to_container(OmegaConf.load(path), resolve=False) if path.exists() else None
-    except YAMLError:
+        return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except (YAMLError, OmegaConfBaseException):
         return None
 
 
-def _json(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return found
+def _hydra_of(plan: Path) -> dict[str, Any]:
+    """Hydra's part of a ``multirun.yaml``, empty where that is not whole."""
+    found = _yaml(plan)
+    hydra = found.get("hydra") if isinstance(found, dict) else None
+    return hydra if isinstance(hydra, dict) and hydra.keys() >= {"sweep", "sweeper", "overrides", "runtime"} else {}

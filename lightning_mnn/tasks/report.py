@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from lightning_mnn.figures import census_figure, run_figure, scan_figure, sweep_
 from lightning_mnn.tasks._experiment import shown
 from lightning_mnn.tasks._files import write_csv
 from lightning_mnn.tasks._job_folder import remove_job_folder
-from lightning_mnn.tasks._sweep import Status, how_to_go_on, is_finished, read_sweep, write_table
+from lightning_mnn.tasks._sweep import Status, by_task, how_to_go_on, is_finished, read_json, read_sweep, write_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +39,7 @@ def report(cfg: DictConfig) -> None:
 
     With ``cfg.sweep`` instead, write one table of all jobs below that folder, ``sweep.csv`` and ``sweep.parquet``, and
     draw ``figure.png`` of the finished ones, grouped by what was swept. Jobs that failed, broke off or have not begun
-    are in the table without measures and are named, with the command that goes on.
+    are in the table without measures and are named, with the command that goes on. Jobs of other tasks are named alone.
 
     Nothing else is written: the folder that Hydra makes for a job goes again.
 
@@ -70,7 +69,7 @@ def _report_folder(folder: Path, console: Console) -> None:
     runs = _runs(folder)
     if not runs:
         raise FileNotFoundError(_nothing(folder))
-    finished = {run: summary for run, summary in runs.items() if is_finished(summary)}
+    finished = {run: summary for run, summary in runs.items() if summary and is_finished(summary)}
     left_out = ", ".join(str(run) for run in runs if run not in finished)
     if not finished:
         raise FileNotFoundError(
@@ -80,7 +79,7 @@ def _report_folder(folder: Path, console: Console) -> None:
     write_csv(folder / "table_1.csv", rows)
     console.print(_table(rows))
     if left_out:
-        console.print(f"[bold]left out, for they are not finished:[/] {left_out}")
+        console.print(Text.assemble(("left out, for they are not finished: ", "bold"), left_out))
     console.print(f"[bold]written:[/] {shown(folder / 'table_1.csv')}")
 
 
@@ -122,16 +121,18 @@ def _report_sweep(folder: Path, console: Console) -> None:
     sweep = read_sweep(folder)
     written = write_table(sweep)
     finished = sweep.having(Status.FINISHED)
-    if finished:
-        written.append(sweep_figure(folder))
     counts = {status: len(sweep.having(status)) for status in Status}
     console.print(f"[bold]jobs:[/] {', '.join(f'{n} {status}' for status, n in counts.items() if n)}")
     console.print(f"[bold]swept:[/] {', '.join(sweep.swept) or 'nothing'}")
     for status in (Status.FAILED, Status.UNFINISHED, Status.WAITING):
         for job in sweep.having(status):
             console.print(Text.assemble((f"{status}: ", "bold"), f"{job.name}{_settings(sweep, job)}{_because(job)}"))
+    if sweep.others:
+        console.print(Text.assemble(("left out: ", "bold"), by_task(sweep.others)))
     if len(finished) < len(sweep.jobs):
         _tell_how_to_go_on(sweep, console)
+    if finished:
+        written.append(sweep_figure(folder))
     for path in written:
         console.print(f"[bold]written:[/] {shown(path)}")
 
@@ -179,10 +180,17 @@ def _require_summary(folder: Path) -> None:
 
 
 def _runs(folder: Path) -> dict[Path, dict[str, Any]]:
-    """Summaries of training runs at any depth below, by their places there."""
+    """Summaries of training runs at any depth below, by their places there; empty ones where they are unreadable."""
     paths = sorted(path.parent for path in folder.rglob("summary.json") if path.parent != folder)
-    found = {path.relative_to(folder): json.loads((path / "summary.json").read_text()) for path in paths}
-    return {run: summary for run, summary in found.items() if _is_training_run(summary)}
+    found = {path.relative_to(folder): _summary(path) for path in paths}
+    return {run: summary for run, summary in found.items() if not summary or _is_training_run(summary)}
+
+
+def _summary(run: Path) -> dict[str, Any]:
+    try:
+        return read_json(run / "summary.json")
+    except ValueError:
+        return {}
 
 
 def _is_training_run(summary: dict[str, Any]) -> bool:

@@ -1,6 +1,7 @@
 """Where a command works, and which folder resume=true finds: real runs, and records as Hydra writes them."""
 
 import copy
+import functools
 import pickle
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from lightning_mnn.app import main as _  # noqa: F401 (which registers the resolvers)
-from lightning_mnn.tasks._folders import record_folder, run_folder
+from lightning_mnn.tasks._folders import Beginning, record_folder, run_folder, sweep_record
+from lightning_mnn.tasks._standing import standing
+from lightning_mnn.tasks._sweep import read_sweep
 from tests.tasks.test_resume import command
 
 TINY = (
@@ -25,6 +28,11 @@ def record(folder, *overrides, sweep=False):
     path = folder / "multirun.yaml" if sweep else folder / ".hydra" / "overrides.yaml"
     path.parent.mkdir(parents=True)
     OmegaConf.save({"hydra": {"overrides": {"task": list(overrides)}}} if sweep else list(overrides), path)
+
+
+def composed(*overrides, mode=RunMode.MULTIRUN):
+    with initialize_config_module("lightning_mnn.conf", version_base="1.3"):
+        return GlobalHydra.instance().config_loader().load_configuration("config", list(overrides), mode)
 
 
 def found(*overrides, mode=None):
@@ -58,6 +66,59 @@ def test_of_a_sweep_the_order_of_what_is_swept_counts():
     assert found("name=x", "width=range(3)", "seed=1,2") is None
 
 
+def test_of_what_is_given_twice_the_order_counts():
+    """The last one holds."""
+    record(Path("runs", TIMES[0]), "seed=1", "a=3", "seed=2")
+    record(Path("runs", TIMES[1]), "seed=1,2", "a=3", "seed=4", sweep=True)
+    assert found("a=3", "seed=2", "seed=1") is None
+    assert found("a=3", "seed=1", "seed=2") == TIMES[0]
+    assert found("a=3", "seed=4", "seed=1,2") is None
+    assert found("a=3", "seed=1,2", "seed=4") == TIMES[1]
+
+
+@pytest.mark.parametrize("mode", [RunMode.RUN, RunMode.MULTIRUN])
+def test_a_command_with_references_is_found(mode):
+    sweep = mode is RunMode.MULTIRUN
+    overrides = ["data.num_samples=${data.input_dim}", "seed=1,2" if sweep else "seed=1"]
+    folder = Path("outputs/quickstart", "multirun" if sweep else "", TIMES[0])
+    record(folder, *overrides, sweep=sweep)
+    cfg = composed(*overrides, "resume=true", f"hydra.mode={mode.name}", mode=mode)
+    assert cfg.hydra["sweep" if sweep else "run"].dir == str(folder)
+
+
+def test_a_run_without_hydras_record_is_told_of(capsys):
+    """As of hydra.output_subdir=null."""
+    Path("runs", TIMES[0]).mkdir(parents=True)
+    Path("runs", TIMES[1], "checkpoints").mkdir(parents=True)
+    assert found("seed=1") is None
+    folder = Path("runs", TIMES[1])
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == f"{folder} does not say which command began it: hydra.run.dir={folder} goes on there"
+    assert len(said) == 2
+
+
+def test_a_given_folder_with_nothing_to_go_on_with_is_told_of(capsys):
+    standing(composed("resume=true", "run_dir=typo", mode=RunMode.RUN))
+    assert capsys.readouterr().err == "resume=true: nothing in typo to go on with: it begins\n"
+    for silent in (["run_dir=new"], ["resume=true", f"run_dir=runs/{TIMES[0]}"]):  # of which run_folder told
+        standing(composed(*silent, mode=RunMode.RUN))
+        assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["report", "dashboard", "train"])
+def test_a_task_that_leaves_no_folder_says_nothing_of_it(task, capsys):
+    folder = composed(f"task={task}", "resume=true", mode=RunMode.RUN).hydra.run.dir
+    assert folder.startswith("outputs/quickstart/20")
+    assert bool(capsys.readouterr().err) is (task == "train")
+
+
+def test_a_job_that_is_gone_on_with_has_the_same_name():
+    cfg = composed("seed=1,2", "hydra.sweep.subdir=${hydra.job.override_dirname}")
+    with initialize_config_module("lightning_mnn.conf", version_base="1.3"):
+        job = GlobalHydra.instance().config_loader().load_sweep_config(cfg, ["seed=1", "resume=True"])
+    assert job.hydra.sweep.subdir == "seed=1"
+
+
 @pytest.mark.parametrize("torn", ["", "- seed=[1,\n", "hydra:\n  overrides: {", "hydra:\n  run", "- 'a"])
 def test_a_record_that_a_kill_has_torn_is_passed_over(torn, capsys):
     record(Path("runs", TIMES[0]), "seed=1")
@@ -72,13 +133,41 @@ def test_a_record_that_a_kill_has_torn_is_passed_over(torn, capsys):
         assert f"does not say which command began it: {option}=runs/{TIMES[1]} goes on there\n" in said
 
 
-def test_the_record_of_a_run_that_has_begun_to_train_stays():
+@pytest.mark.parametrize("mark", ["metrics.csv", "parts"])
+def test_the_record_of_what_has_begun_stays(mark):
     run = Path("run")
     assert record_folder("run") == ".hydra"
     record(run, "seed=1")
     assert record_folder("run") == ".hydra"
-    (run / "metrics.csv").touch()
+    (run / mark).touch()
     assert record_folder("run") is None
+
+
+def begin_sweep(config, *overrides):
+    """What Hydra does with the record of a sweep, and then by which command the sweep is found."""
+    cfg = copy.deepcopy(config)
+    cfg.hydra.overrides.task = list(overrides)
+    Beginning().on_multirun_start(cfg)
+    Path("sweep").mkdir(exist_ok=True)
+    OmegaConf.save(cfg, "sweep/multirun.yaml")
+    return list(OmegaConf.load(sweep_record(Path("sweep"))).hydra.overrides.task)
+
+
+def test_the_record_of_a_sweep_stays_but_where_jobs_are_added():
+    begin = functools.partial(begin_sweep, composed("hydra.sweep.dir=sweep"))
+    assert begin("seed=4,5") == ["seed=4,5"]
+    assert begin("seed=1,2", "name=x") == ["seed=1,2", "name=x"]  # no job of the other has begun
+    Path("sweep/a/0/checkpoints").mkdir(parents=True)
+    for others in (["seed=2,1", "name=x"], ["seed=1", "name=x"], ["seed=1,2", "name=x", "threads=1"]):
+        assert begin(*others) == ["seed=1,2", "name=x"]
+    assert begin("name=x", "seed=1,2", "resume=true") == ["name=x", "seed=1,2", "resume=true"]
+    assert [path.name for path in Path("sweep").glob("*.yaml*")] == ["multirun.yaml"]
+    assert begin("seed=2,1,3", "name=x") == ["name=x", "seed=1,2", "resume=true"]
+    assert begin("seed=1,2,3", "name=x") == ["seed=1,2,3", "name=x"]
+    assert begin("seed=2") == ["seed=1,2,3", "name=x"]
+    Path("sweep/multirun.yaml").write_text("hydra:\n  run")
+    assert begin("seed=3") == ["seed=1,2,3", "name=x"]
+    assert [job.overrides for job in read_sweep(Path("sweep")).jobs] == [(f"seed={n}", "name=x") for n in (1, 2, 3)]
 
 
 def test_a_config_keeps_the_folder_that_it_was_given():
@@ -119,6 +208,8 @@ def test_a_sweep_goes_on_in_its_own_folder(tmp_path):
     sweep = ("-m", *TINY, "seed=1,2")
     command(tmp_path, *sweep)
     (folder,) = (tmp_path / "outputs" / "quickstart" / "multirun").iterdir()
+    said = command(tmp_path, "-m", *TINY, "seed=2,1", "resume=true", f"hydra.sweep.dir={folder}", expect=1)
+    assert "was begun otherwise: config.seed is 1, not 2: choose another hydra.sweep.dir" in said
     (folder / "1" / "summary.json").unlink()
     (folder / "1" / "checkpoints" / "last.ckpt").unlink()
     said = command(tmp_path, *sweep, "resume=true")

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from lightning_mnn.figures.sweep import MEASURES, choose_axes
+from lightning_mnn.tasks._sweep import read_sweep
 from lightning_mnn.tasks.report import report
 from tests.tasks.test_resume import command, kill_when, rows_of, start
 
@@ -44,6 +45,16 @@ def write_sweep(folder, axes, change=lambda **values: {}):
             [f"{key}={value}" for key, value in given.items()],
             **change(**{key.split(".")[-1]: value for key, value in given.items()}),
         )
+
+
+def write_plan(folder, *overrides):
+    """What Hydra leaves of a sweep before its first job."""
+    hydra = {
+        "sweep": {"subdir": "${hydra.job.num}"}, "sweeper": {"_target_": "BasicSweeper", "params": None},
+        "overrides": {"hydra": [], "task": overrides}, "runtime": {},
+    }  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    (folder / "multirun.yaml").write_text(json.dumps({"hydra": hydra}) + "\n")
 
 
 def read(folder):
@@ -156,6 +167,60 @@ def test_what_ended_badly_is_named_with_its_reason(capsys, monkeypatch):
     rows, typed = read(folder)
     assert typed["seed"].to_pylist() == [1, 2, 3, 4, 5]
     assert [row["status"] for row in rows] == ["finished", "failed", "unfinished", "failed", "finished"]
+    assert typed["mse"].to_pylist() == [1e-3, None, None, None, 1e-3]  # measures of finished jobs alone
+    assert typed["replica"].to_pylist() == [0, None, None, None, 0]
+
+
+def test_a_job_that_was_killed_while_its_settings_were_written_is_known_by_its_folder():
+    kept = {"config.yaml": "task: train\ndata:\n  num_samples: 30\n"}
+    torn = [
+        kept, kept | {"overrides.yaml": ""}, kept | {"overrides.yaml": "- data.num_samples=30\n- se"},
+        {}, {"config.yaml": ""}, {"config.yaml": "ta"}, {"config.yaml": "data:\n"}, {"config.yaml": "a:\n- b\n c:"},
+        kept | {"hydra.yaml": "hydra:\n  run:\n"},
+    ]  # fmt: skip
+    for place, notes in enumerate(torn):
+        folder = Path(f"sweep_{place}")
+        write_plan(folder, "data.num_samples=30", "seed=1,2", "+x=${seed}")
+        (folder / "0" / ".hydra").mkdir(parents=True)
+        for name, text in notes.items():
+            (folder / "0" / ".hydra" / name).write_text(text)
+        sweep = read_sweep(folder)
+        assert [(job.name, str(job.status)) for job in sweep.jobs] == [("0", "unfinished"), ("1", "waiting")], notes
+        assert sweep.swept == {"seed": (1, 2)}, notes
+
+
+def test_jobs_of_other_tasks_are_named_and_not_counted_before_or_after_they_begin(capsys):
+    write_plan(Path("sweep"), "experiment=quickstart,census,figure_5_1")
+    for number, (name, task) in enumerate((("quickstart", "train"), ("census", "census"))):
+        write_job(Path(f"sweep/{number}"), [f"experiment={name}"], finished=False, num_samples=None)
+        (Path(f"sweep/{number}/.hydra/config.yaml")).write_text(f"task: {task}\n")
+    Path("sweep/1/summary.json").write_text("{}")
+    report(settings("sweep=sweep"))
+    said = capsys.readouterr().out
+    assert "jobs: 1 unfinished\n" in said
+    assert "left out: census: 1; scan: 2\n" in said
+
+
+def test_a_summary_that_cannot_be_read_is_named_and_its_job_is_not_finished(capsys):
+    for seed, text in enumerate((None, "", '{"mse": 0.1', "[]", "\udcff")):
+        write_job(Path(f"sweep/{seed}"), [f"seed={seed}"])
+        if text is not None:
+            Path(f"sweep/{seed}/summary.json").write_bytes(text.encode(errors="surrogateescape"))
+    report(settings("sweep=sweep"))
+    said = capsys.readouterr().out
+    assert "jobs: 1 finished, 4 unfinished" in said
+    for seed in (1, 2, 3, 4):
+        assert f"unfinished: {seed} (seed={seed}): sweep/{seed}/summary.json cannot be read: " in said
+    report(settings("folder=sweep"))
+    assert "left out, for they are not finished: 1, 2, 3, 4\n" in capsys.readouterr().out
+
+
+def test_references_stand_in_the_table_as_what_they_refer_to():
+    for number, hidden in enumerate(("[5]", "[$\\{data.input_dim\\}]")):
+        write_job(Path(f"sweep/{number}"), [f"model.hidden_dims={hidden}"])
+        config = {"model": {"hidden_dims": ["${data.input_dim}"]}, "data": {"input_dim": 4}}
+        Path(f"sweep/{number}/.hydra/config.yaml").write_text(json.dumps(config) + "\n")
+    assert read_sweep(Path("sweep").absolute()).swept == {"model.hidden_dims": ([5], [4])}
 
 
 def test_without_a_finished_job_there_is_a_table_and_no_figure(capsys):
@@ -170,13 +235,13 @@ def test_several_sweeps_in_one_folder_make_one_table():
     write_sweep(Path("all/b"), {"optimizer": ["sgd"], "seed": [1, 2]})
     for place in Path("all").glob("*/*"):
         choices = {"runtime": {"choices": {"optimizer": "adam" if place.parts[1] == "a" else "sgd"}}}
-        (place / ".hydra" / "hydra.yaml").write_text(json.dumps({"hydra": choices}))
+        (place / ".hydra" / "hydra.yaml").write_text(json.dumps({"hydra": choices}) + "\n")
         config = {
             "task": "train",
             "model": {"negative_slope": "${slope}"},
             "slope": 0.1 if place.parts[1] == "a" else 0,
         }
-        (place / ".hydra" / "config.yaml").write_text(json.dumps(config))
+        (place / ".hydra" / "config.yaml").write_text(json.dumps(config) + "\n")
     write_job(Path("all/b/patterns.zarr"), ["task=scan"], figure="minima", mse=None)
     scan = {"figure": "minima", "sizes": []}
     (Path("all/b/patterns.zarr") / "summary.json").write_text(json.dumps(scan))
@@ -197,7 +262,7 @@ def test_several_sweeps_in_one_folder_make_one_table():
         ({"summary.json": SUMMARY}, ["sweep=."], FileNotFoundError, "of one run or experiment"),
         (
             {"0/summary.json": {"figure": "minima"}, "1/summary.json": {"regions_searched": 3}},
-            ["sweep=."], FileNotFoundError, "holds no training runs, but no training run: 0, 1: task=report folder=DIR",
+            ["sweep=."], FileNotFoundError, "holds no training runs, but another task: 0, 1: task=report folder=DIR",
         ),
     ],
 )  # fmt: skip
@@ -228,12 +293,46 @@ def test_a_swept_number_is_an_axis_with_every_job_and_the_medians(drawn):
     np.testing.assert_allclose(dots(loss), expected)
     (medians,) = (line for line in loss.lines if len(line.get_xdata()) == 3 and line.get_marker() == "None")
     np.testing.assert_allclose(medians.get_xydata(), [(lr, 1e-8 * lr) for lr in (0.001, 0.01, 0.1)])
-    assert "exactly 0" in [text.get_text() for text in loss.texts]
+    (note,) = (text for text in loss.texts if text.get_text() == "exactly 0")
+    assert note.get_window_extent().x0 >= loss.get_window_extent().x1  # where it covers no dot
     shares = [bar.get_height() for bar in panel(figure, "Certified kinds").patches if bar.get_height()]
     assert sorted(map(round, shares)) == [33] * 3 + [67] * 3
     assert "pooled over seed (3 values)" in figure.get_suptitle()
     titles = {ax.get_title() for ax in figure.axes}
     assert titles == {measure.title for measure in MEASURES} | {"Certified kinds"}
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        (["1.0", "1.00000001", "2.5"], ["1.0", "1.00000001", "2.5"]),
+        (["1", "'1'", "b"], ["1", '"1"', "b"]),
+        (["inf", "1.5", "nan"], ["inf", "1.5", "nan"]),
+        (["'a$b^^c$'", "'$'", "'数'"], [r"a\$b^^c\$", r"\$", "数"]),
+    ],
+)
+def test_every_value_is_drawn_at_its_place_under_its_name(values, names, drawn):
+    write_sweep(Path("sweep"), {"+x": values}, lambda **_: dict.fromkeys(("mce", "rank", "seconds", "steps")))
+    report(settings("sweep=sweep"))
+    loss = panel(drawn[0], "Final loss")
+    assert ticks(loss) == names
+    assert len({place for place, _ in dots(loss)}) == 3
+
+
+def test_networks_of_a_job_are_pooled_where_their_number_was_swept(drawn):
+    write_sweep(Path("sweep"), {"replicas": [2, 3]}, lambda replicas: {"replicas": replicas, "mse": [0.1] * replicas})
+    report(settings("sweep=sweep"))
+    assert "5 networks against replicas\n" in drawn[0].get_suptitle()
+    assert drawn[0].get_suptitle().endswith("pooled over the networks of each job")
+
+
+def test_how_the_jobs_stand_is_said_even_where_no_figure_can_be_drawn(capsys):
+    write_job(Path("sweep/0"), ["seed=1"])
+    write_job(Path("sweep/1"), ["seed=2"], finished=False)
+    Path("sweep/figure.png").mkdir()
+    with pytest.raises(IsADirectoryError):
+        report(settings("sweep=sweep"))
+    assert "unfinished: 1 (seed=2)" in capsys.readouterr().out
 
 
 def test_a_second_key_is_the_colour_and_names_stand_in_the_order_of_the_command(drawn):

@@ -1,0 +1,50 @@
+"""What the figures of several networks have in common: colours, kinds, the look of axes and of notes in them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from matplotlib import patheffects
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# After Okabe and Ito, whose colours the colour-blind tell apart too.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+
+# Kinds, their names in the legend, colours and markers; None: two hidden layers, and the necessary conditions hold.
+KINDS: dict[str | None, tuple[str, str, str]] = {
+    "differentiable_minimum": ("differentiable minimum", "#0072b2", "o"),
+    "kink_minimum": ("minimum on kinks", "#e69f00", "D"),
+    "saddle": ("saddle", "#cc79a7", "s"),
+    "not_stationary": ("not stationary", "#7f7f7f", "x"),
+    None: ("not judged", "#000000", "."),
+}
+
+NOTE: dict[str, Any] = {
+    "fontsize": 9,
+    "color": "0.4",
+    "path_effects": [patheffects.withStroke(linewidth=2.5, foreground="white")],  # a dot may lie behind it
+}
+
+
+def tidy(ax: Axes) -> None:
+    """A faint grid behind the data, and no frame above and on the right."""
+    ax.grid(visible=True, color="0.93")
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def mark_zeros(ax: Axes, foot: float) -> None:
+    """Set what is exactly zero, drawn at the foot of a logarithmic axis, apart; the note is outside, off the dots."""
+    ax.axhline(foot * 3, color="0.6", lw=0.8, ls=":")
+    ax.text(1.01, foot, "exactly 0", ha="left", va="center", transform=ax.get_yaxis_transform(), **NOTE)
+
+
+def plain(text: str) -> str:
+    r"""Text that is drawn as it is written: dollar signs around what is no formula are escaped.
+
+    >>> print(plain("a$b^^c$"))
+    a\$b^^c\$
+    """
+    return text.replace("$", r"\$")
