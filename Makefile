@@ -20,7 +20,7 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml lightning_mnn/jobs/hydra_plugin.py # which an editable install copies
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@

@@ -6,6 +6,7 @@ Hydra finds the launcher wherever lightning_mnn is installed, for any applicatio
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import re
 import shlex
@@ -15,11 +16,12 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, configure_log, filter_overrides, setup_globals
+from hydra.errors import CompactHydraException
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict
 from typing_extensions import override
@@ -35,8 +37,28 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 _INTERVAL = 0.1  # seconds between two looks at the jobs
 _GRACE = {signal.SIGINT: 20.0, signal.SIGTERM: 5.0, signal.SIGKILL: 5.0}  # seconds for a job to heed them, one by one
+
+
+class LaunchError(CompactHydraException, ValueError):
+    """A sweep cannot be launched; Hydra shows the message alone."""
+
+
+def told_plainly(method: Callable[P, R]) -> Callable[P, R]:
+    """Let a launcher's method raise what a user can mend as a LaunchError."""
+
+    @functools.wraps(method)
+    def told(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(*args, **kwargs)
+        except (ValueError, OSError, ImportError) as error:
+            raise LaunchError(str(error)) from error
+
+    return told
 
 
 @dataclass
@@ -72,7 +94,7 @@ class DevicePool(Launcher):
         **options: see :class:`DevicePoolConf`.
 
     Raises:
-        ValueError: (at the launch, before any job is started) a job asks for devices that the pool does not have, or
+        LaunchError: (at the launch, before any job is started) a job asks for devices that the pool does not have, or
             for several nodes, or two jobs share a folder.
     """
 
@@ -85,6 +107,7 @@ class DevicePool(Launcher):
         self._context = (hydra_context, task_function, config)
 
     @override
+    @told_plainly
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from lightning_mnn.jobs.calls import TaskReference  # noqa: PLC0415 (Hydra imports this module in all programs)
         from lightning_mnn.jobs.devices import Devices  # noqa: PLC0415
@@ -93,8 +116,8 @@ class DevicePool(Launcher):
         hydra_context, task_function, config = self._context
         setup_globals()
         configure_log(config.hydra.hydra_logging, config.hydra.verbose)
-        log.info("%d jobs, each in a process of its own", len(job_overrides))
         pool = Devices(self._options.gpus, self._options.cpu_slots, self._options.n_jobs)
+        log.info("%d jobs, each in a process of its own", len(job_overrides))
         common = set.intersection(*(set(one) for one in job_overrides)) if len(job_overrides) > 1 else set()
         jobs = [self._job(number, list(one), pool, common) for number, one in enumerate(job_overrides, initial_job_idx)]
         _require_own_folders(jobs)
@@ -106,7 +129,7 @@ class DevicePool(Launcher):
             "task_function": TaskReference.to(task_function),
             "singletons": Singleton.get_state(),
         }
-        with _signals() as received:
+        with collected_signals() as received:
             try:
                 with _shown(jobs) as say:
                     _run(jobs, pool, call, say, received)
@@ -180,7 +203,7 @@ def _end(running: Sequence[Job], received: Sequence[int]) -> None:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
+def collected_signals() -> Iterator[list[int]]:
     """Collect Ctrl-C and SIGTERM meanwhile, instead of dying of them."""
     received: list[int] = []
 

@@ -8,12 +8,14 @@ import subprocess
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf
+
+from lightning_mnn.launcher import collected_signals, told_plainly
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +30,7 @@ _OF_ANY_CLUSTER = ("name", "timeout_min", "mem_gb", "cpus_per_task", *("nodes", 
 _LOOK = 1.0  # seconds between looks at what jobs have left
 _ASK = 10.0  # seconds between questions to SLURM
 _GRACE = 30.0  # seconds in which what a job has left may become visible here when SLURM knows it no more
+_LEAVING = 40.0  # seconds in which a job that ends should have left the queue: SLURM gives its processes 30 to end
 
 
 @dataclass(frozen=True)
@@ -81,25 +84,27 @@ class Slurm(Launcher):
     """Hands each job of a sweep to SLURM, by submitit, and waits for what they return.
 
     A job's size is that of its own Trainer (see :func:`allocation`), so that a sweep may be over sizes too. A job that
-    fails, or that SLURM ends, leaves the others alone.
+    fails, or that SLURM ends, leaves the others alone. What the jobs say and return is in ``.submitit`` of the sweep's
+    folder. Ctrl-C and SIGTERM end the waiting and leave the jobs to SLURM.
 
     Args:
-        submitit_folder: folder of what the jobs say and return; ``%j`` stands for a job's number.
         max_num_timeout: how often a job may run out of time and be requeued.
         **options: of submitit's executor for SLURM: ``partition``, ``timeout_min``, …; None: the cluster's default.
     """
 
-    def __init__(self, *, submitit_folder: str, max_num_timeout: int, **options: Any) -> None:
-        self._folder = submitit_folder
+    def __init__(self, *, max_num_timeout: int, **options: Any) -> None:
         self._max_num_timeout = max_num_timeout
         self._options = {key: _plain(value) for key, value in options.items() if value is not None}
         self._hydra: dict[str, Any] = {}
+        self._returned: set[str] = set()  # jobs of a batch before, which the queue may still hold for a moment
 
+    @told_plainly
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Take what Hydra hands to a launcher."""
         _submitit()
         self._hydra = {"hydra_context": hydra_context, "task_function": task_function, "config": config}
 
+    @told_plainly
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Submit the jobs, those of one size together, and wait for all of them.
 
@@ -107,21 +112,34 @@ class Slurm(Launcher):
             What each job's first process returned; of one that failed in any of its processes, that failure.
 
         Raises:
-            ImportError: submitit is not installed.
-            ValueError: a job's Trainer does not say what to ask for; nothing has been submitted.
+            LaunchError: a job's Trainer does not say what to ask for, SLURM would not take the sweep's folder as it is,
+                or jobs of that folder are in the queue; nothing has been submitted.
+            SystemExit: a signal came; the jobs go on.
         """
         groups: dict[Allocation, list[int]] = {}
         for index, overrides in enumerate(job_overrides):
             groups.setdefault(self._allocation(overrides), []).append(index)
-        Path(self._hydra["config"].hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
+        files = _files_of(str(self._hydra["config"].hydra.sweep.dir))  # as it is now: it may hold the time
+        _require_none_queued(files, but=self._returned)
+        files.mkdir(parents=True, exist_ok=True)
         jobs: dict[int, Any] = {}
-        for size, indices in groups.items():
-            submitted = self._submit(size, [(initial_job_idx + i, job_overrides[i]) for i in indices])
-            jobs |= dict(zip(indices, submitted, strict=True))
-        for index in range(len(job_overrides)):
-            words = " ".join(filter_overrides(job_overrides[index]))
-            log.info("#%d is SLURM's job %s: %s", initial_job_idx + index, jobs[index].job_id, words)
-        _wait(jobs.values())
+        submitted = False
+        with collected_signals() as received:
+            try:
+                for size, indices in groups.items():
+                    group = self._submit(files, size, [(initial_job_idx + i, job_overrides[i]) for i in indices])
+                    jobs |= dict(zip(indices, group, strict=True))
+                submitted = True
+                for index in range(len(job_overrides)):
+                    words = " ".join(filter_overrides(job_overrides[index]))
+                    log.info("#%d is SLURM's job %s: %s", initial_job_idx + index, jobs[index].job_id, words)
+                _wait(jobs.values(), received)
+            finally:
+                if received or not submitted:
+                    _tell_left(files)
+                if received:  # and whatever was raised: on a terminal Ctrl-C ends sbatch, too
+                    raise SystemExit(128 + received[0])
+        self._returned |= {job.job_id for job in jobs.values()}
         found = [_returned(jobs[index]) for index in range(len(job_overrides))]
         for index, result in enumerate(found):
             result.overrides = job_overrides[index]
@@ -137,9 +155,9 @@ class Slurm(Launcher):
         except ValueError as error:
             raise ValueError(f"{error} (job {' '.join(overrides)})") from None
 
-    def _submit(self, size: Allocation, jobs: Sequence[tuple[int, Sequence[str]]]) -> list[Any]:
+    def _submit(self, files: Path, size: Allocation, jobs: Sequence[tuple[int, Sequence[str]]]) -> list[Any]:
         executor_class, call_class = _submitit()
-        executor = executor_class(folder=self._folder, cluster="slurm", slurm_max_num_timeout=self._max_num_timeout)
+        executor = executor_class(folder=files / "%j", cluster="slurm", slurm_max_num_timeout=self._max_num_timeout)
         # A rank that is killed ends its job; and srun would forget the CPUs that sbatch was asked for.
         srun = ["--kill-on-bad-exit=1", *(f"--cpus-per-task={n}" for n in [self._options.get("cpus_per_task")] if n)]
         options = self._options | {key: value for key, value in asdict(size).items() if value} | {"srun_args": srun}
@@ -147,7 +165,7 @@ class Slurm(Launcher):
         call = call_class()  # itself a launcher, but one that waits for SLURM's accounting, and has one size for all
         call.setup(**self._hydra)
         state = Singleton.get_state()
-        folder = str(self._hydra["config"].hydra.sweep.dir).replace("'", r"\'")  # as it is now: it may hold the time
+        folder = str(files.parent).replace("'", r"\'")
         fixed = f"hydra.sweep.dir='{folder}'"
         calls = [([*words, fixed], "hydra.sweep.dir", number, f"job_id_for_{number}", state) for number, words in jobs]
         submitted: list[Any] = executor.map_array(call, *zip(*calls, strict=True))
@@ -176,8 +194,8 @@ def _complete(job: Any) -> bool:
     return all(process.paths.result_pickle.exists() for process in _processes(job))
 
 
-def _wait(jobs: Iterable[Any]) -> None:
-    """Until each job has left what its processes return, or SLURM has long not known it.
+def _wait(jobs: Iterable[Any], received: Sequence[int]) -> None:
+    """Until each job has left what its processes return, or SLURM has long not known it, or a signal was received.
 
     SLURM's accounting, which not every cluster has, is not asked; a job that was requeued is in the queue.
     """
@@ -186,16 +204,87 @@ def _wait(jobs: Iterable[Any]) -> None:
     seen = {job.job_id: asked for job in waiting}
     while waiting := [job for job in waiting if not _complete(job) and asked - seen[job.job_id] < _GRACE]:
         time.sleep(_LOOK)
+        if received:
+            return
         if time.monotonic() - asked >= _ASK and (queue := _queue()) is not None:
             asked = time.monotonic()
             seen |= dict.fromkeys(queue, asked)
 
 
-def _queue() -> set[str] | None:
-    """This user's jobs that run or wait; None: SLURM does not answer."""
-    query = ["squeue", "--noheader", "--array", "--format=%i", f"--user={os.getuid()}"]
-    done = subprocess.run(query, capture_output=True, text=True, check=False)  # noqa: S603 (no user's text)
-    return set(done.stdout.split()) if done.returncode == 0 else None
+class _Queued(NamedTuple):
+    """A job in the queue: its state in SLURM's words, and the script that was submitted."""
+
+    state: str
+    script: Path
+
+
+def _queue() -> dict[str, _Queued] | None:
+    """This user's jobs that run or wait, by their numbers; None: SLURM does not answer."""
+    query = ["squeue", "--noheader", "--array", "--format=%i|%T|%o", f"--user={os.getuid()}"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=False)  # noqa: S603 (no user's text)
+    except FileNotFoundError:
+        return None
+    rows = [line.split("|", 2) for line in done.stdout.splitlines()]
+    return {row[0]: _Queued(row[1], Path(row[2])) for row in rows if len(row) == 3} if done.returncode == 0 else None
+
+
+def _queued_from(files: Path) -> dict[str, str] | None:
+    """The states of those jobs in the queue whose scripts submitit has written here; None: SLURM does not answer."""
+    queue = _queue()
+    here = files.resolve()
+    return None if queue is None else {k: job.state for k, job in queue.items() if job.script.parent.resolve() == here}
+
+
+def _files_of(sweep_dir: str) -> Path:
+    """Where submitit keeps the files of a sweep."""
+    folder = Path(sweep_dir).absolute()
+    if any(sign in str(folder) for sign in "%\\"):
+        raise ValueError(
+            f"hydra.sweep.dir={folder}: SLURM gives % and \\ a meaning in names of files: choose another, without"
+        )
+    return folder / ".submitit"
+
+
+def _require_none_queued(files: Path, *, but: Iterable[str]) -> None:
+    """What leaves the queue just now is waited for.
+
+    Raises:
+        FileExistsError: jobs of the same folder run or wait.
+        RuntimeError: whether they do, SLURM does not say.
+    """
+    deadline = time.monotonic() + _LEAVING
+    while files.exists():
+        queue = _queued_from(files)
+        if queue is None:
+            raise RuntimeError(f"squeue does not say whether jobs of {files.parent} are in the queue: try again later")
+        found = {number: state for number, state in queue.items() if number not in but}
+        if not found:
+            return
+        leaving = (
+            state == "COMPLETING" or any((files / number).glob("*_result.pkl")) for number, state in found.items()
+        )
+        if not all(leaving) or time.monotonic() > deadline:
+            raise FileExistsError(
+                f"hydra.sweep.dir={files.parent}: jobs of this folder are in SLURM's queue ({len(found)}): "
+                f"wait until they have ended, or end them by: scancel {_scancelled(found)}"
+            )
+        time.sleep(_LOOK)
+
+
+def _tell_left(files: Path) -> None:
+    """Say which jobs go on by themselves."""
+    found = _queued_from(files)
+    if found is None:
+        log.warning("squeue does not say which jobs of %s go on", files.parent)
+    elif found:
+        log.warning("jobs that go on in the cluster: %d; to end them: scancel %s", len(found), _scancelled(found))
+        log.warning("when they have ended, resume=true hydra.sweep.dir=%s goes on with what is not done", files.parent)
+
+
+def _scancelled(numbers: Iterable[str]) -> str:
+    """Numbers for scancel, that of an array standing for its jobs."""
+    return " ".join(dict.fromkeys(number.partition("_")[0] for number in numbers))
 
 
 def _returned(job: Any) -> JobReturn:

@@ -1,8 +1,9 @@
-"""The wheel holds all that the command needs."""
+"""The wheel, built by way of the sdist as releases are, holds all that the command needs."""
 
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -13,15 +14,18 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.slow
 def test_the_wheel_runs_the_command_from_an_empty_folder(tmp_path):
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT], check=True
-    )
-    (wheel,) = tmp_path.glob("*.whl")
+    subprocess.run([sys.executable, "-m", "build", "--outdir", tmp_path, ROOT], check=True, stdout=subprocess.DEVNULL)
+    (sdist,), (wheel,) = tmp_path.glob("*.tar.gz"), tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-        archive.extractall(tmp_path / "site")
-    configs = {f"lightning_mnn/conf/{path.relative_to(ROOT / 'conf')}" for path in (ROOT / "conf").rglob("*.yaml")}
+        archive.extractall(tmp_path / "site")  # noqa: S202 (our own)
+    configs = {f"lightning_mnn/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
     assert configs <= names
+    with tarfile.open(sdist) as archive:
+        sources = [name.partition("/")[2] for name in archive.getnames()]
+    assert configs | {"conf/config.yaml", "tests/test_packaging.py", "Makefile"} <= set(sources)
+    assert len(sources) == len(set(sources))
+    assert not any(name.startswith("outputs/") for name in sources)
     assert "lightning_mnn/py.typed" in names
     assert not {name.split("/")[0] for name in names} & {"conf", "tests", "outputs"}
     empty = tmp_path / "empty"

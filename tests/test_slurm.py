@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from lightning_mnn import MNN
 from lightning_mnn.callbacks import LastCheckpoint
 from lightning_mnn.callbacks.last_checkpoint import SavedAndStopped
 from lightning_mnn.data import GaussianData
-from lightning_mnn.slurm import Allocation, allocation
+from lightning_mnn.slurm import Allocation, _files_of, allocation
 
 COMMAND = (sys.executable, "-m", "lightning_mnn", "-m")
 RUN = (
@@ -61,6 +62,13 @@ def test_a_sweep_whose_size_is_open_is_refused_before_anything_is_submitted(tmp_
     assert done.returncode == 1
     assert "trainer.devices=auto does not say how many devices of a node to ask SLURM for" in done.stderr
     assert not list(tmp_path.rglob("*submission*"))
+
+
+@pytest.mark.parametrize("name", ["sweep_%j", "50%", r"one\two"])
+def test_a_folder_that_slurm_would_read_otherwise_is_refused(tmp_path, name):
+    assert _files_of(str(tmp_path / "a 'folder'")) == tmp_path / "a 'folder'" / ".submitit"
+    with pytest.raises(ValueError, match=r"hydra.sweep.dir=.*: choose another"):
+        _files_of(str(tmp_path / name))
 
 
 def test_without_submitit_it_is_said_how_to_get_it():
@@ -129,6 +137,9 @@ class Sweeps:
         command = [*COMMAND, *RUN, *arguments, f"hydra.sweep.dir={name}"]
         with (self.folder / f"{name}.log").open("w") as log:
             self._running[name] = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log)
+
+    def signal(self, name, number):
+        self._running[name].send_signal(number)
 
     def end(self, name):
         """The exit code."""
@@ -218,3 +229,32 @@ def test_each_job_has_its_own_size_and_one_that_slurm_ends_fails_alone(sweeps):
     assert sweeps.codes["cut"] == 1
     assert f"SLURM's job {sweeps.cancelled} ended early" in sweeps.said("cut")
     assert "#1 failed, resume=true would go on" in sweeps.said("cut")
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+@pytest.mark.xdist_group("slurm")
+def test_a_command_that_is_ended_leaves_its_jobs_to_slurm_and_none_is_submitted_beside_them(cluster, tmp_path):
+    sweeps = Sweeps(tmp_path)
+    held = ("hydra/launcher=slurm", "trainer=cpu", "seed=1,2", "+hydra.launcher.additional_parameters.hold=true")
+    names = []
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            sweeps.start("left", *held)
+            jobs = wait_for(lambda: sweeps.jobs("left")[1:] and sweeps.jobs("left"))
+            names.append(jobs[0].partition("_")[0])
+            sweeps.signal("left", number)
+            assert sweeps.end("left") == 128 + number
+            assert [state_of(job) for job in jobs] == ["PENDING 1", "PENDING 1"]
+            assert f"jobs that go on in the cluster: 2; to end them: scancel {names[-1]}\n" in sweeps.said("left")
+            assert "Traceback" not in sweeps.said("left")
+            if number == signal.SIGINT:
+                sweeps.start("left", *held, "resume=true")
+                assert sweeps.end("left") == 1
+                assert "jobs of this folder are in SLURM's queue (2)" in sweeps.said("left")
+                assert f"or end them by: scancel {names[-1]}\n" in sweeps.said("left")
+                assert not sweeps.jobs("left")
+                slurm("scancel", names[-1])
+    finally:
+        sweeps.close()
+        slurm("scancel", *names, check=False)
