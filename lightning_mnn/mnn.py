@@ -256,7 +256,7 @@ class MNN(pl.LightningModule):
         if self.trainer.world_size == 1:
             return targets.shape[-1]
         loader = self.trainer.train_dataloader
-        if isinstance(loader, ExactLoader):  # which knows it without asking the others
+        if isinstance(loader, ExactLoader) and loader.size_of_batch:  # which knows it without asking the others
             return loader.size_of_batch / self.trainer.world_size
         count = self.output_weights.new_tensor(targets.shape[-1])
         return self.trainer.strategy.reduce(count, reduce_op="mean")
@@ -314,6 +314,8 @@ class MNN(pl.LightningModule):
                 "optimizer lbfgs runs on one process, whose line search sees the whole loss: use devices=1"
             )
         self.trainer.fit_loop.setup_data()  # now, not after on_train_start: the callbacks' first pass comes there
+        if isinstance(loader := self.trainer.train_dataloader, ExactLoader):
+            loader.trainer = self.trainer  # which a loader without its data module does not know
         self.threshold = check_training_set(
             self.trainer,
             input_dim=int(self.hparams["input_dim"]),

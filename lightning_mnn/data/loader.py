@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -20,7 +21,7 @@ from lightning_mnn.seeding import generator
 from lightning_mnn.validation import dtype_named, positive_integer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -65,6 +66,9 @@ class ExactLoader(ABC):
     once an epoch, and the gradient of a batch is the same on 1 or n processes. A process may get fewer samples of a
     batch than another, or none.
 
+    Anything may iterate the loader while a Trainer trains from it: what is said of training below is of the pass only
+    that the Trainer itself consumes. Without a Trainer any pass is taken for training.
+
     Args:
         num_samples: N.
         batch_size: B over all processes; None: all N.
@@ -76,8 +80,9 @@ class ExactLoader(ABC):
     Attributes:
         steps_per_batch: batches that are handed to Lightning at a time, as an iterator over them, where it is above 1
             (see :mod:`lightning_mnn.bundling`).
-        visits: how often this process has handed out each sample.
-        size_of_batch: samples of the batch that was handed out last, over all processes.
+        trainer: the Trainer that trains from the loader; None: there is none.
+        visits: how often this process has handed out each sample to training.
+        size_of_batch: samples of the batch that training got last, over all processes.
 
     Raises:
         ValueError: an empty data set, or a batch size that is not positive.
@@ -103,9 +108,10 @@ class ExactLoader(ABC):
         self.world_size = world_size
         self.sampler = EpochShuffle(num_samples, seeds, shuffle=shuffle)  # Lightning looks for this name
         self.steps_per_batch = 1
+        self.trainer: pl.Trainer | None = None
         self.visits = Visits(num_samples)
         self.size_of_batch = 0
-        self._start = (0, 0)  # epoch and batch with which the next pass begins, if it is of that epoch
+        self._start = (0, 0)  # epoch and batch with which training begins its next pass, if it is of that epoch
         self._next = 0  # batch to begin with, if training is resumed from here
 
     @abstractmethod
@@ -136,32 +142,45 @@ class ExactLoader(ABC):
         return math.ceil(self.num_steps / self.steps_per_batch)
 
     def __iter__(self) -> Iterator[Any]:
-        """This process's part of each batch; of the first pass after a resume, of those that are left."""
-        epoch, start = self._start
-        self._start = (0, 0)
-        if epoch != self.sampler.epoch:  # saved at the end of an epoch that did not take all batches
-            start = 0
+        """This process's part of each batch; of training's first pass after a resume, of those that are left."""
+        return _Pass(self)
+
+    def handed_out(self, *, trains: bool) -> Iterator[Any]:
+        """What a pass yields, to training or to another reader."""
+        start = self._begin() if trains else 0
         if self.steps_per_batch == 1:
-            yield from self.batches(start, self.num_steps)
+            yield from self.batches(start, self.num_steps, trains=trains)
             return
         for first in range(start, self.num_steps, self.steps_per_batch):
-            yield self.batches(first, min(first + self.steps_per_batch, self.num_steps), reuse=True)
+            stop = min(first + self.steps_per_batch, self.num_steps)
+            yield self.batches(first, stop, reuse=trains, trains=trains)
 
-    def batches(self, start: int, stop: int, *, reuse: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+    def _begin(self) -> int:
+        """The batch with which training begins this pass."""
+        epoch, start = self._start
+        self._start = (0, 0)
+        return start if epoch == self.sampler.epoch else 0  # else saved in an epoch that did not take all batches
+
+    def batches(
+        self, start: int, stop: int, *, reuse: bool = False, trains: bool = True
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's part of some batches of the epoch that the sampler is set to.
 
         Args:
             start: the first batch.
             stop: the one after the last.
             reuse: the next batch may be written over the memory of this one.
+            trains: it is training that gets them.
         """
         for batch in range(start, stop):
-            self._next = (batch + 1) % self.num_steps
             first = batch * self.batch_size
-            self.size_of_batch = min(self.batch_size, self.num_samples - first)
-            low, high = part_of(self.size_of_batch, self.rank, self.world_size)
+            size = min(self.batch_size, self.num_samples - first)
+            low, high = part_of(size, self.rank, self.world_size)
             samples, index = self._part(first, low, high, reuse=reuse)
-            self.visits.add(index)
+            if trains:
+                self._next = (batch + 1) % self.num_steps
+                self.size_of_batch = size
+                self.visits.add(index)
             yield samples
 
     def state_dict(self) -> dict[str, int]:
@@ -172,6 +191,28 @@ class ExactLoader(ABC):
         """Go on where a loader with this state was."""
         self._next = state_dict.get("next_batch", 0)
         self._start = (state_dict.get("epoch", self.sampler.epoch), self._next)
+
+
+class _Pass(Iterator[Any]):
+    """A pass over a loader, which finds out at its first batch whether it is training that consumes it."""
+
+    def __init__(self, loader: ExactLoader) -> None:
+        self._loader = loader
+        self._handed_out: Iterator[Any] | None = None
+
+    @override
+    def __next__(self) -> Any:
+        if self._handed_out is None:
+            self._handed_out = self._loader.handed_out(trains=self._trains())
+        return next(self._handed_out)
+
+    def _trains(self) -> bool:
+        run: Any = self._loader.trainer
+        if run is None:
+            return True
+        loaders = run.fit_loop._combined_loader  # noqa: SLF001 (nothing public says which iterator the Trainer holds)
+        held = None if loaders is None else loaders._iterator  # noqa: SLF001
+        return held is not None and any(one is self for one in held.iterators)
 
 
 class ExactData(pl.LightningDataModule, ABC):
@@ -248,6 +289,7 @@ class ExactData(pl.LightningDataModule, ABC):
                 world_size=world_size,
             ),
         )
+        self.exact_loader.trainer = self.trainer
         if self.operations_per_sample is not None:
             operations = self.operations_per_sample + self.exact_loader.operations_per_sample
             self.exact_loader.steps_per_batch = steps_at_a_time(self.exact_loader.batch_size * operations)

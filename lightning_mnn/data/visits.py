@@ -12,14 +12,15 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-_NOTED = 1 << 16  # indices that are counted together, at least
+_NOTED = 1 << 16  # indices that are kept in memory to be counted together, at least
 
 
 class Visits:
     """How often each sample was looked up, counted from the very indices by which it was.
 
     Indices are noted as they come and counted many together: to count those of a small batch takes as long as a good
-    part of a small network's step.
+    part of a small network's step. An index that is a view keeps the whole of what it is a view of in memory until then,
+    and weighs as much.
 
     Args:
         num_samples: N.
@@ -36,7 +37,8 @@ class Visits:
         self._counts = torch.zeros(num_samples, dtype=torch.int32)
         self._slices: dict[tuple[int, int], int] = {}  # how often each came
         self._indices: list[Tensor] = []
-        self._noted = 0
+        self._noted = 0  # numbers that they keep in memory
+        self._kept = 0  # where those begin that the last index keeps
 
     def add(self, index: slice | Tensor) -> None:
         """Note that samples were looked up.
@@ -50,7 +52,10 @@ class Visits:
             self._slices[span] = self._slices.get(span, 0) + 1
             return
         self._indices.append(index)
-        self._noted += index.numel()
+        storage = index.untyped_storage()
+        if storage.data_ptr() != self._kept:
+            self._kept = storage.data_ptr()
+            self._noted += storage.nbytes() // index.itemsize
         if self._noted >= max(_NOTED, self.num_samples):
             self._count()
 
@@ -62,7 +67,7 @@ class Visits:
     def go_on_from(self, counts: Tensor) -> None:
         """Forget what was counted, and begin with these counts."""
         self._counts = counts
-        self._slices, self._indices, self._noted = {}, [], 0
+        self._forget()
 
     def _count(self) -> None:
         """Count what is noted."""
@@ -74,7 +79,10 @@ class Visits:
                 self._counts = self._counts.repeat(len(index), 1)
             one = torch.ones((), dtype=self._counts.dtype)
             self._counts.scatter_add_(-1, index, one.expand(index.shape))
-        self._slices, self._indices, self._noted = {}, [], 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self._slices, self._indices, self._noted, self._kept = {}, [], 0, 0
 
 
 def packed(counts: Tensor) -> dict[str, Any]:

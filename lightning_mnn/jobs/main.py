@@ -44,7 +44,8 @@ def main() -> int:
         for number in _signals_of_children():  # one of DDP's ranks, of which the error tells nothing
             error.add_note(f"a process that the job had started was ended by {number.name}")
         traceback.print_exception(error)
-        found._return_value = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])  # noqa: SLF001
+        words = [*getattr(error, "__notes__", []), f"{type(error).__name__}: {error}"]
+        found._return_value = "; ".join(words)  # noqa: SLF001
     if leads:
         _write_return(folder, found)
     return int(failed)
