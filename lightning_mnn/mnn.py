@@ -256,7 +256,7 @@ class MNN(pl.LightningModule):
         if self.trainer.world_size == 1:
             return targets.shape[-1]
         loader = self.trainer.train_dataloader
-        if isinstance(loader, ExactLoader) and loader.size_of_batch:  # which knows it without asking the others
+        if isinstance(loader, ExactLoader):  # which knows it without asking the others
             return loader.size_of_batch / self.trainer.world_size
         count = self.output_weights.new_tensor(targets.shape[-1])
         return self.trainer.strategy.reduce(count, reduce_op="mean")

@@ -31,7 +31,7 @@ def numbers(value):
     [
         {"num_samples": 21},
         {"num_samples": 23, "batch_size": 8},
-        {"num_samples": 17, "batch_size": 4, "replicas": 2},
+        {"num_samples": 17, "batch_size": 4, "replicas": 2, "read": True},
         {"num_samples": 21, "batch_size": 5, "hidden_dims": [7, 5]},
         {"num_samples": 21, "polish": True},
         {"num_samples": 61, "hidden_dims": [3], "split": 6000},
@@ -40,7 +40,7 @@ def numbers(value):
     ids=[
         "full batch",
         "mini-batches",
-        "replicas",
+        "replicas, and a reader of the loader",
         "two layers, a batch of one",
         "polish",
         "shards",

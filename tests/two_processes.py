@@ -23,6 +23,13 @@ from lightning_mnn.landscape import least_squares
 from lightning_mnn.metrics import MeanClassificationError
 
 
+class Reader(pl.Callback):
+    """Iterates the training loader between the fetch of a batch and its step."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        list(trainer.train_dataloader)
+
+
 class Counter(pl.Callback):
     """Counts how often each sample is seen."""
 
@@ -97,7 +104,7 @@ def main(devices: int, options: dict, out: Path) -> None:
     detector = LocalMinimumDetector(
         Schedule(every=3), stop_training=False, polish=options.get("polish", False), max_distance=10.0
     )
-    callbacks = [counter, recorder, detector]
+    callbacks = [counter, recorder, detector, *([Reader()] if options.get("read") else [])]
     trainer = pl.Trainer(
         max_epochs=6,
         accelerator="cpu",

@@ -19,8 +19,8 @@ class Visits:
     """How often each sample was looked up, counted from the very indices by which it was.
 
     Indices are noted as they come and counted many together: to count those of a small batch takes as long as a good
-    part of a small network's step. An index that is a view keeps the whole of what it is a view of in memory until then,
-    and weighs as much.
+    part of a small network's step. An index that is a view keeps all that it is a view of in memory until
+    then, and weighs as much.
 
     Args:
         num_samples: N.
@@ -55,7 +55,7 @@ class Visits:
         storage = index.untyped_storage()
         if storage.data_ptr() != self._kept:
             self._kept = storage.data_ptr()
-            self._noted += storage.nbytes() // index.itemsize
+            self._noted += storage.nbytes() // index.element_size()
         if self._noted >= max(_NOTED, self.num_samples):
             self._count()
 

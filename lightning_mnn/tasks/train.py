@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import InterpolationKeyError
 from pytorch_lightning.callbacks import Timer
 from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from typing_extensions import override
 
@@ -27,7 +29,7 @@ from lightning_mnn.tasks._devices import check_devices, processes
 from lightning_mnn.tasks._files import write_json
 from lightning_mnn.tasks._requeue import requeued_on_signal
 from lightning_mnn.tasks._standing import Standing, alone_in, claim, standing
-from lightning_mnn.tasks._wandb import end_wandb_runs, is_wandb, leave_in_wandb, settings_of, wandb_options
+from lightning_mnn.tasks._wandb import end_wandb_runs, is_wandb, leave_in_wandb, only_known, settings_of, wandb_options
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -78,6 +80,7 @@ def train(cfg: DictConfig) -> float:
         FileExistsError: the run folder already holds a run, and ``resume`` is false or the run was begun otherwise; or
             another process trains there.
         DivergenceError: training reached values that are not finite.
+        SystemExit: the run was interrupted, with code 143 by a SIGTERM, which Lightning heeds at the end of an epoch.
     """
     with requeued_on_signal() as savers, alone_in(Path(cfg.run_dir)):
         return _train(cfg, savers)
@@ -115,7 +118,7 @@ def _train(cfg: DictConfig, savers: list[LastCheckpoint]) -> float:
             trainer.fit(model, datamodule, ckpt_path=found.checkpoint or cfg.ckpt_path, weights_only=True)
             trainer.save_checkpoint(run_dir / _ENDED, weights_only=False)  # optimiser too
         except (DivergenceError, KeyboardInterrupt, SystemExit) as error:  # Lightning ends an interrupted run by exit()
-            failure = error
+            failure = _as_exit(error)
         summary = summarise(trainer, model, datamodule, timer.time_elapsed("train"), cfg.seed, failure)
         _leave(run_dir, trainer, summary)
     finally:
@@ -176,6 +179,11 @@ def _try_out(trainer: pl.Trainer, model: MNN, datamodule: ExactData, checkpoint:
     return float(trainer.callback_metrics.get("train/mse", "nan"))
 
 
+def _as_exit(error: BaseException) -> BaseException:
+    """The error with which a run is to end: of Lightning's for a SIGTERM the exit code says that all went well."""
+    return SystemExit(128 + signal.SIGTERM) if isinstance(error, SIGTERMException) else error
+
+
 def _require_row(cfg: DictConfig) -> None:
     """Say what to choose where Table 1 has no row for the data set."""
     if "table_1" not in cfg:
@@ -196,21 +204,33 @@ def _build(node: DictConfig, **overrides: Any) -> Any:
 
 
 def _loggers(cfg: DictConfig, found: Standing) -> list[Any]:
-    nodes = [node for node in cfg.logger.values() if isinstance(node, DictConfig)]
-    return [_build(node, **(wandb_options(cfg, node, found.wandb_id) if is_wandb(node) else {})) for node in nodes]
+    nodes = {key: node for key, node in (cfg.get("logger") or {}).items() if isinstance(node, DictConfig)}
+    for key, node in nodes.items():
+        if "_target_" not in node:
+            raise ValueError(
+                f"logger.{key} has no _target_, got {node}: say of which class it is, as in "
+                f"logger.{key}={{_target_: pytorch_lightning.loggers.TensorBoardLogger, save_dir: logs}}"
+            )
+    return [
+        _build(only_known(node), **(wandb_options(cfg, node, found.wandb_id) if is_wandb(node) else {}))
+        for node in nodes.values()
+    ]
 
 
 @rank_zero_only
 def _go_on(loggers: list[Any], rows: int) -> None:
     """Let the loggers that can go on from the row at which the checkpoint was written."""
-    before: list[tuple[dict[str, float], int]] = []
+    before: list[tuple[dict[str, float], int]] | None = None
     for table in loggers:
         if isinstance(table, ResumableCSVLogger):
             table.resume(rows)
             before = table.read()
     for logger in loggers:
         if isinstance(logger, ResumableWandbLogger):
-            logger.resume(before)
+            if before is None:  # no table; the rows are in the folder of the process that was killed
+                logger.rows = rows
+            else:
+                logger.resume(before)
 
 
 @rank_zero_only

@@ -2,9 +2,11 @@
 
 import shutil
 from datetime import timedelta
+from itertools import islice
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,7 +46,7 @@ def test_the_count_is_of_what_was_handed_out_at_any_moment(n, batch, world, kind
             loader.sampler.set_epoch(epoch)
             for _, targets in loader.batches(0, loader.num_steps, reuse=reuse):
                 seen += seen_in(targets, n)
-                if loader.visits._noted % 3 == 0:  # at some moments, or it would always be counted at once
+                if len(loader.visits._indices) % 3 == 0:  # at some moments, or it would always be counted at once
                     assert torch.equal(loader.visits.counts(), seen)
         assert torch.equal(loader.visits.counts(), seen)
         total += loader.visits.counts()
@@ -135,3 +137,78 @@ def test_steps_that_are_repeated_after_a_kill_count_once(replicas, make_trainer,
     # Of other data nothing has been seen yet.
     other = GaussianData(13, 4, batch_size=5, replicas=replicas)
     assert fit(make_trainer, other, tmp_path / "6.ckpt", **options(4)) == [2, 2]
+
+
+class Reader(pl.Callback):
+    """Iterates the training loader, whole or in part, at each moment that it is given."""
+
+    def __init__(self, *hooks):
+        for hook in hooks:
+            setattr(self, hook, self._read)
+
+    def _read(self, trainer, *_):
+        for taken in (1, None):
+            for batch in islice(trainer.train_dataloader, taken):
+                list(batch)  # its tensors, or its batches
+        if trainer.datamodule is not None:
+            list(trainer.datamodule.train_dataloader())
+
+
+EVERYWHERE = ("on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_train_batch_end", "on_train_end")
+
+
+@pytest.mark.parametrize("kind", ["resident", "streamed", "bundled"])
+def test_who_else_reads_the_loader_changes_nothing(kind, make_trainer, tmp_path):
+    class Streamed(GaussianData):
+        def loader(self, device, **options):
+            rows = RowArray(self.inputs.numpy())
+            return StreamedLoader(rows, self.targets, buffer_bytes=56, **options)
+
+    class Copies(LastCheckpoint):
+        def on_train_batch_end(self, trainer, *args):
+            super().on_train_batch_end(trainer, *args)
+            if trainer.global_step == 5:
+                trainer.save_checkpoint(self.path.with_name("5.ckpt"))
+
+    def fit(*hooks, ckpt_path=None):
+        data = (Streamed if kind == "streamed" else GaussianData)(12, 4, batch_size=5)
+        folder = tmp_path / str(len(hooks))
+        callbacks = [Reader(*hooks), LastCheckpoint(folder) if kind == "bundled" else Copies(folder)]
+        options = {} if kind == "bundled" else {"gradient_clip_val": 1e9}
+        model = MNN(4, (3,), default_callbacks=False, optimizer={"name": "adam", "lr": 1e-2})
+        trainer = make_trainer(max_epochs=4, callbacks=callbacks, enable_checkpointing=True, **options)
+        trainer.fit(model, data, ckpt_path=ckpt_path, weights_only=True)
+        return data, [weights.detach().clone() for weights in model.parameters()]
+
+    hooks = ("on_train_start", "on_train_epoch_end") if kind == "bundled" else EVERYWHERE
+    alone, weights = fit()
+    for ckpt_path in (None,) if kind == "bundled" else (None, tmp_path / "5" / "5.ckpt"):
+        read, others = fit(*hooks, ckpt_path=ckpt_path)
+        assert list(read.visits()) == [4, 4]
+        assert read.state_dict() == alone.state_dict()
+        assert all(map(torch.equal, weights, others)), ckpt_path
+    if kind != "bundled":
+        one, other = (torch.load(tmp_path / f / "5.ckpt", weights_only=True) for f in ("0", "5"))
+        for key in ("GaussianData", "Streamed"):
+            assert str(one.get(key)) == str(other.get(key))
+        assert str(one["loops"]) == str(other["loops"])
+
+
+def test_a_loader_without_its_data_module_knows_training_too(make_trainer):
+    loader = ResidentLoader(torch.zeros(12, 4), torch.ones(12), 5)
+    model = MNN(4, (3,), default_callbacks=False, regression=True)
+    make_trainer(max_epochs=2, callbacks=[Reader(*EVERYWHERE)], gradient_clip_val=1e9).fit(model, loader)
+    assert loader.visits.counts().tolist() == [2] * 12
+    assert loader.size_of_batch == 2
+
+
+def test_of_epochs_that_are_broken_off_not_all_orders_are_kept_in_memory():
+    loader = ResidentLoader(torch.zeros(1000, 1), torch.zeros(1000), 10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(visits, "_NOTED", 3000)
+        for epoch in range(50):
+            loader.sampler.set_epoch(epoch)
+            next(iter(loader))
+            kept = {index.untyped_storage().data_ptr() for index in loader.visits._indices}
+            assert len(kept) <= 3
+    assert loader.visits.counts().sum() == 500

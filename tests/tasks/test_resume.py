@@ -163,6 +163,23 @@ def test_killed_at_any_moment_it_ends_in_the_numbers_of_an_unbroken_run(kind, tm
     assert any(rows == whole for _, rows in found)
 
 
+def test_told_to_end_it_says_so_and_can_be_gone_on_with(tmp_path):
+    arguments = (*SMALL, "logger.mode=disabled", "hydra.run.dir=run", "resume=true", "trainer.max_epochs=1500")
+    first, run = start(tmp_path, *arguments), tmp_path / "run"
+    deadline = time.monotonic() + 60
+    while not rows_of(run) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    first.terminate()
+    first.join(60)
+    assert first.exitcode == 128 + signal.SIGTERM
+    summary = json.loads((run / "summary.json").read_text())
+    assert not summary["finished"]
+    assert summary["reason"] == f"interrupted after {summary['steps']} steps"
+    assert 0 < summary["steps"] < 1500
+    command(tmp_path, *arguments)
+    assert summary_of(run)[0]["steps"] == 1500
+
+
 def test_a_second_process_does_not_go_on_with_a_run_that_goes_on(tmp_path):
     arguments = (*SMALL, "trainer.max_epochs=1000000", "logger.mode=disabled", "hydra.run.dir=run", "resume=true")
     first = start(tmp_path, *arguments)
