@@ -7,15 +7,23 @@ from the row that came next.
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
+import secrets
 import shutil
 import sys
+import time
+import weakref
 from contextlib import contextmanager, suppress
+from glob import escape
 from itertools import islice
+from numbers import Real
 from pathlib import Path
+from tempfile import SpooledTemporaryFile
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from lightning_fabric.loggers.logger import rank_zero_experiment
 from pytorch_lightning.loggers import WandbLogger
@@ -30,6 +38,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _STEP = "trainer/global_step"
+_MODES = (None, "online", "offline", "disabled")
+_IN_MEMORY = 1 << 20  # characters of rows, before they are kept on disk
 
 
 class ResumableCSVLogger(Logger):
@@ -84,7 +94,7 @@ class ResumableCSVLogger(Logger):
     @override
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        row = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in metrics.items()}
+        row = {name: _plain(value) for name, value in metrics.items()}
         row["step"] = self.rows if step is None else step
         if not row.keys() <= set(self._columns):
             if not self.rows and self.path.exists():
@@ -138,26 +148,28 @@ class ResumableWandbLogger(WandbLogger):
     """Logs to W&B; trouble with its server neither stops a run nor loses anything of it.
 
     Where an online run cannot begin (no API key, no network, a server that errs or does not answer within
-    ``settings.init_timeout``), or W&B fails on the way, the run goes on offline; nothing is ever asked on a terminal.
-    What the server does not take within ``settings.finish_timeout`` after the end stays in the run's folder. Each is
-    said in one warning with the command that uploads it.
+    ``settings.init_timeout``), or W&B fails on the way, the run goes on offline in a folder that gets all of its rows;
+    nothing is ever asked on a terminal. Where W&B fails once more, the run goes on without it. What the server does not
+    take within ``settings.finish_timeout`` after the end stays in the run's folder. Each is said in one warning with
+    the command that uploads it.
 
     A row's own W&B step says which row it is, so that one that is logged again does not count twice: W&B's step of row
     ``i`` is ``2 i + 1``, that of pictures, tables and histograms after ``i`` rows ``2 i``. A run that goes on after a
-    kill logs rows again under the steps that they had: W&B passes over those that it has.
+    kill logs rows again under the steps that they had: W&B passes over those that it has. What is logged past the
+    logger, by ``logger.experiment.log(...)``, moves the steps of all that follows.
 
     Args:
         best: by direction, ``min`` or ``max``, the names of which a run's summary keeps the best value (as
             ``NAME.min``, ``NAME.max``) beside the last one (``NAME.last``). Of others it keeps the last (``NAME``).
-        run_config: the run's settings, as W&B is to show them; the hyperparameters that Lightning finds in the module
-            and the data are then not logged a second time.
+        run_config: the run's settings, as W&B is to show them, beside an option ``config``, whose values come first;
+            the hyperparameters that Lightning finds in the module and the data are then not logged a second time.
         **options: see :class:`pytorch_lightning.loggers.WandbLogger`.
 
     Attributes:
         rows: rows logged, without pictures, tables and histograms.
 
     Raises:
-        ValueError: ``best`` has another direction.
+        ValueError: ``best`` has another direction, or there is no such ``mode``.
     """
 
     def __init__(
@@ -167,12 +179,23 @@ class ResumableWandbLogger(WandbLogger):
         run_config: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(**options if run_config is None else options | {"config": dict(run_config)})
+        if options.get("mode") not in _MODES:
+            raise ValueError(
+                f"mode must be online, offline or disabled, got {options['mode']!r}: set it by logger.mode, "
+                "or by mode= where the logger is made"
+            )
+        if run_config is not None:
+            options["config"] = {**run_config, **(options.get("config") or {})}
+        super().__init__(**options)
         self.best = {direction: list(names) for direction, names in (best or {}).items()}
         if not self.best.keys() <= {"min", "max"}:
             raise ValueError(f"best must have the keys min and max, got {list(self.best)}")
         self.rows = 0
-        self._online: list[tuple[dict[str, Any], int]] = []  # rows of a run whose folder W&B's process may leave torn
+        self._shift = 0  # of W&B's steps, by what was logged past the logger
+        self._next_step = 0  # of W&B, if nothing is
+        self._kept = _Rows()  # for a new folder, as W&B's process may leave that of the run torn
+        self._has_media = False
+        self._has_failed = False
         self._summary: dict[str, Any] = {}
         self._said = _Said()
 
@@ -184,6 +207,7 @@ class ResumableWandbLogger(WandbLogger):
 
         if self._experiment is None and wandb.run is None:
             self._experiment = self._begin()
+            self._next_step = _step_of(self._experiment)  # of a run that W&B's server knows, where that left off
         return super().experiment
 
     @property
@@ -202,30 +226,29 @@ class ResumableWandbLogger(WandbLogger):
     @override
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        named: dict[str, Any]
         named = {f"{self._prefix}{self.LOGGER_JOIN_CHAR}{k}" if self._prefix else k: v for k, v in metrics.items()}
         if step is not None:
             named[_STEP] = step
-        run = self.experiment
-        if not all(isinstance(value, int | float | torch.Tensor) for value in metrics.values()):
-            with self._offline_if_it_fails():
-                run.log(named, step=2 * self.rows, commit=False)
-            if self._experiment is not run:
-                with suppress(Exception):  # what W&B has bound to the run before stays there
-                    self.experiment.log(named, step=2 * self.rows, commit=False)
+        named = {name: _plain(value) for name, value in named.items()}
+        if not all(isinstance(value, int | float) for value in named.values()):
+            self._log_media(named)
             return
-        row = (named, 2 * self.rows + 1)
+        run = self.experiment
+        step = self._free_step(2 * self.rows + 1)
         self.rows += 1
-        if _is_online(run):
-            self._online.append(row)
-        with self._offline_if_it_fails():
-            run.log(row[0], step=row[1], commit=True)
+        with self._going_on():
+            if not run.disabled:
+                self._kept.append(named, step)
+            run.log(named, step=step, commit=True)
+        self._next_step = _step_of(self._experiment)
 
     @rank_zero_only
     def log_summary(self, values: Mapping[str, Any]) -> None:
         """Add to the run's summary."""
         run = self.experiment
         self._summary.update(values)
-        with self._offline_if_it_fails():
+        with self._going_on():
             run.summary.update(dict(values))
 
     @rank_zero_only
@@ -241,7 +264,7 @@ class ResumableWandbLogger(WandbLogger):
         if run is None:
             return
         left = None
-        with self._offline_if_it_fails():
+        with self._going_on():
             try:
                 run.finish(exit_code)
             except TimeoutError as error:
@@ -251,8 +274,27 @@ class ResumableWandbLogger(WandbLogger):
         elif _is_online(run) and (left := left or self._said.of_sync()):
             rank_zero_warn(f"Not all of the run came to W&B ({_first_line(left)}). {_all_is_in(run)}")
 
+    def _log_media(self, media: dict[str, Any]) -> None:
+        run = self.experiment
+        self._has_media = True
+        with self._going_on():
+            run.log(media, step=self._free_step(2 * self.rows), commit=False)
+        if self._experiment is not run:
+            with suppress(Exception):  # what W&B has bound to the run before stays there
+                self.experiment.log(media, step=self._free_step(2 * self.rows), commit=False)
+        self._next_step = _step_of(self._experiment)
+
+    def _free_step(self, step: int) -> int:
+        """W&B's step, behind what was logged past the logger: W&B drops silently what comes under an earlier one."""
+        now = _step_of(self._experiment)
+        self._shift += max(0, min(now - self._next_step, now - step - self._shift))
+        return step + self._shift
+
     def _begin(self) -> Any:
         """Start the run; if that fails online, offline."""
+        if self._id is None:  # or a second attempt would be another run, and the folders of others look like its own
+            given = getattr(self._wandb_init.get("settings"), "run_id", None) or os.environ.get("WANDB_RUN_ID")
+            self._id = self._wandb_init["id"] = given or secrets.token_hex(4)
         mode = "offline" if self._offline else self._wandb_init.get("mode") or os.environ.get("WANDB_MODE", "online")
         if mode in ("offline", "disabled", "dryrun"):
             return self._start(mode)
@@ -260,33 +302,53 @@ class ResumableWandbLogger(WandbLogger):
         try:
             return self._start(mode)
         except Exception as error:  # noqa: BLE001 (what is not the server's fault comes again offline)
-            reason = str(error) or type(error).__name__
+            reason = _reason(error)
         _end_service()
         for attempt in self._folders() - before:  # which holds nothing but the beginning
             shutil.rmtree(attempt, ignore_errors=True)
         run = self._start("offline")
-        rank_zero_warn(f"W&B cannot be used ({_first_line(reason)}): the run goes on offline. {_all_is_in(run)}")
+        rank_zero_warn(f"W&B cannot be used ({reason}): the run goes on offline. {_all_is_in(run)}")
         return run
 
     @contextmanager
-    def _offline_if_it_fails(self) -> Iterator[None]:
-        """Where W&B fails in an online run, as when its own process has died, begin it anew offline, with its rows."""
+    def _going_on(self) -> Iterator[None]:
+        """Where W&B fails, as when its own process has died, go on; a value that it does not take is an error still."""
         run = self._experiment
         try:
             yield
+        except (TypeError, ValueError):
+            raise
         except Exception as error:
-            if run is None or not _is_online(run):
+            if run is None or run.disabled:
                 raise
-            reason = str(error) or type(error).__name__
+            reason = _reason(error)
         else:
             return
         _end_service()
-        self._experiment = run = self._start("offline")
-        for row, step in self._online:
-            run.log(row, step=step, commit=True)
-        run.summary.update(self._summary)
-        self._online.clear()
-        rank_zero_warn(f"W&B failed ({_first_line(reason)}): the run goes on offline. {_all_is_in(run)}")
+        warning = self._begin_anew(run, reason)
+        if warning is None:
+            _end_service()
+            self._experiment = self._start("disabled")
+            warning = f"W&B failed again ({reason}): the run goes on without it. What it has is in {_folder(run)}"
+        self._next_step = _step_of(self._experiment)
+        rank_zero_warn(warning)
+
+    def _begin_anew(self, failed: Any, reason: str) -> str | None:
+        """Begin the run anew offline, with its rows; what to warn of, or None where that fails or has failed before."""
+        if self._has_failed:
+            return None
+        self._has_failed = True
+        if failed.offline:
+            time.sleep(1)  # folders are told apart by the second
+        with suppress(Exception):
+            self._experiment = run = self._start("offline")
+            for row, step in self._kept:
+                run.log(row, step=step, commit=True)
+            run.summary.update(self._summary)
+            media = f"Its pictures, tables and histograms until now stay in {_folder(failed)}. "
+            what = f"{media}All else" if self._has_media else "All of it"
+            return f"W&B failed ({reason}): the run goes on offline. {_all_is_in(run, what)}"
+        return None
 
     def _start(self, mode: str) -> Any:
         options = {name: value for name, value in self._wandb_init.items() if value is not None} | {"mode": mode}
@@ -299,8 +361,9 @@ class ResumableWandbLogger(WandbLogger):
         return run
 
     def _folders(self) -> set[Path]:
-        """Where runs of this name were begun online."""
-        return set(Path(self._save_dir or ".", "wandb").glob(f"run-*-{self._id or '*'}"))
+        """Where this run was begun online."""
+        moment = f"{'[0-9]' * 8}_{'[0-9]' * 6}"
+        return set(Path(self._save_dir or ".", "wandb").glob(f"run-{moment}-{escape(str(self._id))}"))
 
 
 class _Said:
@@ -321,6 +384,43 @@ class _Said:
         self.warnings.append(message.removeprefix("wandb: WARNING "))
 
     error = warning
+
+
+class _Rows:
+    """Rows with W&B's steps; many are kept on disk, in a file without a name. In another process there are none."""
+
+    def __init__(self) -> None:
+        self._file: SpooledTemporaryFile[str] | None = None
+
+    def append(self, row: Mapping[str, Any], step: int) -> None:
+        if self._file is None:
+            self._file = SpooledTemporaryFile(_IN_MEMORY, "w+", encoding="utf-8")  # noqa: SIM115 (closed with its owner)
+            weakref.finalize(self, self._file.close)
+        self._file.write(json.dumps([row, step]) + "\n")
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], int]]:
+        if self._file is None:
+            return
+        self._file.seek(0)
+        for line in self._file:
+            row, step = json.loads(line)
+            yield row, step
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_file": None}
+
+
+def _plain(value: Any) -> Any:
+    """A single number as Python's own, a truth value as 0 or 1; anything else as it is."""
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic) and value.ndim == 0:
+        value = value.item()
+    return float(value) if type(value) is not int and isinstance(value, Real) else value
+
+
+def _step_of(run: Any) -> int:
+    """W&B's step of what is logged next, as this process counts; ``run.step`` would wait for W&B's own."""
+    step = getattr(run, "_local_step", 0)
+    return step if isinstance(step, int) else 0  # a disabled run has none
 
 
 def _is_online(run: Any) -> bool:
@@ -367,10 +467,21 @@ def _first_line(text: str) -> str:
     return text.strip().splitlines()[0].removesuffix(".")
 
 
-def _all_is_in(run: Any) -> str:
+def _reason(error: Exception) -> str:
+    """A line of what an error says; of one on settings, which of them and why."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    if "validation error" in lines[0] and len(lines) > 2:
+        return f"{lines[1]}: {lines[2]}"
+    return lines[0].removesuffix(".")
+
+
+def _folder(run: Any) -> Path:
     folder = Path(run.dir).parent
-    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-    return f"All of it is in {shown}; upload it with: wandb sync {shown}"
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+
+
+def _all_is_in(run: Any, what: str = "All of it") -> str:
+    return f"{what} is in {_folder(run)}; upload it with: wandb sync {_folder(run)}"
 
 
 def log_scalars(trainer: pl.Trainer, scalars: dict[str, Tensor | float | None]) -> None:

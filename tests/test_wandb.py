@@ -16,20 +16,28 @@ import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+import wandb
 from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 from pytorch_lightning.utilities import rank_zero_only
 
 from lightning_mnn.figures import read_metrics
-from lightning_mnn.loggers import ResumableWandbLogger
-from lightning_mnn.tasks._wandb import settings_of
+from lightning_mnn.loggers import ResumableCSVLogger, ResumableWandbLogger, log_table
+from lightning_mnn.tasks._standing import Standing
+from lightning_mnn.tasks._wandb import settings_of, wandb_options
+from lightning_mnn.tasks.train import _go_on, _loggers
 from tests.tasks.test_resume import processes, run_the_command
+
+pytestmark = pytest.mark.xdist_group("wandb")  # which share runs that take long
 
 KEY = "k" * 40
 ID = "abcd"
 ROWS = 5
+QUIET = {"silent": True, "console": "off"}
 FOREIGN_SERVICE = "3-1-unix-/tmp/of-a-process-that-is-gone/socket"
 SMALL = (
     "data.num_samples=8", "data.input_dim=6", "model.hidden_dims=[8]", "model.threshold=0.0", "optimizer.lr=0.03",
@@ -122,11 +130,12 @@ def befall(kind, server):
         server.server_close()
     elif kind == "answers 403 on the way":
         server.status = 403
-    elif kind == "W&B's process is killed":
+    elif "is killed" in kind:
         children = Path(f"/proc/{os.getpid()}/task").glob("*/children")
         pids = set(" ".join(path.read_text() for path in children).split())
-        (service,) = [pid for pid in pids if Path(f"/proc/{pid}/comm").read_text().strip() == "wandb-core"]
-        os.kill(int(service), signal.SIGKILL)
+        for pid in pids:  # one of which may be what is left of an earlier one
+            if Path(f"/proc/{pid}/comm").read_text().strip() == "wandb-core":
+                os.kill(int(pid), signal.SIGKILL)
 
 
 def log_a_run(folder, kind):
@@ -143,18 +152,19 @@ def log_a_run(folder, kind):
     with trouble(kind) as (url, server), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         os.environ["WANDB_BASE_URL"] = url
-        import wandb
-
         begun = time.monotonic()
         options = {"silent": silent, "console": "off", "finish_timeout": 2, "finish_timeout_raises": True}
         settings = wandb.Settings(**options, init_timeout=2 if kind in BEFORE else 30)
         best = {"min": ["train/mse"]}
-        logger = ResumableWandbLogger(save_dir=folder, project="p", id=ID, mode="online", settings=settings, best=best)
+        mode = "offline" if "offline" in kind else "online"
+        logger = ResumableWandbLogger(save_dir=folder, project="p", id=ID, mode=mode, settings=settings, best=best)
         for row in range(ROWS):
             logger.log_metrics({"train/mse": 1.0 / (1 + (row - 2) ** 2)}, step=10 * row)
-            if row == 1:
+            if row == 1 or (row == 3 and "twice" in kind):
                 befall(kind, server)
                 time.sleep(0.1)
+            if row == 0 and "picture" in kind:
+                log_table(logger, "table", ["a"], [[1]], 0)
         logger.log_summary({"mse": 0.5})
         logger.finish()
         assert wandb.run is None
@@ -165,13 +175,16 @@ def log_a_run(folder, kind):
 BEFORE = (
     "refuses", "accepts and never answers", "has no address", "answers 500", "answers 401", "has no key, on a terminal",
 )  # fmt: skip
-AFTER = ("dies on the way", "answers 403 on the way", "W&B's process is killed")
+AFTER = (
+    "dies on the way", "answers 403 on the way", "W&B's process is killed", "W&B's process is killed, offline",
+)  # fmt: skip
+TWICE = "W&B's process is killed twice, after a picture, offline"
 
 
 @pytest.fixture(scope="module")
 def troubled(tmp_path_factory):
     """Folders of runs with each trouble, all at once."""
-    folders = {kind: tmp_path_factory.mktemp("trouble") for kind in (*BEFORE, *AFTER)}
+    folders = {kind: tmp_path_factory.mktemp("trouble") for kind in (*BEFORE, *AFTER, TWICE)}
     started = {kind: processes.Process(target=log_a_run, args=(folder, kind)) for kind, folder in folders.items()}
     for process in started.values():
         process.start()
@@ -208,6 +221,134 @@ def test_trouble_with_the_server_neither_stops_a_run_nor_loses_anything(troubled
     assert {"mse": 0.5} in [record.get("update") for record in of_kind(run, "summary")]
     assert [record["exit_code"] for record in of_kind(run, "exit")] == [0]
     assert of_kind(run, "run")[0]["run_id"] == ID
+
+
+def test_a_run_that_w_and_b_leaves_twice_goes_on_without_it(troubled):
+    first, second = json.loads((troubled[TWICE] / "left.json").read_text())["said"]
+    (offline, other) = sorted(path.name for path in (troubled[TWICE] / "wandb").glob("offline-run-*"))
+    assert f"tables and histograms until now stay in wandb/{offline}. All else is in wandb/{other}" in first
+    assert list((troubled[TWICE] / "wandb" / offline).glob("files/media/table/table_*.json"))
+    assert re.search(rf"failed again .* goes on without it. What it has is in wandb/{other}$", second)
+
+
+def log_offline(logger):
+    """Numbers of all kinds, and what a user logs past the logger."""
+    own = logger.experiment.log
+    for row, value in enumerate((1, np.float32(2), torch.tensor(3.0), np.array(4), np.int64(5), True)):
+        logger.log_metrics({"a": value}, step=row)
+        for _ in range(row % 3):
+            own({"own": float(row)})
+        if row % 2:
+            log_table(logger, "table", ["a"], [[row]], row)
+    assert logger.rows == 6
+
+
+def test_no_row_is_lost_to_what_is_logged_past_the_logger(tmp_path):
+    logger = ResumableWandbLogger(save_dir=tmp_path, mode="offline", best={"min": ["a"]}, settings=QUIET)
+    log_offline(logger)
+    logger.finish()
+    (run,) = records(tmp_path / "wandb")
+    rows = rows_of(run)
+    assert [(row["trainer/global_step"], row["a"]) for row in rows if "a" in row] == [*enumerate((1, 2, 3, 4, 5, 1))]
+    assert [row["own"] for row in rows if "own" in row] == [1, 2, 2, 4, 5, 5]
+    assert [row["trainer/global_step"] for row in rows if "table.path" in row] == [1, 3, 5]
+    steps = [row["_step"] for row in rows]
+    assert steps == sorted(set(steps))
+    assert summary_of(tmp_path)["summary"]["a"] == {"min": 1, "last": 1}
+
+
+def test_a_folder_of_another_run_is_not_taken_for_a_failed_beginning(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = wandb.Settings(**QUIET, init_timeout=1, base_url="http://127.0.0.1:9", api_key=KEY)
+    logger = ResumableWandbLogger(save_dir=tmp_path, mode="online", settings=settings)
+    other = tmp_path / "wandb" / "run-20300101_000000-of-another"
+    timer = threading.Timer(0.3, lambda: other.mkdir(parents=True))
+    timer.start()
+    with pytest.warns(UserWarning, match="W&B cannot be used"):
+        logger.log_metrics({"a": 1.0}, step=0)
+    logger.finish()
+    timer.join()
+    assert other.is_dir()
+    assert logger.version
+
+
+def test_without_a_table_a_run_goes_on_from_its_row(tmp_path):
+    logger = ResumableWandbLogger(save_dir=tmp_path, mode="offline", settings=QUIET)
+    _go_on([logger], 7)
+    logger.log_metrics({"a": 1.0}, step=70)
+    assert logger.rows == 8
+    logger.finish()
+    assert [row["_step"] for row in rows_of(records(tmp_path / "wandb")[0])] == [15]
+
+
+def test_a_users_own_config_stays(tmp_path):
+    logger = ResumableWandbLogger(
+        save_dir=tmp_path,
+        mode="offline",
+        settings=QUIET,
+        config={"note": "mine", "seed": 9},
+        run_config={"seed": 1, "k": 2},
+    )
+    assert logger._wandb_init["config"] == {"seed": 9, "k": 2, "note": "mine"}
+
+
+def test_a_truth_value_is_a_number_in_the_table(tmp_path):
+    table = ResumableCSVLogger(tmp_path)
+    table.log_metrics({"a": True, "b": np.float32(0.5)}, step=1)
+    assert table.path.read_text() == "a,b,step\n1.0,0.5,1\n"
+    assert table.read() == [({"a": 1.0, "b": 0.5}, 1)]
+
+
+def test_a_mode_that_there_is_not_is_refused():
+    with pytest.raises(
+        ValueError, match=r"mode must be online, offline or disabled, got 'ofline': set it by logger\.mode"
+    ):
+        ResumableWandbLogger(mode="ofline")
+
+
+@pytest.fixture
+def composed(tmp_path):
+    """Composes the config of a run as Hydra does; what Hydra knows is put back."""
+    before = HydraConfig.instance().cfg
+
+    def compose_it(*overrides):
+        cfg = compose("config", overrides, return_hydra_config=True)
+        cfg.hydra.runtime.output_dir = cfg.hydra.runtime.cwd = str(tmp_path)
+        HydraConfig.instance().set_config(cfg)
+        with open_dict(cfg):
+            del cfg.hydra  # as it is when a task begins
+        return cfg
+
+    with initialize_config_module("lightning_mnn.conf", version_base="1.3"):
+        yield compose_it
+    HydraConfig.instance().cfg = before
+
+
+FOUND = Standing({})
+
+
+def test_long_names_and_tags_are_cut(composed):
+    options = wandb_options(cfg := composed(f"name={'n' * 200}", "logger.wandb.tags=mine"), cfg.logger.wandb, ID)
+    assert options["tags"] == ["mine", "n" * 63 + "…", "gaussian"]
+    assert options["name"] == options["group"] == "n" * 119 + "…"
+
+
+def test_a_sweep_is_grouped_by_its_folder(composed):
+    groups = []
+    for folder in ("a/sweep", "b/sweep", "."):
+        cfg = composed(f"hydra.sweep.dir={folder}", "hydra.mode=MULTIRUN", "+hydra.job.num=0")
+        groups.append(wandb_options(cfg, cfg.logger.wandb, ID)["group"])
+    assert groups[:2] == ["sweep a/sweep", "sweep b/sweep"]
+    assert groups[2] == f"sweep {Path.cwd().parent.name}/{Path.cwd().name}"
+
+
+def test_loggers_of_others_and_none_at_all(composed):
+    lightnings = "logger.wandb._target_=pytorch_lightning.loggers.WandbLogger"
+    (_, other) = _loggers(composed(lightnings, "logger.wandb.mode=disabled"), FOUND)
+    other.log_metrics({"a": 1.0}, step=0)
+    assert _loggers(composed("~logger"), FOUND) == []
+    with pytest.raises(ValueError, match=r"logger\.board has no _target_, got {'save_dir': 'a'}: say of which class"):
+        _loggers(composed("+logger.board={save_dir: a}"), FOUND)
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +390,7 @@ def test_each_job_is_a_run_of_its_own_with_its_config(runs):
         assert described["display_name"].startswith(begins)
         assert f",seed={seed}" in described["display_name"]
         assert len(described["display_name"]) <= 120
-        assert described["run_group"] == ("sweep sweep" if seed < 3 else "quickstart")
+        assert described["run_group"] == ("sweep both/sweep" if seed < 3 else "quickstart")
         assert described["tags"] == [*(["mine"] if seed < 3 else []), "quickstart", "gaussian"]
         config = described["config"]["update"]
         config.pop("_wandb")
@@ -331,19 +472,9 @@ def test_directions_are_least_and_greatest():
         ResumableWandbLogger(best={"least": ["a"]})
 
 
-def test_settings_by_reference_are_shown_where_they_act():
-    before = HydraConfig.instance().cfg
-    with initialize_config_module("lightning_mnn.conf", version_base="1.3"):
-        cfg = compose("config", ["experiment=table_1", "data=cifar10"], return_hydra_config=True)
-    cfg.hydra.runtime.output_dir = "a/run"
-    try:
-        HydraConfig.instance().set_config(cfg)
-        choices = cfg.hydra.runtime.choices
-        with open_dict(cfg):
-            del cfg.hydra  # as it is when a task begins
-        settings = settings_of(cfg, choices)
-    finally:
-        HydraConfig.instance().cfg = before
+def test_settings_by_reference_are_shown_where_they_act(composed):
+    cfg = composed("experiment=table_1", "data=cifar10")
+    settings = settings_of(cfg, HydraConfig.get().runtime.choices)
     assert settings["optimizer"]["lr"] == 0.02
     assert settings["trainer"]["max_epochs"] == 300
     assert settings["model"]["hidden_dims"] == [16]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
@@ -24,6 +24,7 @@ _NO_SETTINGS = ("run_dir", "logger", "resume", "folder", "sweep", "dry_run", "da
 _NOT_IN_NAME = (*_NO_SETTINGS, "experiment", "name", "task", "threads", "ckpt_path", "data.root", "data.cache")
 
 _LONGEST_NAME = 120  # characters; W&B takes 128
+_LONGEST_TAG = 64
 
 
 def is_wandb(node: DictConfig) -> bool:
@@ -34,7 +35,8 @@ def is_wandb(node: DictConfig) -> bool:
 def wandb_options(cfg: DictConfig, node: DictConfig, wandb_id: str) -> dict[str, Any]:
     """What a W&B logger's node leaves open of ``id, name, group``; its ``tags`` and more; the config to show.
 
-    A run is named by its experiment and overrides; in a sweep by its job's number too, and grouped by the folder.
+    A run is named by its experiment and overrides; in a sweep by its job's number too, and grouped by the folder. Tags
+    are cut to what W&B takes.
     """
     choices = HydraConfig.get().runtime.choices
     own = {
@@ -44,13 +46,32 @@ def wandb_options(cfg: DictConfig, node: DictConfig, wandb_id: str) -> dict[str,
         ),
         "group": _group(cfg.name),
     }
-    shown = {"run_config": settings_of(cfg, choices)} if node["_target_"].endswith("ResumableWandbLogger") else {}
-    tags = [*(node.get("tags") or ()), cfg.name, choices.get("data")]
+    shown = {"run_config": settings_of(cfg, choices)} if _is_resumable(node) else {}
+    given = node.get("tags") or ()
+    tags = [*([given] if isinstance(given, str) else given), cfg.name, choices.get("data")]
     return (
         shown
         | {key: value for key, value in own.items() if node.get(key) is None}
-        | {"tags": list(dict.fromkeys(str(tag) for tag in tags if tag))}
+        | {"tags": list(dict.fromkeys(_cut(str(tag), _LONGEST_TAG) for tag in tags if tag))}
     )
+
+
+def only_known(node: DictConfig) -> DictConfig:
+    """A W&B logger's node without what its class does not know.
+
+    >>> only_known(OmegaConf.create({"_target_": "pytorch_lightning.loggers.WandbLogger", "best": {}, "project": "p"}))
+    {'_target_': 'pytorch_lightning.loggers.WandbLogger', 'project': 'p'}
+    """
+    if not is_wandb(node) or _is_resumable(node):
+        return node
+    kept = node.copy()
+    with open_dict(kept):
+        kept.pop("best", None)
+    return kept
+
+
+def _is_resumable(node: DictConfig) -> bool:
+    return str(node["_target_"]).endswith("ResumableWandbLogger")
 
 
 def settings_of(cfg: DictConfig, choices: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,16 +162,28 @@ def _job() -> int | None:
 
 
 def _group(name: str) -> str:
-    return name if _job() is None else f"sweep {Path(HydraConfig.get().sweep.dir).name}"
+    """Of a sweep's jobs the last two parts of its folder, which tell it from one of the same name elsewhere."""
+    if _job() is None:
+        return _cut(name, _LONGEST_NAME)
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.cwd, hydra.sweep.dir).resolve()
+    return _cut(f"sweep {'/'.join(folder.parts[-2:])}", _LONGEST_NAME)
 
 
 def _run_name(name: str, overrides: Sequence[str]) -> str:
-    """The experiment and its overrides, with short keys where it would be long."""
+    """The experiment and its overrides, with short keys where it would be long.
+
+    >>> _run_name("a 0", ["model.threshold=0.1", "resume=true"])
+    'a 0 model.threshold=0.1'
+    """
     told = [override.lstrip("+~") for override in overrides]
     told = [o for o in told if not any(o.startswith((f"{key}=", f"{key}.")) or o == key for key in _NOT_IN_NAME)]
-    if len(full := " ".join([name, ",".join(told)]).strip()) <= _LONGEST_NAME:
+    if len(full := f"{name} {','.join(told)}".strip()) <= _LONGEST_NAME:
         return full
-    keys, values = zip(*(override.partition("=")[::2] for override in told), strict=True)
-    short = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in zip(keys, values, strict=True))
-    cut = f"{name} {short}"
-    return cut if len(cut) <= _LONGEST_NAME else cut[: _LONGEST_NAME - 1] + "…"
+    pairs = [override.partition("=") for override in told]
+    short = ",".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs)
+    return _cut(f"{name} {short}".strip(), _LONGEST_NAME)
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else text[: longest - 1] + "…"
