@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,6 +177,7 @@ def _save(entity: str | None, project: str, name: str) -> str:
     """
     import wandb  # noqa: PLC0415 (slow)
 
+    os.environ.pop("WANDB_SERVICE", None)  # of another process, which knows other accounts, or is gone
     wandb.setup(wandb.Settings(silent=True))
     try:
         known = wandb.login(prompt=False)
