@@ -27,6 +27,7 @@ from PIL import Image
 
 from lightning_mnn.data.rows import naming, some_blocks
 from lightning_mnn.validation import positive_integer
+from lightning_mnn.workers import cores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
@@ -107,7 +108,7 @@ def build_store(
     size = positive_integer("size", size)
     if colour not in MODES:
         raise ValueError(f"colour must be one of {sorted(MODES)}, got {colour!r}")
-    workers = min(_processors(), 16) if workers is None else positive_integer("workers", workers)
+    workers = min(cores(), 16) if workers is None else positive_integer("workers", workers)
     chosen = None if classes is None else sorted(map(str, classes))
     root, folder = Path(root).expanduser(), Path(folder).expanduser()
     if not (folder / _INDEX).exists() or (folder / _JOURNAL).exists():
@@ -459,10 +460,6 @@ def _class_of(file: str) -> str:
 
 def _row_bytes(size: int, colour: str) -> int:
     return size * size * len(MODES[colour])
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

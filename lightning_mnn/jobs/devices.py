@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lightning_mnn.workers import THREADS
+from lightning_mnn.workers import THREADS, cores
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,7 +74,7 @@ class Devices:
         names = [str(gpu) for gpu in (visible_gpus() if gpus is None else gpus)]
         if len(set(names)) < len(names):
             raise ValueError(f"hydra.launcher.gpus must name each GPU once, got {names}")
-        self._cores = _cores()
+        self._cores = cores()
         self._n_jobs = n_jobs
         self._total = {True: len(names), False: cpu_slots or max(self._cores, n_jobs or 1)}
         self._free = {True: names, False: [str(slot) for slot in range(self._total[False])]}
@@ -143,7 +143,3 @@ def visible_gpus() -> list[str]:
     query = [tool, "--query-gpu=index", "--format=csv,noheader"]
     done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)  # noqa: S603 (no user's text)
     return done.stdout.split() if done.returncode == 0 else []
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

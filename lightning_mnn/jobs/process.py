@@ -26,7 +26,8 @@ from omegaconf import OmegaConf
 
 from lightning_mnn.jobs import main
 from lightning_mnn.jobs.calls import write_call
-from lightning_mnn.jobs.progress import VARIABLE, note, read_note
+from lightning_mnn.jobs.progress import VARIABLE, read_note
+from lightning_mnn.tasks._files import write_json
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -133,7 +134,7 @@ class Job:
         if self.process is None:  # not started, maybe for another one is at work in the folder
             return
         try:
-            note(self.folder / "job.json", self._record())
+            write_json(self.folder / "job.json", self._record())
         except OSError as error:
             log.warning("#%d: %s cannot be written: %s", self.number, self.folder / "job.json", error)
 
@@ -170,7 +171,7 @@ class Job:
             "seconds_to_training": None if started is None or self.process is None else started - self.process.began,
         }
         try:
-            json.dumps(record)
+            json.dumps(record, allow_nan=False)
         except (TypeError, ValueError):  # it cannot be given again later, so that the job would have to run anew
             record |= {"status": "returned", "return_value": repr(value)}
         return record

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_mnn.tasks._files import write_json
+
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
@@ -24,13 +26,6 @@ def factory() -> list[pl.Callback]:
     """The callback, if the process is a job of a sweep; otherwise none."""
     path = os.environ.get(VARIABLE)
     return [] if path is None else [_job_progress(Path(path))]
-
-
-def note(path: Path, content: dict[str, Any]) -> None:
-    """Write a note under a temporary name, then rename."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(content))
-    unfinished.replace(path)
 
 
 def read_note(path: Path) -> dict[str, Any]:
@@ -81,7 +76,7 @@ def _job_progress(path: Path) -> pl.Callback:
             loss = _loss(trainer, outputs)
             content = {"epochs": epochs, "max_epochs": limit, "loss": loss, "started": self._started}
             with contextlib.suppress(OSError):  # of which the training is not to die
-                note(path, read_note(path) | {key: value for key, value in content.items() if value is not None})
+                write_json(path, read_note(path) | {key: value for key, value in content.items() if value is not None})
 
     return JobProgress()
 

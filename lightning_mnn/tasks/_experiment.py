@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from rich.console import Console
 
 from lightning_mnn.tasks._parts import finish_parts
 from lightning_mnn.validation import positive_integer
+from lightning_mnn.workers import cores
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -87,7 +87,7 @@ def different(key: str, values: Any, what: str, *, at_least: int = 1) -> list[An
 def number_of_processes(key: str, processes: int | None) -> int:
     """How many worker processes to use; None: one a core."""
     if processes is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return cores()
     return positive_integer(key, processes)
 
 

@@ -51,7 +51,7 @@ def test_what_no_job_can_ask_for(asked):
 
 
 def test_the_cores_are_shared_whatever_the_number_of_jobs(monkeypatch):
-    monkeypatch.setattr(devices, "_cores", lambda: 16)
+    monkeypatch.setattr(devices, "cores", lambda: 16)
     for name in devices.THREADS:
         monkeypatch.delenv(name, raising=False)
 
