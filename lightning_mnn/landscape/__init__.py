@@ -5,6 +5,7 @@ from lightning_mnn.landscape.census import Census, Proportion, census, classify,
 from lightning_mnn.landscape.cone import LogEstimate, log_cone_measure
 from lightning_mnn.landscape.existence import ClosedBranch, Existence, check_proof, find_minimum
 from lightning_mnn.landscape.judgement import Direction, Kind
+from lightning_mnn.landscape.kink_trace import Kink, KinkTrace
 from lightning_mnn.landscape.minimum import Certificate, FirstOrderVerdict, certify, first_order_verdicts
 from lightning_mnn.landscape.pattern import ActivationPattern, PackedPattern
 from lightning_mnn.landscape.planted import Planted, planted_kink_minimum, planted_minimum, planted_saddle
@@ -24,6 +25,8 @@ __all__ = [
     "Existence",
     "FirstOrderVerdict",
     "Kind",
+    "Kink",
+    "KinkTrace",
     "Layer",
     "LeastSquares",
     "LogEstimate",

@@ -1,0 +1,337 @@
+"""The piecewise-linear functions of torch: on which piece is a number, and how far is the nearest kink?"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+# Nonlinear functions without pieces, or, as hardswish and elu, with curved ones.
+# fmt: off
+SMOOTH = frozenset([
+    "celu", "cos", "elu", "erf", "exp", "gelu", "glu", "group_norm", "gru", "gru_cell", "gumbel_softmax",
+    "hardswish", "instance_norm", "layer_norm", "log", "log_softmax", "logsigmoid", "lstm", "lstm_cell", "mish",
+    "multi_head_attention_forward", "reciprocal", "rms_norm", "rnn_relu", "rnn_relu_cell", "rnn_tanh",
+    "rnn_tanh_cell", "rsqrt", "scaled_dot_product_attention", "selu", "sigmoid", "silu", "sin", "softmax",
+    "softmin", "softplus", "softsign", "sqrt", "square", "tanh", "tanhshrink",
+])
+# fmt: on
+# Functions with kinks that cannot be told from outside.
+# fmt: off
+OPAQUE = frozenset([
+    "ceil", "cosine_embedding_loss", "floor", "fractional_max_pool2d", "fractional_max_pool3d", "heaviside",
+    "hinge_embedding_loss", "kthvalue", "margin_ranking_loss", "median", "multi_margin_loss",
+    "multilabel_margin_loss", "nanmedian", "rnn_relu", "rnn_relu_cell", "round", "sign", "sort", "topk",
+    "triplet_margin_loss", "triplet_margin_with_distance_loss", "trunc", "where",
+])
+# fmt: on
+
+
+class Function(Protocol):
+    """One call: its pieces, and how far its units are from a kink."""
+
+    input: Tensor
+
+    @property
+    def num_pieces(self) -> int:
+        """How many pieces there are."""
+
+    @property
+    def active_pieces(self) -> tuple[int, ...] | None:
+        """Those that count as active."""
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether any of the inputs requires a gradient."""
+
+    def pieces(self) -> Tensor:
+        """Piece of each unit."""
+
+    def distance(self) -> Tensor:
+        """Distance of each unit to the nearest kink."""
+
+
+class Elementwise:
+    """A function of each number x, with breakpoints b_1 ≤ b_2 ≤ …; the piece is the number of those below x.
+
+    >>> call = Elementwise(torch.tensor([-1.0, 2.0, 9.0]), (0.0, 6.0))
+    >>> call.pieces(), call.distance()
+    (tensor([0, 1, 2], dtype=torch.uint8), tensor([1., 2., 3.]))
+    """
+
+    def __init__(
+        self, x: Tensor, breakpoints: Sequence[float | Tensor] = (0.0,), active_pieces: tuple[int, ...] | None = (1,)
+    ) -> None:
+        self.input = x
+        self.breakpoints = breakpoints
+        self.num_pieces = len(breakpoints) + 1
+        self.active_pieces = active_pieces
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether the input or a breakpoint requires a gradient."""
+        return any(isinstance(t, torch.Tensor) and t.requires_grad for t in (self.input, *self.breakpoints))
+
+    def pieces(self) -> Tensor:
+        """Number of breakpoints below each x, uint8."""
+        first, *others = ((self.input > b).to(torch.uint8) for b in self.breakpoints)
+        return sum(others, start=first)
+
+    def distance(self) -> Tensor:
+        """|x − b| to the nearest breakpoint."""
+        return torch.stack([(self.input - b).abs() for b in self.breakpoints]).amin(0)
+
+
+class Largest:
+    """The largest of k numbers along the last axis of what ``numbers`` returns; the piece is its index.
+
+    Args:
+        x: the tensor that the function is called on.
+        num_pieces: k.
+        numbers: all that compete, (..., k); −inf for those of a window that lie outside.
+        winner: the index of the largest where torch itself tells it; None: found from the numbers.
+        others: what else the numbers depend on.
+
+    >>> call = Largest(torch.tensor([[1.0, 4.0, 2.0]]), 3, lambda: torch.tensor([[1.0, 4.0, 2.0]]))
+    >>> call.pieces(), call.distance()
+    (tensor([1]), tensor([2.]))
+    """
+
+    active_pieces = None
+
+    def __init__(
+        self,
+        x: Tensor,
+        num_pieces: int,
+        numbers: Callable[[], Tensor],
+        winner: Callable[[], Tensor] | None = None,
+        others: Sequence[Tensor] = (),
+    ) -> None:
+        self.input = x
+        self.num_pieces = num_pieces
+        self._numbers = numbers
+        self._winner = winner
+        self._others = others
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether any of the numbers requires a gradient."""
+        return any(tensor.requires_grad for tensor in (self.input, *self._others))
+
+    def pieces(self) -> Tensor:
+        """Index of the largest."""
+        return self._numbers().argmax(-1) if self._winner is None else self._winner()
+
+    def distance(self) -> Tensor:
+        """Largest less second largest; infinite where there is one number only."""
+        numbers = self._numbers()
+        if self.num_pieces == 1:
+            return torch.full_like(numbers[..., 0], math.inf)
+        best = numbers.topk(2, dim=-1).values
+        return best[..., 0] - best[..., 1]
+
+
+def function_of(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Function | None:
+    """The kinks of one call of torch by the function's name; None where it has none.
+
+    Args:
+        name: of the function or method, without leading and trailing underscores.
+        args: of the call.
+        kwargs: of the call.
+    """
+    build = _FUNCTIONS.get(name)
+    if build is None:
+        return None
+    call = build(*args, **kwargs)
+    return None if call is None or not call.input.is_floating_point() else call
+
+
+def _at_zero(input: Tensor, *_: Any, **__: Any) -> Function:  # noqa: A002 (torch's name, which may be a keyword)
+    return Elementwise(input)
+
+
+def _hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, *_: Any, **__: Any) -> Function:  # noqa: A002
+    return Elementwise(input, (min_val, max_val))
+
+
+def _relu6(input: Tensor, *_: Any, **__: Any) -> Function:  # noqa: A002
+    return Elementwise(input, (0.0, 6.0))
+
+
+def _at_three(input: Tensor, *_: Any, **__: Any) -> Function:  # noqa: A002 (hardsigmoid and hardswish)
+    return Elementwise(input, (-3.0, 3.0))
+
+
+def _threshold(input: Tensor, threshold: float, *_: Any, **__: Any) -> Function:  # noqa: A002
+    return Elementwise(input, (threshold,))
+
+
+def _shrink(input: Tensor, lambd: float = 0.5, **_: Any) -> Function:  # noqa: A002
+    return Elementwise(input, (-lambd, lambd), active_pieces=(0, 2))
+
+
+def _clamp(input: Tensor, min: Any = None, max: Any = None, **_: Any) -> Function | None:  # noqa: A002
+    bounds = tuple(bound for bound in (min, max) if bound is not None)
+    if not bounds:
+        return None
+    return Elementwise(input, bounds, active_pieces=(0,) if min is None else (1,))
+
+
+def _clamp_min(input: Tensor, min: Any, **_: Any) -> Function | None:  # noqa: A002
+    return _clamp(input, min)
+
+
+def _clamp_max(input: Tensor, max: Any, **_: Any) -> Function | None:  # noqa: A002
+    return _clamp(input, None, max)
+
+
+def _l1_loss(input: Tensor, target: Tensor, *_: Any, **__: Any) -> Function:  # noqa: A002
+    return Elementwise(input, (target,), active_pieces=None)
+
+
+def _maximum(input: Tensor, other: Tensor, *, sign: int = 1, **_: Any) -> Function:  # noqa: A002
+    def numbers() -> Tensor:
+        shape = (input + other).shape
+        return torch.stack([(sign * input).expand(shape), (sign * other).expand(shape)], dim=-1)
+
+    return Largest(input, 2, numbers, others=(other,))
+
+
+def _minimum(input: Tensor, other: Tensor, **_: Any) -> Function:  # noqa: A002
+    return _maximum(input, other, sign=-1)
+
+
+def _max(input: Tensor, dim: Any = None, keepdim: bool = False, *, sign: int = 1, **kwargs: Any) -> Function:  # noqa: A002, FBT001, FBT002
+    """``torch.max``, ``min``, ``amax`` and ``amin``: over one axis, several, all, or of two tensors."""
+    dim, keepdim = kwargs.get("axis", dim), kwargs.get("keepdims", keepdim)
+    other = kwargs.get("other", dim)
+    if isinstance(other, torch.Tensor):
+        return _maximum(input, other, sign=sign)
+    chosen = (dim,) if isinstance(dim, int) else tuple(dim or range(input.ndim))
+    axes = sorted(axis % input.ndim for axis in chosen)
+    size = math.prod(input.shape[axis] for axis in axes)
+
+    def numbers() -> Tensor:
+        rest = [axis for axis in range(input.ndim) if axis not in axes]
+        moved = (sign * input).permute(*rest, *axes).flatten(len(rest))
+        return moved.reshape([1 if a in axes else n for a, n in enumerate(input.shape)] + [size]) if keepdim else moved
+
+    return Largest(input, size, numbers)
+
+
+def _min(input: Tensor, *args: Any, **kwargs: Any) -> Function:  # noqa: A002
+    return _max(input, *args, sign=-1, **kwargs)
+
+
+def _max_pool(num_axes: int) -> Callable[..., Function]:
+    def build(
+        input: Tensor,  # noqa: A002
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,  # noqa: FBT001, FBT002
+        *_: Any,
+        **__: Any,
+    ) -> Function:
+        kernel, pad, spread = (_tuple(value, num_axes) for value in (kernel_size, padding, dilation))
+        step = _tuple(stride, num_axes) if stride else kernel
+        sizes = input.shape[-num_axes:]
+        pool = getattr(functional, f"max_pool{num_axes}d")
+
+        def winner() -> Tensor:
+            options = (kernel, step, pad, spread, ceil_mode)
+            place = pool(input, *options, return_indices=True)[1]
+            found = torch.zeros_like(place)
+            for axis in range(num_axes):
+                within = place // math.prod(sizes[axis + 1 :]) % sizes[axis]
+                start = torch.arange(place.shape[axis - num_axes], device=place.device) * step[axis] - pad[axis]
+                start = start.reshape([-1] + [1] * (num_axes - 1 - axis))
+                found = found * kernel[axis] + (within - start) // spread[axis]
+            return found
+
+        def numbers() -> Tensor:
+            out = pool(input, kernel, step, pad, spread, ceil_mode).shape[-num_axes:]
+            places = [
+                torch.arange(n)[:, None] * s - p + torch.arange(k) * d
+                for n, s, p, k, d in zip(out, step, pad, kernel, spread, strict=True)
+            ]
+            return _windows(input, places, [(p >= 0) & (p < n) for p, n in zip(places, sizes, strict=True)])
+
+        return Largest(input, math.prod(kernel), numbers, winner)
+
+    return build
+
+
+def _adaptive_max_pool(num_axes: int) -> Callable[..., Function]:
+    def build(input: Tensor, output_size: Any, *_: Any, **__: Any) -> Function:  # noqa: A002
+        sizes = input.shape[-num_axes:]
+        outputs = [n if out is None else out for n, out in zip(sizes, _tuple(output_size, num_axes), strict=True)]
+        places, valid = [], []
+        for n, out in zip(sizes, outputs, strict=True):
+            first = torch.arange(out) * n // out
+            end = -((torch.arange(out) + 1) * n // -out)
+            place = first[:, None] + torch.arange(int((end - first).max()))
+            places.append(place)
+            valid.append(place < end[:, None])
+        return Largest(input, math.prod(p.shape[1] for p in places), lambda: _windows(input, places, valid))
+
+    return build
+
+
+def _windows(x: Tensor, places: Sequence[Tensor], valid: Sequence[Tensor]) -> Tensor:
+    """The numbers of each window, (..., out_1, …, out_m, k), −inf where a window reaches out of x.
+
+    Args:
+        x: (..., n_1, …, n_m).
+        places: of each axis the indices of each window, (out, k).
+        valid: of each axis whether they lie in x and in the window, (out, k).
+    """
+    m = len(places)
+    index: list[Any] = []
+    inside = torch.ones((), dtype=torch.bool)
+    for axis, (place, good) in enumerate(zip(places, valid, strict=True)):
+        shape = [1] * (2 * m)
+        shape[axis], shape[m + axis] = place.shape
+        index.append((place * good).reshape(shape).to(x.device))
+        inside = inside & good.reshape(shape)
+    found = x[(..., *index)].masked_fill(~inside.to(x.device), -math.inf)
+    return found.flatten(-m)
+
+
+def _tuple(value: Any, length: int) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return tuple(itertools.islice(itertools.cycle(values), length)) if len(values) == 1 else values
+
+
+_FUNCTIONS: dict[str, Callable[..., Function | None]] = {
+    **dict.fromkeys(("relu", "leaky_relu", "prelu", "rrelu", "elu", "selu", "abs", "absolute"), _at_zero),
+    "relu6": _relu6,
+    "hardtanh": _hardtanh,
+    "hardsigmoid": _at_three,
+    "hardswish": _at_three,
+    "threshold": _threshold,
+    "hardshrink": _shrink,
+    "softshrink": _shrink,
+    "clamp": _clamp,
+    "clip": _clamp,
+    "clamp_min": _clamp_min,
+    "clamp_max": _clamp_max,
+    "l1_loss": _l1_loss,
+    **dict.fromkeys(("maximum", "fmax"), _maximum),
+    **dict.fromkeys(("minimum", "fmin"), _minimum),
+    **dict.fromkeys(("max", "amax"), _max),
+    **dict.fromkeys(("min", "amin"), _min),
+    **{f"max_pool{m}d": _max_pool(m) for m in (1, 2, 3)},
+    **{f"max_pool{m}d_with_indices": _max_pool(m) for m in (1, 2, 3)},
+    **{f"adaptive_max_pool{m}d": _adaptive_max_pool(m) for m in (1, 2, 3)},
+    **{f"adaptive_max_pool{m}d_with_indices": _adaptive_max_pool(m) for m in (1, 2, 3)},
+}
