@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lightning_mnn.figures import census_figure, run_figure, scan_figure, sweep_figure
+from lightning_mnn.figures import census_figure, model_figure, run_figure, scan_figure, sweep_figure
 from lightning_mnn.tasks._experiment import shown
 from lightning_mnn.tasks._files import write_csv
 from lightning_mnn.tasks._job_folder import remove_job_folder
@@ -41,6 +41,9 @@ def report(cfg: DictConfig) -> None:
     draw ``figure.png`` of the finished ones, grouped by what was swept. Jobs that failed, broke off or have not begun
     are in the table without measures and are named, with the command that goes on. Jobs of other tasks are named alone.
 
+    Of another program's run, a log folder of Lightning's ``CSVLogger`` that the three callbacks logged to, the figure
+    shows what they found (see :func:`lightning_mnn.figures.model_figure`).
+
     Nothing else is written: the folder that Hydra makes for a job goes again.
 
     Raises:
@@ -61,6 +64,9 @@ def report(cfg: DictConfig) -> None:
 
 def _report_folder(folder: Path, console: Console) -> None:
     """Draw one figure, or tabulate the runs below a folder."""
+    if _is_of_another_program(folder):
+        console.print(f"[bold]drawn:[/] {shown(model_figure(folder))}")
+        return
     for name, draw in _FIGURES.items():
         if (folder / name).exists():
             _require_summary(folder)
@@ -169,6 +175,12 @@ def _existing(key: str, folder: str | None) -> Path:
     if not path.is_dir():
         raise FileNotFoundError(f"{key}={folder}: there is no such folder")
     return path
+
+
+def _is_of_another_program(folder: Path) -> bool:
+    """Whether it is a log folder of Lightning's ``CSVLogger``, in which no run of this program began."""
+    own = any((folder / name).exists() for name in ("summary.json", "plan.json", ".hydra"))
+    return (folder / "metrics.csv").exists() and not own
 
 
 def _require_summary(folder: Path) -> None:

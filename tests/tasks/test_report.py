@@ -75,6 +75,14 @@ def test_a_census_and_a_run_are_drawn():
         assert is_png(Path(folder, "figure.png"))
 
 
+def test_a_run_of_another_program_is_drawn(capsys):
+    Path("version_0").mkdir()
+    Path("version_0/metrics.csv").write_text("epoch,step,pattern/net.1/flips,train_loss\n0,4,7,0.5\n")
+    report(settings("version_0"))
+    assert is_png(Path("version_0/figure.png"))
+    assert "drawn: version_0/figure.png" in capsys.readouterr().out
+
+
 def test_runs_below_a_folder_make_a_table(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
     folder = Path("outputs/table_1")
@@ -130,8 +138,8 @@ def test_unfinished_runs_are_left_out_and_named(capsys, monkeypatch):
         (None, "nowhere", "folder=nowhere: there is no such folder"),
         (None, ".", "holds no scan.csv, census.csv or metrics.csv .* no training runs"),
         ("plan.json", ".", "an experiment that is not finished: give its command again"),
-        ("metrics.csv", ".", "holds no summary.json, .*resume=true"),
-        ("scan.csv", ".", "holds no summary.json"),
+        ("metrics.csv", ".", "holds none of minimum"),
+        ("scan.csv", ".", "holds no summary.json, .*resume=true"),
     ],
 )
 def test_what_cannot_be_drawn_is_said(prepare, folder, message):

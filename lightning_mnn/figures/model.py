@@ -1,0 +1,187 @@
+"""The figure of a run of anybody's model that the three callbacks watched."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from lightning_mnn.figures._save import save
+from lightning_mnn.figures._style import COLORS, NOTE, plain, tidy
+from lightning_mnn.figures.run import read_metrics
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from pathlib import Path
+
+    from matplotlib.axes import Axes
+
+    Series = Mapping[str, tuple[list[int], list[float]]]
+
+_MOST_NAMES = 6  # layers that a legend names; of more there is a colour bar
+_MOST_LOSSES = 3
+
+
+def model_figure(run_dir: Path) -> Path:
+    """Draw ``figure.png`` of a log folder from its ``metrics.csv``, as Lightning's ``CSVLogger`` writes it.
+
+    Loss, gradient, smallest curvature with its error, distance to the nearest kink, how far each layer's activation
+    pattern is from that of the start, and the relative perturbation that each layer's pattern survives, against the
+    optimiser step. What the run did not log is left blank.
+
+    Returns:
+        The path of the figure.
+
+    Raises:
+        ValueError: nothing in the file is of the three callbacks.
+    """
+    series = read_metrics(run_dir / "metrics.csv")
+    if not any(name.startswith(("minimum/", "pattern/", "volume/")) for name in series):
+        raise ValueError(
+            f"{run_dir / 'metrics.csv'} holds none of minimum/…, pattern/… and volume/…: add callbacks of "
+            "lightning_mnn.callbacks to the Trainer, and a logger"
+        )
+    figure = Figure(figsize=(13, 7.2), layout="constrained")
+    panels: tuple[Callable[[Axes, Series], bool], ...] = (
+        _loss,
+        _gradient,
+        _curvature,
+        _kink,
+        _patterns,
+        _local_volumes,
+    )
+    for ax, draw in zip(figure.subplots(2, 3).flat, panels, strict=True):
+        tidy(ax)
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        shown = draw(ax, series)
+        ax.title.set_fontsize(11)
+        if not shown:
+            ax.text(0.5, 0.5, "not logged in this run", transform=ax.transAxes, ha="center", color="0.5")
+    return save(figure, run_dir / "figure.png")
+
+
+def layers_of(names: Iterable[str], group: str, measure: str) -> dict[str, str]:
+    """Layers by which a measure is logged, in the order of their names, numbers as numbers; and the full names.
+
+    >>> layers_of(["pattern/flips", "pattern/net.10/flips", "pattern/net.3/flips"], "pattern", "flips")
+    {'net.3': 'pattern/net.3/flips', 'net.10': 'pattern/net.10/flips'}
+    """
+    pattern = re.compile(f"{re.escape(group)}/(.+)/{re.escape(measure)}")
+    found = {match[1]: name for name in names if (match := pattern.fullmatch(name))}
+    return {layer: found[layer] for layer in sorted(found, key=_with_numbers)}
+
+
+def _with_numbers(name: str) -> list[tuple[str, int]]:
+    return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", name)]
+
+
+def _loss(ax: Axes, series: Series) -> bool:
+    ax.set(title="Loss", xlabel="optimiser step")
+    own = [name for name in series if "loss" in name and not name.startswith(("minimum/", "val", "test"))]
+    curves = {name: name for name in own[:_MOST_LOSSES]} | {"minimum/loss": "whole training set"}
+    return _lines(ax, series, curves)
+
+
+def _gradient(ax: Axes, series: Series) -> bool:
+    ax.set(title="Gradient of the whole training loss", xlabel="optimiser step", ylabel="norm")
+    curves = {"minimum/gradient_norm": "‖∇L‖", "minimum/relative_gradient": "of that at the start"}
+    return _lines(ax, series, curves)
+
+
+def _curvature(ax: Axes, series: Series) -> bool:
+    ax.set(title="Smallest eigenvalue of the Hessian", xlabel="optimiser step", ylabel="λ, lower bound below it")
+    errors = dict(zip(*series.get("minimum/eigenvalue_error", ([], [])), strict=True))
+    steps, values = series.get("minimum/smallest_eigenvalue", ([], []))
+    if not steps:
+        return False
+    below = [errors.get(step, 0.0) for step in steps]
+    ax.errorbar(steps, values, [below, [0.0] * len(below)], fmt="o", ms=4, color=COLORS[0], capsize=3)
+    ax.axhline(0.0, color="0.6", lw=0.8, ls=":")
+    last = max(max(steps) for steps, _ in series.values())
+    ax.set_xlim(-0.05 * last, 1.05 * last)
+    largest = series.get("minimum/largest_eigenvalue")
+    if largest:
+        ax.text(0.02, 0.03, f"largest: {largest[1][-1]:.3g}", transform=ax.transAxes, **NOTE)
+    return True
+
+
+def _kink(ax: Axes, series: Series) -> bool:
+    ax.set(title="Distance to the nearest kink", xlabel="optimiser step", ylabel="smallest |pre-activation|")
+    curves = {"minimum/min_preactivation": "absolute", "minimum/relative_preactivation": "relative to its layer"}
+    return _lines(ax, series, curves)
+
+
+def _patterns(ax: Axes, series: Series) -> bool:
+    ax.set(title="Activation patterns", xlabel="optimiser step", ylabel="fraction flipped since the start")
+    layers = layers_of(series, "pattern", "hamming_from_start")
+    for layer, color in _colors(ax, layers).items():
+        steps, values = series[layers[layer]]
+        ax.plot(steps, values, color=color, lw=1.3, marker="o", ms=3, label=plain(layer))
+    ax.set_ylim(bottom=0)
+    _legend(ax, len(layers))
+    return bool(layers)
+
+
+def _local_volumes(ax: Axes, series: Series) -> bool:
+    """The last local volumes: of each layer, and of all layers together."""
+    ax.set(title="Perturbation that patterns survive", xlabel="layer, by name", ylabel="relative size σ½")
+    layers = layers_of(series, "volume", "half_sigma")
+    last = {layer: series[name][1][-1] for layer, name in layers.items()}
+    places = np.arange(1, len(last) + 1)
+    colors = [*_shades(len(last))]
+    ax.scatter(places, list(last.values()), c=colors, zorder=3)
+    if len(last) <= _MOST_NAMES:
+        ax.set_xticks(places, [plain(layer) for layer in last])
+    low, half, high = (series.get(f"volume/half_sigma{end}", ([], [])) for end in ("_low", "", "_high"))
+    if half[1]:
+        ax.axhline(half[1][-1], color="0.3", lw=1.2, label="all layers together")
+        if low[1] and high[1]:
+            ax.axhspan(low[1][-1], high[1][-1], color="0.3", alpha=0.15, lw=0)
+        _legend(ax, 1)
+    if last or half[1]:
+        ax.set_yscale("log")
+    return bool(last or half[1])
+
+
+def _lines(ax: Axes, series: Series, curves: Mapping[str, str]) -> bool:
+    """Curves of positive values on a logarithmic axis; whether there was any."""
+    drawn = 0
+    for color, (name, label) in zip(COLORS, curves.items(), strict=False):
+        points = [(step, value) for step, value in zip(*series.get(name, ([], [])), strict=True) if value > 0]
+        if points:
+            few = len(points) <= 60
+            ax.plot(
+                *zip(*points, strict=True), color=color, lw=1.2, marker="o" if few else "", ms=3, label=plain(label)
+            )
+            drawn += 1
+    if drawn:
+        ax.set_yscale("log")
+        _legend(ax, drawn)
+    return drawn > 0
+
+
+def _colors(ax: Axes, layers: Mapping[str, str]) -> dict[str, tuple[float, ...]]:
+    """A colour a layer; where there are too many for a legend, with a colour bar."""
+    if len(layers) > _MOST_NAMES:
+        bar = ScalarMappable(Normalize(1, len(layers)), "viridis")
+        assert ax.figure is not None  # noqa: S101 (for the type checker)
+        ax.figure.colorbar(bar, ax=ax, label="layer, by name", ticks=MaxNLocator(6, integer=True))
+    return dict(zip(layers, _shades(len(layers)), strict=True))
+
+
+def _shades(number: int) -> list[tuple[float, ...]]:
+    return [
+        colormaps["viridis"](place) for place in np.linspace(0, 1 if number > _MOST_NAMES else 0.85, max(number, 1))
+    ][:number]
+
+
+def _legend(ax: Axes, number: int) -> None:
+    """Below the panel, where it covers nothing."""
+    if 1 <= number <= _MOST_NAMES:
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=9)
