@@ -1,0 +1,232 @@
+"""LossSurface: a full-batch loss as a function of the parameters, with its gradient and Hessian–vector products."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_mnn.landscape.team import Team
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from torch import Tensor
+
+    Parts: TypeAlias = Callable[[], Iterable[tuple[float, Callable[[], Tensor]]]]
+
+
+# By the ends of the names of nodes of torch's graphs.
+_OBSTACLES = {
+    "::Error": "a function of it is marked once_differentiable",
+    "CheckpointFunctionBackward": "it has reentrant checkpointing; torch.utils.checkpoint with use_reentrant=False can",
+}
+
+
+class NoDerivativeError(RuntimeError):
+    """The loss cannot be differentiated, or not twice: the message says where it failed."""
+
+
+class LossSurface:
+    """L(θ) = Σ_b c_b L_b(θ), the sum of what a team's processes hold, each sample once.
+
+    A gradient or a product takes the parts one by one, so that the memory is that of one part. Sums over parts are
+    taken in float64. Fields ``.grad`` are left alone. Attention and recurrent layers are run by implementations that
+    can be differentiated twice, and compiled modules as they were written. Parameters that do not require a gradient,
+    or that no part depends on, have the gradient 0 and rows of zeros in the Hessian.
+
+    Of checkpointing (``torch.utils.checkpoint``) the non-reentrant kind can be differentiated so; the reentrant kind
+    cannot, nor can functions that torch can only differentiate once: :class:`NoDerivativeError`.
+
+    Args:
+        parameters: θ, of one dtype (float32 or float64) and on one device; flat vectors are in this order.
+        parts: returns the pairs (c_b, L_b), L_b() being the loss of a part, a tensor of one number. It is called anew
+            for each gradient and product, and must give the same loss each time.
+        team: the processes; each calls the same methods in the same order.
+
+    Raises:
+        ValueError: no parameters, one twice, or of several dtypes or devices.
+
+    >>> theta = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> surface = LossSurface([theta], lambda: [(0.5, lambda: theta.square().sum()), (1.0, lambda: theta[0] ** 3)])
+    >>> surface.value_and_gradient()
+    (3.5, tensor([4., 2.]))
+    >>> surface.product(torch.tensor([1.0, 1.0]))
+    tensor([7., 1.])
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], parts: Parts, team: Team | None = None) -> None:
+        self.parameters = list(parameters)
+        if not self.parameters:
+            raise ValueError("parameters must not be empty")
+        if len({id(parameter) for parameter in self.parameters}) < len(self.parameters):
+            raise ValueError("parameters must not contain a tensor twice")
+        kinds = {(parameter.dtype, parameter.device) for parameter in self.parameters}
+        if len(kinds) > 1:
+            raise ValueError(f"parameters must share one dtype and one device, got {sorted(map(str, kinds))}")
+        self.dtype, self.device = kinds.pop()
+        if self.dtype not in {torch.float32, torch.float64}:
+            raise ValueError(f"parameters must be float32 or float64, got {self.dtype}")
+        self.size = sum(parameter.numel() for parameter in self.parameters)
+        self.team = Team() if team is None else team
+        self._parts = parts
+        self._free = [parameter for parameter in self.parameters if parameter.requires_grad]
+
+    def loss(self) -> float:
+        """L(θ)."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        with _twice_differentiable(), torch.no_grad():
+            for weight, part in self._parts():
+                total += weight * _scalar(part())
+        return float(self.team.sum(total))
+
+    def value_and_gradient(self) -> tuple[float, Tensor]:
+        """L(θ) and its gradient (n,), in the parameters' dtype.
+
+        Raises:
+            NoDerivativeError: the loss cannot be differentiated, or depends on none of the parameters.
+        """
+        return self._sum(self._differentiate)
+
+    def product(self, vector: Tensor) -> Tensor:
+        """The Hessian of L at θ times a vector (n,), in the parameters' dtype.
+
+        Where L has a kink at θ it is the Hessian of the piece that torch's derivative belongs to.
+
+        Raises:
+            ValueError: a vector of another shape.
+            NoDerivativeError: the loss cannot be differentiated twice, or depends on none of the parameters.
+        """
+        if vector.shape != (self.size,):
+            raise ValueError(f"vector must have the shape ({self.size},) of the parameters, got {tuple(vector.shape)}")
+        pieces = self._split(vector.to(self.dtype))
+        return self._sum(lambda loss: self._differentiate_twice(loss, pieces))[1]
+
+    @contextmanager
+    def moved(self, step: Tensor) -> Iterator[None]:
+        """Inside, what requires a gradient is moved by a step (n,); afterwards it is as before, bit for bit."""
+        kept = [parameter.detach().clone() for parameter in self._free]
+        try:
+            with torch.no_grad():
+                for parameter, piece in zip(self._free, self._split(step), strict=True):
+                    parameter.add_(piece)
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, old in zip(self._free, kept, strict=True):
+                    parameter.copy_(old)
+
+    def _split(self, vector: Tensor) -> list[Tensor]:
+        """The pieces of a flat vector that belong to parameters that require a gradient, in their shapes."""
+        pieces = vector.split_with_sizes([parameter.numel() for parameter in self.parameters])
+        pairs = zip(pieces, self.parameters, strict=True)
+        return [piece.view_as(parameter) for piece, parameter in pairs if parameter.requires_grad]
+
+    def _sum(self, derivative: Callable[[Tensor], Sequence[Tensor | None]]) -> tuple[float, Tensor]:
+        """Σ c_b L_b and Σ c_b derivative(L_b), flat, summed in float64 over all processes."""
+        total = torch.zeros(self.size + 1, dtype=torch.float64, device=self.device)
+        slots, value = self._split(total[:-1]), total[-1]
+        depends, failure = False, None
+        try:
+            with _twice_differentiable(), torch.inference_mode(mode=False), torch.enable_grad():
+                for weight, part in self._parts():
+                    loss = _scalar(part())
+                    value += weight * loss.detach()
+                    if not loss.requires_grad:
+                        continue
+                    for slot, gradient in zip(slots, derivative(loss), strict=True):
+                        if gradient is not None:
+                            depends = True
+                            slot.add_(gradient.detach(), alpha=weight)
+        except NoDerivativeError as error:
+            failure = error
+        self._agree(failure, depends=depends)
+        total = self.team.sum(total)
+        return float(total[-1]), total[:-1].to(self.dtype)
+
+    def _agree(self, failure: NoDerivativeError | None, *, depends: bool) -> None:
+        """Raise on all processes what one of them found, lest the others wait for it."""
+        failed, depended = self.team.most(torch.tensor([failure is not None, depends], device=self.device).int())
+        if failure is not None:
+            raise failure
+        if failed:
+            raise NoDerivativeError("another process could not differentiate the loss: its message says why")
+        if not depended:
+            raise NoDerivativeError(
+                "the loss depends on none of the parameters: it must be returned with its graph, not detached"
+            )
+
+    def _differentiate(self, loss: Tensor) -> Sequence[Tensor | None]:
+        return _gradient(loss, self._free, "the loss cannot be differentiated with respect to its parameters")
+
+    def _differentiate_twice(self, loss: Tensor, pieces: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        reason = "the loss cannot be differentiated twice with respect to its parameters"
+        first = _gradient(loss, self._free, reason, create_graph=True)
+        products = [
+            (gradient * piece).sum()
+            for gradient, piece in zip(first, pieces, strict=True)
+            if gradient is not None and gradient.requires_grad
+        ]
+        if not products:  # a loss that is linear in the parameters
+            return [None if gradient is None else torch.zeros_like(gradient) for gradient in first]
+        total = torch.stack(products).sum()
+        second = _gradient(total, self._free, reason)
+        return [
+            torch.zeros_like(old) if new is None and old is not None else new
+            for old, new in zip(first, second, strict=True)
+        ]
+
+
+def _gradient(
+    output: Tensor, parameters: Sequence[Tensor], reason: str, *, create_graph: bool = False
+) -> Sequence[Tensor | None]:
+    obstacle = _obstacle(output)
+    if obstacle is not None:
+        raise NoDerivativeError(f"{reason}: {obstacle}")
+    try:
+        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+            output, parameters, create_graph=create_graph, allow_unused=True
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise NoDerivativeError(f"{reason}: {error}") from error
+    return gradients
+
+
+def _obstacle(output: Tensor) -> str | None:
+    """What in the graph has no derivative, though torch does not say so but leaves its part out.
+
+    It would raise there, but does not come by when asked for gradients of the parameters alone.
+    """
+    seen, left = set(), [output.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        for part, meaning in _OBSTACLES.items():
+            if node.name().endswith(part):
+                return meaning
+        seen.add(node)
+        left.extend(following for following, _ in node.next_functions)
+    return None
+
+
+def _scalar(loss: Tensor) -> Tensor:
+    if loss.numel() != 1:
+        raise ValueError(f"the loss of a part must be one number, got the shape {tuple(loss.shape)}")
+    return loss.reshape(())
+
+
+@contextmanager
+def _twice_differentiable() -> Iterator[None]:
+    """Attention by plain matrix products, modules as written, no cuDNN (its recurrent layers differentiate once)."""
+    enabled = torch.backends.cudnn.enabled
+    with ExitStack() as stack:
+        stack.callback(setattr, torch.backends.cudnn, "enabled", enabled)
+        torch.backends.cudnn.enabled = False
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield

@@ -1,0 +1,322 @@
+"""Second-order evidence: is a stationary point off the kinks a local minimum, by the spectrum of its Hessian?
+
+Between kinks the loss is as smooth as its smooth parts, so its gradient and Hessian say what a point is up to second
+order. ``judge_stationarity`` is the cheap part and ``judge_curvature`` the dear one, which only what passed the first
+calls for.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import torch
+
+from lightning_mnn.landscape.kink_distance import KinkDistance, jittered
+from lightning_mnn.landscape.lanczos import Ends, Spectrum, extreme_eigenvalues, products_needed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightning_mnn.landscape.loss_surface import LossSurface
+
+_ACROSS = 64.0  # spacings of floats, relative to the weights, of a step across kinks
+_KNOWN = 0.02  # error of a negative λ_min, relative to the largest |λ|, up to which products are taken
+_FEIGNED = 4.0  # times the curvature that the gradient gives the scaling of a unit, up to which it may be no other
+_LOSS_ROUNDINGS = 8.0  # error of a loss, in spacings of its floats
+_CLEAR = 16.0  # times that error, from which a change of the loss is one
+_LEAST_SHARE = 0.5  # of the gradient, that its change over kinks is below where no side can make it zero
+_LENGTHS = (1.0, 4.0, 16.0, 64.0)  # of the trial steps, relative to the shortest whose effect is clear
+
+
+class SecondOrderKind(StrEnum):
+    """What a point of weight space is, as far as first and second derivatives tell."""
+
+    MINIMUM = "differentiable_minimum"
+    SADDLE = "saddle"
+    NOT_STATIONARY = "not_stationary"
+    ON_KINK = "on_kink"
+    UNDECIDED = "undecided"
+
+
+@dataclass(frozen=True)
+class SecondOrderVerdict:
+    """What a point of weight space is, by second-order evidence: derivatives in floats, and no proof.
+
+    Attributes:
+        kind: the verdict.
+        reason: what decided, in words.
+        loss: L(θ).
+        gradient_norm: ‖∇L(θ)‖.
+        relative_gradient: that, relative to the reference.
+        nearest_kink: smallest distance of a unit to its kink; infinite without kinks.
+        relative_kink: the same relative to the root mean square of the layer's input.
+        kinks: units on their kink within rounding.
+        relative_jump: how much the gradient changes between their sides, relative to the reference; 0 without them.
+        smallest_eigenvalue: of the Hessian: λ_min is at most this, up to rounding; None where it was not computed.
+        eigenvalue_error: λ_min is at least ``smallest_eigenvalue`` less this, with the probability that was asked for.
+        largest_eigenvalue: λ_max is at least this.
+        products: Hessian–vector products taken.
+    """
+
+    kind: SecondOrderKind
+    reason: str
+    loss: float
+    gradient_norm: float
+    relative_gradient: float
+    nearest_kink: float
+    relative_kink: float
+    kinks: int
+    relative_jump: float
+    smallest_eigenvalue: float | None = None
+    eigenvalue_error: float | None = None
+    largest_eigenvalue: float | None = None
+    products: int = 0
+
+
+def judge_stationarity(
+    surface: LossSurface,
+    kinks: KinkDistance,
+    reference: float,
+    *,
+    gradient_tolerance: float = 1e-3,
+    jump_tolerance: float = 0.0,
+) -> SecondOrderVerdict:
+    """Is the point off the kinks, and stationary? One gradient of the full batch; on kinks three.
+
+    The kind is ``on_kink`` where a unit is on its kink within rounding: torch's derivatives are then those of one side,
+    and no verdict follows from them. Of millions of units in float32 a few always are, by chance, and matter little:
+    how much the gradient changes between both sides of them is said (at θ ± s, s random and 64 spacings of floats
+    relative to the weights; the smooth change over that step included), and ``jump_tolerance`` lets small changes
+    pass. The kind is ``not_stationary`` where ‖∇L‖ exceeds the tolerance times the reference (and twice its change over
+    kinks, so that −∇L leads downhill on all their sides), and otherwise ``undecided``: for :func:`judge_curvature` to
+    decide.
+
+    Args:
+        surface: the loss at the parameters θ.
+        kinks: how far θ is from the nearest kink.
+        reference: a norm of the gradient to compare with: that at the start of training.
+        gradient_tolerance: largest ‖∇L(θ)‖/reference of a stationary point.
+        jump_tolerance: largest ‖∇L(θ + s) − ∇L(θ − s)‖/reference at which kinks within rounding are passed over.
+
+    Raises:
+        ValueError: a reference or tolerance that is not positive, or a negative jump_tolerance.
+        NoDerivativeError: the loss cannot be differentiated.
+    """
+    for name, value in (("reference", reference), ("gradient_tolerance", gradient_tolerance)):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be a positive number, got {value}")
+    if not jump_tolerance >= 0:
+        raise ValueError(f"jump_tolerance must not be negative, got {jump_tolerance}")
+    loss, gradient = surface.value_and_gradient()
+    norm = float(gradient.double().norm())
+    relative = norm / reference
+    jump = _jump(surface, kinks.spacing) / reference if kinks.count else 0.0
+    sides = (
+        f"{kinks.count} of {kinks.units} units are on a kink within rounding ({kinks.by_chance:.1g} would be by "
+        f"chance; nearest in {kinks.layer}), between whose sides the gradient changes by {jump:.1e} of the reference"
+    )
+    where = sides if kinks.count else _where(kinks.relative)
+    descends = relative > gradient_tolerance and jump < _LEAST_SHARE * relative  # −∇L does, on every side
+    if kinks.count and not jump <= jump_tolerance and not descends:
+        kind = SecondOrderKind.ON_KINK
+        reason = f"{sides}: the gradient and the Hessian are those of one side only"
+    elif not (math.isfinite(loss) and math.isfinite(norm)):
+        kind = SecondOrderKind.NOT_STATIONARY
+        reason = f"the loss ({loss}) or the norm of its gradient ({norm}) is not finite"
+    elif relative > gradient_tolerance:
+        kind = SecondOrderKind.NOT_STATIONARY
+        reason = (
+            f"the gradient's norm is {relative:.1e} of the reference: above the tolerance of {gradient_tolerance:.0e}; "
+            f"{where}"
+        )
+    else:
+        kind = SecondOrderKind.UNDECIDED
+        reason = f"the gradient's norm is {relative:.1e} of the reference, and {where}"
+    return SecondOrderVerdict(kind, reason, loss, norm, relative, kinks.nearest, kinks.relative, kinks.count, jump)
+
+
+def judge_curvature(
+    surface: LossSurface,
+    stationary: SecondOrderVerdict,
+    *,
+    curvature_tolerance: float = 1e-3,
+    max_products: int = 128,
+    failure: float = 1e-3,
+    memory_budget: int = 2**31,
+    seed: int = 0,
+) -> SecondOrderVerdict:
+    """What is a stationary point off the kinks? Hessian–vector products of the full batch, until it is decided.
+
+    ``saddle``: λ_min is below zero by more than rounding, and than the rest of the gradient could feign; and along the
+    direction v that shows it the loss is seen to fall as ½ λ t² says. ``differentiable_minimum``: nothing of the kind,
+    and λ_min ≥ −tolerance · λ_max by the lower bound of :func:`extreme_eigenvalues`. Otherwise ``undecided``.
+
+    λ_min = 0 is the rule, and its sign a matter of rounding and of the gradient: scaling a ReLU unit's inputs by s and
+    its outputs by 1/s leaves the loss as it is, so that along this direction the second derivative is
+    −∇L·θ_v/‖θ_v‖², with the unit's weights θ_v: zero only where the gradient is. So what the gradient could feign is
+    ‖∇L‖/Σ_i |v_i θ_i|, the sum being ‖θ_v‖ for such a direction; and a minimum may be flat up to the tolerance.
+
+    Args:
+        surface: the loss at the parameters θ.
+        stationary: what :func:`judge_stationarity` said; if that is not ``undecided``, it is returned.
+        curvature_tolerance: the largest −λ_min/λ_max that a minimum may have, as far as products tell.
+        max_products: after which it stays undecided.
+        failure: probability with which the lower bound of λ_min may fail.
+        memory_budget: bytes for the vectors of the Lanczos basis.
+        seed: of its random start.
+
+    Raises:
+        ValueError: a tolerance that is not positive, or arguments out of range for :func:`extreme_eigenvalues`.
+        NoDerivativeError: the loss cannot be differentiated twice.
+        FloatingPointError: a product with the Hessian is not finite.
+    """
+    if not curvature_tolerance > 0:
+        raise ValueError(f"curvature_tolerance must be positive, got {curvature_tolerance}")
+    if stationary.kind is not SecondOrderKind.UNDECIDED:
+        return stationary
+
+    def enough(ends: Ends) -> bool:
+        low, error, high = ends.smallest, ends.below + ends.rounding, ends.largest
+        negative = _is_negative(low, high, ends.above + ends.rounding, curvature_tolerance)
+        known = error <= _KNOWN * max(high, -low)
+        decided = ends.exhausted or (negative and known) or _is_bounded(low, error, high, curvature_tolerance)
+        return bool(surface.team.least(torch.tensor([decided], device=surface.device).int()))  # all stop, or none
+
+    spectrum = extreme_eigenvalues(
+        surface.product,
+        surface.size,
+        dtype=surface.dtype,
+        device=surface.device,
+        max_products=max_products,
+        enough=enough,
+        failure=failure,
+        memory_budget=memory_budget,
+        seed=seed,
+    )
+    kind, reason = _judge(surface, stationary.gradient_norm, spectrum, curvature_tolerance)
+    return replace(
+        stationary,
+        kind=kind,
+        reason=f"{reason}; {stationary.reason}. Evidence of second order, not a proof",
+        smallest_eigenvalue=spectrum.smallest,
+        eigenvalue_error=spectrum.smallest_error,
+        largest_eigenvalue=spectrum.largest,
+        products=spectrum.products,
+    )
+
+
+def second_order_verdict(
+    surface: LossSurface,
+    kinks: KinkDistance,
+    reference: float,
+    *,
+    gradient_tolerance: float = 1e-3,
+    jump_tolerance: float = 0.0,
+    curvature_tolerance: float = 1e-3,
+    max_products: int = 128,
+    failure: float = 1e-3,
+    memory_budget: int = 2**31,
+    seed: int = 0,
+) -> SecondOrderVerdict:
+    """:func:`judge_stationarity`, then :func:`judge_curvature` where the first does not decide.
+
+    >>> import torch
+    >>> from lightning_mnn.landscape import KinkDistance, LossSurface
+    >>> theta = torch.tensor([0.0, 0.0], requires_grad=True)
+    >>> surface = LossSurface([theta], lambda: [(1.0, lambda: 1 + theta[0] ** 2 - theta[1] ** 2)])
+    >>> verdict = second_order_verdict(surface, KinkDistance(), 1.0)
+    >>> str(verdict.kind), abs(verdict.smallest_eigenvalue + 2) < verdict.eigenvalue_error
+    ('saddle', True)
+    """
+    stationary = judge_stationarity(
+        surface, kinks, reference, gradient_tolerance=gradient_tolerance, jump_tolerance=jump_tolerance
+    )
+    return judge_curvature(
+        surface,
+        stationary,
+        curvature_tolerance=curvature_tolerance,
+        max_products=max_products,
+        failure=failure,
+        memory_budget=memory_budget,
+        seed=seed,
+    )
+
+
+def _where(relative_kink: float) -> str:
+    return "there is no kink" if relative_kink == math.inf else f"the nearest kink at {relative_kink:.1e} of its scale"
+
+
+def _jump(surface: LossSurface, spacing: float) -> float:
+    """‖∇L(θ + s) − ∇L(θ − s)‖ for a step s that leaves the kinks that θ is on within rounding."""
+    with jittered(surface.parameters, _ACROSS * spacing):
+        gradient = surface.value_and_gradient()[1]
+    with jittered(surface.parameters, -_ACROSS * spacing):
+        return float((gradient - surface.value_and_gradient()[1]).double().norm())
+
+
+def _is_negative(smallest: float, largest: float, largest_error: float, tolerance: float) -> bool:
+    """Whether λ_min < −tolerance · |λ| for the largest |λ| that there may be."""
+    return smallest < -tolerance * max(largest + largest_error, -smallest)
+
+
+def _is_bounded(smallest: float, error: float, largest: float, tolerance: float) -> bool:
+    """Whether λ_min ≥ −tolerance · λ_max, and λ_max is above its error."""
+    return largest > 0 and smallest - error >= -tolerance * largest
+
+
+def _judge(surface: LossSurface, norm: float, spectrum: Spectrum, tolerance: float) -> tuple[SecondOrderKind, str]:
+    """The verdict, for a gradient of this norm."""
+    low, error, high = spectrum.smallest, spectrum.smallest_error, spectrum.largest
+    ends = f"{low:.2e} (at least {low - error:.2e}) and λ_max = {high:.2e}, by {spectrum.products} products"
+    if max(high, -low) <= spectrum.rounding:
+        return SecondOrderKind.UNDECIDED, f"the Hessian is zero up to rounding: λ_min = {ends}"
+    feigned = _FEIGNED * norm / _local_size(surface, spectrum.vector) if norm else 0.0
+    fall = _verified_fall(surface, spectrum.vector, low) if -low > spectrum.rounding + feigned else None
+    if fall is not None:
+        length, lower = fall
+        return SecondOrderKind.SADDLE, f"the loss falls by {lower:.1e} at {length:.1e} along v: λ_min = {ends}"
+    if _is_bounded(low, error, high, tolerance):
+        strict = "strict" if low > error else f"degenerate, or flat up to {tolerance:.0e} of λ_max"
+        return SecondOrderKind.MINIMUM, f"{strict}: λ_min = {ends}"
+    if _is_negative(low, high, spectrum.largest_error, tolerance):
+        doubt = (
+            f"no more than what is left of the gradient could feign ({feigned:.1e}): train on"
+            if -low <= spectrum.rounding + feigned
+            else "but along its direction the loss does not fall as that predicts, beyond rounding and before a kink"
+        )
+        return SecondOrderKind.UNDECIDED, f"negative curvature, {doubt}: λ_min = {ends}"
+    if spectrum.rounding > tolerance * max(high, -low):
+        return SecondOrderKind.UNDECIDED, f"rounding hides the sign of λ_min = {ends}; float64 would tell"
+    needed = products_needed(surface.size, min(tolerance / 2, 0.5), spectrum.failure)
+    return SecondOrderKind.UNDECIDED, (
+        f"more products must tell the sign (max_products, and memory_budget; {needed} suffice for most): λ_min = {ends}"
+    )
+
+
+def _local_size(surface: LossSurface, vector: Tensor) -> float:
+    """Σ_i |v_i θ_i|."""
+    theta = torch.cat([parameter.detach().flatten() for parameter in surface.parameters])
+    return max(float((vector * theta).abs().double().sum()), torch.finfo(torch.float64).tiny)
+
+
+def _verified_fall(surface: LossSurface, vector: Tensor, curvature: float) -> tuple[float, float] | None:
+    """A length t of a step along ±v at which the loss is lower, as ½ λ t² says, and by how much; None if there is none.
+
+    The mean of both sides is compared, in which the gradient cancels; one of the sides must be lower than θ.
+    """
+    here = surface.loss()
+    noise = _LOSS_ROUNDINGS * torch.finfo(surface.dtype).eps * abs(here)
+    shortest = math.sqrt(2 * _CLEAR * noise / -curvature) or torch.finfo(surface.dtype).eps ** 0.25
+    for factor in _LENGTHS:
+        length, sides = factor * shortest, []
+        for sign in (1.0, -1.0):
+            with surface.moved(sign * length * vector):
+                sides.append(surface.loss())
+        predicted = -0.5 * curvature * length**2
+        seen = here - sum(sides) / 2
+        if 0.5 * predicted <= seen <= 2 * predicted and here - min(sides) >= max(0.5 * predicted, noise):
+            return length, here - min(sides)
+    return None

@@ -1,0 +1,80 @@
+"""Two processes that share the samples find what one finds (run by test_loss_surface)."""
+
+import math
+import os
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing import start_processes
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from lightning_mnn.landscape import (
+    LossSurface,
+    NoDerivativeError,
+    ProcessTeam,
+    kink_distance,
+    second_order_verdict,
+)
+from tests.landscape.small_models import build, cross_entropy_surface, kink_passes
+
+
+def work(rank, store):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    model, inputs, labels = build("cnn")
+    inputs[:, :, :2] = 0  # ties
+    parameters = list(model.parameters())
+    own = slice(0, 4) if rank == 0 else slice(4, 12)
+    team = ProcessTeam(own.stop - own.start)
+    shared = cross_entropy_surface(model, inputs[own], labels[own], team=team, total=12)
+    alone = cross_entropy_surface(model, inputs, labels)
+    (value, gradient), (exact_value, exact_gradient) = shared.value_and_gradient(), alone.value_and_gradient()
+    assert abs(value - exact_value) <= 1e-14
+    assert torch.allclose(gradient, exact_gradient, rtol=0, atol=1e-14)
+    vector = torch.randn(shared.size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(shared.product(vector), alone.product(vector), rtol=0, atol=1e-13)
+    kinks = kink_distance(kink_passes(model, inputs[own]), parameters, team)
+    exact_kinks = kink_distance(kink_passes(model, inputs), parameters)
+    assert same(kinks, exact_kinks)
+    assert kinks.ties > 0
+    verdict = second_order_verdict(shared, kinks, 1e6)
+    exact_verdict = second_order_verdict(alone, exact_kinks, 1e6)
+    assert verdict.kind == exact_verdict.kind == "undecided"  # far from stationary: the gradient could feign it
+    assert verdict.products == exact_verdict.products
+    assert abs(verdict.smallest_eigenvalue - exact_verdict.smallest_eigenvalue) <= 1e-12
+    everything = kink_distance([] if rank else kink_passes(model, inputs), parameters, team)
+    assert same(everything, exact_kinks)
+
+    detached = LossSurface(parameters, lambda: [(1.0, lambda: model(inputs).sum())] if rank else [], team)
+    detached.value_and_gradient()  # one process holds nothing
+
+    def failing():
+        loss = model(inputs).sum()
+        if rank:
+            loss.register_hook(_fail)
+        return loss
+
+    try:
+        LossSurface(parameters, lambda: [(1.0, failing)], team).value_and_gradient()
+    except NoDerivativeError as error:
+        assert ("another process" in str(error)) is (rank == 0)  # noqa: PT017
+        os.write(1, b"same\n")
+    dist.destroy_process_group()
+
+
+def same(found, exact):
+    return replace(found, relative=0) == replace(exact, relative=0) and math.isclose(found.relative, exact.relative)
+
+
+def _fail(_gradient):
+    raise RuntimeError("no gradient here")
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        start_processes(work, (f"{folder}/store",), nprocs=2, start_method="fork")

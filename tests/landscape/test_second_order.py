@@ -1,0 +1,221 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_mnn.landscape import (
+    KinkDistance,
+    LossSurface,
+    SecondOrderKind,
+    judge_curvature,
+    judge_stationarity,
+    kink_distance,
+    planted_kink_minimum,
+    planted_minimum,
+    planted_saddle,
+    second_order_verdict,
+)
+from tests.landscape.small_models import batches, kink_passes
+
+
+def network(planted, dtype=torch.float64):
+    """A planted point as an ordinary module, with the mean squared error of its data."""
+    width, input_dim = planted.hidden_weights.shape
+    model = nn.Sequential(
+        nn.Linear(input_dim, width, bias=False),
+        nn.LeakyReLU(planted.negative_slope) if planted.negative_slope else nn.ReLU(),
+        nn.Linear(width, 1, bias=False),
+    ).to(dtype)
+    with torch.no_grad():
+        model[0].weight.copy_(planted.hidden_weights)
+        model[2].weight.copy_(planted.output_weights[None])
+    inputs, targets = planted.inputs.to(dtype), planted.targets.to(dtype)
+
+    def part(rows):
+        return len(targets[rows]) / len(targets), lambda: (model(inputs[rows])[:, 0] - targets[rows]).square().mean()
+
+    surface = LossSurface(list(model.parameters()), lambda: (part(rows) for rows in batches(30, len(inputs))))
+    return model, surface, kink_distance(kink_passes(model, inputs, batch_size=30), list(model.parameters()))
+
+
+def dense_hessian(surface):
+    return torch.stack([surface.product(row) for row in torch.eye(surface.size, dtype=surface.dtype)])
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("seed", range(3))
+def test_planted_minima(slope, dtype, seed):
+    _, surface, kinks = network(planted_minimum(60, 6, 5, slope, seed=seed), dtype)
+    verdict = second_order_verdict(surface, kinks, 1.0)
+    assert verdict.kind is SecondOrderKind.MINIMUM, verdict
+    assert "degenerate" in verdict.reason  # scalings of units
+    assert "not a proof" in verdict.reason
+    assert (verdict.kinks, verdict.nearest_kink) == (0, kinks.nearest)
+    assert verdict.loss > 0.01
+    exact = torch.linalg.eigvalsh(dense_hessian(surface).double())
+    assert abs(verdict.smallest_eigenvalue - exact[0]) <= verdict.eigenvalue_error
+    assert verdict.smallest_eigenvalue - verdict.eigenvalue_error >= -1e-3 * verdict.largest_eigenvalue
+    assert verdict.largest_eigenvalue <= exact[-1] * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("seed", range(3))
+def test_planted_saddles(slope, dtype, seed):
+    model, surface, kinks = network(planted_saddle(60, 6, 5, slope, seed=seed), dtype)
+    before = [p.clone() for p in model.parameters()]
+    verdict = second_order_verdict(surface, kinks, 1.0)
+    assert verdict.kind is SecondOrderKind.SADDLE, verdict
+    assert verdict.relative_gradient <= 1e-4  # rounding
+    exact = float(torch.linalg.eigvalsh(dense_hessian(surface).double())[0])
+    assert exact < 0
+    assert abs(verdict.smallest_eigenvalue - exact) <= verdict.eigenvalue_error
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_a_kink_minimum_is_on_a_kink():
+    _, surface, kinks = network(planted_kink_minimum(40, 5, 4))
+    verdict = second_order_verdict(surface, kinks, 1.0)
+    assert verdict.kind is SecondOrderKind.ON_KINK
+    assert verdict.kinks == kinks.count > 0
+    assert (verdict.smallest_eigenvalue, verdict.products) == (None, 0)
+    assert "one side" in verdict.reason
+    assert verdict.relative_jump > 1e-3
+    assert judge_stationarity(surface, kinks, 1.0, jump_tolerance=1e-3).kind is SecondOrderKind.ON_KINK
+
+
+def test_kinks_that_matter_little_may_pass():
+    """A sample on a kink is added to a planted minimum, with an error that makes its sides differ, or hardly."""
+    planted = planted_minimum(60, 6, 5)
+    row = planted.hidden_weights[0]
+    sample = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sample -= row * (sample @ row) / (row @ row)
+    inputs = torch.cat([planted.inputs, sample[None]])
+    for error in (1.0, 1e-7):
+        outputs = planted.output_weights @ (planted.hidden_weights @ inputs.T).relu()
+        targets = torch.cat([planted.targets, outputs[-1:] + error])
+        changed = replace(planted, inputs=inputs, targets=targets)
+        _, surface, kinks = network(changed)
+        assert kinks.count == 1
+        assert second_order_verdict(surface, kinks, 1.0).kind is SecondOrderKind.ON_KINK
+        tolerant = second_order_verdict(surface, kinks, 1.0, gradient_tolerance=1.0, jump_tolerance=1e-6)
+        if error == 1:
+            assert tolerant.kind is SecondOrderKind.ON_KINK
+            assert tolerant.relative_jump > 1e-3
+        else:
+            assert tolerant.kind is SecondOrderKind.MINIMUM
+            assert "on a kink within rounding" in tolerant.reason
+
+
+def test_a_slope_on_all_sides_of_a_kink_is_no_stationary_point():
+    planted = planted_kink_minimum(40, 5, 4)
+    tilted = replace(planted, targets=planted.targets + 100 * planted.inputs[:, 0].abs())
+    for case, kind in ((planted, SecondOrderKind.ON_KINK), (tilted, SecondOrderKind.NOT_STATIONARY)):
+        _, surface, kinks = network(case)
+        assert kinks.count > 0
+        verdict = judge_stationarity(surface, kinks, 1.0)
+        assert verdict.kind is kind
+        gradient = surface.value_and_gradient()[1]
+        with surface.moved(-1e-9 * gradient / gradient.norm()):
+            falls = verdict.loss - surface.loss()
+        if kind is SecondOrderKind.NOT_STATIONARY:
+            assert falls >= 0.4e-9 * verdict.gradient_norm  # half of what the slope promises, at the least
+            assert "on a kink within rounding" in verdict.reason
+
+
+def test_far_from_stationary():
+    _, surface, kinks = network(planted_minimum(60, 6, 5))
+    with surface.moved(0.01 * torch.ones(surface.size, dtype=torch.float64)):
+        verdict = second_order_verdict(surface, kinks, 1.0)
+        assert verdict.kind is SecondOrderKind.NOT_STATIONARY
+        assert verdict.relative_gradient == verdict.gradient_norm > 1e-3
+        assert verdict.smallest_eigenvalue is None
+        assert judge_stationarity(surface, kinks, verdict.gradient_norm * 1e4).kind is SecondOrderKind.UNDECIDED
+
+
+def quadratic(diagonal, *, offset=1.0, other=None):
+    """½ Σ λ (θ − 1)² + offset at θ = 1, and what else is given, of θ − 1."""
+    theta = torch.ones(len(diagonal), dtype=diagonal.dtype, requires_grad=True)
+
+    def loss():
+        value = 0.5 * (diagonal * (theta - 1) ** 2).sum() + offset
+        return value if other is None else value + other(theta - 1)
+
+    return LossSurface([theta], lambda: [(1.0, loss)])
+
+
+def test_a_strict_minimum():
+    verdict = second_order_verdict(quadratic(torch.linspace(1, 2, 50, dtype=torch.float64)), KinkDistance(), 1.0)
+    assert verdict.kind is SecondOrderKind.MINIMUM
+    assert "strict" in verdict.reason
+    assert verdict.smallest_eigenvalue - verdict.eigenvalue_error <= 1 <= verdict.smallest_eigenvalue
+
+
+@pytest.mark.parametrize(("offset", "dtype"), [(0.0, torch.float64), (1.0, torch.float64), (1.0, torch.float32)])
+def test_negative_curvature_is_seen_in_the_loss(offset, dtype):
+    diagonal = torch.linspace(0, 1, 50, dtype=dtype)
+    diagonal[3] = -0.01
+    verdict = second_order_verdict(quadratic(diagonal, offset=offset), KinkDistance(), 1.0)
+    assert verdict.kind is SecondOrderKind.SADDLE, verdict
+
+
+@pytest.mark.parametrize("slope", [0.0, 1e-4])
+def test_negative_curvature_that_the_loss_belies(slope):
+    """A second derivative that is wrong: the loss does not fall along its direction, but for the gradient's part."""
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, theta):
+            ctx.save_for_backward(theta)
+            return (theta**4).sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return -grad * ctx.saved_tensors[0]
+
+    diagonal = torch.linspace(0, 0.5, 20, dtype=torch.float64)
+    surface = quadratic(diagonal, other=lambda step: Wrong.apply(step) + slope * step.sum())
+    verdict = second_order_verdict(surface, KinkDistance(), 1.0)
+    assert verdict.kind is SecondOrderKind.UNDECIDED
+    assert "does not fall" in verdict.reason
+    assert verdict.smallest_eigenvalue < 0
+
+
+def test_undecided_names_the_remedy():
+    diagonal = torch.cos(torch.arange(500, dtype=torch.float64) * math.pi / 499) + 1  # smallest 0, and many near it
+    surface = quadratic(diagonal)
+    few = second_order_verdict(surface, KinkDistance(), 1.0, max_products=20)
+    assert few.kind is SecondOrderKind.UNDECIDED
+    assert "max_products" in few.reason
+    assert few.products == 21
+    many = second_order_verdict(surface, KinkDistance(), 1.0, max_products=300)
+    assert many.kind is SecondOrderKind.MINIMUM
+    flat = second_order_verdict(quadratic(torch.zeros(5)), KinkDistance(), 1.0)
+    assert flat.kind is SecondOrderKind.UNDECIDED
+    assert "the Hessian is zero" in flat.reason
+    noisy = quadratic(torch.linspace(0, 1, 30, dtype=torch.float32))
+    hidden = second_order_verdict(noisy, KinkDistance(), 1.0, curvature_tolerance=1e-8)
+    assert hidden.kind is SecondOrderKind.UNDECIDED
+    assert "rounding" in hidden.reason
+
+
+def test_not_finite():
+    theta = torch.ones(2, requires_grad=True)
+    surface = LossSurface([theta], lambda: [(math.nan, theta.sum)])
+    verdict = second_order_verdict(surface, KinkDistance(), 1.0)
+    assert verdict.kind is SecondOrderKind.NOT_STATIONARY
+    assert "not finite" in verdict.reason
+
+
+def test_bad_arguments():
+    surface = quadratic(torch.ones(2))
+    with pytest.raises(ValueError, match="reference must be a positive number, got 0"):
+        judge_stationarity(surface, KinkDistance(), 0.0)
+    with pytest.raises(ValueError, match="jump_tolerance must not be negative"):
+        judge_stationarity(surface, KinkDistance(), 1.0, jump_tolerance=-1.0)
+    stationary = judge_stationarity(surface, KinkDistance(), 1.0)
+    with pytest.raises(ValueError, match="curvature_tolerance must be positive"):
+        judge_curvature(surface, stationary, curvature_tolerance=0.0)
