@@ -499,6 +499,11 @@ def log_scalars(trainer: pl.Trainer, scalars: dict[str, Tensor | float | None]) 
         logger.log_metrics({name: float(value) for name, value in finite.items()}, step=trainer.global_step)
 
 
+def shows_images(logger: Logger) -> bool:
+    """Whether a logger is one that :func:`log_image` logs to, for pictures that take time to draw."""
+    return hasattr(logger, "log_image") or hasattr(getattr(logger, "experiment", None), "add_image")
+
+
 def log_image(logger: Logger, name: str, path: Path, step: int) -> bool:
     """Log a PNG file to W&B or TensorBoard; other loggers are passed over.
 

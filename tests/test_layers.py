@@ -21,6 +21,7 @@ FLOORS = {
     "callbacks": 3,
     "loggers": 2,
     "bundling": 2,
+    "by_environment": 3,
     "figures": 3,
     "app": 4,
     "jobs": 4,

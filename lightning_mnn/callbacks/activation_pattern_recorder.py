@@ -3,70 +3,114 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_mnn.callbacks.pattern_store import PatternStore
+from lightning_mnn.callbacks.probe import KinkProbe, chosen_samples
 from lightning_mnn.callbacks.schedule import Schedule, ScheduledCallback
-from lightning_mnn.callbacks.training_set import gather, network_of, patterns_of_training_set
-from lightning_mnn.data.shards import exact_shard, num_samples
-from lightning_mnn.landscape.pattern import ActivationPattern, PackedPattern
+from lightning_mnn.callbacks.training_set import patterns_of_training_set
+from lightning_mnn.data.shards import num_samples
+from lightning_mnn.landscape.kink_patterns import KinkLayer
+from lightning_mnn.landscape.pattern import PackedPattern, distinct_patterns
 from lightning_mnn.loggers import log_scalars
-from lightning_mnn.seeding import generator
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import pytorch_lightning as pl
     from torch import Tensor
 
-KINKS = (nn.ReLU, nn.LeakyReLU, nn.PReLU)
+    from lightning_mnn.callbacks.model_pass import ModelFunction
+    from lightning_mnn.callbacks.probe import Samples
+    from lightning_mnn.landscape.kink_trace import Names
 
 
 class ActivationPatternRecorder(ScheduledCallback):
     """Records activation patterns of the training set, bit-packed, in a ``patterns.zarr`` store.
 
-    Works with any module whose kinks are ``nn.ReLU``, ``nn.LeakyReLU`` or ``nn.PReLU``. A piecewise-linear network
-    such as MNN is evaluated in float64; another module runs once over the samples in eval mode, with hooks that are
-    removed afterwards.
+    Works with any module that calls piecewise-linear functions: ReLU and its kin, clamp, maximum, max-pooling, as
+    modules or as functions (see :class:`lightning_mnn.landscape.kink_trace.KinkTrace`). A module that states its
+    network by a method ``network()``, as MNN does, is evaluated in float64. Any other runs over the samples in eval
+    mode, without gradients, in the precision of training, at the scheduled times only; nothing of that stays on it, and
+    training goes on bit for bit as without the recorder.
 
-    Logs ``pattern/flips`` (since the last snapshot), ``pattern/flips_from_start``, ``pattern/hamming_from_start`` (as a
-    fraction of all samples and units), ``pattern/regions_visited`` (distinct patterns among the snapshots),
-    ``pattern/never_active_units``, ``pattern/always_active_units`` and ``pattern/unactivated_samples`` (on which no
-    unit of some layer is active): means over the replicas.
+    Each unit of a layer is on one of two pieces, or of more: ReLU6 has three, a window of max-pooling as many as it has
+    inputs. A layer with more is stored by binary digits (see :class:`lightning_mnn.landscape.PackedPattern`). The
+    three snapshots that are held on the module's device, the first, the last and the one that is taken, are
+
+        3 × samples × Σ over the layers of (binary digits of a piece) × ⌈units / 8⌉ bytes,
+
+    which ``memory_budget`` bounds; beside them there is one layer of one of them, or what it gives for one batch.
+
+    Logs, means over the replicas:
+
+    - ``pattern/flips``: (sample, unit) pairs whose piece is another than at the last snapshot; ``flips_from_start``,
+      and ``hamming_from_start``, which is a fraction of all pairs;
+    - ``pattern/never_active_units`` and ``always_active_units``: units that are active on no recorded sample, and those
+      that are on one and the same active piece on all (of functions that have active pieces: a maximum has none);
+    - ``pattern/unactivated_samples``, on which no unit of some layer is active;
+    - ``pattern/distinct``: different patterns among the recorded samples, all layers together: how many linear regions
+      of input space they are in;
+    - ``pattern/regions_visited``: different patterns of all the samples among the snapshots;
+    - ``pattern/<layer>/flips``, ``flips_from_start``, ``hamming_from_start``, ``never_active_units``,
+      ``always_active_units`` and ``distinct``: the same of each layer.
 
     Args:
         schedule: when to record, besides the start and the end; None: after 1, 2, 4, 8, … epochs.
-        probe: record a fixed random subset of this many samples; None: the whole training set.
+        probe: record a fixed random subset of this many samples; None: the whole training set of a module that states
+            its network, and of any other min(N, 1024, what the budget allows). Or a batch of samples as the training
+            loader gives it, the first axis of each of its tensors being the samples, the same on every process: for
+            data whose samples cannot be enumerated, as those of an ``IterableDataset``.
         dirpath: folder of ``patterns.zarr``; None: the run's log folder. A store that another run left there is not
             touched: ``patterns-v1.zarr`` and so on is written instead. A ``fast_dev_run`` writes nothing.
         seed: seed of the probe.
+        modules: names or patterns (``*``, ``?``) of the layers to record, or of modules whose layers are; None: all.
+        memory_budget: bytes that the recorder may hold on the device, 32 MiB by default.
+        forward_fn: ``forward_fn(module, batch)``, what to run on a batch; None: the module's ``forward`` on as many
+            leading parts of the batch as it requires, or its ``training_step`` where that cannot be.
 
     Attributes:
         store: where the snapshots are; None before training, on processes other than the first, and in a fast_dev_run.
+        layers: what is recorded, by name: number of units, of pieces, and which pieces count as active.
 
     Raises:
-        ValueError: ``probe`` < 1.
+        ValueError: ``probe`` or ``memory_budget`` < 1; (at the start of training) a probe beyond the budget, or layers
+            in which it cannot be told which numbers belong to which sample.
         TypeError: (at the start of training) a module without kinks, data whose samples cannot be enumerated, or
-            batches whose first part is not a tensor.
+            ``modules``, ``forward_fn`` or a batch as ``probe`` for a module that states its network.
     """
 
     def __init__(
         self,
         schedule: Schedule | None = None,
-        probe: int | None = None,
+        probe: Samples = None,
         dirpath: str | Path | None = None,
         seed: int = 0,
+        *,
+        modules: Names = None,
+        memory_budget: int = 2**25,
+        forward_fn: ModelFunction | None = None,
     ) -> None:
         super().__init__(schedule or Schedule(growth=2.0))
-        if probe is not None and probe < 1:
+        if isinstance(probe, int) and probe < 1:
             raise ValueError(f"probe must be at least 1 sample, got {probe}")
+        if memory_budget < 1:
+            raise ValueError(f"memory_budget must be at least 1 byte, got {memory_budget}")
         self.probe = probe
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.seed = seed
+        self.modules = modules if modules is None or isinstance(modules, str) else list(modules)
+        self.memory_budget = memory_budget
+        self.forward_fn = forward_fn
         self.store: PatternStore | None = None
+        self.layers: dict[str, KinkLayer] = {}
+        self._kinks: KinkProbe | None = None  # of a module that states no network
         self._first: dict[str, PackedPattern] = {}
         self._last: dict[str, PackedPattern] = {}
         self._regions: list[list[str]] = []  # of each replica, distinct digests in the order of visit
@@ -74,16 +118,20 @@ class ActivationPatternRecorder(ScheduledCallback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(probe=self.probe, seed=self.seed)
+        probe = self.probe if self.probe is None or isinstance(self.probe, int) else "batch"
+        narrowed = {} if self.modules is None else {"modules": self.modules}
+        return self._generate_state_key(probe=probe, seed=self.seed, **narrowed)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._first, self._last, self._regions, self.store = {}, {}, [], None
+            self.layers, self._kinks = {}, None
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._prepare(trainer, pl_module)
         folder = self.dirpath or trainer.log_dir or trainer.default_root_dir  # log_dir is a collective
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             digests = _digests(self._last) if self._last else []
@@ -93,30 +141,32 @@ class ActivationPatternRecorder(ScheduledCallback):
     @override
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         patterns = self._patterns(trainer, pl_module)
-        digests = _digests(patterns)
+        on_host = {name: pattern.to("cpu") for name, pattern in patterns.items()}
+        digests = _digests(on_host)
         self._regions = self._regions or [[] for _ in digests]
         for visited, digest in zip(self._regions, digests, strict=True):
             if digest not in visited:
                 visited.append(digest)
-        self._first = self._first or patterns
+        self._first = {name: self._first.get(name, p).to(p.bits.device) for name, p in patterns.items()}
         last, self._last = self._last or patterns, patterns
         if self.store is not None:
-            replicated = next(iter(patterns.values())).bits.ndim > 2
-            self.store.write(
-                trainer.global_step, self.completed_epochs, patterns, digests if replicated else digests[0]
-            )
-        self._log(trainer, last)
+            replicated = bool(next(iter(patterns.values())).lead)
+            self.store.write(trainer.global_step, self.completed_epochs, on_host, digests if replicated else digests[0])
+        self._log(trainer, on_host, last)
 
     @override
     def summary(self) -> dict[str, Any]:
         visited = [len(digests) for digests in self._regions]
-        replicated = any(pattern.bits.ndim > 2 for pattern in self._last.values())
+        replicated = any(pattern.lead for pattern in self._last.values())
         return {"regions_visited": (visited if replicated else visited[0]) if visited else None}
 
     @override
     def state_dict(self) -> dict[str, Any]:
         def plain(patterns: dict[str, PackedPattern]) -> dict[str, Any]:
-            return {name: {"bits": p.bits, "width": p.width} for name, p in patterns.items()}
+            return {
+                name: {"bits": p.bits.cpu(), "width": p.width, "num_pieces": p.num_pieces}
+                for name, p in patterns.items()
+            }
 
         own = {"first": plain(self._first), "last": plain(self._last), "regions": self._regions}
         return super().state_dict() | own
@@ -128,105 +178,78 @@ class ActivationPatternRecorder(ScheduledCallback):
         self._last = {name: PackedPattern(**p) for name, p in state_dict.get("last", {}).items()}
         self._regions = state_dict.get("regions", [])
 
+    def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the layers; in a resumed run, forget snapshots of other ones."""
+        if _states_network(pl_module):
+            if self.modules is not None or self.forward_fn is not None or not isinstance(self.probe, int | None):
+                raise TypeError(
+                    "modules, forward_fn and a batch as probe are for modules that run as they are; "
+                    f"{type(pl_module).__name__} states its network by a method network(), of which every layer is "
+                    "recorded: leave them out"
+                )
+            return
+        self._kinks = KinkProbe(self.probe, self.memory_budget, self.seed, self.modules, self.forward_fn)
+        self._kinks.prepare(trainer, pl_module)
+        self.layers = dict(self._kinks.layers)
+        samples = self._kinks.num_samples
+        expected = {name: (layer.num_units, layer.num_pieces, samples) for name, layer in self.layers.items()}
+        resumed = {name: (p.width, p.num_pieces, p.bits.shape[-2]) for name, p in self._last.items()}
+        if resumed and resumed != expected:
+            rank_zero_info("Activation patterns: those of the checkpoint are of other layers or samples; recorded anew")
+            self._first, self._last, self._regions = {}, {}, []
+
     def _patterns(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, PackedPattern]:
         """The pattern of every layer on the recorded samples, in the data set's order, on every process."""
-        chosen = self._chosen(trainer)
-        if network_of(pl_module) is None:
-            parts = gather(record_patterns(pl_module, trainer, chosen))
-            layers = next(part for part in parts if part).keys()
-            widths = {name: next(part for part in parts if part)[name].width for name in layers}
-            joined = {name: torch.cat([part[name].bits for part in parts if part], dim=-2) for name in layers}
-            return {name: PackedPattern(bits, widths[name]) for name, bits in joined.items()}
+        if self._kinks is not None:
+            return self._kinks.patterns(trainer, pl_module)
         layers = enumerate(patterns_of_training_set(trainer, pl_module), start=1)
-        whole = {f"layer_{i}": pattern for i, pattern in layers}
-        if chosen is None:
-            return whole
-        return {name: PackedPattern(p.bits[..., chosen, :], p.width) for name, p in whole.items()}
-
-    def _chosen(self, trainer: pl.Trainer) -> Tensor | None:
-        if self.probe is None:
-            return None
+        found = {f"layer_{i}": pattern for i, pattern in layers}
+        self.layers = {name: KinkLayer(pattern.width) for name, pattern in found.items()}
+        if not isinstance(self.probe, int):
+            return found
         total = num_samples(trainer.train_dataloader)
-        order = torch.randperm(total, generator=generator(self.seed, "probe"))
-        return order[: self.probe].sort().values
+        chosen = chosen_samples(total, self.probe, self.seed)
+        return {name: PackedPattern(p.bits[..., chosen, :], p.width) for name, p in found.items()}
 
-    def _log(self, trainer: pl.Trainer, last: dict[str, PackedPattern]) -> None:
-        flips = _total([self._last[name].flips(last[name]) for name in last])
-        from_start = _total([self._last[name].flips(self._first[name]) for name in last])
-        active = {name: pattern.unpack().active for name, pattern in self._last.items()}
-        pairs = sum(a.shape[-2] * a.shape[-1] for a in active.values())
-        log_scalars(
-            trainer,
-            {
-                "pattern/flips": flips,
-                "pattern/flips_from_start": from_start,
-                "pattern/hamming_from_start": from_start.to(torch.float64) / pairs,
-                "pattern/regions_visited": torch.tensor([len(visited) for visited in self._regions]),
-                "pattern/never_active_units": _total([(~a.any(-2)).sum(-1) for a in active.values()]),
-                "pattern/always_active_units": _total([a.all(-2).sum(-1) for a in active.values()]),
-                "pattern/unactivated_samples": _any_layer([~a.any(-1) for a in active.values()]).sum(-1),
-            },
-        )
-
-
-def record_patterns(
-    pl_module: pl.LightningModule, trainer: pl.Trainer, chosen: Tensor | None = None
-) -> dict[str, PackedPattern]:
-    """Patterns of this process's part of the training set at every kink module, by a forward pass with hooks.
-
-    The module runs in eval mode without gradients; its modes and its hooks are afterwards as before. A kink that a
-    forward pass meets several times is one layer each time (``relu``, ``relu.call_2``, …). Empty where the process has
-    no samples.
-
-    Raises:
-        TypeError: no kink was met.
-    """
-    kinks = {name: part for name, part in pl_module.named_modules() if isinstance(part, KINKS)}
-    met: dict[str, Tensor] = {}
-
-    def hook_of(name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            calls = sum(key == name or key.startswith(f"{name}.call_") for key in met)
-            met[name if calls == 0 else f"{name}.call_{calls + 1}"] = args[0].flatten(1)
-
-        return hook
-
-    batches: dict[str, list[PackedPattern]] = {}
-    modes = {part: part.training for part in pl_module.modules()}
-    hooks = [part.register_forward_pre_hook(hook_of(name)) for name, part in kinks.items()]
-    try:
-        pl_module.eval()
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
-            for batch in exact_shard(trainer.train_dataloader, trainer.global_rank, trainer.world_size, chosen):
-                met.clear()
-                pl_module(_inputs(batch, trainer))
-                for name, preactivations in met.items():
-                    batches.setdefault(name, []).append(ActivationPattern.from_preactivations(preactivations).pack())
-                if not met:
-                    raise TypeError(
-                        f"{type(pl_module).__name__} met no kink in its forward pass: ActivationPatternRecorder knows "
-                        f"modules of type {', '.join(kink.__name__ for kink in KINKS)}"
-                    )
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for part, training in modes.items():
-            part.training = training
-    return {
-        name: PackedPattern(torch.cat([p.bits.cpu() for p in parts], dim=-2), parts[0].width)
-        for name, parts in batches.items()
-    }
+    def _log(self, trainer: pl.Trainer, now: dict[str, PackedPattern], last: dict[str, PackedPattern]) -> None:
+        flips = {name: self._last[name].flips(last[name]) for name in now}
+        from_start = {name: self._last[name].flips(self._first[name]) for name in now}
+        pairs = {name: p.width * p.bits.shape[-2] for name, p in now.items()}
+        activity = {
+            name: pattern.activity(pieces)
+            for name, pattern in now.items()
+            if (pieces := self.layers[name].active_pieces) is not None
+        }
+        scalars: dict[str, Tensor | None] = {
+            "pattern/flips": _total(flips.values()),
+            "pattern/flips_from_start": _total(from_start.values()),
+            "pattern/hamming_from_start": _total(from_start.values()).to(torch.float64) / sum(pairs.values()),
+            "pattern/regions_visited": torch.tensor([len(visited) for visited in self._regions]),
+            "pattern/distinct": distinct_patterns(list(now.values())),
+        }
+        if activity:
+            scalars |= {
+                "pattern/never_active_units": _total(a.never_active for a in activity.values()),
+                "pattern/always_active_units": _total(a.always_active for a in activity.values()),
+                "pattern/unactivated_samples": _any_layer(a.unactivated for a in activity.values()).sum(-1),
+            }
+        for name, pattern in now.items():
+            of_layer = {
+                "flips": flips[name],
+                "flips_from_start": from_start[name],
+                "hamming_from_start": from_start[name].to(torch.float64) / pairs[name],
+                "distinct": distinct_patterns([pattern]),
+            }
+            if name in activity:
+                of_layer["never_active_units"] = activity[name].never_active
+                of_layer["always_active_units"] = activity[name].always_active
+            scalars |= {f"pattern/{name}/{quantity}": value for quantity, value in of_layer.items()}
+        log_scalars(trainer, dict(scalars))
 
 
-def _inputs(batch: Any, trainer: pl.Trainer) -> Any:
-    """What a forward pass takes of a batch: its first part, on the device and in the precision of training."""
-    inputs = batch[0] if isinstance(batch, list | tuple) else batch
-    if not isinstance(inputs, torch.Tensor):
-        raise TypeError(
-            "ActivationPatternRecorder passes a batch, or the first part of a tuple, to the module's forward, and "
-            f"expects a tensor there, got {type(inputs).__name__}"
-        )
-    return trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(inputs))
+def _states_network(pl_module: pl.LightningModule) -> bool:
+    """Whether a module says itself what its network is, as MNN does."""
+    return inspect.ismethod(getattr(pl_module, "network", None))
 
 
 def _digests(patterns: dict[str, PackedPattern]) -> list[str]:
@@ -240,12 +263,12 @@ def _digests(patterns: dict[str, PackedPattern]) -> list[str]:
     ]
 
 
-def _total(counts: list[Tensor]) -> Tensor:
-    return torch.stack(counts).sum(0)
+def _total(counts: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(counts)).sum(0)
 
 
-def _any_layer(flags: list[Tensor]) -> Tensor:
-    return torch.stack(flags).any(0)
+def _any_layer(flags: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(flags)).any(0)
 
 
 def _open_store(folder: Path, resumed_step: int | None, digests: list[str]) -> PatternStore:

@@ -7,46 +7,71 @@ from typing import TYPE_CHECKING, Any
 from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightning_mnn.callbacks.certification import (
-    certify_training_set,
-    move_to,
-    polish_on_training_set,
-    why_not_certified,
-)
-from lightning_mnn.callbacks.schedule import Schedule, ScheduledCallback, plain
-from lightning_mnn.callbacks.training_set import input_rank, required_network, survey_training_set
-from lightning_mnn.landscape.judgement import Kind
-from lightning_mnn.landscape.minimum import Certificate, FirstOrderVerdict, first_order_verdicts
-from lightning_mnn.landscape.survey import Survey, rank_cap
+from lightning_mnn.callbacks.evidence_first_order import FirstOrderJudge
+from lightning_mnn.callbacks.evidence_network import NetworkJudge, NotSquaredErrorError
+from lightning_mnn.callbacks.evidence_second_order import SecondOrderJudge
+from lightning_mnn.callbacks.full_batch import FullBatch
+from lightning_mnn.callbacks.model_pass import LossNotEvaluableError
+from lightning_mnn.callbacks.schedule import Schedule, ScheduledCallback
+from lightning_mnn.callbacks.squared_error import SquaredErrorLoss, squared_error_loss
+from lightning_mnn.callbacks.training_set import network_of, states_network
+from lightning_mnn.data.shards import num_samples
+from lightning_mnn.landscape.loss_surface import NoDerivativeError
 from lightning_mnn.loggers import log_scalars
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
-    from torch import Tensor
+    from torch.optim import Optimizer
 
-    from lightning_mnn.landscape.survey import Network
+    from lightning_mnn.callbacks.evidence import Judge
+    from lightning_mnn.callbacks.model_pass import ModelFunction
+    from lightning_mnn.landscape.kink_trace import Names
+    from lightning_mnn.landscape.minimum import Certificate, FirstOrderVerdict
+    from lightning_mnn.landscape.survey import Survey
 
 
 class LocalMinimumDetector(ScheduledCallback):
-    """Tests whether the weights are next to a local minimum, certifies it, and stops training when they are.
+    """Tests whether the weights are next to a local minimum, and stops training when they are, in any module.
 
-    Each check is one exact pass over the whole training set in float64, with two cheap first-order tests: ‖G e‖ is zero
-    relative to ‖G‖‖y‖, and no pre-activation is zero relative to ‖w‖‖x‖, both within tolerances. When every replica
-    has passed a few times in a row, and at the end of training whatever they say, a two-layer network is certified: an
-    exact minimum within ``max_distance``, differentiable or on kinks, or the reason why none could be told (see
-    :func:`lightning_mnn.landscape.certify`). With two hidden layers, and on training sets of more than 2.7e8 input
-    numbers a process, there are the first-order tests only, which are necessary conditions.
+    Each check is a cheap look at the whole training set. When it has found nothing against a minimum a few times in a
+    row, and at the end of training whatever it found, a dear part decides. ``summary()["evidence"]`` says what the word
+    rests on:
 
-    Logs ``minimum/mse``, ``minimum/mce``, ``minimum/stationarity``, ``minimum/min_preactivation`` (absolute),
-    ``minimum/relative_preactivation``, ``minimum/kinks`` and, with one hidden layer, ``minimum/rank_cap``, all of the
-    weights; with a certificate also ``minimum/certified`` and ``minimum/on_kinks`` (fractions of the replicas),
-    ``minimum/certified_mse``, ``minimum/certified_mce``, ``minimum/certified_kinks``, ``minimum/distance``,
-    ``minimum/margin_ratio`` and ``minimum/rank``. All are means over the replicas.
+    ``certificate``: an exact minimum within ``max_distance``, differentiable or on kinks, or the reason why none could
+    be told (see :func:`lightning_mnn.landscape.certify`). For networks with one hidden layer, biases included, that are
+    trained on the squared error: an MNN, a module with a method ``network()``, or one around a single
+    ``nn.Sequential(Linear, ReLU, Linear → 1)``, where ReLU may be LeakyReLU or a PReLU with one slope. Of the latter it
+    is first tested that the gradient of the module's own loss is parallel to that of the squared error, and again
+    before a certificate that their values agree. The look is two first-order tests in float64: ‖G e‖ is zero relative
+    to ‖G‖‖y‖, and no pre-activation is zero relative to ‖w‖‖x‖, within tolerances.
+
+    ``second_order``: for any other module with ReLU, max-pooling and the like, by its own training loss: in eval mode
+    (batch norm at its running statistics, no dropout), over all training samples, each once, in the weights' precision.
+    The loss is ``loss_fn(module, batch)``, or what ``training_step`` returns, taken as the mean over the batch. The
+    look: the norm of the gradient is small relative to that at the first check, and no unit is on a kink; the dear
+    part: the smallest eigenvalue of the Hessian with an error bound, which is of one side only, and left alone, on a
+    kink (see :mod:`lightning_mnn.landscape.second_order`). It is evidence, not a proof; and of the loss, to which the
+    weight decay of an optimiser does not belong.
+
+    ``first_order``: an MNN with two hidden layers, or a training set of more than 2.7e8 input numbers a process: the
+    first-order tests only, which are necessary conditions. Where the loss of a module cannot be had (manual
+    optimisation without a ``loss_fn``, a ``training_step`` that returns none): the norm of the gradient of training's
+    own last step relative to its first, and the nearest kink; these tell of no minimum, and never stop training.
+
+    Logs on a network ``minimum/mse``, ``minimum/mce``, ``minimum/stationarity``, ``minimum/min_preactivation``
+    (absolute), ``minimum/relative_preactivation``, ``minimum/kinks`` and, with one hidden layer, ``minimum/rank_cap``,
+    all of the weights; with a certificate also ``minimum/certified`` and ``minimum/on_kinks`` (fractions of the
+    replicas), ``minimum/certified_mse``, ``minimum/certified_mce``, ``minimum/certified_kinks``, ``minimum/distance``,
+    ``minimum/margin_ratio`` and ``minimum/rank``. All are means over the replicas. On other modules ``minimum/loss``,
+    ``minimum/gradient_norm``, ``minimum/relative_gradient``, ``minimum/min_preactivation`` (distance to the nearest
+    kink), ``minimum/relative_preactivation`` (in units of its layer's root mean square), ``minimum/kinks`` and, where
+    it was computed, ``minimum/smallest_eigenvalue``, ``minimum/eigenvalue_error`` and ``minimum/largest_eigenvalue``.
 
     Args:
         schedule: when to check, besides the start and the end; None: every 100 epochs.
-        patience: consecutive checks at which every replica must pass the first-order tests.
-        stop_training: stop the Trainer when every replica is certified (with two hidden layers, has passed).
+        patience: consecutive checks at which every replica must pass the look.
+        stop_training: stop the Trainer when every replica is certified (on second-order evidence, is at a minimum; with
+            two hidden layers, has passed).
         polish: try to certify at every check; and at the end of training go to the exact minimum, where it lies within
             ``max_distance``, across kinks if need be (see :func:`lightning_mnn.landscape.polish`).
         max_distance: largest ‖W̃* − W̃‖/‖W̃‖ between the weights and a minimum that counts as theirs.
@@ -54,16 +79,24 @@ class LocalMinimumDetector(ScheduledCallback):
             the spacing of floats at 1 in the weights' precision.
         preactivation_tolerance: smallest |w·x|/(‖w‖‖x‖) that counts as off the kink there; None: 1,000 times that
             spacing.
+        loss_fn: the loss that training lowers, ``loss_fn(module, batch)``, the mean over the batch; None: what the
+            module's ``training_step`` returns.
+        modules: names or patterns of the layers whose kinks count in second-order evidence; None: all.
+        gradient_tolerance: largest ‖∇L‖, relative to that at the first check of the run, of a stationary point there.
+        curvature_tolerance: largest −λ_min/λ_max of a minimum there.
+        max_products: Hessian–vector products there, each of which takes about four passes over the training set.
 
     Attributes:
-        verdicts: the last check's first-order verdicts, one a replica.
+        verdicts: of a network the last check's first-order verdicts, one a replica.
         certificates: the last certificates, one a replica; empty where there are none.
-        survey: the last check's pass.
+        survey: of a network the last check's pass.
         converged: whether training counts as converged.
 
     Raises:
-        ValueError: ``patience`` < 1, ``max_distance`` < 0.
-        TypeError: (in setup) the module holds no network that can be judged.
+        ValueError: ``patience`` or ``max_products`` < 1, ``max_distance`` < 0, a tolerance that is not positive.
+        TypeError: (at the start of training) the module has no kinks, or its training set cannot be enumerated, or each
+            process holds a part of the weights, or ``polish`` is asked for where there are no certificates.
+        DivergenceError: (in training) the weights or the loss over the training set are not finite.
 
     >>> LocalMinimumDetector(Schedule(every=100), polish=True).converged
     False
@@ -79,47 +112,80 @@ class LocalMinimumDetector(ScheduledCallback):
         max_distance: float = 1e-3,
         stationarity_tolerance: float | None = None,
         preactivation_tolerance: float | None = None,
+        loss_fn: ModelFunction | None = None,
+        modules: Names = None,
+        gradient_tolerance: float = 1e-3,
+        curvature_tolerance: float = 1e-3,
+        max_products: int = 128,
     ) -> None:
         super().__init__(schedule or Schedule(every=100))
-        if patience < 1:
-            raise ValueError(f"patience must be at least 1, got {patience}")
+        for name, count in (("patience", patience), ("max_products", max_products)):
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
         if not max_distance >= 0:
             raise ValueError(f"max_distance must be at least 0, got {max_distance}")
+        for name, value in (("gradient_tolerance", gradient_tolerance), ("curvature_tolerance", curvature_tolerance)):
+            if not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
         self.patience = patience
         self.stop_training = stop_training
         self.polish = polish
         self.max_distance = max_distance
         self.stationarity_tolerance = stationarity_tolerance
         self.preactivation_tolerance = preactivation_tolerance
-        self.verdicts: list[FirstOrderVerdict] = []
-        self.certificates: list[Certificate] = []
-        self.survey: Survey | None = None
+        self.loss_fn = loss_fn
+        self.modules = modules
+        self.gradient_tolerance = gradient_tolerance
+        self.curvature_tolerance = curvature_tolerance
+        self.max_products = max_products
         self.converged = False
-        self._moved: list[float] = []  # relative distances of replicas that polishing took too far; else 0
+        self._judge: Judge | None = None
+        self._saved: dict[str, Any] = {}  # of the judge of the run that is resumed
         self._passed = 0
-        self._not_certified: str | None = None  # why
-        self._rank_cap: Tensor | None = None
+
+    @property
+    def verdicts(self) -> list[FirstOrderVerdict]:
+        """First-order verdicts on a network, one a replica."""
+        return self._judge.verdicts if isinstance(self._judge, NetworkJudge) else []
+
+    @property
+    def certificates(self) -> list[Certificate]:
+        """The last certificates, one a replica."""
+        return self._judge.certificates if isinstance(self._judge, NetworkJudge) else []
+
+    @property
+    def survey(self) -> Survey | None:
+        """The last pass over a network's training set."""
+        return self._judge.survey if isinstance(self._judge, NetworkJudge) else None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            required_network(self, pl_module)
-            self._passed, self.converged, self.certificates, self._moved = 0, False, [], []
+            self._judge, self._saved, self._passed, self.converged = None, {}, 0, False
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._judge = self._chosen(trainer, pl_module)
+        super().on_train_start(trainer, pl_module)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        judge = self._judge
+        if isinstance(judge, FirstOrderJudge) and (self._may_act_next(trainer) or not judge.knows(trainer, optimizer)):
+            judge.take_gradient(trainer, optimizer)
 
     @override
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        network = required_network(self, pl_module)
-        self._look(trainer, pl_module, network)
-        passed = all(verdict.kind is Kind.DIFFERENTIABLE_MINIMUM for verdict in self.verdicts)
-        self._passed = self._passed + 1 if passed else 0
-        self.certificates = []
+        judge = self._look(trainer, pl_module)
+        self._passed = self._passed + 1 if judge.passed else 0
         known, self.converged = self.converged, self._passed >= self.patience
-        certifiable = self._is_certifiable(trainer, network)
-        if certifiable and (self.polish or (self.converged and not known)):  # once, and again at the end
-            self.certificates = certify_training_set(trainer, pl_module, network, self.max_distance)
-            self.converged = all(certificate.is_minimum for certificate in self.certificates)
-        self._log(trainer)
+        if judge.can_conclude and (self.polish or (self.converged and not known)):  # once, and again at the end
+            judge = self._conclude(trainer, pl_module)
+            self.converged = judge.found_minimum
+        log_scalars(trainer, judge.scalars())
         self.converged = trainer.strategy.reduce_boolean_decision(self.converged, all=True)
         if self.converged and self.stop_training:
             trainer.should_stop = True
@@ -127,139 +193,129 @@ class LocalMinimumDetector(ScheduledCallback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        network = required_network(self, pl_module)
-        if self._is_certifiable(trainer, network):
-            self._certify_the_end(trainer, pl_module, network)
-        for replica, (kind, reason) in enumerate(zip(*self._kinds(), strict=True)):
-            name = f" (replica {replica})" if len(self.verdicts) > 1 else ""
+        judge = self._conclude(trainer, pl_module, end=True)
+        for replica, (kind, reason) in enumerate(zip(*(kinds := judge.kinds()), strict=True)):
+            name = f" (replica {replica})" if len(kinds[0]) > 1 else ""
             rank_zero_info(f"LocalMinimumDetector{name}: {kind}: {reason}")
 
     @override
     def summary(self) -> dict[str, Any]:
-        if self.survey is None:
-            return {}
-        kinds, reasons = self._kinds()
-        found = {
-            "mse": plain(self.survey.mse),
-            "mce": plain(self.survey.mce),
-            "wrong": plain(self.survey.wrong),
-            "kind": kinds,
-            "reason": reasons,
-            "zero_error": plain(self.survey.zero_error),
-            "rounding_bound": plain(self.survey.rounding_bound),
-            "stationarity": plain(self.survey.stationarity),
-            "min_preactivation": plain(self.survey.smallest_preactivation),
-            "relative_preactivation": plain(self.survey.smallest_sine),
-            "kinks": plain(self.survey.kinks),
-            "rank_cap": plain(self._rank_cap),
-        }
-        stood = [kind in (Kind.DIFFERENTIABLE_MINIMUM, Kind.KINK_MINIMUM, Kind.SADDLE) for kind in kinds]
-        for name in ("zero_error", "kinks", "rank_cap"):  # of the minimum, where there is one
-            values = found[name] if isinstance(found[name], list) else [found[name]] * len(kinds)
-            pairs = zip(self.certificates, stood, values, strict=False)
-            found[name] = [getattr(c, name) if yes else value for c, yes, value in pairs] or values
-        for name in ("mse", "mce"):
-            found[f"minimum_{name}"] = [
-                getattr(c, name) if yes else None for c, yes in zip(self.certificates, stood, strict=False)
-            ]
-        for name in ("distance", "weight_distance", "margin_ratio", "rank"):
-            found[name] = [getattr(certificate, name) for certificate in self.certificates]
-        several = bool(self.survey.mse.ndim)
-        return {key: _one(value, several=several) for key, value in found.items()}
+        return {} if self._judge is None else self._judge.summary()
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"passed": self._passed, "converged": self.converged}
+        own = {"passed": self._passed, "converged": self.converged, "judge": self._saved}
+        if self._judge is not None:
+            own["judge"] = {"name": type(self._judge).__name__, "why": self._judge.why} | self._judge.state()
+        return super().state_dict() | own
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._passed, self.converged = state_dict.get("passed", 0), state_dict.get("converged", False)
+        self._saved = state_dict.get("judge", {})
 
-    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network) -> None:
-        """One exact pass and its first-order tests."""
-        self.survey = survey_training_set(trainer, pl_module)
-        spacing = 2 * network.unit_roundoff
-        self.verdicts = first_order_verdicts(
-            self.survey,
-            10 * spacing if self.stationarity_tolerance is None else self.stationarity_tolerance,
-            1000 * spacing if self.preactivation_tolerance is None else self.preactivation_tolerance,
+    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Judge:
+        """The cheap part; if the loss proves not to be had, by the tier below."""
+        assert self._judge is not None  # noqa: S101 (chosen at the start)
+        try:
+            self._judge.look(trainer, pl_module)
+        except (NoDerivativeError, LossNotEvaluableError) as error:
+            self._judge = self._first_order(str(error))
+            self._judge.look(trainer, pl_module)
+        return self._judge
+
+    def _conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, end: bool = False) -> Judge:
+        """The dear part; at the end of training, what is left of it."""
+        assert self._judge is not None  # noqa: S101
+        judge = self._judge
+        if not judge.can_conclude:
+            return judge
+        try:
+            if not end:
+                judge.conclude(trainer, pl_module)
+            elif judge.conclude_the_end(trainer, pl_module, polish=self.polish):
+                self.converged = judge.found_minimum
+                log_scalars(trainer, judge.scalars())
+        except (NotSquaredErrorError, LossNotEvaluableError) as error:
+            self._judge, self._passed = self._second_order(str(error)), 0
+            self._look(trainer, pl_module)
+            return self._conclude(trainer, pl_module, end=end)
+        return judge
+
+    def _chosen(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Judge:
+        """The judge of a run, as strong as its module, loss and data allow."""
+        if states_network(pl_module):
+            return self._network()
+        _check_run(trainer)
+        judge = self._resumed() if self._saved else self._strongest(trainer, pl_module)
+        if self.polish and not judge.moves:
+            raise TypeError(
+                "polish=True needs a network that can be certified: an MNN, a module with a method network(), or one "
+                "nn.Sequential(Linear, ReLU, Linear → 1) trained on the squared error; "
+                f"{type(pl_module).__name__} has none{f': {judge.why}' if judge.why else ''}. Use polish=False"
+            )
+        return judge
+
+    def _strongest(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Judge:
+        batch = FullBatch(trainer, pl_module, self.loss_fn, self.modules)
+        with batch.open():
+            why = batch.why_not_evaluable()
+            try:
+                batch.surface()
+            except ValueError as error:
+                why = why or str(error)
+        if why is not None:
+            return self._first_order(why)
+        network = network_of(pl_module)
+        if network is None or len(network.hidden_weights) > 1:
+            return self._second_order(None)
+        try:
+            found = squared_error_loss(trainer, pl_module, self.loss_fn)
+        except LossNotEvaluableError as error:
+            return self._first_order(str(error))
+        return self._network(found) if isinstance(found, SquaredErrorLoss) else self._second_order(found)
+
+    def _resumed(self) -> Judge:
+        """The judge of the run that goes on."""
+        saved = dict(self._saved)
+        name, why = saved.pop("name"), saved.pop("why")
+        if name == NetworkJudge.__name__:
+            return self._network(SquaredErrorLoss(**saved["fitted"]))
+        judge = self._second_order(why) if name == SecondOrderJudge.__name__ else self._first_order(why)
+        judge.load(saved)
+        return judge
+
+    def _network(self, fitted: SquaredErrorLoss | None = None) -> NetworkJudge:
+        tolerances = self.stationarity_tolerance, self.preactivation_tolerance
+        return NetworkJudge(self.max_distance, *tolerances, fitted, self.loss_fn)
+
+    def _second_order(self, why: str | None) -> Judge:
+        tolerances = self.gradient_tolerance, self.curvature_tolerance
+        return SecondOrderJudge(self.loss_fn, self.modules, *tolerances, self.max_products, why)
+
+    def _first_order(self, why: str) -> Judge:
+        return FirstOrderJudge(self.loss_fn, self.modules, self.gradient_tolerance, why)
+
+    def _may_act_next(self, trainer: pl.Trainer) -> bool:
+        """Whether the detector may act before this optimiser's next step."""
+        run: Any = trainer
+        last = trainer.global_step + len(trainer.optimizers)  # each optimiser's step counts
+        within = self.acts_within_epochs and any(map(self.schedule.due, range(trainer.global_step + 1, last + 1)))
+        return bool(trainer.is_last_batch or within or 0 < run.max_steps <= last)
+
+
+def _check_run(trainer: pl.Trainer) -> None:
+    """Check that a module's whole loss and weights are within reach."""
+    try:
+        num_samples(trainer.train_dataloader)
+    except TypeError as error:
+        raise TypeError(f"LocalMinimumDetector judges the whole training set: {error}") from error
+    if any(kind.__name__ in _SHARDED for kind in type(trainer.strategy).__mro__):
+        raise TypeError(
+            f"LocalMinimumDetector needs all weights on each process, and the {type(trainer.strategy).__name__} splits "
+            'them: train with strategy="ddp" or on one device'
         )
-        if len(network.hidden_weights) == 1:
-            self._rank_cap = rank_cap(self.survey, input_rank(trainer, pl_module, network), network.negative_slope)
-
-    def _certify_the_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network) -> None:
-        if self.polish:
-            polished = polish_on_training_set(trainer, pl_module, network, self.max_distance)
-            self.certificates = [found.certificate for found in polished]
-            self._moved = [found.distance if found.moved else 0.0 for found in polished]
-            reached = [found.certificate.is_minimum and not found.moved for found in polished]
-            move_to(network, self.certificates, reached)
-            self._look(trainer, pl_module, network)
-        elif not self.certificates:
-            self.certificates = certify_training_set(trainer, pl_module, network, self.max_distance)
-        else:
-            return  # the last check did, at these weights
-        kinds, _ = self._kinds()
-        self.converged = all(kind in (Kind.DIFFERENTIABLE_MINIMUM, Kind.KINK_MINIMUM) for kind in kinds)
-        self._log(trainer)
-
-    def _is_certifiable(self, trainer: pl.Trainer, network: Network) -> bool:
-        """Whether there is one hidden layer, and a training set that a certificate can have in memory."""
-        self._not_certified = why_not_certified(trainer, network)
-        return len(network.hidden_weights) == 1 and self._not_certified is None
-
-    def _kinds(self) -> tuple[list[str], list[str]]:
-        """Kind and reason of each replica: a certificate's where there is one."""
-        if not self.certificates:
-            more = "" if self._not_certified is None else f"; {self._not_certified}"
-            return [str(verdict.kind) for verdict in self.verdicts], [found.reason + more for found in self.verdicts]
-        kinds, reasons = [], []
-        for replica, found in enumerate(self.certificates):
-            moved = self._moved[replica] if self._moved else 0.0
-            kinds.append(str(Kind.NOT_STATIONARY if moved else found.kind))
-            to = found.kind if found.is_minimum else "no minimum yet"
-            far = f"moved: polishing led a relative distance of {moved:.1e} away, to {to}; "
-            reasons.append(far + f"max_distance = {self.max_distance:g}" if moved else found.reason)
-        return kinds, reasons
-
-    def _log(self, trainer: pl.Trainer) -> None:
-        assert self.survey is not None  # noqa: S101 (there has been a look)
-        scalars: dict[str, Any] = {
-            "minimum/mse": self.survey.mse,
-            "minimum/mce": self.survey.mce,
-            "minimum/stationarity": self.survey.stationarity,
-            "minimum/min_preactivation": self.survey.smallest_preactivation,
-            "minimum/relative_preactivation": self.survey.smallest_sine,
-            "minimum/kinks": self.survey.kinks,
-            "minimum/rank_cap": self._rank_cap,
-        }
-        if self.certificates:
-            kinds, _ = self._kinds()
-            certified = [kind in (Kind.DIFFERENTIABLE_MINIMUM, Kind.KINK_MINIMUM) for kind in kinds]
-            scalars["minimum/certified"] = sum(certified) / len(certified)
-            scalars["minimum/on_kinks"] = kinds.count(Kind.KINK_MINIMUM) / len(kinds)
-            found = [c for c, yes in zip(self.certificates, certified, strict=True) if yes]
-            for name, key in _CERTIFIED.items():
-                values = [getattr(certificate, name) for certificate in found]
-                known = [value for value in values if value is not None]
-                scalars[f"minimum/{key}"] = sum(known) / len(known) if known else None
-        log_scalars(trainer, scalars)
 
 
-# What is logged of certified minima, and under which name.
-_CERTIFIED = {
-    "mse": "certified_mse",
-    "mce": "certified_mce",
-    "kinks": "certified_kinks",
-    "distance": "distance",
-    "margin_ratio": "margin_ratio",
-    "rank": "rank",
-}
-
-
-def _one(values: Any, *, several: bool) -> Any:
-    """A list over the replicas, or the only value; None where there is none."""
-    if not isinstance(values, list):
-        return values
-    return (values or None) if several else (values[0] if values else None)
+_SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import zarr
 
-from lightning_mnn.landscape.pattern import ActivationPattern, PackedPattern
+from lightning_mnn.landscape.pattern import PackedPattern
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,13 +21,16 @@ class PatternStore:
     """A zarr group with one subgroup a recorded step, ``step_000000100``, and in it one array of bits a layer.
 
     An array is uint8 (..., N, ⌈width/8⌉), its attribute ``width`` the number of units; unit ``8 b + j`` is bit ``j``,
-    the least significant first, of byte ``b``. Attributes of the group: ``step``, ``epoch`` and ``digest``. A snapshot
-    is written under another name and renamed, so that what can be seen is complete, also after a kill.
+    the least significant first, of byte ``b``. Where units have more than two pieces, as the attribute ``num_pieces``
+    tells, the array is (digits, N, ⌈width/8⌉), the least significant digit of the piece first. Attributes of the group:
+    ``step``, ``epoch`` and ``digest``. A snapshot is written under another name and renamed, so that what can be seen
+    is complete, also after a kill.
 
     Args:
         path: folder of the group, ``….zarr``.
 
     >>> import tempfile
+    >>> from lightning_mnn.landscape import ActivationPattern
     >>> store = PatternStore(tempfile.mkdtemp() + "/patterns.zarr")
     >>> pattern = ActivationPattern(torch.tensor([[True, False], [False, False]]))
     >>> store.write(step=3, epoch=1, patterns={"layer_1": pattern.pack()}, digest="abc")
@@ -56,13 +59,23 @@ class PatternStore:
         group = zarr.create_group(unfinished, attributes=attributes)
         for name, pattern in patterns.items():
             bits = pattern.bits.cpu().numpy()
-            group.create_array(name, data=bits, chunks=bits.shape, attributes={"width": pattern.width})
+            units: dict[str, Any] = {"width": pattern.width, "num_pieces": pattern.num_pieces}
+            group.create_array(name, data=bits, chunks=bits.shape, attributes=units)
         final = self._folder(step)
         shutil.rmtree(final, ignore_errors=True)
         unfinished.replace(final)
 
-    def read(self, step: int) -> dict[str, ActivationPattern]:
-        """The patterns of one snapshot by layer.
+    def read(self, step: int) -> dict[str, Any]:
+        """The patterns of one snapshot by layer: an ActivationPattern, or a PiecePattern where there are more pieces.
+
+        Raises:
+            KeyError: the step was not recorded.
+        """
+        packed = self.read_packed(step)
+        return {name: p.unpack() if p.num_pieces == 2 else p.unpack_pieces() for name, p in packed.items()}
+
+    def read_packed(self, step: int) -> dict[str, PackedPattern]:
+        """The patterns of one snapshot by layer, at one bit per sample, unit and binary digit.
 
         Raises:
             KeyError: the step was not recorded.
@@ -73,7 +86,9 @@ class PatternStore:
         found = {}
         for name, array in sorted(group.arrays()):
             bits = torch.from_numpy(array[...])
-            found[name] = PackedPattern(bits, int(str(array.attrs["width"]))).unpack()
+            found[name] = PackedPattern(
+                bits, int(str(array.attrs["width"])), int(str(array.attrs.get("num_pieces", 2)))
+            )
         return found
 
     def attributes(self, step: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -79,6 +80,10 @@ class Schedule:
 class ScheduledCallback(pl.Callback):
     """A callback that acts before training, at scheduled times, and at the end; in one process never twice at a step.
 
+    It runs in the Trainer of ``pytorch_lightning`` and in that of ``lightning.pytorch``, and is an instance of the
+    ``Callback`` of both: of the latter's, where that is imported when a callback is made or its class is looked up in
+    ``lightning_mnn.callbacks``.
+
     Args:
         schedule: when to act between the start and the end.
 
@@ -87,6 +92,7 @@ class ScheduledCallback(pl.Callback):
     """
 
     def __init__(self, schedule: Schedule) -> None:
+        join_lightning()
         self.schedule = schedule
         self._last_step: int | None = None
         self.completed_epochs = 0
@@ -152,6 +158,20 @@ class ScheduledCallback(pl.Callback):
         if trainer.global_step != self._last_step:
             self._last_step, self._acted = trainer.global_step, True
             self.act(trainer, pl_module)
+
+
+def join_lightning() -> None:
+    """Let the callbacks be ``lightning.pytorch``'s too, if it is imported: its LightningCLI accepts its own alone.
+
+    It is not imported here, since whoever trains with ``pytorch_lightning`` may have another release of it, or a broken
+    one, and would wait half a second.
+    """
+    other = getattr(sys.modules.get("lightning.pytorch"), "Callback", None)
+    if other is not None and not issubclass(ScheduledCallback, other):
+        ScheduledCallback.__bases__ = (*ScheduledCallback.__bases__, other)
+
+
+join_lightning()
 
 
 def plain(values: Tensor | None) -> Any:

@@ -48,14 +48,18 @@ def network_of(pl_module: pl.LightningModule) -> Network | None:
     single slope, which is taken as fixed: the network is judged as a function of the weights and biases alone. The
     network's tensors are views of the module's parameters.
     """
-    stated: Any = getattr(pl_module, "network", None)
-    if inspect.ismethod(stated):
-        return cast("Network", stated())
+    if states_network(pl_module):
+        return cast("Network", cast("Any", pl_module).network())
     own = {id(tensor) for tensor in (*pl_module.parameters(), *pl_module.buffers())}
     for part in pl_module.modules():
         if own == {id(tensor) for tensor in part.parameters()} and (network := _sequential(part)) is not None:
             return network
     return None
+
+
+def states_network(pl_module: pl.LightningModule) -> bool:
+    """Whether a module itself says what its network is, and so that it trains that on the squared error."""
+    return inspect.ismethod(getattr(pl_module, "network", None))
 
 
 def required_network(callback: pl.Callback, pl_module: pl.LightningModule) -> Network:

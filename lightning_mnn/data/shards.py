@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 _BLOCK_ELEMENTS = 1 << 22  # of inputs at a time: 32 MiB in float64
 
 
-def exact_shard(loader: Any, rank: int = 0, world_size: int = 1, chosen: Tensor | None = None) -> Iterator[Any]:
+def exact_shard(
+    loader: Any, rank: int = 0, world_size: int = 1, chosen: Tensor | None = None, batch_size: int | None = None
+) -> Iterator[Any]:
     """Batches of one process's contiguous part of the training set, in the data set's order, unpadded, unshuffled.
 
     Args:
@@ -33,9 +36,10 @@ def exact_shard(loader: Any, rank: int = 0, world_size: int = 1, chosen: Tensor 
         rank: this process.
         world_size: number of processes.
         chosen: indices of the samples to pass over; None: all of them.
+        batch_size: samples of a batch; None: of an ExactLoader about 4 million numbers of inputs, else as the loader's.
 
     Yields:
-        Batches, of an ExactLoader about 4 million numbers of inputs each, else as the loader collates them.
+        Batches, as the loader collates them.
 
     Raises:
         TypeError: a loader whose samples cannot be enumerated: an ``IterableDataset``, a sampler that chooses among the
@@ -43,18 +47,24 @@ def exact_shard(loader: Any, rank: int = 0, world_size: int = 1, chosen: Tensor 
     """
     if isinstance(loader, ExactLoader):
         low, high = part_of(loader.num_samples if chosen is None else len(chosen), rank, world_size)
-        size = max(1, _BLOCK_ELEMENTS // loader.numbers_per_sample)
+        size = batch_size or max(1, _BLOCK_ELEMENTS // loader.numbers_per_sample)
         for start in range(low, high, size):
             block = slice(start, min(start + size, high))
             yield loader.samples(block if chosen is None else chosen[block])
     elif isinstance(loader, DataLoader):
         indices = range(_map_style_samples(loader)) if chosen is None else chosen.tolist()
         low, high = part_of(len(indices), rank, world_size)
+        size = batch_size or loader.batch_size or 256
+        num_workers = min(loader.num_workers, math.ceil((high - low) / size))
         yield from DataLoader(
             Subset(loader.dataset, indices[low:high]),
-            batch_size=loader.batch_size or 256,
+            batch_size=size,
             collate_fn=loader.collate_fn,
-            num_workers=loader.num_workers,
+            num_workers=num_workers,
+            timeout=loader.timeout if num_workers else 0,
+            worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context if num_workers else None,
+            prefetch_factor=loader.prefetch_factor if num_workers else None,
             generator=torch.Generator(),  # a pass draws nothing from the global generator, which training uses
         )
     else:
@@ -87,7 +97,8 @@ def _map_style_samples(loader: DataLoader[Any]) -> int:
     if loader.batch_sampler is None:
         raise TypeError("samples that come in batches of their own (batch_size=None) cannot be enumerated")
     sampler = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
-    if not isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler):
+    wraps_another = isinstance(sampler, DistributedSampler) and sampler.dataset is not loader.dataset
+    if wraps_another or not isinstance(sampler, RandomSampler | SequentialSampler | DistributedSampler):
         raise TypeError(
             f"which samples a {type(sampler).__name__} chooses cannot be known: "
             "wrap the chosen samples in a torch.utils.data.Subset instead"

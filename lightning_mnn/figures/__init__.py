@@ -1,6 +1,7 @@
 """Figures from saved results."""
 
 from lightning_mnn.figures.census import census_figure
+from lightning_mnn.figures.local_volume import local_volume_figure
 from lightning_mnn.figures.model import model_figure
 from lightning_mnn.figures.run import PANELS, Panel, read_metrics, run_figure
 from lightning_mnn.figures.scaling import FIGURES, error_figure, minima_figure, scan_figure
@@ -12,6 +13,7 @@ __all__ = [
     "Panel",
     "census_figure",
     "error_figure",
+    "local_volume_figure",
     "minima_figure",
     "model_figure",
     "read_metrics",

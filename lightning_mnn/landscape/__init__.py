@@ -5,12 +5,23 @@ from lightning_mnn.landscape.census import Census, Proportion, census, classify,
 from lightning_mnn.landscape.cone import LogEstimate, log_cone_measure
 from lightning_mnn.landscape.existence import ClosedBranch, Existence, check_proof, find_minimum
 from lightning_mnn.landscape.judgement import Direction, Kind
+from lightning_mnn.landscape.kink_distance import KinkDistance, kink_distance
 from lightning_mnn.landscape.kink_trace import Kink, KinkTrace
+from lightning_mnn.landscape.lanczos import Spectrum, extreme_eigenvalues, products_needed
+from lightning_mnn.landscape.local_volume import KeepCurve, LocalVolume, local_volume
+from lightning_mnn.landscape.loss_surface import LossSurface, NoDerivativeError
 from lightning_mnn.landscape.minimum import Certificate, FirstOrderVerdict, certify, first_order_verdicts
-from lightning_mnn.landscape.pattern import ActivationPattern, PackedPattern
+from lightning_mnn.landscape.pattern import ActivationPattern, PackedPattern, PiecePattern
 from lightning_mnn.landscape.planted import Planted, planted_kink_minimum, planted_minimum, planted_saddle
 from lightning_mnn.landscape.polishing import Polished, polish
 from lightning_mnn.landscape.region import LeastSquares, Region
+from lightning_mnn.landscape.second_order import (
+    SecondOrderKind,
+    SecondOrderVerdict,
+    judge_curvature,
+    judge_stationarity,
+    second_order_verdict,
+)
 from lightning_mnn.landscape.splitting import RareCensus, RareEvent, rare_census, rare_event
 from lightning_mnn.landscape.survey import Layer, Network, Survey, infer_threshold, merge_surveys, survey_network
 from lightning_mnn.landscape.team import ProcessTeam, Team
@@ -24,14 +35,20 @@ __all__ = [
     "Direction",
     "Existence",
     "FirstOrderVerdict",
+    "KeepCurve",
     "Kind",
     "Kink",
+    "KinkDistance",
     "KinkTrace",
     "Layer",
     "LeastSquares",
+    "LocalVolume",
     "LogEstimate",
+    "LossSurface",
     "Network",
+    "NoDerivativeError",
     "PackedPattern",
+    "PiecePattern",
     "Planted",
     "Polished",
     "ProcessTeam",
@@ -40,6 +57,9 @@ __all__ = [
     "RareEvent",
     "Region",
     "RegionVolume",
+    "SecondOrderKind",
+    "SecondOrderVerdict",
+    "Spectrum",
     "Survey",
     "Team",
     "bounds",
@@ -48,9 +68,14 @@ __all__ = [
     "check_proof",
     "classify",
     "ensemble_census",
+    "extreme_eigenvalues",
     "find_minimum",
     "first_order_verdicts",
     "infer_threshold",
+    "judge_curvature",
+    "judge_stationarity",
+    "kink_distance",
+    "local_volume",
     "log_cap_measure",
     "log_cone_measure",
     "log_volume_lower_bound",
@@ -59,8 +84,10 @@ __all__ = [
     "planted_minimum",
     "planted_saddle",
     "polish",
+    "products_needed",
     "rare_census",
     "rare_event",
     "region_log_volume",
+    "second_order_verdict",
     "survey_network",
 ]

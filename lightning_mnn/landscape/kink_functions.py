@@ -248,14 +248,25 @@ def _max_pool(num_axes: int) -> Callable[..., Function]:
         pool = getattr(functional, f"max_pool{num_axes}d")
 
         def winner() -> Tensor:
-            options = (kernel, step, pad, spread, ceil_mode)
-            place = pool(input, *options, return_indices=True)[1]
-            found = torch.zeros_like(place)
-            for axis in range(num_axes):
-                within = place // math.prod(sizes[axis + 1 :]) % sizes[axis]
-                start = torch.arange(place.shape[axis - num_axes], device=place.device) * step[axis] - pad[axis]
-                start = start.reshape([-1] + [1] * (num_axes - 1 - axis))
-                found = found * kernel[axis] + (within - start) // spread[axis]
+            """The first of the largest, as torch's pooling has it, whose own indices take longer to be had."""
+            each = list(zip(sizes, kernel, step, pad, spread, strict=True))
+            outs = [_pooled(*options, ceil_mode=ceil_mode) for options in each]
+            ends = [
+                max(0, (out - 1) * s + d * (k - 1) + 1 - n - p) for out, (n, k, s, p, d) in zip(outs, each, strict=True)
+            ]
+            room = [width for sides in zip(pad[::-1], ends[::-1], strict=True) for width in sides]
+            padded = functional.pad(input, room, value=-math.inf)
+            windows = []
+            for offsets in itertools.product(*map(range, kernel)):
+                starts = [o * d for o, d in zip(offsets, spread, strict=True)]
+                cut = (slice(a, a + (out - 1) * s + 1, s) for a, out, s in zip(starts, outs, step, strict=True))
+                index: Any = (..., *cut)
+                windows.append(padded[index])
+            best = windows[0]
+            found = torch.zeros_like(best, dtype=torch.uint8 if len(windows) <= 256 else torch.int64)
+            for i, window in enumerate(windows[1:], start=1):
+                found = torch.maximum(found, (window > best).to(found.dtype) * i)
+                best = torch.maximum(best, window)
             return found
 
         def numbers() -> Tensor:
@@ -269,6 +280,13 @@ def _max_pool(num_axes: int) -> Callable[..., Function]:
         return Largest(input, math.prod(kernel), numbers, winner)
 
     return build
+
+
+def _pooled(n: int, kernel: int, step: int, pad: int, spread: int, *, ceil_mode: bool) -> int:
+    """Windows of a max-pooling along an axis of size n."""
+    span = n + 2 * pad - spread * (kernel - 1) - 1
+    out = (-(-span // step) if ceil_mode else span // step) + 1
+    return out - 1 if ceil_mode and (out - 1) * step >= n + pad else out  # none begins beyond the input
 
 
 def _adaptive_max_pool(num_axes: int) -> Callable[..., Function]:

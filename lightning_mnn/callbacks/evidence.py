@@ -1,0 +1,135 @@
+"""What a LocalMinimumDetector's word rests on: tiers of evidence, and the judges that gather it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lightning_mnn.mnn import DivergenceError
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+_MINIMA = ("differentiable_minimum", "kink_minimum")
+_MODAL = {
+    "batch norm is at its running statistics": nn.modules.batchnorm._BatchNorm,  # noqa: SLF001 (of all dimensions)
+    "dropout is off": nn.modules.dropout._DropoutNd,  # noqa: SLF001
+}
+
+
+class Evidence(StrEnum):
+    """Tiers of evidence, the strongest first.
+
+    Attributes:
+        CERTIFICATE: an exact minimum near the weights, proved up to stated rounding (two-layer networks, squared
+            error).
+        SECOND_ORDER: gradient, distance to the nearest kink and smallest eigenvalue of the Hessian of the module's own
+            loss over the whole training set.
+        FIRST_ORDER: necessary conditions only.
+    """
+
+    CERTIFICATE = "certificate"
+    SECOND_ORDER = "second_order"
+    FIRST_ORDER = "first_order"
+
+
+class Judge(ABC):
+    """Gathers the evidence of one tier; a :class:`LocalMinimumDetector` says when.
+
+    Every process calls the same methods in the same order, and gets the same answers.
+
+    Attributes:
+        why: why there is no stronger evidence; None: that needs no reason.
+    """
+
+    why: str | None = None
+
+    @property
+    @abstractmethod
+    def evidence(self) -> Evidence:
+        """The tier."""
+
+    @property
+    @abstractmethod
+    def passed(self) -> bool:
+        """Whether the last look found nothing that speaks against a minimum."""
+
+    @property
+    def can_conclude(self) -> bool:
+        """Whether there is a dear part, which can decide."""
+        return False
+
+    @property
+    def moves(self) -> bool:
+        """Whether it can take the weights to the exact minimum."""
+        return False
+
+    @abstractmethod
+    def look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The cheap part, at each check."""
+
+    def conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The dear part, after a look at the same weights, where there is one."""
+        del trainer, pl_module
+
+    def conclude_the_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, polish: bool) -> bool:
+        """The dear part at the end of training, unless it was done at these weights; whether anything was done."""
+        del trainer, pl_module, polish
+        return False
+
+    @abstractmethod
+    def kinds(self) -> tuple[list[str], list[str]]:
+        """Kind and reason of each replica."""
+
+    @abstractmethod
+    def scalars(self) -> dict[str, Any]:
+        """What is logged."""
+
+    @abstractmethod
+    def summary(self) -> dict[str, Any]:
+        """What was found, in plain values; empty before the first look."""
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs, in plain values."""
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over the state, if there is any."""
+        del state
+
+    @property
+    def found_minimum(self) -> bool:
+        """Whether the word is that all replicas are at a minimum."""
+        return all(kind in _MINIMA for kind in self.kinds()[0])
+
+
+def check_weights(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Check that a module's weights are numbers.
+
+    Raises:
+        DivergenceError: one is not.
+    """
+    if not all(bool(parameter.isfinite().all()) for parameter in pl_module.parameters()):
+        raise diverged(trainer, "weights are")
+
+
+def diverged(trainer: pl.Trainer, what: str) -> DivergenceError:
+    """The error for ``what`` are not finite numbers."""
+    return DivergenceError(
+        f"training diverged: {what} not finite after {trainer.global_step} steps. Lower the learning rate"
+    )
+
+
+def conditions(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
+    """What the loss over the training set leaves out of what training does, in words."""
+    told = []
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    if any(group.get("weight_decay", 0) for group in groups):
+        told.append("the optimiser's weight_decay is no part of this loss: what is trained is another")
+    for text, kind in _MODAL.items():
+        if any(isinstance(module, kind) for module in pl_module.modules()):
+            told.append(text)
+    return told

@@ -1,0 +1,200 @@
+"""Second-order evidence in any module: its own loss over its training set, the nearest kink, and the Hessian's ends."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from typing_extensions import override
+
+from lightning_mnn.callbacks.evidence import Evidence, Judge, check_weights, conditions, diverged
+from lightning_mnn.callbacks.full_batch import FullBatch
+from lightning_mnn.landscape.loss_surface import NoDerivativeError
+from lightning_mnn.landscape.second_order import (
+    SecondOrderKind,
+    SecondOrderVerdict,
+    judge_curvature,
+    judge_stationarity,
+)
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+    from lightning_mnn.callbacks.model_pass import ModelFunction
+    from lightning_mnn.landscape.kink_trace import Names
+    from lightning_mnn.landscape.loss_surface import LossSurface
+
+
+class SecondOrderJudge(Judge):
+    """Judges the weights by the module's own loss, in eval mode and in the weights' precision.
+
+    Args:
+        loss_fn: ``loss_fn(module, batch)``; None: the module's ``training_step``.
+        modules: layers whose kinks count; None: all.
+        gradient_tolerance: largest ‖∇L‖, relative to that at the first check, of a stationary point.
+        curvature_tolerance: largest −λ_min/λ_max of a minimum.
+        max_products: Hessian–vector products of a conclusion, at most.
+        why: why there is no stronger evidence.
+
+    Attributes:
+        verdict: what is known of the weights of the last look.
+        reference: ‖∇L‖ at the first check of the run; if that is zero up to rounding, |L|/‖θ‖.
+    """
+
+    def __init__(
+        self,
+        loss_fn: ModelFunction | None,
+        modules: Names,
+        gradient_tolerance: float,
+        curvature_tolerance: float,
+        max_products: int,
+        why: str | None = None,
+    ) -> None:
+        self.verdict: SecondOrderVerdict | None = None
+        self.reference: float | None = None
+        self._loss_fn = loss_fn
+        self._modules = modules
+        self._gradient_tolerance = gradient_tolerance
+        self._curvature_tolerance = curvature_tolerance
+        self._max_products = max_products
+        self.why = why
+        self._notes: list[str] = []
+        self._told: list[str] = []
+        self._concluded = False
+
+    @property
+    @override
+    def evidence(self) -> Evidence:
+        return Evidence.SECOND_ORDER
+
+    @property
+    @override
+    def passed(self) -> bool:
+        passing = (SecondOrderKind.UNDECIDED, SecondOrderKind.MINIMUM)
+        return self.verdict is not None and self.verdict.kind in passing
+
+    @property
+    @override
+    def can_conclude(self) -> bool:
+        return True
+
+    @override
+    def look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        check_weights(trainer, pl_module)
+        batch = self._full_batch(trainer, pl_module)
+        with batch.open():
+            surface = batch.surface()
+            if self.reference is None:
+                self.reference = _size_of_gradient(surface)
+                batch.check()
+            kinks = batch.nearest_kink()
+            reference = self.reference if math.isfinite(self.reference) else 1.0
+            tolerance = self._gradient_tolerance  # of its jumps, too: of millions of units in float32 a few touch kinks
+            self.verdict = judge_stationarity(
+                surface, kinks, reference, gradient_tolerance=tolerance, jump_tolerance=tolerance
+            )
+            batch.check()
+        self._concluded = False
+        if not math.isfinite(self.verdict.loss):
+            raise diverged(trainer, "the loss over the training set is")
+        self._note(trainer, pl_module, batch)
+
+    @override
+    def conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self.verdict is not None  # noqa: S101 (a look comes first)
+        self._concluded = True
+        batch = self._full_batch(trainer, pl_module)
+        try:
+            with batch.open():
+                self.verdict = judge_curvature(
+                    batch.surface(),
+                    self.verdict,
+                    curvature_tolerance=self._curvature_tolerance,
+                    max_products=self._max_products,
+                )
+        except (NoDerivativeError, FloatingPointError) as error:
+            self._undecided(f"no eigenvalue of the Hessian: {error}")
+        except torch.OutOfMemoryError:
+            if trainer.world_size > 1:  # the other processes would wait
+                raise
+            self._undecided("no eigenvalue of the Hessian: its products do not fit into memory; use smaller batches")
+
+    @override
+    def conclude_the_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, polish: bool) -> bool:
+        if self._concluded or self.verdict is None:
+            return False
+        self.conclude(trainer, pl_module)
+        return True
+
+    @override
+    def kinds(self) -> tuple[list[str], list[str]]:
+        if self.verdict is None:
+            return [str(SecondOrderKind.UNDECIDED)], ["not looked at yet"]
+        return [str(self.verdict.kind)], ["; ".join([self.verdict.reason, *self._notes])]
+
+    @override
+    def scalars(self) -> dict[str, Any]:
+        measures = self._measures()
+        return {f"minimum/{name}": value for name, value in measures.items()}
+
+    @override
+    def summary(self) -> dict[str, Any]:
+        if self.verdict is None:
+            return {}
+        (kind,), (reason,) = self.kinds()
+        found = {"evidence": str(self.evidence), "kind": kind, "reason": reason, **self._measures()}
+        return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in found.items()}
+
+    @override
+    def state(self) -> dict[str, Any]:
+        return {"reference": self.reference}
+
+    @override
+    def load(self, state: dict[str, Any]) -> None:
+        self.reference = state.get("reference")
+
+    def _measures(self) -> dict[str, Any]:
+        assert self.verdict is not None  # noqa: S101
+        found = self.verdict
+        return {
+            "loss": found.loss,
+            "gradient_norm": found.gradient_norm,
+            "relative_gradient": found.relative_gradient,
+            "min_preactivation": found.nearest_kink,
+            "relative_preactivation": found.relative_kink,
+            "kinks": found.kinks,
+            "smallest_eigenvalue": found.smallest_eigenvalue,
+            "eigenvalue_error": found.eigenvalue_error,
+            "largest_eigenvalue": found.largest_eigenvalue,
+        }
+
+    def _full_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> FullBatch:
+        return FullBatch(trainer, pl_module, self._loss_fn, self._modules)
+
+    def _undecided(self, why: str) -> None:
+        assert self.verdict is not None  # noqa: S101
+        if self.verdict.kind is SecondOrderKind.UNDECIDED:
+            self.verdict = replace(self.verdict, reason=f"{self.verdict.reason}; {why}")
+
+    def _note(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: FullBatch) -> None:
+        """What the reader of a reason has to know beside it, which is also told once."""
+        found = [] if self.why is None else [f"no certificate: {self.why}"]
+        found += conditions(trainer, pl_module)
+        found += batch.notes()
+        self._notes = found
+        for note in found:
+            if note not in self._told:
+                self._told.append(note)
+                rank_zero_info(f"LocalMinimumDetector: {note}")
+
+
+def _size_of_gradient(surface: LossSurface) -> float:
+    """‖∇L‖, or where it is zero up to rounding what it might be."""
+    loss, gradient = surface.value_and_gradient()
+    weights = math.sqrt(sum(float(p.detach().double().square().sum()) for p in surface.parameters))
+    typical = abs(loss) / (weights or 1.0)
+    norm = float(gradient.double().norm())
+    return norm if norm > torch.finfo(surface.dtype).eps ** 0.5 * typical else typical or 1.0

@@ -1,0 +1,310 @@
+"""Local volume: how far can all parameters of a network move at random before its activation pattern changes?
+
+Where the region of a pattern is no product of cones, its size near the parameters θ is told by the *keep probability*
+P(σ): that θ + Δ has the pattern of θ on a probe set, where Δ is isotropic in each parameter tensor and relative to it,
+Δ_l = σ ‖θ_l‖/√n_l · N(0, I) for a tensor of n_l numbers, so that ‖Δ_l‖ ≈ σ ‖θ_l‖. A tensor of zeros does not move.
+
+Shapes: K values of σ.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
+
+import torch
+
+from lightning_mnn.landscape.census import Proportion
+from lightning_mnn.seeding import generator
+from lightning_mnn.validation import positive_integer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    Run: TypeAlias = Callable[[], Mapping[str, Tensor]]
+
+SIGMAS = tuple(10.0 ** (k / 2) for k in range(-12, 1))
+ALL_LAYERS = "all layers"
+_RESOLVED = 8  # spacings of floats at 1: moves of a smaller σ would be rounding errors
+
+
+@dataclass(frozen=True)
+class KeepCurve:
+    """Keep probabilities of one layer, or of all together, over the sizes σ of the move.
+
+    The crossing of ½ is bracketed by the probabilities' own 95 % intervals: with confidence 95 %, P > ½ at every σ of
+    the curve up to ``half_sigma_low``, and P < ½ at every one from ``half_sigma_high`` on, whatever the curve does in
+    between and whether or not it falls everywhere. (Each side is a sequence of one-sided tests of 2.5 % that stops at
+    the first that fails.)
+
+    Attributes:
+        sigmas: σ, ascending, (K,).
+        kept: at each σ the probability, by draws of Δ, with its exact 95 % interval. Draws at different σ share their
+            directions, those at one σ are independent.
+
+    >>> kept = tuple(Proportion.of(hits, 100) for hits in (100, 90, 20, 0))
+    >>> curve = KeepCurve((0.001, 0.01, 0.1, 1.0), kept)
+    >>> curve.half_sigma_low, round(curve.half_sigma, 4), curve.half_sigma_high
+    (0.01, 0.0373, 0.1)
+    """
+
+    sigmas: tuple[float, ...]
+    kept: tuple[Proportion, ...]
+
+    @property
+    def half_sigma_low(self) -> float | None:
+        """The last σ of those at the start whose intervals lie above ½; None: the first one's does not."""
+        above = self._num_above
+        return self.sigmas[above - 1] if above else None
+
+    @property
+    def half_sigma_high(self) -> float | None:
+        """The first σ of those at the end whose intervals lie below ½; None: the last one's does not."""
+        below = 0
+        while below < len(self.kept) and self.kept[-1 - below].high < 0.5:
+            below += 1
+        return self.sigmas[-below] if below else None
+
+    @property
+    def half_sigma(self) -> float | None:
+        """σ½ where the probability falls to ½, between two values by a straight line over log σ.
+
+        It is the first crossing after ``half_sigma_low``; None where there is none among the values of σ.
+        """
+        values = [proportion.value for proportion in self.kept]
+        for k in range(max(0, self._num_above - 1), len(values) - 1):
+            p, q = values[k : k + 2]
+            if p >= 0.5 > q:
+                return float(self.sigmas[k] * (self.sigmas[k + 1] / self.sigmas[k]) ** ((p - 0.5) / (p - q)))
+        return None
+
+    @property
+    def _num_above(self) -> int:
+        """Length of the run at the start whose intervals lie above ½."""
+        above = 0
+        while above < len(self.kept) and self.kept[above].low > 0.5:
+            above += 1
+        return above
+
+    def plain(self) -> dict[str, Any]:
+        """In plain values: lists ``sigma``, ``probability``, ``low`` and ``high``, and σ½ with its bracket."""
+        return {
+            "sigma": list(self.sigmas),
+            "probability": [proportion.value for proportion in self.kept],
+            "low": [proportion.low for proportion in self.kept],
+            "high": [proportion.high for proportion in self.kept],
+            "half_sigma": self.half_sigma,
+            "half_sigma_low": self.half_sigma_low,
+            "half_sigma_high": self.half_sigma_high,
+        }
+
+
+@dataclass(frozen=True)
+class LocalVolume:
+    """Keep probabilities of a network's pattern on a probe set.
+
+    Attributes:
+        total: of all layers together.
+        layers: of each layer's own pattern, in the order of the forward pass; all parameters move nonetheless.
+    """
+
+    total: KeepCurve
+    layers: dict[str, KeepCurve]
+
+    @classmethod
+    def of_counts(cls, sigmas: Sequence[float], counts: Mapping[str, Tensor], num_draws: int) -> LocalVolume:
+        """The curves of counts as :func:`count_kept` finds them, or of the sums of such counts of other draws."""
+        curves = {
+            name: KeepCurve(tuple(sigmas), tuple(Proportion.of(int(hits), num_draws) for hits in kept))
+            for name, kept in counts.items()
+        }
+        return cls(curves.pop(ALL_LAYERS), curves)
+
+
+def local_volume(
+    parameters: Iterable[Tensor],
+    runs: Sequence[Run],
+    *,
+    sigmas: Sequence[float] = SIGMAS,
+    num_draws: int = 100,
+    seed: int = 0,
+) -> LocalVolume:
+    """Keep probabilities P(σ) of the pattern of a probe set, by draws of Δ around the parameters.
+
+    Cost: at most ``len(sigmas) * num_draws`` passes over the probe, and as many normal numbers as there are parameters
+    for each draw. Memory: the parameters twice more.
+
+    Args:
+        parameters: the tensors θ_l, moved in place and put back bit for bit, also where a run fails.
+        runs: each runs the network, as the parameters are, on a part of the probe, and returns by layer the piece of
+            every unit. Equal parameters must give equal patterns. A draw's later parts are left out where every layer
+            has changed already, so it pays to begin with a small part.
+        sigmas: sizes σ of the moves, ascending.
+        num_draws: of Δ at each σ.
+        seed: of the draws; draw i depends on it and on i alone.
+
+    Raises:
+        ValueError: σ that are not positive, finite and ascending, or below :func:`finest_sigma`; ``num_draws`` < 1; no
+            parameter, no part or no layer; patterns that change from pass to pass at the same parameters.
+
+    >>> weight, x = torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    >>> curve = local_volume([weight], [lambda: {"unit": weight * x > 0}], sigmas=[0.01, 3.0]).layers["unit"]
+    >>> curve.kept[0].value, curve.kept[1].low < 0.6306 < curve.kept[1].high  # Φ(1/3)
+    (1.0, True)
+    """
+    num_draws = positive_integer("num_draws", num_draws)
+    counts = count_kept(parameters, runs, sigmas, range(num_draws), seed=seed)
+    return LocalVolume.of_counts(sigmas, counts, num_draws)
+
+
+def count_kept(
+    parameters: Iterable[Tensor], runs: Sequence[Run], sigmas: Sequence[float], draws: Iterable[int], *, seed: int = 0
+) -> dict[str, Tensor]:
+    """How many of some draws keep each layer's pattern, and all layers', at each σ: numbers that add up over draws.
+
+    Args:
+        parameters: see :func:`local_volume`.
+        runs: see :func:`local_volume`.
+        sigmas: see :func:`local_volume`.
+        draws: the numbers of the draws.
+        seed: of the draws.
+
+    Returns:
+        By layer, and under ``ALL_LAYERS``, int64 (K,).
+
+    Raises:
+        ValueError: see :func:`local_volume`.
+    """
+    tensors = list(parameters)
+    check_sigmas(sigmas, finest_sigma(tensors))
+    if not runs:
+        raise ValueError("runs must hold at least one part of the probe, got none")
+    with torch.no_grad():
+        reference = [dict(run()) for run in runs]
+        names = list(dict.fromkeys(name for pattern in reference for name in pattern))
+        if not names:
+            raise ValueError("runs return no layer: there is no pattern that could change")
+        if _kept_layers(reference, runs) != {*names, ALL_LAYERS}:
+            raise ValueError("runs return another pattern at the same parameters: they must be deterministic")
+        counts = {name: torch.zeros(len(sigmas), dtype=torch.int64) for name in (*names, ALL_LAYERS)}
+        with _Moves(tensors) as moves:
+            for draw in draws:
+                moves.turn(generator(seed, "local volume", draw).initial_seed())
+                for k, sigma in enumerate(sigmas):
+                    moves.go(sigma)
+                    for name in _kept_layers(reference, runs):
+                        counts[name][k] += 1
+    return counts
+
+
+@contextmanager
+def moved(parameters: Iterable[Tensor], sigma: float, *, seed: int = 0) -> Iterator[None]:
+    """A context in which the parameters stand at a random move of size σ; afterwards they are as before, bit for bit.
+
+    >>> weight = torch.ones(4)
+    >>> with moved([weight], 0.1):
+    ...     float((weight - 1).norm()) > 0
+    True
+    >>> weight
+    tensor([1., 1., 1., 1.])
+    """
+    with _Moves(list(parameters)) as moves:
+        moves.turn(generator(seed, "local volume", 0).initial_seed())
+        moves.go(sigma)
+        yield
+
+
+def check_sigmas(sigmas: Sequence[float], finest: float = 0.0) -> None:
+    """Check that sizes of moves are finite, positive, ascending, and not below the finest.
+
+    Raises:
+        ValueError: they are not.
+    """
+    values = list(sigmas)
+    ascending = all(a < b for a, b in itertools.pairwise(values))
+    if not values or not ascending or not all(math.isfinite(value) and value > 0 for value in values):
+        raise ValueError(f"sigmas must be positive, finite and ascending, got {values}")
+    if values[0] < finest:
+        raise ValueError(
+            f"sigmas must be at least {finest:.1e}, {_RESOLVED} spacings of the parameters' floating-point numbers, "
+            f"got {values[0]:.1e}: leave out smaller ones, or use a finer dtype"
+        )
+
+
+def finest_sigma(parameters: Iterable[Tensor]) -> float:
+    """Smallest σ at which moves are not lost in the rounding of the parameters: 8 spacings of their floats at 1.
+
+    Raises:
+        ValueError: there is no parameter.
+
+    >>> finest_sigma([torch.ones(2)]) < 1e-6 < finest_sigma([torch.ones(2), torch.ones(2, dtype=torch.bfloat16)])
+    True
+    """
+    spacings = [torch.finfo(tensor.dtype).eps for tensor in parameters]
+    if not spacings:
+        raise ValueError("parameters must hold at least one tensor to move, got none")
+    return _RESOLVED * max(spacings)
+
+
+def _kept_layers(reference: Sequence[Mapping[str, Tensor]], runs: Sequence[Run]) -> set[str]:
+    """The layers whose patterns are as in the reference, with ``ALL_LAYERS`` where nothing is different."""
+    kept = {ALL_LAYERS, *(name for pattern in reference for name in pattern)}
+    for before, run in zip(reference, runs, strict=True):
+        now = run()
+        changed = {name for name, pieces in before.items() if name not in now or not torch.equal(pieces, now[name])}
+        if changed or now.keys() != before.keys():
+            kept -= {ALL_LAYERS, *changed}
+        if not kept:
+            break
+    return kept
+
+
+class _Moves:
+    """Moves tensors along one direction at a time, and puts them back at the end.
+
+    Their memory is written to past autograd, whose count of changes would tell others of a change that is undone.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._targets = [tensor.data for tensor in tensors]
+        self._origins = [target.clone() for target in self._targets]
+        self._scales = [
+            float(torch.linalg.vector_norm(origin, dtype=torch.promote_types(origin.dtype, _wide(origin))))
+            / math.sqrt(max(1, origin.numel()))
+            for origin in self._origins
+        ]
+        self._direction: list[Tensor] = []
+
+    def __enter__(self) -> Self:
+        """Nothing has moved yet."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Put all back."""
+        for target, origin in zip(self._targets, self._origins, strict=True):
+            target.copy_(origin)
+
+    def turn(self, seed: int) -> None:
+        """Choose another direction."""
+        generators: dict[torch.device, torch.Generator] = {}
+        self._direction.clear()  # its memory goes before as much is asked for
+        for origin, scale in zip(self._origins, self._scales, strict=True):
+            device = origin.device
+            drawn_by = generators.setdefault(device, torch.Generator(device).manual_seed(seed))
+            dtype = torch.promote_types(origin.dtype, torch.float32)
+            self._direction.append(torch.randn(origin.shape, generator=drawn_by, dtype=dtype, device=device) * scale)
+
+    def go(self, sigma: float) -> None:
+        """Stand at the origin plus σ times the direction."""
+        for target, origin, direction in zip(self._targets, self._origins, self._direction, strict=True):
+            torch.add(origin, direction, alpha=sigma, out=target)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """The precision in which a norm is formed."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64

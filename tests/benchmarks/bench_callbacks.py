@@ -1,0 +1,137 @@
+"""What the callbacks cost in somebody else's model: torchvision's resnet18 on random images of 32 × 32 pixels.
+
+The recorder runs with its default schedule and probe. IMAGES (16384) sets the length of an epoch, of which there are
+two, in batches of 128; before that, 64 steps without it are timed. It trains on a GPU where there is one.
+"""
+
+import os
+import resource
+import statistics
+import tempfile
+import time
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models import resnet18
+
+from lightning_mnn.callbacks import ActivationPatternRecorder
+
+BATCH = 128
+STEPS = 64
+
+
+def main():
+    num = int(os.environ.get("IMAGES", "16384"))
+    data = TensorDataset(torch.randn(num, 3, 32, 32), torch.randint(10, (num,)))
+    _, plain = fit(data, [], max_steps=STEPS)
+    before = peak()
+    with tempfile.TemporaryDirectory() as folder:
+        recorder = Timed(dirpath=folder)
+        trainer, watched = fit(data, [recorder], max_epochs=2)
+    epoch, each = statistics.median(watched.epochs), statistics.median(recorder.seconds)
+    print(f"{num} images: an epoch {epoch:.1f} s, recorder at {len(recorder.seconds)} times")
+    print(f"  a snapshot of {recorder.samples} samples {each:.2f} s: {100 * each / epoch:.1f} % of an epoch")
+    print(f"  at CIFAR-10's 50,000 images that would be {100 * each / epoch * num / 50_000:.1f} %")
+    print(f"  finding the layers, once, {recorder.prepared:.2f} s")
+    for epochs in (10, 100):
+        times = 2 + sum(recorder.schedule.due(n) for n in range(1, epochs))
+        share = (times * each + recorder.prepared) / (epochs * epoch)
+        print(f"  of a run of {epochs} epochs with {times} snapshots {100 * share:.2f} %")
+    print(
+        f"  held {recorder.held / 2**20:.1f} MiB of a budget of {recorder.memory_budget / 2**20:.0f} MiB; "
+        f"peak of the process {peak() - before:.3f} GB above that of training"
+    )
+    if torch.cuda.is_available():
+        print(f"  on the device at most {recorder.beyond / 2**20:.1f} MiB above what was there before a snapshot")
+    ratio = statistics.median(watched.steps) / statistics.median(plain.steps)
+    print(f"  a step between snapshots {statistics.median(watched.steps) * 1e3:.1f} ms, {ratio:.3f} of one without it")
+    print(f"  {sum(len(part._forward_hooks) for part in trainer.lightning_module.modules())} hooks left")
+
+
+class Classifier(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = resnet18(num_classes=10)
+
+    def forward(self, x):
+        return self.model(x)
+
+    def training_step(self, batch, batch_idx):
+        return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+class Clock(pl.Callback):
+    """Seconds of each step and epoch, that of the other callbacks left out."""
+
+    def __init__(self):
+        self.steps, self.epochs = [], []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.begin = self.last = now()
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.steps.append(now() - self.last)
+        self.last = now()
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.epochs.append(now() - self.begin)
+
+
+class Timed(ActivationPatternRecorder):
+    """Seconds of each snapshot, and what it holds."""
+
+    seconds, beyond, held, samples, prepared = (), 0, 0, 0, 0.0
+
+    def _prepare(self, trainer, pl_module):
+        start = now()
+        super()._prepare(trainer, pl_module)
+        self.prepared = now() - start
+
+    def act(self, trainer, pl_module):
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        start = now()
+        super().act(trainer, pl_module)
+        self.seconds = (*self.seconds, now() - start)
+        if torch.cuda.is_available():
+            self.beyond = max(self.beyond, torch.cuda.max_memory_allocated() - before)
+        kept = {p.bits.data_ptr(): p.bits for snapshot in (self._first, self._last) for p in snapshot.values()}
+        new = sum(p.bits.nbytes for p in self._last.values())
+        self.held = sum(bits.nbytes for bits in kept.values()) + new  # the two that stay, and the one that came
+        self.samples = next(iter(self._last.values())).bits.shape[-2]
+
+
+def fit(data, callbacks, **options):
+    clock = Clock()
+    trainer = pl.Trainer(
+        accelerator="auto",
+        devices=1,
+        callbacks=[clock, *callbacks],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    trainer.fit(Classifier(), DataLoader(data, batch_size=BATCH, shuffle=True))
+    return trainer, clock
+
+
+def now():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+if __name__ == "__main__":
+    main()

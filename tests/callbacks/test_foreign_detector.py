@@ -1,0 +1,537 @@
+"""LocalMinimumDetector in modules of other people's making."""
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torchmetrics
+from torch import nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from lightning_mnn import MNN
+from lightning_mnn.callbacks import LocalMinimumDetector, Schedule
+from lightning_mnn.data import GaussianData
+from lightning_mnn.landscape.kink_patterns import NoKinksError
+from lightning_mnn.mnn import DivergenceError
+
+ROOT = Path(__file__).parents[2]
+
+
+class Plain(pl.LightningModule):
+    """A net, a loss and an optimiser."""
+
+    def __init__(self, net, loss, lr=0.0, **options):
+        super().__init__()
+        self.net, self.loss, self.lr, self.options = net, loss, lr, options
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(self(batch[0]).squeeze(-1), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr, **self.options)
+
+
+def two_layers(width=12):
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 1)).double()
+
+
+def data(num_samples=14):
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(num_samples, 4, generator=random, dtype=torch.float64)
+    return x, (x[:, 0] * x[:, 1] > 0).double()
+
+
+def fit(make_trainer, module, x, y, detector=None, *, batch_size=50, epochs=2, **options):
+    detector = detector or LocalMinimumDetector(Schedule(every=1), stop_training=False)
+    loader = DataLoader(TensorDataset(x, y), batch_size=batch_size)
+    trainer = make_trainer(max_epochs=epochs, callbacks=[detector], **options)
+    trainer.fit(module, loader)
+    json.dumps(detector.summary(), allow_nan=False)
+    return detector, trainer
+
+
+# Certificates
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.functional.mse_loss,
+        lambda out, y: 3 * (out - y).square().mean() + 7,
+        lambda out, y: nn.functional.smooth_l1_loss(out, y, beta=100.0),
+    ],
+    ids=["mse", "a multiple of it and a constant", "as smooth_l1 is near zero"],
+)
+def test_a_two_layer_network_with_biases_is_certified(make_trainer, loss):
+    net, (x, _) = two_layers(), data()
+    with torch.no_grad():
+        y = net(x)[:, 0]  # zero error: a minimum at the start, where both gradients vanish
+    detector, trainer = fit(make_trainer, Plain(net, loss), x, y, batch_size=5)
+    summary = detector.summary()
+    assert summary["evidence"] == "certificate"
+    assert summary["kind"] == "differentiable_minimum"
+    assert summary["zero_error"] is True
+    assert detector.converged
+    assert detector.certificates[0].hidden_bias is not None
+    assert trainer.callback_metrics["minimum/certified"] == 1
+
+
+def with_weight_decay(module, batch):
+    penalty = sum(p.square().sum() for p in module.parameters())
+    return nn.functional.mse_loss(module(batch[0])[:, 0], batch[1]) + 1e-4 * penalty
+
+
+@pytest.mark.parametrize(
+    ("loss", "loss_fn"),
+    [
+        (nn.functional.binary_cross_entropy_with_logits, None),
+        (nn.functional.l1_loss, None),
+        (lambda out, y: -nn.functional.mse_loss(out, y), None),
+        (nn.functional.mse_loss, with_weight_decay),
+    ],
+    ids=["cross-entropy", "l1", "negative", "with a penalty"],
+)
+def test_another_loss_than_the_squared_error_has_no_certificate(make_trainer, loss, loss_fn):
+    detector = LocalMinimumDetector(Schedule(every=1), loss_fn=loss_fn)
+    fit(make_trainer, Plain(two_layers(), loss), *data(), detector)
+    summary = detector.summary()
+    assert summary["evidence"] == "second_order"
+    assert "no certificate: the loss that it trains is not the mean squared error" in summary["reason"]
+    assert detector.certificates == []
+    with pytest.raises(TypeError, match=r"polish=True needs.*Plain has none: the loss that it trains is not"):
+        fit(make_trainer, Plain(two_layers(), loss), *data(), LocalMinimumDetector(polish=True, loss_fn=loss_fn))
+
+
+def test_a_loss_that_is_the_squared_error_in_places_only(make_trainer):
+    def loss(out, y):
+        mse = nn.functional.mse_loss(out, y)
+        return mse if mse > 1e-6 else 2 * mse + 1
+
+    net, (x, _) = two_layers(), data()
+    with torch.no_grad():
+        y = net(x)[:, 0]
+    detector, _ = fit(make_trainer, Plain(net, loss), x, y)
+    summary = detector.summary()
+    assert summary["evidence"] == "second_order"
+    assert "in places only, and not here" in summary["reason"]
+    assert summary["loss"] == 1.0
+
+
+@pytest.mark.parametrize(("widths", "evidence"), [([5], "certificate"), ([5, 4], "first_order")])
+def test_the_package_s_own_networks_need_no_loss(make_trainer, widths, evidence):
+    detector = LocalMinimumDetector()
+    make_trainer(max_epochs=1, callbacks=[detector]).fit(MNN(4, widths), GaussianData(9, 4))
+    assert detector.summary()["evidence"] == evidence
+    assert len(detector.verdicts) == 1
+
+
+def test_a_deep_sequential_of_ones_own_has_second_order_evidence_and_weight_decay_is_told(make_trainer):
+    parts = nn.Linear(4, 5, bias=False), nn.ReLU(), nn.Linear(5, 5, bias=False), nn.ReLU(), nn.Linear(5, 1, bias=False)
+    for net, evidence in ((nn.Sequential(*parts).double(), "second_order"), (two_layers(), "certificate")):
+        module = Plain(net, nn.functional.mse_loss, weight_decay=1e-3)
+        found = fit(make_trainer, module, *data())[0].summary()
+        assert found["evidence"] == evidence
+        assert "weight_decay is no part of this loss" in found["reason"]
+
+
+# Second order
+
+
+class Deep(Plain):
+    """Four layers and cross-entropy with smoothed labels, which has a minimum."""
+
+    def __init__(self, optimizer=torch.optim.SGD, **options):
+        torch.manual_seed(0)
+        parts = [nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)]
+        super().__init__(nn.Sequential(*parts).double(), nn.CrossEntropyLoss(label_smoothing=0.2))
+        self.optimizer, self.options = optimizer, options
+
+    def configure_optimizers(self):
+        return self.optimizer(self.parameters(), **self.options)
+
+
+def labels(num_samples=12):
+    random = torch.Generator().manual_seed(2)
+    x = torch.randn(num_samples, 3, dtype=torch.float64, generator=random)
+    return x, torch.randint(0, 3, (num_samples,), generator=random)
+
+
+def dense(module, x, y):
+    """Loss, gradient and Hessian by torch's own means, all samples at once."""
+    names, values = zip(*((name, p.detach()) for name, p in module.net.named_parameters()), strict=True)
+    sizes = [value.numel() for value in values]
+
+    def loss(flat):
+        parts = [part.view_as(value) for part, value in zip(flat.split(sizes), values, strict=True)]
+        return module.loss(functional_call(module.net, dict(zip(names, parts, strict=True)), x).squeeze(-1), y)
+
+    flat = torch.cat([value.flatten() for value in values])
+    return loss(flat).item(), torch.func.grad(loss)(flat), torch.autograd.functional.hessian(loss, flat)
+
+
+def test_numbers_agree_with_dense_autograd(make_trainer):
+    x, y = labels()
+    module = Deep(lr=0.1)
+    first = dense(module, x, y)[1].norm()
+    detector, trainer = fit(make_trainer, module, x, y, batch_size=5, epochs=3)
+    loss, gradient, _ = dense(module, x, y)
+    summary = detector.summary()
+    assert summary["evidence"] == "second_order"
+    assert summary["kind"] == "not_stationary"
+    assert summary["loss"] == pytest.approx(loss, rel=1e-12)
+    assert summary["gradient_norm"] == pytest.approx(gradient.norm().item(), rel=1e-10)
+    assert summary["relative_gradient"] == pytest.approx((gradient.norm() / first).item(), rel=1e-10)
+    assert summary["smallest_eigenvalue"] is None
+    hidden, nearest = x, []
+    for part in module.net:
+        if isinstance(part, nn.ReLU):
+            nearest.append((hidden.abs().min() / hidden.square().mean().sqrt(), hidden.abs().min()))
+        hidden = part(hidden).detach()
+    assert summary["min_preactivation"] == pytest.approx(min(least for _, least in nearest).item(), rel=1e-9)
+    assert summary["relative_preactivation"] == pytest.approx(min(part for part, _ in nearest).item(), rel=1e-6)
+    logged = {name for name in trainer.callback_metrics if name.startswith("minimum/")}
+    names = ["loss", "gradient_norm", "relative_gradient", "min_preactivation", "relative_preactivation", "kinks"]
+    assert logged == {f"minimum/{name}" for name in names}
+
+
+def test_a_deep_network_comes_to_its_minimum_and_stops(make_trainer):
+    x, y = labels()
+    module = Deep(torch.optim.LBFGS, lr=1.0, line_search_fn="strong_wolfe")
+    detector = LocalMinimumDetector(Schedule(every=2))
+    _, trainer = fit(make_trainer, module, x, y, detector, epochs=60)
+    summary = detector.summary()
+    loss, gradient, hessian = dense(module, x, y)
+    eigenvalues = torch.linalg.eigvalsh(hessian)
+    assert summary["kind"] == "differentiable_minimum"
+    assert detector.converged
+    assert trainer.current_epoch < 60
+    assert summary["loss"] == pytest.approx(loss, rel=1e-12)
+    assert summary["gradient_norm"] == pytest.approx(gradient.norm().item(), rel=1e-6)
+    low, error, high = (summary[name] for name in ("smallest_eigenvalue", "eigenvalue_error", "largest_eigenvalue"))
+    assert low - error <= eigenvalues[0] <= low + 1e-9
+    assert high == pytest.approx(eigenvalues[-1].item(), rel=1e-6)
+    assert float(trainer.callback_metrics["minimum/smallest_eigenvalue"]) == low
+
+
+def test_a_saddle_and_a_kink_are_told(make_trainer):
+    x, y = labels()[0], torch.arange(12) % 3
+    saddle = Deep(lr=0.0)  # stationary, as the classes are equally frequent; W₇ and W₄ together lower the loss
+    with torch.no_grad():
+        for p in (*saddle.net[-1].parameters(), saddle.net[4].weight):
+            p.zero_()
+        saddle.net[4].bias.fill_(1.0)
+    found = fit(make_trainer, saddle, x, y)[0].summary()
+    assert found["kind"] == "saddle"
+    assert found["relative_gradient"] < 1e-12
+    eigenvalues = torch.linalg.eigvalsh(dense(saddle, x, y)[2])
+    assert 0.9 * eigenvalues[0] >= found["smallest_eigenvalue"] >= eigenvalues[0] - 1e-9
+    kink = Deep(lr=0.0)
+    with torch.no_grad():
+        kink.net[0].bias[2] = -(kink.net[0].weight[2] @ x[5])
+        kink.net[0].bias[2] -= kink.net[0](x[5])[2]
+    found = fit(make_trainer, kink, x, y)[0].summary()
+    assert found["kind"] == "on_kink"
+    assert found["kinks"] == 1
+    assert found["smallest_eigenvalue"] is None
+
+
+def test_notes_tell_what_the_numbers_are_of(make_trainer):
+    class Noted(Plain):
+        def forward(self, x):
+            return torch.where(x[:, :1] > 0, torch.sigmoid(super().forward(x)), super().forward(x))
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 1))
+    module = Noted(net.double(), nn.functional.mse_loss, weight_decay=0.1)
+    detector = LocalMinimumDetector(modules="net.2")
+    reason = fit(make_trainer, module, *data(), detector)[0].summary()["reason"]
+    for note in (
+        "weight_decay is no part of this loss",
+        "batch norm is at its running statistics",
+        "kinks of where cannot be seen",
+        "kinks of net.4, net.4.call_2 are left out",
+        "smooth functions, not piecewise linear: sigmoid",
+    ):
+        assert note in reason
+
+
+class OnceOnly(torch.autograd.Function):
+    """A function that torch can differentiate once."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return gradient
+
+
+def test_what_cannot_be_differentiated_is_no_crash(make_trainer):
+    class Once(Plain):
+        def forward(self, x):
+            return OnceOnly.apply(super().forward(x))
+
+    net, (x, _) = two_layers(), data()
+    net.append(nn.Identity())
+    with torch.no_grad():
+        y = net(x)[:, 0] + torch.tensor([0.1, -0.1]).repeat(7)
+    flat = LocalMinimumDetector(gradient_tolerance=2.0)
+    found = fit(make_trainer, Once(net, nn.functional.mse_loss), x, y, flat)[0].summary()
+    assert found["kind"] == "undecided"
+    assert "no eigenvalue of the Hessian: the loss cannot be differentiated twice" in found["reason"]
+    assert found["evidence"] == "second_order"
+
+    class Reentrant(Plain):
+        def forward(self, x):
+            return checkpoint(self.net, x.requires_grad_(), use_reentrant=True)
+
+    found = fit(make_trainer, Reentrant(two_layers(), nn.functional.l1_loss), x, y)[0].summary()
+    assert found["evidence"] == "first_order"
+    assert "reentrant checkpointing" in found["reason"]
+    assert found["kinks"] is None or found["min_preactivation"] > 0
+
+
+# First order
+
+
+class Manual(pl.LightningModule):
+    """Two optimisers, by hand."""
+
+    def __init__(self, lr=0.1):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head, self.lr = nn.Linear(4, 6).double(), nn.Linear(6, 1).double(), lr
+        self.automatic_optimization = False
+        self.norms = []
+
+    def forward(self, x):
+        return self.head(nn.functional.relu(self.body(x)))[:, 0]
+
+    def training_step(self, batch, batch_idx):
+        loss = nn.functional.binary_cross_entropy_with_logits(self(batch[0]), batch[1])
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        self.norms.append(math.sqrt(sum(p.grad.square().sum().item() for p in self.parameters())))
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=self.lr) for part in (self.body, self.head)]
+
+
+@pytest.mark.parametrize("batch_size", [14, 5])
+@pytest.mark.parametrize("schedule", [Schedule(every=1), Schedule(every=2, unit="step"), Schedule(every=100)])
+def test_manual_optimisation_has_the_gradients_of_its_steps(make_trainer, batch_size, schedule):
+    module = Manual()
+    detector = LocalMinimumDetector(schedule)
+    _, trainer = fit(make_trainer, module, *data(), detector, batch_size=batch_size, epochs=3)
+    found = detector.summary()
+    assert found["evidence"] == "first_order"
+    assert found["kind"] == ("not_stationary" if batch_size == 14 else "undecided")
+    assert "Manual optimises by hand" in found["reason"]
+    assert found["gradient_norm"] == pytest.approx(module.norms[-1], rel=1e-12)
+    assert found["relative_gradient"] == pytest.approx(module.norms[-1] / module.norms[0], rel=1e-12)
+    x, _ = data()
+    assert found["min_preactivation"] == pytest.approx(module.body(x).abs().min().item(), rel=1e-9)
+    assert float(trainer.callback_metrics["minimum/gradient_norm"]) == found["gradient_norm"]
+    assert not detector.converged
+
+
+def test_manual_optimisation_with_a_loss_fn(make_trainer):
+    def loss_fn(module, batch):
+        return nn.functional.binary_cross_entropy_with_logits(module(batch[0]), batch[1])
+
+    module, (x, y) = Manual(), data()
+    detector, _ = fit(make_trainer, module, x, y, LocalMinimumDetector(loss_fn=loss_fn), batch_size=5)
+    assert detector.summary()["evidence"] == "second_order"
+    assert detector.summary()["loss"] == pytest.approx(loss_fn(module, (x, y)).item(), rel=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
+@pytest.mark.parametrize("more", [[], [nn.Identity()]], ids=["two layers", "any"])
+def test_a_step_that_returns_no_loss_now_and_then(make_trainer, more):
+    class Skips(Plain):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) if batch_idx < 2 else None
+
+    net = nn.Sequential(*two_layers(), *more)
+    found = fit(make_trainer, Skips(net, nn.functional.mse_loss, lr=0.1), *data(), batch_size=5)[0].summary()
+    assert found["evidence"] == "first_order"
+    assert "Skips.training_step returned no loss but None" in found["reason"]
+    assert found["kinks"] == 0
+
+
+# What does not fit
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return itertools.repeat((torch.zeros(4).double(), torch.tensor(0.0).double()), 3)
+
+
+def test_errors_name_the_remedy(make_trainer):
+    smooth = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    with pytest.raises(NoKinksError, match=r"Plain met no kink.*its nonlinear functions are tanh.*take it out"):
+        fit(make_trainer, Plain(smooth, nn.functional.mse_loss), *data())
+    deep = nn.Sequential(*two_layers(), nn.Identity())
+    with pytest.raises(NoKinksError, match=r"modules='other' matches none of the layers that Plain met: net.1"):
+        fit(make_trainer, Plain(deep, nn.functional.mse_loss), *data(), LocalMinimumDetector(modules="other"))
+    trainer = make_trainer(max_epochs=1, callbacks=[LocalMinimumDetector()])
+    with pytest.raises(TypeError, match="the samples of an IterableDataset cannot be enumerated: train on a map-style"):
+        trainer.fit(Plain(two_layers(), nn.functional.mse_loss), DataLoader(Endless()))
+    with pytest.raises(DivergenceError, match="Lower the learning rate"):
+        fit(make_trainer, Plain(deep, nn.functional.mse_loss, lr=1e200), *data(), epochs=4)
+    for name in ("gradient_tolerance", "curvature_tolerance"):
+        with pytest.raises(ValueError, match=f"{name} must be above 0, got 0"):
+            LocalMinimumDetector(**{name: 0})
+    with pytest.raises(ValueError, match="max_products must be at least 1, got 0"):
+        LocalMinimumDetector(max_products=0)
+
+
+# A good guest
+
+
+class Busy(Plain):
+    """Draws noise, drops units, keeps statistics, metrics and a list."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        parts = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 8), nn.ReLU()
+        super().__init__(nn.Sequential(*parts, nn.Linear(8, 1)), nn.functional.binary_cross_entropy_with_logits)
+        self.accuracy, self.losses = torchmetrics.Accuracy("binary"), []
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        out = self(x + 0.1 * torch.randn_like(x)).squeeze(-1)
+        loss = self.loss(out, y)
+        self.accuracy(out, y)
+        self.losses.append(loss.detach())
+        self.log("accuracy", self.accuracy, on_step=True, on_epoch=True)
+        self.log("loss", loss, on_epoch=True)
+        return {"loss": loss}
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}, {"limit_train_batches": 2}],
+    ids=str,
+)
+def test_training_is_the_same_with_and_without(make_trainer, options):
+    x, y = (part.float() for part in data())
+    left = []
+    detector = LocalMinimumDetector(
+        Schedule(every=1, unit="step"), gradient_tolerance=10.0, patience=1, stop_training=False, max_products=6
+    )
+    for callbacks in ([], [detector]):
+        pl.seed_everything(3, verbose=False)
+        module = Busy()
+        loader = DataLoader(TensorDataset(x, y), batch_size=4, shuffle=True)
+        trainer = make_trainer(max_epochs=2, callbacks=callbacks, **options)
+        trainer.fit(module, loader)
+        metrics = {k: v for k, v in trainer.callback_metrics.items() if not k.startswith("minimum/")}
+        left.append((module.state_dict(), module.losses, metrics, torch.rand(2)))
+        assert all(part.training for part in module.modules())
+        hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"
+        assert not any(getattr(part, name) for part in module.modules() for name in hooks)
+    assert detector.summary()["smallest_eigenvalue"] is not None
+    torch.testing.assert_close(left[0], left[1], rtol=0, atol=0)
+
+
+def quiet(module, batch, batch_idx):
+    return module.loss(module(batch[0]).squeeze(-1), batch[1])
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Deep(lr=0.1), Manual, Busy, lambda: Plain(two_layers(), nn.functional.mse_loss, lr=0.1)]
+)
+def test_a_resumed_run_is_as_an_unbroken_one(make_trainer, tmp_path, make):
+    x, y = labels() if isinstance(make(), Deep) else data()
+    x, y = (x.float(), y.float()) if isinstance(make(), Busy) else (x, y)
+    loader = DataLoader(TensorDataset(x, y), batch_size=20)
+    found = []
+    for epochs, checkpoint_path in ((6, None), (3, None), (6, tmp_path / "half.ckpt")):
+        pl.seed_everything(0, verbose=False)
+        detector = LocalMinimumDetector(Schedule(every=2))
+        trainer = make_trainer(max_epochs=epochs, callbacks=[detector])
+        if isinstance(module := make(), Busy):  # without noise, for which a generator would have to be saved
+            module.net[3].p, module.training_step = 0.0, quiet.__get__(module)
+        trainer.fit(module, loader, ckpt_path=checkpoint_path, weights_only=True if checkpoint_path else None)
+        if epochs == 3:
+            trainer.save_checkpoint(tmp_path / "half.ckpt")
+        found.append(detector.summary())
+    assert found[0] == found[2]
+    measure = "mse" if isinstance(module, Plain) and detector.survey else "relative_gradient"
+    assert found[0][measure] not in (1.0, found[1][measure])
+
+
+CASES = [("Deep", 9), ("Deep", 1), ("Plain", 9), ("Plain", 1), ("Manual", 9)]  # of one sample one process has none
+
+
+@pytest.mark.slow
+def test_two_processes_agree_with_one(tmp_path):
+    out = tmp_path / "two.json"
+    command = [sys.executable, __file__, str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for case, two in zip(CASES, json.loads(out.read_text()), strict=True):
+        one = judged(1, *case, tmp_path)
+        assert two.pop("world_size") == 2
+        assert one["evidence"] == {"Deep": "second_order", "Plain": "certificate", "Manual": "first_order"}[case[0]]
+        assert one.keys() - {"world_size"} == two.keys()
+        of_batches = {"gradient_norm", "relative_gradient"} if case[0] == "Manual" else set()
+        for name in two.keys() - {"reason"} - of_batches:
+            value, within = one[name], 1e-12
+            if "eigenvalue" in name:
+                within = one["eigenvalue_error"]  # up to which products are taken
+            assert two[name] == (pytest.approx(value, rel=1e-9, abs=within) if isinstance(value, float) else value)
+
+
+def judged(devices, kind, num_samples, folder):
+    """What a detector finds in a module that does not move."""
+    detector = LocalMinimumDetector(Schedule(every=1), stop_training=False, gradient_tolerance=10.0, patience=1)
+    trainer = pl.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        callbacks=[detector],
+    )
+    module = {
+        "Deep": lambda: Deep(lr=0.0),
+        "Plain": lambda: Plain(two_layers(), nn.functional.mse_loss),
+        "Manual": lambda: Manual(lr=0.0),
+    }[kind]()
+    x, y = labels(num_samples) if kind == "Deep" else data(num_samples)
+    trainer.fit(module, DataLoader(TensorDataset(x, y), batch_size=4))
+    return detector.summary() | {"world_size": trainer.world_size}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    found = [judged(2, *case, Path(sys.argv[1]).parent) for case in CASES]
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        Path(sys.argv[1]).write_text(json.dumps(found))
