@@ -20,6 +20,8 @@ def run(devices, options, folder):
 
 
 def numbers(value):
+    if isinstance(value, dict):
+        return [n for key in sorted(value) for n in (key, *numbers(value[key]))]
     if isinstance(value, list):
         return [n for item in value for n in numbers(item)]
     return [value]

@@ -136,12 +136,14 @@ class KinkTrace:
         self.opaque: set[str] = set()
         self._on_kink = on_kink
         self._patterns = (modules,) if isinstance(modules, str) else None if modules is None else tuple(modules)
-        self._paths: dict[nn.Module, str] = {}
+        self._parts: list[nn.Module] = []  # the hash of a metric is not that of an object
+        self._paths: dict[int, str] = {}
         for path, part in module.named_modules():
             if isinstance(part, torch.jit.ScriptModule):
                 self.opaque.add(f"{path or type(part).__name__} (scripted)")
             else:
-                self._paths[part] = path.replace("_orig_mod.", "").removesuffix("_orig_mod").rstrip(".")
+                self._parts.append(part)
+                self._paths[id(part)] = path.replace("_orig_mod.", "").removesuffix("_orig_mod").rstrip(".")
         self._metrics = {id(part) for part in module.modules() if _is_metric(part)}
         self._within: list[nn.Module] = []
         self._output: tuple[nn.Module, Any, Any] | None = None  # the last module that ended, its input, its output
@@ -154,7 +156,7 @@ class KinkTrace:
         self._calls.clear()
         with ExitStack() as stack:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-            for part in self._paths:
+            for part in self._parts:
                 stack.callback(part.register_forward_pre_hook(self._enter_module).remove)
                 stack.callback(part.register_forward_hook(self._leave_module, always_call=True).remove)
             stack.enter_context(_Mode(self._met))
@@ -200,7 +202,7 @@ class KinkTrace:
         self._on_kink(Kink(layer, name, call, source))
 
     def _layer(self, function: str) -> str:
-        path = self._paths[self._within[-1]] if self._within else ""
+        path = self._paths[id(self._within[-1])] if self._within else ""
         own = bool(path) and isinstance(self._within[-1], KINK_MODULES)
         name = path if own else f"{path}.F.{function}".removeprefix(".")
         self._calls[name] += 1
