@@ -1,22 +1,18 @@
 """One process and two real gloo processes give the same answers."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.children import side_by_side
+from tests.two_processes import main
+
+pytestmark = pytest.mark.xdist_group("children")  # of one process that imports
 
 
 def run(devices, options, folder):
-    folder.mkdir()
-    out = folder / "found.json"
-    command = [sys.executable, "-m", "tests.two_processes", str(devices), json.dumps(options), str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(out.read_text())
+    side_by_side(folder, devices, main, devices, options, folder / "found.json")
+    return json.loads((folder / "found.json").read_text())
 
 
 def numbers(value):

@@ -57,8 +57,8 @@ def test_every_panel_shows_its_numbers(tmp_path, drawn, num_layers):
     assert len(patterns.lines) == num_layers
     np.testing.assert_allclose(patterns.lines[2].get_ydata(), [0.02, 0.22, 0.42])
     (dots,) = (c for c in volumes.collections if len(c.get_offsets()) == num_layers)
-    np.testing.assert_allclose(dots.get_offsets(), [(i + 1, 10.0 ** -(i + 1)) for i in range(num_layers)])
-    assert math.isclose(volumes.lines[0].get_ydata()[0], 1e-3)
+    np.testing.assert_allclose(dots.get_offsets(), [(10.0 ** -(i + 1), i + 1) for i in range(num_layers)])
+    assert math.isclose(volumes.lines[0].get_xdata()[0], 1e-3)
 
 
 def test_panels_without_numbers_say_so(tmp_path, drawn):

@@ -1,7 +1,6 @@
 """Train on one or two processes and write what was found to a file (run by test_ddp)."""
 
 import json
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -90,7 +89,6 @@ def stop(devices: int, step: int, out: Path) -> None:
 
 
 def main(devices: int, options: dict, out: Path) -> None:
-    torch.set_num_threads(1)
     if "stop" in options:
         stop(devices, options["stop"], out)
         return
@@ -132,7 +130,3 @@ def main(devices: int, options: dict, out: Path) -> None:
         found["digests"] = [recorder.store.attributes(step)["digest"] for step in recorder.store.steps]
         found["weights"] = [w.flatten().tolist() for w in model.parameters()]
         out.write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3]))

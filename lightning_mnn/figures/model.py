@@ -130,22 +130,23 @@ def _patterns(ax: Axes, series: Series) -> bool:
 
 def _local_volumes(ax: Axes, series: Series) -> bool:
     """The last local volumes: of each layer, and of all layers together."""
-    ax.set(title="Perturbation that patterns survive", xlabel="layer, by name", ylabel="relative size σ½")
+    ax.set(title="Perturbation that patterns survive", ylabel="layer, by name", xlabel="relative size σ½")
     layers = layers_of(series, "volume", "half_sigma")
     last = {layer: series[name][1][-1] for layer, name in layers.items()}
     places = np.arange(1, len(last) + 1)
-    colors = [*_shades(len(last))]
-    ax.scatter(places, list(last.values()), c=colors, zorder=3)
+    ax.scatter(list(last.values()), places, c=_shades(len(last)), zorder=3)
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     if len(last) <= _MOST_NAMES:
-        ax.set_xticks(places, [plain(layer) for layer in last])
+        ax.set_yticks(places, [plain(layer) for layer in last])
+    ax.set_ylim(0.4, len(last) + 0.6)
     low, half, high = (series.get(f"volume/half_sigma{end}", ([], [])) for end in ("_low", "", "_high"))
     if half[1]:
-        ax.axhline(half[1][-1], color="0.3", lw=1.2, label="all layers together")
+        ax.axvline(half[1][-1], color="0.3", lw=1.2, label="all layers together")
         if low[1] and high[1]:
-            ax.axhspan(low[1][-1], high[1][-1], color="0.3", alpha=0.15, lw=0)
+            ax.axvspan(low[1][-1], high[1][-1], color="0.3", alpha=0.15, lw=0)
         _legend(ax, 1)
     if last or half[1]:
-        ax.set_yscale("log")
+        ax.set_xscale("log")
     return bool(last or half[1])
 
 

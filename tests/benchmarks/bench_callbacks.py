@@ -1,8 +1,9 @@
 """What the callbacks cost in somebody else's model: torchvision's resnet18 on random images of 32 × 32 pixels.
 
-The recorder runs with its default schedule and probe. IMAGES (16384) sets the length of an epoch, of which there are
-two, in batches of 128; before that, 64 steps without it are timed. It trains on a GPU where there is one; elsewhere
-the seconds are those of the processor, since others may use it too.
+The detector's checks and the monitor's measurement come first, on 1,024 images. The recorder runs with its default
+schedule and probe. IMAGES (16384) sets the length of its epoch, of which there are two, in batches of 128; before that,
+64 steps without it are timed. It trains on a GPU where there is one; elsewhere the seconds are those of the processor,
+since others may use it too.
 """
 
 import os
@@ -16,13 +17,39 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
 
-from lightning_mnn.callbacks import ActivationPatternRecorder
+from lightning_mnn.callbacks import ActivationPatternRecorder, AngularVolumeMonitor, LocalMinimumDetector, Schedule
 
 BATCH = 128
 STEPS = 64
+SOME = 1024  # images
+PRODUCTS = 6
 
 
 def main():
+    detector_and_monitor()
+    recorder()
+
+
+def detector_and_monitor():
+    """Seconds of a check, a Hessian–vector product and a measurement beside an epoch of the same images."""
+    data = TensorDataset(torch.randn(SOME, 3, 32, 32), torch.randint(10, (SOME,)))
+    epoch = statistics.median(fit(data, [], max_epochs=3)[1].epochs)
+    look = seconds_of(data, TimedDetector(Schedule(every=1)))
+    options = {"patience": 1, "gradient_tolerance": 1e6, "stop_training": False}  # so that it goes on to the Hessian
+    both = seconds_of(data, TimedDetector(Schedule(every=1), max_products=PRODUCTS, **options))
+    product = (both - look) / PRODUCTS
+    print(f"{SOME} images: an epoch {epoch:.1f} s")
+    print(f"  detector: a check {look / epoch:.2f} epochs, a Hessian-vector product {product / epoch:.2f} epochs")
+    print(f"  monitor: a measurement, whatever the number of images, {seconds_of(data, TimedMonitor()):.1f} s")
+
+
+def seconds_of(data, callback):
+    """Of the last time that a callback acts in two epochs."""
+    fit(data, [callback], max_epochs=2)
+    return callback.seconds
+
+
+def recorder():
     num = int(os.environ.get("IMAGES", "16384"))
     data = TensorDataset(torch.randn(num, 3, 32, 32), torch.randint(10, (num,)))
     plain = fit(data, [], max_steps=STEPS)[1]
@@ -77,6 +104,20 @@ class Clock(pl.Callback):
 
     def on_train_epoch_end(self, trainer, pl_module):
         self.epochs.append(now() - self.begin)
+
+
+class TimedDetector(LocalMinimumDetector):
+    def act(self, trainer, pl_module):
+        start = now()
+        super().act(trainer, pl_module)
+        self.seconds = now() - start
+
+
+class TimedMonitor(AngularVolumeMonitor):
+    def on_train_end(self, trainer, pl_module):
+        start = now()
+        super().on_train_end(trainer, pl_module)
+        self.seconds = now() - start
 
 
 class Timed(ActivationPatternRecorder):

@@ -1,0 +1,87 @@
+"""Processes that the tests start: the command, and trainings in step with one another.
+
+They are children of one process that has imported all there is to import, so that each starts in a tenth of a second.
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+from multiprocessing.connection import wait
+
+import torch
+from pytorch_lightning.utilities import rank_zero_only
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["lightning_mnn.tasks.train", "lightning_mnn.app", "wandb", "zarr", "matplotlib"])
+
+
+def run_the_command(folder, arguments):
+    """Run ``lightning-mnn`` in a folder, and leave what it says in its out.txt and err.txt."""
+    _speak_to(folder)
+    sys.argv = ["lightning-mnn", *arguments]
+    os.environ["COLUMNS"] = "200"  # of what is no terminal
+    os.environ.pop("WANDB_SERVICE", None)  # of the process that tests: it would outlive a kill, and the run in it
+    from lightning_mnn.app import main
+
+    main()
+
+
+def start(folder, *arguments):
+    process = processes.Process(target=run_the_command, args=(folder, arguments))
+    process.start()
+    return process
+
+
+def command(folder, *arguments, expect=0):
+    """What the command says."""
+    for name in ("out", "err"):
+        (folder / f"{name}.txt").unlink(missing_ok=True)
+    process = start(folder, *arguments)
+    process.join(200)
+    out, err = ((folder / f"{name}.txt").read_text() for name in ("out", "err"))
+    assert process.exitcode == expect, out[-2000:] + err[-4000:]
+    return out + err
+
+
+def side_by_side(folder, count, function, *arguments, timeout=200):
+    """Call a function in so many processes at once, which Lightning takes for those of one training by DDP.
+
+    As torchrun would start them: Lightning's own launcher starts one of them and imports everything again in it.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    folders = [folder / f"rank_{rank}" for rank in range(count)]
+    started = []
+    for rank, own in enumerate(folders):
+        own.mkdir(parents=True)
+        ranks = {"LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
+        environment = {name: str(value) for name, value in (ranks | {"MASTER_PORT": port}).items()} if count > 1 else {}
+        started.append(processes.Process(target=_take_part, args=(own, environment, function, arguments)))
+        started[-1].start()
+    running = {process.sentinel: process for process in started}
+    while running and not any(process.exitcode for process in started):
+        ended = wait(running, timeout)
+        if not ended:
+            break
+        for sentinel in ended:
+            running.pop(sentinel).join()
+    for process in running.values():  # which wait for one that failed
+        process.kill()
+        process.join()
+    said = "\n".join((own / "err.txt").read_text()[-3000:] for own in folders if (own / "err.txt").exists())
+    assert [process.exitcode for process in started] == [0] * count, said
+
+
+def _take_part(folder, environment, function, arguments):
+    _speak_to(folder)
+    os.environ |= environment
+    rank_zero_only.rank = int(environment.get("LOCAL_RANK", 0))  # as at its import
+    torch.set_num_threads(1)
+    function(*arguments)
+
+
+def _speak_to(folder):
+    os.chdir(folder)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
