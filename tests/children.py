@@ -13,7 +13,11 @@ import torch
 from pytorch_lightning.utilities import rank_zero_only
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["lightning_mnn.tasks.train", "lightning_mnn.app", "wandb", "zarr", "matplotlib"])
+processes.set_forkserver_preload([
+    "lightning_mnn.tasks.train", "lightning_mnn.app", "lightning_mnn.callbacks.local_minimum_detector",
+    "lightning_mnn.callbacks.activation_pattern_recorder", "lightning_mnn.callbacks.angular_volume_monitor", "wandb",
+    "requests", "zarr", "matplotlib",
+])  # fmt: skip
 
 
 def run_the_command(folder, arguments):

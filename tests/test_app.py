@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from lightning_mnn import app, tasks
 from lightning_mnn.tasks._console import print_config, print_verdict
-from tests.tasks.test_resume import command
+from tests.children import command
 
 CONF = Path(__file__).parent.parent / "conf"
 NO_LOG = ("logger.mode=disabled", "callbacks.angular_volume_monitor.measure=[]")

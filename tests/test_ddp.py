@@ -7,8 +7,6 @@ import pytest
 from tests.children import side_by_side
 from tests.two_processes import main
 
-pytestmark = pytest.mark.xdist_group("children")  # of one process that imports
-
 
 def run(devices, options, folder):
     side_by_side(folder, devices, main, devices, options, folder / "found.json")

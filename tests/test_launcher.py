@@ -317,19 +317,18 @@ def test_a_sweep_over_devices_is_right_and_survives_the_loss_of_a_rank():
         "callbacks.checkpoint.train_time_interval.minutes=0.005",
         "callbacks.angular_volume_monitor.measure=[]",  # an estimate: it agrees within its error
     ]
-    say([*common, "hydra.sweep.dir=whole", "trainer.devices=1,2", "seed=1,2"])
+    say([*common, "hydra.sweep.dir=whole", "trainer.devices=1,2", "seed=2"])
     whole = summaries("whole")
-    assert whole.keys() == {(1, 1), (1, 2), (2, 1), (2, 2)}
+    assert whole.keys() == {(1, 2), (2, 2)}
     for summary in whole.values():
         assert summary["visits"] == [epochs, epochs]
         assert (summary["num_samples"], summary["epochs"], summary["finished"]) == (41, epochs, True)
-    for seed in (1, 2):
-        one, two = (dict(whole[devices, seed]) for devices in (1, 2))
-        assert (one.pop("processes"), two.pop("processes")) == (1, 2)
-        assert one.keys() == two.keys()
-        for key, value in one.items():
-            close = pytest.approx(value, rel=1e-8, abs=1e-8) if isinstance(value, float) else value
-            assert two[key] == close, key
+    one, two = (dict(whole[devices, 2]) for devices in (1, 2))
+    assert (one.pop("processes"), two.pop("processes")) == (1, 2)
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        close = pytest.approx(value, rel=1e-8, abs=1e-8) if isinstance(value, float) else value
+        assert two[key] == close, key
 
     cut = [*common, "hydra.sweep.dir=cut", "trainer.devices=2,1", "seed=2"]
     launcher = subprocess.Popen(cut, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)

@@ -30,7 +30,7 @@ from lightning_mnn.loggers import ResumableCSVLogger, ResumableWandbLogger, log_
 from lightning_mnn.tasks._standing import Standing
 from lightning_mnn.tasks._wandb import settings_of, wandb_options
 from lightning_mnn.tasks.train import _go_on, _loggers
-from tests.tasks.test_resume import processes, run_the_command
+from tests.children import processes, run_the_command
 
 pytestmark = pytest.mark.xdist_group("wandb")  # which share runs that take long
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_mnn.callbacks.pattern_store import PatternStore
 from lightning_mnn.callbacks.probe import KinkProbe, chosen_samples
 from lightning_mnn.callbacks.schedule import Schedule, ScheduledCallback
-from lightning_mnn.callbacks.training_set import patterns_of_training_set
+from lightning_mnn.callbacks.training_set import patterns_of_training_set, states_network
 from lightning_mnn.data.shards import num_samples
 from lightning_mnn.landscape.kink_patterns import KinkLayer
+from lightning_mnn.landscape.kink_trace import PatternError
 from lightning_mnn.landscape.pattern import PackedPattern, distinct_patterns
 from lightning_mnn.loggers import log_scalars
 
@@ -48,6 +48,9 @@ class ActivationPatternRecorder(ScheduledCallback):
 
     which ``memory_budget`` bounds; beside them there is one layer of one of them, or what it gives for one batch.
 
+    Where there is no pattern to compare after the first snapshot (weights that are NaN, a layer that is new or is met
+    no longer, a training set that became smaller), a warning says so, and that snapshot is left out.
+
     Logs, means over the replicas:
 
     - ``pattern/flips``: (sample, unit) pairs whose piece is another than at the last snapshot; ``flips_from_start``,
@@ -64,7 +67,8 @@ class ActivationPatternRecorder(ScheduledCallback):
     Args:
         schedule: when to record, besides the start and the end; None: after 1, 2, 4, 8, … epochs.
         probe: record a fixed random subset of this many samples; None: the whole training set of a module that states
-            its network, and of any other min(N, 1024, what the budget allows). Or a batch of samples as the training
+            its network, and of any other min(N, 1024, what the budget allows), in whole batches where the loader leaves
+            out others (``drop_last``). Or a batch of samples as the training
             loader gives it, the first axis of each of its tensors being the samples, the same on every process: for
             data whose samples cannot be enumerated, as those of an ``IterableDataset``.
         dirpath: folder of ``patterns.zarr``; None: the run's log folder. A store that another run left there is not
@@ -73,7 +77,9 @@ class ActivationPatternRecorder(ScheduledCallback):
         modules: names or patterns (``*``, ``?``) of the layers to record, or of modules whose layers are; None: all.
         memory_budget: bytes that the recorder may hold on the device, 32 MiB by default.
         forward_fn: ``forward_fn(module, batch)``, what to run on a batch; None: the module's ``forward`` on as many
-            leading parts of the batch as it requires, or its ``training_step`` where that cannot be.
+            leading parts of the batch as it requires, or its ``training_step`` where that cannot be or meets other
+            layers, as of an autoencoder whose forward is the encoder alone. Both run once on three samples before
+            training; what is chosen is said.
 
     Attributes:
         store: where the snapshots are; None before training, on processes other than the first, and in a fast_dev_run.
@@ -114,6 +120,8 @@ class ActivationPatternRecorder(ScheduledCallback):
         self._first: dict[str, PackedPattern] = {}
         self._last: dict[str, PackedPattern] = {}
         self._regions: list[list[str]] = []  # of each replica, distinct digests in the order of visit
+        self._recorded_step: int | None = None
+        self._skipped = False  # a snapshot
 
     @property
     @override
@@ -127,20 +135,26 @@ class ActivationPatternRecorder(ScheduledCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._first, self._last, self._regions, self.store = {}, {}, [], None
-            self.layers, self._kinks = {}, None
+            self.layers, self._kinks, self._recorded_step, self._skipped = {}, None, None, False
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._prepare(trainer, pl_module)
+    def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         folder = self.dirpath or trainer.log_dir or trainer.default_root_dir  # log_dir is a collective
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             digests = _digests(self._last) if self._last else []
             self.store = _open_store(Path(folder), self._last_step, digests)
-        super().on_train_start(trainer, pl_module)
+        super().start(trainer, pl_module)
 
     @override
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        patterns = self._patterns(trainer, pl_module)
+        try:
+            patterns = self._patterns(trainer, pl_module)
+        except PatternError as error:
+            if not self._last:
+                raise
+            self._skip(trainer, error)
+            return
+        self._recorded_step = trainer.global_step
         on_host = {name: pattern.to("cpu") for name, pattern in patterns.items()}
         digests = _digests(on_host)
         self._regions = self._regions or [[] for _ in digests]
@@ -153,6 +167,17 @@ class ActivationPatternRecorder(ScheduledCallback):
             replicated = bool(next(iter(patterns.values())).lead)
             self.store.write(trainer.global_step, self.completed_epochs, on_host, digests if replicated else digests[0])
         self._log(trainer, on_host, last)
+
+    def _skip(self, trainer: pl.Trainer, error: PatternError) -> None:
+        """Go on without this snapshot: what happens in the midst of training is no reason to end it."""
+        self._last_step = self._recorded_step  # which a resumed run looks for in the store
+        if not self._skipped:
+            why = "; ".join([str(error), *getattr(error, "__notes__", [])])
+            rank_zero_warn(
+                f"Activation patterns: none are recorded after {trainer.global_step} steps, nor where the same happens "
+                f"again: {why}"
+            )
+        self._skipped = True
 
     @override
     def summary(self) -> dict[str, Any]:
@@ -177,10 +202,12 @@ class ActivationPatternRecorder(ScheduledCallback):
         self._first = {name: PackedPattern(**p) for name, p in state_dict.get("first", {}).items()}
         self._last = {name: PackedPattern(**p) for name, p in state_dict.get("last", {}).items()}
         self._regions = state_dict.get("regions", [])
+        self._recorded_step = self._last_step
 
-    def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    @override
+    def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the layers; in a resumed run, forget snapshots of other ones."""
-        if _states_network(pl_module):
+        if states_network(pl_module):
             if self.modules is not None or self.forward_fn is not None or not isinstance(self.probe, int | None):
                 raise TypeError(
                     "modules, forward_fn and a batch as probe are for modules that run as they are; "
@@ -195,8 +222,12 @@ class ActivationPatternRecorder(ScheduledCallback):
         expected = {name: (layer.num_units, layer.num_pieces, samples) for name, layer in self.layers.items()}
         resumed = {name: (p.width, p.num_pieces, p.bits.shape[-2]) for name, p in self._last.items()}
         if resumed and resumed != expected:
-            rank_zero_info("Activation patterns: those of the checkpoint are of other layers or samples; recorded anew")
+            rank_zero_warn(
+                f"Activation patterns: those of the checkpoint are of other layers or samples ({_told(resumed)}; now "
+                f"{_told(expected)}); they are recorded anew, and flips are counted from here"
+            )
             self._first, self._last, self._regions = {}, {}, []
+            self._last_step = None  # so that there is a snapshot at the start
 
     def _patterns(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, PackedPattern]:
         """The pattern of every layer on the recorded samples, in the data set's order, on every process."""
@@ -247,9 +278,11 @@ class ActivationPatternRecorder(ScheduledCallback):
         log_scalars(trainer, dict(scalars))
 
 
-def _states_network(pl_module: pl.LightningModule) -> bool:
-    """Whether a module says itself what its network is, as MNN does."""
-    return inspect.ismethod(getattr(pl_module, "network", None))
+def _told(layers: dict[str, tuple[int, int, int]]) -> str:
+    """Layers, and how many samples of them, in words."""
+    names = list(layers)
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{', '.join(names[:5])}{more} of {next(iter(layers.values()))[-1]} samples"
 
 
 def _digests(patterns: dict[str, PackedPattern]) -> list[str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightning_mnn.callbacks.cone_volumes import ConePlan, OverBudgetError
+from lightning_mnn.callbacks.cone_volumes import ConePlan, OverBudgetError, why_not_alone
 from lightning_mnn.callbacks.local_minimum_detector import LocalMinimumDetector
 from lightning_mnn.callbacks.local_volumes import (
     Found,
@@ -23,9 +24,13 @@ from lightning_mnn.callbacks.training_set import (
     network_of,
     on_first_process,
     required_network,
+    states_network,
     survey_training_set,
     training_samples,
+    why_not_surveyed,
 )
+from lightning_mnn.callbacks.undisturbed import undisturbed
+from lightning_mnn.data.shards import num_samples
 from lightning_mnn.landscape import bounds
 from lightning_mnn.landscape.local_volume import check_sigmas
 from lightning_mnn.landscape.volume import log_volume_bound_from_sines
@@ -59,7 +64,8 @@ class AngularVolumeMonitor(ScheduledCallback):
     """Logs how large the current region is.
 
     *In a network with one hidden layer and one output* (an MNN, a module with a method ``network()``, or one
-    ``nn.Sequential``; see :func:`~lightning_mnn.callbacks.training_set.network_of`) that is the angular volume
+    ``nn.Sequential`` that the module runs once on the inputs of a batch as they are; see
+    :func:`~lightning_mnn.callbacks.training_set.network_of`) that is the angular volume
     V(R) = P(W ∈ R) of the region of the whole training set, for i.i.d. normal W, as a logarithm in nats. Over replicas
     all that is logged are means.
 
@@ -110,11 +116,13 @@ class AngularVolumeMonitor(ScheduledCallback):
         budget: most multiplications of a measurement of cones, all replicas together.
         seed: of the random numbers; replica r at step t has its own.
         modules: names or patterns of the layers whose pattern counts (see
-            :class:`~lightning_mnn.landscape.kink_trace.KinkTrace`); None: all that the module meets.
+            :class:`~lightning_mnn.landscape.kink_trace.KinkTrace`); None: all that the module meets. Given, the local
+            volume is what is measured.
         forward_fn: ``forward_fn(module, batch)`` runs the module; None: its forward on the leading parts of a batch, or
-            its ``training_step`` (see :func:`~lightning_mnn.callbacks.model_pass.forward_on`).
+            its ``training_step``, where that cannot be or meets other layers (see
+            :func:`~lightning_mnn.callbacks.training_pass.pass_of_training`). Given, the local volume is measured.
         probe: how many samples of the training set are the probe, drawn by the seed; or a batch as the training
-            loader yields it, which an IterableDataset needs.
+            loader yields it, which an IterableDataset needs. Given a batch, the local volume is measured.
         sigmas: sizes σ of the moves, ascending; None: half decades from 1e-6 to 1. Those below 8 spacings of the
             weights' floating-point numbers are left out, and the summary says so.
         num_draws: moves at each σ.
@@ -129,7 +137,8 @@ class AngularVolumeMonitor(ScheduledCallback):
         ValueError: an argument is out of range.
         NoKinksError: (at the start of training) the module met no kink, or none that ``modules`` names.
         TypeError: (at the start of training) the samples of the training set cannot be enumerated, or the module
-            cannot be run on them without ``forward_fn``.
+            cannot be run on them without ``forward_fn``; or ``modules``, ``forward_fn`` or a batch as ``probe`` for a
+            module that states a network with one hidden layer.
 
     >>> AngularVolumeMonitor(epsilon=0.2).theorems(320, 40, 40, 0.0)["volume/theorem_8_width"]
     20.0
@@ -188,6 +197,8 @@ class AngularVolumeMonitor(ScheduledCallback):
         self.volumes: list[RegionVolume | None] = [None]
         self.reasons: list[str | None] = [_NOT_MEASURED]
         self.local: Found | None = None
+        self._checked = self.settings  # with what is run in other modules
+        self._no_volume: str | None = None  # why another module has none as a whole
         self._survey: Survey | None = None  # of the weights that all this is about
         self._moment: Any = None  # of them, in other modules
         self._measured = False  # at these weights, or tried
@@ -215,13 +226,16 @@ class AngularVolumeMonitor(ScheduledCallback):
             self.log_lower_bound, self.volumes, self.reasons = None, [None], [_NOT_MEASURED]
             self._survey, self._moment, self._measured, self._checks, self._certified = None, None, False, 0, False
             self.local = None if _has_cones(pl_module) else Found()
+            self._checked, self._no_volume = self.settings, None
             _put_behind_detectors(trainer, self)
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.local is not None and not _is_replicated(pl_module):
-            check_kinks(trainer, pl_module, self.settings)
-        super().on_train_start(trainer, pl_module)
+    def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._no_volume = self._why_no_volume(trainer, pl_module)
+        if self._no_volume is not None:
+            self.local = Found()
+            if not _is_replicated(pl_module):
+                self._checked = check_kinks(trainer, pl_module, self.settings)
 
     @override
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -286,16 +300,45 @@ class AngularVolumeMonitor(ScheduledCallback):
         super().load_state_dict(state_dict)
         self._checks, self._certified = state_dict.get("checks", 1), state_dict.get("certified", False)
 
+    def _why_no_volume(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
+        """Why a module's regions are no products of cones on the training set; None where they are."""
+        network, of_passes = network_of(pl_module), self.settings.of_passes
+        if network is None:
+            return _NO_NETWORK
+        if len(network.hidden_weights) > 1:
+            return _NO_PRODUCT
+        if states_network(pl_module):
+            if of_passes:
+                raise TypeError(
+                    f"{', '.join(of_passes)} are for modules that run as they are; {type(pl_module).__name__} states a "
+                    "network with one hidden layer, whose volume is that of the whole training set: leave them out"
+                )
+            return None
+        why: str | None = None
+        if of_passes:
+            why = f"{', '.join(of_passes)} are given, which are of the local volume"
+        else:
+            try:
+                num_samples(trainer.train_dataloader)
+            except TypeError as error:
+                why = str(error)
+        with _untouched(trainer, pl_module):
+            why = why or why_not_surveyed(trainer, network) or why_not_alone(trainer, pl_module, network)
+        if why is not None:
+            rank_zero_info(f"AngularVolumeMonitor: the local volume is measured, and not that of the region: {why}")
+        return why
+
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Bound the volume, once for the same weights, and forget what was measured at others."""
         if self.local is not None:
             moment = _moment(trainer, pl_module)
             if moment != self._moment:
                 self._moment, self._measured = moment, False
-                self.local, self.reasons = Found(), [_no_volume(pl_module)]
+                self.local, self.reasons = Found(), [self._no_volume]
             return
         network = required_network(self, pl_module)
-        survey = survey_training_set(trainer, pl_module)
+        with _untouched(trainer, pl_module):
+            survey = survey_training_set(trainer, pl_module)
         if survey is self._survey:
             return
         self._survey, self._measured = survey, False
@@ -333,11 +376,12 @@ class AngularVolumeMonitor(ScheduledCallback):
             if _is_replicated(pl_module):
                 self.local = Found(reason=_REPLICAS_APART, cones_reason=_REPLICAS_APART)
                 return
-            self.local = measure_local_volume(trainer, pl_module, self.settings)
-            log_local_volume(trainer, pl_module, self.local, self.settings)
+            self.local = measure_local_volume(trainer, pl_module, self._checked)
+            log_local_volume(trainer, pl_module, self.local, self._checked)
             return
         network = required_network(self, pl_module)
-        found = on_first_process(trainer, lambda: self._found(trainer, network))
+        with _untouched(trainer, pl_module):
+            found = on_first_process(trainer, lambda: self._found(trainer, network))
         self.volumes, self.reasons = [volume for volume, _ in found], [reason for _, reason in found]
         measured = [volume for volume in self.volumes if volume is not None]
         if measured:
@@ -379,9 +423,9 @@ def _has_cones(pl_module: pl.LightningModule) -> bool:
     return network is not None and len(network.hidden_weights) == 1
 
 
-def _no_volume(pl_module: pl.LightningModule) -> str:
-    """Why another module has no volume as a whole."""
-    return _NO_NETWORK if network_of(pl_module) is None else _NO_PRODUCT
+def _untouched(trainer: pl.Trainer, pl_module: pl.LightningModule) -> AbstractContextManager[Any]:
+    """Of a foreign module the data may draw random numbers, and training shall not notice."""
+    return nullcontext() if states_network(pl_module) else undisturbed(trainer, pl_module)
 
 
 def _is_replicated(pl_module: pl.LightningModule) -> bool:

@@ -1,21 +1,38 @@
-"""What the cones of a layer's units are worth measuring, and their volume or the reason why there is none."""
+"""Which layers' units have cones, which of these are worth measuring, and their volume or why there is none."""
 
 from __future__ import annotations
 
+import itertools
+import warnings
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
+from lightning_mnn.callbacks.model_pass import as_in_training, forward_on, forward_parts, step_for_its_passes
+from lightning_mnn.callbacks.training_pass import kept_parameters
+from lightning_mnn.callbacks.training_set import gather
+from lightning_mnn.callbacks.undisturbed import undisturbed
+from lightning_mnn.data.shards import exact_shard, flat_batch, num_samples
 from lightning_mnn.landscape.cone import predicted_samples
 from lightning_mnn.landscape.pattern import ActivationPattern
 from lightning_mnn.landscape.region import Region
 from lightning_mnn.landscape.volume import RegionVolume, region_log_volume
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import pytorch_lightning as pl
     from torch import Tensor
+
+    from lightning_mnn.landscape.survey import Network
 
     VolumeOrReason = tuple[RegionVolume | None, str | None]
 
 _MOST_SAMPLES = 2**20  # of a cone, however large the budget
+_FEW = 8  # samples of a pass that tells what a module calls its network on
 
 
 class OverBudgetError(ValueError):
@@ -75,3 +92,86 @@ class ConePlan:
         except (ValueError, ArithmeticError) as error:
             return None, str(error)
         return volume, None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has forward hooks, which may change what it is called on or what it gives."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)  # noqa: SLF001 (there is no other way)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is a Linear whose weights are parameters and not computed, with torch's own forward."""
+    parameters = dict(module.named_parameters(recurse=False))
+    return type(module) is nn.Linear and parameters.keys() <= {"weight", "bias"} and "forward" not in vars(module)
+
+
+def why_not_alone(trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network) -> str | None:
+    """Why a module's regions are not those of its network on the training inputs; None where they are.
+
+    The network is that of an ``nn.Sequential`` in the module, whose layers must run once in a pass, one after the
+    other, the first on the flattened inputs of the batch: in the module's forward and in its ``training_step``, as far
+    as these can be run. They are on a few samples, without a trace.
+    """
+    first = network.hidden_weights[0].data_ptr()
+    layers = next(
+        list(part) for part in pl_module.modules() if isinstance(part, nn.Sequential) and _begins(part, first)
+    )
+    layers = [layer for layer in layers if not isinstance(layer, nn.Flatten)]
+    if any(map(has_hooks, layers)):
+        return "its nn.Sequential has layers with forward hooks, which may change what these give"
+    few = torch.arange(min(_FEW, num_samples(trainer.train_dataloader)))
+
+    def why_not(run: Callable[..., Any]) -> str | None:
+        with undisturbed(trainer, pl_module), kept_parameters(pl_module), warnings.catch_warnings(action="ignore"):
+            (batch,) = exact_shard(trainer.train_dataloader, chosen=few, batch_size=len(few))
+            inputs = flat_batch(batch)[0].clone()
+            calls = _calls(layers, lambda: run(trainer, pl_module, as_in_training(trainer, pl_module, batch)))
+            return _why_not_plain(calls, layers, inputs)
+
+    reasons: dict[str, str | None] = {}
+    with torch.no_grad():
+        if forward_parts(pl_module, [None, None]) is not None:
+            with suppress(Exception):  # of a wrong guess of what it takes
+                reasons["forward"] = why_not(forward_on)
+        with suppress(Exception):  # what cannot be run in eval mode, or by itself
+            reasons["training_step"] = why_not(step_for_its_passes)
+    told = [f"its {what} {why}" for what, why in reasons.items() if why is not None]
+    if not reasons:
+        told = ["neither its forward nor its training_step can be run by itself"]
+    return next((reason for part in gather(told) for reason in part), None)
+
+
+def _begins(layers: nn.Sequential, weights: int) -> bool:
+    """Whether the first Linear of an ``nn.Sequential`` is the one of some weights."""
+    linear = next((layer for layer in layers if isinstance(layer, nn.Linear)), None)
+    return linear is not None and linear.weight.data_ptr() == weights
+
+
+def _calls(layers: Sequence[nn.Module], run: Callable[[], Any]) -> list[tuple[nn.Module, Any, Any]]:
+    """Which of some layers are called, on what, and what they give."""
+    calls: list[tuple[nn.Module, Any, Any]] = []
+
+    def note(layer: nn.Module, inputs: Any, output: Any) -> None:
+        calls.append((layer, inputs[0] if inputs else None, output))
+
+    handles = [layer.register_forward_hook(note) for layer in layers]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _why_not_plain(calls: list[tuple[nn.Module, Any, Any]], layers: Sequence[nn.Module], inputs: Tensor) -> str | None:
+    """Why calls of layers are not one chain that begins with the inputs (n, d0); None where they are."""
+    times = sum(layer is layers[0] for layer, _, _ in calls)
+    if times != 1:
+        return f"calls the first Linear of its nn.Sequential {times} times, and not once"
+    chained = all(here[1] is before[2] for before, here in itertools.pairwise(calls))
+    if [id(layer) for layer, _, _ in calls] != [id(layer) for layer in layers] or not chained:
+        return "does not run the layers of its nn.Sequential one after the other"
+    seen = calls[0][1]
+    if not isinstance(seen, torch.Tensor) or not torch.equal(seen.reshape(-1, seen.shape[-1]), inputs.to(seen)):
+        return "calls its nn.Sequential on something other than the inputs of a batch"
+    return None

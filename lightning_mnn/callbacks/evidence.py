@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lightning_mnn.callbacks.undisturbed import trained_parameters
 from lightning_mnn.mnn import DivergenceError
 
 if TYPE_CHECKING:
@@ -107,12 +108,12 @@ class Judge(ABC):
 
 
 def check_weights(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Check that a module's weights are numbers.
+    """Check that the weights that are trained are numbers; a frozen mask may hold infinities.
 
     Raises:
         DivergenceError: one is not.
     """
-    if not all(bool(parameter.isfinite().all()) for parameter in pl_module.parameters()):
+    if not all(bool(parameter.isfinite().all()) for parameter in trained_parameters(trainer, pl_module)):
         raise diverged(trainer, "weights are")
 
 
@@ -123,9 +124,19 @@ def diverged(trainer: pl.Trainer, what: str) -> DivergenceError:
     )
 
 
+def unseen_batches(trainer: pl.Trainer) -> list[str]:
+    """That training sees a part of its data only, in words, where it does."""
+    loader: Any = trainer.train_dataloader
+    seen, there = trainer.num_training_batches, len(loader)
+    if seen >= there:
+        return []
+    of = "limit_train_batches, overfit_batches or fast_dev_run"
+    return [f"an epoch of training sees {seen} of {there} batches ({of}), and this is of the whole training set"]
+
+
 def conditions(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
     """What the loss over the training set leaves out of what training does, in words."""
-    told = []
+    told = unseen_batches(trainer)
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     if any(group.get("weight_decay", 0) for group in groups):
         told.append("the optimiser's weight_decay is no part of this loss: what is trained is another")

@@ -13,10 +13,10 @@ from lightning_mnn.callbacks.evidence import Evidence, Judge, check_weights, con
 from lightning_mnn.callbacks.full_batch import FullBatch
 from lightning_mnn.callbacks.model_pass import LossNotEvaluableError
 from lightning_mnn.callbacks.training_set import gather
-from lightning_mnn.landscape.kink_patterns import NoKinksError
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
+    from torch import Tensor
     from torch.optim import Optimizer
 
     from lightning_mnn.callbacks.model_pass import ModelFunction
@@ -73,7 +73,9 @@ class FirstOrderJudge(Judge):
         """Take note of the gradient that an optimiser is about to follow, unscaled."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         index = _index(trainer, optimizer)
-        self._last[index] = sum(float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2 for g in gradients)
+        self._last[index] = sum(
+            float(torch.linalg.vector_norm(_numbers(g), dtype=torch.float64)) ** 2 for g in gradients
+        )
         self._first.setdefault(index, self._last[index])
 
     @override
@@ -88,10 +90,10 @@ class FirstOrderJudge(Judge):
                 self._kinks, unseen = batch.nearest_kink(), None
             except LossNotEvaluableError as error:
                 self._kinks, unseen = None, f"kinks were not looked at: {error}"
-            except NoKinksError:
-                if not batch.met:
-                    raise
-                self._kinks, unseen = None, f"which weights the kinks of {', '.join(batch.met)} depend on is not known"
+            else:
+                if self._kinks.units == 0:
+                    unseen = f"which weights the kinks of {', '.join(batch.met)} depend on is not known"
+                    self._kinks = None
         told = [self.why, *conditions(trainer, pl_module), *batch.notes()]
         first, self._notes = not self._notes, told if unseen is None else [*told, unseen]
         if first:
@@ -149,6 +151,11 @@ def _mean_norm(squares: dict[int, float]) -> float:
     """Norm over all optimisers, the mean over the processes."""
     norms = gather(math.sqrt(sum(squares.values())))
     return float(sum(norms) / len(norms))
+
+
+def _numbers(gradient: Tensor) -> Tensor:
+    """A gradient's numbers but for zeros, which those of embeddings may leave out."""
+    return gradient.coalesce().values() if gradient.layout is torch.sparse_coo else gradient
 
 
 def _index(trainer: pl.Trainer, optimizer: Any) -> int:

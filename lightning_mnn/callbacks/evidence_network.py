@@ -13,7 +13,7 @@ from lightning_mnn.callbacks.certification import (
     polish_on_training_set,
     why_not_certified,
 )
-from lightning_mnn.callbacks.evidence import Evidence, Judge, conditions
+from lightning_mnn.callbacks.evidence import Evidence, Judge, conditions, unseen_batches
 from lightning_mnn.callbacks.schedule import plain
 from lightning_mnn.callbacks.squared_error import SquaredErrorLoss, still_fits
 from lightning_mnn.callbacks.training_set import (
@@ -104,14 +104,14 @@ class NetworkJudge(Judge):
         self.certificates = []
         self._not_certified = why_not_certified(trainer, network)
         self._certifiable = len(network.hidden_weights) == 1 and self._not_certified is None
-        self._notes = [] if self.fitted is None else conditions(trainer, pl_module)
-        with _kept(pl_module):
+        self._notes = unseen_batches(trainer) if self.fitted is None else conditions(trainer, pl_module)
+        with _kept(trainer, pl_module):
             self._survey(trainer, pl_module, network)
 
     @override
     def conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._check_loss(trainer, pl_module)
-        with _kept(pl_module):
+        with _kept(trainer, pl_module):
             network = _network(pl_module)
             self.certificates = certify_training_set(trainer, pl_module, network, self._max_distance)
 
@@ -120,7 +120,7 @@ class NetworkJudge(Judge):
         network = _network(pl_module)
         if polish:
             self._check_loss(trainer, pl_module)
-            with _kept(pl_module):
+            with _kept(trainer, pl_module):
                 polished = polish_on_training_set(trainer, pl_module, network, self._max_distance)
                 self.certificates = [found.certificate for found in polished]
                 self._moved = [found.distance if found.moved else 0.0 for found in polished]
@@ -224,8 +224,7 @@ class NetworkJudge(Judge):
             self._rank_cap = rank_cap(self.survey, input_rank(trainer, pl_module, network), network.negative_slope)
 
     def _check_loss(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self.survey is not None  # noqa: S101
-        if self.fitted is not None and not still_fits(trainer, pl_module, self.survey, self.fitted, self._loss_fn):
+        if self.fitted is not None and not still_fits(trainer, pl_module, self.fitted, self._loss_fn):
             raise NotSquaredErrorError(
                 "the loss that it trains is the mean squared error of its network in places only, and not here"
             )
@@ -248,9 +247,9 @@ def _network(pl_module: pl.LightningModule) -> Network:
     return network
 
 
-def _kept(pl_module: pl.LightningModule) -> AbstractContextManager[None]:
+def _kept(trainer: pl.Trainer, pl_module: pl.LightningModule) -> AbstractContextManager[None]:
     """Of a foreign module the data may draw random numbers, and training shall not notice."""
-    return nullcontext() if states_network(pl_module) else kept_generators()
+    return nullcontext() if states_network(pl_module) else kept_generators(trainer)
 
 
 def _one(values: Any, *, several: bool) -> Any:

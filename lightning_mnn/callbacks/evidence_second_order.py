@@ -12,6 +12,8 @@ from typing_extensions import override
 
 from lightning_mnn.callbacks.evidence import Evidence, Judge, check_weights, conditions, diverged
 from lightning_mnn.callbacks.full_batch import FullBatch
+from lightning_mnn.callbacks.model_pass import LossNotEvaluableError
+from lightning_mnn.data.shards import num_samples
 from lightning_mnn.landscape.loss_surface import NoDerivativeError
 from lightning_mnn.landscape.second_order import (
     SecondOrderKind,
@@ -24,8 +26,13 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
     from lightning_mnn.callbacks.model_pass import ModelFunction
+    from lightning_mnn.landscape.kink_distance import KinkDistance
     from lightning_mnn.landscape.kink_trace import Names
     from lightning_mnn.landscape.loss_surface import LossSurface
+
+
+_CLOSE = 1e-6  # a kink, in units of its layer's root mean square, to which training has come rather than happened
+_ON_KINKS = "training may go to and fro across kinks, where a gradient need not vanish, as of an L1 loss or penalty"
 
 
 class SecondOrderJudge(Judge):
@@ -64,6 +71,7 @@ class SecondOrderJudge(Judge):
         self._notes: list[str] = []
         self._told: list[str] = []
         self._concluded = False
+        self._sums: bool | None = None  # whether the loss is a sum over samples; None: not known yet
 
     @property
     @override
@@ -91,16 +99,20 @@ class SecondOrderJudge(Judge):
                 self.reference = _size_of_gradient(surface)
                 batch.check()
             kinks = batch.nearest_kink()
+            first = batch.first_loss()
             reference = self.reference if math.isfinite(self.reference) else 1.0
             tolerance = self._gradient_tolerance  # of its jumps, too: of millions of units in float32 a few touch kinks
             self.verdict = judge_stationarity(
                 surface, kinks, reference, gradient_tolerance=tolerance, jump_tolerance=tolerance
             )
             batch.check()
+            if self._sums is None:
+                self._sums = batch.sums()
+            batch.check_repeats(first)
         self._concluded = False
         if not math.isfinite(self.verdict.loss):
             raise diverged(trainer, "the loss over the training set is")
-        self._note(trainer, pl_module, batch)
+        self._note(trainer, pl_module, batch, kinks)
 
     @override
     def conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -109,13 +121,15 @@ class SecondOrderJudge(Judge):
         batch = self._full_batch(trainer, pl_module)
         try:
             with batch.open():
-                self.verdict = judge_curvature(
+                found = judge_curvature(
                     batch.surface(),
                     self.verdict,
                     curvature_tolerance=self._curvature_tolerance,
                     max_products=self._max_products,
                 )
-        except (NoDerivativeError, FloatingPointError) as error:
+                batch.check()
+            self.verdict = found
+        except (NoDerivativeError, FloatingPointError, LossNotEvaluableError) as error:
             self._undecided(f"no eigenvalue of the Hessian: {error}")
         except torch.OutOfMemoryError:
             if trainer.world_size > 1:  # the other processes would wait
@@ -133,7 +147,9 @@ class SecondOrderJudge(Judge):
     def kinds(self) -> tuple[list[str], list[str]]:
         if self.verdict is None:
             return [str(SecondOrderKind.UNDECIDED)], ["not looked at yet"]
-        return [str(self.verdict.kind)], ["; ".join([self.verdict.reason, *self._notes])]
+        moving, close = self.verdict.kind is SecondOrderKind.NOT_STATIONARY, self.verdict.relative_kink < _CLOSE
+        kinked = [_ON_KINKS] if moving and close and not self.verdict.kinks else []
+        return [str(self.verdict.kind)], ["; ".join([self.verdict.reason, *kinked, *self._notes])]
 
     @override
     def scalars(self) -> dict[str, Any]:
@@ -179,11 +195,19 @@ class SecondOrderJudge(Judge):
         if self.verdict.kind is SecondOrderKind.UNDECIDED:
             self.verdict = replace(self.verdict, reason=f"{self.verdict.reason}; {why}")
 
-    def _note(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: FullBatch) -> None:
+    def _note(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: FullBatch, kinks: KinkDistance) -> None:
         """What the reader of a reason has to know beside it, which is also told once."""
         found = [] if self.why is None else [f"no certificate: {self.why}"]
         found += conditions(trainer, pl_module)
         found += batch.notes()
+        loader: Any = trainer.train_dataloader
+        if self._sums and num_samples(loader) % (loader.batch_size or 1):
+            found.append(
+                "the loss is a sum over the samples of a batch and is taken for their mean, so that the last batch, "
+                "which is smaller, counts for less; give a loss_fn(module, batch) that returns the mean"
+            )
+        if not kinks.units:
+            found.append(f"no kink depends on a weight that is trained now ({', '.join(batch.met)} depend on none)")
         self._notes = found
         for note in found:
             if note not in self._told:

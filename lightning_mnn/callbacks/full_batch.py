@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from collections import OrderedDict
+from contextlib import contextmanager, suppress
+from copy import deepcopy
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
@@ -13,7 +17,9 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from lightning_mnn.callbacks.model_pass import (
+    SERIOUS,
     LossNotEvaluableError,
+    StepFailedError,
     batch_size,
     forward_on,
     loss_on,
@@ -21,7 +27,7 @@ from lightning_mnn.callbacks.model_pass import (
     precision_context,
 )
 from lightning_mnn.callbacks.training_set import gather
-from lightning_mnn.callbacks.undisturbed import seed_generators, undisturbed
+from lightning_mnn.callbacks.undisturbed import Restart, seed_generators, trained_parameters, undisturbed
 from lightning_mnn.data.loader import part_of
 from lightning_mnn.data.shards import num_samples
 from lightning_mnn.landscape.kink_distance import KinkDistance, kink_distance
@@ -31,7 +37,7 @@ from lightning_mnn.landscape.loss_surface import LossSurface
 from lightning_mnn.landscape.team import ProcessTeam, Team
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     import pytorch_lightning as pl
 
@@ -44,8 +50,10 @@ class FullBatch:
     """L(θ) = Σ_b (n_b / N) L_b(θ) over the batches b of n_b samples, in eval mode, in the weights' own precision.
 
     L_b is the module's own loss of a batch, taken as the mean over its samples. Each pass sees the same batches with
-    the same augmentations. Processes have parts of the training set of their own, or none, so that a loss must not ask
-    the other processes for anything (metrics of torchmetrics do not here). Use it within :meth:`open`.
+    the same augmentations, and each batch the state in which the module was when it was opened, such as running means
+    and counters, so that L is a function of the weights alone. Processes have parts of the training set of their own,
+    or none, so that a loss must not ask the other processes for anything (metrics of torchmetrics do not here). Use it
+    within :meth:`open`.
 
     Args:
         trainer: the Trainer that trains the module.
@@ -82,6 +90,8 @@ class FullBatch:
         self._num_samples = num_samples(trainer.train_dataloader)
         self._own = part_of(self._num_samples, trainer.global_rank, trainer.world_size)
         self._kept: list[Any] | None = None
+        self._restart: Restart | None = None
+        self._moving: set[int] = set()  # ids of the parameters of surfaces
         self._failure: str | None = None
         metrics = [name for name, part in pl_module.named_modules() if isinstance(part, Metric)]
         self._metrics = tuple(f"{name}." for name in metrics)
@@ -90,48 +100,96 @@ class FullBatch:
     def open(self) -> Iterator[None]:
         """Inside, the module may be run, without a trace in its training."""
         trainer = self._trainer
-        with undisturbed(trainer, self._module), precision_context(trainer, autocast=False), torch.enable_grad():
+        opened = undisturbed(trainer, self._module)
+        with opened as restart, precision_context(trainer, autocast=False), torch.enable_grad():
+            self._restart = restart
             try:
                 yield
             finally:
-                self._kept = None
+                self._kept, self._restart = None, None
 
     def why_not_evaluable(self) -> str | None:
-        """Why the module's loss cannot be had, the same on every process; None where it can."""
+        """Why the module's loss cannot be had, the same on every process; None where it can.
+
+        Raises:
+            StepFailedError: ``training_step`` fails, on one process or more.
+        """
         own = None
-        for index, batch, _ in self._batches():
+        for index, batch, _ in islice(self._batches(), 1):
             try:
                 self._loss(index, batch)
             except LossNotEvaluableError as error:
-                own = str(error)
-            break
-        return next((reason for reason in gather(own) if reason is not None), None)
+                own = isinstance(error, StepFailedError), str(error)
+        told = [found for found in gather(own) if found is not None]
+        for failed, reason in told:
+            if failed:
+                raise StepFailedError(reason)
+        return told[0][1] if told else None
 
-    def surface(self, parameters: list[Tensor] | None = None) -> LossSurface:
-        """The loss as a function of parameters; None: of all that are trained.
+    def surface(self, parameters: Sequence[Tensor] | None = None) -> LossSurface:
+        """The loss as a function of parameters; None: of all that the optimisers train.
 
         Raises:
             ValueError: they are not of one precision and on one device, or in less than 32 bits.
         """
-        trained = [p for p in self._module.parameters() if p.requires_grad]
-        return LossSurface(trained if parameters is None else parameters, self._parts, self._team())
+        chosen = self._trained() if parameters is None else parameters
+        self._moving = {id(parameter) for parameter in chosen}
+        return LossSurface(chosen, self._parts, self._team())
+
+    def first_loss(self) -> float:
+        """The weighted sum of the losses of each process's first batch."""
+        return LossSurface(self._trained(), lambda: islice(self._parts(), 1), self._team()).loss()
+
+    def check_repeats(self, first: float) -> None:
+        """Check that :meth:`first_loss` is still what it was, at the same weights, after other passes.
+
+        Raises:
+            LossNotEvaluableError: it is not, so that the loss is no function of the weights.
+        """
+        again = self.first_loss()
+        eps = torch.finfo(self._trained()[0].dtype).eps
+        if abs(again - first) > eps**0.5 * max(abs(first), abs(again)) + eps**1.5:
+            raise LossNotEvaluableError(
+                f"the loss of the same batch at the same weights was {first:.6g} and, after a pass, {again:.6g}: it "
+                "depends on a state outside the module. Give the callback a loss_fn(module, batch) that does not"
+            )
 
     def nearest_kink(self) -> KinkDistance:
         """How far the weights are from the nearest kink of the forward passes and the loss.
 
         Raises:
-            NoKinksError: there is none that depends on the weights.
+            NoKinksError: there is none, whether it depends on the weights or not.
             LossNotEvaluableError: a batch gave no loss.
         """
         passes = (partial(self._trace, index, batch) for index, batch, _ in self._batches())
-        found = kink_distance(passes, [*self._module.parameters()], self._team())
+        found = kink_distance(passes, self._trained(), self._team())
         parts = gather((self.met, self.smooth, self.opaque, self.left_out))
         unions = (sorted(set().union(*names)) for names in zip(*parts, strict=True))
         self.met, self.smooth, self.opaque, self.left_out = unions
         self.check()
-        if found.units == 0:
+        if not self.met:
             raise NoKinksError(self._no_kinks())
         return found
+
+    def sums(self) -> bool:
+        """Whether the loss of a batch given twice is twice as large, so that it is a sum over samples and no mean.
+
+        The first batch tells, if each of its tensors has one entry or row for each sample.
+        """
+        own, failure = False, self._failure
+        for index, batch, size in self._batches():
+            tensors: list[Tensor] = []
+            apply_to_collection(batch, Tensor, tensors.append, allow_frozen=True)
+            if tensors and all(tensor.ndim and len(tensor) == size for tensor in tensors):
+                twice = apply_to_collection(
+                    batch, Tensor, lambda tensor: torch.cat([tensor, tensor]), allow_frozen=True
+                )
+                with suppress(Exception):  # of a step that knows how large its batches are
+                    one, two = (float(self._part(index, part).detach()) for part in (batch, twice))
+                    own = abs(two - 2 * one) < 1e-3 * abs(one)
+            break
+        self._failure = failure
+        return any(gather(own))
 
     def notes(self) -> list[str]:
         """What :meth:`nearest_kink` could not tell, in words."""
@@ -154,7 +212,18 @@ class FullBatch:
 
     def _parts(self) -> Iterator[tuple[float, Callable[[], Tensor]]]:
         for index, batch, size in self._batches():
-            yield size / self._num_samples, partial(self._loss_or_none, index, batch)
+            yield size / self._num_samples, partial(self._part, index, batch)
+
+    def _trained(self) -> list[Tensor]:
+        return trained_parameters(self._trainer, self._module)
+
+    def _part(self, index: int, batch: Any) -> Tensor:
+        self._put_back()
+        return self._loss_or_none(index, batch)
+
+    def _put_back(self) -> None:
+        assert self._restart is not None  # noqa: S101 (it is open)
+        self._restart.batch(self._moving | {id(parameter) for parameter in self._trained()})
 
     def _loss(self, index: int, batch: Any) -> Tensor:
         seed_generators(index)
@@ -165,28 +234,42 @@ class FullBatch:
             return self._loss(index, batch)
         except LossNotEvaluableError as error:  # the other processes go on, and hear of it in check
             self._failure = str(error)
-            return torch.zeros(())
+            return 0.0 * self._trained()[0].reshape(-1)[:1].sum()  # which can be differentiated, as any loss
 
     def _forward(self, index: int, batch: Any) -> None:
         seed_generators(index)
+        remedy = "loss_fn(module, batch)"
         try:
-            forward_on(self._trainer, self._module, batch, self._loss_fn)
+            forward_on(self._trainer, self._module, batch, self._loss_fn, remedy)
         except LossNotEvaluableError as error:
             self._failure = str(error)
+        except SERIOUS:
+            raise
+        except Exception as error:
+            if self._loss_fn is not None:
+                raise
+            self._failure = (
+                f"{type(self._module).__name__}.forward fails on a batch of the training set: {type(error).__name__}: "
+                f"{error}. Give the callback a {remedy}, which need not return a loss"
+            )
 
     def _trace(self, index: int, batch: Any, on_kink: Callable[[Kink], None]) -> None:
         def look(kink: Kink) -> None:
             if not kink.name.startswith(self._metrics or "\0"):
                 on_kink(kink)
 
+        self._put_back()
         with KinkTrace(self._module, look, self._modules) as trace:
-            self._run(index, _cloned(batch))
+            self._run(index, _copied(batch))
         self.met = sorted({*self.met, *trace.names})
         self.smooth, self.opaque = sorted({*self.smooth, *trace.smooth}), sorted({*self.opaque, *trace.opaque})
         self.left_out = sorted({*self.left_out, *trace.left_out})
 
     def _batches(self) -> Iterator[tuple[int, Any, int]]:
         """Index, content and number of samples of this process's batches."""
+        assert self._restart is not None  # noqa: S101 (it is open)
+        self._put_back()
+        self._restart.data()
         loader = self._trainer.train_dataloader
         left = self._own[1] - self._own[0]
         kept: list[Any] | None = []
@@ -195,9 +278,9 @@ class FullBatch:
             size = min(loader.batch_size or 256, left) if isinstance(loader, DataLoader) else batch_size(batch)
             left -= size
             if kept is not None and self._kept is None:
-                kept.append(_cloned(batch))
-                kept = kept if _bytes(kept) <= _KEPT else None
-            yield index, _cloned(batch) if self._kept else batch, size
+                kept.append(_copied(batch))
+                kept = kept if _is_known(batch) and _bytes(kept) <= _KEPT else None
+            yield index, _copied(batch) if self._kept else batch, size
         if self._kept is None:
             self._kept = kept
 
@@ -211,17 +294,44 @@ class FullBatch:
         unseen = f"; the kinks of {', '.join(self.opaque)} cannot be seen" if self.opaque else ""
         smooth = f"; its nonlinear functions are {', '.join(self.smooth)}" if self.smooth else ""
         return (
-            f"{name} met no kink that depends on its weights, that is no ReLU, LeakyReLU, clamp, max-pooling or the "
+            f"{name} met no kink, that is no ReLU, LeakyReLU, clamp, max-pooling or the "
             f"like{smooth}{unseen}: LocalMinimumDetector judges piecewise-linear networks, take it out of this one"
         )
 
 
-def _cloned(batch: Any) -> Any:
-    """A copy, as a step may work in place on what it is given."""
-    return apply_to_collection(batch, Tensor, torch.clone)
+def _copied(batch: Any) -> Any:
+    """A copy, as a step may work in place on what it is given; of unknown kinds that cannot be copied the same."""
+    if isinstance(batch, Tensor):
+        return batch.clone()
+    if isinstance(batch, dict) and _is_known_container(batch):
+        return type(batch)((key, _copied(part)) for key, part in batch.items())
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*map(_copied, batch))
+    if _is_known_container(batch):
+        return type(batch)(map(_copied, batch))
+    try:
+        return deepcopy(batch)
+    except Exception:  # noqa: BLE001 (of whatever its class does)
+        return batch
 
 
-def _bytes(batches: list[Any]) -> int:
-    sizes: list[int] = []
-    apply_to_collection(batches, Tensor, lambda tensor: sizes.append(tensor.numel() * tensor.element_size()))
-    return sum(sizes)
+def _is_known(batch: Any) -> bool:
+    """Whether a batch holds nothing but what can surely be copied: tensors, arrays, numbers, texts, in containers."""
+    if _is_known_container(batch):
+        return all(map(_is_known, _parts_of(batch)))
+    return batch is None or isinstance(batch, Tensor | np.ndarray | np.generic | str | bytes | int | float | complex)
+
+
+def _is_known_container(batch: Any) -> bool:
+    named = isinstance(batch, tuple) and hasattr(batch, "_fields")
+    return named or type(batch) in (dict, OrderedDict, list, tuple)
+
+
+def _parts_of(container: Any) -> list[Any]:
+    return list(container.values() if isinstance(container, dict) else container)
+
+
+def _bytes(batch: Any) -> int:
+    if isinstance(batch, Tensor | np.ndarray):
+        return int(batch.nbytes)
+    return sum(map(_bytes, _parts_of(batch))) if _is_known_container(batch) else 0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_mnn.callbacks.cone_volumes import ConePlan, OverBudgetError
+from lightning_mnn.callbacks.cone_volumes import ConePlan, OverBudgetError, has_hooks, is_plain_linear
 from lightning_mnn.callbacks.model_pass import as_in_training, forward_on, precision_context
 from lightning_mnn.callbacks.probe import chosen_samples
+from lightning_mnn.callbacks.training_pass import pass_of_training
 from lightning_mnn.callbacks.training_set import gather, on_first_process
 from lightning_mnn.callbacks.undisturbed import seed_generators, undisturbed
 from lightning_mnn.data.shards import exact_shard, flat_batch, num_samples
@@ -63,7 +63,7 @@ class ProbeSettings:
         sigmas: sizes σ of the moves; None: half decades from 1e-6 to 1, those that the dtype of the weights resolves.
         num_draws: moves at each σ.
         modules: names or patterns of the layers; None: all.
-        forward_fn: how to run the module on a batch; None: see :func:`forward_on`.
+        forward_fn: how to run the module on a batch; None: see :func:`pass_of_training`.
         target_standard_error: of the log measure of a cone of the first layer.
         budget: most multiplications for the cones of the first layer.
         seed: of the probe, the moves and the cones.
@@ -77,6 +77,16 @@ class ProbeSettings:
     target_standard_error: float = 0.5
     budget: float = 3e9
     seed: int = 0
+
+    @property
+    def of_passes(self) -> list[str]:
+        """The arguments given that say how a module's passes are run and looked at."""
+        given = {
+            "modules": self.modules is not None,
+            "forward_fn": self.forward_fn is not None,
+            "a batch as probe": not isinstance(self.probe, int),
+        }
+        return [name for name, yes in given.items() if yes]
 
 
 @dataclass(frozen=True)
@@ -115,21 +125,37 @@ class Found:
         }
 
 
-def check_kinks(trainer: pl.Trainer, pl_module: pl.LightningModule, settings: ProbeSettings) -> None:
+def check_kinks(trainer: pl.Trainer, pl_module: pl.LightningModule, settings: ProbeSettings) -> ProbeSettings:
     """Run the module once on its probe, so that what cannot work is said before training.
+
+    Returns:
+        The settings, with what is to be run in them.
 
     Raises:
         NoKinksError: no kink was met, or none of those asked for.
         TypeError: the samples of the training set cannot be enumerated, or the module cannot be run.
     """
+    if settings.forward_fn is None and not isinstance(pl_module, MNN):
+
+        def batch() -> Any:
+            return apply_to_collection(_probe_parts(trainer, pl_module, settings)[0], torch.Tensor, torch.clone)
+
+        chosen = pass_of_training(trainer, pl_module, batch, settings.modules, "AngularVolumeMonitor")
+        settings = replace(settings, forward_fn=chosen)
     with undisturbed(trainer, pl_module):
         _Passes(trainer, pl_module, settings).look()
+    return settings
 
 
 def measure_local_volume(trainer: pl.Trainer, pl_module: pl.LightningModule, settings: ProbeSettings) -> Found:
     """Measure a module's keep probabilities and its first layer's cones, the same on every process.
 
     Processes share the draws.
+
+    Args:
+        trainer: the Trainer that trains the module.
+        pl_module: the module.
+        settings: as :func:`check_kinks` returned them.
 
     Raises:
         NoKinksError: see :func:`check_kinks`.
@@ -199,6 +225,7 @@ class _Look:
 
     moved: set[str]  # layers whose input is another where the parameters move
     moved_sources: set[str]  # layers of which the input of the module before is
+    hooked: set[int] = field(default_factory=set)  # ids of modules with hooks of others
     layers: list[str] = field(default_factory=list)  # that the parameters move
     first: _FirstLayer | None = None
     opaque: tuple[str, ...] = ()
@@ -213,9 +240,10 @@ class _Look:
         if kink.name not in self.layers:
             self.layers.append(kink.name)
         if self.first is None:
-            self.first = _first_layer(kink, moves=kink.name in self.moved_sources)
+            moves, hooked = kink.name in self.moved_sources, id(kink.source) in self.hooked
+            self.first = _first_layer(kink, moves=moves, hooked=hooked)
         if kink.name == self.first.name and self.first.linear is not None:
-            self.first.inputs.append(kink.source_input.detach().flatten(0, -2))
+            self.first.inputs.append(kink.source_input.detach().reshape(-1, self.first.linear.in_features))
 
 
 class _Passes:
@@ -235,7 +263,7 @@ class _Passes:
         Raises:
             NoKinksError: none was met.
         """
-        look, met = _Look(*self._moved_layers()), []
+        look, met = _Look(*self._moved_layers(), hooked={id(p) for p in self._module.modules() if has_hooks(p)}), []
 
         def take(kink: Kink) -> None:
             if kink.num_pieces > 1:
@@ -321,7 +349,7 @@ def _probe_parts(trainer: pl.Trainer, pl_module: pl.LightningModule, settings: P
     return [as_in_training(trainer, pl_module, batch) for part in parts for batch in exact_shard(loader, chosen=part)]
 
 
-def _first_layer(kink: Kink, *, moves: bool) -> _FirstLayer:
+def _first_layer(kink: Kink, *, moves: bool, hooked: bool) -> _FirstLayer:
     """Whether the units of the first layer have cones: f(W x + b) at inputs that no parameter moves, kinks at 0."""
     linear, inputs = kink.source, kink.source_input
     if kink.num_pieces != 2 or kink.function not in _AT_ZERO:
@@ -329,8 +357,10 @@ def _first_layer(kink: Kink, *, moves: bool) -> _FirstLayer:
     if type(linear) is not nn.Linear:
         what = "nobody's output" if linear is None else f"the output of a {type(linear).__name__}"
         return _FirstLayer(kink.name, f"its input is {what}, and not that of a Linear: a unit has no cone of its own")
-    if is_parametrized(linear):
-        return _FirstLayer(kink.name, "the weights of its Linear are parametrized")
+    if not is_plain_linear(linear):
+        return _FirstLayer(kink.name, "the weights of its Linear are no parameters but computed (parametrized, pruned)")
+    if hooked:
+        return _FirstLayer(kink.name, "its Linear has forward hooks, which may change what it gives")
     if moves or not isinstance(inputs, torch.Tensor) or inputs.requires_grad:
         return _FirstLayer(kink.name, "the inputs of its Linear depend on parameters themselves")
     rows = linear.weight.detach()

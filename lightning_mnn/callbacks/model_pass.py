@@ -6,27 +6,41 @@ Use them within :func:`lightning_mnn.callbacks.undisturbed.undisturbed`.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_mnn.callbacks.undisturbed import seed_generators
 from lightning_mnn.data.shards import exact_shard
+from lightning_mnn.landscape.kink_trace import PatternError
+from lightning_mnn.landscape.loss_surface import NoDerivativeError
+from lightning_mnn.mnn import DivergenceError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import pytorch_lightning as pl
 
+# Errors that do not say that a module cannot be run in a pass.
+SERIOUS = (DivergenceError, NoDerivativeError, PatternError, torch.OutOfMemoryError, MemoryError)
 ModelFunction = Callable[[Any, Any], Any]  # of a module and a batch; LightningCLI reads it, too
 
+_Kind = inspect.Parameter
+_FORWARD_FN = "forward_fn(module, batch)"
 _NO_FORWARD = ("pytorch_lightning.core.module", "lightning.pytorch.core.module", "torch.nn.modules.module")
 
 
 class LossNotEvaluableError(TypeError):
     """A module's own training loss cannot be had from its ``training_step``."""
+
+
+class StepFailedError(LossNotEvaluableError):
+    """A module's ``training_step`` raised an error in a pass; before the first batch it may still lack something."""
 
 
 def model_batches(trainer: pl.Trainer, pl_module: pl.LightningModule, chosen: Tensor | None = None) -> Iterator[Any]:
@@ -97,7 +111,11 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
 
 
 def forward_on(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, forward_fn: ModelFunction | None = None
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    batch: Any,
+    forward_fn: ModelFunction | None = None,
+    remedy: str = _FORWARD_FN,
 ) -> Any:
     """Run a module on a batch as training does.
 
@@ -110,24 +128,48 @@ def forward_on(
         pl_module: the module.
         batch: a batch as :func:`model_batches` yields it.
         forward_fn: what to call instead.
+        remedy: by which argument of the callback its user can say what to run, for errors.
 
     Raises:
-        LossNotEvaluableError: ``training_step`` would have to run, and takes optimiser steps itself.
+        LossNotEvaluableError: ``training_step`` would have to run, and takes optimiser steps itself, or fails.
     """
     if forward_fn is not None:
         return forward_fn(pl_module, batch)
+    parts = forward_parts(pl_module, batch)
+    if parts is None:
+        return step_for_its_passes(trainer, pl_module, batch, remedy)
+    try:
+        return pl_module(*parts)
+    except PatternError:
+        raise
+    except Exception as error:
+        error.add_note(
+            f"{type(pl_module).__name__}.forward was called with the first {len(parts)} part(s) of a batch of the "
+            f"training set; where it takes something else, give the callback a {remedy}"
+        )
+        raise
+
+
+def forward_parts(pl_module: pl.LightningModule, batch: Any) -> Sequence[Any] | None:
+    """The leading parts of a batch that a module's own forward takes; None where that cannot be run on a batch."""
     taken = _required_arguments(pl_module)
     parts = [batch] if isinstance(batch, Tensor) else batch
     if taken is None or not isinstance(parts, Sequence) or len(parts) < taken:
-        return training_step_on(trainer, pl_module, batch, 0, remedy="forward_fn(module, batch)")
-    try:
-        return pl_module(*parts[:taken])
-    except Exception as error:
-        error.add_note(
-            f"{type(pl_module).__name__}.forward was called with the first {taken} part(s) of a batch of the training "
-            "set; where it takes something else, give the callback a forward_fn(module, batch)"
-        )
-        raise
+        return None
+    return parts[:taken]
+
+
+def step_for_its_passes(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, remedy: str = _FORWARD_FN
+) -> Any:
+    """Run a module's ``training_step`` for the forward passes in it; what it returns is detached.
+
+    Raises:
+        LossNotEvaluableError: see :func:`training_step_on`.
+    """
+    with torch.enable_grad():  # a penalty on gradients takes some itself
+        found = training_step_on(trainer, pl_module, batch, 0, remedy)
+    return apply_to_collection(found, Tensor, Tensor.detach)
 
 
 def loss_on(
@@ -143,8 +185,8 @@ def loss_on(
     or a dict with the key "loss".
 
     Raises:
-        LossNotEvaluableError: ``training_step`` takes optimiser steps itself, reads the loader itself, or returns no
-            loss.
+        LossNotEvaluableError: ``training_step`` takes optimiser steps itself, reads the loader itself, fails, or
+            returns no loss.
         TypeError: ``loss_fn`` returns something other than a tensor with one number.
     """
     if loss_fn is not None:
@@ -173,6 +215,7 @@ def training_step_on(
 
     Raises:
         LossNotEvaluableError: it takes optimiser steps itself, or reads the loader itself.
+        StepFailedError: it fails.
     """
     del trainer
     name = type(pl_module).__name__
@@ -182,10 +225,22 @@ def training_step_on(
             f"callback a {remedy}"
         )
     parameters = inspect.signature(pl_module.training_step).parameters
+    kinds = [parameter.kind for parameter in parameters.values()]
     if "dataloader_iter" in parameters:
         raise LossNotEvaluableError(f"{name}.training_step reads the loader itself: give the callback a {remedy}")
-    takes_index = "batch_idx" in parameters or len(parameters) >= 2
-    return pl_module.training_step(batch, batch_idx) if takes_index else pl_module.training_step(batch)
+    second = len(kinds) > 1 and kinds[1] in (_Kind.POSITIONAL_ONLY, _Kind.POSITIONAL_OR_KEYWORD)
+    by_place = (batch_idx,) if second or _Kind.VAR_POSITIONAL in kinds else ()
+    by_name = {"batch_idx": batch_idx} if not by_place and "batch_idx" in parameters else {}
+    try:
+        with warnings.catch_warnings(action="ignore"):  # which training gives itself, or not: of schedulers' steps, say
+            return pl_module.training_step(batch, *by_place, **by_name)
+    except SERIOUS:
+        raise
+    except Exception as error:
+        raise StepFailedError(
+            f"{name}.training_step was run in eval mode on a batch of the training set and failed: "
+            f"{type(error).__name__}: {error}. Give the callback a {remedy}"
+        ) from error
 
 
 def _required_arguments(pl_module: pl.LightningModule) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import torch
 import zarr
@@ -20,11 +21,12 @@ _PREFIX = "step_"
 class PatternStore:
     """A zarr group with one subgroup a recorded step, ``step_000000100``, and in it one array of bits a layer.
 
-    An array is uint8 (..., N, ⌈width/8⌉), its attribute ``width`` the number of units; unit ``8 b + j`` is bit ``j``,
-    the least significant first, of byte ``b``. Where units have more than two pieces, as the attribute ``num_pieces``
-    tells, the array is (digits, N, ⌈width/8⌉), the least significant digit of the piece first. Attributes of the group:
-    ``step``, ``epoch`` and ``digest``. A snapshot is written under another name and renamed, so that what can be seen
-    is complete, also after a kill.
+    An array is uint8 (..., N, ⌈width/8⌉), its attribute ``width`` the number of units; unit ``8 b + j`` is bit
+    ``j``, the least significant first, of byte ``b``. Where units have more than two pieces, as the attribute
+    ``num_pieces`` tells, the array is (digits, N, ⌈width/8⌉), the least significant digit of the piece first. The
+    attribute ``layer`` is the layer's name, and the array's the same with what a path does not allow escaped as in
+    an URL (``/`` is ``%2F``). Attributes of the group: ``step``, ``epoch`` and ``digest``. A snapshot is written
+    under another name and renamed, so that what can be seen is complete, also after a kill.
 
     Args:
         path: folder of the group, ``….zarr``.
@@ -59,8 +61,8 @@ class PatternStore:
         group = zarr.create_group(unfinished, attributes=attributes)
         for name, pattern in patterns.items():
             bits = pattern.bits.cpu().numpy()
-            units: dict[str, Any] = {"width": pattern.width, "num_pieces": pattern.num_pieces}
-            group.create_array(name, data=bits, chunks=bits.shape, attributes=units)
+            units: dict[str, Any] = {"width": pattern.width, "num_pieces": pattern.num_pieces, "layer": name}
+            group.create_array(_array_name(name), data=bits, chunks=bits.shape, attributes=units)
         final = self._folder(step)
         shutil.rmtree(final, ignore_errors=True)
         unfinished.replace(final)
@@ -86,7 +88,8 @@ class PatternStore:
         found = {}
         for name, array in sorted(group.arrays()):
             bits = torch.from_numpy(array[...])
-            found[name] = PackedPattern(
+            layer = str(array.attrs.get("layer", name))  # older stores have none
+            found[layer] = PackedPattern(
                 bits, int(str(array.attrs["width"])), int(str(array.attrs.get("num_pieces", 2)))
             )
         return found
@@ -103,3 +106,13 @@ class PatternStore:
 
     def _folder(self, step: int) -> Path:
         return self.path / f"{_PREFIX}{step:09d}"
+
+
+def _array_name(layer: str) -> str:
+    """A layer's name as that of an array: one path segment, which must not begin with two underscores.
+
+    >>> _array_name("block.F.relu.call_2"), _array_name("heads.a/b"), _array_name("__r")
+    ('block.F.relu.call_2', 'heads.a%2Fb', '%5F_r')
+    """
+    escaped = quote(layer, safe=" ")
+    return "%5F" + escaped[1:] if escaped.startswith("__") else escaped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Mapping
 from contextlib import contextmanager
 from copy import copy
@@ -10,16 +11,18 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.distributed as dist
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_mnn.callbacks.model_pass import as_in_training, batch_size, forward_on, model_batches, precision_context
+from lightning_mnn.callbacks.training_pass import pass_of_training
 from lightning_mnn.callbacks.training_set import gather
 from lightning_mnn.callbacks.undisturbed import undisturbed
 from lightning_mnn.data.loader import part_of
 from lightning_mnn.data.shards import exact_shard, num_samples
 from lightning_mnn.landscape.kink_patterns import FoundLayers, PatternRows, find_layers
-from lightning_mnn.landscape.kink_trace import KinkTrace, Names
+from lightning_mnn.landscape.kink_trace import KinkTrace, Names, PatternError
 from lightning_mnn.seeding import generator
 
 if TYPE_CHECKING:
@@ -65,7 +68,9 @@ class KinkProbe:
         self.modules = modules
         self.forward_fn = forward_fn
         self.found: FoundLayers | None = None
+        self._run = forward_fn  # None: what forward_on does
         self._chosen = torch.empty(0, dtype=torch.int64)
+        self._data_set: Callable[[], Any] | None = None  # at the start of training; None: not looked at
 
     @property
     def layers(self) -> Mapping[str, KinkLayer]:
@@ -88,27 +93,34 @@ class KinkProbe:
         """
         total = self._total(trainer)
 
+        def batch(num: int = 3) -> Any:
+            return as_in_training(trainer, pl_module, self._few(trainer, [i % total for i in range(num)]))
+
         def run(num: int) -> None:
             with undisturbed(trainer, pl_module), _as_training(trainer):
-                batch = self._few(trainer, [i % total for i in range(num)])
-                forward_on(trainer, pl_module, as_in_training(trainer, pl_module, batch), self.forward_fn)
+                forward_on(trainer, pl_module, batch(num), self._run)
 
+        if self.forward_fn is None:
+            self._run = pass_of_training(trainer, pl_module, batch, self.modules)
         self.found = find_layers(pl_module, run, self.modules)
-        self._check_budget(total)
+        self._check_budget(trainer, total)
         _tell(type(pl_module).__name__, self.found)
         if not self._is_batch:
-            self._chosen = chosen_samples(total, self._size(total), self.seed)
+            self._chosen = chosen_samples(total, self._size(trainer, total), self.seed)
+            self._data_set = _reference(_data_set(trainer))
 
     @torch.no_grad()
     def patterns(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, PackedPattern]:
         """Pattern of every layer on the samples, in the data set's order, on every process, on the module's device.
 
         Raises:
-            ValueError: the input of a kink is NaN, or a layer is not the same in every batch.
+            PatternError: the input of a kink is NaN, a layer is not the same in every batch, or the training set has
+                become smaller.
         """
         assert self.found is not None  # noqa: S101 (prepare comes first)
         if self._is_batch:
-            return self._pass(trainer, pl_module, 0, self.num_samples).patterns()
+            return _together(lambda: self._pass(trainer, pl_module, 0, self.num_samples), trainer).patterns()
+        self._check_data(trainer)
         low, high = part_of(self.num_samples, trainer.global_rank, trainer.world_size)
         rows = _together(lambda: self._pass(trainer, pl_module, low, high), trainer)
         if trainer.world_size > 1 and dist.is_initialized():
@@ -123,11 +135,11 @@ class KinkProbe:
         trace = KinkTrace(pl_module, rows.take, self.modules)
         with undisturbed(trainer, pl_module), _as_training(trainer):
             for batch in self._batches(trainer, pl_module):
-                with trace:
-                    forward_on(trainer, pl_module, batch, self.forward_fn)
+                with trace, self._noting_partial(trainer, high - rows.row):
+                    forward_on(trainer, pl_module, batch, self._run)
                 rows.end_batch()
         if rows.row != high:
-            raise ValueError(
+            raise PatternError(
                 f"{high - low} samples gave patterns of {rows.row - low}: a forward pass must give one number for each "
                 "sample and unit"
             )
@@ -159,17 +171,48 @@ class KinkProbe:
         (batch,) = exact_shard(trainer.train_dataloader, chosen=chosen, batch_size=len(indices))
         return batch
 
-    def _size(self, total: int) -> int:
+    def _check_data(self, trainer: pl.Trainer) -> None:
+        """Check that the samples are still there; warn once where they may be others."""
+        total = self._total(trainer)
+        if self._data_set is not None and _data_set(trainer) is not self._data_set():
+            rank_zero_warn(
+                "Activation patterns: the training set is another object than at the start of training; where its "
+                "samples are others, too, patterns change with them and not with the weights alone. A batch of "
+                "samples itself does not change: probe=batch"
+            )
+            self._data_set = None
+        if int(self._chosen.max()) >= total:
+            raise PatternError(
+                f"the training set has {total} samples now, and sample {int(self._chosen.max())} is among the recorded"
+            )
+
+    @contextmanager
+    def _noting_partial(self, trainer: pl.Trainer, left: int) -> Iterator[None]:
+        """Say of an error in a last batch that is too small for training that it is one."""
+        size = 0 if self._is_batch else _dropping(trainer)
+        try:
+            yield
+        except Exception as error:
+            if left < size:
+                error.add_note(
+                    f"It was in a last batch of {left} samples, which training leaves out (batch_size={size}, "
+                    "drop_last=True): let probe be a multiple of the batch size"
+                )
+            raise
+
+    def _size(self, trainer: pl.Trainer, total: int) -> int:
         """Samples that are recorded of ``total``."""
         if isinstance(self.probe, int):
             return min(self.probe, total)
-        return min(total, MOST_SAMPLES, self.memory_budget // self._bytes(1))
+        most = min(total, MOST_SAMPLES, self.memory_budget // self._bytes(1))
+        whole = max(1, _dropping(trainer) * trainer.world_size)
+        return most - most % whole if most >= whole else most
 
     def _bytes(self, samples: int) -> int:
         return SNAPSHOTS * samples * sum(layer.bytes_per_sample for layer in self.layers.values())
 
-    def _check_budget(self, total: int) -> None:
-        size = total if self._is_batch else max(1, self._size(total))
+    def _check_budget(self, trainer: pl.Trainer, total: int) -> None:
+        size = total if self._is_batch else max(1, self._size(trainer, total))
         if self._bytes(size) > self.memory_budget:
             one = self._bytes(1)
             raise ValueError(
@@ -182,6 +225,24 @@ class KinkProbe:
 def chosen_samples(total: int, size: int, seed: int) -> Tensor:
     """Indices of a random subset of ``total`` samples, ascending, the same on any machine; at most all of them."""
     return torch.randperm(total, generator=generator(seed, "probe"))[:size].sort().values
+
+
+def _dropping(trainer: pl.Trainer) -> int:
+    """Batch size of a loader that leaves out a last batch of fewer samples; 0 of another."""
+    loader = trainer.train_dataloader
+    return loader.batch_size or 0 if isinstance(loader, DataLoader) and loader.drop_last else 0
+
+
+def _data_set(trainer: pl.Trainer) -> Any:
+    return getattr(trainer.train_dataloader, "dataset", None)
+
+
+def _reference(thing: Any) -> Callable[[], Any]:
+    """A weak reference, where there can be one: an old training set shall not be kept in memory."""
+    try:
+        return weakref.ref(thing)
+    except TypeError:
+        return lambda: thing
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 from typing_extensions import override
 
-from lightning_mnn.callbacks.training_set import forget
+from lightning_mnn.callbacks.model_pass import StepFailedError
+from lightning_mnn.callbacks.training_set import forget, gather
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,6 +98,7 @@ class ScheduledCallback(pl.Callback):
         self._last_step: int | None = None
         self.completed_epochs = 0
         self._acted = False  # by this process; a resumed run has a last step before that
+        self._waits = False  # for the first batch, to prepare
 
     @property
     def acts_within_epochs(self) -> bool:
@@ -106,6 +108,20 @@ class ScheduledCallback(pl.Callback):
     def epochs_until_due(self, done: int) -> float:
         """Epochs after ``done`` of them until the callback looks at the end of one."""
         return self.schedule.until_due(done) if self.schedule.unit == "epoch" else 1
+
+    def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find out, before the first step, what the run is of; on every process.
+
+        Raises:
+            StepFailedError: a ``training_step`` that had to run failed. The module's own hooks for the start of
+                training and of an epoch come after the callbacks', and may not have made what it needs: so at the first
+                batch this is called again, and then that error counts.
+        """
+
+    def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Act for the first time, after :meth:`prepare`, unless the run is resumed."""
+        if self._last_step is None:  # not resumed
+            self._act_once(trainer, pl_module)
 
     @abstractmethod
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -118,14 +134,24 @@ class ScheduledCallback(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
-            self._last_step, self._acted = None, False
+            self._last_step, self._acted, self._waits = None, False, False
             forget(pl_module)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.completed_epochs = trainer.current_epoch
-        if self._last_step is None:  # not resumed
-            self._act_once(trainer, pl_module)
+        try:
+            self._prepare_together(trainer, pl_module)
+        except StepFailedError:
+            self._waits = True
+        else:
+            self.start(trainer, pl_module)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._start_late(trainer, pl_module)
 
     @override
     def on_train_batch_end(
@@ -142,6 +168,7 @@ class ScheduledCallback(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start_late(trainer, pl_module)  # there was no batch
         if not self._acted:  # resumed when all was done
             self._last_step = None
         self._act_once(trainer, pl_module)
@@ -153,6 +180,23 @@ class ScheduledCallback(pl.Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._last_step = state_dict.get("last_step")
+
+    def _start_late(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._waits:
+            self._prepare_together(trainer, pl_module)
+            self._waits = False
+            self.start(trainer, pl_module)
+
+    def _prepare_together(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prepare; a step that fails on one process fails on all."""
+        own = None
+        try:
+            self.prepare(trainer, pl_module)
+        except StepFailedError as error:
+            own = error
+        told = [reason for reason in gather(None if own is None else str(own)) if reason is not None]
+        if told:
+            raise StepFailedError(told[0]) from own
 
     def _act_once(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step != self._last_step:

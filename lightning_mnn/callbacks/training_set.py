@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import math
 from typing import TYPE_CHECKING, Any, TypeVar, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from lightning_mnn.callbacks.undisturbed import kept_generators
 from lightning_mnn.data.checks import find_threshold
 from lightning_mnn.data.shards import exact_shard, flat_batch, num_samples
 from lightning_mnn.landscape.pattern import PackedPattern
@@ -26,17 +27,20 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer")
 
+_FEW = 8  # samples that tell what the training set is like
 _MOST_WORK = 1e12  # multiplications for the rank of the inputs, which is worth a minute
 
 _surveys: WeakKeyDictionary[pl.LightningModule, tuple[Any, Survey]] = WeakKeyDictionary()
 _input_ranks: WeakKeyDictionary[pl.LightningModule, Tensor] = WeakKeyDictionary()
 _thresholds: WeakKeyDictionary[pl.LightningModule, float | None] = WeakKeyDictionary()
+_other_methods: WeakSet[pl.LightningModule] = WeakSet()  # modules whose method network() returns something else
 
 
 def forget(pl_module: pl.LightningModule) -> None:
     """Drop what is known of an earlier fit of a module, which may have had other data."""
     for known in (_surveys, _input_ranks, _thresholds):
         known.pop(pl_module, None)
+    _other_methods.discard(pl_module)
 
 
 def network_of(pl_module: pl.LightningModule) -> Network | None:
@@ -46,20 +50,52 @@ def network_of(pl_module: pl.LightningModule) -> Network | None:
     form ``Linear, ReLU or LeakyReLU or PReLU, …, Linear → 1`` is taken where it holds all parameters and buffers of the
     module; ``Flatten`` may stand before it. With one hidden layer its Linears may have biases. A PReLU must have a
     single slope, which is taken as fixed: the network is judged as a function of the weights and biases alone. The
-    network's tensors are views of the module's parameters.
+    network's tensors are views of the module's parameters: weights that are computed from parameters (``weight_norm``
+    and other parametrisations) make no such network.
     """
-    if states_network(pl_module):
-        return cast("Network", cast("Any", pl_module).network())
+    stated = _stated(pl_module)
+    if stated is not None:
+        return stated
     own = {id(tensor) for tensor in (*pl_module.parameters(), *pl_module.buffers())}
     for part in pl_module.modules():
-        if own == {id(tensor) for tensor in part.parameters()} and (network := _sequential(part)) is not None:
+        if own != {id(tensor) for tensor in part.parameters()}:
+            continue
+        network = _sequential(part)
+        slopes = {id(kink.weight) for kink in part.modules() if isinstance(kink, nn.PReLU)}
+        weights = [parameter for parameter in part.parameters() if id(parameter) not in slopes]
+        if network is not None and {*map(_place, network.tensors)} == {*map(_place, weights)}:
             return network
     return None
 
 
 def states_network(pl_module: pl.LightningModule) -> bool:
     """Whether a module itself says what its network is, and so that it trains that on the squared error."""
-    return inspect.ismethod(getattr(pl_module, "network", None))
+    return _stated(pl_module) is not None
+
+
+def _stated(pl_module: pl.LightningModule) -> Network | None:
+    """What a module's method ``network()`` returns; None where there is none, or it is a method for something else."""
+    method = getattr(pl_module, "network", None)
+    if not inspect.ismethod(method) or pl_module in _other_methods:
+        return None
+    ours = "Network" in str(inspect.signature(method).return_annotation)  # if it says so, its errors are told
+    found = None
+    try:
+        inspect.signature(method).bind()
+        with kept_generators():
+            found = method()
+    except Exception:
+        if ours:
+            raise
+    if isinstance(found, Network):
+        return found
+    _other_methods.add(pl_module)
+    return None
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor lies in memory, and its number of entries."""
+    return tensor.data_ptr(), tensor.numel()
 
 
 def required_network(callback: pl.Callback, pl_module: pl.LightningModule) -> Network:
@@ -97,15 +133,49 @@ def survey_training_set(trainer: pl.Trainer, pl_module: pl.LightningModule) -> S
     if pl_module in _surveys and _surveys[pl_module][0] == moment:
         return _surveys[pl_module][1]
     _check_weights(trainer, network)
-    threshold = threshold_of(trainer, pl_module)
-    parts = [
-        survey_network(network.to(inputs.device), inputs, targets, threshold)
-        for inputs, targets in _batches(trainer, network)
-    ]
-    own = on_cpu(merge_surveys(parts)) if parts else None  # there may be fewer samples than processes
-    survey = merge_surveys([part for part in gather(own) if part is not None])
+    survey = survey_of(trainer, network, network.output_weights.dtype, threshold_of(trainer, pl_module))
     _surveys[pl_module] = moment, survey
     return survey
+
+
+@torch.no_grad()
+def survey_of(trainer: pl.Trainer, network: Network, dtype: torch.dtype, threshold: float | None = None) -> Survey:
+    """Survey any network on the whole training set, rounded to a precision, on every process.
+
+    Raises:
+        TypeError: the batches are no pairs (inputs, targets).
+        ValueError: they are of other sizes than the network's.
+    """
+    parts = [
+        survey_network(network.to(inputs.device), inputs, targets, threshold)
+        for inputs, targets in _batches(trainer, network, dtype)
+    ]
+    own = on_cpu(merge_surveys(parts)) if parts else None  # there may be fewer samples than processes
+    return merge_surveys([part for part in gather(own) if part is not None])
+
+
+def why_not_surveyed(trainer: pl.Trainer, network: Network) -> str | None:
+    """Why a network cannot be judged by itself on the training set, the same on every process; None where it can.
+
+    A few samples tell, read twice: they must be pairs (inputs, targets) of the network's sizes, the same each time.
+    """
+    with kept_generators(trainer):
+        own = _why_not_read(trainer, network)
+    return next((reason for reason in gather(own) if reason is not None), None)
+
+
+def _why_not_read(trainer: pl.Trainer, network: Network) -> str | None:
+    few = torch.arange(min(_FEW, num_samples(trainer.train_dataloader)))
+    read = []
+    for _ in range(2):
+        (batch,) = exact_shard(trainer.train_dataloader, chosen=few, batch_size=len(few))
+        try:
+            read.append(_checked(batch, network))
+        except (TypeError, ValueError) as error:
+            return str(error)
+    if not all(torch.equal(first, again) for first, again in zip(*read, strict=True)):
+        return "the samples of the training set are others each time that they are read"
+    return None
 
 
 @torch.no_grad()
@@ -120,7 +190,7 @@ def patterns_of_training_set(trainer: pl.Trainer, pl_module: pl.LightningModule)
     _check_weights(trainer, network)
     blocks = [
         [pattern.pack().bits.cpu() for pattern in exact_patterns(network.to(inputs.device), inputs)]
-        for inputs, _ in _batches(trainer, network)
+        for inputs, _ in _batches(trainer, network, network.output_weights.dtype)
     ]
     own = [torch.cat(parts, dim=-2) for parts in zip(*blocks, strict=True)]
     layers = zip(*(part for part in gather(own) if part), strict=True)
@@ -147,7 +217,7 @@ def input_rank(trainer: pl.Trainer, pl_module: pl.LightningModule, network: Netw
 def _gram(trainer: pl.Trainer, network: Network) -> Tensor:
     """XᵀX over all processes, float64 (..., d0, d0)."""
     gram: Tensor | float = 0.0
-    for inputs, _ in _batches(trainer, network):
+    for inputs, _ in _batches(trainer, network, network.output_weights.dtype):
         wide = network.augment(inputs.to(torch.float64))
         gram = gram + wide.mT @ wide
     total = sum(part for part in gather(gram.cpu() if isinstance(gram, torch.Tensor) else None) if part is not None)
@@ -157,7 +227,7 @@ def _gram(trainer: pl.Trainer, network: Network) -> Tensor:
 
 def training_samples(trainer: pl.Trainer, network: Network, *, whole: bool) -> tuple[Tensor, Tensor]:
     """All training inputs and targets in the weights' precision, or this process's contiguous part of them."""
-    inputs, targets = zip(*_batches(trainer, network, whole=whole), strict=True)
+    inputs, targets = zip(*_batches(trainer, network, network.output_weights.dtype, whole=whole), strict=True)
     return torch.cat(inputs, dim=-2), torch.cat(targets, dim=-1)
 
 
@@ -202,13 +272,28 @@ def _check_weights(trainer: pl.Trainer, network: Network) -> None:
         )
 
 
-def _batches(trainer: pl.Trainer, network: Network, *, whole: bool = False) -> Any:
+def _batches(trainer: pl.Trainer, network: Network, dtype: torch.dtype, *, whole: bool = False) -> Any:
     device = network.output_weights.device
     device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
     part = (0, 1) if whole else (trainer.global_rank, trainer.world_size)
     for batch in exact_shard(trainer.train_dataloader, *part):
-        inputs, targets = flat_batch(batch, replicated=network.output_weights.ndim > 1)
-        yield inputs.to(device, network.output_weights.dtype), targets.to(device, network.output_weights.dtype)
+        inputs, targets = _checked(batch, network)
+        yield inputs.to(device, dtype), targets.to(device, dtype)
+
+
+def _checked(batch: Any, network: Network) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of a batch, of the network's sizes."""
+    inputs, targets = flat_batch(batch, replicated=network.output_weights.ndim > 1)
+    if inputs.shape[-1] != network.input_dim:
+        raise ValueError(
+            f"the samples of the training set have {inputs.shape[-1]} numbers, and its network takes "
+            f"{network.input_dim}: what the network is called on is made in the module"
+        )
+    if targets.shape[-1] != inputs.shape[-2]:
+        raise ValueError(
+            f"a batch of {inputs.shape[-2]} samples has {targets.shape[-1]} targets: its network has one output"
+        )
+    return inputs, targets
 
 
 def threshold_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float | None:

@@ -7,60 +7,172 @@ import sys
 from collections import deque
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from operator import is_
+from types import MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.loggers.logger import DummyLogger
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
 
     import pytorch_lightning as pl
+    from pytorch_lightning.loggers import Logger
 
     Undo = Callable[[], Any]
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 _MOST_ON_DEVICE = 1 << 24  # bytes of a tensor up to which it is kept where it is; a larger one is kept on the CPU
+_MOST_OTHERS = 1 << 28  # bytes of parameters that are not trained up to which they are put back, and not only checked
+_MANY = 1000  # parts of a container up to which they are looked into
+_WITHIN = 2  # objects within each other whose attributes are put back
+_DEEP = 6  # objects within each other that are searched for generators: Subset, data set, transform, Compose, …
+_TRAINERS = ("pytorch_lightning", "lightning", "lightning_fabric")
+_LIBRARIES = (*_TRAINERS, "torch", "logging", "threading", "multiprocessing", "wandb", "tensorboardX", "mlflow")
 
 
 @contextmanager
-def undisturbed(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
+def undisturbed(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Restart]:
     """A context in which a module may be run without a trace in its training, also where the run fails.
 
     Inside, all submodules are in eval mode; ``log`` and ``log_dict`` do nothing, and each of the Trainer's loggers is a
-    dummy; metrics of torchmetrics do not ask the other processes; compiled modules run eagerly; and the generators of
-    torch (CPU, CUDA and MPS), numpy and random start from a fixed seed, so that two passes draw the same numbers.
+    dummy that says the same name and folders; metrics of torchmetrics and ``all_gather`` do not ask the other
+    processes; compiled modules run eagerly; a lazy layer that is not initialised yet refuses to run; and the generators
+    of torch (CPU, CUDA and MPS), numpy and random start from a fixed seed, so that two passes draw the same numbers.
 
-    Afterwards these are, bit for bit, as before: modes, buffers, frozen parameters, ``requires_grad`` and ``grad``, the
-    generators, and what the attributes of the submodules hold: numbers, tensors, arrays, generators, and lists, dicts,
-    sets and deques of such (with them the states of torchmetrics, and hooks). Objects of other classes that training
-    changes, an average meter's, say, are not known and keep what the pass did to them.
+    Afterwards these are, bit for bit, as before: modes, buffers, parameters that no optimiser trains, ``requires_grad``
+    and ``grad``, the generators, the numbers of the optimisers' parameter groups and of their schedulers, and what the
+    attributes of the submodules hold: numbers, tensors, arrays, generators, and lists, dicts, sets and deques of such
+    (with them the states of torchmetrics, and hooks), and the attributes of objects of other classes, as those of an
+    average meter, and of objects within these. Of a container of more than 1,000 parts it is put back which they are,
+    not what they hold. Of the training loader's data set, its transforms and collate_fn, and of the data module, the
+    generators are put back, and nothing else. Objects of trackers are left as they are.
 
     Args:
         trainer: the Trainer that trains the module.
         pl_module: the module, of ``pytorch_lightning`` or ``lightning.pytorch``.
 
+    Yields:
+        What puts the state back in the midst of it.
+
     Raises:
-        RuntimeError: (at the end) what ran inside changed a parameter that training trains.
+        RuntimeError: (at the end) what ran inside changed a parameter that training trains, or one of more than 256 MiB
+            that it does not.
     """
     with ExitStack() as afterwards:
         modules = _all_modules(pl_module)
-        afterwards.callback(_check_parameters, _sums_of_parameters(pl_module))
-        for undo in (*_kept_state(modules), *_kept_gradients(pl_module), _kept_loggers(trainer), *_kept_generators()):
+        trained = trained_parameters(trainer, pl_module)
+        parameters = _unique([*(p for module in modules for p in module.parameters(recurse=False)), *trained])
+        afterwards.callback(_check_parameters, _sums(trained))
+        for undo in (*_kept_modes(modules), *_kept_gradients(parameters), _kept_loggers(trainer), *_kept_generators()):
             afterwards.callback(undo)
         for module in modules:
-            _silence(module)
-        trainer.loggers = [DummyLogger() for _ in trainer.loggers]
-        for parameter in pl_module.parameters():
+            _silence(module, alone=trainer.world_size == 1)
+        trainer.loggers = [_SilentLogger(logger) for logger in trainer.loggers]
+        for parameter in parameters:
             parameter.grad = None
         pl_module.eval()
+        restart = Restart(trainer, modules, parameters, trained)
+        afterwards.callback(restart.everything)
         seed_generators(0)
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and it takes seconds to import
             afterwards.enter_context(torch.compiler.set_stance("force_eager"))
-        yield
+        yield restart
+
+
+def trained_parameters(trainer: pl.Trainer, pl_module: nn.Module) -> list[Tensor]:
+    """The parameters that the Trainer's optimisers train; those that require a gradient where they hold none of these.
+
+    Optimisers of strategies that split weights hold tensors of their own. Lazy parameters without numbers are left out.
+    """
+    groups = [group for optimizer in trainer.optimizers for group in getattr(optimizer, "param_groups", [])]
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    free: list[Tensor] = [p for p in pl_module.parameters() if p.requires_grad and not is_lazy(p)]
+    return [p for p in free if id(p) in held] or free
+
+
+class Restart:
+    """Puts what a pass changed back to where it was at the start, in the midst of :func:`undisturbed`."""
+
+    def __init__(
+        self, trainer: pl.Trainer, modules: list[nn.Module], parameters: list[Tensor], trained: list[Tensor]
+    ) -> None:
+        known, training = {id(p) for p in parameters}, {id(p) for p in trained}
+        others = [p for p in parameters if id(p) not in training]
+        self._trained = [undo for p in trained if (undo := _kept_tensor(p, numbers=False)) is not None]
+        few = sum(p.numel() * p.element_size() for p in others if not _is_odd(p)) <= _MOST_OTHERS
+        self._others = [(id(p), undo) for p in others if (undo := _kept_tensor(p, numbers=few)) is not None]
+        self._checked = [] if few else _sums(others)
+        slots = [own for module in modules if isinstance(own := vars(module).get("_parameters"), dict)]
+        self._slots = [_kept_entries(own) for own in slots]  # what is in them is left to the caller until the end
+        known |= {id(own) for own in slots}
+        self._state = [*_kept_state(modules, known), *_kept_rates(trainer, known)]
+        self._data = list(_kept_data(trainer))
+
+    def batch(self, moving: Collection[int] = ()) -> None:
+        """Put back the modules, before a batch: its loss shall be a function of the weights and the batch alone.
+
+        Args:
+            moving: ids of parameters that are to stay as they are.
+        """
+        with torch._C.DisableTorchFunction():  # noqa: SLF001 (the caller may calculate in a mode of torch's)
+            for undo in reversed(self._state):
+                undo()
+            for key, undo in self._others:
+                if key not in moving:
+                    undo()
+
+    def data(self) -> None:
+        """Put back the data's generators, before a pass."""
+        for undo in self._data:
+            undo()
+
+    def everything(self) -> None:
+        """Put back all that is kept."""
+        self.batch()
+        self.data()
+        for undo in (*self._slots, *self._trained, *(undo for _, undo in self._others)):
+            undo()
+        _check_parameters(self._checked)
+
+
+class _SilentLogger(DummyLogger):
+    """Takes the place of a logger: says its name and folders, passes for one of its class, and writes nothing."""
+
+    def __init__(self, logger: Logger) -> None:
+        super().__init__()
+        self._logger = logger
+
+    def __getattribute__(self, name: str) -> Any:
+        own = super().__getattribute__
+        # by its class the Trainer tells which of a logger's folders is meant
+        return type(own("_logger")) if name == "__class__" else own(name)
+
+    @property
+    def name(self) -> Any:
+        return self._logger.name
+
+    @property
+    def version(self) -> Any:
+        return self._logger.version
+
+    @property
+    def save_dir(self) -> Any:
+        return self._logger.save_dir
+
+    @property
+    def root_dir(self) -> Any:
+        return getattr(self._logger, "root_dir", None)
+
+    @property
+    def log_dir(self) -> Any:
+        return getattr(self._logger, "log_dir", None)
 
 
 def _all_modules(pl_module: nn.Module) -> list[nn.Module]:
@@ -78,31 +190,51 @@ def _all_modules(pl_module: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
-def _silence(module: nn.Module) -> None:
+def _silence(module: nn.Module, *, alone: bool) -> None:
     """Take away what a module tells others; its attributes are put back afterwards."""
     own = vars(module)
     if any(kind.__name__ == "LightningModule" for kind in type(module).__mro__):  # of either namespace
         own["log"] = own["log_dict"] = _say_nothing
+        if not alone:
+            own["all_gather"] = _gather_alone
     for name in ("_to_sync", "sync_on_compute", "dist_sync_on_step"):  # of torchmetrics
         if isinstance(own.get(name), bool):
             own[name] = False
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        module.register_forward_pre_hook(_refuse, prepend=True)
+
+
+def _refuse(module: nn.Module, _: Any) -> None:
+    raise TypeError(
+        f"a {type(module).__name__} is not initialised yet: run the module once on a batch before it is trained, in "
+        "its __init__ or configure_model, say"
+    )
 
 
 def _say_nothing(*_: Any, **__: Any) -> None:
     """Take the place of a method that logs."""
 
 
-def _sums_of_parameters(pl_module: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """The parameters that training trains, and the sum of the bits of each as integers."""
-    trained = [p for p in pl_module.parameters() if p.requires_grad and not _is_odd(p)]
-    return [(p, p.data.view(_INTEGERS[p.element_size()]).sum()) for p in trained if p.element_size() in _INTEGERS]
+def _gather_alone(data: Any, *_: Any, **__: Any) -> Any:
+    """Take the place of ``all_gather``, as in a group of one: processes have parts of other sizes in a pass."""
+    return apply_to_collection(data, Tensor, lambda tensor: tensor[None])
+
+
+def _unique(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return list({id(tensor): tensor for tensor in tensors}.values())
+
+
+def _sums(parameters: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Parameters, and the sum of the bits of each as integers."""
+    plain = [p for p in parameters if not _is_odd(p) and p.element_size() in _INTEGERS]
+    return [(p, p.data.view(_INTEGERS[p.element_size()]).sum()) for p in plain]
 
 
 def _check_parameters(before: list[tuple[Tensor, Tensor]]) -> None:
     for parameter, total in before:
         if parameter.data.view(_INTEGERS[parameter.element_size()]).sum() != total:
             raise RuntimeError(
-                f"a pass over the training set changed a trained parameter, of shape {tuple(parameter.shape)}, in "
+                f"a pass over the training set changed a parameter, of shape {tuple(parameter.shape)}, in "
                 "place: give the callback a loss_fn or forward_fn that leaves the parameters alone"
             )
 
@@ -116,8 +248,8 @@ def _kept_loggers(trainer: pl.Trainer) -> Undo:
     return undo
 
 
-def _kept_gradients(pl_module: nn.Module) -> Iterator[Undo]:
-    for parameter in pl_module.parameters():
+def _kept_gradients(parameters: list[Tensor]) -> Iterator[Undo]:
+    for parameter in parameters:
 
         def undo(
             p: Tensor = parameter,
@@ -130,13 +262,76 @@ def _kept_gradients(pl_module: nn.Module) -> Iterator[Undo]:
         yield undo
 
 
-def _kept_state(modules: list[nn.Module]) -> Iterator[Undo]:
-    """How to put back the attributes of modules and what these hold."""
-    known: set[int] = set()
+def _kept_modes(modules: list[nn.Module]) -> Iterator[Undo]:
+    """How to put back modes, and what silence takes away."""
     for module in modules:
         yield partial(_set_mode, module, module.training)  # that of a scripted module is none of its attributes
+        yield _kept_entries(vars(module))
+        if isinstance(module, LazyModuleMixin):
+            yield _kept_entries(vars(module)["_forward_pre_hooks"])
+
+
+def _kept_state(modules: list[nn.Module], known: set[int]) -> Iterator[Undo]:
+    """How to put back the attributes of modules and what these hold."""
+    for module in modules:
         yield from _kept(vars(module), known)
-        yield from _kept(tuple(module.buffers(recurse=False)), known)
+        for buffer in module.buffers(recurse=False):
+            yield from _kept(buffer, known)
+
+
+def _kept_rates(trainer: pl.Trainer, known: set[int]) -> Iterator[Undo]:
+    """How to put back the numbers of parameter groups and schedulers, which a step may set itself."""
+    for optimizer in trainer.optimizers:
+        for group in getattr(optimizer, "param_groups", []):
+            yield from _kept(group, known)
+    schedulers: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
+    for scheduler in schedulers:
+        yield from _kept(vars(scheduler), known)
+        schedulers += getattr(scheduler, "_schedulers", [])  # that it goes through one by one
+
+
+def _kept_data(trainer: pl.Trainer) -> Iterator[Undo]:
+    """How to put back the generators of the training data."""
+    loader: Any = trainer.train_dataloader
+    datamodule = getattr(trainer, "datamodule", None)
+    sources = (getattr(loader, "dataset", None), getattr(loader, "collate_fn", None), datamodule)
+    yield from _kept_draws(sources, set(), _DEEP)
+
+
+def _kept_draws(value: Any, known: set[int], depth: int) -> Iterator[Undo]:
+    """How to put back the generators within an object of any kind."""
+    if id(value) in known or depth < 0:
+        return
+    known.add(id(value))
+    if (undo := _kept_generator(value)) is not None:
+        yield undo
+    elif isinstance(value, MethodType):
+        yield from _kept_draws(value.__self__, known, depth)
+    elif isinstance(value, dict | list | tuple):
+        if len(value) <= _MANY:
+            for part in list(value.values() if isinstance(value, dict) else value):
+                yield from _kept_draws(part, known, depth)
+    elif _has_attributes(value) and not _is_of(_TRAINERS, type(value)):
+        for part in list(vars(value).values()):
+            yield from _kept_draws(part, known, depth - 1)
+
+
+def _has_attributes(value: Any) -> bool:
+    kinds = type | ModuleType | Tensor | np.ndarray
+    return bool(getattr(type(value), "__dictoffset__", 0)) and not isinstance(value, kinds)
+
+
+def _is_of(packages: tuple[str, ...], *kinds: type) -> bool:
+    return any(kind.__module__.partition(".")[0] in packages for kind in kinds)
+
+
+def _is_own(value: Any) -> bool:
+    """Whether an object is of a class of its user's: not a function, and of no class of a library with hidden state."""
+    return (
+        _has_attributes(value)
+        and not _is_of(("builtins",), type(value))
+        and not _is_of(_LIBRARIES, *type(value).__mro__)
+    )
 
 
 def _set_mode(module: nn.Module, training: bool) -> None:  # noqa: FBT001 (a mode is what it sets)
@@ -144,25 +339,33 @@ def _set_mode(module: nn.Module, training: bool) -> None:  # noqa: FBT001 (a mod
         module.training = training
 
 
-def _kept(value: Any, known: set[int]) -> Iterator[Undo]:
-    """How to put back what an object holds, where it is of a known kind."""
+def _kept(value: Any, known: set[int], within: int = 0) -> Iterator[Undo]:
+    """How to put back what an object holds, where it is of a known kind; ``within`` so many objects of other kinds."""
     if id(value) in known:
         return
     known.add(id(value))
-    if isinstance(value, Tensor):
-        if (undo := _kept_tensor(value)) is not None:
-            yield undo
-    elif isinstance(value, np.ndarray):
-        array = value.copy()
-        if value.flags.writeable:
-            yield partial(np.copyto, value, array)
-    elif isinstance(value, dict | list | set | deque):
-        yield from _kept_container(value, known)
-    elif isinstance(value, tuple):
-        for part in value:
-            yield from _kept(part, known)
-    elif (undo := _kept_generator(value)) is not None:
+    undo = _kept_generator(value)
+    if undo is None and isinstance(value, Tensor | np.ndarray):
+        undo = _kept_numbers(value) if not within or not _is_large(value) else None  # or it is data, not a state
+    elif isinstance(value, dict | list | set | deque | tuple):
+        undo = None if isinstance(value, tuple) else _kept_entries(value)
+        parts = list(value.values() if isinstance(value, dict) else value)
+        for part in parts if len(parts) <= _MANY else ():
+            yield from _kept(part, known, within)
+    elif undo is None and within < _WITHIN and _is_own(value):
+        yield from _kept(vars(value), known, within + 1)
+    if undo is not None:
         yield undo
+
+
+def _kept_numbers(value: Tensor | np.ndarray[Any, Any]) -> Undo | None:
+    if isinstance(value, Tensor):
+        return _kept_tensor(value)
+    return partial(np.copyto, value, value.copy()) if value.flags.writeable else None
+
+
+def _is_large(value: Tensor | np.ndarray[Any, Any]) -> bool:
+    return not (isinstance(value, Tensor) and _is_odd(value)) and value.nbytes > _MOST_ON_DEVICE
 
 
 def _kept_generator(value: Any) -> Undo | None:
@@ -179,7 +382,8 @@ def _kept_generator(value: Any) -> Undo | None:
     return None
 
 
-def _kept_container(value: Any, known: set[int]) -> Iterator[Undo]:
+def _kept_entries(value: Any) -> Undo:
+    """How to put back which objects a container holds."""
     content = dict(value) if isinstance(value, dict) else list(value)
     add = value.extend if isinstance(value, list | deque) else value.update
 
@@ -188,33 +392,30 @@ def _kept_container(value: Any, known: set[int]) -> Iterator[Undo]:
             value.clear()
             add(content)
 
-    yield undo
-    for part in content.values() if isinstance(content, dict) else content:
-        yield from _kept(part, known)
+    return undo
 
 
 def _same(value: Any, content: Any) -> bool:
-    """Whether two containers hold the same objects in the same order."""
-    if isinstance(content, dict):
-        return list(value) == list(content) and _same(list(value.values()), list(content.values()))
-    return len(value) == len(content) and all(a is b for a, b in zip(value, content, strict=True))
+    """Whether two containers hold the same objects in the same order; quick, as it runs before each batch."""
+    if len(value) != len(content) or not all(map(is_, value, content)):
+        return False
+    return not isinstance(content, dict) or all(map(is_, value.values(), content.values()))
 
 
-def _kept_tensor(tensor: Tensor) -> Undo | None:
-    """How to put back a tensor's numbers; None where nothing could write to it, or training is what writes to it."""
+def _kept_tensor(tensor: Tensor, *, numbers: bool = True) -> Undo | None:
+    """How to put back a tensor's memory, and the numbers in it; None where nothing could write to it."""
     if _is_odd(tensor):
         return None
     alias = tensor.data  # of the same memory, whatever memory the tensor is given
     overlaps = any(stride == 0 and size > 1 for stride, size in zip(alias.stride(), alias.shape, strict=True))
-    trained = isinstance(tensor, nn.Parameter) and tensor.requires_grad
-    numbers = None
-    if not (overlaps or trained):
+    old = None
+    if numbers and not overlaps:
         small = alias.numel() * alias.element_size() <= _MOST_ON_DEVICE
-        numbers = alias.to(alias.device if small else "cpu", copy=True)
+        old = alias.to(alias.device if small else "cpu", copy=True)
 
     def undo() -> None:
-        if numbers is not None:
-            alias.copy_(numbers)
+        if old is not None:
+            alias.copy_(old)
         if tensor.data_ptr() != alias.data_ptr() or tensor.shape != alias.shape:
             tensor.data = alias
 
@@ -241,10 +442,10 @@ def _kept_generators() -> Iterator[Undo]:
 
 
 @contextmanager
-def kept_generators() -> Iterator[None]:
-    """A context after which the generators that a program shares are as before."""
+def kept_generators(trainer: pl.Trainer | None = None) -> Iterator[None]:
+    """A context after which the generators that a program shares are as before, and those of a Trainer's data."""
     with ExitStack() as afterwards:
-        for undo in list(_kept_generators()):
+        for undo in (*_kept_generators(), *(() if trainer is None else _kept_data(trainer))):
             afterwards.callback(undo)
         yield
 

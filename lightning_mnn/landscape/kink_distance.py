@@ -93,42 +93,63 @@ def kink_distance(
     (1.0, '1', 0, 2, 6)
     """
     layers: dict[str, _Layer] = {}
+    jitter = Jitter(parameters, seed)
     for run in passes:
         first = _FirstPass(layers)
         run(first)
         opened = {name: torch.ones_like(closed.units, dtype=torch.bool) for name, closed in first.closed.items()}
         if opened and first.eps < _COARSE:
             for step in (first.eps**0.5, -(first.eps**0.5)):
-                with jittered(parameters, step, seed):
+                with jitter.moved(step):
                     run(_SecondPass(first.closed, opened))
         for name, layer in first.settled(opened).items():
             layers[name] = layers[name].joined(layer) if name in layers else layer
     return _summary(_gathered(layers, Team() if team is None else team))
 
 
-@contextmanager
-def jittered(parameters: Sequence[Tensor], step: float, seed: int = 0) -> Iterator[None]:
-    """Inside, each number θ of a tensor is θ + step · r · max(|θ|, root mean square), with r from a normal.
+class Jitter:
+    """A random direction in which each number θ of a tensor moves by r · max(|θ|, root mean square), r from a normal.
 
     Where all of a tensor is zero, the root mean square is that of all tensors. Those that do not require a gradient
-    stay; afterwards all are as before, bit for bit.
+    stay. The direction is drawn when it is first needed, and takes the memory of the parameters.
+
+    Args:
+        parameters: what moves.
+        seed: of r.
     """
-    free = [parameter for parameter in parameters if parameter.requires_grad]
-    kept = [parameter.detach().clone() for parameter in free]
-    numbers = sum(parameter.numel() for parameter in free)
-    overall = math.sqrt(sum(float(old.double().square().sum()) for old in kept) / max(numbers, 1)) or 1.0
-    random = seeded(seed, "kinks")
-    try:
-        with torch.no_grad():
-            for parameter, old in zip(free, kept, strict=True):
-                least = float(old.double().square().mean().sqrt()) if old.numel() else 0.0
-                drawn = torch.randn(old.shape, generator=random, dtype=torch.float64).to(old)
-                parameter.add_(step * drawn * old.abs().clamp(min=least or overall))
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, old in zip(free, kept, strict=True):
-                parameter.copy_(old)
+
+    def __init__(self, parameters: Sequence[Tensor], seed: int = 0) -> None:
+        self._free = [parameter for parameter in parameters if parameter.requires_grad]
+        self._seed = seed
+        self._direction: list[Tensor] | None = None
+
+    @contextmanager
+    def moved(self, step: float) -> Iterator[None]:
+        """Inside, the parameters are moved by a step in the direction; afterwards as before, bit for bit."""
+        if self._direction is None:
+            self._direction = self._drawn()
+        kept = [parameter.detach().clone() for parameter in self._free]
+        try:
+            with torch.no_grad():
+                for parameter, direction in zip(self._free, self._direction, strict=True):
+                    parameter.add_(direction, alpha=step)
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, old in zip(self._free, kept, strict=True):
+                    parameter.copy_(old)
+
+    def _drawn(self) -> list[Tensor]:
+        values = [parameter.detach() for parameter in self._free]
+        numbers = sum(value.numel() for value in values)
+        overall = math.sqrt(sum(float(v.double().square().sum()) for v in values) / max(numbers, 1)) or 1.0
+        random = seeded(self._seed, "kinks")
+        found = []
+        for value in values:
+            least = float(value.double().square().mean().sqrt()) if value.numel() else 0.0
+            drawn = torch.randn(value.shape, generator=random, dtype=torch.float64).to(value)
+            found.append(drawn.mul_(value.abs().clamp(min=least or overall)))
+        return found
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import reduce
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch.nn import functional
@@ -17,22 +18,54 @@ if TYPE_CHECKING:
 # Nonlinear functions without pieces, or, as hardswish and elu, with curved ones.
 # fmt: off
 SMOOTH = frozenset([
-    "celu", "cos", "elu", "erf", "exp", "gelu", "glu", "group_norm", "gru", "gru_cell", "gumbel_softmax",
-    "hardswish", "instance_norm", "layer_norm", "log", "log_softmax", "logsigmoid", "lstm", "lstm_cell", "mish",
-    "multi_head_attention_forward", "reciprocal", "rms_norm", "rnn_relu", "rnn_relu_cell", "rnn_tanh",
-    "rnn_tanh_cell", "rsqrt", "scaled_dot_product_attention", "selu", "sigmoid", "silu", "sin", "softmax",
-    "softmin", "softplus", "softsign", "sqrt", "square", "tanh", "tanhshrink",
+    "celu", "cos", "cosine_similarity", "elu", "erf", "exp", "expit", "expm1", "gelu", "glu", "group_norm", "gru",
+    "gru_cell", "gumbel_softmax", "hardswish", "huber_loss", "instance_norm", "layer_norm", "log", "log1p",
+    "log_softmax", "logsigmoid", "logsumexp", "lstm", "lstm_cell", "mish", "multi_head_attention_forward", "normalize",
+    "pow", "reciprocal", "rms_norm", "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell", "rsqrt",
+    "scaled_dot_product_attention", "selu", "sigmoid", "silu", "sin", "smooth_l1_loss", "softmax", "softmin",
+    "softplus", "softsign", "special_expit", "sqrt", "square", "tanh", "tanhshrink",
 ])
 # fmt: on
 # Functions with kinks that cannot be told from outside.
 # fmt: off
 OPAQUE = frozenset([
-    "ceil", "cosine_embedding_loss", "floor", "fractional_max_pool2d", "fractional_max_pool3d", "heaviside",
-    "hinge_embedding_loss", "kthvalue", "margin_ranking_loss", "median", "multi_margin_loss",
-    "multilabel_margin_loss", "nanmedian", "rnn_relu", "rnn_relu_cell", "round", "sign", "sort", "topk",
-    "triplet_margin_loss", "triplet_margin_with_distance_loss", "trunc", "where",
+    "aminmax", "ceil", "cosine_embedding_loss", "cummax", "cummin", "floor", "fmod", "fractional_max_pool2d",
+    "fractional_max_pool3d", "heaviside", "hinge_embedding_loss", "kthvalue", "margin_ranking_loss", "median", "mod",
+    "multi_margin_loss", "multilabel_margin_loss", "nanmedian", "nanquantile", "quantile", "remainder", "rmod",
+    "rnn_relu", "rnn_relu_cell", "round", "sign", "sort", "topk", "triplet_margin_loss",
+    "triplet_margin_with_distance_loss", "trunc", "where",
 ])
 # fmt: on
+# Functions that have such kinks where they take maxima or minima, and none where they take sums or means.
+_REDUCTIONS = frozenset(["embedding_bag", "index_reduce", "scatter_reduce"])
+
+
+class _Order(NamedTuple):
+    """How a norm's order is told, and for which of them there are kinks that are not known here."""
+
+    name: str
+    place: int
+    default: float
+    unseen: tuple[Any, ...]
+
+    def of(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """The order of a call."""
+        return kwargs.get(self.name, args[self.place] if len(args) > self.place else self.default)
+
+
+_LARGEST = (math.inf, -math.inf, "inf", "-inf")
+_SUMS = (1, -1, *_LARGEST)
+_ORDERS = {
+    "norm": _Order("p", 1, 2, (*_LARGEST, "nuc")),
+    "linalg_vector_norm": _Order("ord", 1, 2, _LARGEST),
+    "linalg_norm": _Order("ord", 1, 2, _LARGEST),
+    "linalg_matrix_norm": _Order("ord", 1, 2, _SUMS),
+    "matrix_norm": _Order("ord", 1, 2, _SUMS),
+    "dist": _Order("p", 2, 2, _SUMS),
+    "cdist": _Order("p", 2, 2, _SUMS),
+    "pdist": _Order("p", 1, 2, _SUMS),
+    "pairwise_distance": _Order("p", 2, 2, _SUMS),
+}
 
 
 class Function(Protocol):
@@ -87,7 +120,7 @@ class Elementwise:
 
     def distance(self) -> Tensor:
         """|x − b| to the nearest breakpoint."""
-        return torch.stack([(self.input - b).abs() for b in self.breakpoints]).amin(0)
+        return reduce(torch.minimum, ((self.input - b).abs() for b in self.breakpoints))
 
 
 class Largest:
@@ -97,7 +130,8 @@ class Largest:
         x: the tensor that the function is called on.
         num_pieces: k.
         numbers: all that compete, (..., k); −inf for those of a window that lie outside.
-        winner: the index of the largest where torch itself tells it; None: found from the numbers.
+        winner: a faster way to the index of the largest; None: from the numbers.
+        gap: a faster way to the largest less the second; None: from the numbers.
         others: what else the numbers depend on.
 
     >>> call = Largest(torch.tensor([[1.0, 4.0, 2.0]]), 3, lambda: torch.tensor([[1.0, 4.0, 2.0]]))
@@ -113,12 +147,14 @@ class Largest:
         num_pieces: int,
         numbers: Callable[[], Tensor],
         winner: Callable[[], Tensor] | None = None,
+        gap: Callable[[], Tensor] | None = None,
         others: Sequence[Tensor] = (),
     ) -> None:
         self.input = x
         self.num_pieces = num_pieces
         self._numbers = numbers
         self._winner = winner
+        self._gap = gap
         self._others = others
 
     @property
@@ -132,11 +168,32 @@ class Largest:
 
     def distance(self) -> Tensor:
         """Largest less second largest; infinite where there is one number only."""
+        if self._gap is not None:
+            return self._gap()
         numbers = self._numbers()
         if self.num_pieces == 1:
             return torch.full_like(numbers[..., 0], math.inf)
         best = numbers.topk(2, dim=-1).values
         return best[..., 0] - best[..., 1]
+
+
+def has_kinks(name: str) -> bool:
+    """Whether a function of torch is one whose kinks are known here."""
+    return name in _FUNCTIONS
+
+
+def has_unseen_kinks(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a call of torch has kinks that cannot be told from outside.
+
+    >>> has_unseen_kinks("sort", (), {}), has_unseen_kinks("embedding_bag", (), {"mode": "mean"})
+    (True, False)
+    """
+    order = _ORDERS.get("linalg_matrix_norm" if name == "linalg_norm" and _first(args, kwargs).ndim > 1 else name)
+    if order is not None:
+        return order.of(args, kwargs) in order.unseen
+    if name in _REDUCTIONS:
+        return any(value in ("amax", "amin", "max") for value in (*args, *kwargs.values()) if isinstance(value, str))
+    return name in OPAQUE
 
 
 def function_of(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Function | None:
@@ -197,6 +254,22 @@ def _l1_loss(input: Tensor, target: Tensor, *_: Any, **__: Any) -> Function:  # 
     return Elementwise(input, (target,), active_pieces=None)
 
 
+def _norm(name: str) -> Callable[..., Function | None]:
+    """Σ |x| has a kink where an x is zero; norms of other orders have none in a single x."""
+
+    def build(*args: Any, **kwargs: Any) -> Function | None:
+        seen = _ORDERS[name].of(args, kwargs) == 1 and not has_unseen_kinks(name, args, kwargs)
+        return Elementwise(_first(args, kwargs), active_pieces=None) if seen else None
+
+    return build
+
+
+def _first(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    """What a function is called on, by whatever name."""
+    tensor: Tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+    return tensor
+
+
 def _maximum(input: Tensor, other: Tensor, *, sign: int = 1, **_: Any) -> Function:  # noqa: A002
     def numbers() -> Tensor:
         shape = (input + other).shape
@@ -245,10 +318,9 @@ def _max_pool(num_axes: int) -> Callable[..., Function]:
         kernel, pad, spread = (_tuple(value, num_axes) for value in (kernel_size, padding, dilation))
         step = _tuple(stride, num_axes) if stride else kernel
         sizes = input.shape[-num_axes:]
-        pool = getattr(functional, f"max_pool{num_axes}d")
 
-        def winner() -> Tensor:
-            """The first of the largest, as torch's pooling has it, whose own indices take longer to be had."""
+        def windows() -> list[Tensor]:
+            """Of each place in a window the numbers there, (..., windows), −inf outside of the input."""
             each = list(zip(sizes, kernel, step, pad, spread, strict=True))
             outs = [_pooled(*options, ceil_mode=ceil_mode) for options in each]
             ends = [
@@ -256,28 +328,32 @@ def _max_pool(num_axes: int) -> Callable[..., Function]:
             ]
             room = [width for sides in zip(pad[::-1], ends[::-1], strict=True) for width in sides]
             padded = functional.pad(input, room, value=-math.inf)
-            windows = []
+            found = []
             for offsets in itertools.product(*map(range, kernel)):
                 starts = [o * d for o, d in zip(offsets, spread, strict=True)]
                 cut = (slice(a, a + (out - 1) * s + 1, s) for a, out, s in zip(starts, outs, step, strict=True))
                 index: Any = (..., *cut)
-                windows.append(padded[index])
-            best = windows[0]
-            found = torch.zeros_like(best, dtype=torch.uint8 if len(windows) <= 256 else torch.int64)
-            for i, window in enumerate(windows[1:], start=1):
+                found.append(padded[index])
+            return found
+
+        def winner() -> Tensor:
+            """The first of the largest, as torch's pooling has it, whose own indices take longer to be had."""
+            best, *others = windows()
+            found = torch.zeros_like(best, dtype=torch.uint8 if len(others) < 256 else torch.int64)
+            for i, window in enumerate(others, start=1):
                 found = torch.maximum(found, (window > best).to(found.dtype) * i)
                 best = torch.maximum(best, window)
             return found
 
-        def numbers() -> Tensor:
-            out = pool(input, kernel, step, pad, spread, ceil_mode).shape[-num_axes:]
-            places = [
-                torch.arange(n)[:, None] * s - p + torch.arange(k) * d
-                for n, s, p, k, d in zip(out, step, pad, kernel, spread, strict=True)
-            ]
-            return _windows(input, places, [(p >= 0) & (p < n) for p, n in zip(places, sizes, strict=True)])
+        def gap() -> Tensor:
+            best, *others = windows()
+            second = torch.full_like(best, -math.inf)
+            for window in others:
+                second = torch.maximum(second, torch.minimum(best, window))
+                best = torch.maximum(best, window)
+            return best - second
 
-        return Largest(input, math.prod(kernel), numbers, winner)
+        return Largest(input, math.prod(kernel), lambda: torch.stack(windows(), -1), winner, gap)
 
     return build
 
@@ -344,6 +420,7 @@ _FUNCTIONS: dict[str, Callable[..., Function | None]] = {
     "clamp_min": _clamp_min,
     "clamp_max": _clamp_max,
     "l1_loss": _l1_loss,
+    **{name: _norm(name) for name in ("norm", "linalg_vector_norm", "linalg_norm")},
     **dict.fromkeys(("maximum", "fmax"), _maximum),
     **dict.fromkeys(("minimum", "fmin"), _minimum),
     **dict.fromkeys(("max", "amax"), _max),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_mnn.landscape.kink_trace import Kink, KinkTrace, Names
+from lightning_mnn.landscape.kink_trace import Kink, KinkTrace, Names, PatternError
 from lightning_mnn.landscape.pattern import PackedPattern, PiecePattern, num_digits
 
 if TYPE_CHECKING:
@@ -275,7 +275,7 @@ class PatternRows:
         """Pack what a kink call gives.
 
         Raises:
-            ValueError: a call that is not one of the layers, or gives another number of units.
+            PatternError: a call that is not one of the layers, or gives another number of units.
         """
         layer = self.layers.get(kink.name)
         if layer is None:
@@ -301,14 +301,14 @@ class PatternRows:
         """Go on with the rows of the next batch.
 
         Raises:
-            ValueError: a layer was not met in the batch, or layers gave different numbers of samples.
+            PatternError: a layer was not met in the batch, or layers gave different numbers of samples.
         """
         missing = [name for name in self.layers if name not in self._met]
         if missing:
             raise _changing(missing[0], "it was not met in every batch")
         counts = set(self._met.values())
         if len(counts) > 1 or self.row + max(counts) > self._num_samples:
-            raise ValueError(
+            raise PatternError(
                 f"the layers gave different numbers of samples of one batch, or more than the {self._num_samples} that "
                 f"are recorded: {self._met}. Leave some out by modules="
             )
@@ -323,8 +323,8 @@ class PatternRows:
         }
 
 
-def _changing(name: str, why: str) -> ValueError:
-    return ValueError(
+def _changing(name: str, why: str) -> PatternError:
+    return PatternError(
         f"the layer {name} is not the same in every batch: {why}. Where batches are padded to their longest sample, "
         "pad them to one length; or leave the layer out by modules= with the names or patterns of the others"
     )

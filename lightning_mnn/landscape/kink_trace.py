@@ -16,7 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from lightning_mnn.landscape.kink_functions import OPAQUE, SMOOTH, Function, function_of
+from lightning_mnn.landscape.kink_functions import SMOOTH, Function, function_of, has_kinks, has_unseen_kinks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -49,6 +49,10 @@ KINK_MODULES = (
     nn.AdaptiveMaxPool2d,
     nn.AdaptiveMaxPool3d,
 )
+
+
+class PatternError(ValueError):
+    """A pass gave no pattern, or one that is not comparable with the others: of NaN, or of other layers than before."""
 
 
 class Kink:
@@ -88,10 +92,10 @@ class Kink:
         torch's ``relu``. Of a maximum over k numbers the piece is the index of the largest.
 
         Raises:
-            ValueError: an input is NaN.
+            PatternError: an input is NaN.
         """
         if self.input.numel() and bool(self.input.amax().isnan()):  # which is 20 times faster than isnan().any()
-            raise ValueError(f"the input of {self.name} contains NaN: a pattern is defined for numbers only")
+            raise PatternError(f"the input of {self.name} contains NaN: a pattern is defined for numbers only")
         return self._call.pieces()
 
     def distance(self) -> Tensor:
@@ -106,9 +110,10 @@ class KinkTrace:
     """Hands each kink call of a forward pass to a function: ``with trace: module(inputs)``, once for each pass.
 
     Calls are met in whatever way they are written: as modules, as functions, as methods of tensors (by a
-    ``TorchFunctionMode``); modules that ``torch.compile`` made faster run as they were written. Nothing stays behind on
-    the module. What cannot be seen is what torch does in one piece (``nn.RNN`` with ReLU), scripted modules, custom
-    autograd functions, and kinks that are made of comparisons. What metrics of torchmetrics call is passed over.
+    ``TorchFunctionMode``); modules that ``torch.compile`` made faster run as they were written. Nothing stays
+    behind on the module. What cannot be seen is what torch does in one piece (``nn.RNN`` with ReLU), scripted
+    modules, custom autograd functions, what runs within ``torch.vmap``, and kinks that are made of comparisons.
+    What metrics of torchmetrics call is passed over.
 
     Args:
         module: its submodules' names are those of the layers.
@@ -186,8 +191,11 @@ class KinkTrace:
             return
         if name in SMOOTH:
             self.smooth.add(name)
-        if name in OPAQUE:
+        if has_unseen_kinks(name, args, kwargs):
             self.opaque.add(name)
+        if has_kinks(name) and any(map(_is_wrapped, (*args, *kwargs.values()))):
+            self.opaque.add(f"{self._layer(name)} (within torch.vmap or torch.func)")
+            return
         call = function_of(name, args, kwargs)
         if call is None:
             return
@@ -230,6 +238,11 @@ class _Mode(TorchFunctionMode):
         kwargs = kwargs or {}
         self._met(getattr(func, "__name__", "").strip("_"), args, kwargs)
         return func(*args, **kwargs)
+
+
+def _is_wrapped(value: Any) -> bool:
+    """Whether a tensor stands for others, as within ``torch.vmap``, so that its numbers cannot be looked at."""
+    return isinstance(value, torch.Tensor) and bool(torch._C._functorch.is_functorch_wrapped_tensor(value))  # noqa: SLF001
 
 
 def _is_metric(module: nn.Module) -> bool:

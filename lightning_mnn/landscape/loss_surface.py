@@ -75,11 +75,11 @@ class LossSurface:
         self._free = [parameter for parameter in self.parameters if parameter.requires_grad]
 
     def loss(self) -> float:
-        """L(θ)."""
+        """L(θ). Its parts may use gradients, of the inputs, say."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        with _twice_differentiable(), torch.no_grad():
+        with _twice_differentiable(), torch.inference_mode(mode=False), torch.enable_grad():
             for weight, part in self._parts():
-                total += weight * _scalar(part())
+                total += weight * _scalar(part()).detach()
         return float(self.team.sum(total))
 
     def value_and_gradient(self) -> tuple[float, Tensor]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_mnn.landscape.kink_distance import KinkDistance, jittered
+from lightning_mnn.landscape.kink_distance import Jitter, KinkDistance
 from lightning_mnn.landscape.lanczos import Ends, Spectrum, extreme_eigenvalues, products_needed
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ _FEIGNED = 4.0  # times the curvature that the gradient gives the scaling of a u
 _LOSS_ROUNDINGS = 8.0  # error of a loss, in spacings of its floats
 _CLEAR = 16.0  # times that error, from which a change of the loss is one
 _LEAST_SHARE = 0.5  # of the gradient, that its change over kinks is below where no side can make it zero
+_FEW = 8.0  # units on kinks by chance, from which their number is known well
 _LENGTHS = (1.0, 4.0, 16.0, 64.0)  # of the trial steps, relative to the shortest whose effect is clear
 
 
@@ -54,7 +55,8 @@ class SecondOrderVerdict:
         nearest_kink: smallest distance of a unit to its kink; infinite without kinks.
         relative_kink: the same relative to the root mean square of the layer's input.
         kinks: units on their kink within rounding.
-        relative_jump: how much the gradient changes between their sides, relative to the reference; 0 without them.
+        relative_jump: how much the gradient changes between their sides, relative to the reference; 0 without them,
+            None where it would decide nothing.
         smallest_eigenvalue: of the Hessian: λ_min is at most this, up to rounding; None where it was not computed.
         eigenvalue_error: λ_min is at least ``smallest_eigenvalue`` less this, with the probability that was asked for.
         largest_eigenvalue: λ_max is at least this.
@@ -69,7 +71,7 @@ class SecondOrderVerdict:
     nearest_kink: float
     relative_kink: float
     kinks: int
-    relative_jump: float
+    relative_jump: float | None
     smallest_eigenvalue: float | None = None
     eigenvalue_error: float | None = None
     largest_eigenvalue: float | None = None
@@ -84,15 +86,16 @@ def judge_stationarity(
     gradient_tolerance: float = 1e-3,
     jump_tolerance: float = 0.0,
 ) -> SecondOrderVerdict:
-    """Is the point off the kinks, and stationary? One gradient of the full batch; on kinks three.
+    """Is the point off the kinks, and stationary? One gradient of the full batch; on kinks that matter three.
 
     The kind is ``on_kink`` where a unit is on its kink within rounding: torch's derivatives are then those of one side,
     and no verdict follows from them. Of millions of units in float32 a few always are, by chance, and matter little:
     how much the gradient changes between both sides of them is said (at θ ± s, s random and 64 spacings of floats
     relative to the weights; the smooth change over that step included), and ``jump_tolerance`` lets small changes
-    pass. The kind is ``not_stationary`` where ‖∇L‖ exceeds the tolerance times the reference (and twice its change over
-    kinks, so that −∇L leads downhill on all their sides), and otherwise ``undecided``: for :func:`judge_curvature` to
-    decide.
+    pass. Where the gradient exceeds its tolerance, and no more than twice as many units are on kinks as would be by
+    chance, that is left out. The kind is ``not_stationary`` where ‖∇L‖ exceeds the tolerance times the reference (and
+    twice its change over kinks, as far as that was formed, so that −∇L leads downhill on all their sides), and
+    otherwise ``undecided``: for :func:`judge_curvature` to decide.
 
     Args:
         surface: the loss at the parameters θ.
@@ -113,14 +116,18 @@ def judge_stationarity(
     loss, gradient = surface.value_and_gradient()
     norm = float(gradient.double().norm())
     relative = norm / reference
-    jump = _jump(surface, kinks.spacing) / reference if kinks.count else 0.0
-    sides = (
-        f"{kinks.count} of {kinks.units} units are on a kink within rounding ({kinks.by_chance:.1g} would be by "
-        f"chance; nearest in {kinks.layer}), between whose sides the gradient changes by {jump:.1e} of the reference"
-    )
-    where = sides if kinks.count else _where(kinks.relative)
-    descends = relative > gradient_tolerance and jump < _LEAST_SHARE * relative  # −∇L does, on every side
-    if kinks.count and not jump <= jump_tolerance and not descends:
+    jump: float | None = 0.0
+    sides = _where(kinks.relative)
+    if kinks.count:
+        by_chance = max(_FEW, kinks.count / 2) <= kinks.by_chance
+        jump = None if relative > gradient_tolerance and by_chance else _jump(surface, kinks.spacing) / reference
+        change = "" if jump is None else f", between whose sides the gradient changes by {jump:.1e} of the reference"
+        sides = (
+            f"{kinks.count} of {kinks.units} units are on a kink within rounding ({kinks.by_chance:.1g} would be by "
+            f"chance; nearest in {kinks.layer}){change}"
+        )
+    descends = relative > gradient_tolerance and (jump is None or jump < _LEAST_SHARE * relative)  # on every side
+    if not descends and jump is not None and not jump <= jump_tolerance:
         kind = SecondOrderKind.ON_KINK
         reason = f"{sides}: the gradient and the Hessian are those of one side only"
     elif not (math.isfinite(loss) and math.isfinite(norm)):
@@ -130,11 +137,11 @@ def judge_stationarity(
         kind = SecondOrderKind.NOT_STATIONARY
         reason = (
             f"the gradient's norm is {relative:.1e} of the reference: above the tolerance of {gradient_tolerance:.0e}; "
-            f"{where}"
+            f"{sides}"
         )
     else:
         kind = SecondOrderKind.UNDECIDED
-        reason = f"the gradient's norm is {relative:.1e} of the reference, and {where}"
+        reason = f"the gradient's norm is {relative:.1e} of the reference, and {sides}"
     return SecondOrderVerdict(kind, reason, loss, norm, relative, kinks.nearest, kinks.relative, kinks.count, jump)
 
 
@@ -246,14 +253,19 @@ def second_order_verdict(
 
 
 def _where(relative_kink: float) -> str:
-    return "there is no kink" if relative_kink == math.inf else f"the nearest kink at {relative_kink:.1e} of its scale"
+    return (
+        "no kink depends on the weights"
+        if relative_kink == math.inf
+        else f"the nearest kink at {relative_kink:.1e} of its scale"
+    )
 
 
 def _jump(surface: LossSurface, spacing: float) -> float:
     """‖∇L(θ + s) − ∇L(θ − s)‖ for a step s that leaves the kinks that θ is on within rounding."""
-    with jittered(surface.parameters, _ACROSS * spacing):
+    jitter = Jitter(surface.parameters)
+    with jitter.moved(_ACROSS * spacing):
         gradient = surface.value_and_gradient()[1]
-    with jittered(surface.parameters, -_ACROSS * spacing):
+    with jitter.moved(-_ACROSS * spacing):
         return float((gradient - surface.value_and_gradient()[1]).double().norm())
 
 

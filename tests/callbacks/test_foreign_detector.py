@@ -4,9 +4,6 @@ import itertools
 import json
 import math
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -15,15 +12,14 @@ import torchmetrics
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_mnn import MNN
-from lightning_mnn.callbacks import LocalMinimumDetector, Schedule
+from lightning_mnn.callbacks import ActivationPatternRecorder, AngularVolumeMonitor, LocalMinimumDetector, Schedule
 from lightning_mnn.data import GaussianData
 from lightning_mnn.landscape.kink_patterns import NoKinksError
 from lightning_mnn.mnn import DivergenceError
-
-ROOT = Path(__file__).parents[2]
+from tests.children import side_by_side
 
 
 class Plain(pl.LightningModule):
@@ -115,10 +111,111 @@ def test_another_loss_than_the_squared_error_has_no_certificate(make_trainer, lo
         fit(make_trainer, Plain(two_layers(), loss), *data(), LocalMinimumDetector(polish=True, loss_fn=loss_fn))
 
 
-def test_a_loss_that_is_the_squared_error_in_places_only(make_trainer):
+class Penalised(Plain):
+    """Two layers in float32 with a penalty, on the parameters of the module or on some that were kept elsewhere."""
+
+    def __init__(self, size, *, kept=False, net=None):
+        net = two_layers().float() if net is None else net
+        super().__init__(net, nn.functional.mse_loss)
+        self.size, self.kept = size, [*net.parameters()] if kept else None
+
+    def training_step(self, batch, batch_idx):
+        penalty = sum(p.square().sum() for p in self.kept or self.parameters())
+        return super().training_step(batch, batch_idx) + self.size * penalty
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"size": 1e-6}, "gradients are not parallel (their directions differ by"),
+        ({"size": 1e-9}, "as with a penalty, a frozen layer"),
+        ({"size": 1e-6, "kept": True}, "it depends on weights that are not found through the module's submodules"),
+    ],
+    ids=str,
+)
+def test_a_small_penalty_is_seen_in_float32(make_trainer, options, why):
+    module, (x, _) = Penalised(**options), data()
+    with torch.no_grad():
+        y = module(x.float())[:, 0]  # zero error: a minimum of the squared error, and not of this loss
+    summary = fit(make_trainer, module, x.float(), y, batch_size=5)[0].summary()
+    assert summary["evidence"] == "second_order"
+    assert summary["kind"] == "not_stationary"
+    assert why in summary["reason"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "batch_size"),
+    [
+        (nn.functional.mse_loss, 5),
+        (lambda out, y: 0.5 * (out - y).square().mean(), 14),
+        (lambda out, y: nn.functional.mse_loss(out, y, reduction="sum"), 7),
+        (lambda out, y: nn.functional.mse_loss(out.float(), y.to(out.dtype)) + torch.zeros(1), 5),
+    ],
+    ids=["mini-batches", "half", "sum", "casts"],
+)
+def test_the_squared_error_in_float32_is_certified(make_trainer, loss, batch_size):
+    class Cast(Plain):
+        def forward(self, x):
+            return self.net(x.float())
+
+    net, (x, _) = two_layers(40).float(), data()
+    with torch.no_grad():
+        y = net(x.float())[:, 0]
+    for module, inputs in ((Plain(net, loss), x.float()), (Cast(net, loss), x)):
+        summary = fit(make_trainer, module, inputs, y, batch_size=batch_size)[0].summary()
+        assert (summary["evidence"], summary["kind"]) == ("certificate", "differentiable_minimum")
+
+
+class Noise(Dataset):
+    """Draws from a generator of its own."""
+
+    def __init__(self):
+        self.x, self.y = data()
+        self.random = torch.Generator().manual_seed(0)
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return self.x[index] + torch.randn(4, generator=self.random).double(), self.y[index]
+
+
+def test_samples_that_change_have_no_certificate(make_trainer):
+    left = []
+    for callbacks in ([], [detector := LocalMinimumDetector(Schedule(every=1)), AngularVolumeMonitor(num_draws=2)]):
+        module = Plain(two_layers(), nn.functional.mse_loss, lr=0.1)
+        make_trainer(max_epochs=2, callbacks=callbacks).fit(module, DataLoader(Noise(), batch_size=5))
+        left.append(module.state_dict())
+    assert detector.summary()["evidence"] == "second_order"
+    assert "others each time that they are read" in detector.summary()["reason"]
+    torch.testing.assert_close(left[0], left[1], rtol=0, atol=0)
+
+
+def no_batch_but(dtype):
+    def loss(out, y):
+        assert out.dtype == dtype
+        return nn.functional.mse_loss(out, y)
+
+    return loss
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_loss_that_cannot_be_had_in_float64(make_trainer, given):
+    loss = no_batch_but(torch.float32)
+    x, y = (part.float() for part in data())
+    detector = LocalMinimumDetector(
+        loss_fn=(lambda module, batch: loss(module(batch[0])[:, 0], batch[1])) if given else None
+    )
+    summary = fit(make_trainer, Plain(two_layers().float(), loss), x, y, detector)[0].summary()
+    assert summary["evidence"] == "second_order"
+    assert "cannot be compared with the squared error: it cannot be had in float64" in summary["reason"]
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_loss_that_is_the_squared_error_in_places_only(make_trainer, shift):
     def loss(out, y):
         mse = nn.functional.mse_loss(out, y)
-        return mse if mse > 1e-6 else 2 * mse + 1
+        return mse if mse > 1e-6 else 2 * mse + shift
 
     net, (x, _) = two_layers(), data()
     with torch.no_grad():
@@ -127,7 +224,113 @@ def test_a_loss_that_is_the_squared_error_in_places_only(make_trainer):
     summary = detector.summary()
     assert summary["evidence"] == "second_order"
     assert "in places only, and not here" in summary["reason"]
-    assert summary["loss"] == 1.0
+    assert summary["loss"] == shift
+
+
+class Rows(Dataset):
+    """Samples of any form."""
+
+    def __init__(self, make, *parts):
+        self.make, self.parts = make, parts
+
+    def __len__(self):
+        return len(self.parts[0])
+
+    def __getitem__(self, index):
+        return self.make(*(part[index] for part in self.parts))
+
+
+X, Y = torch.randn(14, 3, 4, generator=torch.Generator().manual_seed(4)), torch.arange(14.0) / 14
+FORMS = {
+    "dicts": (Rows(lambda x, y: {"x": x, "y": y}, X[:, 0], Y), lambda net, b: (net(b["x"])[:, 0], b["y"]), "got dict"),
+    "weights": (Rows(lambda *parts: parts, X[:, 0], Y, Y), lambda net, b: (net(b[0])[:, 0], b[1] * b[2]), "got list"),
+    "made features": (
+        Rows(lambda *parts: parts, X[:, 0, :2], Y),
+        lambda net, b: (net(torch.cat([b[0], b[0] ** 2], 1))[:, 0], b[1]),
+        "have 2 numbers, and its network takes 4",
+    ),
+    "sequences": (
+        Rows(lambda *parts: parts, X, Y[:, None].expand(-1, 3)),
+        lambda net, b: (net(b[0])[..., 0], b[1]),
+        "have 12 numbers, and its network takes 4",
+    ),
+    "several targets": (
+        Rows(lambda *parts: parts, X[:, 0], Y[:, None].expand(-1, 3)),
+        lambda net, b: (net(b[0]).expand(-1, 3), b[1]),
+        "a batch of 8 samples has 24 targets",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_two_layers_on_batches_of_any_form(make_trainer, form, tmp_path):
+    samples, outputs_and_targets, why = FORMS[form]
+
+    class Formed(Plain):
+        def training_step(self, batch, batch_idx):
+            return self.loss(*outputs_and_targets(self.net, batch))
+
+    module = Formed(two_layers().float(), nn.functional.mse_loss, lr=0.1)
+    detector = LocalMinimumDetector(Schedule(every=1), stop_training=False)
+    loader = DataLoader(samples, batch_size=5)
+
+    def forward_fn(module, batch):
+        return outputs_and_targets(module.net, batch)
+
+    others = (
+        AngularVolumeMonitor(num_draws=2, sigmas=(1e-3, 1.0), forward_fn=forward_fn),
+        ActivationPatternRecorder(dirpath=tmp_path, forward_fn=forward_fn),
+    )
+    make_trainer(max_epochs=2, callbacks=[detector, *others]).fit(module, loader)
+    summary = detector.summary()
+    assert summary["evidence"] == "second_order"
+    assert "no certificate: its loss cannot be compared with the squared error" in summary["reason"]
+    assert why in summary["reason"]
+    whole = next(iter(DataLoader(samples, batch_size=14)))
+    assert summary["loss"] == pytest.approx(module.training_step(whole, 0).item(), rel=1e-6)
+    assert others[0].summary()["log_volume"] is None
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_weights_that_are_computed_have_no_certificate(make_trainer, bias):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6, bias), nn.ReLU(), nn.Linear(6, 1, bias)).double()
+    for layer in (net[0], net[2]):
+        nn.utils.parametrizations.weight_norm(layer)
+    module, (x, y) = Plain(net, nn.functional.mse_loss, lr=0.1), data()
+    summary = fit(make_trainer, module, x, y)[0].summary()
+    loss = nn.functional.mse_loss(net(x)[:, 0], y)
+    norm = torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*net.parameters()])]).norm()
+    assert summary["evidence"] == "second_order"
+    assert summary["gradient_norm"] == pytest.approx(norm.item(), rel=1e-10)
+
+
+class TakesInputs(Plain):
+    def network(self, x):
+        return self.net(x)
+
+
+class Builds(Plain):
+    def network(self):
+        return nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 1))
+
+
+class Fails(Plain):
+    def network(self):
+        raise KeyError("width")
+
+
+@pytest.mark.parametrize("kind", [TakesInputs, Builds, Fails])
+def test_a_method_called_network_that_is_for_something_else(make_trainer, kind):
+    left = []
+    for callbacks in ([], [LocalMinimumDetector(Schedule(every=1)), AngularVolumeMonitor()]):
+        torch.manual_seed(0)
+        trainer = make_trainer(max_epochs=2, callbacks=callbacks)
+        module = kind(two_layers(), nn.functional.mse_loss, lr=0.1)
+        trainer.fit(module, DataLoader(TensorDataset(*data()), batch_size=5, shuffle=True))
+        left.append((module.state_dict(), torch.rand(2)))
+    assert callbacks[0].summary()["evidence"] == "certificate"
+    torch.testing.assert_close(left[0], left[1], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("widths", "evidence"), [([5], "certificate"), ([5, 4], "first_order")])
@@ -243,9 +446,17 @@ def test_a_saddle_and_a_kink_are_told(make_trainer):
         kink.net[0].bias[2] = -(kink.net[0].weight[2] @ x[5])
         kink.net[0].bias[2] -= kink.net[0](x[5])[2]
     found = fit(make_trainer, kink, x, y)[0].summary()
-    assert found["kind"] == "on_kink"
-    assert found["kinks"] == 1
+    assert (found["kind"], found["kinks"]) == ("not_stationary", 1)  # −∇L leads downhill on both its sides
+    assert "1 of 216 units are on a kink within rounding" in found["reason"]
+    fitted = Plain(nn.Sequential(*two_layers(), nn.Identity()), nn.functional.l1_loss)
+    with torch.no_grad():
+        y = fitted(x := data()[0])[:, 0]
+    found = fit(make_trainer, fitted, x, y)[0].summary()
+    assert (found["kind"], found["kinks"]) == ("on_kink", 14)
     assert found["smallest_eigenvalue"] is None
+    found = fit(make_trainer, fitted, x, y + torch.tensor([1e-9, -1e-9] * 7))[0].summary()
+    assert (found["kind"], found["kinks"]) == ("not_stationary", 0)
+    assert "to and fro across kinks, where a gradient need not vanish, as of an L1 loss" in found["reason"]
 
 
 def test_notes_tell_what_the_numbers_are_of(make_trainer):
@@ -266,6 +477,53 @@ def test_notes_tell_what_the_numbers_are_of(make_trainer):
         "smooth functions, not piecewise linear: sigmoid",
     ):
         assert note in reason
+
+
+@pytest.mark.parametrize("head_only", [False, True])
+def test_frozen_layers_below_the_last_kink(make_trainer, head_only):
+    class Head(Plain):
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+    module, (x, y) = Head(nn.Sequential(*two_layers(), nn.Identity()), nn.functional.mse_loss), data()
+    module.net[0].requires_grad_(requires_grad=not head_only)
+    detector = LocalMinimumDetector(Schedule(every=1), stop_training=False, patience=1, gradient_tolerance=2.0)
+    found = fit(make_trainer, module, x, y, detector)[0].summary()
+    assert ("no kink depends on a weight that is trained now (net.1 depend on none)" in found["reason"]) is head_only
+    features = torch.cat([module.net[:2](x), torch.ones(14, 1)], 1).detach()
+    top = torch.linalg.eigvalsh(2 / 14 * features.T @ features)[-1].item()  # of the head
+    if head_only:
+        assert found["kind"] == "differentiable_minimum"  # it is convex, and the tolerance is loose
+        assert found["largest_eigenvalue"] == pytest.approx(top, rel=1e-6)
+        assert found["kinks"] == 0
+    else:
+        assert found["largest_eigenvalue"] > top
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "seen"),
+    [
+        (lambda: Deep(lr=0.1), {"overfit_batches": 1}, "sees 1 of 3 batches"),
+        (lambda: Deep(lr=0.1), {}, None),
+        (lambda: Plain(two_layers(), nn.functional.mse_loss), {"limit_train_batches": 2}, "sees 2 of 3 batches"),
+        (lambda: MNN(4, [5]), {"limit_train_batches": 2}, "sees 2 of 3 batches"),
+    ],
+)
+def test_training_on_a_part_of_the_data_is_told(make_trainer, make, options, seen):
+    x, y = labels() if isinstance(module := make(), Deep) else data(12)
+    x, y = (x.float(), y.float()) if isinstance(module, MNN) else (x, y)
+    reason = fit(make_trainer, module, x, y, batch_size=5, **options)[0].summary()["reason"]
+    assert ("an epoch of training sees" in reason) is (seen is not None)
+    assert (seen or "") in reason
+
+
+@pytest.mark.parametrize(("reduction", "batch_size", "told"), [("sum", 5, True), ("sum", 7, False), ("mean", 5, False)])
+def test_a_sum_over_batches_of_several_sizes_is_told(make_trainer, reduction, batch_size, told):
+    def loss(out, y):
+        return nn.functional.binary_cross_entropy_with_logits(out, y, reduction=reduction)
+
+    found = fit(make_trainer, Plain(two_layers(), loss), *data(), batch_size=batch_size)[0].summary()
+    assert ("the loss is a sum over the samples of a batch" in found["reason"]) is told
 
 
 class OnceOnly(torch.autograd.Function):
@@ -488,11 +746,8 @@ CASES = [("Deep", 9), ("Deep", 1), ("Plain", 9), ("Plain", 1), ("Manual", 9)]  #
 
 @pytest.mark.slow
 def test_two_processes_agree_with_one(tmp_path):
-    out = tmp_path / "two.json"
-    command = [sys.executable, __file__, str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for case, two in zip(CASES, json.loads(out.read_text()), strict=True):
+    side_by_side(tmp_path, 2, in_two_processes, tmp_path)
+    for case, two in zip(CASES, json.loads((tmp_path / "two.json").read_text()), strict=True):
         one = judged(1, *case, tmp_path)
         assert two.pop("world_size") == 2
         assert one["evidence"] == {"Deep": "second_order", "Plain": "certificate", "Manual": "first_order"}[case[0]]
@@ -530,8 +785,7 @@ def judged(devices, kind, num_samples, folder):
     return detector.summary() | {"world_size": trainer.world_size}
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    found = [judged(2, *case, Path(sys.argv[1]).parent) for case in CASES]
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        Path(sys.argv[1]).write_text(json.dumps(found))
+def in_two_processes(folder):
+    found = [judged(2, *case, folder) for case in CASES]
+    if os.environ["LOCAL_RANK"] == "0":
+        (folder / "two.json").write_text(json.dumps(found))

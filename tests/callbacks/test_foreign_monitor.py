@@ -1,10 +1,8 @@
-"""AngularVolumeMonitor in other people's modules, in real fits; run as a program, it trains on several processes."""
+"""AngularVolumeMonitor in other people's modules, in real fits."""
 
 import copy
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +11,9 @@ import torch
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_mnn import MNN
 from lightning_mnn.callbacks import AngularVolumeMonitor, Schedule
@@ -23,10 +22,10 @@ from lightning_mnn.landscape import ActivationPattern, Region, region_log_volume
 from lightning_mnn.landscape.kink_patterns import NoKinksError
 from lightning_mnn.landscape.local_volume import ALL_LAYERS, SIGMAS
 from lightning_mnn.seeding import generator
+from tests.children import side_by_side
 from tests.foreign_models import NAMESPACES, OTHERS, ZOO, foreign_model, foreign_trainer
 
 FEW = {"sigmas": (1e-6, 1e-2, 1.0), "num_draws": 4}
-ROOT = Path(__file__).parents[2]
 
 
 class Sequences(pl.LightningModule):
@@ -413,10 +412,7 @@ def test_wandb_shows_the_curves(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_share_the_draws_of_one(tmp_path):
-    out = tmp_path / "two.json"
-    command = [sys.executable, "-m", "tests.callbacks.test_foreign_monitor", "2", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    side_by_side(tmp_path, 2, main, 2, tmp_path / "two.json")
     main(1, tmp_path / "one.json")
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert one == two
@@ -436,6 +432,202 @@ def test_bad_arguments_are_named(options, message):
         AngularVolumeMonitor(**options)
 
 
+class TwoLayers(pl.LightningModule):
+    """Linear, ReLU, Linear in an nn.Sequential, on what ``seen`` makes of the inputs; a training step of any kind."""
+
+    def __init__(self, seen=lambda net, x: net(x), step=lambda module, batch: module(batch[0]).mean()):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+        self.seen, self.step = seen, step
+
+    def forward(self, x):
+        return self.seen(self.net, x)
+
+    def training_step(self, batch, batch_idx):
+        return self.step(self, batch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-2)
+
+
+class Moved(TwoLayers):
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return [batch[0] + 1, batch[1]]
+
+
+class Hooked(TwoLayers):
+    def __init__(self):
+        super().__init__()
+        self.net[0].register_forward_hook(lambda _layer, _inputs, output: output + 5)
+
+
+class Noisy(Dataset):
+    """Draws from torch's generator, and from one of its own."""
+
+    def __init__(self, noise):
+        self.noise = noise
+        self.own = torch.Generator().manual_seed(0)
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        x = torch.linspace(-1, 1, 30).reshape(10, 3)[index]
+        return x + self.noise * (torch.randn(3) + torch.randn(3, generator=self.own)), x.sum()
+
+
+def inputs_and_targets(*shape):
+    inputs = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    return TensorDataset(inputs, torch.zeros(shape[0]))
+
+
+def loop(net, x):
+    for layer in net:
+        x = layer(x)
+    return x
+
+
+def measured(module, data, **options):
+    monitor = AngularVolumeMonitor(**FEW, **options)
+    fit(module, DataLoader(data, batch_size=4), monitor)
+    return monitor.summary()
+
+
+@pytest.mark.parametrize("seen", [lambda net, x: net(x), loop, lambda net, x: net(x).tanh() - 1])
+def test_a_sequential_on_the_inputs_as_they_are_has_a_region(seen):
+    data = inputs_and_targets(10, 3)
+    module = TwoLayers(seen)
+    found = measured(module, data)
+    x = torch.cat([data.tensors[0], torch.ones(10, 1)], dim=1).double()
+    rows = torch.cat([module.net[0].weight, module.net[0].bias[:, None]], dim=1).detach().double()
+    region, seed = Region(x, ActivationPattern(x @ rows.T > 0)), generator(0, "volume", 6).initial_seed()
+    expected = region_log_volume(region, rows, target_standard_error=0.5, seed=seed)
+    assert found["log_volume"] == pytest.approx(expected.value, rel=1e-9)
+    assert "local_volume" not in found
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (lambda: TwoLayers(lambda net, x: net(x - 5)), "its forward calls its nn.Sequential on something other than"),
+        (lambda: TwoLayers(lambda net, x: net(x) - net(-x)), "calls the first Linear of its nn.Sequential 2 times"),
+        (lambda: TwoLayers(lambda net, x: net[2](net[0](x).relu())), "does not run the layers of its nn.Sequential"),
+        (
+            lambda: TwoLayers(step=lambda m, batch: m(batch[0].sin()).mean()),
+            "its training_step calls its nn.Sequential on something other than the inputs of a batch",
+        ),
+        (Moved, "its forward calls its nn.Sequential on something other than the inputs of a batch"),
+        (Hooked, "forward hooks"),
+    ],
+)
+def test_other_uses_of_a_sequential_have_local_volumes(module, reason, caplog):
+    with caplog.at_level("INFO"):
+        found = measured(module(), inputs_and_targets(10, 3))
+    assert reason in found["log_volume_reason"]
+    assert f"not that of the region: {found['log_volume_reason']}" in caplog.text
+    assert found["log_volume"] is found["log_volume_lower_bound"] is None
+    assert found["local_volume"].keys() >= {ALL_LAYERS, "F.relu" if "does not run" in reason else "net.1"}
+
+
+class Rows(Dataset):
+    def __init__(self, form):
+        self.form = form
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return self.form(torch.linspace(-1, 1, 24).reshape(8, 3)[index])
+
+
+@pytest.mark.parametrize(
+    ("form", "step"),
+    [
+        (lambda x: {"x": x, "y": x.sum()}, lambda m, batch: m(batch["x"]).mean()),
+        (lambda x: (x,), lambda m, batch: m(batch[0]).mean()),
+        (lambda x: (x, -x), lambda m, batch: (m(batch[0]) - m(batch[1])).mean()),
+        (lambda x: (torch.stack([x, 2 * x]), x.sum()), lambda m, batch: m(batch[0]).mean()),
+    ],
+    ids=["dicts", "inputs only", "pairs", "sequences"],
+)
+def test_batches_of_any_form(form, step):
+    found = measured(TwoLayers(step=step), Rows(form))
+    assert found["log_volume"] is None
+    assert found["log_volume_reason"]
+    assert found["local_volume"]["net.1"]["probability"][0] > 0
+
+
+def test_arguments_for_passes_are_used_or_refused(make_trainer):
+    data = inputs_and_targets(10, 3)
+    batch = [data.tensors[0][:6], data.tensors[1][:6]]
+    for options, name in (({"modules": "net"}, "modules"), ({"probe": batch}, "a batch as probe")):
+        found = measured(TwoLayers(), data, **options)
+        assert found["log_volume_reason"] == f"{name} are given, which are of the local volume"
+        assert list(found["local_volume"]) == [ALL_LAYERS, "net.1"]
+        with pytest.raises(TypeError, match=f"{name} are for modules that run as they are; MNN states a network"):
+            make_trainer(max_epochs=1, callbacks=[AngularVolumeMonitor(**options)]).fit(
+                MNN(3, (4,)), GaussianData(8, 3)
+            )
+    with pytest.raises(ZeroDivisionError):
+        measured(TwoLayers(), data, forward_fn=lambda module, batch: 1 / 0)
+    stream = DataLoader(Stream(data), batch_size=4)
+    with pytest.raises(TypeError, match=r"IterableDataset cannot be enumerated.*probe=batch"):
+        fit(TwoLayers(), stream, AngularVolumeMonitor())
+    monitor = AngularVolumeMonitor(probe=batch, **FEW)
+    fit(TwoLayers(), stream, monitor)
+    assert monitor.summary()["local_volume"]["net.1"]["probability"][0] > 0
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_data_that_draw_random_numbers_are_seen_by_training_as_without(noise):
+    left = []
+    for callbacks in ([AngularVolumeMonitor(Schedule(every=1), measure=("start", "end"), **FEW)], []):
+        module = TwoLayers(step=lambda m, batch: (m(batch[0])[:, 0] - batch[1]).square().mean())
+        torch.manual_seed(1)
+        foreign_trainer(callbacks=callbacks).fit(module, DataLoader(data := Noisy(noise), batch_size=4, shuffle=True))
+        left.append([*module.parameters(), torch.rand(2), data.own.get_state()])
+        assert all((monitor.volumes[0] is None) == (noise > 0) for monitor in callbacks)
+    assert all(torch.equal(a, b) for a, b in zip(*left, strict=True))
+
+
+class Deeper(Sequences):
+    """Three Linears on single vectors."""
+
+    def forward(self, x):
+        return torch.stack([self.net(row) for row in x])
+
+
+def pruned():
+    module = Sequences()
+    prune.l1_unstructured(module.net[0], "weight", 0.5)
+    return module
+
+
+def hooked():
+    module = Sequences()
+    module.net[0].register_forward_hook(lambda _layer, _inputs, output: output + 5)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [(Deeper, None), (pruned, "no parameters but computed"), (hooked, "forward hooks, which may change")],
+)
+def test_which_first_layers_have_cones(module, reason):
+    found = measured(module(), inputs_and_targets(6, 3), probe=2)["first_layer"]
+    assert found["layer"] == "net.1"
+    assert (found["log_volume"] is None) == (reason is not None)
+    assert (reason or "") in (found["log_volume_reason"] or "")
+
+
+def test_the_layers_of_training_are_moved():
+    module = TwoLayers(step=lambda m, batch: m.decoder(m(batch[0])).mean())
+    module.decoder = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 1))
+    found = measured(module, inputs_and_targets(10, 3))
+    assert list(found["local_volume"]) == [ALL_LAYERS, "net.1", "decoder.1"]
+
+
 def main(devices: int, out: Path) -> None:
     """Measure in a fit on several processes."""
     monitor = AngularVolumeMonitor(sigmas=[1e-4, 2e-3, 1.0], num_draws=15)
@@ -444,7 +636,3 @@ def main(devices: int, out: Path) -> None:
     assert trainer.world_size == devices
     if trainer.is_global_zero:
         out.write_text(json.dumps(monitor.summary()))
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,6 +1,7 @@
 """ActivationPatternRecorder in other people's models, against plain hooks, formulas and loops."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,10 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_mnn import MNN
 from lightning_mnn.callbacks import ActivationPatternRecorder, Schedule
+from lightning_mnn.callbacks.pattern_store import PatternStore
 from lightning_mnn.data import GaussianData
+from lightning_mnn.landscape import ActivationPattern
+from lightning_mnn.landscape.kink_trace import PatternError
 from lightning_mnn.seeding import generator
 from tests.foreign_models import foreign_model, foreign_trainer
 
@@ -379,13 +383,16 @@ def test_states_of_before_are_taken_or_passed_over(tmp_path):
         assert torch.equal(taken._first[layer].bits, p.bits)
     trainer = foreign_trainer(max_epochs=1)
     trainer.fit(module, loader)  # so that it has a loader
-    taken._prepare(trainer, module)
+    taken.prepare(trainer, module)
     assert taken._first.keys() == recorder._first.keys()
     taken.load_state_dict(
         {"last_step": 3, "regions": [["a"]], "first": {}, "last": {"layers.1": old["last"]["layers.1"]}}
     )
-    taken._prepare(trainer, module)
-    assert (taken._last, taken._regions) == ({}, [])
+    with pytest.warns(
+        UserWarning, match=r"other layers or samples \(layers\.1 of 24 samples; now layers\.1, layers\.3"
+    ):
+        taken.prepare(trainer, module)
+    assert (taken._last, taken._regions, taken._last_step) == ({}, [], None)
 
 
 def test_what_suits_no_stated_network_is_refused(make_trainer):
@@ -408,6 +415,250 @@ def test_layers_of_an_mnn_are_told_apart(make_trainer, tmp_path):
     numbers = statistics(now, last, start, recorder.layers)
     assert logged == pytest.approx(numbers | {"pattern/regions_visited": logged["pattern/regions_visited"]})
     assert numbers["pattern/layer_2/flips"] + numbers["pattern/layer_1/flips"] == numbers["pattern/flips"] > 0
+
+
+class Small(pl.LightningModule):
+    """A forward, and a training step that may do more with it."""
+
+    lr = 0.05
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+        self.head = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
+        self.criterion = nn.L1Loss()
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return self(batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+class Further(Small):
+    def training_step(self, batch, batch_idx):
+        return F.mse_loss(self.head(self(batch[0]))[:, 0], batch[1])
+
+
+class Hinge(Small):
+    """Whose loss has kinks of its own."""
+
+    def training_step(self, batch, batch_idx):
+        out = self(batch[0])
+        size = sum(p.abs().sum() for p in self.net.parameters())
+        return F.relu(1 - out).mean() + self.criterion(out[:, 0], batch[1]) + 0.01 * size
+
+
+class Weighted(Small):
+    def forward(self, x, scale):
+        return self.net(x * scale[:, None])
+
+    def training_step(self, batch, batch_idx):
+        return self(batch[0], batch[2]).square().mean()
+
+
+class Clipped(Small):
+    """Changes weights in its training step."""
+
+    def training_step(self, batch, batch_idx):
+        self.net[0].weight.data.mul_(0.9)
+        return self.head(self(batch[0])).square().mean()
+
+
+class Physics(Small):
+    """The loss is of the gradient by the inputs; there is no forward."""
+
+    forward = pl.LightningModule.forward
+
+    def training_step(self, batch, batch_idx):
+        x = batch[0].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(self.net(x).square().sum(), x, create_graph=True)
+        return (slope - 1).square().mean()
+
+
+class Picky(Physics):
+    def training_step(self, batch, batch_idx):
+        if not self.training:
+            raise RuntimeError("for training alone")
+        return super().training_step(batch, batch_idx)
+
+
+def small_data(num_samples=20, parts=2, **options):
+    inputs = torch.randn(num_samples, 3, generator=torch.Generator().manual_seed(1))
+    others = [torch.linspace(-1, 1, num_samples).roll(3 * i) for i in range(parts - 1)]
+    return DataLoader(TensorDataset(inputs, *others), **{"batch_size": 4} | options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "told"),
+    [
+        (Small, ["net.1"], ""),
+        (Further, ["net.1", "head.1"], "Further.training_step meets head.1, which its forward does not"),
+        (Hinge, ["net.1"], ""),
+        (Clipped, ["net.1"], ""),
+        (Weighted, ["net.1"], "forward is called with the first 2 parts of a batch as x, scale; for another choice"),
+        (Weighted, ["net.1"], "Weighted.forward has net.1 on other pieces than training_step has for the same samples"),
+    ],
+)
+def test_the_layers_of_training_are_recorded_and_guesses_are_told(kind, layers, told, tmp_path, caplog):
+    outcomes = []
+    for callbacks in ([], [recorder := ActivationPatternRecorder(dirpath=tmp_path)]):
+        module, loader = kind(), small_data(parts=3)
+        with caplog.at_level("INFO"):
+            foreign_trainer(callbacks=callbacks, max_epochs=1).fit(module, loader)
+        outcomes.append([p.clone() for p in module.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+    assert list(recorder.layers) == layers
+    assert told in caplog.text
+    assert told or "Activation patterns" not in caplog.text
+    with torch.no_grad():
+        x = loader.dataset.tensors[0]
+        h = module.net[0](x * loader.dataset.tensors[1][:, None] if kind is Weighted else x)
+        assert torch.equal(pieces_of(recorder, 5)["net.1"], (h > 0).long())
+        if "head.1" in layers:
+            assert torch.equal(pieces_of(recorder, 5)["head.1"], (module.head[0](module.net(x)) > 0).long())
+
+
+def test_training_steps_may_take_gradients_and_their_failures_name_the_remedy(tmp_path):
+    recorder, module, loader = ActivationPatternRecorder(dirpath=tmp_path), Physics(), small_data()
+    foreign_trainer(callbacks=[recorder], max_epochs=1).fit(module, loader)
+    expected = module.net[0](loader.dataset.tensors[0]) > 0
+    assert torch.equal(pieces_of(recorder, 5)["net.1"], expected.long())
+    with pytest.raises(TypeError, match=r"Picky.*for training alone.*forward_fn\(module, batch\)"):
+        foreign_trainer(callbacks=[ActivationPatternRecorder(dirpath=tmp_path)]).fit(Picky(), small_data())
+
+
+class Diverging(Small):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * (1 if self.global_step < 7 else torch.nan)
+
+
+class Joining(Small):
+    def forward(self, x):
+        return self.net(x) if self.current_epoch < 2 else self.head(self.net(x))
+
+
+class Reloading(pl.LightningDataModule):
+    def __init__(self, *data_sets):
+        super().__init__()
+        self.data_sets = data_sets
+
+    def train_dataloader(self):
+        return DataLoader(self.data_sets[self.trainer.current_epoch % len(self.data_sets)], batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("module", "data", "why"),
+    [
+        (Diverging, small_data, r"after 10 steps.*input of net\.1 contains NaN"),
+        (Joining, small_data, r"after 15 steps.*head\.1 is not the same"),
+        (Small, lambda: Reloading(*(small_data(n).dataset for n in (20, 20, 8, 8))), "training set has 8 samples now"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Activation patterns. the training set is another object")
+def test_what_fails_in_the_midst_of_training_does_not_end_it(module, data, why, tmp_path):
+    recorder = ActivationPatternRecorder(Schedule(every=1), dirpath=tmp_path)
+    trainer = foreign_trainer(callbacks=[recorder], max_epochs=4, reload_dataloaders_every_n_epochs=1)
+    with pytest.warns(UserWarning, match="Activation patterns: none are recorded") as caught:
+        trainer.fit(module(), data())
+    (told,) = [str(w.message) for w in caught if "none are recorded" in str(w.message)]
+    assert re.search(why, told)
+    assert "was called with" not in told
+    assert trainer.current_epoch == 4
+    assert recorder.store.steps == {Diverging: [0, 5], Joining: [0, 5, 10], Small: [0, 5, 10]}[module]
+    assert recorder.state_dict()["last_step"] == recorder.store.steps[-1]
+
+
+def test_errors_before_training_are_raised(tmp_path):
+    module = Small()
+    module.net[0].weight.data.fill_(torch.nan)
+    recorder = ActivationPatternRecorder(dirpath=tmp_path)
+    trainer = foreign_trainer(callbacks=[recorder], max_epochs=1)
+    with pytest.raises(PatternError, match="contains NaN") as caught:
+        trainer.fit(module, small_data())
+    assert not getattr(caught.value, "__notes__", [])  # that forward was called with something wrong
+
+
+def test_another_training_set_is_told_once(tmp_path):
+    recorder = ActivationPatternRecorder(Schedule(every=1), dirpath=tmp_path)
+    trainer = foreign_trainer(callbacks=[recorder], max_epochs=4, reload_dataloaders_every_n_epochs=1)
+    same = small_data().dataset
+    trainer.fit(Small(), Reloading(same))  # without a warning, which would be an error
+    recorder = ActivationPatternRecorder(Schedule(every=1), dirpath=tmp_path)
+    trainer = foreign_trainer(callbacks=[recorder], max_epochs=4, reload_dataloaders_every_n_epochs=1)
+    with pytest.warns(UserWarning, match="training set is another object than at the start") as caught:
+        trainer.fit(Small(), Reloading(same, small_data().dataset))
+    assert sum("another object" in str(w.message) for w in caught) == 1
+
+
+def test_batches_that_training_leaves_out_are_not_recorded(tmp_path):
+    class Squeezing(Small):
+        def forward(self, x):
+            if len(x) == 1:
+                raise RuntimeError("a single sample")
+            return self.net(x)
+
+    recorder = ActivationPatternRecorder(dirpath=tmp_path)
+    foreign_trainer(callbacks=[recorder], max_epochs=1).fit(Squeezing(), small_data(21, drop_last=True))
+    assert len(pieces_of(recorder, 0)["net.1"]) == 20
+    recorder = ActivationPatternRecorder(probe=9, dirpath=tmp_path)
+    with pytest.raises(RuntimeError, match="a single sample") as caught:
+        foreign_trainer(callbacks=[recorder]).fit(Squeezing(), small_data(21, drop_last=True))
+    assert re.search(r"last batch of 1 samples.*batch_size=4, drop_last=True.*multiple", caught.value.__notes__[-1])
+
+
+def test_any_layer_name_can_be_stored(tmp_path):
+    class Slashes(Small):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleDict({"a/b": nn.ReLU(), "a%2Fb": nn.Tanh(), "__r": nn.ReLU6()})
+            self.add_module("__s", nn.ReLU())
+
+        def forward(self, x):
+            for part in (*self.parts.values(), getattr(self, "__s")):
+                x = part(x)
+            return self.net(x)
+
+    recorder = ActivationPatternRecorder(dirpath=tmp_path)
+    foreign_trainer(callbacks=[recorder], max_epochs=1).fit(Slashes(), small_data())
+    found = pieces_of(recorder, 0)
+    assert found.keys() == recorder.layers.keys() == {"parts.a/b", "parts.__r", "__s", "net.1"}
+    assert torch.equal(found["parts.a/b"], (small_data().dataset.tensors[0] > 0).long())
+
+
+def test_stores_without_names_of_layers_are_read(tmp_path):
+    store = PatternStore(tmp_path / "patterns.zarr")
+    pattern = ActivationPattern(torch.tensor([[True, False, True]]))
+    store.write(2, 1, {"features.1": pattern.pack()}, "abc")
+    (described,) = (tmp_path / "patterns.zarr").glob("step_*/features.1/zarr.json")
+    content = json.loads(described.read_text())
+    assert content["attributes"].pop("layer") == "features.1"
+    described.write_text(json.dumps(content))
+    assert torch.equal(PatternStore(store.path).read(2)["features.1"].active, pattern.active)
+
+
+def test_a_checkpoint_with_other_names_is_recorded_anew_from_its_step(tmp_path):
+    class Old(ActivationPatternRecorder):
+        """Names layers as modules of one nn.Sequential were before."""
+
+        state_key = "ActivationPatternRecorder{'probe': None, 'seed': 0}"
+
+        def state_dict(self):
+            state = super().state_dict()
+            return state | {key: {"layer_1": state[key]["net.1"]} for key in ("first", "last")}
+
+    trainer = foreign_trainer(callbacks=[Old(dirpath=tmp_path)], max_epochs=1)
+    trainer.fit(Small(), small_data())
+    trainer.save_checkpoint(tmp_path / "old.ckpt")
+    recorder = ActivationPatternRecorder(Schedule(every=9), dirpath=tmp_path)
+    trainer = foreign_trainer(callbacks=[recorder], max_epochs=3)
+    with pytest.warns(UserWarning, match=r"layer_1 of 20 samples; now net\.1 of 20 samples.*recorded anew"):
+        trainer.fit(Small(), small_data(), ckpt_path=tmp_path / "old.ckpt", weights_only=True)
+    assert (recorder.store.path.name, recorder.store.steps) == ("patterns-v1.zarr", [5, 15])
 
 
 def in_processes(devices, folder):

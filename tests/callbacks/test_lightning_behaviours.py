@@ -2,11 +2,7 @@
 
 import copy
 import json
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_mnn.callbacks import ActivationPatternRecorder, AngularVolumeMonitor, LocalMinimumDetector, Schedule
+from tests.children import side_by_side
 from tests.foreign_models import NAMESPACES, ZOO, foreign_model, foreign_trainer
 
 both = pytest.mark.parametrize("namespace", NAMESPACES)
@@ -266,11 +263,7 @@ def test_copies_of_the_callbacks_are_independent(namespace, tmp_path):
 @pytest.mark.slow
 def test_two_processes_find_what_one_does(tmp_path):
     """In one step an epoch: over processes Lightning shuffles, whatever the loader does."""
-    ran = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, tmp_path], check=False, capture_output=True, text=True,
-        timeout=200, env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent.parent)},
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    side_by_side(tmp_path, 2, _in_two_processes, tmp_path)
     data = _loader("pytorch_lightning").dataset
     for namespace in NAMESPACES:
         found = json.loads((tmp_path / f"{namespace}.json").read_text())
@@ -281,15 +274,10 @@ def test_two_processes_find_what_one_does(tmp_path):
         assert found["logged"] == pytest.approx(logged(trainer, own=True), rel=1e-4, abs=1e-7)
 
 
-def _in_two_processes(namespace, folder):
-    torch.set_num_threads(1)
-    loader = DataLoader(_loader(namespace).dataset, batch_size=12)
-    _, trainer = train(namespace, folder / namespace, loader=loader, max_epochs=4, devices=2, strategy="ddp")
-    if trainer.is_global_zero:
-        content = {"world_size": trainer.world_size, "digests": digests(trainer), "logged": logged(trainer, own=True)}
-        (folder / f"{namespace}.json").write_text(json.dumps(content))
-
-
-if __name__ == "__main__":
-    for each in NAMESPACES:
-        _in_two_processes(each, Path(sys.argv[1]))
+def _in_two_processes(folder):
+    for namespace in NAMESPACES:
+        loader = DataLoader(_loader(namespace).dataset, batch_size=12)
+        _, trainer = train(namespace, folder / namespace, loader=loader, max_epochs=4, devices=2, strategy="ddp")
+        if trainer.is_global_zero:
+            found = {"world_size": trainer.world_size, "digests": digests(trainer), "logged": logged(trainer, own=True)}
+            (folder / f"{namespace}.json").write_text(json.dumps(found))

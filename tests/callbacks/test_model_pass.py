@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorData
 
 from lightning_mnn.callbacks.model_pass import (
     LossNotEvaluableError,
+    StepFailedError,
     batch_size,
     forward_on,
     loss_on,
@@ -19,6 +20,7 @@ from lightning_mnn.callbacks.model_pass import (
 )
 from lightning_mnn.callbacks.undisturbed import undisturbed
 from lightning_mnn.data.shards import exact_shard, num_samples
+from lightning_mnn.mnn import DivergenceError
 
 
 class Module(pl.LightningModule):
@@ -211,3 +213,34 @@ def test_samplers_that_choose_are_named():
         with pytest.raises(TypeError, match=r"chooses cannot be known: wrap the chosen samples in a .*Subset"):
             num_samples(DataLoader(dataset, sampler=sampler))
     assert num_samples(DataLoader(dataset, sampler=DistributedSampler(dataset, 2, 0))) == 2
+
+
+def test_a_step_gets_its_index_as_lightning_gives_it():
+    class Any(Module):
+        def training_step(self, *args):
+            return self.layer(args[0]).mean() * args[1]
+
+    class Named(Module):
+        def training_step(self, batch, *, batch_idx):
+            return self.layer(batch).mean() * batch_idx
+
+    class Options(Module):
+        def training_step(self, batch, **options):
+            assert not options
+            return self.layer(batch).mean()
+
+    for kind, factor in ((Any, 3), (Named, 3), (Options, 1)):
+        module = kind()
+        assert loss_on(None, module, X, 3) == module.layer(X).mean() * factor
+
+
+def test_a_step_that_fails_is_told_and_serious_errors_are_not_taken_for_that():
+    class Failing(Module):
+        def training_step(self, batch, batch_idx):
+            raise batch
+
+    with pytest.raises(StepFailedError, match=r"Failing.training_step .* failed: KeyError: 'x'. Give .* loss_fn"):
+        loss_on(None, Failing(), KeyError("x"))
+    for error in (DivergenceError("x"), torch.OutOfMemoryError("x"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            loss_on(None, Failing(), error)

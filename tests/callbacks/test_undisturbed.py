@@ -171,7 +171,7 @@ def test_each_pass_draws_the_same_numbers_and_gradients_are_put_back(make_traine
 
 def test_a_changed_parameter_is_told(make_trainer, tmp_path):
     def act(trainer, module):
-        told = pytest.raises(RuntimeError, match=r"changed a trained parameter, of shape \(5, 4\)")
+        told = pytest.raises(RuntimeError, match=r"changed a parameter, of shape \(5, 4\)")
         with told, torch.no_grad(), undisturbed(trainer, module):
             module.net[0].weight.mul_(2)
         with undisturbed(trainer, module):
@@ -180,6 +180,48 @@ def test_a_changed_parameter_is_told(make_trainer, tmp_path):
         found.append(True)
 
     found = []
+    train(make_trainer, tmp_path, Probe(act))
+    assert found
+
+
+def test_what_is_large_is_not_copied_but_checked(make_trainer, tmp_path, monkeypatch):
+    def act(trainer, module):
+        module.backbone = nn.Linear(50, 50).requires_grad_(False)  # noqa: FBT003
+        module.memory = deque(torch.zeros(2) for _ in range(5000))
+        first = module.memory[0]
+        with undisturbed(trainer, module) as restart:
+            assert not restart._checked
+            module.memory.popleft()
+            module.memory.append(torch.ones(2))
+        assert len(module.memory) == 5000
+        assert module.memory[0] is first
+        monkeypatch.setattr("lightning_mnn.callbacks.undisturbed._MOST_OTHERS", 1000)
+        with undisturbed(trainer, module):
+            pass
+        with pytest.raises(RuntimeError, match=r"changed a parameter, of shape \(50, 50\)"), torch.no_grad():  # noqa: SIM117
+            with undisturbed(trainer, module):
+                module.backbone.weight.add_(1)
+        monkeypatch.undo()
+        found.append(True)
+
+    found = []
+    train(make_trainer, tmp_path, Probe(act))
+    assert found
+
+
+def test_processes_gather_alone(make_trainer, tmp_path):
+    """Their passes take different numbers of batches: who asked the others would wait, or hear of another batch."""
+
+    def act(trainer, module):
+        own = module.all_gather
+        with monkeypatch.context() as patched:
+            patched.setattr(type(trainer), "world_size", 2)
+            with undisturbed(trainer, module):
+                assert module.all_gather({"z": torch.zeros(3)})["z"].shape == (1, 3)
+        assert module.all_gather == own
+        found.append(True)
+
+    found, monkeypatch = [], pytest.MonkeyPatch()
     train(make_trainer, tmp_path, Probe(act))
     assert found
 
@@ -203,3 +245,31 @@ def test_tensors_of_odd_kinds_and_compiled_modules(make_trainer, tmp_path):
     with pytest.warns(FutureWarning, match=r"torch\.jit\.script"):
         train(make_trainer, tmp_path, Probe(act))
     assert graphs == [False]
+
+
+def test_a_restart_puts_the_module_back_but_for_what_moves(make_trainer, tmp_path):
+    def act(trainer, module):
+        teacher, trained = module.teacher.weight, module.net[0].weight
+        before, kept = teacher.clone(), trained.clone()
+        with undisturbed(trainer, module) as restart:
+            for moving in ((), {id(teacher)}):
+                module.count += 1
+                module.queue += 1
+                with torch.no_grad():
+                    teacher.add_(1)
+                    trained.add_(1)
+                restart.batch(moving)
+                assert module.count == 8
+                assert torch.equal(module.queue, torch.full((3,), 8.0))
+                assert torch.equal(teacher, before + (1 if moving else 0))
+                assert not module.training
+                assert torch.equal(trained, kept + 1)
+                with torch.no_grad():
+                    trained.copy_(kept)
+        assert torch.equal(teacher, before)
+        assert "log" not in vars(module)
+        found.append(True)
+
+    found = []
+    train(make_trainer, tmp_path, Probe(act))
+    assert found

@@ -1,10 +1,6 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,8 +10,8 @@ from lightning_mnn import MNN
 from lightning_mnn.callbacks import LocalMinimumDetector, Schedule
 from lightning_mnn.data import ImageData, LabelledImages, ResidentLoader, StreamedLoader, exact_shard
 from lightning_mnn.data.images import group_classes
+from tests.children import side_by_side
 
-ROOT = Path(__file__).parents[2]
 NAMES = ("cow", "ant", "bee", "dog")
 DIM = 20
 
@@ -363,35 +359,42 @@ def test_a_group_without_images_is_named(tmp_path):
         TwoClasses(tmp_path, groups=[["cow", "ant"], ["bee"]]).setup()
 
 
+def train(devices, folder, materialise):
+    data = MappedImages(
+        folder,
+        residency="stream",
+        whiten=0.1,
+        materialise=materialise,
+        batch_size=10,
+        buffer_bytes=100 * DIM,
+        dtype="float64",
+    )
+    model = MNN(DIM, (5,), optimizer={"name": "sgd", "lr": 0.01}, default_callbacks=False)
+    trainer = pl.Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(model, data)
+    assert trainer.world_size == devices
+    if trainer.is_global_zero:
+        torch.save([w.detach() for w in model.parameters()], folder / "weights.pt")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("materialise", [False, True], ids=["mapped as they come", "written"])
 def test_two_processes_train_as_one(tmp_path, materialise):
-    program = """
-import sys, torch, pytorch_lightning as pl
-from pathlib import Path
-from lightning_mnn import MNN
-from tests.data.test_images import DIM, MappedImages
-folder, devices, materialise = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True"
-torch.set_num_threads(1)
-data = MappedImages(folder, residency="stream", whiten=0.1, materialise=materialise, batch_size=10,
-                    buffer_bytes=100 * DIM, dtype="float64")
-model = MNN(DIM, (5,), optimizer={"name": "sgd", "lr": 0.01}, default_callbacks=False)
-trainer = pl.Trainer(max_epochs=3, accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto",
-                     logger=False, enable_checkpointing=False, enable_progress_bar=False, default_root_dir=folder)
-trainer.fit(model, data)
-if trainer.is_global_zero:
-    torch.save([w.detach() for w in model.parameters()], folder / "weights.pt")
-"""
     weights = []
     for devices in (1, 2):
         folder = tmp_path / str(devices)
         folder.mkdir()
-        (folder / "program.py").write_text(program)
         MappedImages(folder).source()
-        command = [sys.executable, folder / "program.py", folder, str(devices), str(materialise)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
+        side_by_side(folder, devices, train, devices, folder, materialise)
         weights.append(torch.load(folder / "weights.pt", weights_only=True))
     for one, two in zip(*weights, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-11)

@@ -3,8 +3,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -18,6 +16,7 @@ from PIL import Image
 
 from lightning_mnn.data import store
 from lightning_mnn.data.store import build_store, list_images, open_store
+from tests.children import processes
 
 pytestmark = pytest.mark.xdist_group("store")  # whose fixture takes seconds: for one process, not for each
 
@@ -335,23 +334,22 @@ def test_interruptions_at_the_very_end(almost_done, tmp_path):
     assert contents(folder) == expected
 
 
-BUILD = """
-import sys
-from lightning_mnn.data import store
-store._BLOCK = 4
-store.build_store(sys.argv[1], sys.argv[2], size=16, workers=2)
-"""
+def build_in_blocks_of_four(root, folder):
+    store._BLOCK = 4
+    build_store(root, folder, size=16, workers=2)
 
 
 @pytest.mark.slow
 def test_killed_build_goes_on(tmp_path, photographs, blocks_of_four):
     folder = tmp_path / "store"
-    build = subprocess.Popen([sys.executable, "-c", BUILD, photographs, folder], stderr=subprocess.DEVNULL)
+    build = processes.Process(target=build_in_blocks_of_four, args=(photographs, folder))
+    build.start()
     while not (folder / "journal.jsonl").exists() or len(journal(folder)) < 20:
-        assert build.poll() is None, "the build ended before it could be killed"
+        assert build.is_alive(), "the build ended before it could be killed"
         time.sleep(0.002)
-    build.send_signal(signal.SIGKILL)
-    assert build.wait() == -signal.SIGKILL
+    build.kill()
+    build.join()
+    assert build.exitcode == -signal.SIGKILL
     text = (folder / "journal.jsonl").read_bytes()
     assert 20 <= text.count(b"\n") < 126
     build_store(photographs, folder, size=16)

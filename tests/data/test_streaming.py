@@ -1,9 +1,9 @@
-import subprocess
-import sys
+import os
+import resource
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from lightning_mnn import MNN
 from lightning_mnn.data import ExactData, ResidentLoader, StreamedLoader, TensorData, exact_shard
+from lightning_mnn.data import rows as row_files
 from lightning_mnn.data.rows import RowArray, RowFile, rows_of, written_rows
 from lightning_mnn.data.streaming import BufferedShuffle, _Pass
 from lightning_mnn.data.whitening import InputMap
+from tests.children import processes, side_by_side
 
-ROOT = Path(__file__).parents[2]
 DIM = 3
 
 
@@ -225,26 +226,28 @@ def blocks(low, high):
     return (torch.arange(low, high)[:, None] * 256 + torch.arange(256)).to(torch.float32)
 
 
+def write_and_be_killed(path):
+    row_files._BLOCK_BYTES = 1 << 18
+
+    def some_blocks(low, high):
+        if low >= 1024:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return blocks(low, high)
+
+    written_rows(path, (2000, 256), torch.float32, some_blocks)
+
+
 @pytest.mark.slow
 def test_written_rows_go_on_after_a_kill(tmp_path, monkeypatch):
     """A program that writes rows is killed with -9 in the middle; the next one does the rest, to the same bytes."""
     monkeypatch.setattr("lightning_mnn.data.rows._BLOCK_BYTES", 1 << 18)
     shape = (2000, 256)
     written_rows(tmp_path / "whole", shape, torch.float32, blocks)
-    program = """
-import os, signal, sys, torch
-from pathlib import Path
-from lightning_mnn.data import rows
-rows._BLOCK_BYTES = 1 << 18
-def blocks(low, high):
-    if low >= 1024:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return (torch.arange(low, high)[:, None] * 256 + torch.arange(256)).to(torch.float32)
-rows.written_rows(Path(sys.argv[1]), (2000, 256), torch.float32, blocks)
-"""
     path = tmp_path / "killed"
-    done = subprocess.run([sys.executable, "-c", program, str(path)], cwd=ROOT, timeout=100, check=False)
-    assert done.returncode == -9
+    process = processes.Process(target=write_and_be_killed, args=(path,))
+    process.start()
+    process.join(100)
+    assert process.exitcode == -9
     assert not path.exists()
     with (tmp_path / "killed.part").open("r+b") as file:
         file.seek(600 * 1024)
@@ -321,29 +324,26 @@ def test_damaged_rows_and_full_disks_are_named(tmp_path, monkeypatch):
         written_rows(tmp_path / "y.rows", (300, 256), torch.float32, blocks)
 
 
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+def stream_and_print_memory(path):
+    sparse = rows_of(np.memmap(path, np.uint8, "r", shape=(1 << 18, 1 << 12)))
+    mapping = InputMap(torch.zeros(1 << 12), None, 1.0)
+    streamed = StreamedLoader(sparse, torch.zeros(1 << 18), 256, mapping=mapping, buffer_bytes=1 << 26)
+    next(iter(streamed))
+    before = peak()
+    assert sum(len(targets) for _, targets in streamed) == 1 << 18
+    print(before, peak())
+
+
 @pytest.mark.slow
 def test_memory_is_bounded_by_the_buffers(tmp_path):
-    program = """
-import resource, sys, numpy as np, torch
-from lightning_mnn.data import StreamedLoader
-from lightning_mnn.data.rows import rows_of
-from lightning_mnn.data.whitening import InputMap
-rows = rows_of(np.memmap(sys.argv[1], np.uint8, "r", shape=(1 << 18, 1 << 12)))
-loader = StreamedLoader(rows, torch.zeros(1 << 18), 256, mapping=InputMap(torch.zeros(1 << 12), None, 1.0),
-                        buffer_bytes=1 << 26)
-next(iter(loader))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-assert sum(len(targets) for _, targets in loader) == 1 << 18
-print(before >> 10, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
-"""
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(1 << 30)
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "sparse")],
-        cwd=ROOT, capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    before, after = map(int, done.stdout.split())
+    side_by_side(tmp_path, 1, stream_and_print_memory, tmp_path / "sparse")
+    before, after = map(int, (tmp_path / "rank_0" / "out.txt").read_text().split())
     assert after - before < 2 * 16 + 50  # MiB: two buffers, and some batches
 
 

@@ -1,19 +1,27 @@
 import dataclasses
 import json
+import os
 import re
-import subprocess
-import sys
-from pathlib import Path
+import resource
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_mnn.data.whitening import InputMap, input_map, merged, moments, whitening_matrix
-
-ROOT = Path(__file__).parents[2]
+from lightning_mnn.data.whitening import (
+    InputMap,
+    Moments,
+    input_map,
+    merged,
+    moments,
+    team_moments,
+    whitening_matrix,
+)
+from lightning_mnn.landscape.team import ProcessTeam
+from tests.children import side_by_side
 
 
 def correlated(seed, count, dim):
@@ -132,40 +140,38 @@ def test_the_covariance_is_left_as_it_is():
     assert torch.equal(covariance, before)
 
 
-def test_whitening_takes_the_memory_of_four_matrices():
-    program = """
-import resource, torch
-from lightning_mnn.data.whitening import Moments, input_map
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-torch.linalg.eigh(torch.eye(64, dtype=torch.float64))
-before = peak()
-found = Moments(10, torch.ones(1536, dtype=torch.float64), torch.rand(1536, 1536, dtype=torch.float64))
-input_map(found, 0.3)
-print((peak() - before) / found.scatter.nbytes)
-"""
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 4
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def print_memory():
+    torch.linalg.eigh(torch.eye(64, dtype=torch.float64))
+    before = peak()
+    found = Moments(10, torch.ones(1536, dtype=torch.float64), torch.rand(1536, 1536, dtype=torch.float64))
+    input_map(found, 0.3)
+    print((peak() - before) / found.scatter.nbytes)
+
+
+def test_whitening_takes_the_memory_of_four_matrices(tmp_path):
+    side_by_side(tmp_path, 1, print_memory)
+    assert 2 < float((tmp_path / "rank_0" / "out.txt").read_text()) < 4
+
+
+def print_moments(folder):
+    rank = int(os.environ["LOCAL_RANK"])
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 5
+    own = [x[:20], x[20:]][rank]
+    found = [team_moments(moments([own], 4, products=p), ProcessTeam(len(own))) for p in (True, False)]
+    print(json.dumps([[f.count, f.mean.tolist(), f.scatter.tolist()] for f in found]))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path):
-    program = """
-import json, sys, torch, torch.distributed as dist
-from lightning_mnn.data.whitening import moments, team_moments
-from lightning_mnn.landscape.team import ProcessTeam
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 5
-own = [x[:20], x[20:]][rank]
-found = [team_moments(moments([own], 4, products=p), ProcessTeam(len(own))) for p in (True, False)]
-print(json.dumps([[f.count, f.mean.tolist(), f.scatter.tolist()] for f in found]))
-dist.barrier()
-dist.destroy_process_group()
-"""
-    commands = [[sys.executable, "-c", program, str(rank), str(tmp_path)] for rank in range(2)]
-    workers = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for command in commands]
-    answers = [worker.communicate(timeout=120)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0]
+    side_by_side(tmp_path, 2, print_moments, tmp_path)
+    answers = [(tmp_path / f"rank_{rank}" / "out.txt").read_text() for rank in range(2)]
     assert len(set(answers)) == 1  # to the last bit
     x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 5
     for products, (count, mean, scatter) in zip((True, False), json.loads(answers[0]), strict=True):

@@ -66,7 +66,7 @@ def check(found, asked, rng, count=2000):
 
 def test_planted_minima_are_certified():
     rng = np.random.default_rng(0)
-    for _ in range(500):
+    for _ in range(250):
         planted = drawn_minimum(rng)
         found = of(planted)
         assert (found.kind, found.zero_error) == ("differentiable_minimum", False), found
@@ -172,7 +172,7 @@ def test_no_certificate_is_false(seed):
         for found in (
             certify(*tensors, slope, threshold=0.5),
             certify(*tensors, slope, threshold=0.5, max_distance=10.0),
-            polish(*tensors, slope, threshold=0.5).certificate,
+            polish(*tensors, slope, threshold=0.5, max_steps=100).certificate,  # minima are found within 66
         ):
             certified += found.kind in MINIMA
             check(found, (w, z, x, y, slope), rng, count=300)

@@ -94,7 +94,7 @@ def test_agrees_with_plain_sampling(seed, dim, num):
 
 
 @pytest.mark.parametrize(
-    ("num", "dim", "count"), [(8, 3, 58), (12, 4, 464), pytest.param(20, 4, 2320, marks=pytest.mark.slow)]
+    ("num", "dim", "count"), [(8, 3, 58), (12, 4, 464), pytest.param(16, 4, 1152, marks=pytest.mark.slow)]
 )
 def test_all_cells_add_up_to_one(num, dim, count):
     rng = np.random.default_rng(num)
@@ -129,8 +129,8 @@ CONES = {
 @pytest.mark.parametrize("name", CONES)
 def test_intervals_cover_the_truth(name):
     normals, point, truth = CONES[name](np.random.default_rng(1))
-    if truth is None:  # a run of some hundred times the samples
-        runs = [sampled(normals, point, 1000 + seed, 0.015) for seed in range(4)]
+    if truth is None:  # by some hundred times the samples: it is off by a tenth of the errors of those
+        runs = [sampled(normals, point, 1000 + seed, 0.015) for seed in range(2)]
         truth = np.mean([value for value, _ in runs])
     found = np.array([sampled(normals, point, seed) for seed in range(100)])
     assert (np.abs(found[:, 0] - truth) < 1.96 * found[:, 1]).sum() >= 88

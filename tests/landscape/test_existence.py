@@ -128,7 +128,7 @@ def sweep(num_samples, width, slope, low, every=1):
 
 @pytest.mark.parametrize("low", [0, -1])
 @pytest.mark.parametrize("slope", [0, 0.1])
-@pytest.mark.parametrize(("num_samples", "width", "every"), [(1, 2, 1), (3, 2, 1), (4, 2, 2), (6, 1, 1), (5, 3, 37)])
+@pytest.mark.parametrize(("num_samples", "width", "every"), [(1, 2, 1), (3, 2, 1), (4, 2, 2), (6, 1, 1), (6, 3, 37)])
 def test_agrees_with_brute_force_on_planar_regions(num_samples, width, every, slope, low):
     sweep(num_samples, width, slope, low, every)
 
@@ -139,7 +139,7 @@ def test_agrees_with_brute_force_on_planar_regions(num_samples, width, every, sl
 @pytest.mark.parametrize("slope", [0, 0.1])
 @pytest.mark.parametrize("width", [1, 2, 3])
 def test_agrees_with_brute_force_on_every_planar_region(width, slope, low):
-    most = 8 if width < 3 else 6  # 7 and 8 at width 3 agree as well, and take minutes
+    most = {1: 8, 2: 7, 3: 5}[width]  # up to 8 at each width they agree as well, and take minutes
     answers = [answer for num_samples in range(1, most + 1) for answer in sweep(num_samples, width, slope, low)]
     assert {True, False} == set(answers)
 

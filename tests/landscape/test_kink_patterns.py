@@ -109,6 +109,34 @@ def test_layers_that_change_from_batch_to_batch_are_named():
         rows.end_batch()
 
 
+@pytest.mark.parametrize("transform", [torch.vmap, torch.func.grad])
+def test_what_runs_within_a_transform_is_said_to_be_unseen(transform):
+    def form(h):
+        transform(lambda row: F.relu(row).sum())(h)
+        return h
+
+    module, inputs = Form(form), torch.randn(3, 3, 4)
+    found = find_layers(module, lambda n: module(inputs[:n]))
+    assert list(found.layers) == ["relu"]
+    assert found.opaque == ("F.relu (within torch.vmap or torch.func)",)
+
+
+def test_functions_with_unseen_kinks_are_told():
+    places = torch.zeros(3, 3, 4, dtype=torch.int64)
+
+    def form(h):
+        h.cummax(1), h % 1.0, torch.fmod(h, 1.0), h.aminmax(), torch.quantile(h, 0.5)
+        h.scatter_reduce(1, places[: len(h)], h, "amax"), h.scatter_reduce(1, places[: len(h)], h, "sum")
+        F.embedding_bag(places[0, :2], torch.ones(2, 2))  # a mean
+        torch.logsumexp(h, 1), h.exp().log1p(), h**2, torch.special.expit(h), F.smooth_l1_loss(h, h), F.normalize(h)
+        return h
+
+    module, inputs = Form(form), torch.randn(3, 3, 4)
+    found = find_layers(module, lambda n: module(inputs[:n]))
+    assert found.opaque == ("aminmax", "cummax", "fmod", "quantile", "remainder", "scatter_reduce")
+    assert {"logsumexp", "log1p", "pow", "special_expit", "smooth_l1_loss", "normalize"} < {*found.smooth}
+
+
 def test_no_kinks_and_names_that_match_nothing():
     module, inputs = Form(lambda h: h), torch.randn(3, 3, 4)
     with pytest.raises(NoKinksError, match=r"modules='leaky' matches none of the layers .*: relu"):

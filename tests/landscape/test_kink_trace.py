@@ -284,6 +284,51 @@ def test_smooth_and_opaque_functions_are_named():
     assert trace.opaque == {"rnn_relu", "where"}
 
 
+W = torch.tensor([[1.0, 0.0], [-2.0, 3.0]], requires_grad=True)
+ZEROS, PAIR = torch.zeros(2, 2), torch.arange(2)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda w: w.norm(1),
+        lambda w: torch.norm(w, p=1),
+        lambda w: torch.linalg.vector_norm(w, ord=1),
+        lambda w: torch.linalg.vector_norm(x=w, ord=1),
+        lambda w: torch.linalg.norm(w.reshape(-1), 1),
+    ],
+)
+def test_a_sum_of_absolute_values_has_kinks_at_zero(norm):
+    (found,) = met(
+        Calls(norm), W, look=lambda k: (k.num_pieces, k.depends_on_weights, k.distance().flatten()), grad=True
+    )
+    assert found[:2] == (2, True)
+    torch.testing.assert_close(found[2], W.detach().abs().flatten())
+
+
+@pytest.mark.parametrize(
+    ("call", "unseen"),
+    [
+        (lambda w: w.norm() + torch.linalg.norm(w) + torch.linalg.vector_norm(w, 3) + w.norm("fro"), set()),
+        (lambda w: w.norm(math.inf), {"norm"}),
+        (lambda w: torch.linalg.norm(w, 1), {"linalg_norm"}),  # the largest of the columns' sums
+        (lambda w: torch.linalg.matrix_norm(w, math.inf), {"linalg_matrix_norm"}),
+        (lambda w: torch.cdist(w, w), set()),
+        (lambda w: torch.cdist(w, w + 1, p=1.0), {"cdist"}),
+        (lambda w: torch.dist(w, w + 1, 1), {"dist"}),
+        (lambda w: w.cummax(0), {"cummax"}),
+        (lambda w: ZEROS[0].scatter_reduce(0, PAIR, w[0], "sum"), set()),
+        (lambda w: ZEROS[0].scatter_reduce(0, PAIR, w[0], reduce="amax"), {"scatter_reduce"}),
+        (lambda w: functional.embedding_bag(PAIR[None], w, mode="mean"), set()),
+        (lambda w: functional.embedding_bag(PAIR[None], w, mode="max"), {"embedding_bag"}),
+    ],
+)
+def test_kinks_that_cannot_be_seen_are_named(call, unseen):
+    with KinkTrace(module := Calls(call), print) as trace:
+        module(W)
+    assert (trace.names, trace.opaque) == ([], unseen)
+
+
 def test_a_transformer_without_gradients_takes_no_short_cut():
     layer = nn.TransformerEncoderLayer(8, 2, 16, activation="relu", batch_first=True)
     net = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()

@@ -1,7 +1,3 @@
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -9,6 +5,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_mnn.landscape import LossSurface, NoDerivativeError, extreme_eigenvalues
+from tests.children import side_by_side
+from tests.landscape.second_order_processes import work
 from tests.landscape.small_models import MODELS, Checkpointed, build, cross_entropy_surface
 
 
@@ -172,9 +170,7 @@ def test_bad_input():
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one():
+def test_two_processes_equal_one(tmp_path):
     """Unequal shares, and one process that alone cannot differentiate."""
-    script = Path(__file__).with_name("second_order_processes.py")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["same", "same"]
+    side_by_side(tmp_path, 2, work, tmp_path / "store")
+    assert [(tmp_path / f"rank_{rank}" / "out.txt").read_text() for rank in range(2)] == ["same\n"] * 2

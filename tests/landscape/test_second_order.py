@@ -147,6 +147,19 @@ def quadratic(diagonal, *, offset=1.0, other=None):
     return LossSurface([theta], lambda: [(1.0, loss)])
 
 
+def test_kinks_as_many_as_by_chance_cost_gradients_only_where_they_decide():
+    surface, passes = quadratic(torch.linspace(1, 2, 5, dtype=torch.float64)), []
+    parts, surface._parts = surface._parts, lambda: (passes.append(1), parts())[1]  # counts them
+    by_chance = KinkDistance(0.0, 0.0, "1", count=12, units=10**6, by_chance=9.0, spacing=2.0**-52)
+    with surface.moved(torch.ones(5, dtype=torch.float64)):
+        far = judge_stationarity(surface, by_chance, 1.0)
+        assert (far.kind, far.relative_jump, far.kinks, len(passes)) == (SecondOrderKind.NOT_STATIONARY, None, 12, 1)
+        assert "12 of 1000000 units are on a kink within rounding (9 would be by chance" in far.reason
+        many = judge_stationarity(surface, replace(by_chance, count=30), 1.0)
+        assert many.relative_jump is not None
+    assert judge_stationarity(surface, by_chance, 1.0).relative_jump is not None  # stationary
+
+
 def test_a_strict_minimum():
     verdict = second_order_verdict(quadratic(torch.linspace(1, 2, 50, dtype=torch.float64)), KinkDistance(), 1.0)
     assert verdict.kind is SecondOrderKind.MINIMUM

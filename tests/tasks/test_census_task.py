@@ -5,8 +5,6 @@ import json
 import os
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from lightning_mnn.landscape import bounds
 from lightning_mnn.landscape.census import GaussianData, ensemble_census
 from lightning_mnn.landscape.splitting import rare_census
 from lightning_mnn.tasks.census import census
+from tests.children import command, start
 
 SMALL = (
     "experiment=census", "census.scans.width.sizes=[[6,2,2],[6,2,4]]", "census.scans.width.num_regions=12",
@@ -27,20 +26,6 @@ SMALL = (
 
 pytestmark = pytest.mark.xdist_group("census")  # whose fixture takes seconds: for one process, not for each
 PARTS = 3 * 2 * 3 + 2  # sizes, slopes and parts of each; data sets of one case of splitting
-
-
-def start(*arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", "lightning_mnn", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "120"},
-    )  # fmt: skip
-
-
-def command(*arguments, code=0):
-    process = start(*arguments)
-    out, err = process.communicate(timeout=100)
-    assert process.returncode == code, out[-1000:] + err[-3000:]
-    return out + err
 
 
 def table(path):
@@ -64,7 +49,7 @@ def begun(process, folder, number):
     deadline = time.monotonic() + 60
     while len(list(folder.glob("parts/*.json"))) < number:
         assert time.monotonic() < deadline
-        assert process.poll() is None, "it was over before it could be stopped"
+        assert process.is_alive(), "it was over before it could be stopped"
         time.sleep(0.01)
 
 
@@ -86,7 +71,7 @@ def ended(pids):
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("census") / "run"
-    command(*SMALL, f"hydra.run.dir={folder}", "census.processes=1")
+    command(folder.parent, *SMALL, "hydra.run.dir=run", "census.processes=1")
     return folder
 
 
@@ -125,31 +110,32 @@ def test_the_table_holds_what_the_landscape_counts(unbroken):
 
 
 @pytest.mark.slow
-def test_interrupted_then_killed_it_ends_in_the_files_of_an_unbroken_run(unbroken):
+def test_interrupted_then_killed_it_ends_in_the_files_of_an_unbroken_run(unbroken, tmp_path):
     folder = Path("outputs/quick/seed_4")
-    process = start(*SMALL, "name=quick", "census.processes=2")
+    process = start(tmp_path, *SMALL, "name=quick", "census.processes=2")
     begun(process, folder, 2)
     pids = workers(process)
     assert len(pids) >= 2
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == 130, err
+    os.kill(process.pid, signal.SIGINT)
+    process.join(30)
+    out, err = (Path(f"{name}.txt").read_text() for name in ("out", "err"))
+    assert process.exitcode == 130, err
     assert "Traceback" not in err
     assert ended(pids)
 
     again = shlex.split(next(line for line in out.splitlines() if line.startswith("  lightning-mnn")))[1:]
     number = len(list(folder.glob("parts/*.json")))
-    process = start(*again)
+    process = start(tmp_path, *again)
     begun(process, folder, number + 2)
     pids = workers(process)
     process.kill()
-    process.communicate()
+    process.join()
     assert ended(pids)
     assert not (folder / "summary.json").exists()
 
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("parts/*.json")}
     assert number + 2 <= len(kept) < PARTS
-    assert str(folder) in command(*SMALL, "name=quick", "census.processes=2")
+    assert str(folder) in command(tmp_path, *SMALL, "name=quick", "census.processes=1")
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert len(list(folder.glob("parts/*"))) == PARTS
     assert results(folder) == results(unbroken)

@@ -12,7 +12,7 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from lightning_mnn.tasks.dashboard import dashboard, to_json, workspace
-from tests.tasks.test_resume import command
+from tests.children import command
 
 pytest.importorskip("wandb_workspaces")
 

@@ -6,7 +6,7 @@ from omegaconf import OmegaConf, open_dict
 
 from lightning_mnn.tasks import _devices
 from lightning_mnn.tasks._devices import check_devices, processes
-from tests.tasks.test_resume import command
+from tests.children import command
 
 POOL = "hydra_plugins.lightning_mnn.DevicePool"
 BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"

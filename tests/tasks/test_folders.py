@@ -15,7 +15,7 @@ from lightning_mnn.app import main as _  # noqa: F401 (which registers the resol
 from lightning_mnn.tasks._folders import Beginning, record_folder, run_folder, sweep_record
 from lightning_mnn.tasks._standing import standing
 from lightning_mnn.tasks._sweep import read_sweep
-from tests.tasks.test_resume import command
+from tests.children import command
 
 TINY = (
     "data.num_samples=12", "data.input_dim=3", "model.hidden_dims=[4]", "trainer.max_epochs=2", "logger.mode=disabled",

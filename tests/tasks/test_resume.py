@@ -1,7 +1,6 @@
 """Runs that are killed and started again: real processes, ended by kill -9."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -21,6 +20,7 @@ from lightning_mnn import MNN
 from lightning_mnn.callbacks import LastCheckpoint, PatternStore
 from lightning_mnn.data import GaussianData
 from lightning_mnn.loggers import ResumableCSVLogger
+from tests.children import command, start
 
 SMALL = (
     "data.num_samples=40", "data.input_dim=6", "model.hidden_dims=[8]", "seed=1", "trainer.log_every_n_steps=40",
@@ -31,38 +31,6 @@ KINDS = {
     "whole_epochs_at_a_time": ("trainer.max_epochs=6000",),
     "checkpoints_within_epochs": ("trainer.max_epochs=500", "data.batch_size=9", "+trainer.gradient_clip_val=1e9"),
 }
-
-# Children of one process that has imported all there is to import: each starts in a tenth of a second.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["lightning_mnn.tasks.train", "lightning_mnn.app", "wandb", "zarr", "matplotlib"])
-
-
-def run_the_command(folder, arguments):
-    os.chdir(folder)
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    sys.argv = ["lightning-mnn", *arguments]
-    os.environ.pop("WANDB_SERVICE", None)  # of the process that tests: it would outlive a kill, and the run in it
-    from lightning_mnn.app import main
-
-    main()
-
-
-def start(folder, *arguments):
-    process = processes.Process(target=run_the_command, args=(folder, arguments))
-    process.start()
-    return process
-
-
-def command(folder, *arguments, expect=0):
-    """What the command says."""
-    for name in ("out", "err"):
-        (folder / f"{name}.txt").unlink(missing_ok=True)
-    process = start(folder, *arguments)
-    process.join(200)
-    out, err = ((folder / f"{name}.txt").read_text() for name in ("out", "err"))
-    assert process.exitcode == expect, out[-2000:] + err[-4000:]
-    return out + err
 
 
 def kill_when(process, moment):

@@ -6,8 +6,6 @@ import logging
 import os
 import signal
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from lightning_mnn.callbacks import LocalMinimumDetector, Schedule
 from lightning_mnn.data import GaussianData
 from lightning_mnn.mnn import DivergenceError
 from lightning_mnn.tasks.scan import Fit, Size, _sizes, scan, summarise
+from tests.children import command, start
 
 EPOCHS = 30
 SMALL = (
@@ -29,20 +28,6 @@ SMALL = (
 pytestmark = pytest.mark.xdist_group("scan")  # whose fixture takes seconds: for one process, not for each
 PARTS = 2 * 2 * 2 * 2  # layers, widths, ratios, parts of each
 ADAM, TAIL = {"name": "adam", "lr": 0.01}, {"name": "exponential_tail", "hold": 0.5}
-
-
-def start(*arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", "lightning_mnn", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"},
-    )  # fmt: skip
-
-
-def command(*arguments, code=0):
-    process = start(*arguments)
-    out, err = process.communicate(timeout=100)
-    assert process.returncode == code, out[-1000:] + err[-3000:]
-    return out + err
 
 
 def table(path):
@@ -82,7 +67,7 @@ def alone(row, trainer):
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scan") / "run"
-    said = command(*SMALL, f"hydra.run.dir={folder}", "scan.processes=1")
+    said = command(folder.parent, *SMALL, "hydra.run.dir=run", "scan.processes=1")
     assert "Warning" not in said, said
     assert "treespec" not in said, said
     return folder
@@ -114,24 +99,25 @@ def test_the_table_holds_what_single_networks_end_in(unbroken, make_trainer):
 
 
 @pytest.mark.slow
-def test_begun_with_fewer_sizes_and_interrupted_it_ends_in_the_files_of_an_unbroken_run(unbroken):
+def test_begun_with_fewer_sizes_and_interrupted_it_ends_in_the_files_of_an_unbroken_run(unbroken, tmp_path):
     folder = Path("outputs/quick/seed_4")
-    process = start(*SMALL, "name=quick", "scan.processes=2", "scan.input_dims=[6]", "scan.figure=minima")
+    process = start(tmp_path, *SMALL, "name=quick", "scan.processes=2", "scan.input_dims=[6]", "scan.figure=minima")
     while not list(folder.glob("parts/*.json")):
-        assert process.poll() is None, "it was over before it could be stopped"
+        assert process.is_alive(), "it was over before it could be stopped"
         time.sleep(0.005)
     pids = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     assert len(pids) >= 2
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == 130, err
+    os.kill(process.pid, signal.SIGINT)
+    process.join(30)
+    out, err = (Path(f"{name}.txt").read_text() for name in ("out", "err"))
+    assert process.exitcode == 130, err
     assert "Traceback" not in err
     assert "Go on with\n  lightning-mnn experiment=figure_5_1" in out
     assert ended(pids)
 
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("parts/*.json")}
     assert 1 <= len(kept) < PARTS // 2
-    said = command(*SMALL, "name=quick", "scan.processes=2")
+    said = command(tmp_path, *SMALL, "name=quick", "scan.processes=1")
     assert str(folder) in said
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert len(list(folder.glob("parts/*"))) == PARTS
