@@ -8,6 +8,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from hypothesis import settings
+from matplotlib.figure import Figure
 
 # Each run draws the same examples, or a change would be blamed for an example that nobody had met before.
 # To look for new ones: pytest --hypothesis-profile=default
@@ -53,6 +54,15 @@ def make_trainer(tmp_path):
         return pl.Trainer(**defaults | options)
 
     return make
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are drawn."""
+    figures = []
+    real = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), real(self, *a, **k))[1])
+    return figures
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Text
 
@@ -26,15 +25,6 @@ def write_run(folder, rows, **changes):
     lines = [",".join(names), *(",".join(str(row.get(name, "")) for name in names) for row in rows)]
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
     (folder / "summary.json").write_text(json.dumps(SUMMARY | changes))
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The axes of the figure that is drawn."""
-    figures = []
-    real = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), real(self, *a, **k))[1])
-    return figures
 
 
 def test_metrics_are_read_by_name(tmp_path):

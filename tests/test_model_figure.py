@@ -5,19 +5,9 @@ import math
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from lightning_mnn.figures import model_figure
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that are drawn."""
-    figures = []
-    real = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), real(self, *a, **k))[1])
-    return figures
 
 
 def write(folder, rows):

@@ -2,9 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,9 +20,8 @@ from lightning_mnn.data import GaussianData
 from lightning_mnn.landscape import ActivationPattern
 from lightning_mnn.landscape.kink_trace import PatternError
 from lightning_mnn.seeding import generator
+from tests.children import side_by_side
 from tests.foreign_models import foreign_model, foreign_trainer
-
-ROOT = Path(__file__).parents[2]
 
 
 class Watcher(pl.Callback):
@@ -663,10 +659,7 @@ def test_a_checkpoint_with_other_names_is_recorded_anew_from_its_step(tmp_path):
 
 def in_processes(devices, folder):
     """What is found on one or two processes."""
-    folder.mkdir()
-    command = [sys.executable, "-m", "tests.callbacks.test_foreign_recorder", str(devices), str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    side_by_side(folder, devices, main, devices, folder)
     return json.loads((folder / "found.json").read_text())
 
 
@@ -704,7 +697,3 @@ def main(devices, folder):
         found["error"] = str(error)
     if trainer.is_global_zero:
         (folder / "found.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from hydra import compose, initialize_config_module
-from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from lightning_mnn.figures.sweep import MEASURES, choose_axes
@@ -62,15 +61,6 @@ def read(folder):
     """The table as it stands in both files."""
     with (folder / "sweep.csv").open(newline="") as file:
         return list(csv.DictReader(file)), pq.read_table(folder / "sweep.parquet")
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that are drawn."""
-    figures = []
-    real = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), real(self, *a, **k))[1])
-    return figures
 
 
 def panel(figure, title):
