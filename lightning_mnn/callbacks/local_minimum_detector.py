@@ -86,7 +86,7 @@ class LocalMinimumDetector(ScheduledCallback):
         modules: names or patterns of the layers whose kinks count in second-order evidence; None: all.
         gradient_tolerance: largest ‖∇L‖, relative to that at the first check of the run, of a stationary point there.
         curvature_tolerance: largest −λ_min/λ_max of a minimum there.
-        max_products: Hessian–vector products there, at most. Of a resnet18 on a CPU one took as long as 3 to 4 epochs,
+        max_products: Hessian–vector products there, at most. Of a resnet18 on a CPU one took as long as 3 to 5 epochs,
             and a look 2.7.
 
     Attributes:
