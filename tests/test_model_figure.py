@@ -51,6 +51,22 @@ def test_every_panel_shows_its_numbers(tmp_path, drawn, num_layers):
     assert math.isclose(volumes.lines[0].get_xdata()[0], 1e-3)
 
 
+def test_a_network_that_can_be_certified_has_panels_of_its_own(tmp_path, drawn):
+    names = ("minimum/mse", "minimum/stationarity", "minimum/distance", "minimum/certified_mse")
+    rows = [{"step": step} | {name: 10.0 ** -(step + i) for i, name in enumerate(names)} for step in (0, 5)]
+    volume = {"volume/log_lower_bound": -9.0, "volume/log_volume": -7.0, "volume/log_volume_standard_error": 0.5}
+    write(tmp_path, [*rows, {"step": 5} | volume])
+    model_figure(tmp_path)
+    loss, stationarity, certified, _, _, volumes = drawn[0].axes
+    assert [list(line.get_ydata()) for line in loss.lines] == [[1.0, 1e-5]]
+    assert [list(line.get_ydata()) for line in stationarity.lines] == [[0.1, 1e-6]]
+    assert [list(line.get_ydata()) for line in certified.lines] == [[1e-2, 1e-7], [1e-3, 1e-8]]
+    (estimate,) = volumes.containers
+    (segment,) = estimate.lines[2][0].get_segments()
+    np.testing.assert_allclose(segment, [[5, -7.98], [5, -6.02]])
+    assert list(volumes.lines[0].get_ydata()) == [-9.0]
+
+
 def test_panels_without_numbers_say_so(tmp_path, drawn):
     write(tmp_path, [{"step": 0, "pattern/relu/hamming_from_start": 0.0, "loss": 0.0}])
     model_figure(tmp_path)

@@ -71,8 +71,9 @@ class ActivationPatternRecorder(ScheduledCallback):
             out others (``drop_last``). Or a batch of samples as the training
             loader gives it, the first axis of each of its tensors being the samples, the same on every process: for
             data whose samples cannot be enumerated, as those of an ``IterableDataset``.
-        dirpath: folder of ``patterns.zarr``; None: the run's log folder. A store that another run left there is not
-            touched: ``patterns-v1.zarr`` and so on is written instead. A ``fast_dev_run`` writes nothing.
+        dirpath: folder of ``patterns.zarr``; None: the folder of the first logger's run, or without a logger the
+            Trainer's ``default_root_dir``. A store that another run left there is not touched: ``patterns-v1.zarr`` and
+            so on is written instead. A ``fast_dev_run`` writes nothing.
         seed: seed of the probe.
         modules: names or patterns (``*``, ``?``) of the layers to record, or of modules whose layers are; None: all.
         memory_budget: bytes that the recorder may hold on the device, 32 MiB by default.
@@ -139,10 +140,10 @@ class ActivationPatternRecorder(ScheduledCallback):
 
     @override
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        folder = self.dirpath or trainer.log_dir or trainer.default_root_dir  # log_dir is a collective
+        log_dir = trainer.log_dir  # a collective
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             digests = _digests(self._last) if self._last else []
-            self.store = _open_store(Path(folder), self._last_step, digests)
+            self.store = _open_store(self.dirpath or _folder_of_run(trainer, log_dir), self._last_step, digests)
         super().start(trainer, pl_module)
 
     @override
@@ -302,6 +303,14 @@ def _total(counts: Iterable[Tensor]) -> Tensor:
 
 def _any_layer(flags: Iterable[Tensor]) -> Tensor:
     return torch.stack(list(flags)).any(0)
+
+
+def _folder_of_run(trainer: pl.Trainer, log_dir: str | None) -> Path:
+    """The folder of the first logger's run, where Lightning's checkpoints are, too."""
+    logger = trainer.logger
+    if logger is None or logger.save_dir is None or logger.log_dir is not None:
+        return Path(log_dir or trainer.default_root_dir)
+    return Path(logger.save_dir, str(logger.name), str(logger.version))  # W&B's, which has many runs in one folder
 
 
 def _open_store(folder: Path, resumed_step: int | None, digests: list[str]) -> PatternStore:

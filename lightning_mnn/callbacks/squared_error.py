@@ -82,7 +82,8 @@ def squared_error_loss(
         return (
             "the loss that it trains is not the mean squared error of its network: their gradients are not parallel "
             f"(their directions differ by {distance:.1e}), as with a penalty, a frozen layer, weights of the samples, "
-            "or a sum instead of the mean over batches of several sizes (for which loss_fn can return the mean)"
+            "predictions (N, 1) beside targets (N,), which are compared each with each, or a sum instead of the mean "
+            "over batches of several sizes (for which loss_fn can return the mean)"
         )
     mse_part = factor * found.mse
     return SquaredErrorLoss(factor, found.loss - mse_part, max(abs(found.loss), mse_part), float(own))

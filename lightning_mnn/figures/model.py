@@ -84,17 +84,24 @@ def _with_numbers(name: str) -> list[tuple[str, int]]:
 def _loss(ax: Axes, series: Series) -> bool:
     ax.set(title="Loss", xlabel="optimiser step")
     own = [name for name in series if "loss" in name and not name.startswith(("minimum/", "val", "test"))]
-    curves = {name: name for name in own[:_MOST_LOSSES]} | {"minimum/loss": "whole training set"}
+    curves = {name: name for name in own[:_MOST_LOSSES]}
+    curves |= {"minimum/loss": "whole training set", "minimum/mse": "MSE, whole training set"}
     return _lines(ax, series, curves)
 
 
 def _gradient(ax: Axes, series: Series) -> bool:
+    if "minimum/stationarity" in series:  # of a network that can be certified
+        ax.set(title="Stationarity", xlabel="optimiser step", ylabel="‖G e‖ / (‖G‖ ‖y‖)")
+        return _lines(ax, series, {"minimum/stationarity": "G e"})
     ax.set(title="Gradient of the whole training loss", xlabel="optimiser step", ylabel="norm")
     curves = {"minimum/gradient_norm": "‖∇L‖", "minimum/relative_gradient": "of that at the start"}
     return _lines(ax, series, curves)
 
 
 def _curvature(ax: Axes, series: Series) -> bool:
+    if "minimum/stationarity" in series:
+        ax.set(title="Certified minimum", xlabel="optimiser step", ylabel="of the minimum")
+        return _lines(ax, series, {"minimum/distance": "distance", "minimum/certified_mse": "MSE"})
     ax.set(title="Smallest eigenvalue of the Hessian", xlabel="optimiser step", ylabel="λ, lower bound below it")
     errors = dict(zip(*series.get("minimum/eigenvalue_error", ([], [])), strict=True))
     steps, values = series.get("minimum/smallest_eigenvalue", ([], []))
@@ -132,6 +139,8 @@ def _local_volumes(ax: Axes, series: Series) -> bool:
     """The last local volumes: of each layer, and of all layers together."""
     ax.set(title="Perturbation that patterns survive", ylabel="layer, by name", xlabel="relative size σ½")
     layers = layers_of(series, "volume", "half_sigma")
+    if not layers and "volume/log_lower_bound" in series:
+        return _log_volume(ax, series)
     last = {layer: series[name][1][-1] for layer, name in layers.items()}
     places = np.arange(1, len(last) + 1)
     ax.scatter(list(last.values()), places, c=_shades(len(last)), zorder=3)
@@ -148,6 +157,25 @@ def _local_volumes(ax: Axes, series: Series) -> bool:
     if last or half[1]:
         ax.set_xscale("log")
     return bool(last or half[1])
+
+
+def _log_volume(ax: Axes, series: Series) -> bool:
+    """Of a network whose region is a product of cones."""
+    ax.set(title="Angular volume of the region", xlabel="optimiser step", ylabel="log-volume (nats)")
+    ax.plot(*series["volume/log_lower_bound"], color=COLORS[0], lw=1.2, marker="o", ms=3, label="lower bound")
+    steps, values = series.get("volume/log_volume", ([], []))
+    errors = dict(zip(*series.get("volume/log_volume_standard_error", ([], [])), strict=True))
+    ax.errorbar(
+        steps,
+        values,
+        [1.96 * errors.get(step, 0.0) for step in steps],
+        fmt="o",
+        ms=4,
+        color=COLORS[1],
+        label="estimate",
+    )
+    _legend(ax, 2)
+    return True
 
 
 def _lines(ax: Axes, series: Series, curves: Mapping[str, str]) -> bool:

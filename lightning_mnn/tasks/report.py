@@ -212,6 +212,11 @@ def _is_training_run(summary: dict[str, Any]) -> bool:
 def _nothing(folder: Path) -> str:
     if (folder / "plan.json").exists():
         return f"{folder} holds an experiment that is not finished: give its command again, which goes on with it"
+    logs = sorted(path.parent for path in folder.glob("*/metrics.csv"))
+    if logs:
+        return f"{folder} holds log folders: give one of them, such as folder={logs[-1]}"
+    if any(folder.glob("events.out.tfevents.*")):
+        return f"{folder} holds the log of TensorBoard alone, which is not drawn here: add a CSVLogger to the Trainer"
     return (
         f"{folder} holds no scan.csv, census.csv or metrics.csv to draw, and no training runs with a summary.json "
         "below it: give the folder of a run or experiment, or one with runs in it"

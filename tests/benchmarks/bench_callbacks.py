@@ -125,9 +125,9 @@ class Timed(ActivationPatternRecorder):
 
     seconds, beyond, held, samples, prepared = (), 0, 0, 0, 0.0
 
-    def _prepare(self, trainer, pl_module):
+    def prepare(self, trainer, pl_module):
         start = now()
-        super()._prepare(trainer, pl_module)
+        super().prepare(trainer, pl_module)
         self.prepared = now() - start
 
     def act(self, trainer, pl_module):

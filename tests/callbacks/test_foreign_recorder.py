@@ -2,16 +2,19 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger, WandbLogger
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from wandb import finish
 
 from lightning_mnn import MNN
 from lightning_mnn.callbacks import ActivationPatternRecorder, Schedule
@@ -605,6 +608,19 @@ def test_batches_that_training_leaves_out_are_not_recorded(tmp_path):
     with pytest.raises(RuntimeError, match="a single sample") as caught:
         foreign_trainer(callbacks=[recorder]).fit(Squeezing(), small_data(21, drop_last=True))
     assert re.search(r"last batch of 1 samples.*batch_size=4, drop_last=True.*multiple", caught.value.__notes__[-1])
+
+
+def test_the_store_is_in_the_folder_of_the_run(tmp_path):
+    """W&B's loggers have one folder for many runs, and one in it for the checkpoints of each."""
+    module, loader = foreign_model("mlp")
+    csv, wandb = CSVLogger(tmp_path / "csv"), WandbLogger("x", save_dir=tmp_path, offline=True, project="p", id="abc")
+    for logger, folder in ((csv, csv.log_dir), (wandb, tmp_path / "p" / "abc"), (False, tmp_path)):
+        recorder = ActivationPatternRecorder()
+        options = {"max_epochs": 1, "default_root_dir": tmp_path, "logger": logger}
+        foreign_trainer(callbacks=[recorder], **options).fit(module, loader)
+        assert recorder.store.path == Path(folder) / "patterns.zarr"
+        assert recorder.store.steps
+    finish()
 
 
 def test_any_layer_name_can_be_stored(tmp_path):

@@ -137,6 +137,8 @@ def test_unfinished_runs_are_left_out_and_named(capsys, monkeypatch):
         (None, "null", "give folder=DIR"),
         (None, "nowhere", "folder=nowhere: there is no such folder"),
         (None, ".", "holds no scan.csv, census.csv or metrics.csv .* no training runs"),
+        ("version_0/metrics.csv", ".", "holds log folders: .* folder=.*version_0"),
+        ("events.out.tfevents.1", ".", "TensorBoard alone.*add a CSVLogger"),
         ("plan.json", ".", "an experiment that is not finished: give its command again"),
         ("metrics.csv", ".", "holds none of minimum"),
         ("scan.csv", ".", "holds no summary.json, .*resume=true"),
@@ -144,6 +146,7 @@ def test_unfinished_runs_are_left_out_and_named(capsys, monkeypatch):
 )
 def test_what_cannot_be_drawn_is_said(prepare, folder, message):
     if prepare:
+        Path(prepare).parent.mkdir(exist_ok=True)
         Path(prepare).write_text("{}")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         report(settings(folder))
