@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
     from torch import Tensor
 
+    from lightning_mnn.callbacks.model_pass import ModelFunction
     from lightning_mnn.landscape.survey import Network
 
     VolumeOrReason = tuple[RegionVolume | None, str | None]
@@ -121,11 +122,11 @@ def why_not_alone(trainer: pl.Trainer, pl_module: pl.LightningModule, network: N
         return "its nn.Sequential has layers with forward hooks, which may change what these give"
     few = torch.arange(min(_FEW, num_samples(trainer.train_dataloader)))
 
-    def why_not(run: Callable[..., Any]) -> str | None:
+    def why_not(run: ModelFunction) -> str | None:
         with undisturbed(trainer, pl_module), kept_parameters(pl_module), warnings.catch_warnings(action="ignore"):
             (batch,) = exact_shard(trainer.train_dataloader, chosen=few, batch_size=len(few))
             inputs = flat_batch(batch)[0].clone()
-            calls = _calls(layers, lambda: run(trainer, pl_module, as_in_training(trainer, pl_module, batch)))
+            calls = _calls(layers, lambda: run(pl_module, as_in_training(trainer, pl_module, batch)))
             return _why_not_plain(calls, layers, inputs)
 
     reasons: dict[str, str | None] = {}

@@ -227,7 +227,7 @@ class FullBatch:
 
     def _loss(self, index: int, batch: Any) -> Tensor:
         seed_generators(index)
-        return loss_on(self._trainer, self._module, batch, index, self._loss_fn)
+        return loss_on(self._module, batch, index, self._loss_fn)
 
     def _loss_or_none(self, index: int, batch: Any) -> Tensor:
         try:
@@ -240,7 +240,7 @@ class FullBatch:
         seed_generators(index)
         remedy = "loss_fn(module, batch)"
         try:
-            forward_on(self._trainer, self._module, batch, self._loss_fn, remedy)
+            forward_on(self._module, batch, self._loss_fn, remedy)
         except LossNotEvaluableError as error:
             self._failure = str(error)
         except SERIOUS:

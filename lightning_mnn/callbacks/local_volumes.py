@@ -328,7 +328,7 @@ class _Passes:
         batch = apply_to_collection(part, torch.Tensor, torch.clone)  # which a pass may change
         with warnings.catch_warnings(), precision_context(self._trainer, autocast=False), _all_digits(), self._trace:
             warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")  # of checkpointed blocks
-            forward_on(self._trainer, self._module, batch, self._forward)
+            forward_on(self._module, batch, self._forward)
 
 
 def _flat_forward(pl_module: pl.LightningModule, batch: Any) -> Any:

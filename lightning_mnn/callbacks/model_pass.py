@@ -111,7 +111,6 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
 
 
 def forward_on(
-    trainer: pl.Trainer,
     pl_module: pl.LightningModule,
     batch: Any,
     forward_fn: ModelFunction | None = None,
@@ -124,7 +123,6 @@ def forward_on(
     (at least one). Otherwise, for a dict say, by its ``training_step``.
 
     Args:
-        trainer: the Trainer that trains the module.
         pl_module: the module.
         batch: a batch as :func:`model_batches` yields it.
         forward_fn: what to call instead.
@@ -137,7 +135,7 @@ def forward_on(
         return forward_fn(pl_module, batch)
     parts = forward_parts(pl_module, batch)
     if parts is None:
-        return step_for_its_passes(trainer, pl_module, batch, remedy)
+        return step_for_its_passes(pl_module, batch, remedy)
     try:
         return pl_module(*parts)
     except PatternError:
@@ -159,21 +157,18 @@ def forward_parts(pl_module: pl.LightningModule, batch: Any) -> Sequence[Any] | 
     return parts[:taken]
 
 
-def step_for_its_passes(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, remedy: str = _FORWARD_FN
-) -> Any:
+def step_for_its_passes(pl_module: pl.LightningModule, batch: Any, remedy: str = _FORWARD_FN) -> Any:
     """Run a module's ``training_step`` for the forward passes in it; what it returns is detached.
 
     Raises:
         LossNotEvaluableError: see :func:`training_step_on`.
     """
     with torch.enable_grad():  # a penalty on gradients takes some itself
-        found = training_step_on(trainer, pl_module, batch, 0, remedy)
+        found = training_step_on(pl_module, batch, 0, remedy)
     return apply_to_collection(found, Tensor, Tensor.detach)
 
 
 def loss_on(
-    trainer: pl.Trainer,
     pl_module: pl.LightningModule,
     batch: Any,
     batch_idx: int = 0,
@@ -194,7 +189,7 @@ def loss_on(
         if not (isinstance(loss, Tensor) and loss.numel() == 1):
             raise TypeError(f"loss_fn must return a tensor with one number, the mean over the batch, got {_told(loss)}")
         return loss.reshape(())
-    found = training_step_on(trainer, pl_module, batch, batch_idx)
+    found = training_step_on(pl_module, batch, batch_idx)
     loss = found.get("loss") if isinstance(found, Mapping) else found
     if not (isinstance(loss, Tensor) and loss.numel() == 1):
         raise LossNotEvaluableError(
@@ -205,7 +200,6 @@ def loss_on(
 
 
 def training_step_on(
-    trainer: pl.Trainer,
     pl_module: pl.LightningModule,
     batch: Any,
     batch_idx: int = 0,
@@ -217,7 +211,6 @@ def training_step_on(
         LossNotEvaluableError: it takes optimiser steps itself, or reads the loader itself.
         StepFailedError: it fails.
     """
-    del trainer
     name = type(pl_module).__name__
     if not pl_module.automatic_optimization:
         raise LossNotEvaluableError(

@@ -98,7 +98,7 @@ class KinkProbe:
 
         def run(num: int) -> None:
             with undisturbed(trainer, pl_module), _as_training(trainer):
-                forward_on(trainer, pl_module, batch(num), self._run)
+                forward_on(pl_module, batch(num), self._run)
 
         if self.forward_fn is None:
             self._run = pass_of_training(trainer, pl_module, batch, self.modules)
@@ -136,7 +136,7 @@ class KinkProbe:
         with undisturbed(trainer, pl_module), _as_training(trainer):
             for batch in self._batches(trainer, pl_module):
                 with trace, self._noting_partial(trainer, high - rows.row):
-                    forward_on(trainer, pl_module, batch, self._run)
+                    forward_on(pl_module, batch, self._run)
                 rows.end_batch()
         if rows.row != high:
             raise PatternError(

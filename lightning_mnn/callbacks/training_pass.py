@@ -61,14 +61,14 @@ def pass_of_training(
     def forward() -> Any:
         own = batch()
         parts.append(forward_parts(pl_module, own))
-        return forward_on(trainer, pl_module, own)
+        return forward_on(pl_module, own)
 
     in_forward = _met(trainer, pl_module, forward, modules)
     if parts[0] is None:
         return None
     in_step = {}
     with suppress(Exception):  # what cannot be run in eval mode, or by itself
-        in_step = _met(trainer, pl_module, lambda: step_for_its_passes(trainer, pl_module, batch()), modules)
+        in_step = _met(trainer, pl_module, lambda: step_for_its_passes(pl_module, batch()), modules)
     others = [
         layer
         for layer, (_, moves) in in_step.items()
@@ -82,7 +82,7 @@ def pass_of_training(
             else (f"does not meet {', '.join(absent)}, which its forward does")
         )
         rank_zero_info(f"{who}: {name}.training_step {what}: the training_step is what is run; {_REMEDY}")
-        return lambda module, batch: step_for_its_passes(trainer, module, batch)
+        return step_for_its_passes
     if len(parts[0]) > 1:
         taken = list(inspect.signature(pl_module.forward).parameters)[: len(parts[0])]
         rank_zero_info(

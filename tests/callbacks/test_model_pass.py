@@ -66,11 +66,11 @@ Pair = namedtuple("Pair", "x y")  # noqa: PYI024
 
 @pytest.mark.parametrize("batch", [[X, Y], (X, Y), Pair(X, Y)])
 def test_forward_takes_the_leading_parts_that_it_needs(batch):
-    assert torch.equal(forward_on(None, OneArgument(), batch), 2 * X)
-    assert torch.equal(forward_on(None, TwoArguments(), batch), X + Y)
-    assert torch.equal(forward_on(None, AnyArguments(), batch)[0], X)
-    assert torch.equal(forward_on(None, OneArgument(), X), 2 * X)
-    given = forward_on(None, OneArgument(), batch, lambda module, got: (module.layer, got))
+    assert torch.equal(forward_on(OneArgument(), batch), 2 * X)
+    assert torch.equal(forward_on(TwoArguments(), batch), X + Y)
+    assert torch.equal(forward_on(AnyArguments(), batch)[0], X)
+    assert torch.equal(forward_on(OneArgument(), X), 2 * X)
+    given = forward_on(OneArgument(), batch, lambda module, got: (module.layer, got))
     assert given[1] is batch
 
 
@@ -79,11 +79,11 @@ def test_forward_takes_the_leading_parts_that_it_needs(batch):
 )
 def test_else_the_training_step_runs(kind, batch):
     module = kind()
-    assert forward_on(None, module, batch)["loss"] == module.layer(X).mean()
+    assert forward_on(module, batch)["loss"] == module.layer(X).mean()
     assert module.calls == [0]
     manual = kind(manual=True)
     with pytest.raises(LossNotEvaluableError, match=f"{kind.__name__} optimises by hand.*forward_fn"):
-        forward_on(None, manual, batch)
+        forward_on(manual, batch)
 
 
 def test_a_wrong_guess_is_explained():
@@ -92,20 +92,20 @@ def test_a_wrong_guess_is_explained():
             return x["image"]
 
     with pytest.raises(IndexError) as caught:
-        forward_on(None, Wrong(), [X, Y])
+        forward_on(Wrong(), [X, Y])
     assert "Wrong.forward was called with the first 1 part(s) of a batch" in caught.value.__notes__[0]
 
 
 def test_losses():
     module = Module()
-    assert loss_on(None, module, [X, Y], 7) == module.layer(X).mean()
+    assert loss_on(module, [X, Y], 7) == module.layer(X).mean()
     assert module.calls == [7]
-    assert loss_on(None, module, [X, Y], loss_fn=lambda _, batch: batch[0].sum()) == X.sum()
-    assert loss_on(None, Module(manual=True), [X], loss_fn=lambda _, batch: batch[0].sum(0)[:1]) == X[:, 0].sum()
+    assert loss_on(module, [X, Y], loss_fn=lambda _, batch: batch[0].sum()) == X.sum()
+    assert loss_on(Module(manual=True), [X], loss_fn=lambda _, batch: batch[0].sum(0)[:1]) == X[:, 0].sum()
     with pytest.raises(LossNotEvaluableError, match=r"optimises by hand.*loss_fn"):
-        loss_on(None, Module(manual=True), [X, Y])
+        loss_on(Module(manual=True), [X, Y])
     with pytest.raises(TypeError, match=r"mean over the batch, got a tensor of shape \(2, 3\)"):
-        loss_on(None, module, [X, Y], loss_fn=lambda _, batch: batch[0])
+        loss_on(module, [X, Y], loss_fn=lambda _, batch: batch[0])
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_a_step_without_a_loss_is_named(result, told):
             return result
 
     with pytest.raises(LossNotEvaluableError, match=f"Silent.training_step returned no loss but .*{told}"):
-        loss_on(None, Silent(), X)
+        loss_on(Silent(), X)
 
 
 def test_sizes_of_batches():
@@ -231,7 +231,7 @@ def test_a_step_gets_its_index_as_lightning_gives_it():
 
     for kind, factor in ((Any, 3), (Named, 3), (Options, 1)):
         module = kind()
-        assert loss_on(None, module, X, 3) == module.layer(X).mean() * factor
+        assert loss_on(module, X, 3) == module.layer(X).mean() * factor
 
 
 def test_a_step_that_fails_is_told_and_serious_errors_are_not_taken_for_that():
@@ -240,7 +240,7 @@ def test_a_step_that_fails_is_told_and_serious_errors_are_not_taken_for_that():
             raise batch
 
     with pytest.raises(StepFailedError, match=r"Failing.training_step .* failed: KeyError: 'x'. Give .* loss_fn"):
-        loss_on(None, Failing(), KeyError("x"))
+        loss_on(Failing(), KeyError("x"))
     for error in (DivergenceError("x"), torch.OutOfMemoryError("x"), KeyboardInterrupt()):
         with pytest.raises(type(error)):
-            loss_on(None, Failing(), error)
+            loss_on(Failing(), error)
