@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import re
-import shlex
 import signal
 import sys
 import time
@@ -25,6 +23,8 @@ from hydra.errors import CompactHydraException
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict
 from typing_extensions import override
+
+from lightning_mnn.jobs.records import JobState, SweepCommand
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -70,7 +70,7 @@ class DevicePoolConf:
         gpus: names of the GPUs that are lent; null: those of CUDA_VISIBLE_DEVICES, or all there are.
         cpu_slots: devices that the CPU counts as; null: one a core, or ``n_jobs`` if that is more.
         resume: leave out jobs that have finished, by the ``job.json`` in their folders; null: as the application's
-            own key ``resume`` says, if it has one.
+            own key ``resume`` says, if it has one that is true or false.
         trainer_key: where in the application's config the Trainer's arguments are: ``devices``, ``accelerator``,
             ``num_nodes``.
     """
@@ -88,7 +88,8 @@ class DevicePool(Launcher):
 
     A job that fails leaves the others alone. It fails, too, if its process is ended from outside; what any of its
     ranks has left is ended with it. Each job's folder gets ``console.log``, what it printed, and ``job.json``, what it
-    came to.
+    ended in. The sweep's folder gets ``sweep.json``, the command: the launcher prints the one that resumes the sweep at
+    its start, and again at the end if any job is not finished.
 
     Args:
         **options: see :class:`DevicePoolConf`.
@@ -117,13 +118,18 @@ class DevicePool(Launcher):
         setup_globals()
         configure_log(config.hydra.hydra_logging, config.hydra.verbose)
         pool = Devices(self._options.gpus, self._options.cpu_slots, self._options.n_jobs)
-        log.info("%d jobs, each in a process of its own", len(job_overrides))
         common = set.intersection(*(set(one) for one in job_overrides)) if len(job_overrides) > 1 else set()
         jobs = [self._job(number, list(one), pool, common) for number, one in enumerate(job_overrides, initial_job_idx)]
         _require_own_folders(jobs)
         if self._resumes(config):
             for job in jobs:
                 job.keep_if_finished()
+        folder = Path(config.hydra.sweep.dir)
+        command = SweepCommand.of_this_process(config)
+        command.write(folder)
+        log.info("%d jobs in %s, each in a process of its own", len(jobs), folder)
+        if initial_job_idx == 0:  # a SIGKILL or a power cut leaves no time to say it
+            log.info("if it is killed, this command resumes the sweep:\n  %s", command.resumed(folder))
         call = {
             "hydra_context": hydra_context,
             "task_function": TaskReference.to(task_function),
@@ -134,7 +140,7 @@ class DevicePool(Launcher):
                 with _shown(jobs) as say:
                     _run(jobs, pool, call, say, received)
             finally:  # below the table, not in it
-                _tell_end(jobs)
+                _tell_end(jobs, command.resumed(folder))
         if received:
             raise SystemExit(128 + received[0])
         return [job.returned for job in jobs if job.returned is not None]
@@ -156,7 +162,7 @@ class DevicePool(Launcher):
 
     def _resumes(self, config: DictConfig) -> bool:
         own = self._options.resume
-        return bool(OmegaConf.select(config, "resume", default=False) if own is None else own)
+        return OmegaConf.select(config, "resume") is True if own is None else own
 
 
 def _run(
@@ -168,16 +174,15 @@ def _run(
 ) -> None:
     """Run what waits, in order, but a job that fits before one that does not; to the end of all or the first signal."""
     for job in jobs:
-        if job.state == "kept":
+        if job.state is JobState.KEPT:
             say(job)
     at_work: list[Job] = []
     try:
-        while not received and any(job.state in ("waiting", "running") for job in jobs):
+        while not received and any(job.state in (JobState.WAITING, JobState.RUNNING) for job in jobs):
             for job in jobs:
-                if job.state == "waiting" and not received and (loan := pool.lend(job.request)) is not None:
-                    job.start(loan, call)
+                if job.state is JobState.WAITING and not received and (loan := pool.lend(job.request)) is not None:
                     at_work.append(job)
-                    if job.state == "running":
+                    if job.start(loan, call):
                         say(job)
             time.sleep(_INTERVAL)
             for job in [job for job in at_work if job.has_ended()]:
@@ -192,7 +197,7 @@ def _run(
 def _end(running: Sequence[Job], received: Sequence[int]) -> None:
     """Ask the jobs to end, ever more sternly. Another signal of the user's makes the next step come at once."""
     for number, grace in _GRACE.items():
-        left = [job for job in running if job.state == "running"]
+        left = [job for job in running if job.state is JobState.RUNNING]
         for job in left:
             if job.process is not None:
                 job.process.signal(number)
@@ -228,13 +233,15 @@ def _shown(jobs: Sequence[Job]) -> Iterator[Callable[[Job], None]]:
 
     from lightning_mnn.jobs.table import JobTable, clock  # noqa: PLC0415
 
+    words = {JobState.FAILED: "FAILED", JobState.INTERRUPTED: "interrupted"}
+
     def line(job: Job) -> None:
-        if job.state == "running":
+        if job.state is JobState.RUNNING:
             what = f"starts on {job.loan}"
-        elif job.state == "kept":
+        elif job.state is JobState.KEPT:
             what = "was done before"
         else:
-            what = f"{'FAILED' if job.state == 'failed' else 'done'} after {clock(job.seconds)}"
+            what = f"{words.get(job.state, 'done')} after {clock(job.seconds)}"
         log.info("#%d %s: %s", job.number, what, job.label)
 
     console = Console(stderr=True)
@@ -245,23 +252,16 @@ def _shown(jobs: Sequence[Job]) -> Iterator[Callable[[Job], None]]:
         yield line
 
 
-def _tell_end(jobs: Sequence[Job]) -> None:
-    from lightning_mnn.jobs.table import counts  # noqa: PLC0415
+def _tell_end(jobs: Sequence[Job], command: str) -> None:
+    from lightning_mnn.jobs.table import counts  # noqa: PLC0415 (Hydra imports this module in all programs)
 
     log.info("%s", counts(jobs))
     for job in jobs:
-        if job.state == "failed" and job.returned is not None:
+        if job.state in (JobState.FAILED, JobState.INTERRUPTED) and job.returned is not None:
             log.error("%s", job.returned._return_value)  # noqa: SLF001 (return_value raises it)
-    if any(job.state in ("failed", "waiting") for job in jobs):
-        log.error("what is not done: the same command goes on with it by %s", _how_to_go_on(jobs[0].config))
-
-
-def _how_to_go_on(config: DictConfig) -> str:
-    key = "resume" if "resume" in config else "hydra.launcher.resume"
-    folder = str(config.hydra.sweep.dir)
-    if not re.fullmatch(r"[\w./-]+", folder):  # which Hydra would take for something else
-        folder = "'" + folder.replace("'", r"\'") + "'"
-    return shlex.join([f"{key}=true", f"hydra.sweep.dir={folder}"])
+    left = sum(job.state not in (JobState.FINISHED, JobState.KEPT) for job in jobs)
+    if left:
+        log.error("%d of %d jobs are not finished; this command runs them:\n  %s", left, len(jobs), command)
 
 
 def _request(composed: DictConfig, key: str, pool: Devices) -> Request:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import json
 import logging
 import os
 import pickle
@@ -26,7 +25,8 @@ from omegaconf import OmegaConf
 
 from lightning_mnn.jobs import main
 from lightning_mnn.jobs.calls import write_call
-from lightning_mnn.jobs.progress import VARIABLE, read_note
+from lightning_mnn.jobs.progress import VARIABLE
+from lightning_mnn.jobs.records import JOB_RECORD, JobState, read_record, recorded, returned
 from lightning_mnn.tasks._files import write_json
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Job:
         config: composed, with Hydra's node.
         folder: its output folder.
         request: devices that it asks for.
-        state: "waiting", "running", "finished", "failed", or "kept" if it had finished before.
+        state: how far it is.
         loan: devices that it got.
         returned: what it has come to.
         process: that runs it, once it is started.
@@ -76,7 +76,7 @@ class Job:
     config: DictConfig
     folder: Path
     request: Request
-    state: str = "waiting"
+    state: JobState = JobState.WAITING
     loan: Loan | None = None
     returned: JobReturn | None = None
     process: JobProcess | None = None
@@ -90,28 +90,33 @@ class Job:
 
     def keep_if_finished(self) -> None:
         """Take over what the job came to when it was run before, if it had finished, with the same config."""
-        record = read_note(self.folder / "job.json")
-        if record.get("status") == "finished" and record.get("config") == self._digest():
-            self.state = "kept"
-            self.returned = self._return(JobStatus.COMPLETED, record.get("return_value"))
+        record = read_record(self.folder / JOB_RECORD)
+        if record.get("status") == JobState.FINISHED and record.get("config") == self._digest():
+            self.state = JobState.KEPT
+            self.returned = self._return(JobStatus.COMPLETED, returned(record.get("return_value")))
 
-    def start(self, loan: Loan, call: dict[str, Any]) -> None:
-        """Start the job's process on lent devices; where that cannot be, the job has failed."""
+    def start(self, loan: Loan, call: dict[str, Any]) -> bool:
+        """Start the job's process on lent devices; where that cannot be, the job has failed.
+
+        Returns:
+            Whether it runs.
+        """
         self.loan = loan
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self.log.open("ab") as output:
                 _lock(output, self.folder)
-                (self.folder / "job.json").unlink(missing_ok=True)
+                (self.folder / JOB_RECORD).unlink(missing_ok=True)
                 self.process = JobProcess(loan, output, call | {"config": self.config})
-            self.state = "running"
+            self.state = JobState.RUNNING
         except Exception as error:  # noqa: BLE001 (the other jobs are to go on)
             self._end(self._return(JobStatus.FAILED, f"cannot be started: {type(error).__name__}: {error}"))
+        return self.state is JobState.RUNNING
 
     def has_ended(self) -> bool:
         """Look at the process: whether it has ended. The first time this is so, the job's record is written."""
-        if self.state != "running" or self.process is None:
-            return self.state != "waiting"
+        if self.state is not JobState.RUNNING or self.process is None:
+            return self.state is not JobState.WAITING
         self.seconds, self.progress = self.process.seconds, self.process.progress
         if self.process.exit_code is None:
             return False
@@ -120,28 +125,30 @@ class Job:
         except Exception as error:  # noqa: BLE001 (what a job returned may raise anything when it is loaded)
             found = self._return(JobStatus.FAILED, f"what it returned cannot be read: {type(error).__name__}: {error}")
         if self.process.ended_by_us:  # whatever it made of that
-            found = self._return(JobStatus.FAILED, "was interrupted")
-        self._end(found)
+            self._end(self._return(JobStatus.FAILED, None), JobState.INTERRUPTED)
+        else:
+            self._end(found)
         self.process.clear_away()
         return True
 
-    def _end(self, found: JobReturn) -> None:
-        failed = found.status is not JobStatus.COMPLETED
-        if failed:
+    def _end(self, found: JobReturn, failure: JobState = JobState.FAILED) -> None:
+        self.state = JobState.FINISHED if found.status is JobStatus.COMPLETED else failure
+        if self.state is not JobState.FINISHED:
             found._return_value = self._error(found._return_value)  # noqa: SLF001 (return_value would raise it)
         self.returned = found
-        self.state = "failed" if failed else "finished"
         if self.process is None:  # not started, maybe for another one is at work in the folder
             return
         try:
-            write_json(self.folder / "job.json", self._record())
+            write_json(self.folder / JOB_RECORD, self._record())
         except OSError as error:
-            log.warning("#%d: %s cannot be written: %s", self.number, self.folder / "job.json", error)
+            log.warning("#%d: %s cannot be written: %s", self.number, self.folder / JOB_RECORD, error)
 
     def _error(self, words: str | None) -> JobError:
         code = None if self.process is None else self.process.exit_code
-        if code is None or words == "was interrupted":
-            how = words
+        if self.state is JobState.INTERRUPTED:
+            how = "was interrupted"
+        elif code is None:
+            how = str(words)
         else:
             how = f"was ended by {_signal_name(-code)}" if code < 0 else f"failed with exit code {code}"
             how += f": {shortened}" if (shortened := _printable(words or _last_words(self.log))) else ""
@@ -158,23 +165,26 @@ class Job:
         )
 
     def _record(self) -> dict[str, Any]:
-        value = None if self.returned is None else _plain(self.returned._return_value)  # noqa: SLF001 (it may raise)
+        value = None if self.returned is None else self.returned._return_value  # noqa: SLF001 (it may raise)
+        finished = self.state is JobState.FINISHED
         started = self.progress.get("started")
         record = {
             "overrides": self.overrides,
             "config": self._digest(),
-            "status": self.state,
-            "error": str(value) if self.state == "failed" else None,
-            "return_value": None if self.state == "failed" else value,
+            "status": str(self.state),
+            "exit_code": None if self.process is None else self.process.exit_code,
+            "error": None if finished else str(value),
+            "return_value": None,
             "devices": str(self.loan),
             "seconds": self.seconds,
             "seconds_to_training": None if started is None or self.process is None else started - self.process.began,
         }
+        if not finished:
+            return record
         try:
-            json.dumps(record, allow_nan=False)
-        except (TypeError, ValueError):  # it cannot be given again later, so that the job would have to run anew
-            record |= {"status": "returned", "return_value": repr(value)}
-        return record
+            return record | {"return_value": recorded(value)}
+        except TypeError:  # it cannot be given again later, so that the job would have to run anew
+            return record | {"status": str(JobState.RETURNED), "return_value": repr(value)}
 
     def _digest(self) -> str:
         """Of the application's config, as it is written, but for whether it resumes."""
@@ -230,7 +240,7 @@ class JobProcess:
     @property
     def progress(self) -> dict[str, Any]:
         """What its Trainer has noted last."""
-        return read_note(self._folder / "progress.json")
+        return read_record(self._folder / "progress.json")
 
     @property
     def seconds(self) -> float:
@@ -288,11 +298,6 @@ def _sorted(value: Any) -> Any:
     if isinstance(value, dict):
         return sorted(((str(key), _sorted(item)) for key, item in value.items()), key=lambda pair: pair[0])
     return [_sorted(item) for item in value] if isinstance(value, list) else value
-
-
-def _plain(value: Any) -> Any:
-    """A number for a tensor or array that holds one."""
-    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
 
 
 def _signal_name(number: int) -> str:

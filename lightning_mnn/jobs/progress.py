@@ -6,13 +6,13 @@ Lightning adds it to each Trainer by the entry point ``callbacks_factory``, wher
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_mnn.jobs.records import read_record
 from lightning_mnn.tasks._files import write_json
 
 if TYPE_CHECKING:
@@ -26,15 +26,6 @@ def factory() -> list[pl.Callback]:
     """The callback, if the process is a job of a sweep; otherwise none."""
     path = os.environ.get(VARIABLE)
     return [] if path is None else [_job_progress(Path(path))]
-
-
-def read_note(path: Path) -> dict[str, Any]:
-    """What is noted; {} where there is nothing yet, or nothing that a note would be."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _job_progress(path: Path) -> pl.Callback:
@@ -75,8 +66,9 @@ def _job_progress(path: Path) -> pl.Callback:
             limit = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
             loss = _loss(trainer, outputs)
             content = {"epochs": epochs, "max_epochs": limit, "loss": loss, "started": self._started}
+            known = {key: value for key, value in content.items() if value is not None}
             with contextlib.suppress(OSError):  # of which the training is not to die
-                write_json(path, read_note(path) | {key: value for key, value in content.items() if value is not None})
+                write_json(path, read_record(path) | known)
 
     return JobProgress()
 

@@ -10,6 +10,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from lightning_mnn.jobs.records import JobState
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -17,9 +19,19 @@ if TYPE_CHECKING:
 
     from lightning_mnn.jobs.process import Job
 
-_STYLES = {"waiting": "dim", "running": "bold cyan", "finished": "green", "kept": "green", "failed": "bold red"}
-_WORDS = {"finished": "done", "kept": "done before"}
-_FIRST_SHOWN = ("running", "failed", "waiting", "finished", "kept")
+_STYLES = {
+    JobState.WAITING: "dim",
+    JobState.RUNNING: "bold cyan",
+    JobState.FINISHED: "green",
+    JobState.KEPT: "green",
+    JobState.FAILED: "bold red",
+    JobState.INTERRUPTED: "bold yellow",
+}
+_WORDS = {JobState.FINISHED: "done", JobState.KEPT: "done before"}
+_FIRST_SHOWN = (
+    *(JobState.RUNNING, JobState.FAILED, JobState.INTERRUPTED),
+    *(JobState.WAITING, JobState.FINISHED, JobState.KEPT),
+)
 _AROUND = 6  # lines of the screen beside the rows
 
 
@@ -82,6 +94,6 @@ def _row(job: Job) -> tuple[Any, ...]:
     limit = seen.get("max_epochs")
     epochs = "" if "epochs" not in seen else f"{seen['epochs']:,}" + (f"/{limit:,}" if limit else "")
     loss = "" if seen.get("loss") is None else f"{seen['loss']:.3g}"
-    if job.state == "running" and not epochs:
+    if job.state is JobState.RUNNING and not epochs:
         state = Text("starting", style="cyan")
     return str(job.number), label, state, str(job.loan), epochs, loss, clock(job.seconds)

@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mnn import MNN
 from lightning_mnn.data import GaussianData
-from lightning_mnn.jobs.progress import VARIABLE, read_note
+from lightning_mnn.jobs.progress import VARIABLE
+from lightning_mnn.jobs.records import read_record
 
 
 class Foreign(pl.LightningModule):
@@ -38,7 +39,7 @@ def test_a_trainer_of_any_application_notes_how_far_it_is(make_trainer, tmp_path
     assert "JobProgress" not in names(make_trainer())
     path = tmp_path / "progress.json"
     monkeypatch.setenv(VARIABLE, str(path))
-    assert read_note(path) == {}
+    assert read_record(path) == {}
     before = time.time()
     trainer = make_trainer(max_epochs=3)
     assert "JobProgress" in names(trainer)
@@ -64,4 +65,4 @@ def test_it_does_not_change_how_a_network_is_trained(make_trainer, tmp_path, mon
     assert "JobProgress" in names(trainer)
     assert all(map(torch.equal, alone, watched))
     assert trainer.fit_loop.epoch_loop.batch_idx == 0  # a bundle an epoch: three batches otherwise
-    assert read_note(tmp_path / "progress.json")["epochs"] == 400
+    assert read_record(tmp_path / "progress.json")["epochs"] == 400

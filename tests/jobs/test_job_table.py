@@ -7,14 +7,18 @@ from rich.console import Console
 
 from lightning_mnn.jobs.devices import Loan, Request
 from lightning_mnn.jobs.process import Job
+from lightning_mnn.jobs.records import JobState
 from lightning_mnn.jobs.table import JobTable, counts
 
 REQUEST = Request(gpus=True, count=2, processes=2)
-STATES = ["finished"] * 5 + ["failed", "running", "running"] + ["waiting"] * 20 + ["kept"]
+STATES = [
+    *[JobState.FINISHED] * 5, JobState.FAILED, *[JobState.RUNNING] * 2, *[JobState.WAITING] * 20, JobState.KEPT,
+    JobState.INTERRUPTED,
+]  # fmt: skip
 
 
 def job(number, state):
-    started = state in ("finished", "failed", "running")
+    started = state in (JobState.FINISHED, JobState.FAILED, JobState.RUNNING)
     loan = Loan(REQUEST, ("0", "3"), 1) if started else None
     progress = {"epochs": 1200, "max_epochs": 2000, "loss": 0.0123456} if number == 6 else {}
     return Job(number, [], f"seed={number}", None, Path(), REQUEST, state, loan, seconds=83.0, progress=progress)
@@ -36,7 +40,7 @@ def test_the_table_fits_the_screen_and_keeps_what_matters():
         assert ["6", "seed=6", "running", "GPU", "0,3", "1,200/2,000", "0.0123", "1:23"] in rows
         assert ["7", "seed=7", "starting", "GPU", "0,3", "1:23"] in rows
         assert ["5", "seed=5", "failed", "GPU", "0,3", "1:23"] in rows
-        assert lines[-1].strip() == "20 waiting, 2 running, 5 done, 1 done before, 1 failed"
+        assert lines[-1].strip() == "20 waiting, 2 running, 5 done, 1 done before, 1 failed, 1 interrupted"
     assert all(f"seed={number} " in "\n".join(lines) for number in range(len(jobs)))
 
 
