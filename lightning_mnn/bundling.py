@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import GradientAccumulationScheduler, ModelCheckpoint, StochasticWeightAveraging, Timer
 
+from lightning_mnn.utilities.compat.lightning_internals import steps_between_checkpoints, time_between_checkpoints
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
@@ -73,62 +75,12 @@ def epochs_at_a_time(trainer: pl.Trainer) -> int:
     return int(max(1, min(*left, run.max_epochs - done if run.max_epochs > 0 else math.inf, STEPS)))
 
 
-def next_epoch(trainer: pl.Trainer) -> None:
-    """Count the present epoch as done, within one of Lightning's epochs."""
-    loop: Any = trainer.fit_loop
-    for progress in (loop.epoch_progress.total, loop.epoch_progress.current):
-        progress.ready += 1
-        progress.started += 1
-        progress.processed += 1
-        progress.completed += 1
-
-
-def count_step(trainer: pl.Trainer) -> None:
-    """Count an optimiser step that Lightning's own optimiser, which takes some 20 µs, did not take."""
-    progress: Any = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
-    progress.increment_ready()
-    progress.increment_completed()
-
-
-def count_batches(trainer: pl.Trainer, batches: int) -> None:
-    """Count the batches that a Lightning batch held more than one, for the steps of what is logged."""
-    loop: Any = trainer.fit_loop.epoch_loop
-    loop._batches_that_stepped += batches  # noqa: SLF001 (nothing public counts them)
-
-
-def share_count(trainer: pl.Trainer) -> None:
-    """Let both of Lightning's ways to optimise have counted the same steps, or ``global_step`` would change with them.
-
-    They count apart, and a fit may be bundled when the one before, by the same Trainer, was not.
-    """
-    loop: Any = trainer.fit_loop.epoch_loop
-    automatic = loop.automatic_optimization.optim_progress.optimizer.step.total
-    manual = loop.manual_optimization.optim_step_progress.total
-    for name in ("ready", "completed"):
-        steps = max(getattr(automatic, name), getattr(manual, name))
-        setattr(automatic, name, steps)
-        setattr(manual, name, steps)
-
-
-def share_saved_count(checkpoint: dict[str, Any]) -> None:
-    """The same for a checkpoint that is about to be loaded."""
-    loop = checkpoint["loops"]["fit_loop"]
-    totals = (
-        loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"],
-        loop["epoch_loop.manual_optimization.optim_step_progress"]["total"],
-    )
-    for name in ("ready", "completed"):
-        steps = max(total[name] for total in totals)
-        for total in totals:
-            total[name] = steps
-
-
 def _epochs_until_due(callback: pl.Callback, done: int) -> float:
     own: Any = callback
     if _acts(callback, _EPOCH_HOOKS):
         return 1
     if isinstance(callback, ModelCheckpoint):
-        every = own._every_n_epochs  # noqa: SLF001 (nothing public says it)
+        every = callback.every_n_epochs
         return float(every - done % every) if every else math.inf
     return float(own.epochs_until_due(done)) if hasattr(callback, "epochs_until_due") else math.inf
 
@@ -139,8 +91,7 @@ def looks_at_batches(callback: pl.Callback) -> bool:
     if _acts(callback, _BATCH_HOOKS) or isinstance(callback, GradientAccumulationScheduler | StochasticWeightAveraging):
         return True
     if isinstance(callback, ModelCheckpoint):
-        by_time = own._train_time_interval is not None  # noqa: SLF001 (nothing public says it)
-        return by_time or bool(own._every_n_train_steps)  # noqa: SLF001
+        return time_between_checkpoints(callback) is not None or steps_between_checkpoints(callback) > 0
     if isinstance(callback, Timer):
         return own.time_remaining() is not None
     return bool(getattr(callback, "acts_within_epochs", False))

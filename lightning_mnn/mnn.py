@@ -14,15 +14,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_mnn.bundling import (
-    count_batches,
-    count_step,
-    epochs_at_a_time,
-    may_bundle,
-    next_epoch,
-    share_count,
-    share_saved_count,
-)
+from lightning_mnn.bundling import epochs_at_a_time, may_bundle
 from lightning_mnn.data.checks import check_training_set
 from lightning_mnn.data.loader import ExactData, ExactLoader
 from lightning_mnn.data.shards import flat_batch
@@ -31,6 +23,16 @@ from lightning_mnn.landscape.survey import Network, wrong
 from lightning_mnn.loggers import log_scalars
 from lightning_mnn.optim import build_optimizer, build_schedule
 from lightning_mnn.seeding import generator
+from lightning_mnn.utilities.compat.lightning_internals import (
+    StepCount,
+    count_batches,
+    count_epoch,
+    load_training_data,
+    share_saved_step_count,
+    share_step_count,
+    training_data_source,
+)
+from lightning_mnn.utilities.compat.torch_internals import have_hooks
 from lightning_mnn.validation import dtype_named, positive_integer
 
 if TYPE_CHECKING:
@@ -155,14 +157,14 @@ class MNN(pl.LightningModule):
         """Take several steps a Lightning batch where that is the same but for the time."""
         if stage != "fit":
             return
-        data = self.trainer.fit_loop._data_source.instance  # noqa: SLF001 (trainer.datamodule may be of an earlier fit)
+        data = training_data_source(self.trainer)
         bundled = (
             isinstance(data, ExactData)
             and type(self) is MNN
             and self.hparams["optimizer"]["name"] != "lbfgs"
             and may_bundle(self.trainer)
         )
-        share_count(self.trainer)
+        share_step_count(self.trainer)
         self.automatic_optimization = not bundled
         if isinstance(data, ExactData):
             operations = 6.0 * sum(weights.numel() for weights in self.parameters())
@@ -174,8 +176,8 @@ class MNN(pl.LightningModule):
         self._gradient = None
         if stage != "fit":
             return
-        share_count(self.trainer)  # which another module may ask for
-        data = self.trainer.fit_loop._data_source.instance  # noqa: SLF001
+        share_step_count(self.trainer)  # which another module may ask for
+        data = training_data_source(self.trainer)
         if isinstance(data, ExactData):
             data.operations_per_sample = None
 
@@ -194,7 +196,7 @@ class MNN(pl.LightningModule):
         """Take the epochs up to the next that something looks at, within this one of Lightning's."""
         loader = self._exact_loader
         for _ in range(1, min(epochs_at_a_time(self.trainer), loader.steps_per_batch // loader.num_steps)):
-            next_epoch(self.trainer)
+            count_epoch(self.trainer)
             loader.sampler.set_epoch(self.trainer.current_epoch)
             self._descend(loader.batches(0, loader.num_steps, reuse=True))
 
@@ -208,6 +210,7 @@ class MNN(pl.LightningModule):
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
         schedule: Any = self.lr_schedulers()
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        count = StepCount(self.trainer)  # of steps of torch's own optimiser: Lightning's takes some 20 µs more
         for step, (inputs, targets) in enumerate(batches, start=self.trainer.global_step + 1):
             if gradient is None:
                 optimizer.zero_grad()
@@ -218,16 +221,14 @@ class MNN(pl.LightningModule):
                     scale = targets.shape[-1]
                     self._log(residual.square().sum(-1) / scale, predictions, targets, scale)
             optimizer.step()
-            count_step(self.trainer)
+            count.add_one()
             if schedule is not None:
                 schedule.step()
+        count.check()
 
     def _is_watched(self) -> bool:
         """Whether something follows autograd: hooks of modules or weights, or the search for anomalies."""
-        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        modules = any(getattr(module, name) for module in self.modules() for name in hooks)
-        weights = any(w._backward_hooks or getattr(w, "_post_accumulate_grad_hooks", None) for w in self.parameters())  # noqa: SLF001
-        return modules or weights or torch.is_anomaly_enabled()
+        return have_hooks(self.modules(), self.parameters()) or torch.is_anomaly_enabled()
 
     def _in_place_gradient(self) -> SquaredErrorGradient:
         hidden, output = list(self.hidden_weights), self.output_weights
@@ -313,7 +314,7 @@ class MNN(pl.LightningModule):
             raise ValueError(
                 "optimizer lbfgs runs on one process, whose line search sees the whole loss: use devices=1"
             )
-        self.trainer.fit_loop.setup_data()  # now, not after on_train_start: the callbacks' first pass comes there
+        load_training_data(self.trainer)  # now, not after on_train_start: the callbacks' first pass comes there
         if isinstance(loader := self.trainer.train_dataloader, ExactLoader):
             loader.trainer = self.trainer  # which a loader without its data module does not know
         self.threshold = check_training_set(
@@ -340,7 +341,7 @@ class MNN(pl.LightningModule):
         """Go on with the number of steps, whether or not they are taken in bundles now."""
         self._saved_steps_per_batch = checkpoint.get("steps_per_batch")
         if "loops" in checkpoint:
-            share_saved_count(checkpoint)
+            share_saved_step_count(checkpoint)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

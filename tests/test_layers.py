@@ -9,6 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "lightning_mnn"
 FLOORS = {
+    "utilities": 0,
     "landscape": 1,
     "seeding": 1,
     "validation": 1,
@@ -30,6 +31,7 @@ FLOORS = {
     "tasks": 4,
     "__main__": 4,
 }
+COMPAT = "lightning_mnn.utilities.compat"
 MODULES = [path for path in PACKAGE.rglob("*.py") if "conf" not in path.relative_to(PACKAGE).parts]
 
 
@@ -60,7 +62,8 @@ def test_imports_go_down(path):
             assert allowed or lightning_asks, f"{part} imports {name}"
         if part == "landscape":
             assert pieces[0] not in ("pytorch_lightning", "hydra", "wandb", "torchmetrics"), name
-        if FLOORS[part] < 4:
+            assert not name.startswith(COMPAT) or name.startswith(f"{COMPAT}.torch_internals"), name
+        if FLOORS[part] < 4 and path.stem != "hydra_internals":
             assert pieces[0] not in ("hydra", "omegaconf"), name
     assert not any(name and name.split(".")[0] == "wandb" for name in imports(path, top_level=True))
 

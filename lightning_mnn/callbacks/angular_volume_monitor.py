@@ -37,6 +37,7 @@ from lightning_mnn.landscape.volume import log_volume_bound_from_sines
 from lightning_mnn.loggers import log_histogram, log_scalars
 from lightning_mnn.mnn import MNN
 from lightning_mnn.seeding import generator
+from lightning_mnn.utilities.compat.torch_internals import change_count
 from lightning_mnn.validation import positive_integer
 
 if TYPE_CHECKING:
@@ -434,7 +435,7 @@ def _is_replicated(pl_module: pl.LightningModule) -> bool:
 
 def _moment(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
     """What changes when the parameters of another module do."""
-    return trainer.global_step, [(p.data_ptr(), p._version) for p in pl_module.parameters()]  # noqa: SLF001 (counts changes)
+    return trainer.global_step, [(p.data_ptr(), change_count(p)) for p in pl_module.parameters()]
 
 
 def _log(trainer: pl.Trainer, volumes: list[RegionVolume], log_num_cells: float) -> None:

@@ -20,6 +20,7 @@ from lightning_mnn.landscape.cone import predicted_samples
 from lightning_mnn.landscape.pattern import ActivationPattern
 from lightning_mnn.landscape.region import Region
 from lightning_mnn.landscape.volume import RegionVolume, region_log_volume
+from lightning_mnn.utilities.compat.torch_internals import has_forward_hooks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -95,11 +96,6 @@ class ConePlan:
         return volume, None
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a module has forward hooks, which may change what it is called on or what it gives."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)  # noqa: SLF001 (there is no other way)
-
-
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a module is a Linear whose weights are parameters and not computed, with torch's own forward."""
     parameters = dict(module.named_parameters(recurse=False))
@@ -118,7 +114,7 @@ def why_not_alone(trainer: pl.Trainer, pl_module: pl.LightningModule, network: N
         list(part) for part in pl_module.modules() if isinstance(part, nn.Sequential) and _begins(part, first)
     )
     layers = [layer for layer in layers if not isinstance(layer, nn.Flatten)]
-    if any(map(has_hooks, layers)):
+    if any(map(has_forward_hooks, layers)):
         return "its nn.Sequential has layers with forward hooks, which may change what these give"
     few = torch.arange(min(_FEW, num_samples(trainer.train_dataloader)))
 

@@ -16,7 +16,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import nn
 
-from lightning_mnn.callbacks.cone_volumes import ConePlan, OverBudgetError, has_hooks, is_plain_linear
+from lightning_mnn.callbacks.cone_volumes import ConePlan, OverBudgetError, is_plain_linear
 from lightning_mnn.callbacks.model_pass import as_in_training, forward_on, precision_context
 from lightning_mnn.callbacks.probe import chosen_samples
 from lightning_mnn.callbacks.training_pass import pass_of_training
@@ -36,6 +36,7 @@ from lightning_mnn.landscape.local_volume import (
 from lightning_mnn.loggers import log_image, log_scalars, shows_images
 from lightning_mnn.mnn import MNN
 from lightning_mnn.seeding import generator
+from lightning_mnn.utilities.compat.torch_internals import has_forward_hooks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -263,7 +264,10 @@ class _Passes:
         Raises:
             NoKinksError: none was met.
         """
-        look, met = _Look(*self._moved_layers(), hooked={id(p) for p in self._module.modules() if has_hooks(p)}), []
+        look, met = (
+            _Look(*self._moved_layers(), hooked={id(p) for p in self._module.modules() if has_forward_hooks(p)}),
+            [],
+        )
 
         def take(kink: Kink) -> None:
             if kink.num_pieces > 1:

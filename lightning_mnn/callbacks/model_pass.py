@@ -20,6 +20,7 @@ from lightning_mnn.data.shards import exact_shard
 from lightning_mnn.landscape.kink_trace import PatternError
 from lightning_mnn.landscape.loss_surface import NoDerivativeError
 from lightning_mnn.mnn import DivergenceError
+from lightning_mnn.utilities.compat.lightning_internals import hooks_before_transfer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,7 +69,7 @@ def model_batches(trainer: pl.Trainer, pl_module: pl.LightningModule, chosen: Te
 def as_in_training(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Any:
     """A collated batch in the precision and on the device of training, as the hooks for batches leave it."""
     converted = trainer.precision_plugin.convert_input(batch)
-    return trainer.strategy.batch_to_device(pl_module._on_before_batch_transfer(converted))  # noqa: SLF001
+    return trainer.strategy.batch_to_device(hooks_before_transfer(pl_module, converted))
 
 
 def precision_context(trainer: pl.Trainer, *, autocast: bool) -> AbstractContextManager[Any]:

@@ -144,17 +144,22 @@ def _in_double(pl_module: pl.LightningModule) -> Iterator[TorchFunctionMode]:
     Copies instead of other data for the parameters themselves, whose gradients torch may round to their old precision.
     """
     copies: dict[int, nn.Parameter] = {}
-    originals = [(part, name, own) for part in pl_module.modules() for name, own in part._parameters.items()]  # noqa: SLF001 (as torch.func does)
+    originals = [(part, name, own) for part in pl_module.modules() for name, own in _slots(part)]
     for _, _, own in originals:
-        if own is not None and id(own) not in copies:
+        if id(own) not in copies:
             copies[id(own)] = nn.Parameter(_double(own.detach(), copy=True), requires_grad=own.requires_grad)
     try:
         for part, name, own in originals:
-            part._parameters[name] = None if own is None else copies[id(own)]  # noqa: SLF001
+            part.register_parameter(name, copies[id(own)])
         yield _Double(set(copies))
     finally:
         for part, name, own in originals:
-            part._parameters[name] = own  # noqa: SLF001
+            part.register_parameter(name, own)
+
+
+def _slots(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """A module's own parameters by their names, one that has two names twice."""
+    return module.named_parameters(recurse=False, remove_duplicate=False)
 
 
 class _DoubleBatch(FullBatch):

@@ -18,6 +18,7 @@ from lightning_mnn.landscape.pattern import PackedPattern
 from lightning_mnn.landscape.region import gram_rank
 from lightning_mnn.landscape.survey import Network, Survey, exact_patterns, merge_surveys, on_cpu, survey_network
 from lightning_mnn.mnn import MNN, DivergenceError
+from lightning_mnn.utilities.compat.torch_internals import change_count
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -261,7 +262,7 @@ def on_first_process(trainer: pl.Trainer, work: Callable[[], Answer]) -> Answer:
 
 def _moment(trainer: pl.Trainer, network: Network) -> Any:
     """What changes when the weights do."""
-    changes = ((w.data_ptr(), w._version) for w in network.tensors)  # noqa: SLF001 (counts changes)
+    changes = ((w.data_ptr(), change_count(w)) for w in network.tensors)
     return (trainer.global_step, network.negative_slope, *changes)  # a PReLU's slope is no tensor of the network
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections import deque
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -18,6 +17,14 @@ from pytorch_lightning.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
+
+from lightning_mnn.utilities.compat.torch_internals import (
+    forward_pre_hooks,
+    inner_schedulers,
+    may_be_compiled,
+    parameter_slots,
+    without_torch_function,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
@@ -81,7 +88,7 @@ def undisturbed(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[
         restart = Restart(trainer, modules, parameters, trained)
         afterwards.callback(restart.everything)
         seed_generators(0)
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and it takes seconds to import
+        if may_be_compiled():  # which takes seconds to set where nothing is
             afterwards.enter_context(torch.compiler.set_stance("force_eager"))
         yield restart
 
@@ -109,7 +116,7 @@ class Restart:
         few = sum(p.numel() * p.element_size() for p in others if not _is_odd(p)) <= _MOST_OTHERS
         self._others = [(id(p), undo) for p in others if (undo := _kept_tensor(p, numbers=few)) is not None]
         self._checked = [] if few else _sums(others)
-        slots = [own for module in modules if isinstance(own := vars(module).get("_parameters"), dict)]
+        slots = [own for module in modules if (own := parameter_slots(module)) is not None]
         self._slots = [_kept_entries(own) for own in slots]  # what is in them is left to the caller until the end
         known |= {id(own) for own in slots}
         self._state = [*_kept_state(modules, known), *_kept_rates(trainer, known)]
@@ -121,7 +128,7 @@ class Restart:
         Args:
             moving: ids of parameters that are to stay as they are.
         """
-        with torch._C.DisableTorchFunction():  # noqa: SLF001 (the caller may calculate in a mode of torch's)
+        with without_torch_function():  # the caller may calculate in a mode of torch's
             for undo in reversed(self._state):
                 undo()
             for key, undo in self._others:
@@ -268,7 +275,7 @@ def _kept_modes(modules: list[nn.Module]) -> Iterator[Undo]:
         yield partial(_set_mode, module, module.training)  # that of a scripted module is none of its attributes
         yield _kept_entries(vars(module))
         if isinstance(module, LazyModuleMixin):
-            yield _kept_entries(vars(module)["_forward_pre_hooks"])
+            yield _kept_entries(forward_pre_hooks(module))
 
 
 def _kept_state(modules: list[nn.Module], known: set[int]) -> Iterator[Undo]:
@@ -287,7 +294,7 @@ def _kept_rates(trainer: pl.Trainer, known: set[int]) -> Iterator[Undo]:
     schedulers: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
     for scheduler in schedulers:
         yield from _kept(vars(scheduler), known)
-        schedulers += getattr(scheduler, "_schedulers", [])  # that it goes through one by one
+        schedulers += inner_schedulers(scheduler)  # that it goes through one by one
 
 
 def _kept_data(trainer: pl.Trainer) -> Iterator[Undo]:

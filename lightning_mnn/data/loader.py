@@ -18,6 +18,7 @@ from typing_extensions import override
 from lightning_mnn.bundling import steps_at_a_time
 from lightning_mnn.data.visits import Visits, packed, unpacked
 from lightning_mnn.seeding import generator
+from lightning_mnn.utilities.compat.lightning_internals import training_iterators
 from lightning_mnn.validation import dtype_named, positive_integer
 
 if TYPE_CHECKING:
@@ -207,12 +208,8 @@ class _Pass(Iterator[Any]):
         return next(self._handed_out)
 
     def _trains(self) -> bool:
-        run: Any = self._loader.trainer
-        if run is None:
-            return True
-        loaders = run.fit_loop._combined_loader  # noqa: SLF001 (nothing public says which iterator the Trainer holds)
-        held = None if loaders is None else loaders._iterator  # noqa: SLF001
-        return held is not None and any(one is self for one in held.iterators)
+        trainer = self._loader.trainer
+        return trainer is None or any(one is self for one in training_iterators(trainer))
 
 
 class ExactData(pl.LightningDataModule, ABC):

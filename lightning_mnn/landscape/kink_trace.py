@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from lightning_mnn.landscape.kink_functions import SMOOTH, Function, function_of, has_kinks, has_unseen_kinks
+from lightning_mnn.utilities.compat.torch_internals import named_modules_as_written
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -143,12 +144,12 @@ class KinkTrace:
         self._patterns = (modules,) if isinstance(modules, str) else None if modules is None else tuple(modules)
         self._parts: list[nn.Module] = []  # the hash of a metric is not that of an object
         self._paths: dict[int, str] = {}
-        for path, part in module.named_modules():
+        for path, part in named_modules_as_written(module):
             if isinstance(part, torch.jit.ScriptModule):
                 self.opaque.add(f"{path or type(part).__name__} (scripted)")
             else:
                 self._parts.append(part)
-                self._paths[id(part)] = path.replace("_orig_mod.", "").removesuffix("_orig_mod").rstrip(".")
+                self._paths[id(part)] = path
         self._metrics = {id(part) for part in module.modules() if _is_metric(part)}
         self._within: list[nn.Module] = []
         self._output: tuple[nn.Module, Any, Any] | None = None  # the last module that ended, its input, its output
@@ -242,7 +243,7 @@ class _Mode(TorchFunctionMode):
 
 def _is_wrapped(value: Any) -> bool:
     """Whether a tensor stands for others, as within ``torch.vmap``, so that its numbers cannot be looked at."""
-    return isinstance(value, torch.Tensor) and bool(torch._C._functorch.is_functorch_wrapped_tensor(value))  # noqa: SLF001
+    return isinstance(value, torch.Tensor) and torch.func.debug_unwrap(value) is not value
 
 
 def _is_metric(module: nn.Module) -> bool:

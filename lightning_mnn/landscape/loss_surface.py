@@ -9,6 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_mnn.landscape.team import Team
+from lightning_mnn.utilities.compat.torch_internals import without_derivative
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,13 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     Parts: TypeAlias = Callable[[], Iterable[tuple[float, Callable[[], Tensor]]]]
-
-
-# By the ends of the names of nodes of torch's graphs.
-_OBSTACLES = {
-    "::Error": "a function of it is marked once_differentiable",
-    "CheckpointFunctionBackward": "it has reentrant checkpointing; torch.utils.checkpoint with use_reentrant=False can",
-}
 
 
 class NoDerivativeError(RuntimeError):
@@ -182,7 +176,7 @@ class LossSurface:
 def _gradient(
     output: Tensor, parameters: Sequence[Tensor], reason: str, *, create_graph: bool = False
 ) -> Sequence[Tensor | None]:
-    obstacle = _obstacle(output)
+    obstacle = without_derivative(output)
     if obstacle is not None:
         raise NoDerivativeError(f"{reason}: {obstacle}")
     try:
@@ -194,24 +188,6 @@ def _gradient(
     except RuntimeError as error:
         raise NoDerivativeError(f"{reason}: {error}") from error
     return gradients
-
-
-def _obstacle(output: Tensor) -> str | None:
-    """What in the graph has no derivative, though torch does not say so but leaves its part out.
-
-    It would raise there, but does not come by when asked for gradients of the parameters alone.
-    """
-    seen, left = set(), [output.grad_fn]
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
-        for part, meaning in _OBSTACLES.items():
-            if node.name().endswith(part):
-                return meaning
-        seen.add(node)
-        left.extend(following for following, _ in node.next_functions)
-    return None
 
 
 def _scalar(loss: Tensor) -> Tensor:

@@ -1,0 +1,111 @@
+"""Private parts of torch."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_mnn.utilities.compat.missing import MissingPartError, attribute, private_part
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from contextlib import AbstractContextManager
+
+    from torch import Tensor, nn
+
+_FORWARD = ("_forward_hooks", "_forward_pre_hooks")
+_OF_MODULES = (*_FORWARD, "_backward_hooks", "_backward_pre_hooks")
+_OF_TENSORS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+_WITHOUT_DERIVATIVE = {  # by the ends of the names of a graph's nodes
+    "::Error": "a function of it is marked once_differentiable",
+    "CheckpointFunctionBackward": "it has reentrant checkpointing; torch.utils.checkpoint with use_reentrant=False can",
+}
+
+
+@private_part("torch", "Tensor._version")
+def change_count(tensor: Tensor) -> int:
+    """How often a tensor was written to in place: ``Tensor._version``."""
+    return tensor._version
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether a module has forward hooks: ``Module._forward_hooks`` and ``Module._forward_pre_hooks``."""
+    return any(attribute(module, name, "torch") for name in _FORWARD)
+
+
+def forward_pre_hooks(module: nn.Module) -> dict[int, Any]:
+    """The dict that holds a module's forward pre-hooks: ``Module._forward_pre_hooks``."""
+    hooks: dict[int, Any] = attribute(module, "_forward_pre_hooks", "torch")
+    return hooks
+
+
+def have_hooks(modules: Iterable[nn.Module], tensors: Iterable[Tensor]) -> bool:
+    """Whether modules or tensors have hooks of any kind: the dicts in which torch keeps them."""
+    return any(attribute(module, name, "torch") for module in modules for name in _OF_MODULES) or any(
+        attribute(tensor, name, "torch") for tensor in tensors for name in _OF_TENSORS
+    )
+
+
+def without_torch_function() -> AbstractContextManager[Any]:
+    """A context in which no ``TorchFunctionMode`` sees a call: ``torch._C.DisableTorchFunction``."""
+    context: AbstractContextManager[Any] = attribute(torch, "_C.DisableTorchFunction", "torch")()
+    return context
+
+
+def may_be_compiled() -> bool:
+    """Whether any module can have been compiled yet: whether ``torch._dynamo``, slow to import, was imported."""
+    if "torch._dynamo" in sys.modules:
+        return True
+    if find_spec("torch._dynamo") is None:
+        raise MissingPartError("torch", "the module torch._dynamo")
+    return False
+
+
+def named_modules_as_written(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """A module's ``named_modules()`` without what ``torch.compile`` puts into paths: ``torch._dynamo.OptimizedModule``.
+
+    >>> [path for path, _ in named_modules_as_written(torch.nn.Sequential(torch.nn.ReLU()))]
+    ['', '0']
+    """
+    named = list(module.named_modules())
+    wrappers: set[str] = set()
+    if may_be_compiled():
+        kind: Any = attribute(sys.modules["torch._dynamo"], "OptimizedModule", "torch")
+        wrappers = {path for path, part in named if isinstance(part, kind)}
+    for path, part in named:
+        names = path.split(".")
+        yield ".".join(name for i, name in enumerate(names) if ".".join(names[:i]) not in wrappers), part
+
+
+def parameter_slots(module: nn.Module) -> dict[str, nn.Parameter | None] | None:
+    """The dict that holds a module's own parameters, ``Module._parameters``; None: a scripted module has none."""
+    slots = attribute(module, "_parameters", "torch")
+    return slots if isinstance(slots, dict) else None
+
+
+def inner_schedulers(scheduler: Any) -> list[LRScheduler]:
+    """The schedulers that a scheduler goes through, in whatever private attribute it keeps their list."""
+    lists = [value for value in vars(scheduler).values() if isinstance(value, list | tuple)]
+    return [one for several in lists for one in several if isinstance(one, LRScheduler)]
+
+
+def without_derivative(output: Tensor) -> str | None:
+    """What in a graph has no derivative, though torch does not say so but leaves its part out: names of its nodes.
+
+    Torch would raise there, but does not come by when asked for gradients of the parameters alone.
+    """
+    seen, left = set(), [output.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        for end, meaning in _WITHOUT_DERIVATIVE.items():
+            if node.name().endswith(end):
+                return meaning
+        seen.add(node)
+        left.extend(following for following, _ in node.next_functions)
+    return None
