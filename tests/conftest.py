@@ -2,6 +2,7 @@
 
 import os
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from hypothesis import settings
 from matplotlib.figure import Figure
+from torch.overrides import TorchFunctionMode
 
 # Each run draws the same examples, or a change would be blamed for an example that nobody had met before.
 # To look for new ones: pytest --hypothesis-profile=default
@@ -64,6 +66,31 @@ def drawn(monkeypatch):
     real = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), real(self, *a, **k))[1])
     return figures
+
+
+@pytest.fixture
+def float32_precisions():
+    """A context in which torch may form products of float32 in few digits; yields how it does it in some functions."""
+
+    @contextmanager
+    def allowed(*functions):
+        met = set()
+
+        class Watch(TorchFunctionMode):
+            def __torch_function__(self, func, types, args=(), kwargs=None):
+                if getattr(func, "__name__", "").strip("_") in functions:
+                    met.add(torch.get_float32_matmul_precision())
+                return func(*args, **kwargs or {})
+
+        torch.set_float32_matmul_precision("medium")
+        try:
+            with Watch():
+                yield met
+            assert torch.get_float32_matmul_precision() == "medium"
+        finally:
+            torch.set_float32_matmul_precision("highest")
+
+    return allowed
 
 
 @pytest.fixture(autouse=True)

@@ -32,6 +32,7 @@ FLOORS = {
     "__main__": 4,
 }
 COMPAT = "lightning_mnn.utilities.compat"
+OF_TORCH = (f"{COMPAT}.torch_internals", f"{COMPAT}.precision")
 MODULES = [path for path in PACKAGE.rglob("*.py") if "conf" not in path.relative_to(PACKAGE).parts]
 
 
@@ -62,7 +63,7 @@ def test_imports_go_down(path):
             assert allowed or lightning_asks, f"{part} imports {name}"
         if part == "landscape":
             assert pieces[0] not in ("pytorch_lightning", "hydra", "wandb", "torchmetrics"), name
-            assert not name.startswith(COMPAT) or name.startswith(f"{COMPAT}.torch_internals"), name
+            assert not name.startswith(COMPAT) or name.startswith(OF_TORCH), name
         if FLOORS[part] < 4 and path.stem != "hydra_internals":
             assert pieces[0] not in ("hydra", "omegaconf"), name
     assert not any(name and name.split(".")[0] == "wandb" for name in imports(path, top_level=True))

@@ -35,6 +35,7 @@ from lightning_mnn.landscape.kink_patterns import NoKinksError
 from lightning_mnn.landscape.kink_trace import Kink, KinkTrace, Names
 from lightning_mnn.landscape.loss_surface import LossSurface
 from lightning_mnn.landscape.team import ProcessTeam, Team
+from lightning_mnn.utilities.compat.precision import full_precision
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -47,7 +48,7 @@ _KEPT = 1 << 28  # bytes of batches up to which they are kept for the next pass
 
 
 class FullBatch:
-    """L(θ) = Σ_b (n_b / N) L_b(θ) over the batches b of n_b samples, in eval mode, in the weights' own precision.
+    """L(θ) = Σ_b (n_b / N) L_b(θ) over the batches b of n_b samples, in eval mode, in all of the weights' own digits.
 
     L_b is the module's own loss of a batch, taken as the mean over its samples. Each pass sees the same batches with
     the same augmentations, and each batch the state in which the module was when it was opened, such as running means
@@ -100,8 +101,12 @@ class FullBatch:
     def open(self) -> Iterator[None]:
         """Inside, the module may be run, without a trace in its training."""
         trainer = self._trainer
-        opened = undisturbed(trainer, self._module)
-        with opened as restart, precision_context(trainer, autocast=False), torch.enable_grad():
+        with (
+            undisturbed(trainer, self._module) as restart,
+            precision_context(trainer, autocast=False),
+            full_precision(),
+            torch.enable_grad(),
+        ):
             self._restart = restart
             try:
                 yield

@@ -6,7 +6,7 @@ What :class:`~lightning_mnn.callbacks.AngularVolumeMonitor` does where a module'
 from __future__ import annotations
 
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,10 +36,11 @@ from lightning_mnn.landscape.local_volume import (
 from lightning_mnn.loggers import log_image, log_scalars, shows_images
 from lightning_mnn.mnn import MNN
 from lightning_mnn.seeding import generator
+from lightning_mnn.utilities.compat.precision import full_precision
 from lightning_mnn.utilities.compat.torch_internals import has_forward_hooks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     import pytorch_lightning as pl
     from torch import Tensor
@@ -330,7 +331,7 @@ class _Passes:
         self._take = take
         seed_generators(0)  # each pass draws the same
         batch = apply_to_collection(part, torch.Tensor, torch.clone)  # which a pass may change
-        with warnings.catch_warnings(), precision_context(self._trainer, autocast=False), _all_digits(), self._trace:
+        with warnings.catch_warnings(), precision_context(self._trainer, autocast=False), full_precision(), self._trace:
             warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")  # of checkpointed blocks
             forward_on(self._module, batch, self._forward)
 
@@ -438,16 +439,3 @@ def _first_cones(first: _FirstLayer | None, settings: ProbeSettings, step: int) 
     except OverBudgetError as error:
         return None, str(error)
     return plan.measure(inputs, rows, generator(settings.seed, "volume", step).initial_seed())
-
-
-@contextmanager
-def _all_digits() -> Iterator[None]:
-    """Let products of float32 be formed in all of its digits: a small move would be lost in fewer."""
-    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = cudnn

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lightning_mnn.landscape.team import Team
 from lightning_mnn.seeding import generator as seeded
+from lightning_mnn.utilities.compat.precision import full_precision
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -71,8 +72,9 @@ def kink_distance(
     opens too little to be told from a tie. In half precision, where no step is both small and above rounding, all
     such units count as on their kink.
 
-    The batches with such units are passed through three times, others once. Memory is that of a few numbers for each
-    of these units, of one batch at a time.
+    The batches with such units are passed through three times, others once. Products of float32 keep all of its digits.
+    Memory is that of a number for each unit, of one batch at a time. The host waits for a GPU once a batch, and at the
+    end.
 
     Args:
         passes: of each batch of this process's samples a function that runs one forward pass, the same each time it is
@@ -92,18 +94,20 @@ def kink_distance(
     >>> found.nearest, found.layer, found.count, found.ties, found.units
     (1.0, '1', 0, 2, 6)
     """
-    layers: dict[str, _Layer] = {}
+    layers: dict[str, Tensor] = {}
     jitter = Jitter(parameters, seed)
-    for run in passes:
-        first = _FirstPass(layers)
-        run(first)
-        opened = {name: torch.ones_like(closed.units, dtype=torch.bool) for name, closed in first.closed.items()}
-        if opened and first.eps < _COARSE:
-            for step in (first.eps**0.5, -(first.eps**0.5)):
-                with jitter.moved(step):
-                    run(_SecondPass(first.closed, opened))
-        for name, layer in first.settled(opened).items():
-            layers[name] = layers[name].joined(layer) if name in layers else layer
+    with full_precision():
+        for run in passes:
+            first = _FirstPass(layers)
+            run(first)
+            closed = first.closed_calls()
+            eps = max((call.eps for call in closed.values()), default=0.0)
+            if closed and eps < _COARSE:
+                for step in (eps**0.5, -(eps**0.5)):
+                    with jitter.moved(step):
+                        run(_SecondPass(closed))
+            for name, call in first.calls.items():
+                layers[name] = _joined(layers[name], call.measures()) if name in layers else call.measures()
     return _summary(_gathered(layers, Team() if team is None else team))
 
 
@@ -141,14 +145,16 @@ class Jitter:
 
     def _drawn(self) -> list[Tensor]:
         values = [parameter.detach() for parameter in self._free]
+        squares = [value.double().square().sum() for value in values]
         numbers = sum(value.numel() for value in values)
-        overall = math.sqrt(sum(float(v.double().square().sum()) for v in values) / max(numbers, 1)) or 1.0
         random = seeded(self._seed, "kinks")
         found = []
-        for value in values:
-            least = float(value.double().square().mean().sqrt()) if value.numel() else 0.0
+        for value, square in zip(values, squares, strict=True):
+            overall = torch.stack([other.to(square.device) for other in squares]).sum() / max(numbers, 1)
+            mean = square / max(value.numel(), 1)
+            least = torch.where(mean > 0, mean, torch.where(overall > 0, overall, 1.0)).sqrt()
             drawn = torch.randn(value.shape, generator=random, dtype=torch.float64).to(value)
-            found.append(drawn.mul_(value.abs().clamp(min=least or overall)))
+            found.append(drawn.mul_(value.abs().clamp(min=least.to(value.dtype))))
         return found
 
 
@@ -159,16 +165,11 @@ class _Layer:
     nearest: float
     spacing: float
     squares: float
-    numbers: int
-    count: int
-    ties: int
-    units: int
-    near: int
-
-    def joined(self, other: _Layer) -> _Layer:
-        """Of both sets of samples."""
-        sums = (a + b for a, b in zip(astuple(self)[2:], astuple(other)[2:], strict=True))
-        return _Layer(min(self.nearest, other.nearest), max(self.spacing, other.spacing), *sums)
+    numbers: float
+    count: float
+    ties: float
+    units: float
+    near: float
 
     @property
     def scale(self) -> float:
@@ -181,83 +182,99 @@ class _Layer:
         return self.nearest / self.scale if self.scale else math.inf if self.nearest else 0.0
 
 
-class _Closed(NamedTuple):
-    """The units of a call that are on their kink within rounding."""
+def _joined(a: Tensor, b: Tensor) -> Tensor:
+    """The numbers of a :class:`_Layer`, (8,), over both sets of samples."""
+    return torch.cat([torch.minimum(a[:1], b[:1]), torch.maximum(a[1:2], b[1:2]), a[2:] + b[2:]])
 
-    units: Tensor
-    distances: Tensor
-    tolerance: float
+
+class _Call:
+    """The units of one kink call, and which of them are on their kink within rounding; nothing is read from the device.
+
+    Args:
+        kink: the call.
+        before: the numbers of its layer, (8,), from the batches before; None: this is the first.
+
+    Attributes:
+        eps: ε of its floats.
+        closed: the units on their kink within rounding; those that open at a step in both directions stay in
+            ``opened``.
+    """
+
+    def __init__(self, kink: Kink, before: Tensor | None) -> None:
+        x = kink.input.detach()
+        finite = x.isfinite()
+        self._squares = torch.linalg.vector_norm(torch.where(finite, x, 0.0), dtype=torch.float64).square()
+        self._numbers = finite.sum()
+        self._distances = kink.distance().detach().flatten()
+        self.eps = torch.finfo(x.dtype).eps
+        squares, numbers = self._squares, self._numbers
+        if before is not None:
+            squares, numbers = squares + before[2], numbers + before[3]
+        self._tolerance = _ROUNDINGS * self.eps * (squares / numbers.clamp(min=1)).sqrt()
+        self.closed = self._distances <= self._tolerance
+        self.opened = self.closed
+
+    def step(self, kink: Kink) -> None:
+        """Take note of which closed units are open near θ."""
+        self.opened = self.opened & (kink.distance().detach().flatten() > self._tolerance)
+
+    def measures(self) -> Tensor:
+        """The numbers of a :class:`_Layer`, (8,): closed units that opened are on their kink, the others tied."""
+        counted = torch.where(self.closed & ~self.opened, math.inf, self._distances)
+        nearest = counted.min() if len(counted) else torch.full_like(self._squares, math.inf)
+        closed, opened = self.closed.sum(), self.opened.sum()
+        near = (self._distances <= _WIDE * self._tolerance).sum() - closed
+        units = torch.full_like(closed, len(self._distances))
+        spacing = torch.full_like(self._squares, self.eps)
+        found = (nearest, spacing, self._squares, self._numbers, opened, closed - opened, units, near)
+        return torch.stack([number.to(torch.float64) for number in found])
 
 
 class _FirstPass:
     """Consumes the kinks of a batch at θ, given what is known of the layers from the batches before."""
 
-    def __init__(self, before: dict[str, _Layer]) -> None:
+    def __init__(self, before: dict[str, Tensor]) -> None:
         self._before = before
-        self.closed: dict[str, _Closed] = {}
-        self.eps = 0.0  # the coarsest of those
-        self._layers: dict[str, _Layer] = {}
+        self.calls: dict[str, _Call] = {}
 
     def __call__(self, kink: Kink) -> None:
-        if not kink.depends_on_weights:
-            return
-        x, distances = kink.input.detach(), kink.distance().detach().flatten()
-        finite = x.isfinite()
-        squares = float(torch.linalg.vector_norm(torch.where(finite, x, 0.0), dtype=torch.float64)) ** 2
-        numbers = int(finite.sum())
-        eps = torch.finfo(x.dtype).eps
-        layer = _Layer(math.inf, eps, squares, numbers, 0, 0, len(distances), 0)
-        scale = layer.joined(self._before[kink.name]).scale if kink.name in self._before else layer.scale
-        tolerance = _ROUNDINGS * eps * scale
-        closed = distances <= tolerance
-        nearest = float(torch.where(closed, math.inf, distances).min()) if len(distances) else math.inf
-        if bool(closed.any()):
-            self.closed[kink.name] = _Closed(closed.nonzero()[:, 0], distances[closed], tolerance)
-            self.eps = max(self.eps, eps)
-        near = int((distances <= _WIDE * tolerance).sum()) - int(closed.sum())
-        self._layers[kink.name] = replace(layer, nearest=nearest, near=near)
+        if kink.depends_on_weights:
+            self.calls[kink.name] = _Call(kink, self._before.get(kink.name))
 
-    def settled(self, opened: dict[str, Tensor]) -> dict[str, _Layer]:
-        """The layers, where those of the closed units that opened are on their kink, the others tied."""
-        layers = dict(self._layers)
-        for name, closed in self.closed.items():
-            on_kink = closed.distances[opened[name]]
-            layers[name] = replace(
-                layers[name],
-                nearest=min([layers[name].nearest, *on_kink.tolist()]),
-                count=len(on_kink),
-                ties=len(closed.units) - len(on_kink),
-            )
-        return layers
+    def closed_calls(self) -> dict[str, _Call]:
+        """The calls with units on their kink within rounding."""
+        found = _on_host([call.closed.any() for call in self.calls.values()])
+        return {name: call for (name, call), closed in zip(self.calls.items(), found, strict=True) if closed}
 
 
 class _SecondPass:
     """Consumes the kinks of the same batch near θ, and notes which units are still closed."""
 
-    def __init__(self, closed: dict[str, _Closed], opened: dict[str, Tensor]) -> None:
+    def __init__(self, closed: dict[str, _Call]) -> None:
         self._closed = closed
-        self._opened = opened
 
     def __call__(self, kink: Kink) -> None:
-        closed = self._closed.get(kink.name)
-        if closed is not None:
-            self._opened[kink.name] &= kink.distance().detach().flatten()[closed.units] > closed.tolerance
+        if kink.name in self._closed:
+            self._closed[kink.name].step(kink)
 
 
-def _gathered(layers: dict[str, _Layer], team: Team) -> dict[str, _Layer]:
+def _on_host(tensors: Sequence[Tensor]) -> list[Any]:
+    """The numbers of tensors of one shape, which are fetched at once."""
+    return torch.stack([tensor.to(tensors[0].device) for tensor in tensors]).tolist() if tensors else []
+
+
+def _gathered(layers: dict[str, Tensor], team: Team) -> dict[str, _Layer]:
     """The layers over all processes, of which each may have met others."""
     rows = torch.zeros(len(layers), _NAME + 8, dtype=torch.float64)
-    for row, (name, layer) in zip(rows, layers.items(), strict=True):
+    for row, name, numbers in zip(rows, layers, _on_host(list(layers.values())), strict=True):
         label = name.encode()[-_NAME:]
         row[: len(label)] = torch.tensor(list(label), dtype=torch.float64)
-        row[_NAME:] = torch.tensor(astuple(layer), dtype=torch.float64)
-    found: dict[str, _Layer] = {}
+        row[_NAME:] = torch.tensor(numbers, dtype=torch.float64)
+    found: dict[str, Tensor] = {}
     for row in team.join(rows):
         name = bytes(int(byte) for byte in row[:_NAME].tolist() if byte).decode(errors="replace")
-        nearest, spacing, squares, *counts = row[_NAME:].tolist()
-        layer = _Layer(nearest, spacing, squares, *map(int, counts))
-        found[name] = found[name].joined(layer) if name in found else layer
-    return found
+        found[name] = _joined(found[name], row[_NAME:]) if name in found else row[_NAME:]
+    return {name: _Layer(*numbers.tolist()) for name, numbers in found.items()}
 
 
 def _summary(layers: dict[str, _Layer]) -> KinkDistance:
@@ -269,9 +286,9 @@ def _summary(layers: dict[str, _Layer]) -> KinkDistance:
         min(layer.nearest for layer in every),
         layers[name].relative,
         name if layers[name].relative < math.inf else "",
-        sum(layer.count for layer in every),
-        sum(layer.ties for layer in every),
-        sum(layer.units for layer in every),
+        int(sum(layer.count for layer in every)),
+        int(sum(layer.ties for layer in every)),
+        int(sum(layer.units for layer in every)),
         sum(layer.near for layer in every) / (_WIDE - 1),
         max((layer.spacing for layer in every if layer.count), default=0.0),
     )

@@ -19,6 +19,7 @@ import torch
 
 from lightning_mnn.landscape.census import Proportion
 from lightning_mnn.seeding import generator
+from lightning_mnn.utilities.compat.precision import full_precision
 from lightning_mnn.validation import positive_integer
 
 if TYPE_CHECKING:
@@ -136,6 +137,8 @@ def local_volume(
 ) -> LocalVolume:
     """Keep probabilities P(σ) of the pattern of a probe set, by draws of Δ around the parameters.
 
+    Products of float32 keep all of its digits in the passes: a small move would be lost in fewer.
+
     Cost: at most ``len(sigmas) * num_draws`` passes over the probe, and as many normal numbers as there are parameters
     for each draw. Memory: the parameters twice more.
 
@@ -184,7 +187,7 @@ def count_kept(
     check_sigmas(sigmas, finest_sigma(tensors))
     if not runs:
         raise ValueError("runs must hold at least one part of the probe, got none")
-    with torch.no_grad():
+    with torch.no_grad(), full_precision():
         reference = [dict(run()) for run in runs]
         names = list(dict.fromkeys(name for pattern in reference for name in pattern))
         if not names:

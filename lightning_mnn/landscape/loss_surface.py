@@ -9,6 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_mnn.landscape.team import Team
+from lightning_mnn.utilities.compat.precision import full_precision
 from lightning_mnn.utilities.compat.torch_internals import without_derivative
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ class LossSurface:
 
     A gradient or a product takes the parts one by one, so that the memory is that of one part. Sums over parts are
     taken in float64. Fields ``.grad`` are left alone. Attention and recurrent layers are run by implementations that
-    can be differentiated twice, and compiled modules as they were written. Parameters that do not require a gradient,
+    can be differentiated twice, compiled modules as they were written, and products of float32 keep all of its digits.
+    Parameters that do not require a gradient,
     or that no part depends on, have the gradient 0 and rows of zeros in the Hessian.
 
     Of checkpointing (``torch.utils.checkpoint``) the non-reentrant kind can be differentiated so; the reentrant kind
@@ -71,7 +73,7 @@ class LossSurface:
     def loss(self) -> float:
         """L(θ). Its parts may use gradients, of the inputs, say."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        with _twice_differentiable(), torch.inference_mode(mode=False), torch.enable_grad():
+        with _evaluable(), torch.inference_mode(mode=False), torch.enable_grad():
             for weight, part in self._parts():
                 total += weight * _scalar(part()).detach()
         return float(self.team.sum(total))
@@ -124,7 +126,7 @@ class LossSurface:
         slots, value = self._split(total[:-1]), total[-1]
         depends, failure = False, None
         try:
-            with _twice_differentiable(), torch.inference_mode(mode=False), torch.enable_grad():
+            with _evaluable(), torch.inference_mode(mode=False), torch.enable_grad():
                 for weight, part in self._parts():
                     loss = _scalar(part())
                     value += weight * loss.detach()
@@ -197,12 +199,16 @@ def _scalar(loss: Tensor) -> Tensor:
 
 
 @contextmanager
-def _twice_differentiable() -> Iterator[None]:
-    """Attention by plain matrix products, modules as written, no cuDNN (its recurrent layers differentiate once)."""
+def _evaluable() -> Iterator[None]:
+    """All digits of float32, and what can be differentiated twice.
+
+    That is attention by plain matrix products, modules as written, no cuDNN (its recurrent layers differentiate once).
+    """
     enabled = torch.backends.cudnn.enabled
     with ExitStack() as stack:
         stack.callback(setattr, torch.backends.cudnn, "enabled", enabled)
         torch.backends.cudnn.enabled = False
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(full_precision())
         yield

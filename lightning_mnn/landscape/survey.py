@@ -17,6 +17,7 @@ import torch
 from lightning_mnn.landscape.pattern import ActivationPattern, PackedPattern
 from lightning_mnn.landscape.region import correlate, gram_rank
 from lightning_mnn.landscape.volume import smallest_sines
+from lightning_mnn.utilities.compat.precision import full_precision
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -293,20 +294,20 @@ def survey_network(network: Network, inputs: Tensor, targets: Tensor, threshold:
 def exact_patterns(network: Network, inputs: Tensor) -> tuple[ActivationPattern, ...]:
     """Activation patterns of every layer, as a survey finds them, where nothing else of a survey is needed.
 
-    With one hidden layer the products are formed in the precision of the weights, and in float64 again only where they
-    are no larger than their rounding-error bound, 2 (d0 + 4) eps ‖w‖‖x‖, so that their sign is in doubt. Where torch is
-    allowed to multiply float32 in fewer digits than it has, everything is formed in float64.
+    With one hidden layer the products are formed in the precision of the weights (all of it, whatever torch is allowed
+    to leave out), and in float64 again only where they are no larger than their rounding-error bound,
+    2 (d0 + 4) eps ‖w‖‖x‖, so that their sign is in doubt.
 
     Args:
         network: the weights.
         inputs: (..., N, d0), in the precision of the weights.
     """
-    shortened = torch.get_float32_matmul_precision() != "highest"
-    if len(network.hidden_weights) > 1 or inputs.dtype == torch.float64 or shortened:
+    if len(network.hidden_weights) > 1 or inputs.dtype == torch.float64:
         wide = network.to(torch.float64)
         return tuple(ActivationPattern.from_preactivations(u) for u in wide.preactivations(inputs.double()))
     weights, inputs = network.rows, network.augment(inputs)
-    preactivations = inputs @ weights.mT
+    with full_precision():
+        preactivations = inputs @ weights.mT
     bound = 2 * (inputs.shape[-1] + 4) * torch.finfo(inputs.dtype).eps * inputs.norm(dim=-1)[..., None]
     active = ActivationPattern.from_preactivations(preactivations).active
     doubtful = (preactivations.abs() <= bound * weights.norm(dim=-1)[..., None, :]).nonzero(as_tuple=True)

@@ -299,11 +299,11 @@ def test_signs_that_single_precision_cannot_tell_are_exact(replicas):
     assert not torch.equal(single, expected)  # or this test tests nothing
 
 
-def test_patterns_do_not_trust_shortened_products(monkeypatch):
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
-    monkeypatch.setattr(torch.Tensor, "nonzero", None)  # what only the short way calls
+def test_patterns_are_formed_in_all_digits(float32_precisions):
     x, w = torch.randn(9, 4), torch.randn(3, 4)
-    (found,) = exact_patterns(Network((w,), torch.ones(3), 0.0, 2.0**-24), x)
+    with float32_precisions("matmul") as met:
+        (found,) = exact_patterns(Network((w,), torch.ones(3), 0.0, 2.0**-24), x)
+    assert met == {"highest"}
     assert torch.equal(found.active, x.double() @ w.double().T > 0)
 
 
