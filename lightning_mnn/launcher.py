@@ -67,7 +67,8 @@ class DevicePoolConf:
 
     Attributes:
         n_jobs: jobs at once; null: as many as there are devices for.
-        gpus: names of the GPUs that are lent; null: those of CUDA_VISIBLE_DEVICES, or all there are.
+        gpus: names of the GPUs that are lent, some of those in CUDA_VISIBLE_DEVICES where that is set; null: those of
+            CUDA_VISIBLE_DEVICES, or all there are. A job sees those that are lent to it alone, one on the CPU none.
         cpu_slots: devices that the CPU counts as; null: one a core, or ``n_jobs`` if that is more.
         resume: leave out jobs that have finished, by the ``job.json`` in their folders; null: as the application's
             own key ``resume`` says, if it has one that is true or false.

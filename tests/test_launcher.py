@@ -26,8 +26,9 @@ def _own_temporary_folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def _hydra_1_1(hydra_restore_singletons):
+def _hydra_1_1(hydra_restore_singletons, monkeypatch):
     """Hydra's tests are written for the behaviour of its version 1.1, which other tests leave."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # or each of them would look for GPUs
     VersionBase.instance().setbase(Version("1.1"))
 
 
