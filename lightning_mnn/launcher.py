@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import signal
 import sys
 import time
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, configure_log, filter_overrides, setup_globals
 from hydra.errors import CompactHydraException
 from hydra.plugins.launcher import Launcher
@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from typing_extensions import override
 
 from lightning_mnn.jobs.records import JobState, SweepCommand
+from lightning_mnn.utilities.compat.hydra_internals import result_of, singletons
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +42,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _INTERVAL = 0.1  # seconds between two looks at the jobs
-_GRACE = {signal.SIGINT: 20.0, signal.SIGTERM: 5.0, signal.SIGKILL: 5.0}  # seconds for a job to heed them, one by one
+_GRACE = {"SIGINT": 20.0, "SIGTERM": 5.0, "SIGKILL": 5.0}  # seconds for a job to heed them, one by one
 
 
 class LaunchError(CompactHydraException, ValueError):
@@ -115,6 +116,11 @@ class DevicePool(Launcher):
         from lightning_mnn.jobs.devices import Devices  # noqa: PLC0415
 
         assert self._context is not None  # noqa: S101 (for the type checker: Hydra calls setup first)
+        if not hasattr(os, "killpg"):
+            raise OSError(
+                "hydra/launcher=device_pool needs Linux or macOS, where it signals a job's processes together: "
+                "choose hydra/launcher=basic"
+            )
         hydra_context, task_function, config = self._context
         setup_globals()
         configure_log(config.hydra.hydra_logging, config.hydra.verbose)
@@ -134,7 +140,7 @@ class DevicePool(Launcher):
         call = {
             "hydra_context": hydra_context,
             "task_function": TaskReference.to(task_function),
-            "singletons": Singleton.get_state(),
+            "singletons": singletons(),
         }
         with collected_signals() as received:
             try:
@@ -197,7 +203,8 @@ def _run(
 
 def _end(running: Sequence[Job], received: Sequence[int]) -> None:
     """Ask the jobs to end, ever more sternly. Another signal of the user's makes the next step come at once."""
-    for number, grace in _GRACE.items():
+    for name, grace in _GRACE.items():
+        number = signal.Signals[name]
         left = [job for job in running if job.state is JobState.RUNNING]
         for job in left:
             if job.process is not None:
@@ -259,7 +266,7 @@ def _tell_end(jobs: Sequence[Job], command: str) -> None:
     log.info("%s", counts(jobs))
     for job in jobs:
         if job.state in (JobState.FAILED, JobState.INTERRUPTED) and job.returned is not None:
-            log.error("%s", job.returned._return_value)  # noqa: SLF001 (return_value raises it)
+            log.error("%s", result_of(job.returned))
     left = sum(job.state not in (JobState.FINISHED, JobState.KEPT) for job in jobs)
     if left:
         log.error("%d of %d jobs are not finished; this command runs them:\n  %s", left, len(jobs), command)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import re
 import secrets
 import shutil
 import sys
@@ -30,6 +29,9 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
 from typing_extensions import override
+
+from lightning_mnn.utilities.compat.lightning_internals import check_wandb_logger
+from lightning_mnn.utilities.compat.wandb_internals import forget_foreign_service, local_step, tell_terminal_to
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -187,6 +189,7 @@ class ResumableWandbLogger(WandbLogger):
         if run_config is not None:
             options["config"] = {**run_config, **(options.get("config") or {})}
         super().__init__(**options)
+        check_wandb_logger(self)
         self.best = {direction: list(names) for direction, names in (best or {}).items()}
         if not self.best.keys() <= {"min", "max"}:
             raise ValueError(f"best must have the keys min and max, got {list(self.best)}")
@@ -207,7 +210,7 @@ class ResumableWandbLogger(WandbLogger):
 
         if self._experiment is None and wandb.run is None:
             self._experiment = self._begin()
-            self._next_step = _step_of(self._experiment)  # of a run that W&B's server knows, where that left off
+            self._next_step = local_step(self._experiment)  # of a run that W&B's server knows, where that left off
         return super().experiment
 
     @property
@@ -241,7 +244,7 @@ class ResumableWandbLogger(WandbLogger):
             if not run.disabled:
                 self._kept.append(named, step)
             run.log(named, step=step, commit=True)
-        self._next_step = _step_of(self._experiment)
+        self._next_step = local_step(self._experiment)
 
     @rank_zero_only
     def log_summary(self, values: Mapping[str, Any]) -> None:
@@ -282,11 +285,11 @@ class ResumableWandbLogger(WandbLogger):
         if self._experiment is not run:
             with suppress(Exception):  # what W&B has bound to the run before stays there
                 self.experiment.log(media, step=self._free_step(2 * self.rows), commit=False)
-        self._next_step = _step_of(self._experiment)
+        self._next_step = local_step(self._experiment)
 
     def _free_step(self, step: int) -> int:
         """W&B's step, behind what was logged past the logger: W&B drops silently what comes under an earlier one."""
-        now = _step_of(self._experiment)
+        now = local_step(self._experiment)
         self._shift += max(0, min(now - self._next_step, now - step - self._shift))
         return step + self._shift
 
@@ -330,7 +333,7 @@ class ResumableWandbLogger(WandbLogger):
             _end_service()
             self._experiment = self._start("disabled")
             warning = f"W&B failed again ({reason}): the run goes on without it. What it has is in {_folder(run)}"
-        self._next_step = _step_of(self._experiment)
+        self._next_step = local_step(self._experiment)
         rank_zero_warn(warning)
 
     def _begin_anew(self, failed: Any, reason: str) -> str | None:
@@ -417,12 +420,6 @@ def _plain(value: Any) -> Any:
     return float(value) if type(value) is not int and isinstance(value, Real) else value
 
 
-def _step_of(run: Any) -> int:
-    """W&B's step of what is logged next, as this process counts; ``run.step`` would wait for W&B's own."""
-    step = getattr(run, "_local_step", 0)
-    return step if isinstance(step, int) else 0  # a disabled run has none
-
-
 def _is_online(run: Any) -> bool:
     return not (run.offline or run.disabled)
 
@@ -431,14 +428,12 @@ def _init(options: Mapping[str, Any], said: _Said) -> Any:
     """``wandb.init`` in a service of this process's own, which asks nothing."""
     import wandb  # noqa: PLC0415 (slow, and only used with its logger)
 
-    owner = re.match(r"\d+-(\d+)-", os.environ.get("WANDB_SERVICE", ""))
-    if owner is None or int(owner[1]) != os.getpid():  # it may hold the run of a process that was killed
-        os.environ.pop("WANDB_SERVICE", None)
+    forget_foreign_service()
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # reports of W&B's own, for which the exit would wait
     settings = options.get("settings")
     if isinstance(settings, wandb.Settings) and settings.silent:
         wandb.setup(wandb.Settings(silent=True))  # before it says where it found a key
-        wandb.termsetup(wandb.Settings(silent=True), said)
+        tell_terminal_to(said)
     with _nobody_to_ask():
         return wandb.init(**options)
 

@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf
 
 from lightning_mnn.launcher import collected_signals, told_plainly
+from lightning_mnn.utilities.compat.hydra_internals import singletons, submitit_job
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -164,7 +164,7 @@ class Slurm(Launcher):
         executor.update_parameters(**{k if k in _OF_ANY_CLUSTER else f"slurm_{k}": v for k, v in options.items()})
         call = call_class()  # itself a launcher, but one that waits for SLURM's accounting, and has one size for all
         call.setup(**self._hydra)
-        state = Singleton.get_state()
+        state = singletons()
         folder = str(files.parent).replace("'", r"\'")
         fixed = f"hydra.sweep.dir='{folder}'"
         calls = [([*words, fixed], "hydra.sweep.dir", number, f"job_id_for_{number}", state) for number, words in jobs]
@@ -179,11 +179,12 @@ def _plain(value: Any) -> Any:
 def _submitit() -> tuple[Any, Any]:
     """Submitit's executor, and what runs one job of a sweep in the process that submitit starts."""
     try:
-        from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher  # noqa: PLC0415 (optional)
-        from submitit import AutoExecutor  # noqa: PLC0415
+        from submitit import AutoExecutor  # noqa: PLC0415 (optional)
+
+        call_class = submitit_job()
     except ImportError as error:
         raise ImportError(f"hydra/launcher=slurm needs submitit: pip install lightning-mnn[slurm] ({error})") from error
-    return AutoExecutor, SlurmLauncher
+    return AutoExecutor, call_class
 
 
 def _processes(job: Any) -> list[Any]:

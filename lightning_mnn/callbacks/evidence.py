@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 
 _MINIMA = ("differentiable_minimum", "kink_minimum")
 _MODAL = {
-    "batch norm is at its running statistics": nn.modules.batchnorm._BatchNorm,  # noqa: SLF001 (of all dimensions)
-    "dropout is off": nn.modules.dropout._DropoutNd,  # noqa: SLF001
+    "batch norm is at its running statistics": (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    "dropout is off": (
+        *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+        *(nn.AlphaDropout, nn.FeatureAlphaDropout),
+    ),
 }
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_mnn.callbacks.undisturbed import seed_generators
 from lightning_mnn.data.shards import exact_shard
@@ -33,7 +33,6 @@ ModelFunction = Callable[[Any, Any], Any]  # of a module and a batch; LightningC
 
 _Kind = inspect.Parameter
 _FORWARD_FN = "forward_fn(module, batch)"
-_NO_FORWARD = ("pytorch_lightning.core.module", "lightning.pytorch.core.module", "torch.nn.modules.module")
 
 
 class LossNotEvaluableError(TypeError):
@@ -239,10 +238,10 @@ def training_step_on(
 
 def _required_arguments(pl_module: pl.LightningModule) -> int | None:
     """Positional arguments that a module's forward needs, at least one; None where it has no forward of its own."""
-    forward = type(pl_module).forward
-    if forward.__module__ in _NO_FORWARD:
+    owner = next(kind for kind in type(pl_module).__mro__ if "forward" in vars(kind))
+    if owner is nn.Module or owner.__name__ == "LightningModule":  # of either namespace
         return None
-    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    parameters = list(inspect.signature(type(pl_module).forward).parameters.values())[1:]
     required = [p for p in parameters if p.default is p.empty]
     if any(p.kind is p.KEYWORD_ONLY for p in required):
         return None

@@ -17,6 +17,7 @@ from pytorch_lightning.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
+from torchmetrics import Metric
 
 from lightning_mnn.utilities.compat.torch_internals import (
     forward_pre_hooks,
@@ -204,9 +205,8 @@ def _silence(module: nn.Module, *, alone: bool) -> None:
         own["log"] = own["log_dict"] = _say_nothing
         if not alone:
             own["all_gather"] = _gather_alone
-    for name in ("_to_sync", "sync_on_compute", "dist_sync_on_step"):  # of torchmetrics
-        if isinstance(own.get(name), bool):
-            own[name] = False
+    if isinstance(module, Metric):
+        own["distributed_available_fn"] = _no_other_processes
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         module.register_forward_pre_hook(_refuse, prepend=True)
 
@@ -225,6 +225,11 @@ def _say_nothing(*_: Any, **__: Any) -> None:
 def _gather_alone(data: Any, *_: Any, **__: Any) -> Any:
     """Take the place of ``all_gather``, as in a group of one: processes have parts of other sizes in a pass."""
     return apply_to_collection(data, Tensor, lambda tensor: tensor[None])
+
+
+def _no_other_processes() -> bool:
+    """Take the place of a metric's own question whether there are processes to ask for their parts."""
+    return False
 
 
 def _unique(tensors: Iterable[Tensor]) -> list[Tensor]:

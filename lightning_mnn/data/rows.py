@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import zlib
@@ -16,6 +15,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info
 
 from lightning_mnn.data.whitening import ROWS
+from lightning_mnn.utilities.locks import locked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -149,7 +149,7 @@ def written_rows(
     rows = RowFile(path, shape, dtype)
     size = ROWS * max(1, _BLOCK_BYTES // (ROWS * rows.row_bytes))
     blocks = [(low, min(low + size, shape[0])) for low in range(0, shape[0], size)]
-    with _locked(path):
+    with locked(path.with_name(path.name + ".lock")):
         if not path.exists():
             _write(RowFile(_part(path), shape, dtype), _checksums(path), blocks, block_of)
             _part(path).rename(path)
@@ -252,11 +252,3 @@ def _part(path: Path) -> Path:
 
 def _checksums(path: Path) -> Path:
     return path.with_name(path.name + ".crc")
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Let one process at a time write the file; the lock ends with the process, however it ends."""
-    with path.with_name(path.name + ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

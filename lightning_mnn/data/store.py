@@ -5,7 +5,6 @@ Shapes: N images, d0 = H · W · C numbers each.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +15,7 @@ import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from lightning_mnn.data.rows import naming, some_blocks
+from lightning_mnn.utilities.locks import locked
 from lightning_mnn.validation import positive_integer
 from lightning_mnn.workers import cores
 
@@ -114,7 +114,7 @@ def build_store(
     if not (folder / _INDEX).exists() or (folder / _JOURNAL).exists():
         tree = list_images(root, chosen)
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
+        with locked(folder / _LOCK, lambda: _say(f"another process is making the store {folder}: waiting for it")):
             if not (folder / _INDEX).exists():
                 _Build(root, folder, tree, size, colour).run(workers, skip_corrupt=skip_corrupt)
             for left in (_UNFINISHED, _JOURNAL):
@@ -406,18 +406,6 @@ def _in_parallel(jobs: Sequence[Callable[[], Any]], workers: int) -> Generator[A
             yield future.result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time work in the folder; the lock ends with the process, however it ends."""
-    with (folder / _LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _say(f"another process is making the store {folder}: waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _check_same(folder: Path, kept: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

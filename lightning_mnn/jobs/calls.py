@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing.spawn
 import pickle
 import sys
 from dataclasses import dataclass
@@ -11,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import cloudpickle
 from typing_extensions import override
 
+from lightning_mnn.utilities.compat.python_internals import preparation
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-
-_OF_MAIN = ("init_main_from_name", "init_main_from_path")
 
 
 @dataclass(frozen=True)
@@ -68,10 +67,8 @@ def write_call(path: Path, call: dict[str, Any], watched: int) -> None:
         call: what Hydra's ``run_job`` is to be called with.
         watched: file descriptor, in the job's process, that ends with the launcher.
     """
-    found = multiprocessing.spawn.get_preparation_data("job")
-    prepared = {key: found[key] for key in ("sys_path", *_OF_MAIN) if key in found}
     with path.open("wb") as file:
-        pickle.dump(prepared | {"watched": watched}, file)
+        pickle.dump(preparation() | {"watched": watched}, file)
         _Pickler(file).dump(call)
 
 

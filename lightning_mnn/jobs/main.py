@@ -13,7 +13,6 @@ if sys.path and sys.path[0] == os.path.dirname(__file__):  # noqa: PTH120 (pathl
     del sys.path[0]  # this script's neighbours would hide modules of the user's with their names
 
 import contextlib
-import multiprocessing.spawn
 import pickle
 import shutil
 import signal
@@ -34,29 +33,33 @@ def main() -> int:
         prepared = pickle.load(file)  # noqa: S301
         if leads:
             threading.Thread(target=_end_with_launcher, args=(prepared["watched"], folder), daemon=True).start()
-        multiprocessing.spawn.prepare(prepared)
+        sys.path = prepared["sys_path"]
+        from lightning_mnn.utilities.compat import hydra_internals, python_internals  # noqa: PLC0415 (it may lie there)
+
+        python_internals.prepare(prepared)
         sys.modules["__main__"].__spec__ = None  # by which Lightning tells that a script is to be given again
         call = pickle.load(file)  # noqa: S301
     found = _run(call, leads=leads)
     failed = found.status.name == "FAILED"
     if failed:
-        error = found._return_value  # noqa: SLF001 (return_value would raise it)
+        error = hydra_internals.result_of(found)
         for number in _signals_of_children():  # one of DDP's ranks, of which the error tells nothing
             error.add_note(f"a process that the job had started was ended by {number.name}")
         traceback.print_exception(error)
         words = [*getattr(error, "__notes__", []), f"{type(error).__name__}: {error}"]
-        found._return_value = "; ".join(words)  # noqa: SLF001
+        found.return_value = "; ".join(words)
     if leads:
         _write_return(folder, found)
     return int(failed)
 
 
 def _run(call: dict[str, Any], *, leads: bool) -> Any:
-    from hydra.core.singleton import Singleton  # noqa: PLC0415 (after the user's sys.path is in place)
-    from hydra.core.utils import run_job, setup_globals  # noqa: PLC0415
+    from hydra.core.utils import run_job, setup_globals  # noqa: PLC0415 (after the user's sys.path is in place)
     from omegaconf import open_dict, read_write  # noqa: PLC0415
 
-    Singleton.set_state(call["singletons"])
+    from lightning_mnn.utilities.compat.hydra_internals import set_singletons  # noqa: PLC0415
+
+    set_singletons(call["singletons"])
     setup_globals()
     config = call["config"]
     if not leads:  # as Lightning has it for single runs
@@ -79,7 +82,7 @@ def _write_return(folder: Path, found: Any) -> None:
         content = cloudpickle.dumps(found)
     except Exception as error:  # noqa: BLE001 (whatever hinders it)
         print(f"what the job returned cannot be handed to the sweeper, which gets None: {error}", file=sys.stderr)  # noqa: T201
-        found._return_value = None  # noqa: SLF001
+        found.return_value = None
         content = cloudpickle.dumps(found)
     unfinished = folder / "return.tmp"
     with contextlib.suppress(FileNotFoundError):  # the launcher is gone, and the folder with it

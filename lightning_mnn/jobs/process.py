@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import logging
 import os
@@ -28,6 +27,7 @@ from lightning_mnn.jobs.calls import write_call
 from lightning_mnn.jobs.progress import VARIABLE
 from lightning_mnn.jobs.records import JOB_RECORD, JobState, read_record, recorded, returned
 from lightning_mnn.tasks._files import write_json
+from lightning_mnn.utilities.compat.hydra_internals import result_of
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -134,7 +134,7 @@ class Job:
     def _end(self, found: JobReturn, failure: JobState = JobState.FAILED) -> None:
         self.state = JobState.FINISHED if found.status is JobStatus.COMPLETED else failure
         if self.state is not JobState.FINISHED:
-            found._return_value = self._error(found._return_value)  # noqa: SLF001 (return_value would raise it)
+            found.return_value = self._error(result_of(found))
         self.returned = found
         if self.process is None:  # not started, maybe for another one is at work in the folder
             return
@@ -155,17 +155,12 @@ class Job:
         return JobError(f"job #{self.number} ({self.label}) {how}\n  all it said is in {self.log}")
 
     def _return(self, status: JobStatus, value: Any) -> JobReturn:
-        return JobReturn(
-            overrides=list(self.overrides),
-            cfg=None,
-            hydra_cfg=None,
-            working_dir=str(self.folder),
-            status=status,
-            _return_value=value,
-        )
+        returned = JobReturn(overrides=list(self.overrides), working_dir=str(self.folder), status=status)
+        returned.return_value = value
+        return returned
 
     def _record(self) -> dict[str, Any]:
-        value = None if self.returned is None else self.returned._return_value  # noqa: SLF001 (it may raise)
+        value = None if self.returned is None else result_of(self.returned)
         finished = self.state is JobState.FINISHED
         started = self.progress.get("started")
         record = {
@@ -282,9 +277,14 @@ class JobProcess:
 def _lock(output: IO[bytes], folder: Path) -> None:
     """Lock the log of a job; the lock is its process's, too, and lasts as long as anything may write to it.
 
+    It is one of the open file itself, which all processes of the job inherit as their output: it holds when the
+    launcher is gone, and until the last of them is. (A lock of ``filelock`` is its own process's alone.)
+
     Raises:
         RuntimeError: it is locked.
     """
+    import fcntl  # noqa: PLC0415 (Windows has none, nor has it this launcher)
+
     try:
         fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -5,7 +5,7 @@ Lightning adds it to each Trainer by the entry point ``callbacks_factory``, wher
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import math
 import os
 import time
@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_mnn.jobs.records import read_record
 from lightning_mnn.tasks._files import write_json
+from lightning_mnn.utilities.compat.lightning_internals import computed_metrics
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
+
+log = logging.getLogger(__name__)
 
 VARIABLE = "LIGHTNING_MNN_PROGRESS"  # the file that a job writes
 _SECONDS = 0.5  # between two notes
@@ -40,7 +43,7 @@ def _job_progress(path: Path) -> pl.Callback:
 
         def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
             self._started = time.time()
-            self._note(trainer, trainer.current_epoch)
+            self._note(trainer)
 
         def on_train_batch_end(
             self,
@@ -51,26 +54,43 @@ def _job_progress(path: Path) -> pl.Callback:
             batch_idx: int,  # noqa: ARG002
         ) -> None:
             if time.monotonic() >= self._due:
-                self._note(trainer, trainer.current_epoch, outputs)
+                self._note(trainer, outputs)
 
         def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
-            self._note(trainer, trainer.current_epoch)
+            self._note(trainer)
 
         def epochs_until_due(self, done: int) -> float:  # noqa: ARG002 (as of the other callbacks)
             return math.inf  # whenever it can
 
-        def _note(self, trainer: pl.Trainer, epochs: int, outputs: Any = None) -> None:
-            self._due = time.monotonic() + _SECONDS
-            if not trainer.is_global_zero:
-                return
-            limit = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
-            loss = _loss(trainer, outputs)
-            content = {"epochs": epochs, "max_epochs": limit, "loss": loss, "started": self._started}
-            known = {key: value for key, value in content.items() if value is not None}
-            with contextlib.suppress(OSError):  # of which the training is not to die
-                write_json(path, read_record(path) | known)
+        def _note(self, trainer: pl.Trainer, outputs: Any = None) -> None:
+            if self._due < math.inf:
+                self._due = _when_next(path, trainer, outputs, self._started)
 
     return JobProgress()
+
+
+def _when_next(path: Path, trainer: pl.Trainer, outputs: Any, started: float) -> float:
+    """Write a note, if that is possible; the time of the next one."""
+    try:
+        if trainer.is_global_zero:
+            _write_note(path, trainer, outputs, started)
+    except OSError:  # as of a full disk: the next note may be possible
+        pass
+    except Exception as error:  # noqa: BLE001 (a sweep's table is no reason to end a training)
+        log.warning("the progress of this job is not shown: %s: %s", type(error).__name__, error)
+        return math.inf
+    return time.monotonic() + _SECONDS
+
+
+def _write_note(path: Path, trainer: pl.Trainer, outputs: Any, started: float) -> None:
+    limit = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
+    content = {
+        "epochs": trainer.current_epoch,
+        "max_epochs": limit,
+        "loss": _loss(trainer, outputs),
+        "started": started,
+    }
+    write_json(path, read_record(path) | {key: value for key, value in content.items() if value is not None})
 
 
 def _loss(trainer: pl.Trainer, outputs: Any) -> float | None:
@@ -78,7 +98,7 @@ def _loss(trainer: pl.Trainer, outputs: Any) -> float | None:
 
     Of what is logged only that counts which Lightning has computed already: to compute may take all processes.
     """
-    logged: dict[str, Any] = getattr(trainer._logger_connector, "_callback_metrics", {})  # noqa: SLF001 (see above)
+    logged = computed_metrics(trainer)
     loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
     losses = [logged.get("train/mse"), loss, *(value for name, value in logged.items() if "loss" in name)]
     return next((float(value.detach()) for value in losses if hasattr(value, "numel") and value.numel() == 1), None)

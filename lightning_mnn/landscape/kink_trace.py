@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from lightning_mnn.landscape.kink_functions import SMOOTH, Function, function_of, has_kinks, has_unseen_kinks
-from lightning_mnn.utilities.compat.torch_internals import named_modules_as_written
+from lightning_mnn.utilities.compat.torch_internals import is_functorch_tensor, named_modules_as_written
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -243,7 +243,7 @@ class _Mode(TorchFunctionMode):
 
 def _is_wrapped(value: Any) -> bool:
     """Whether a tensor stands for others, as within ``torch.vmap``, so that its numbers cannot be looked at."""
-    return isinstance(value, torch.Tensor) and torch.func.debug_unwrap(value) is not value
+    return isinstance(value, torch.Tensor) and is_functorch_tensor(value)
 
 
 def _is_metric(module: nn.Module) -> bool:

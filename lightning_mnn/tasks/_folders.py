@@ -8,7 +8,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -18,6 +17,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
 from yaml import YAMLError
+
+from lightning_mnn.utilities.compat.hydra_internals import split_sweep
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -135,11 +136,9 @@ def jobs_of(hydra: Mapping[str, Any]) -> list[list[str]]:
         return []
     given = [f"{key}={value}" for key, value in (hydra["sweeper"].get("params") or {}).items()]
     try:
-        overrides = OverridesParser.create().parse_overrides([*given, *hydra["overrides"]["task"]])
-        (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+        return split_sweep([*given, *hydra["overrides"]["task"]])
     except HydraException:
         return []
-    return jobs
 
 
 class Beginning(Callback):

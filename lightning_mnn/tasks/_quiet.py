@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import warnings
 
+from lightning_mnn.utilities.compat.lightning_internals import loggers_of_remarks
+
 
 def quieten() -> None:
     """Silence Lightning's remarks on its own workings; the run's own words come at its end."""
-    for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.distributed"):
+    for name in loggers_of_remarks():
         logging.getLogger(name).setLevel(logging.WARNING)
-    # It says that it heeds SLURM's signals also where we do.
-    logging.getLogger("pytorch_lightning.trainer.connectors.signal_connector").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=r"The number of training batches \(\d+\) is smaller than the logging")
     warnings.filterwarnings("ignore", message=r"Experiment logs directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from lightning_mnn.callbacks import LastCheckpoint
 
-_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # Lightning's and submitit's, for time-outs and pre-emption
+# Lightning's and submitit's, for time-outs and pre-emption. Windows has none.
+_SIGNALS = [signal.Signals[name] for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 _PATIENCE = 30.0  # seconds in which a checkpoint must have been saved; SLURM's own notice is of minutes
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import shutil
 import sys
@@ -21,11 +20,7 @@ from lightning_mnn.tasks._files import write_json
 from lightning_mnn.tasks._folders import folder_option, is_own_choice
 from lightning_mnn.tasks._parts import differences
 from lightning_mnn.tasks._requeue import was_requeued
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from lightning_mnn.utilities.locks import locked_if_free
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,6 +37,7 @@ _CLASS_ALONE = ("checkpoint", "progress")
 # Of the data, where files are kept that can be made anew, and how fast they are.
 _INDIFFERENT_DATA = ("cache", "workers")
 
+_LOCK = "run.lock"  # there while a process trains
 _RESULTS = ("metrics.csv", "summary.json", "checkpoints")
 
 
@@ -124,34 +120,20 @@ def _never_trained(run_dir: Path, asked: dict[str, Any]) -> Standing:
 def alone_in(run_dir: Path) -> Iterator[None]:
     """Keep other processes from training in a run folder meanwhile, until this one's end, be it by kill -9.
 
-    Where the system or the file system has no locks, nothing is kept.
+    Where the file system has no locks, nothing is kept.
 
     Raises:
         FileExistsError: one is at it.
     """
-    if getattr(rank_zero_only, "rank", 0) != 0 or fcntl is None or not run_dir.is_dir():
+    if getattr(rank_zero_only, "rank", 0) != 0 or not run_dir.is_dir():
         yield
         return
-    folder = os.open(run_dir, os.O_RDONLY)
-    try:
-        if _is_locked(folder):
+    with locked_if_free(run_dir / _LOCK) as alone:
+        if not alone:
             raise FileExistsError(
                 f"another process trains in {run_dir}: await its end, or choose another {folder_option()}"
             )
         yield
-    finally:
-        os.close(folder)
-
-
-def _is_locked(folder: int) -> bool:
-    """Whether another process has locked an open folder; if not, it is locked now."""
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # as of some network file systems
-        return False
-    return False
 
 
 @rank_zero_only

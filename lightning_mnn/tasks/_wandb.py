@@ -108,7 +108,8 @@ def _plain(parent: DictConfig | ListConfig, key: Any, run_dir: str) -> Any:
 
 
 def _is_copy(node: DictConfig, name: Any) -> bool:
-    return OmegaConf.is_interpolation(node, name) and node._get_node(name)._value() == f"${{{name}}}"  # type: ignore[union-attr] # noqa: SLF001
+    written: Any = OmegaConf.to_container(node, resolve=False)
+    return bool(written[name] == f"${{{name}}}")
 
 
 def verdicts(summary: dict[str, Any], measures: Sequence[str]) -> tuple[list[str], list[list[Any]]]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_mnn.figures import PANELS, Panel
 from lightning_mnn.tasks._job_folder import remove_job_folder
+from lightning_mnn.utilities.compat.wandb_internals import forget_foreign_service, workspace_content
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -104,9 +104,7 @@ def workspace(entity: str, project: str, name: str) -> Any:
 
 def to_json(built: Any) -> str:
     """A workspace as W&B keeps it."""
-    view = built._to_model()  # noqa: SLF001 (there is no public way)
-    content = view.model_dump(mode="json", by_alias=True, exclude_none=True)
-    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    return json.dumps(workspace_content(built), indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def _curves(panel: Panel) -> Any:
@@ -177,7 +175,7 @@ def _save(entity: str | None, project: str, name: str) -> str:
     """
     import wandb  # noqa: PLC0415 (slow)
 
-    os.environ.pop("WANDB_SERVICE", None)  # of another process, which knows other accounts, or is gone
+    forget_foreign_service()
     wandb.setup(wandb.Settings(silent=True))
     try:
         known = wandb.login(prompt=False)

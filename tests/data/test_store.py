@@ -1,4 +1,3 @@
-import fcntl
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from PIL import Image
 
 from lightning_mnn.data import store
 from lightning_mnn.data.store import build_store, list_images, open_store
+from lightning_mnn.utilities.locks import locked
 from tests.children import processes
 
 pytestmark = pytest.mark.xdist_group("store")  # whose fixture takes seconds: for one process, not for each
@@ -361,8 +361,7 @@ def test_another_process_at_it_is_waited_for(tmp_path, capsys):
     root, folder = make_tree(tmp_path / "tree", {"a": 2}), tmp_path / "store"
     folder.mkdir()
     builder = threading.Thread(target=build_store, args=(root, folder), kwargs={"size": 4})
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(folder / "lock"):
         builder.start()
         said = ""
         while "another process is making the store" not in said:

@@ -66,3 +66,14 @@ def test_it_does_not_change_how_a_network_is_trained(make_trainer, tmp_path, mon
     assert all(map(torch.equal, alone, watched))
     assert trainer.fit_loop.epoch_loop.batch_idx == 0  # a bundle an epoch: three batches otherwise
     assert read_record(tmp_path / "progress.json")["epochs"] == 400
+
+
+def test_training_goes_on_where_progress_cannot_be_noted(make_trainer, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "progress.json"))
+    monkeypatch.setattr("lightning_mnn.jobs.progress.computed_metrics", lambda trainer: trainer.no_such_part)
+    trainer = make_trainer(max_epochs=2)
+    model = Foreign()
+    trainer.fit(model, DataLoader(TensorDataset(torch.ones(4, 3)), batch_size=2))
+    assert len(model.losses) == trainer.global_step == 4
+    (said,) = [record.message for record in caplog.records if "progress" in record.message]
+    assert "no_such_part" in said

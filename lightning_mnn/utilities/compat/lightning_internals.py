@@ -57,8 +57,8 @@ def hooks_before_transfer(pl_module: pl.LightningModule, batch: Any) -> Any:
 
 def count_epoch(trainer: pl.Trainer) -> None:
     """Count the present epoch as done, within one of Lightning's: ``FitLoop.epoch_progress``."""
-    expected = trainer.current_epoch + 1
     progress = attribute(trainer, "fit_loop.epoch_progress", _LIBRARY)
+    expected = trainer.current_epoch + 1
     for name in ("ready", "started", "processed", "completed"):
         attribute(progress, f"increment_{name}", _LIBRARY)()
     if trainer.current_epoch != expected:
@@ -84,17 +84,14 @@ class StepCount:
         self._expected = trainer.global_step
 
     def add_one(self) -> None:
-        """Count a step."""
+        """Count a step.
+
+        Raises:
+            MissingPartError: ``trainer.global_step`` has not counted it.
+        """
         self._ready()
         self._completed()
         self._expected += 1
-
-    def check(self) -> None:
-        """Check that ``trainer.global_step`` has counted the same.
-
-        Raises:
-            MissingPartError: it has not.
-        """
         found = self._trainer.global_step
         if found != self._expected:
             disagree(_LIBRARY, f"{_MANUAL}, read by Trainer.global_step", found, self._expected)
@@ -176,3 +173,15 @@ def check_wandb_logger(logger: WandbLogger) -> None:
     """
     for name in ("_experiment", "_id", "_offline", "_prefix", "_save_dir", "_wandb_init"):
         attribute(logger, name, _LIBRARY)
+
+
+def loggers_of_remarks() -> Sequence[str]:
+    """Names of the loggers by which Lightning remarks on its own workings: those of its modules.
+
+    The last one says that it heeds SLURM's signals, also where it does not.
+    """
+    return (
+        "pytorch_lightning.utilities.rank_zero",
+        "lightning_fabric.utilities.distributed",
+        "pytorch_lightning.trainer.connectors.signal_connector",
+    )

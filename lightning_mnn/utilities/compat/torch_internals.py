@@ -56,6 +56,16 @@ def without_torch_function() -> AbstractContextManager[Any]:
     return context
 
 
+def is_functorch_tensor(tensor: Tensor) -> bool:
+    """Whether a tensor stands for others, as within ``torch.vmap``.
+
+    By ``torch.func.debug_unwrap``; in a torch without it by ``torch._C._functorch.is_functorch_wrapped_tensor``.
+    """
+    if hasattr(torch.func, "debug_unwrap"):
+        return torch.func.debug_unwrap(tensor) is not tensor
+    return bool(attribute(torch, "_C._functorch.is_functorch_wrapped_tensor", "torch")(tensor))
+
+
 def may_be_compiled() -> bool:
     """Whether any module can have been compiled yet: whether ``torch._dynamo``, slow to import, was imported."""
     if "torch._dynamo" in sys.modules:

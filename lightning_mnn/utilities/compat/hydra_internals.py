@@ -1,0 +1,68 @@
+"""Private and undocumented parts of Hydra, and of its plugin for submitit."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lightning_mnn.utilities.compat.missing import MissingPartError, attribute
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hydra.core.utils import JobReturn
+
+_LIBRARY = "hydra-core"
+
+
+def result_of(returned: JobReturn) -> Any:
+    """What a job returned, or the error that it raised: ``JobReturn._return_value``.
+
+    The property ``return_value`` would print and raise the error.
+    """
+    return attribute(returned, "_return_value", _LIBRARY)
+
+
+def singletons() -> Any:
+    """Hydra's state in this process, which a job's process is to have too: ``hydra.core.singleton.Singleton``."""
+    return attribute(_module("hydra.core.singleton"), "Singleton.get_state", _LIBRARY)()
+
+
+def set_singletons(state: Any) -> None:
+    """Take over Hydra's state: ``hydra.core.singleton.Singleton``."""
+    attribute(_module("hydra.core.singleton"), "Singleton.set_state", _LIBRARY)(state)
+
+
+def split_sweep(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of each job of a sweep: ``BasicSweeper.split_arguments`` of ``hydra._internal``.
+
+    Raises:
+        HydraException: one cannot be parsed, or its values cannot be told from it.
+
+    >>> split_sweep(["a=1,2", "b=3"])
+    [['a=1', 'b=3'], ['a=2', 'b=3']]
+    """
+    parser = attribute(_module("hydra.core.override_parser.overrides_parser"), "OverridesParser.create", _LIBRARY)()
+    sweeper = _module("hydra._internal.core_plugins.basic_sweeper")
+    split = attribute(sweeper, "BasicSweeper.split_arguments", _LIBRARY)
+    (jobs,) = split(parser.parse_overrides(list(overrides)), max_batch_size=None)
+    return [list(job) for job in jobs]
+
+
+def submitit_job() -> Any:
+    """The class whose instances run one job where submitit has put it: the plugin's own launcher for SLURM.
+
+    Raises:
+        ImportError: the plugin is not installed.
+    """
+    importlib.import_module("hydra_plugins.hydra_submitit_launcher")
+    library = "hydra-submitit-launcher"
+    module = _module("hydra_plugins.hydra_submitit_launcher.submitit_launcher", library)
+    return attribute(module, "SlurmLauncher", library)
+
+
+def _module(name: str, library: str = _LIBRARY) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise MissingPartError(library, f"the module {name}", str(error)) from error
