@@ -32,6 +32,7 @@ from typing_extensions import override
 
 from lightning_mnn.utilities.compat.lightning_internals import check_wandb_logger
 from lightning_mnn.utilities.compat.wandb_internals import forget_foreign_service, local_step, tell_terminal_to
+from lightning_mnn.validation import ArgumentError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -182,17 +183,14 @@ class ResumableWandbLogger(WandbLogger):
         **options: Any,
     ) -> None:
         if options.get("mode") not in _MODES:
-            raise ValueError(
-                f"mode must be online, offline or disabled, got {options['mode']!r}: set it by logger.mode, "
-                "or by mode= where the logger is made"
-            )
+            raise ArgumentError("mode", options["mode"], "must be online, offline or disabled")
         if run_config is not None:
             options["config"] = {**run_config, **(options.get("config") or {})}
         super().__init__(**options)
         check_wandb_logger(self)
         self.best = {direction: list(names) for direction, names in (best or {}).items()}
         if not self.best.keys() <= {"min", "max"}:
-            raise ValueError(f"best must have the keys min and max, got {list(self.best)}")
+            raise ArgumentError("best", self.best, "must have the keys min and max, lists of names")
         self.rows = 0
         self._shift = 0  # of W&B's steps, by what was logged past the logger
         self._next_step = 0  # of W&B, if nothing is

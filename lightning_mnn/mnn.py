@@ -33,7 +33,15 @@ from lightning_mnn.utilities.compat.lightning_internals import (
     training_data_source,
 )
 from lightning_mnn.utilities.compat.torch_internals import have_hooks
-from lightning_mnn.validation import dtype_named, positive_integer
+from lightning_mnn.validation import (
+    ArgumentError,
+    dtype_named,
+    is_real_number,
+    positive_integer,
+    real_number,
+    seed_number,
+    truth_value,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -92,10 +100,10 @@ class MNN(pl.LightningModule):
         optimizer: Mapping[str, Any] | None = None,
         schedule: Mapping[str, Any] | None = None,
         threshold: float | None = None,
-        regression: bool = False,  # noqa: ARG002 (kept in hparams)
+        regression: bool = False,
         dtype: str = "float64",
         seed: int = 0,
-        default_callbacks: bool = True,  # noqa: ARG002 (kept in hparams)
+        default_callbacks: bool = True,
     ) -> None:
         super().__init__()
         optimizer = dict(optimizer or {"name": "adam", "lr": 1e-3})
@@ -103,15 +111,18 @@ class MNN(pl.LightningModule):
         input_dim = positive_integer("input_dim", input_dim)
         hidden_dims = _checked_widths(hidden_dims)
         replicas = positive_integer("replicas", replicas)
-        if not math.isfinite(negative_slope) or negative_slope == 1:
-            raise ValueError(
-                f"negative_slope must be a real number other than 1 (the network would be linear), got {negative_slope}"
-            )
+        if not is_real_number(negative_slope) or negative_slope == 1:
+            problem = "must be a real number other than 1 (the network would be linear)"
+            raise ArgumentError("negative_slope", negative_slope, problem, "choose 0 for ReLU, 0.1 for leaky ReLU")
+        if threshold is not None:
+            real_number("threshold", threshold, remedy="or choose null, with which the labels tell")
+        truth_value("regression", regression)
+        truth_value("default_callbacks", default_callbacks)
+        seed_number("seed", seed)
         dtype_named(dtype)
         if replicas > 1 and optimizer.get("name") == "lbfgs":
-            raise ValueError(
-                "optimizer lbfgs couples the replicas through its line search: use replicas=1 or adam, sgd"
-            )
+            problem = "must be 1 with the optimizer lbfgs, whose line search couples them"
+            raise ArgumentError("replicas", replicas, problem, "or choose adam or sgd")
         self.save_hyperparameters()  # plain values only, so that checkpoints load without executing code
 
         self.hidden_weights = nn.ParameterList()
@@ -356,8 +367,8 @@ class MNN(pl.LightningModule):
                 )
 
 
-def _checked_widths(hidden_dims: Sequence[int]) -> list[int]:
-    widths = list(hidden_dims) if isinstance(hidden_dims, Iterable) else [hidden_dims]
-    if not (isinstance(hidden_dims, Iterable) and 1 <= len(widths) <= _MAX_HIDDEN_LAYERS):
-        raise ValueError(f"hidden_dims must be a list of one or two widths, got {hidden_dims!r}")
+def _checked_widths(hidden_dims: Any) -> list[int]:
+    widths = list(hidden_dims) if isinstance(hidden_dims, Iterable) and not isinstance(hidden_dims, str) else []
+    if not 1 <= len(widths) <= _MAX_HIDDEN_LAYERS:
+        raise ArgumentError("hidden_dims", hidden_dims, "must be a list of one or two widths", "as [40] or [40,20]")
     return [positive_integer("hidden_dims", width) for width in widths]

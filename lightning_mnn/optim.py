@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
+
+from lightning_mnn.validation import ArgumentError, one_of, positive_integer, real_number, truth_value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -70,6 +73,11 @@ def _without_hooks(step: Any) -> Any:
     return step.__wrapped__ if getattr(step, "hooked", False) else step
 
 
+_WHOLE_NUMBERS = ("max_iter", "max_eval", "history_size")
+_SWITCHES = (
+    *("amsgrad", "nesterov", "maximize", "differentiable", "capturable", "decoupled_weight_decay", "foreach", "fused"),
+)
+
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adam": Adam,
     "sgd": torch.optim.SGD,
@@ -81,21 +89,42 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], options: Mapping[s
     """The optimiser ``options["name"]`` (adam, sgd or lbfgs) with the other options as its arguments.
 
     Raises:
-        ValueError: an unknown name or argument.
+        ArgumentError: an unknown name or argument, or a value out of its range.
 
     >>> weights = [torch.nn.Parameter(torch.zeros(2))]
     >>> build_optimizer(weights, {"name": "sgd", "lr": 0.1, "momentum": 0.9}).defaults["momentum"]
     0.9
     """
     name, arguments = _split("optimizer", options, OPTIMIZERS)
-    known = inspect.signature(OPTIMIZERS[name]).parameters
-    if unknown := set(arguments) - set(known):
-        raise ValueError(
-            f"optimizer {name} has no argument {sorted(unknown)}; it has {sorted(set(known) - {'params'})}"
+    for key, value in arguments.items():
+        _check_option(key, value, inspect.signature(OPTIMIZERS[name]).parameters[key].default)
+    if arguments.get("nesterov") and (not arguments.get("momentum") or arguments.get("dampening")):
+        raise ArgumentError(
+            "optimizer.nesterov", arguments["nesterov"], "needs a momentum above 0, and no dampening", "or choose false"
         )
     if "betas" in arguments:
         arguments["betas"] = tuple(arguments["betas"])
     return OPTIMIZERS[name](parameters, **arguments)
+
+
+def _check_option(key: str, value: Any, default: Any) -> None:
+    """Check the argument of an optimiser. What torch is left to choose by default may be left to it explicitly, too."""
+    name = f"optimizer.{key}"
+    if value is None and default is None:
+        return
+    if key == "betas":
+        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+            raise ArgumentError(name, value, "must be two numbers, at least 0 and below 1", "as [0.9, 0.999]")
+        for beta in value:
+            real_number(name, beta, at_least=0, below=1)
+    elif key == "line_search_fn":
+        one_of(name, value, (None, "strong_wolfe"))
+    elif key in _WHOLE_NUMBERS:
+        positive_integer(name, value)
+    elif key in _SWITCHES:
+        truth_value(name, value)
+    elif key != "params":
+        real_number(name, value, at_least=0)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, options: Mapping[str, Any], total_steps: float) -> LambdaLR | None:
@@ -107,18 +136,20 @@ def build_schedule(optimizer: torch.optim.Optimizer, options: Mapping[str, Any],
         total_steps: length of the run in optimiser steps.
 
     Raises:
-        ValueError: an unknown name or argument, or a schedule that needs the run's length when that is not known.
+        ArgumentError: an unknown name or argument, a value out of its range, or a schedule that needs the run's length
+            when that is not known.
     """
     name, arguments = _split("schedule", options, SCHEDULES)
+    factor = SCHEDULES[name](**arguments)
     if name == "constant":
         return None
     if not math.isfinite(total_steps):
-        raise ValueError(f"schedule={name} needs the length of the run: set max_epochs or max_steps on the Trainer")
-    try:
-        factor = SCHEDULES[name](**arguments)
-    except TypeError as error:
-        raise ValueError(f"schedule {name}: {error}") from None
-    return LambdaLR(optimizer, lambda step: factor(min(step / total_steps, 1.0)))
+        problem, remedy = (
+            "needs the length of the run",
+            "set max_epochs or max_steps of the Trainer, or choose constant",
+        )
+        raise ArgumentError("schedule.name", name, problem, remedy)
+    return LambdaLR(optimizer, lambda step: factor(min(step / max(total_steps, 1), 1.0)))
 
 
 def constant() -> Callable[[float], float]:
@@ -134,8 +165,8 @@ def exponential_tail(hold: float = 0.5, final_factor: float = 1e-5) -> Callable[
     >>> [round(exponential_tail()(t), 6) for t in (0.0, 0.5, 0.6, 1.0)]
     [1.0, 1.0, 0.1, 1e-05]
     """
-    if not (0 <= hold < 1 and 0 < final_factor <= 1):
-        raise ValueError(f"hold must lie in [0, 1) and final_factor in (0, 1], got {hold} and {final_factor}")
+    real_number("hold", hold, at_least=0, below=1)
+    real_number("final_factor", final_factor, above=0, at_most=1)
     return lambda t: final_factor ** max(0.0, (t - hold) / (1 - hold))
 
 
@@ -145,8 +176,9 @@ def one_cycle(warmup: float = 0.1, start_factor: float = 0.1, final_factor: floa
     >>> [round(one_cycle()(t), 3) for t in (0.0, 0.1, 0.55, 1.0)]
     [0.1, 1.0, 0.5, 0.0]
     """
-    if not 0 <= warmup < 1:
-        raise ValueError(f"warmup must lie in [0, 1), got {warmup}")
+    real_number("warmup", warmup, at_least=0, below=1)
+    real_number("start_factor", start_factor, at_least=0)
+    real_number("final_factor", final_factor, at_least=0)
 
     def factor(t: float) -> float:
         if t < warmup:
@@ -167,5 +199,10 @@ def _split(kind: str, options: Mapping[str, Any], known: Mapping[str, Any]) -> t
     arguments = dict(options)
     name = arguments.pop("name", None)
     if name not in known:
-        raise ValueError(f"{kind} name must be one of {sorted(known)}, got {name!r}")
+        raise ArgumentError(f"{kind}.name", name, f"must be one of {', '.join(sorted(known))}")
+    known_arguments = [key for key in inspect.signature(known[name]).parameters if key != "params"]
+    for key, value in arguments.items():
+        if key not in known_arguments:
+            remedy = f"leave it out; it has {', '.join(known_arguments) or 'none'}"
+            raise ArgumentError(f"{kind}.{key}", value, f"is no argument of {name}", remedy)
     return name, arguments

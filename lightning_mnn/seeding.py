@@ -7,6 +7,8 @@ import zlib
 import numpy as np
 import torch
 
+from lightning_mnn.validation import seed_number
+
 
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
     """A CPU generator for one purpose: equal for equal arguments on any machine, independent between purposes.
@@ -15,14 +17,12 @@ def generator(seed: int, *purpose: str | int) -> torch.Generator:
     inputs. Replica r of a run with seed s uses seed s + r, so it equals the single run with that seed.
 
     Raises:
-        ValueError: a negative seed.
+        ArgumentError: a seed that is no whole number, or negative.
 
     >>> a, b = generator(0, "inputs"), generator(0, "weights")
     >>> bool(torch.equal(torch.randn(3, generator=a), torch.randn(3, generator=b)))
     False
     """
-    if seed < 0:
-        raise ValueError(f"seed must not be negative, got {seed}")
     words = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in purpose]
-    state = np.random.SeedSequence([seed, *words]).generate_state(2, dtype=np.uint32)
+    state = np.random.SeedSequence([seed_number("seed", seed), *words]).generate_state(2, dtype=np.uint32)
     return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))

@@ -214,9 +214,13 @@ def test_the_module_brings_only_the_callbacks_that_are_missing(make_trainer):
         ({"input_dim": 0}, "input_dim must be at least 1 and a whole number, got 0"),
         ({"replicas": 0}, "replicas must be at least 1 and a whole number, got 0"),
         ({"dtype": "float16"}, "dtype must be one of"),
-        ({"optimizer": {"name": "adma"}}, "optimizer name must be one of"),
-        ({"schedule": {"name": "one_cycle", "warm": 1}}, "schedule one_cycle"),
-        ({"optimizer": {"name": "lbfgs"}, "replicas": 2}, "lbfgs couples the replicas"),
+        ({"optimizer": {"name": "adma"}}, "optimizer.name must be one of"),
+        ({"schedule": {"name": "one_cycle", "warm": 1}}, "schedule.warm is no argument of one_cycle"),
+        ({"optimizer": {"name": "lbfgs"}, "replicas": 2}, "replicas must be 1 with the optimizer lbfgs"),
+        ({"negative_slope": "abc"}, "negative_slope must be a real number other than 1 .*got 'abc'"),
+        ({"threshold": "abc"}, "threshold must be a number, got 'abc': or choose null"),
+        ({"regression": "maybe"}, "regression must be true or false, got 'maybe'"),
+        ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

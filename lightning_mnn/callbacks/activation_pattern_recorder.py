@@ -11,7 +11,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_mnn.callbacks.pattern_store import PatternStore
-from lightning_mnn.callbacks.probe import KinkProbe, chosen_samples
+from lightning_mnn.callbacks.probe import KinkProbe, checked_probe, chosen_samples
 from lightning_mnn.callbacks.schedule import Schedule, ScheduledCallback
 from lightning_mnn.callbacks.training_set import patterns_of_training_set, states_network
 from lightning_mnn.data.shards import num_samples
@@ -19,6 +19,7 @@ from lightning_mnn.landscape.kink_patterns import KinkLayer
 from lightning_mnn.landscape.kink_trace import PatternError
 from lightning_mnn.landscape.pattern import PackedPattern, distinct_patterns
 from lightning_mnn.loggers import log_scalars
+from lightning_mnn.validation import positive_integer, seed_number
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -105,15 +106,11 @@ class ActivationPatternRecorder(ScheduledCallback):
         forward_fn: ModelFunction | None = None,
     ) -> None:
         super().__init__(schedule or Schedule(growth=2.0))
-        if isinstance(probe, int) and probe < 1:
-            raise ValueError(f"probe must be at least 1 sample, got {probe}")
-        if memory_budget < 1:
-            raise ValueError(f"memory_budget must be at least 1 byte, got {memory_budget}")
-        self.probe = probe
+        self.probe = checked_probe(probe)
         self.dirpath = None if dirpath is None else Path(dirpath)
-        self.seed = seed
+        self.seed = seed_number("seed", seed)
         self.modules = modules if modules is None or isinstance(modules, str) else list(modules)
-        self.memory_budget = memory_budget
+        self.memory_budget = positive_integer("memory_budget", memory_budget)
         self.forward_fn = forward_fn
         self.store: PatternStore | None = None
         self.layers: dict[str, KinkLayer] = {}

@@ -19,6 +19,7 @@ from lightning_mnn.callbacks.local_volumes import (
     log_local_volume,
     measure_local_volume,
 )
+from lightning_mnn.callbacks.probe import checked_probe
 from lightning_mnn.callbacks.schedule import Schedule, ScheduledCallback, plain
 from lightning_mnn.callbacks.training_set import (
     network_of,
@@ -38,7 +39,7 @@ from lightning_mnn.loggers import log_histogram, log_scalars
 from lightning_mnn.mnn import MNN
 from lightning_mnn.seeding import generator
 from lightning_mnn.utilities.compat.torch_internals import change_count
-from lightning_mnn.validation import positive_integer
+from lightning_mnn.validation import ArgumentError, positive_integer, real_number, seed_number
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -162,30 +163,19 @@ class AngularVolumeMonitor(ScheduledCallback):
         num_draws: int = 20,
     ) -> None:
         super().__init__(schedule or Schedule(every=100))
-        if not 0 <= epsilon <= 1:
-            raise ValueError(f"epsilon must lie between 0 and 1, got {epsilon}")
         if measure is not None and (isinstance(measure, str) or not set(measure) <= set(MOMENTS)):
-            raise ValueError(f'measure must hold any of {MOMENTS}, as in measure=("end",), got {measure!r}')
-        if measure_every is not None and measure_every < 1:
-            raise ValueError(f"measure_every must be at least 1 check, or None for no such checks, got {measure_every}")
-        if not target_standard_error > 0:
-            raise ValueError(f"target_standard_error must be positive, got {target_standard_error}")
-        if not budget > 0:
-            raise ValueError(f"budget must be positive, got {budget}; measure=() measures nothing")
-        if seed < 0:
-            raise ValueError(f"seed must not be negative, got {seed}")
-        if isinstance(probe, int):
-            probe = positive_integer("probe", probe)
+            problem = f"must hold any of {', '.join(MOMENTS)}"
+            raise ArgumentError("measure", measure, problem, "give a list of them, as [end]")
         if sigmas is not None:
             check_sigmas(sigmas)
-        self.epsilon = epsilon
+        self.epsilon = real_number("epsilon", epsilon, at_least=0, at_most=1)
         self.measure = None if measure is None else tuple(measure)
-        self.measure_every = measure_every
-        self.target_standard_error = target_standard_error
-        self.budget = budget
-        self.seed = seed
+        self.measure_every = None if measure_every is None else positive_integer("measure_every", measure_every)
+        self.target_standard_error = real_number("target_standard_error", target_standard_error, above=0)
+        self.budget = real_number("budget", budget, above=0, remedy="measure=[] measures nothing")
+        self.seed = seed_number("seed", seed)
         self.settings = ProbeSettings(
-            probe=probe,
+            probe=checked_probe(probe),
             sigmas=None if sigmas is None else tuple(sigmas),
             num_draws=positive_integer("num_draws", num_draws),
             modules=modules,

@@ -12,6 +12,8 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint
 from typing_extensions import override
 
+from lightning_mnn.validation import ArgumentError
+
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
@@ -55,7 +57,9 @@ class LastCheckpoint(Checkpoint):
 
     def __init__(self, dirpath: str | Path, train_time_interval: timedelta = _INTERVAL) -> None:
         if train_time_interval < timedelta(0):
-            raise ValueError(f"train_time_interval must not be negative, got {train_time_interval}")
+            raise ArgumentError(
+                "train_time_interval", str(train_time_interval), "must not be negative", "0 saves at every such moment"
+            )
         self.path = Path(dirpath) / "last.ckpt"
         self.train_time_interval = train_time_interval
         self._last_time = 0.0

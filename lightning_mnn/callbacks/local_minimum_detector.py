@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning.utilities import rank_zero_info
@@ -18,6 +19,7 @@ from lightning_mnn.callbacks.training_set import network_of, states_network
 from lightning_mnn.data.shards import num_samples
 from lightning_mnn.landscape.loss_surface import NoDerivativeError
 from lightning_mnn.loggers import log_scalars
+from lightning_mnn.validation import positive_integer, real_number, truth_value
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -122,25 +124,25 @@ class LocalMinimumDetector(ScheduledCallback):
         max_products: int = 128,
     ) -> None:
         super().__init__(schedule or Schedule(every=100))
-        for name, count in (("patience", patience), ("max_products", max_products)):
-            if count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}")
-        if not max_distance >= 0:
-            raise ValueError(f"max_distance must be at least 0, got {max_distance}")
-        for name, value in (("gradient_tolerance", gradient_tolerance), ("curvature_tolerance", curvature_tolerance)):
-            if not value > 0:
-                raise ValueError(f"{name} must be above 0, got {value}")
-        self.patience = patience
-        self.stop_training = stop_training
-        self.polish = polish
-        self.max_distance = max_distance
+        tolerances = {
+            "stationarity_tolerance": stationarity_tolerance,
+            "preactivation_tolerance": preactivation_tolerance,
+        }
+        for name, tolerance in tolerances.items():
+            if tolerance is not None:
+                real_number(name, tolerance, above=0)
+        self.patience = positive_integer("patience", patience)
+        self.stop_training = truth_value("stop_training", stop_training)
+        self.polish = truth_value("polish", polish)
+        unlimited = max_distance == math.inf
+        self.max_distance = math.inf if unlimited else real_number("max_distance", max_distance, at_least=0)
         self.stationarity_tolerance = stationarity_tolerance
         self.preactivation_tolerance = preactivation_tolerance
         self.loss_fn = loss_fn
         self.modules = modules
-        self.gradient_tolerance = gradient_tolerance
-        self.curvature_tolerance = curvature_tolerance
-        self.max_products = max_products
+        self.gradient_tolerance = real_number("gradient_tolerance", gradient_tolerance, above=0)
+        self.curvature_tolerance = real_number("curvature_tolerance", curvature_tolerance, above=0)
+        self.max_products = positive_integer("max_products", max_products)
         self.converged = False
         self._judge: Judge | None = None
         self._saved: dict[str, Any] = {}  # of the judge of the run that is resumed

@@ -24,6 +24,7 @@ from lightning_mnn.data.shards import exact_shard, num_samples
 from lightning_mnn.landscape.kink_patterns import FoundLayers, PatternRows, find_layers
 from lightning_mnn.landscape.kink_trace import KinkTrace, Names, PatternError
 from lightning_mnn.seeding import generator
+from lightning_mnn.validation import ArgumentError, positive_integer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -220,6 +221,17 @@ class KinkProbe:
                 f"{one // SNAPSHOTS} bytes a sample), more than memory_budget={self.memory_budget}: record at most "
                 f"{self.memory_budget // one} samples, fewer layers by modules=, or raise memory_budget"
             )
+
+
+def checked_probe(probe: Any) -> Any:
+    """What a callback's argument ``probe`` is: a number of samples, a batch of them, or None.
+
+    Raises:
+        ArgumentError: a number that is no number of samples, or a text.
+    """
+    if isinstance(probe, bool | float | str):
+        raise ArgumentError("probe", probe, "must be a number of samples", "such as 32; in Python also a batch")
+    return positive_integer("probe", probe) if isinstance(probe, int) else probe
 
 
 def chosen_samples(total: int, size: int, seed: int) -> Tensor:

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_mnn.callbacks.model_pass import StepFailedError
 from lightning_mnn.callbacks.training_set import forget, gather
+from lightning_mnn.validation import one_of, positive_integer, real_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,12 +47,11 @@ class Schedule:
         """Check the arguments."""
         if (self.every is None) == (self.growth is None):
             raise ValueError(f"give one of every= and growth=, got every={self.every} and growth={self.growth}")
-        if self.every is not None and self.every < 1:
-            raise ValueError(f"every must be at least 1, got {self.every}")
-        if self.growth is not None and self.growth <= 1:
-            raise ValueError(f"growth must be above 1, got {self.growth}")
-        if self.unit not in ("epoch", "step"):
-            raise ValueError(f'unit must be "epoch" or "step", got {self.unit!r}')
+        if self.every is not None:
+            positive_integer("every", self.every)
+        if self.growth is not None:
+            real_number("growth", self.growth, above=1)
+        one_of("unit", self.unit, ("epoch", "step"))
 
     def due(self, count: int) -> bool:
         """Whether to act when ``count`` epochs or steps are done."""

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_mnn.data.resident import ResidentData
 from lightning_mnn.seeding import generator
-from lightning_mnn.validation import positive_integer
+from lightning_mnn.validation import one_of, positive_integer
 
 LABELS = ("plus_minus", "zero_one", "teacher")
 
@@ -48,10 +48,8 @@ class GaussianData(ResidentData):
         **options: Any,
     ) -> None:
         super().__init__(dtype=dtype, **options)
-        if labels not in LABELS:
-            raise ValueError(f"labels must be one of {LABELS}, got {labels!r}")
         self.num_samples = positive_integer("num_samples", num_samples)
-        self.labels = labels
+        self.labels = one_of("labels", labels, LABELS)
         self.teacher_width = positive_integer("teacher_width", teacher_width)
         self._input_dim = positive_integer("input_dim", input_dim)
 

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_mnn.data.images import ImageData, is_list
 from lightning_mnn.data.store import MODES, build_store
-from lightning_mnn.validation import positive_integer
+from lightning_mnn.validation import ArgumentError, one_of, positive_integer, truth_value
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,16 +55,14 @@ class ImageFolderData(ImageData):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        if colour not in MODES:
-            raise ValueError(f"colour must be one of {sorted(MODES)}, got {colour!r}")
         if classes is not None and not is_list(classes):
-            raise ValueError(f"classes must be a list of names, as [cat, dog], or null, got {classes!r}")
+            raise ArgumentError("classes", classes, "must be a list of names, or null", "as [cat, dog]")
         self.root = Path(root).expanduser().resolve()
         self.size = positive_integer("size", size)
-        self.colour = colour
+        self.colour = one_of("colour", colour, sorted(MODES))
         self.classes = None if classes is None else sorted(map(str, classes))
-        self.workers = workers
-        self.skip_corrupt = skip_corrupt
+        self.workers = None if workers is None else positive_integer("workers", workers)
+        self.skip_corrupt = truth_value("skip_corrupt", skip_corrupt)
         self.store = self._own_folder() if store is None else Path(store).expanduser().resolve()
 
     @property

@@ -28,7 +28,7 @@ from lightning_mnn.data.rows import RowFile, Rows, naming, rows_of, written_rows
 from lightning_mnn.data.streaming import BUFFER_BYTES, StreamedLoader
 from lightning_mnn.data.whitening import ROWS, InputMap, check_floor, input_map, moments, team_moments
 from lightning_mnn.landscape.team import ProcessTeam, Team
-from lightning_mnn.validation import positive_integer
+from lightning_mnn.validation import ArgumentError, one_of, positive_integer, truth_value
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -109,17 +109,16 @@ class ImageData(ExactData):
             ("residency", residency, RESIDENCIES),
             ("storage", storage, (None, *STORAGES)),
         ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {known}, got {value!r}")
+            one_of(name, value, known)
         if whiten is not None:
             check_floor(whiten)
         self.groups = None if groups is None else check_groups(groups)
         self.labels = labels
         self.whiten = whiten
-        self.equal_norms = equal_norms
+        self.equal_norms = truth_value("equal_norms", equal_norms)
         self.residency = residency
         self.storage = self.dtype if storage is None else STORAGES[storage]
-        self.materialise = materialise
+        self.materialise = truth_value("materialise", materialise)
         self.cache = Path(cache or os.environ.get("LIGHTNING_MNN_CACHE") or "~/.cache/lightning-mnn").expanduser()
         self.buffer_bytes = positive_integer("buffer_bytes", buffer_bytes)
         self.inputs: Tensor | None = None
@@ -364,7 +363,7 @@ def check_groups(groups: Sequence[Sequence[int | str]]) -> Groups:
     classes = [c for group in checked for c in group]
     known = all(isinstance(c, int | str) for c in classes)
     if len(checked) != 2 or not all(checked) or not known or len(set(classes)) < len(classes):
-        raise ValueError(f"groups must be two lists of classes that share none, as [[cat, cow], [dog]], got {groups!r}")
+        raise ArgumentError("groups", groups, "must be two lists of classes that share none", "as [[cat, cow], [dog]]")
     return checked[0], checked[1]
 
 
@@ -395,13 +394,15 @@ def group_classes(groups: Groups | None, names: Sequence[str]) -> tuple[tuple[in
         order = sorted(range(len(names)), key=lambda index: names[index])
         groups = tuple(order[: len(names) // 2]), tuple(order[len(names) // 2 :])
         if len(names) < 2:
-            raise ValueError(f"groups need two classes at least, and there is {list(names)} alone")
+            raise ArgumentError("groups", None, f"needs two classes at least, and there is {list(names)} alone")
     known: dict[int | str, int] = {index: index for index in range(len(names))}
     known |= {name: index for index, name in enumerate(names)}
     known |= {number: known[str(number)] for group in groups for number in group if str(number) in known}
     if unknown := [c for group in groups for c in group if c not in known]:
         some = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
-        raise ValueError(f"groups must hold classes 0 to {len(names) - 1} or their names ({some}), got {unknown}")
+        problem = f"must not hold {unknown}, of which there is no class"
+        remedy = f"name classes 0 to {len(names) - 1}, or {some}"
+        raise ArgumentError("groups", [list(group) for group in groups], problem, remedy)
     first, second = (tuple(sorted(known[c] for c in group)) for group in groups)
     check_groups((first, second))
     return first, second

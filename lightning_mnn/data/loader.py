@@ -19,7 +19,7 @@ from lightning_mnn.bundling import steps_at_a_time
 from lightning_mnn.data.visits import Visits, packed, unpacked
 from lightning_mnn.seeding import generator
 from lightning_mnn.utilities.compat.lightning_internals import training_iterators
-from lightning_mnn.validation import dtype_named, positive_integer
+from lightning_mnn.validation import dtype_named, positive_integer, seed_number, truth_value
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -241,9 +241,9 @@ class ExactData(pl.LightningDataModule, ABC):
     ) -> None:
         super().__init__()
         self.batch_size = None if batch_size is None else positive_integer("batch_size", batch_size)
-        self.shuffle = shuffle
+        self.shuffle = truth_value("shuffle", shuffle)
         self.replicas = positive_integer("replicas", replicas)
-        self.seed = seed
+        self.seed = seed_number("seed", seed)
         self.dtype = dtype_named(dtype)
         self.operations_per_sample: float | None = None
         self.exact_loader: ExactLoader | None = None

@@ -26,7 +26,7 @@ from PIL import Image
 
 from lightning_mnn.data.rows import naming, some_blocks
 from lightning_mnn.utilities.locks import locked
-from lightning_mnn.validation import positive_integer
+from lightning_mnn.validation import one_of, positive_integer
 from lightning_mnn.workers import cores
 
 if TYPE_CHECKING:
@@ -106,8 +106,7 @@ def build_store(
     ([[10, 10, 10, 10], [20, 20, 20, 20]], [0, 1], ('cats', 'dogs'))
     """
     size = positive_integer("size", size)
-    if colour not in MODES:
-        raise ValueError(f"colour must be one of {sorted(MODES)}, got {colour!r}")
+    one_of("colour", colour, sorted(MODES))
     workers = min(cores(), 16) if workers is None else positive_integer("workers", workers)
     chosen = None if classes is None else sorted(map(str, classes))
     root, folder = Path(root).expanduser(), Path(folder).expanduser()

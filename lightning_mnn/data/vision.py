@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_mnn.data.images import ImageData, group_classes
 from lightning_mnn.data.store import LabelledImages
+from lightning_mnn.validation import one_of, truth_value
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,7 +55,7 @@ class MNISTData(ImageData):
         group_classes(self.groups, _DIGITS)
         self.root = Path(root)
         self.part = _checked_part(part)
-        self.download = download
+        self.download = truth_value("download", download)
 
     @override
     def prepare_data(self) -> None:
@@ -131,7 +132,7 @@ class CIFAR10Data(ImageData):
         super().__init__(groups=groups, **options)
         self.root = Path(root)
         self.part = _checked_part(part)
-        self.download = download
+        self.download = truth_value("download", download)
 
     @override
     def prepare_data(self) -> None:
@@ -169,9 +170,8 @@ class CIFAR10Data(ImageData):
 
 
 def _checked_part(part: str) -> str:
-    if part not in PARTS:
-        raise ValueError(f"part must be one of {sorted(PARTS)}, got {part!r}")
-    return part
+    checked: str = one_of("part", part, sorted(PARTS))
+    return checked
 
 
 def _check_md5(file: Path, md5: str) -> None:

@@ -6,12 +6,13 @@ Shapes: N samples, d0 inputs.
 from __future__ import annotations
 
 import math
-import numbers
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from lightning_mnn.validation import ArgumentError, is_real_number
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -154,10 +155,8 @@ def _whitening(covariance: Tensor, floor: float) -> tuple[Tensor, float]:
     rounding = len(values) * torch.finfo(values.dtype).eps
     if floored[0] <= rounding * floored[-1]:
         least = (rounding * float(values[-1]) - float(values[0])) / (mean * (1 - rounding))
-        raise ValueError(
-            "the inputs have no variance in some direction: "
-            f"whiten (data.whiten) must be at least {1.1 * least:.1e}, got {floor}"
-        )
+        problem = f"must be at least {1.1 * least:.1e}"
+        raise ArgumentError("whiten", floor, problem, "the inputs have no variance in some direction")
     vectors *= floored**-0.25
     return vectors @ vectors.T, float((values / floored).mean())
 
@@ -168,8 +167,8 @@ def check_floor(floor: Any) -> None:
     Raises:
         ValueError: it is no number, negative or infinite.
     """
-    if isinstance(floor, bool) or not isinstance(floor, numbers.Real) or not 0 <= float(floor) < math.inf:
-        raise ValueError(f"whiten (data.whiten) must be a finite number that is not negative, or null, got {floor!r}")
+    if not is_real_number(floor) or floor < 0:
+        raise ArgumentError("whiten", floor, "must be a finite number that is not negative, or null")
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from lightning_mnn.landscape.rank import khatri_rao_rank
 from lightning_mnn.landscape.region import Region
 from lightning_mnn.landscape.survey import infer_threshold
 from lightning_mnn.seeding import generator
-from lightning_mnn.validation import positive_integer
+from lightning_mnn.validation import ArgumentError, one_of, positive_integer, real_number, seed_number, whole_number
 from lightning_mnn.workers import one_thread_each
 
 if TYPE_CHECKING:
@@ -114,8 +114,7 @@ class GaussianData:
         """Check the sizes and the labels."""
         positive_integer("num_samples", self.num_samples)
         positive_integer("input_dim", self.input_dim)
-        if self.labels not in _LABELS:
-            raise ValueError(f"labels must be one of {sorted(_LABELS)}, got {self.labels!r}")
+        one_of("labels", self.labels, sorted(_LABELS))
 
     def draw(self, seed: int, index: int) -> DataSet:
         """The data that region number `index` of a seed is classified on."""
@@ -157,13 +156,14 @@ class Case:
     def __post_init__(self) -> None:
         """Check what would otherwise fail, or mislead, in the middle of a census."""
         positive_integer("width", self.width)
-        if self.negative_slope == 1 or not math.isfinite(self.negative_slope):
-            raise ValueError(f"negative_slope must be finite and not 1 (a linear network), got {self.negative_slope}")
-        if not 0 <= self.epsilon < 1:
-            raise ValueError(f"epsilon must be a fraction, at least 0 and less than 1, got {self.epsilon}")
-        for name, value in (("seed", self.seed), ("max_nodes", self.max_nodes)):
-            if value < 0:
-                raise ValueError(f"{name} must not be negative, got {value}")
+        real_number("negative_slope", self.negative_slope)
+        if self.negative_slope == 1:
+            raise ArgumentError(
+                "negative_slope", 1, "must not be 1, with which the network is linear", "choose 0 for ReLU"
+            )
+        real_number("epsilon", self.epsilon, at_least=0, below=1, remedy="it is a fraction of the samples")
+        seed_number("seed", self.seed)
+        whole_number("max_nodes", self.max_nodes, at_least=0)
 
     def draw(self, index: int) -> tuple[Tensor, DataSet]:
         """The weights W that pick region number `index`, float64 (d1, d0), and the data that it is a region of."""

@@ -20,7 +20,7 @@ import torch
 from lightning_mnn.landscape.census import Proportion
 from lightning_mnn.seeding import generator
 from lightning_mnn.utilities.compat.precision import full_precision
-from lightning_mnn.validation import positive_integer
+from lightning_mnn.validation import ArgumentError, positive_integer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -222,16 +222,16 @@ def moved(parameters: Iterable[Tensor], sigma: float, *, seed: int = 0) -> Itera
         yield
 
 
-def check_sigmas(sigmas: Sequence[float], finest: float = 0.0) -> None:
+def check_sigmas(sigmas: Any, finest: float = 0.0) -> None:
     """Check that sizes of moves are finite, positive, ascending, and not below the finest.
 
     Raises:
         ValueError: they are not.
     """
-    values = list(sigmas)
-    ascending = all(a < b for a, b in itertools.pairwise(values))
-    if not values or not ascending or not all(math.isfinite(value) and value > 0 for value in values):
-        raise ValueError(f"sigmas must be positive, finite and ascending, got {values}")
+    values = [] if isinstance(sigmas, str) else list(sigmas)
+    positive = all(isinstance(value, int | float) and 0 < value < math.inf for value in values)
+    if not values or not positive or not all(a < b for a, b in itertools.pairwise(values)):
+        raise ArgumentError("sigmas", sigmas, "must be positive, finite and ascending", "as [0.001, 0.01]")
     if values[0] < finest:
         raise ValueError(
             f"sigmas must be at least {finest:.1e}, {_RESOLVED} spacings of the parameters' floating-point numbers, "

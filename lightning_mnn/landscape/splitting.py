@@ -27,7 +27,7 @@ from lightning_mnn.landscape.pattern import ActivationPattern
 from lightning_mnn.landscape.region import khatri_rao
 from lightning_mnn.landscape.survey import wrong
 from lightning_mnn.seeding import generator
-from lightning_mnn.validation import positive_integer
+from lightning_mnn.validation import ArgumentError, positive_integer
 
 Score = Callable[[Tensor], Tensor]
 
@@ -153,7 +153,7 @@ def rare_event(
     for name, value in counts.items():
         positive_integer(name, value)
     if runs < 2:
-        raise ValueError(f"runs must be at least 2, got {runs}: an interval comes from their spread")
+        raise ArgumentError("runs", runs, "must be at least 2", "an interval comes from their spread")
     if not math.isfinite(level):
         raise ValueError(f"level must be finite, got {level}")
     pilot = _Population(score, (1, particles, *shape), generator(seed, "splitting pilot"))

@@ -318,11 +318,11 @@ def test_two_processes_measure_what_one_does(tmp_path):
     [
         ({"measure": "end"}, r"measure must hold any of .*, got 'end'"),
         ({"measure": ("middle",)}, r"measure must hold any of .*, got \('middle',\)"),
-        ({"measure_every": 0}, "measure_every must be at least 1 check, or None for no such checks, got 0"),
-        ({"target_standard_error": 0}, "target_standard_error must be positive, got 0"),
-        ({"budget": -1.0}, r"budget must be positive, got -1\.0; measure=\(\) measures nothing"),
+        ({"measure_every": 0}, "measure_every must be at least 1 and a whole number, got 0"),
+        ({"target_standard_error": 0}, "target_standard_error must be a number, above 0, got 0"),
+        ({"budget": -1.0}, r"budget must be a number, above 0, got -1\.0: measure=\[\] measures nothing"),
         ({"seed": -1}, "seed must not be negative, got -1"),
-        ({"epsilon": 2}, "epsilon must lie between 0 and 1, got 2"),
+        ({"epsilon": 2}, "epsilon must be a number, at least 0 and at most 1, got 2"),
     ],
 )
 def test_bad_arguments_are_named(options, message):

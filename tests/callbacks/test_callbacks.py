@@ -428,7 +428,7 @@ def test_bad_arguments_are_named():
         LocalMinimumDetector(patience=0)
     with pytest.raises(ValueError, match="probe must be at least 1"):
         ActivationPatternRecorder(probe=0)
-    with pytest.raises(ValueError, match="epsilon must lie between 0 and 1"):
+    with pytest.raises(ValueError, match="epsilon must be a number, at least 0 and at most 1"):
         AngularVolumeMonitor(epsilon=2)
 
 

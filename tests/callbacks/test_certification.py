@@ -130,5 +130,5 @@ def test_a_set_too_large_to_certify_on_is_judged_by_necessary_conditions(make_tr
 
 
 def test_bad_distance():
-    with pytest.raises(ValueError, match=r"max_distance must be at least 0, got -0\.1"):
+    with pytest.raises(ValueError, match=r"max_distance must be a number, at least 0, got -0\.1"):
         LocalMinimumDetector(max_distance=-0.1)

@@ -656,9 +656,9 @@ def test_errors_name_the_remedy(make_trainer):
     with pytest.raises(DivergenceError, match="Lower the learning rate"):
         fit(make_trainer, Plain(deep, nn.functional.mse_loss, lr=1e200), *data(), epochs=4)
     for name in ("gradient_tolerance", "curvature_tolerance"):
-        with pytest.raises(ValueError, match=f"{name} must be above 0, got 0"):
+        with pytest.raises(ValueError, match=f"{name} must be a number, above 0, got 0"):
             LocalMinimumDetector(**{name: 0})
-    with pytest.raises(ValueError, match="max_products must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_products must be at least 1 and a whole number, got 0"):
         LocalMinimumDetector(max_products=0)
 
 

@@ -400,7 +400,7 @@ def test_what_suits_no_stated_network_is_refused(make_trainer):
             make_trainer(max_epochs=1, callbacks=[ActivationPatternRecorder(**options)]).fit(
                 MNN(3, (4,)), GaussianData(8, 3)
             )
-    with pytest.raises(ValueError, match="memory_budget must be at least 1 byte, got 0"):
+    with pytest.raises(ValueError, match="memory_budget must be at least 1 and a whole number, got 0"):
         ActivationPatternRecorder(memory_budget=0)
 
 

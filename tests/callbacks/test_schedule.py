@@ -36,7 +36,7 @@ def test_the_next_time_is_the_first_after_the_present(step, done):
         ({}, "give one of"),
         ({"every": 2, "growth": 2.0}, "give one of"),
         ({"every": 0}, "every must be at least 1"),
-        ({"growth": 1.0}, "growth must be above 1"),
+        ({"growth": 1.0}, "growth must be a number, above 1"),
         ({"every": 2, "unit": "hour"}, "unit must be"),
     ],
 )

@@ -233,9 +233,9 @@ def test_bad_input_is_named():
         suboptimal_score(torch.eye(3), torch.arange(3))
     x, y = torch.eye(2), torch.tensor([0.0, 1.0])
     for match, change in {
-        "epsilon must be a fraction": {"epsilon": 1.0},
+        "epsilon must be a number, at least 0 and below 1": {"epsilon": 1.0},
         "width must be at least 1": {"width": 0},
-        "negative_slope must be finite and not 1": {"negative_slope": 1.0},
+        "negative_slope must not be 1": {"negative_slope": 1.0},
         "regions must be at least 1": {"regions": 0},
     }.items():
         with pytest.raises(ValueError, match=match):

@@ -170,9 +170,9 @@ def test_a_folder_with_another_run_is_refused():
         ("scan.negative_slope=1", "negative_slope must be a real number other than 1"),
         ("replicas=0", "replicas must be at least 1"),
         ("dtype=float16", "dtype must be one of"),
-        ("optimizer=lbfgs", "lbfgs couples the replicas"),
-        ("optimizer.name=newton", "optimizer name must be one of"),
-        ("schedule.hold=2", "hold must lie in"),
+        ("optimizer=lbfgs", "replicas must be 1 with the optimizer lbfgs"),
+        ("optimizer.name=newton", "optimizer.name must be one of"),
+        ("schedule.hold=2", "hold must be a number"),
     ],
 )  # fmt: skip
 def test_bad_settings_are_named_before_any_work(override, message):
