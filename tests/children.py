@@ -5,6 +5,7 @@ They are children of one process that has imported all there is to import, so th
 
 import multiprocessing
 import os
+import runpy
 import socket
 import sys
 from multiprocessing.connection import wait
@@ -29,6 +30,14 @@ def run_the_command(folder, arguments):
     from lightning_mnn.app import main
 
     main()
+
+
+def run_a_script(folder, script, arguments):
+    """Run another program in a folder as ``python script arguments``."""
+    _speak_to(folder)
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(folder))
+    runpy.run_path(script, run_name="__main__")
 
 
 def start(folder, *arguments):

@@ -12,12 +12,14 @@ if TYPE_CHECKING:
 # After Okabe and Ito, whose colours the colour-blind tell apart too.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
-# Kinds, their names in the legend, colours and markers; None: two hidden layers, and the necessary conditions hold.
+# Kinds, their names in the legend, colours and markers; None: nothing was asked, or only necessary conditions hold.
 KINDS: dict[str | None, tuple[str, str, str]] = {
     "differentiable_minimum": ("differentiable minimum", "#0072b2", "o"),
     "kink_minimum": ("minimum on kinks", "#e69f00", "D"),
     "saddle": ("saddle", "#cc79a7", "s"),
     "not_stationary": ("not stationary", "#7f7f7f", "x"),
+    "on_kink": ("on a kink", "#56b4e9", "^"),
+    "undecided": ("undecided", "#bfbfbf", "+"),
     None: ("not judged", "#000000", "."),
 }
 

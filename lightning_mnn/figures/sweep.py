@@ -30,6 +30,7 @@ Row = dict[str, Any]
 _FEW = 8  # values that an axis or a legend names one by one
 _MOST_PILES = 48
 _REPETITION = "seed"  # its values are a sample, not a scale
+_MOST_LOGGED = 8  # panels of what another program logged
 _WIDE = 30  # ratio of values from which on an axis is logarithmic
 
 
@@ -104,26 +105,25 @@ _BOUND = replace(
 )
 
 
-def sweep_figure(folder: Path) -> Path:
+def sweep_figure(folder: Path) -> Path | None:
     """Draw ``figure.png`` of a sweep from its ``sweep.parquet``: a panel for each measure, a dot for each network.
 
     The key that was swept is the axis, a second one the colour; lines go through the medians. Of more keys, those two
     are shown that explain most of the measures' variance, and the title says what is pooled. `seed` is the repetition,
-    unless nothing else was swept. Kinds are shares of the networks. Only finished jobs are drawn.
+    unless nothing else was swept. Kinds are shares of the networks. Only finished jobs are drawn, and those of other
+    programs of which nobody knows whether they are; of such programs the first columns that hold numbers.
 
     Returns:
-        The path of the figure.
-
-    Raises:
-        ValueError: no job is finished.
+        The path of the figure; None: there is no number of a finished job to draw.
     """
     table = pq.read_table(folder / "sweep.parquet")
     jobs = table.to_pylist()
-    rows = [row for row in jobs if row["status"] == "finished"]
-    if not rows:
-        raise ValueError(f"{folder / 'sweep.parquet'} holds no finished job to draw")
-    swept = json.loads(table.schema.metadata[b"swept"])
+    rows = [row for row in jobs if row["status"] in ("finished", "unrecorded")]
+    swept, logged = (json.loads(table.schema.metadata[key]) for key in (b"swept", b"logged"))
     measures = [measure for measure in _measures(rows) if measure.known(rows)]
+    measures += [measure for measure in map(_logged, logged) if measure.known(rows)][:_MOST_LOGGED]
+    if not measures:
+        return None
     x_key, color_key = choose_axes(rows, swept, measures)
     x, color = _scale(rows, x_key), _scale(rows, color_key)
     judged = any(row.get("kind") is not None for row in rows)
@@ -187,8 +187,16 @@ def _explained(pairs: Sequence[tuple[str, float]]) -> float:
     return float(sum(len(group) * (group.mean() - ranks.mean()) ** 2 for group in groups) / (len(ranks) * ranks.var()))
 
 
+def _logged(name: str) -> Measure:
+    """What another program logged or returned under a name."""
+    unit = "seconds of the job" if name == "seconds" else "at the end"
+    return Measure(name, unit, lambda row: _number(row.get(name)), of_job=True)
+
+
 def _measures(rows: Sequence[Row]) -> list[Measure]:
-    """The measures; where no volume was measured, its bound."""
+    """The measures of this program's jobs, if there are any; where no volume was measured, its bound."""
+    if not any("hidden_dims" in row and row["hidden_dims"] for row in rows):
+        return []
     measured = any(row.get("log_volume") is not None for row in rows)
     return [_BOUND if measure is MEASURES[4] and not measured else measure for measure in MEASURES]
 
@@ -313,7 +321,7 @@ def _draw_measure(ax: Axes, rows: Sequence[Row], measure: Measure, x: Scale, col
             ax.plot(*zip(*medians, strict=True), color=hue, lw=width, alpha=0.85, zorder=4)
     if x.key == _REPETITION:
         ax.axhline(float(np.median([max(value, foot) for _, value in known])), color="0.3", lw=1.2, ls="--", zorder=2)
-    ax.set_title(measure.title, fontsize=11)
+    ax.set_title(plain(measure.title), fontsize=11)
     ax.set_ylabel(measure.unit)
     ax.set_xlabel(x.key)
     tidy(ax)
@@ -322,7 +330,8 @@ def _draw_measure(ax: Axes, rows: Sequence[Row], measure: Measure, x: Scale, col
 def _draw_kinds(ax: Axes, rows: Sequence[Row], x: Scale, color: Scale) -> None:
     """Shares of the kinds, a pile for each value of the axis and colour, or of the axis alone if those are too many."""
     crowded = len(x.values) * len(color.values) > _MOST_PILES
-    title = f"Certified kinds, pooled over {color.key}" if crowded and color.key else "Certified kinds"
+    title = "Certified kinds" if all(row.get("evidence") in (None, "certificate") for row in rows) else "Kinds"
+    title += f", pooled over {color.key}" if crowded and color.key else ""
     color = _scale(rows, "") if crowded else color
     hues, share = _colors(color), _share(len(color.values))
     for index in range(len(x.values)):
@@ -436,8 +445,9 @@ def _legend(figure: Figure, rows: Sequence[Row], color: Scale, *, judged: bool) 
 def _title(rows: Sequence[Row], jobs: int, swept: Sequence[str], x: Scale, color: Scale) -> str:
     """How many networks there are, what they have in common, and what is pooled."""
     finished = len({row["folder"] for row in rows})
+    recorded = "" if any(row["status"] == "unrecorded" for row in rows) else "finished "
     counted = (
-        f"{finished:,} finished job{'s' * (finished > 1)}" if finished == jobs else f"{finished:,} of {jobs:,} jobs"
+        f"{finished:,} {recorded}job{'s' * (finished > 1)}" if finished == jobs else f"{finished:,} of {jobs:,} jobs"
     )
     networks = "" if len(rows) == finished else f", {len(rows):,} networks"
     against = " and ".join(key for key in (x.key, color.key) if key)
@@ -453,9 +463,8 @@ def _title(rows: Sequence[Row], jobs: int, swept: Sequence[str], x: Scale, color
     common = [
         f"{name} = {_label(rows[0][key])}" for name, key in _COMMON.items() if key in rows[0] and _count(rows, key) == 1
     ]
-    return "\n".join(
-        (f"{counted}{networks}" + (f" against {against}" if against else ""), ", ".join(common), marks)
-    ).strip()
+    lines = (f"{counted}{networks}" + (f" against {against}" if against else ""), ", ".join(common), marks)
+    return "\n".join(line for line in lines if line)
 
 
 # What a title names where all networks have it in common.

@@ -170,6 +170,7 @@ class Job:
             "exit_code": None if self.process is None else self.process.exit_code,
             "error": None if finished else str(value),
             "return_value": None,
+            "minimum": self.progress.get("minimum"),
             "devices": str(self.loan),
             "seconds": self.seconds,
             "seconds_to_training": None if started is None or self.process is None else started - self.process.began,

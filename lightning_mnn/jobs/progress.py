@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from lightning_mnn.tasks._files import write_json
 from lightning_mnn.utilities.compat.lightning_internals import computed_metrics
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import pytorch_lightning as pl
 
 log = logging.getLogger(__name__)
@@ -35,7 +38,10 @@ def _job_progress(path: Path) -> pl.Callback:
     import pytorch_lightning as pl  # noqa: PLC0415 (the entry point is loaded by all Trainers of an environment)
 
     class JobProgress(pl.Callback):
-        """Notes the epoch and the loss twice a second at most; the first process does, and asks the others nothing."""
+        """Notes the epoch and the loss twice a second at most, and at the end what a LocalMinimumDetector found.
+
+        The first process does, and asks the others nothing.
+        """
 
         def __init__(self) -> None:
             self._due = 0.0
@@ -59,21 +65,25 @@ def _job_progress(path: Path) -> pl.Callback:
         def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
             self._note(trainer)
 
+        def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+            _when_next(path, trainer, lambda: {"minimum": _verdict(trainer)})  # after all callbacks' on_train_end
+
         def epochs_until_due(self, done: int) -> float:  # noqa: ARG002 (as of the other callbacks)
             return math.inf  # whenever it can
 
         def _note(self, trainer: pl.Trainer, outputs: Any = None) -> None:
             if self._due < math.inf:
-                self._due = _when_next(path, trainer, outputs, self._started)
+                self._due = _when_next(path, trainer, lambda: _training(trainer, outputs, self._started))
 
     return JobProgress()
 
 
-def _when_next(path: Path, trainer: pl.Trainer, outputs: Any, started: float) -> float:
-    """Write a note, if that is possible; the time of the next one."""
+def _when_next(path: Path, trainer: pl.Trainer, content: Callable[[], dict[str, Any]]) -> float:
+    """Add to the note, if that is possible; the time of the next one."""
     try:
         if trainer.is_global_zero:
-            _write_note(path, trainer, outputs, started)
+            known = {key: value for key, value in content().items() if value is not None}
+            write_json(path, read_record(path) | known)
     except OSError:  # as of a full disk: the next note may be possible
         pass
     except Exception as error:  # noqa: BLE001 (a sweep's table is no reason to end a training)
@@ -82,15 +92,22 @@ def _when_next(path: Path, trainer: pl.Trainer, outputs: Any, started: float) ->
     return time.monotonic() + _SECONDS
 
 
-def _write_note(path: Path, trainer: pl.Trainer, outputs: Any, started: float) -> None:
+def _training(trainer: pl.Trainer, outputs: Any, started: float) -> dict[str, Any]:
+    """How far the training is."""
     limit = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
-    content = {
-        "epochs": trainer.current_epoch,
-        "max_epochs": limit,
-        "loss": _loss(trainer, outputs),
-        "started": started,
-    }
-    write_json(path, read_record(path) | {key: value for key, value in content.items() if value is not None})
+    loss = _loss(trainer, outputs)
+    return {"epochs": trainer.current_epoch, "max_epochs": limit, "loss": loss, "started": started}
+
+
+def _verdict(trainer: pl.Trainer) -> dict[str, Any] | None:
+    """Evidence, kind and reason that a LocalMinimumDetector of the Trainer came to; None: there is none."""
+    module: Any = sys.modules.get("lightning_mnn.callbacks.local_minimum_detector")
+    if module is None:
+        return None
+    callbacks: list[Any] = getattr(trainer, "callbacks", [])
+    summaries = [one.summary() for one in callbacks if isinstance(one, module.LocalMinimumDetector)]
+    found = next((summary for summary in summaries if "kind" in summary), None)
+    return None if found is None else {key: found[key] for key in ("evidence", "kind", "reason")}
 
 
 def _loss(trainer: pl.Trainer, outputs: Any) -> float | None:

@@ -23,28 +23,47 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from lightning_mnn.jobs.records import JOB_RECORD, SWEEP_RECORD, JobState, SweepCommand, hydra_value
 from lightning_mnn.tasks._experiment import shown
 from lightning_mnn.tasks._files import write_csv
 from lightning_mnn.tasks._folders import jobs_of, sweep_record
+from lightning_mnn.tasks._logs import columns_to_draw, read_logs, results_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 Row = dict[str, Any]
 
-_MARKS = (".hydra", "job.json", "plan.json", "summary.json")  # any of which tells a job's folder
+_MARKS = (".hydra", JOB_RECORD, "plan.json", "summary.json")  # any of which tells a job's folder
 _LISTS = ("hidden_dims", "visits")  # of a summary that are no lists over the replicas
 _HOW_TO_START = ("resume",)  # overrides that say how a job is started, not what it is
 _WHAT_TO_DO = ("task", "experiment")  # overrides that say of which task a job is
 
 
 class Status(StrEnum):
-    """How far a job has come: ended well, ended badly, begun without an end, or never begun."""
+    """How far a job has come.
+
+    Attributes:
+        FINISHED: to its end.
+        FAILED: to an error.
+        UNFINISHED: it was started, and broke off or still runs.
+        WAITING: it was never started.
+        UNRECORDED: it was started by a launcher that keeps no record of how jobs of other programs end.
+    """
 
     FINISHED = "finished"
     FAILED = "failed"
     UNFINISHED = "unfinished"
     WAITING = "waiting"
+    UNRECORDED = "unrecorded"
+
+
+_OF_RECORD = {  # what job.json says of a job of another program
+    JobState.FINISHED: Status.FINISHED,
+    JobState.RETURNED: Status.FINISHED,
+    JobState.FAILED: Status.FAILED,
+    JobState.INTERRUPTED: Status.UNFINISHED,
+}
 
 
 @dataclass(frozen=True)
@@ -55,9 +74,10 @@ class Job:
         folder: its place below the sweep's folder; of a job that waits, the one that it will have, or None.
         overrides: its part of the command, as it is written.
         status: how far it has come.
-        task: what it does; empty where its files do not say.
-        summary: its ``summary.json``, empty where there is none.
+        task: what it does; empty where its files do not say. Jobs of other programs train.
+        summary: its ``summary.json``, empty where there is none; of another program what it logged and returned.
         error: why it failed, or what is wrong with its files, where that is known.
+        foreign: whether it is of another program.
     """
 
     folder: Path | None
@@ -66,11 +86,12 @@ class Job:
     task: str
     summary: dict[str, Any] | None = None
     error: str | None = None
+    foreign: bool = False
 
     @property
     def results(self) -> dict[str, Any]:
-        """What it came to: its summary, empty unless it is finished."""
-        return self.summary or {} if self.status is Status.FINISHED else {}
+        """What it came to: its summary, empty where it is known that it is not finished."""
+        return self.summary or {} if self.status in (Status.FINISHED, Status.UNRECORDED) else {}
 
     @property
     def name(self) -> str:
@@ -91,14 +112,16 @@ class Sweep:
         folder: the folder.
         jobs: all of them, in the order of their numbers.
         swept: what differs between them, in the order of the command: names, and each job's value.
-        plans: the ``multirun.yaml`` of the sweeps that they are of.
+        logged: columns of the table that are of other programs' logs and return values.
+        sweeps: folders of the sweeps that they are of.
         others: jobs below it that are not of training.
     """
 
     folder: Path
     jobs: tuple[Job, ...]
     swept: dict[str, tuple[Any, ...]]
-    plans: tuple[Path, ...] = ()
+    logged: tuple[str, ...] = ()
+    sweeps: tuple[Path, ...] = ()
     others: tuple[Job, ...] = ()
 
     def having(self, status: Status) -> list[Job]:
@@ -118,15 +141,16 @@ def read_sweep(folder: Path) -> Sweep:
             f"folder={shown(folder)}, or the folder above it as sweep="
         )
     folders, plans = _walk(folder)
-    jobs = [_read_job(folder, place) for place in folders]
-    for plan in plans:
-        jobs = _with_planned(jobs, list(_planned(folder, plan)), plan.parent.relative_to(folder))
+    jobs = [_read_job(folder, place, _plan_of(place, plans)) for place in folders]
+    for sweep, hydra in plans.items():
+        jobs = _with_planned(jobs, list(_planned(folder, sweep, hydra)), sweep.relative_to(folder))
     jobs = sorted((job if job.task else replace(job, task=_task_of(job.overrides)) for job in jobs), key=_in_order)
     training = tuple(job for job in jobs if job.task == "train")
     others = tuple(job for job in jobs if job.task != "train")
     if not training:
         raise FileNotFoundError(_nothing(folder, others))
-    return Sweep(folder, training, _swept(folder, training), tuple(plans), others)
+    logged = columns_to_draw(key for job in training if job.foreign for key in job.results)
+    return Sweep(folder, training, _swept(folder, training), tuple(logged), tuple(plans), others)
 
 
 def rows_of(sweep: Sweep) -> list[Row]:
@@ -143,12 +167,14 @@ def rows_of(sweep: Sweep) -> list[Row]:
         | {"status": str(job.status), "replica": replica}
         | {key: _of_replica(job.results, key, replica) for key in measures}
         for place, job in enumerate(sweep.jobs)
-        for replica in (range(job.results["replicas"]) if job.results else (None,))
+        for replica in (range(job.results.get("replicas", 1)) if job.results else (None,))
     ]
 
 
 def write_table(sweep: Sweep) -> list[Path]:
-    """Write ``sweep.csv``, lists as JSON, and ``sweep.parquet``, typed, with the names of what was swept as metadata.
+    """Write ``sweep.csv``, lists as JSON, and ``sweep.parquet``, typed.
+
+    The latter's metadata hold the names of what was swept, and of the columns that another program logged.
 
     Returns:
         Their paths.
@@ -157,21 +183,28 @@ def write_table(sweep: Sweep) -> list[Path]:
     text, typed = sweep.folder / "sweep.csv", sweep.folder / "sweep.parquet"
     write_csv(text, [{key: _as_text(value) for key, value in row.items()} for row in rows])
     columns = {key: _column([row[key] for row in rows]) for key in rows[0]}
-    table = pa.table(columns).replace_schema_metadata({"swept": json.dumps(list(sweep.swept))})
+    names = {"swept": json.dumps(list(sweep.swept)), "logged": json.dumps(sweep.logged)}
+    table = pa.table(columns).replace_schema_metadata(names)
     unfinished = typed.with_name(typed.name + ".tmp")
     pq.write_table(table, unfinished)
     unfinished.replace(typed)
     return [text, typed]
 
 
-def how_to_go_on(sweep: Sweep) -> list[str]:
-    """Command lines that finish what is not finished: those that began it, with ``resume=true``."""
-    left = [job for job in sweep.jobs if job.status is not Status.FINISHED]
-    return [
-        _command(plan)
-        for plan in sweep.plans
-        if any(job.folder is None or (sweep.folder / job.folder).is_relative_to(plan.parent) for job in left)
-    ]
+def resume_commands(sweep: Sweep) -> dict[Path, str | None]:
+    """Command lines that finish what is not finished, by the folders of the sweeps; None: its program is not known."""
+    done = (Status.FINISHED, Status.UNRECORDED)
+    left = [job for job in sweep.jobs if job.status not in done]
+    return {
+        folder: _command(folder)
+        for folder in sweep.sweeps
+        if any(job.folder is None or (sweep.folder / job.folder).is_relative_to(folder) for job in left)
+    }
+
+
+def is_foreign(run: Path) -> bool:
+    """Whether a run's folder is none of this program's, by what Hydra wrote there."""
+    return _main_config(_hydra_of(run / ".hydra" / "hydra.yaml")) != "lightning_mnn.conf"
 
 
 def is_finished(summary: Mapping[str, Any]) -> bool:
@@ -203,36 +236,85 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{shown(path)} cannot be read: {error}") from error
 
 
-def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Folders of jobs, none within another, and the records of sweeps."""
-    jobs, plans = [], []
+def _walk(folder: Path) -> tuple[list[Path], dict[Path, dict[str, Any]]]:
+    """Folders of jobs, none within another, and those of sweeps with Hydra's part of their record."""
+    jobs, plans = [], {}
     for place, below, files in os.walk(folder):
         if any(mark in below or mark in files for mark in _MARKS):
             jobs.append(Path(place))
             below.clear()
             continue
         below[:] = sorted(name for name in below if not name.startswith("."))
-        plan = sweep_record(Path(place))
-        if _hydra_of(plan):
-            plans.append(plan)
+        hydra = _hydra_of(sweep_record(Path(place)))
+        if hydra or SWEEP_RECORD in files:
+            plans[Path(place)] = hydra
     return jobs, plans
 
 
-def _read_job(root: Path, place: Path) -> Job:
-    try:
-        note, summary = read_json(place / "job.json"), read_json(place / "summary.json")
-    except ValueError as unreadable:
-        note, summary = {"error": str(unreadable)}, {}
-    overrides = _yaml(place / ".hydra" / "overrides.yaml") or note.get("overrides")
-    error = note.get("error")
+def _plan_of(place: Path, plans: Mapping[Path, dict[str, Any]]) -> dict[str, Any]:
+    """Hydra's part of the record of the sweep that a job is of, or else of the job's own."""
+    plan = next((plans[above] for above in place.parents if above in plans), {})
+    return plan or _hydra_of(place / ".hydra" / "hydra.yaml")
+
+
+def _read_job(root: Path, place: Path, hydra: Mapping[str, Any]) -> Job:
+    record, torn_record = _read(place / JOB_RECORD)
+    summary, torn_summary = _read(place / "summary.json")
+    noted = record.get("overrides")
+    overrides = _yaml(place / ".hydra" / "overrides.yaml") or (noted if isinstance(noted, list) else ())
+    job = Job(place.relative_to(root), tuple(map(str, overrides)), Status.UNFINISHED, task="")
+    if _is_foreign(place, summary, hydra):
+        return _with_logs(job, place, record, torn_record)
+    reason = record.get("error")
     if is_finished(summary):
         status, error = Status.FINISHED, None
-    elif note.get("status") == "failed" or _diverged(summary):
-        status, error = Status.FAILED, error or _reason(summary)
+    elif record.get("status") == JobState.FAILED or _diverged(summary):
+        status, error = Status.FAILED, str(reason or _reason(summary))
     else:
+        status, error = Status.UNFINISHED, torn_summary or torn_record or reason
+    return replace(job, status=status, task=_task(place, summary), summary=summary, error=error)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], str | None]:
+    """The object in a file, empty where there is none, and what is wrong with the file."""
+    try:
+        return read_json(path), None
+    except ValueError as unreadable:
+        return {}, str(unreadable)
+
+
+def _main_config(hydra: Mapping[str, Any]) -> str | None:
+    """Where the main config of a job or sweep came from, if its record says it."""
+    sources = (hydra.get("runtime") or {}).get("config_sources") or []
+    return next((source.get("path") for source in sources if source.get("provider") == "main"), None)
+
+
+def _is_foreign(place: Path, summary: Mapping[str, Any], hydra: Mapping[str, Any]) -> bool:
+    """Whether a job is of another program, by where the main config came from; if that is lost, by what it left."""
+    if _is_training(summary) or (place / "plan.json").exists():
+        return False
+    main = _main_config(hydra)
+    return main != "lightning_mnn.conf" if main else (place / JOB_RECORD).exists() and not summary
+
+
+def _with_logs(job: Job, place: Path, record: Mapping[str, Any], torn_record: str | None) -> Job:
+    """A job of another program: its status by ``job.json``, its results by that and its logs."""
+    error = torn_record or record.get("error")
+    code = record.get("status")
+    if code in [str(known) for known in _OF_RECORD]:
+        status = _OF_RECORD[JobState(code)]
+    elif record or torn_record or (place / "console.log").exists():  # of hydra/launcher=device_pool
         status = Status.UNFINISHED
-    given = tuple(str(override) for override in overrides or ())
-    return Job(place.relative_to(root), given, status, _task(place, summary), summary, error)
+        error = error or (f"{shown(place / JOB_RECORD)} has no known status, but {code!r}" if record else None)
+    else:
+        status = Status.UNRECORDED
+    logs, torn_logs = {}, None
+    try:
+        logs = read_logs(place)
+    except ValueError as unreadable:
+        torn_logs = str(unreadable)
+    results = results_of(record, logs)
+    return replace(job, status=status, task="train", summary=results, error=error or torn_logs, foreign=True)
 
 
 def _reason(summary: Mapping[str, Any]) -> str:
@@ -246,10 +328,14 @@ def _diverged(summary: Mapping[str, Any]) -> bool:
 
 def _task(place: Path, summary: Mapping[str, Any]) -> str:
     """What a job does: by its config, or as its summary tells where there is none; empty where neither does."""
-    if summary.keys() >= {"mse", "mce", "hidden_dims", "num_samples", "seconds"}:
+    if _is_training(summary):
         return "train"
     task = _selected(_yaml(place / ".hydra" / "config.yaml"), "task")
     return str(task) if task else "another task" if summary else ""
+
+
+def _is_training(summary: Mapping[str, Any]) -> bool:
+    return summary.keys() >= {"mse", "mce", "hidden_dims", "num_samples", "seconds"}
 
 
 def _task_of(overrides: Sequence[str]) -> str:
@@ -287,13 +373,15 @@ def _with_planned(jobs: Sequence[Job], planned: Sequence[Job], where: Path) -> l
     return [*jobs, *(job for job in planned if job.overrides not in begun)]
 
 
-def _planned(root: Path, plan: Path) -> Iterator[Job]:
+def _planned(root: Path, sweep: Path, hydra: Mapping[str, Any]) -> Iterator[Job]:
     """All jobs of a sweep, as Hydra's own sweeper makes them of the command; none where another one chooses them."""
-    hydra = _hydra_of(plan)
-    named = hydra["sweep"].get("subdir") == "${hydra.job.num}"
+    if not hydra:
+        return
+    named = str(hydra["sweep"].get("subdir")).replace(":", ".") == "${hydra.job.num}"
+    foreign = _is_foreign(sweep, {}, hydra)
     for number, job in enumerate(jobs_of(hydra)):
-        folder = (plan.parent / str(number)).relative_to(root) if named else None
-        yield Job(folder, _settings(job), Status.WAITING, task="")
+        folder = (sweep / str(number)).relative_to(root) if named else None
+        yield Job(folder, _settings(job), Status.WAITING, task="train" if foreign else "", foreign=foreign)
 
 
 def _settings(overrides: Sequence[str]) -> tuple[str, ...]:
@@ -305,11 +393,16 @@ def _key(override: str) -> str:
     return override.partition("=")[0].lstrip("+")
 
 
-def _command(plan: Path) -> str:
-    overrides = _hydra_of(plan)["overrides"]
+def _command(sweep: Path) -> str | None:
+    """The command that resumes a sweep; None: it is another program's, and not recorded."""
+    hydra = _hydra_of(sweep_record(sweep))
+    if not hydra or _is_foreign(sweep, {}, hydra):
+        recorded = SweepCommand.read(sweep)
+        return None if recorded is None else recorded.resumed(sweep)
+    overrides = hydra["overrides"]
     own = ("hydra.mode=", "hydra.sweep.dir=")
     more = [override for override in overrides["hydra"] if not override.startswith(own)]
-    where = f"hydra.sweep.dir={shown(plan.parent)}"
+    where = f"hydra.sweep.dir={hydra_value(str(shown(sweep)))}"
     return shlex.join(["lightning-mnn", "-m", *_settings(overrides["task"]), *more, where, "resume=true"])
 
 

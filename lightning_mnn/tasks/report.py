@@ -14,7 +14,17 @@ from lightning_mnn.figures import census_figure, model_figure, run_figure, scan_
 from lightning_mnn.tasks._experiment import shown
 from lightning_mnn.tasks._files import write_csv
 from lightning_mnn.tasks._job_folder import remove_job_folder
-from lightning_mnn.tasks._sweep import Status, by_task, how_to_go_on, is_finished, read_json, read_sweep, write_table
+from lightning_mnn.tasks._logs import has_logs
+from lightning_mnn.tasks._sweep import (
+    Status,
+    by_task,
+    is_finished,
+    is_foreign,
+    read_json,
+    read_sweep,
+    resume_commands,
+    write_table,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +39,10 @@ _FIGURES: dict[str, Callable[[Path], Path]] = {
     "census.csv": census_figure,
     "metrics.csv": run_figure,
 }
+_NO_LOGS = (
+    "no metrics: the folders of the jobs hold no metrics.csv: give the program a CSVLogger with "
+    "save_dir=${hydra:runtime.output_dir}"
+)
 
 
 def report(cfg: DictConfig) -> None:
@@ -39,7 +53,9 @@ def report(cfg: DictConfig) -> None:
 
     With ``cfg.sweep`` instead, write one table of all jobs below that folder, ``sweep.csv`` and ``sweep.parquet``, and
     draw ``figure.png`` of the finished ones, grouped by what was swept. Jobs that failed, broke off or have not begun
-    are in the table without measures and are named, with the command that goes on. Jobs of other tasks are named alone.
+    are in the table without measures and are named, with the command that runs them. Jobs of other tasks are named
+    alone. In a sweep of another program the measures are what its ``CSVLogger`` wrote and what its jobs returned (see
+    :func:`lightning_mnn.tasks._logs.results_of`).
 
     Of another program's run, a log folder of Lightning's ``CSVLogger`` that the three callbacks logged to, the figure
     shows what they found (see :func:`lightning_mnn.figures.model_figure`).
@@ -123,23 +139,26 @@ def table_rows(run: Path, summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _report_sweep(folder: Path, console: Console) -> None:
-    """Write the table of a sweep's jobs and draw its figure; say which jobs are not finished, and how to go on."""
+    """Write the table of a sweep's jobs and draw its figure; say which jobs are not finished, and what runs them."""
     sweep = read_sweep(folder)
     written = write_table(sweep)
-    finished = sweep.having(Status.FINISHED)
     counts = {status: len(sweep.having(status)) for status in Status}
     console.print(f"[bold]jobs:[/] {', '.join(f'{n} {status}' for status, n in counts.items() if n)}")
     console.print(f"[bold]swept:[/] {', '.join(sweep.swept) or 'nothing'}")
-    for status in (Status.FAILED, Status.UNFINISHED, Status.WAITING):
-        for job in sweep.having(status):
-            console.print(Text.assemble((f"{status}: ", "bold"), f"{job.name}{_settings(sweep, job)}{_because(job)}"))
+    for job in sorted(sweep.jobs, key=lambda job: list(Status).index(job.status)):
+        if job.error or job.status in (Status.FAILED, Status.UNFINISHED, Status.WAITING):
+            line = f"{job.name}{_settings(sweep, job)}{_because(job)}"
+            console.print(Text.assemble((f"{job.status}: ", "bold"), line))
+    if counts[Status.UNRECORDED]:
+        console.print("[bold]unrecorded:[/] whether a job is finished is recorded by hydra/launcher=device_pool alone")
     if sweep.others:
         console.print(Text.assemble(("left out: ", "bold"), by_task(sweep.others)))
-    if len(finished) < len(sweep.jobs):
-        _tell_how_to_go_on(sweep, console)
-    if finished:
-        written.append(sweep_figure(folder))
-    for path in written:
+    if any(counts[status] for status in (Status.FAILED, Status.UNFINISHED, Status.WAITING)):
+        _tell_how_to_resume(sweep, console)
+    if any(job.foreign and job.results for job in sweep.jobs) and not has_logs(sweep.logged):
+        console.print(_NO_LOGS, markup=False)
+    figure = sweep_figure(folder)
+    for path in [*written, figure] if figure else written:
         console.print(f"[bold]written:[/] {shown(path)}")
 
 
@@ -152,20 +171,27 @@ def _settings(sweep: Sweep, job: Job) -> str:
 
 def _because(job: Job) -> str:
     """The line of a failed job's error that says what it was: the first, or the last of a traceback."""
-    lines = (job.error or "").strip().splitlines()
+    lines = str(job.error or "").strip().splitlines()
     if not lines:
         return ""
     return f": {lines[-1] if lines[0].startswith('Traceback') else lines[0]}"
 
 
-def _tell_how_to_go_on(sweep: Sweep, console: Console) -> None:
-    commands = how_to_go_on(sweep)
-    if commands:
-        console.print("[bold]go on[/] (jobs that are finished stay as they are) [bold]with[/]")
-        for command in commands:
-            console.print(f"  {command}", markup=False)
-    else:
-        console.print("[bold]go on[/] by their commands, each with resume=true and hydra.run.dir=its folder")
+def _tell_how_to_resume(sweep: Sweep, console: Console) -> None:
+    commands = resume_commands(sweep)
+    if not commands:
+        console.print("[bold]resume[/] by their commands, each with resume=true and hydra.run.dir=its folder")
+    known = [command for command in commands.values() if command is not None]
+    if known:
+        console.print("[bold]resume[/] (finished jobs stay as they are) [bold]with[/]")
+    for command in known:
+        console.print(f"  {command}", markup=False)
+    for folder in (folder for folder, command in commands.items() if command is None):
+        console.print(
+            f"{shown(folder)} has no sweep.json, in which hydra/launcher=device_pool records the command: run its own "
+            "program again for what is left",
+            markup=False,
+        )
 
 
 def _existing(key: str, folder: str | None) -> Path:
@@ -179,8 +205,8 @@ def _existing(key: str, folder: str | None) -> Path:
 
 def _is_of_another_program(folder: Path) -> bool:
     """Whether it is a log folder of Lightning's ``CSVLogger``, in which no run of this program began."""
-    own = any((folder / name).exists() for name in ("summary.json", "plan.json", ".hydra"))
-    return (folder / "metrics.csv").exists() and not own
+    own = any((folder / name).exists() for name in ("summary.json", "plan.json"))
+    return (folder / "metrics.csv").exists() and not own and is_foreign(folder)
 
 
 def _require_summary(folder: Path) -> None:
@@ -212,7 +238,7 @@ def _is_training_run(summary: dict[str, Any]) -> bool:
 def _nothing(folder: Path) -> str:
     if (folder / "plan.json").exists():
         return f"{folder} holds an experiment that is not finished: give its command again, which goes on with it"
-    logs = sorted(path.parent for path in folder.glob("*/metrics.csv"))
+    logs = sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/metrics.csv"))
     if logs:
         return f"{folder} holds log folders: give one of them, such as folder={logs[-1]}"
     if any(folder.glob("events.out.tfevents.*")):

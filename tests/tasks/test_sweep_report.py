@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shlex
 from itertools import product
 from pathlib import Path
@@ -13,7 +14,8 @@ from hydra import compose, initialize_config_module
 from matplotlib.image import imread
 
 from lightning_mnn.figures.sweep import MEASURES, choose_axes
-from lightning_mnn.tasks._sweep import read_sweep
+from lightning_mnn.jobs.records import JobState
+from lightning_mnn.tasks._sweep import Status, read_sweep
 from lightning_mnn.tasks.report import report
 from tests.children import command, start
 from tests.tasks.test_resume import kill_when, rows_of
@@ -24,6 +26,9 @@ SUMMARY = {
     "seconds": 1.5, "num_samples": 50, "input_dim": 6, "hidden_dims": [8], "negative_slope": 0.0, "replicas": 1,
     "seed": 0,
 }  # fmt: skip
+
+
+OWN = [{"path": "hydra.conf", "provider": "hydra"}, {"path": "lightning_mnn.conf", "provider": "main"}]
 
 
 def settings(*overrides):
@@ -51,7 +56,7 @@ def write_plan(folder, *overrides):
     """What Hydra leaves of a sweep before its first job."""
     hydra = {
         "sweep": {"subdir": "${hydra.job.num}"}, "sweeper": {"_target_": "BasicSweeper", "params": None},
-        "overrides": {"hydra": [], "task": overrides}, "runtime": {},
+        "overrides": {"hydra": [], "task": overrides}, "runtime": {"config_sources": OWN},
     }  # fmt: skip
     folder.mkdir(exist_ok=True)
     (folder / "multirun.yaml").write_text(json.dumps({"hydra": hydra}) + "\n")
@@ -110,7 +115,7 @@ def test_a_sweep_that_was_killed_says_what_is_left_and_goes_on_by_the_command_th
         assert {key: row[key] for key in summary} == summary
     said = capsys.readouterr().out
     assert "jobs: 3 finished\nswept: model.hidden_dims\n" in said
-    assert "go on" not in said
+    assert "resume" not in said
     assert not list(sweep.glob("*.tmp"))
 
 
@@ -204,6 +209,57 @@ def test_a_summary_that_cannot_be_read_is_named_and_its_job_is_not_finished(caps
         assert f"unfinished: {seed} (seed={seed}): sweep/{seed}/summary.json cannot be read: " in said
     report(settings("folder=sweep"))
     assert "left out, for they are not finished: 1, 2, 3, 4\n" in capsys.readouterr().out
+
+
+def write_foreign_sweep(folder, *records):
+    """A sweep of another program, with one job for each text of a job.json; None: the job has none."""
+    write_plan(folder, f"lr={','.join(str(number) for number in range(len(records)))}")
+    plan = json.loads((folder / "multirun.yaml").read_text())
+    plan["hydra"]["runtime"]["config_sources"][1]["path"] = "/their/conf"
+    (folder / "multirun.yaml").write_text(json.dumps(plan) + "\n")
+    for number, text in enumerate(records):
+        (folder / str(number) / ".hydra").mkdir(parents=True)
+        (folder / str(number) / ".hydra" / "overrides.yaml").write_text(f"- lr={number}\n")
+        (folder / str(number) / "console.log").touch()
+        if text is not None:
+            (folder / str(number) / "job.json").write_bytes(text.encode(errors="surrogateescape"))
+
+
+def test_jobs_of_another_program_are_as_their_codes_say_whatever_their_folders_hold(capsys):
+    records = [{"status": status, "return_value": 0.5, "seconds": 3.0, "error": None} for status in JobState]
+    write_foreign_sweep(Path("sweep"), *map(json.dumps, records))
+    Path("sweep/0/summary.json").write_text('{"accuracy": 1}')
+    (Path("sweep/1/.hydra/config.yaml")).write_text("task: classify\n")
+    report(settings("sweep=sweep"))
+    said = capsys.readouterr().out
+    _, typed = read(Path("sweep"))
+    expected = {"finished": "finished", "returned": "finished", "failed": "failed"}
+    assert typed["status"].to_pylist() == [expected.get(state, "unfinished") for state in JobState]
+    assert [row["return_value"] for row in typed.to_pylist() if row["status"] == "finished"] == [0.5, 0.5]
+    assert "sweep has no sweep.json" in said
+    assert "lightning-mnn" not in said
+
+
+@pytest.mark.parametrize(
+    "torn", ["", "{", "[]", "\udcff", "{}", '{"status": 3}', '{"status": {}, "overrides": 7}', None]
+)
+def test_a_torn_record_of_another_program_leaves_its_job_unfinished(torn):
+    write_foreign_sweep(Path("sweep"), json.dumps({"status": "finished"}), torn)
+    whole, job = read_sweep(Path("sweep").absolute()).jobs
+    assert (whole.status, job.status) == (Status.FINISHED, Status.UNFINISHED)
+    assert job.overrides == ("lr=1",)
+    if torn not in ("{}", None):
+        assert re.match(r"sweep/1/job.json (cannot be read|has no known status)", job.error)
+
+
+def test_a_torn_log_of_another_program_is_named_and_costs_its_metrics_alone(capsys):
+    write_foreign_sweep(Path("sweep"), json.dumps({"status": "finished", "return_value": 1.5, "seconds": 3.0}))
+    Path("sweep/0/metrics.csv").write_bytes(b"\xff\n")
+    report(settings("sweep=sweep"))
+    said = capsys.readouterr().out
+    assert "finished: 0: sweep/0/metrics.csv cannot be read: " in said
+    assert "save_dir=${hydra:runtime.output_dir}" in said  # there are no other logs
+    assert read(Path("sweep"))[1]["return_value"].to_pylist() == [1.5]
 
 
 def test_references_stand_in_the_table_as_what_they_refer_to():
