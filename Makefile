@@ -10,7 +10,7 @@ run: $(INSTALLED)
 	$(BIN)/lightning-mnn $(ARGS)
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadgroup $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadgroup $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -8,7 +8,9 @@ import os
 import runpy
 import socket
 import sys
+import time
 from multiprocessing.connection import wait
+from pathlib import Path
 
 import torch
 from pytorch_lightning.utilities import rank_zero_only
@@ -19,6 +21,9 @@ processes.set_forkserver_preload([
     "lightning_mnn.callbacks.activation_pattern_recorder", "lightning_mnn.callbacks.angular_volume_monitor", "wandb",
     "requests", "zarr", "matplotlib",
 ])  # fmt: skip
+
+
+PATIENCE = 600  # seconds after which what is waited for counts as never coming: no measure of speed on a busy machine
 
 
 def run_the_command(folder, arguments):
@@ -51,13 +56,29 @@ def command(folder, *arguments, expect=0):
     for name in ("out", "err"):
         (folder / f"{name}.txt").unlink(missing_ok=True)
     process = start(folder, *arguments)
-    process.join(200)
+    process.join(PATIENCE)
     out, err = ((folder / f"{name}.txt").read_text() for name in ("out", "err"))
     assert process.exitcode == expect, out[-2000:] + err[-4000:]
     return out + err
 
 
-def side_by_side(folder, count, function, *arguments, timeout=200):
+def wait_for(moment, process=None):
+    """What a function returns, as soon as that is true; the process that brings it about must not have ended before."""
+    deadline = time.monotonic() + PATIENCE
+    while not (found := moment()):
+        assert process is None or process.is_alive(), "it ended before what was waited for"
+        assert time.monotonic() < deadline, "what was waited for never came"
+        time.sleep(0.01)
+    return found
+
+
+def all_ended(pids):
+    """Whether none of the processes runs any more; one that has ended and is not yet reaped is a zombie."""
+    states = (Path(f"/proc/{pid}/stat") for pid in pids)
+    return not any(path.exists() and path.read_text().rsplit(")", 1)[1].split()[0] != "Z" for path in states)
+
+
+def side_by_side(folder, count, function, *arguments):
     """Call a function in so many processes at once, which Lightning takes for those of one training by DDP.
 
     As torchrun would start them: Lightning's own launcher starts one of them and imports everything again in it.
@@ -74,7 +95,7 @@ def side_by_side(folder, count, function, *arguments, timeout=200):
         started[-1].start()
     running = {process.sentinel: process for process in started}
     while running and not any(process.exitcode for process in started):
-        ended = wait(running, timeout)
+        ended = wait(running, PATIENCE)
         if not ended:
             break
         for sentinel in ended:

@@ -3,7 +3,10 @@
 import json
 
 import pytest
+import torch
 
+from lightning_mnn.data import GaussianData
+from lightning_mnn.landscape import certify
 from tests.children import side_by_side
 from tests.two_processes import main
 
@@ -29,7 +32,7 @@ def numbers(value):
         {"num_samples": 23, "batch_size": 8},
         {"num_samples": 17, "batch_size": 4, "replicas": 2, "read": True},
         {"num_samples": 21, "batch_size": 5, "hidden_dims": [7, 5]},
-        {"num_samples": 21, "polish": True},
+        {"num_samples": 12, "hidden_dims": [16], "polish": True},  # four steps, far from any kink
         {"num_samples": 61, "hidden_dims": [3], "split": 6000},
         {"num_samples": 61, "hidden_dims": [3], "split": 0},
     ],
@@ -58,6 +61,21 @@ def test_two_processes_agree_with_one(tmp_path, options):
         for a, b in zip(numbers(one[name]), numbers(two[name]), strict=True):
             same_text = isinstance(a, str) or a is None or b is None
             assert a == b if same_text else b == pytest.approx(a, rel=1e-9, abs=1e-10), name
+
+
+@pytest.mark.slow
+def test_polishing_from_afar_ends_in_a_minimum_on_any_number_of_processes(tmp_path):
+    """Not in the same one: on its way across kinks the last bit of the weights decides."""
+    one, two = (run(devices, {"num_samples": 21, "polish": True}, tmp_path / str(devices)) for devices in (1, 2))
+    assert one["digests"] == two["digests"]  # of before
+    assert one["logged"]["train/mse"] == pytest.approx(two["logged"]["train/mse"], rel=1e-9)
+    inputs, targets = GaussianData(21, 6).tensors()
+    for found in (one, two):
+        assert (found["evidence"], found["zero_error"], found["mce"]) == ("certificate", True, 0)
+        output, hidden = (torch.tensor(weights, dtype=torch.float64) for weights in sorted(found["weights"], key=len))
+        again = certify(hidden.reshape(9, 6), output, inputs, targets, max_distance=1e-9)
+        assert (again.kind, again.zero_error) == (found["kind"], True)
+        assert again.is_minimum
 
 
 @pytest.mark.slow

@@ -15,6 +15,8 @@ from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, Inte
 from hydra.version import VersionBase
 from packaging.version import Version
 
+from tests.children import PATIENCE, all_ended, wait_for
+
 # Of this process the jobs are to take nothing that belongs to it alone.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -105,13 +107,13 @@ def main(cfg):
     if cfg.do == "exit":
         sys.exit(3)
     if cfg.do == "wait":
-        child = subprocess.Popen(["sleep", "100"])
+        child = subprocess.Popen(["sleep", "2000"])
         (folder / "pids").write_text(f"{os.getpid()} {child.pid}")
-        time.sleep(100)
+        time.sleep(2000)
     if cfg.do == "catch":
         try:
             (folder / "pids").write_text(f"{os.getpid()}")
-            time.sleep(100)
+            time.sleep(2000)
         except KeyboardInterrupt:
             return 0.5
     if cfg.do == "odd":
@@ -147,7 +149,7 @@ def app(tmp_path):
 
 
 def say(command, expect=0):
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False, env=ENVIRONMENT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, env=ENVIRONMENT)
     assert done.returncode == expect, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -214,10 +216,10 @@ def test_what_finished_with_another_config_runs_again(app):
 
 def test_what_is_interrupted_is_not_finished_whatever_it_returns(app):
     launcher = subprocess.Popen([*app, "do=catch"], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
-    until(Path("sweep/0/pids").exists)
+    wait_for(Path("sweep/0/pids").exists)
     assert "another process is at work in" in say([*app, "do=catch", "resume=true"], expect=1)
     launcher.send_signal(signal.SIGTERM)
-    said, _ = launcher.communicate(timeout=30)
+    said, _ = launcher.communicate(timeout=PATIENCE)
     assert launcher.returncode == 128 + signal.SIGTERM
     assert "job #0 (do=catch) was interrupted" in said
     assert record_of(0)["status"] == "interrupted"
@@ -264,22 +266,15 @@ def test_bad_input_is_refused_before_any_job_starts(app, arguments, message):
 def test_no_process_outlives_the_launcher(app, number):
     launcher = subprocess.Popen([*app, "do=wait", "size=1,2,3", "hydra.launcher.n_jobs=2"], env=ENVIRONMENT)
     files = [Path("sweep", job, "pids") for job in "01"]
-    until(lambda: all(file.exists() and file.read_text() for file in files))
+    wait_for(lambda: all(file.exists() and file.read_text() for file in files))
     started = [int(pid) for file in files for pid in file.read_text().split()]
     launcher.send_signal(number)
-    assert launcher.wait(30) == (-9 if number is signal.SIGKILL else 128 + number)
-    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
+    assert launcher.wait(PATIENCE) == (-9 if number is signal.SIGKILL else 128 + number)
+    wait_for(lambda: all_ended(started))
     assert not Path("sweep/2").exists()
     assert not list(Path("temporary").glob("lightning-mnn-job-*"))
     if number is not signal.SIGKILL:
         assert "interrupted" in record_of(0)["error"]
-
-
-def until(holds):
-    deadline = time.monotonic() + 100
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def ranks(number):
@@ -338,13 +333,11 @@ def test_a_sweep_over_devices_is_right_and_survives_the_loss_of_a_rank():
 
     cut = [*common, "hydra.sweep.dir=cut", "trainer.devices=2,1", "seed=2"]
     launcher = subprocess.Popen(cut, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
-    until(Path("cut/0/checkpoints/last.ckpt").exists)
+    wait_for(Path("cut/0/checkpoints/last.ckpt").exists)
     (lost,) = ranks(1)
     os.kill(lost, signal.SIGKILL)
-    killed = time.monotonic()
-    until(Path("cut/0/job.json").exists)
-    assert time.monotonic() - killed < 60
-    said, _ = launcher.communicate(timeout=100)
+    wait_for(Path("cut/0/job.json").exists)
+    said, _ = launcher.communicate(timeout=PATIENCE)
     assert launcher.returncode == 1
     assert "job #0 (trainer.devices=2) " in said
     assert summaries("cut").keys() == {(1, 2)}

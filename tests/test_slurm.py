@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +17,7 @@ from lightning_mnn.callbacks import LastCheckpoint
 from lightning_mnn.callbacks.last_checkpoint import SavedAndStopped
 from lightning_mnn.data import GaussianData
 from lightning_mnn.slurm import Allocation, _files_of, allocation
+from tests.children import PATIENCE, wait_for
 
 COMMAND = (sys.executable, "-m", "lightning_mnn", "-m")
 RUN = (
@@ -107,14 +107,6 @@ def state_of(job):
     return slurm("squeue", "--noheader", "--array", f"--jobs={job}", "--format=%T %D", check=False)
 
 
-def wait_for(moment):
-    deadline = time.monotonic() + 100
-    while not (found := moment()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return found
-
-
 def has_rows(run, rows):
     path = run / "metrics.csv"
     return path.exists() and path.read_text().count("\n") > rows
@@ -143,7 +135,7 @@ class Sweeps:
 
     def end(self, name):
         """The exit code."""
-        return self._running[name].wait(100)
+        return self._running[name].wait(PATIENCE)
 
     def said(self, name):
         return (self.folder / f"{name}.log").read_text()

@@ -4,7 +4,6 @@ import shutil
 import signal
 import tarfile
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from PIL import Image
 from lightning_mnn.data import store
 from lightning_mnn.data.store import build_store, list_images, open_store
 from lightning_mnn.utilities.locks import locked
-from tests.children import processes
+from tests.children import PATIENCE, processes, wait_for
 
 pytestmark = pytest.mark.xdist_group("store")  # whose fixture takes seconds: for one process, not for each
 
@@ -344,9 +343,7 @@ def test_killed_build_goes_on(tmp_path, photographs, blocks_of_four):
     folder = tmp_path / "store"
     build = processes.Process(target=build_in_blocks_of_four, args=(photographs, folder))
     build.start()
-    while not (folder / "journal.jsonl").exists() or len(journal(folder)) < 20:
-        assert build.is_alive(), "the build ended before it could be killed"
-        time.sleep(0.002)
+    wait_for(lambda: (folder / "journal.jsonl").exists() and len(journal(folder)) >= 20, build)
     build.kill()
     build.join()
     assert build.exitcode == -signal.SIGKILL
@@ -363,12 +360,10 @@ def test_another_process_at_it_is_waited_for(tmp_path, capsys):
     builder = threading.Thread(target=build_store, args=(root, folder), kwargs={"size": 4})
     with locked(folder / "lock"):
         builder.start()
-        said = ""
-        while "another process is making the store" not in said:
-            said += capsys.readouterr().err
-            time.sleep(0.01)
+        said = []
+        wait_for(lambda: said.append(capsys.readouterr().err) or "another process is making the store" in "".join(said))
         assert set(contents(folder)) == set()
-    builder.join(30)
+    builder.join(PATIENCE)
     assert len(open_store(folder, verify=True).images) == 2
 
 

@@ -17,7 +17,7 @@ from lightning_mnn.data import rows as row_files
 from lightning_mnn.data.rows import RowArray, RowFile, rows_of, written_rows
 from lightning_mnn.data.streaming import BufferedShuffle, _Pass
 from lightning_mnn.data.whitening import InputMap
-from tests.children import processes, side_by_side
+from tests.children import PATIENCE, processes, side_by_side
 
 DIM = 3
 
@@ -246,7 +246,7 @@ def test_written_rows_go_on_after_a_kill(tmp_path, monkeypatch):
     path = tmp_path / "killed"
     process = processes.Process(target=write_and_be_killed, args=(path,))
     process.start()
-    process.join(100)
+    process.join(PATIENCE)
     assert process.exitcode == -9
     assert not path.exists()
     with (tmp_path / "killed.part").open("r+b") as file:
@@ -269,7 +269,7 @@ def test_a_file_is_written_by_one_at_a_time(tmp_path):
 
     def slow(low, high):
         begun.set()
-        assert go_on.wait(30)
+        assert go_on.wait(PATIENCE)
         return blocks(low, high)
 
     def watched(low, high):
@@ -281,12 +281,12 @@ def test_a_file_is_written_by_one_at_a_time(tmp_path):
 
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(write, slow)
-        assert begun.wait(30)
+        assert begun.wait(PATIENCE)
         second = threads.submit(write, watched)
-        time.sleep(0.2)
+        time.sleep(0.2)  # in which it would ask, if it did not wait
         waited = not second.done() and not asked
         go_on.set()
-        assert first.result(30) == second.result(30)
+        assert first.result(PATIENCE) == second.result(PATIENCE)
     assert waited
     assert asked == []
 
@@ -302,7 +302,7 @@ def test_a_closed_pass_reads_no_more():
 
     sampler = BufferedShuffle(10, [0], chunk=2, buffer=5)
     current = _Pass(sampler, np.arange(10), [0, 5, 10], slow, [torch.empty(5, DIM) for _ in range(2)])
-    assert begun.wait(30)
+    assert begun.wait(PATIENCE)
     current.close()
     assert read == [5]
 

@@ -1,6 +1,5 @@
 """Two processes that share the samples find what one finds (run by test_loss_surface)."""
 
-import math
 import os
 from dataclasses import replace
 
@@ -39,8 +38,9 @@ def work(store):
     verdict = second_order_verdict(shared, kinks, 1e6)
     exact_verdict = second_order_verdict(alone, exact_kinks, 1e6)
     assert verdict.kind == exact_verdict.kind == "undecided"  # far from stationary: the gradient could feign it
-    assert verdict.products == exact_verdict.products
-    assert abs(verdict.smallest_eigenvalue - exact_verdict.smallest_eigenvalue) <= 1e-12
+    # One of them may have taken a product more: of both the eigenvalue lies in [smallest − error, smallest].
+    error = max(verdict.eigenvalue_error, exact_verdict.eigenvalue_error)
+    assert abs(verdict.smallest_eigenvalue - exact_verdict.smallest_eigenvalue) <= error
     everything = kink_distance([] if rank else kink_passes(model, inputs), parameters, team)
     assert same(everything, exact_kinks)
 
@@ -62,7 +62,9 @@ def work(store):
 
 
 def same(found, exact):
-    return replace(found, relative=0) == replace(exact, relative=0) and math.isclose(found.relative, exact.relative)
+    """Whether the counts are equal, and the distances but for what other batches round otherwise."""
+    close = abs(found.nearest - exact.nearest) <= 1e-14 and abs(found.relative - exact.relative) <= 1e-14
+    return close and replace(found, nearest=0, relative=0) == replace(exact, nearest=0, relative=0)
 
 
 def _fail(_gradient):

@@ -5,7 +5,6 @@ import json
 import os
 import shlex
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from lightning_mnn.landscape import bounds
 from lightning_mnn.landscape.census import GaussianData, ensemble_census
 from lightning_mnn.landscape.splitting import rare_census
 from lightning_mnn.tasks.census import census
-from tests.children import command, start
+from tests.children import PATIENCE, all_ended, command, start, wait_for
 
 SMALL = (
     "experiment=census", "census.scans.width.sizes=[[6,2,2],[6,2,4]]", "census.scans.width.num_regions=12",
@@ -46,26 +45,11 @@ def results(folder):
 
 def begun(process, folder, number):
     """Wait until that many parts are finished."""
-    deadline = time.monotonic() + 60
-    while len(list(folder.glob("parts/*.json"))) < number:
-        assert time.monotonic() < deadline
-        assert process.is_alive(), "it was over before it could be stopped"
-        time.sleep(0.01)
+    wait_for(lambda: len(list(folder.glob("parts/*.json"))) >= number, process)
 
 
 def workers(process):
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-
-
-def ended(pids):
-    """Whether no such process runs on; what has ended and is not yet reaped is a zombie."""
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        states = [Path(f"/proc/{pid}/stat") for pid in pids]
-        if not any(path.exists() and path.read_text().rsplit(")", 1)[1].split()[0] != "Z" for path in states):
-            return True
-        time.sleep(0.1)
-    return False
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +101,11 @@ def test_interrupted_then_killed_it_ends_in_the_files_of_an_unbroken_run(unbroke
     pids = workers(process)
     assert len(pids) >= 2
     os.kill(process.pid, signal.SIGINT)
-    process.join(30)
+    process.join(PATIENCE)
     out, err = (Path(f"{name}.txt").read_text() for name in ("out", "err"))
     assert process.exitcode == 130, err
     assert "Traceback" not in err
-    assert ended(pids)
+    wait_for(lambda: all_ended(pids))
 
     again = shlex.split(next(line for line in out.splitlines() if line.startswith("  lightning-mnn")))[1:]
     number = len(list(folder.glob("parts/*.json")))
@@ -130,7 +114,7 @@ def test_interrupted_then_killed_it_ends_in_the_files_of_an_unbroken_run(unbroke
     pids = workers(process)
     process.kill()
     process.join()
-    assert ended(pids)
+    wait_for(lambda: all_ended(pids))
     assert not (folder / "summary.json").exists()
 
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("parts/*.json")}

@@ -12,7 +12,7 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from lightning_mnn.tasks.dashboard import dashboard, to_json, workspace
-from tests.children import command
+from tests.children import PATIENCE, command
 
 pytest.importorskip("wandb_workspaces")
 
@@ -147,7 +147,7 @@ def server(monkeypatch):
 def test_it_is_saved_where_the_runs_go_and_its_address_is_printed(server, monkeypatch):
     def run(expect):
         arguments = [sys.executable, "-m", "lightning_mnn", "task=dashboard", "logger.wandb.project=sweeps"]
-        done = subprocess.run(arguments, capture_output=True, text=True, timeout=100, check=False)
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=PATIENCE, check=False)
         assert done.returncode == expect, done.stderr[-2000:]
         return done
 

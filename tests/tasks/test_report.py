@@ -12,6 +12,7 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from lightning_mnn.tasks.report import report
+from tests.children import PATIENCE
 from tests.scans import write_scan
 
 REFERENCE = Path(__file__).parents[2] / "outputs" / "reference"
@@ -49,7 +50,7 @@ def test_the_command_draws_anew_and_leaves_nothing_else():
     before = tree(folder)
     done = subprocess.run(
         [sys.executable, "-m", "lightning_mnn", "task=report", f"folder={folder}"],
-        capture_output=True, text=True, timeout=100, check=False, env=os.environ | {"COLUMNS": "120"},
+        capture_output=True, text=True, timeout=PATIENCE, check=False, env=os.environ | {"COLUMNS": "120"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "drawn anew: results/scan/figure.png" in done.stdout

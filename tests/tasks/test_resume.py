@@ -20,7 +20,7 @@ from lightning_mnn import MNN
 from lightning_mnn.callbacks import LastCheckpoint, PatternStore
 from lightning_mnn.data import GaussianData
 from lightning_mnn.loggers import ResumableCSVLogger
-from tests.children import command, start
+from tests.children import PATIENCE, command, start, wait_for
 
 SMALL = (
     "data.num_samples=40", "data.input_dim=6", "model.hidden_dims=[8]", "seed=1", "trainer.log_every_n_steps=40",
@@ -35,9 +35,7 @@ KINDS = {
 
 def kill_when(process, moment):
     """End the process by kill -9 as soon as something is so; it must not have ended by itself."""
-    deadline = time.monotonic() + 60
-    while not moment() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(moment, process)
     assert process.is_alive()
     process.kill()
     process.join()
@@ -132,28 +130,24 @@ def test_killed_at_any_moment_it_ends_in_the_numbers_of_an_unbroken_run(kind, tm
 
 
 def test_told_to_end_it_says_so_and_can_be_gone_on_with(tmp_path):
-    arguments = (*SMALL, "logger.mode=disabled", "hydra.run.dir=run", "resume=true", "trainer.max_epochs=1500")
+    arguments = (*SMALL, "logger.mode=disabled", "hydra.run.dir=run", "resume=true", "trainer.max_epochs=6000")
     first, run = start(tmp_path, *arguments), tmp_path / "run"
-    deadline = time.monotonic() + 60
-    while not rows_of(run) and time.monotonic() < deadline:
-        time.sleep(0.005)
+    wait_for(lambda: rows_of(run), first)
     first.terminate()
-    first.join(60)
+    first.join(PATIENCE)
     assert first.exitcode == 128 + signal.SIGTERM
     summary = json.loads((run / "summary.json").read_text())
     assert not summary["finished"]
     assert summary["reason"] == f"interrupted after {summary['steps']} steps"
-    assert 0 < summary["steps"] < 1500
+    assert 0 < summary["steps"] < 6000
     command(tmp_path, *arguments)
-    assert summary_of(run)[0]["steps"] == 1500
+    assert summary_of(run)[0]["steps"] == 6000
 
 
 def test_a_second_process_does_not_go_on_with_a_run_that_goes_on(tmp_path):
     arguments = (*SMALL, "trainer.max_epochs=1000000", "logger.mode=disabled", "hydra.run.dir=run", "resume=true")
     first = start(tmp_path, *arguments)
-    deadline = time.monotonic() + 60
-    while not rows_of(tmp_path / "run") and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(lambda: rows_of(tmp_path / "run"), first)
     assert "another process trains in" in command(tmp_path, *arguments, expect=1)
     kill_when(first, lambda: True)
 
@@ -228,16 +222,15 @@ def test_two_processes_go_on_alike(tmp_path):
         )  # fmt: skip
 
     unbroken, cut = launch("hydra.run.dir=unbroken"), launch()
-    deadline = time.monotonic() + 100
-    while not (last := begun(tmp_path) / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for(lambda: cut.poll() is not None or (begun(tmp_path) / "checkpoints" / "last.ckpt").exists())
     assert cut.poll() is None
     os.killpg(cut.pid, signal.SIGKILL)
     cut.communicate()
+    last = begun(tmp_path) / "checkpoints" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] < 600
     again = launch()
     for process in (unbroken, again):
-        said, _ = process.communicate(timeout=200)
+        said, _ = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, said[-3000:]
     assert_same_run(begun(tmp_path), tmp_path / "unbroken")
 

@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import statistics
-import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from lightning_mnn.callbacks import LocalMinimumDetector, Schedule
 from lightning_mnn.data import GaussianData
 from lightning_mnn.mnn import DivergenceError
 from lightning_mnn.tasks.scan import Fit, Size, _sizes, scan, summarise
-from tests.children import command, start
+from tests.children import PATIENCE, all_ended, command, start, wait_for
 
 EPOCHS = 30
 SMALL = (
@@ -42,16 +41,6 @@ def results(folder):
         del node["seconds"]
     del summary["command"]
     return table(folder / "scan.csv"), summary
-
-
-def ended(pids):
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        states = [Path(f"/proc/{pid}/stat") for pid in pids]
-        if not any(path.exists() and path.read_text().rsplit(")", 1)[1].split()[0] != "Z" for path in states):
-            return True
-        time.sleep(0.1)
-    return False
 
 
 def alone(row, trainer):
@@ -102,18 +91,16 @@ def test_the_table_holds_what_single_networks_end_in(unbroken, make_trainer):
 def test_begun_with_fewer_sizes_and_interrupted_it_ends_in_the_files_of_an_unbroken_run(unbroken, tmp_path):
     folder = Path("outputs/quick/seed_4")
     process = start(tmp_path, *SMALL, "name=quick", "scan.processes=2", "scan.input_dims=[6]", "scan.figure=minima")
-    while not list(folder.glob("parts/*.json")):
-        assert process.is_alive(), "it was over before it could be stopped"
-        time.sleep(0.005)
+    wait_for(lambda: list(folder.glob("parts/*.json")), process)
     pids = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     assert len(pids) >= 2
     os.kill(process.pid, signal.SIGINT)
-    process.join(30)
+    process.join(PATIENCE)
     out, err = (Path(f"{name}.txt").read_text() for name in ("out", "err"))
     assert process.exitcode == 130, err
     assert "Traceback" not in err
     assert "Go on with\n  lightning-mnn experiment=figure_5_1" in out
-    assert ended(pids)
+    wait_for(lambda: all_ended(pids))
 
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("parts/*.json")}
     assert 1 <= len(kept) < PARTS // 2

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -41,7 +40,7 @@ def program(*arguments):
         [sys.executable, "-m", "lightning_mnn", *arguments],
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=children.PATIENCE,
         check=False,
         env=os.environ | {"COLUMNS": "120"},
     )
@@ -174,11 +173,9 @@ def test_an_interrupted_run_leaves_what_it_had():
         "callbacks.local_minimum_detector.stop_training=false", "hydra.run.dir=cut",
     )  # fmt: skip
     metrics = Path("cut/metrics.csv")
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.read_text().count("\n") > 50) and time.monotonic() < deadline:
-        time.sleep(0.2)
+    children.wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 50, process)
     os.kill(process.pid, signal.SIGINT)
-    process.join(60)
+    process.join(children.PATIENCE)
     assert process.exitcode == 1
     assert {p.name for p in Path("cut").iterdir()} >= FOLDER - {"checkpoints"}
     summary = summary_of(Path("cut"))
