@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torchvision.datasets import CIFAR10, MNIST
-from torchvision.datasets.utils import check_integrity
 from typing_extensions import override
 
 from lightning_mnn.data.images import ImageData, group_classes
 from lightning_mnn.data.store import LabelledImages
+from lightning_mnn.utilities.compat.torchvision_internals import cifar10_archive, cifar10_folder, mnist_archives
 from lightning_mnn.validation import one_of, truth_value
 
 if TYPE_CHECKING:
@@ -72,11 +74,11 @@ class MNISTData(ImageData):
                 raw = Path(folder) / "MNIST" / "raw"
                 raw.mkdir(parents=True)
                 for archive in archives:
-                    (raw / archive.name).symlink_to(archive.resolve())
+                    _place(archive, raw)
                 return self._through_torchvision(folder, download=True)
         if self._unpacked():
             return self._through_torchvision(str(self.root), download=False)
-        names = ", ".join(name for name, _ in MNIST.resources)
+        names = ", ".join(mnist_archives())
         raise FileNotFoundError(
             f"no MNIST in {self._raw().resolve()}: put the archives {names} there, "
             "or set data.root to the folder that holds MNIST/raw, or data.download=true"
@@ -91,11 +93,11 @@ class MNISTData(ImageData):
         return self.root / "MNIST" / "raw"
 
     def _archives(self) -> dict[Path, str]:
-        found = {self._raw() / name: md5 for name, md5 in MNIST.resources}
+        found = {self._raw() / name: md5 for name, md5 in mnist_archives().items()}
         return found if all(path.is_file() for path in found) else {}
 
     def _unpacked(self) -> bool:
-        return all((self._raw() / name.removesuffix(".gz")).is_file() for name, _ in MNIST.resources)
+        return all((self._raw() / name.removesuffix(".gz")).is_file() for name in mnist_archives())
 
 
 class CIFAR10Data(ImageData):
@@ -136,24 +138,26 @@ class CIFAR10Data(ImageData):
 
     @override
     def prepare_data(self) -> None:
-        if self.download and not self._archive().is_file() and not self._batches().is_dir():
+        names = cifar10_archive()[0], cifar10_folder()[0]
+        if self.download and not any((self.root / name).exists() for name in names):
             CIFAR10(str(self.root), download=True)
         super().prepare_data()
 
     @override
     def source(self) -> LabelledImages:
-        if self._batches().is_dir():
-            names = CIFAR10.meta["filename"], CIFAR10.meta["md5"]
-            for name, md5 in (*CIFAR10.train_list, *CIFAR10.test_list, names):
-                _check_md5(self._batches() / name, md5)
+        unpacked, batches = cifar10_folder()
+        if (self.root / unpacked).is_dir():
+            for name, md5 in batches.items():
+                _check_md5(self.root / unpacked / name, md5)
             return self._through_torchvision(str(self.root), download=False)
-        if self._archive().is_file():
-            _check_md5(self._archive(), CIFAR10.tgz_md5)
+        archive, md5 = cifar10_archive()
+        if (self.root / archive).is_file():
+            _check_md5(self.root / archive, md5)
             with tempfile.TemporaryDirectory() as folder:
-                (Path(folder) / CIFAR10.filename).symlink_to(self._archive().resolve())
+                _place(self.root / archive, Path(folder))
                 return self._through_torchvision(folder, download=True)
         raise FileNotFoundError(
-            f"no CIFAR-10 in {self.root.resolve()}: put {CIFAR10.filename} there, or its folder {CIFAR10.base_folder}, "
+            f"no CIFAR-10 in {self.root.resolve()}: put {archive} there, or its folder {unpacked}, "
             "or set data.root to the folder that holds them, or data.download=true"
         )
 
@@ -162,22 +166,26 @@ class CIFAR10Data(ImageData):
         images = np.concatenate([s.data.reshape(len(s.data), -1) for s in sets])
         return LabelledImages(images, np.concatenate([s.targets for s in sets]), tuple(sets[0].classes))
 
-    def _archive(self) -> Path:
-        return self.root / str(CIFAR10.filename)
-
-    def _batches(self) -> Path:
-        return self.root / str(CIFAR10.base_folder)
-
 
 def _checked_part(part: str) -> str:
     checked: str = one_of("part", part, sorted(PARTS))
     return checked
 
 
+def _place(archive: Path, folder: Path) -> None:
+    """Let an archive be in a folder too, without a copy where the system allows for that."""
+    try:
+        (folder / archive.name).symlink_to(archive.resolve())
+    except OSError:  # Windows asks for a privilege
+        shutil.copyfile(archive, folder / archive.name)
+
+
 def _check_md5(file: Path, md5: str) -> None:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: put the original file there, or set data.root or data.download")
-    if not check_integrity(str(file), md5):
+    with file.open("rb") as content:
+        found = hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if found != md5:
         raise OSError(
             f"{file} is corrupt or truncated: its md5 is not {md5}. "
             "Replace it by the original (or delete it and set data.download=true)"

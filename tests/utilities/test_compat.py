@@ -26,6 +26,7 @@ from pytorch_lightning.loggers import WandbLogger
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
+from torchvision.datasets import CIFAR10, MNIST
 
 from lightning_mnn import MNN
 from lightning_mnn.data import GaussianData
@@ -35,6 +36,7 @@ from lightning_mnn.utilities.compat import (
     lightning_internals,
     python_internals,
     torch_internals,
+    torchvision_internals,
     wandb_internals,
 )
 from lightning_mnn.utilities.compat.missing import MissingPartError, attribute, private_part
@@ -84,7 +86,7 @@ def test_the_error_names_library_version_part_and_remedy():
     with pytest.raises(MissingPartError) as caught:
         attribute(torch, "_C.no_such_part", "torch")
     said = str(caught.value)
-    assert said.startswith(f"torch {version('torch')} does not have module._C.no_such_part")
+    assert said.startswith(f"torch {version('torch')} does not have torch._C.no_such_part")
     (needed,) = (one for one in requires("lightning-mnn") if re.match(r"torch\b(?!\w)", one))
     assert said.endswith(needed)
 
@@ -621,6 +623,35 @@ def test_how_another_process_is_prepared(monkeypatch):
     monkeypatch.delattr(multiprocessing.spawn, "prepare")
     with missing("prepare"):
         python_internals.prepare({})
+
+
+# torchvision
+
+
+@canary_of(
+    torchvision_internals.mnist_archives, torchvision_internals.cifar10_archive, torchvision_internals.cifar10_folder
+)
+def test_files_of_data_sets(monkeypatch):
+    archives = torchvision_internals.mnist_archives()
+    kinds = ("images-idx3-ubyte.gz", "labels-idx1-ubyte.gz")
+    assert archives.keys() == {f"{part}-{kind}" for part in ("train", "t10k") for kind in kinds}
+    name, md5 = torchvision_internals.cifar10_archive()
+    folder, batches = torchvision_internals.cifar10_folder()
+    assert (name, folder) == ("cifar-10-python.tar.gz", "cifar-10-batches-py")
+    assert batches.keys() == {*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"}
+    assert all(re.fullmatch("[0-9a-f]{32}", one) for one in (md5, *batches.values(), *archives.values()))
+    monkeypatch.delattr(MNIST, "resources")
+    with missing("resources"):
+        torchvision_internals.mnist_archives()
+    with monkeypatch.context() as patched:
+        patched.delattr(CIFAR10, "tgz_md5")
+        with missing("tgz_md5"):
+            torchvision_internals.cifar10_archive()
+    for name in ("train_list", "base_folder", "meta"):
+        with monkeypatch.context() as patched:
+            patched.delattr(CIFAR10, name)
+            with missing(name):
+                torchvision_internals.cifar10_folder()
 
 
 # W&B

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
@@ -48,7 +49,8 @@ def attribute(owner: Any, path: str, library: str) -> Any:
         try:
             found = getattr(found, name)
         except AttributeError:
-            raise MissingPartError(library, f"{type(owner).__name__}.{path}") from None
+            of = getattr(owner, "__name__", type(owner).__name__)
+            raise MissingPartError(library, f"{of}.{path}") from None
     return found
 
 
@@ -87,4 +89,4 @@ def _tested(library: str) -> str | None:
     except PackageNotFoundError:  # it runs from its sources
         return None
     plain = (one.partition(";")[0].strip() for one in needed)
-    return next((one for one in plain if one.startswith(library) and not one[len(library)].isalnum()), None)
+    return next((one for one in plain if re.match(rf"{re.escape(library)}[<>=~!]", one)), None)
