@@ -12,7 +12,7 @@ from lightning_mnn.launcher import DevicePool, LaunchError
 # own parts by; of Lightning one is told.
 AS_ON_WINDOWS = """
 import importlib, os, pkgutil, signal, sys
-import filelock, hydra, matplotlib.pyplot, pyarrow.parquet, pytorch_lightning, rich.live, torch, torchvision, wandb, zarr
+import filelock, hydra, matplotlib.pyplot, pyarrow.parquet, pytorch_lightning, rich.live, torchvision, wandb, zarr
 import concurrent.futures.process, multiprocessing.spawn
 from pytorch_lightning.trainer.connectors import signal_connector
 
@@ -24,7 +24,7 @@ for name in ("alarm", "pause", "pthread_sigmask", "setitimer", "sigwait", *signa
         delattr(signal, name)
 signal.valid_signals = lambda: {getattr(signal, name) for name in known}
 signal_connector._IS_WINDOWS = True
-for name in ("fork", "forkpty", "getpgid", "killpg", "sched_getaffinity", "setpgid", "setsid", "WIFSIGNALED", "WNOHANG"):
+for name in ("fork", "getpgid", "killpg", "sched_getaffinity", "setpgid", "setsid", "WIFSIGNALED", "WNOHANG"):
     delattr(os, name)
 
 import lightning_mnn
@@ -48,5 +48,5 @@ def test_the_device_pool_says_what_it_needs(monkeypatch):
     pool = DevicePool()
     pool.setup(hydra_context=None, task_function=None, config=None)
     monkeypatch.delattr(os, "killpg")
-    with pytest.raises(LaunchError, match="needs Linux or macOS.*hydra/launcher=basic"):
+    with pytest.raises(LaunchError, match=r"needs Linux or macOS.*hydra/launcher=basic"):
         pool.launch([["seed=1"]], 0)
