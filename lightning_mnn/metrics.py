@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 class MeanClassificationError(Metric):
     """Fraction of samples that a real-valued output puts on the wrong side of the threshold.
 
-    A prediction exactly on the threshold is an error (up to rounding: (ŷ − t)(y − t) ≤ 1e-12). States are sums, so any
-    number of batches and processes gives the same value. Every sample of every replica counts alike.
+    A prediction exactly on the threshold is an error (up to rounding: (ŷ − t)(y − t) ≤ 1e-12, for labels at a distance
+    of about 1; for others, relative to the square of their distance). States are sums, so any number of batches and
+    processes gives the same value. Every sample of every replica counts alike.
 
     Args:
         threshold: 0.5 for labels {0, 1}, 0 for labels ±1.

@@ -25,6 +25,7 @@ from lightning_mnn.landscape.gordan import alternatives
 from lightning_mnn.landscape.pattern import ActivationPattern
 from lightning_mnn.landscape.region import Region, khatri_rao
 from lightning_mnn.landscape.survey import infer_threshold, wrong
+from lightning_mnn.landscape.units import unit_exponent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,9 +39,11 @@ if TYPE_CHECKING:
 
 _CLOSED = 1e-9  # the equations of a dual may be off by this, relative to what it shows
 _OPEN = 1e-7  # a margin beyond this is one; between the two a branch is undecided
+_EXCLUDED = 2 * _CLOSED  # margins min s_i σ_ni x̂_n·w̃_i / ‖w̃‖ beyond this are excluded by closed branches
 _STATIONARY = 1e-10  # ‖G e‖ / (‖G‖_F ‖y‖) of a point that is called a minimum
 _ZERO = 1e-12  # relative size of what is zero but for rounding
 _DOUBT = 1e-10  # relative size of a singular value that is certainly not zero
+_UNEVEN = 1e-10  # length of an input, relative to the longest, from which its part in G is not lost in rounding
 _LARGEST = 20_000_000  # entries of the largest dense matrix of inequalities, N·d1 × d0·d1
 _EPS = float(np.finfo(np.float64).eps)
 _FREE = 2  # stands for the sign of a row that is not decided
@@ -73,7 +76,8 @@ class Existence:
     The errors are those of every such minimum of the region, known whether or not there is one.
 
     Attributes:
-        exists: True with a point, False with a proof, None where neither was found.
+        exists: True with a point, False with a proof, None where neither was found. A proof speaks of minima whose
+            margin, as defined below, is above ``excluded_margin``; of closer ones floats tell nothing.
         reason: why, in words.
         zero_error: e* = 0 up to rounding: the paper's global minimum.
         mse: ‖e*‖²/N.
@@ -82,6 +86,8 @@ class Existence:
         margin: of the point, min s_i σ_ni x_n·w̃_i / (‖x_n‖‖w̃‖) over the rows with s_i ≠ 0 (1 where there is none).
         hidden_weights: W of the point, (d1, d0).
         output_weights: z of the point, (d1,): |z_i| = ‖w_i‖, or z_i = 0 and ‖w_i‖ = 1.
+        excluded_margin: of absence, 2e-9: no minimum has a larger margin (and where predictions alone rule the zeros of
+            a branch out, none has ‖w̃‖ below 1e9 times the least of S_A).
         proof: of absence, closed branches that together cover all signs, or those asked for.
     """
 
@@ -92,6 +98,7 @@ class Existence:
     mce: float | None
     output_signs: tuple[int, ...] | None = None
     margin: float | None = None
+    excluded_margin: float | None = None
     hidden_weights: Tensor | None = None
     output_weights: Tensor | None = None
     proof: tuple[ClosedBranch, ...] = ()
@@ -109,7 +116,8 @@ def find_minimum(
 
     In units of the smallest ‖w̃‖ of S_A, a branch is open if a point has margins t > 1e-7, and closed by a dual that
     shows t* ≤ 1e-9; between, it is undecided. A point found is tested again as it is returned: on the right side of
-    every kink beyond rounding, and ‖G e‖ ≤ 1e-10 ‖G‖_F ‖y‖.
+    every kink beyond rounding, and ‖G e‖ ≤ 1e-10 ‖G‖_F ‖y‖. Inputs and targets are taken in units of their own size, so
+    that neither scale matters.
 
     Args:
         region: the region, of one network or R.
@@ -143,12 +151,20 @@ def find_minimum(
     parts = [(inputs, 2), (active, 2), (targets, 1), *([] if signs is None else [(signs, 1)])]
     leading = np.broadcast_shapes(*(tuple(part.shape[: part.ndim - rank]) for part, rank in parts))
     if not leading:
-        return _find(region, targets, signs, threshold, max_nodes)
+        return _find(region, targets, signs, _threshold(targets, threshold), max_nodes)
     spread = [part.expand(*leading, *part.shape[part.ndim - rank :]).flatten(0, -rank - 1) for part, rank in parts]
     networks = [
         (Region(x, ActivationPattern(a), region.negative_slope), *rest) for x, a, *rest in zip(*spread, strict=True)
     ]
-    return [_find(alone, y, s[0] if s else None, threshold, max_nodes) for alone, y, *s in networks]
+    thresholds = [_threshold(y, threshold) for _, y, *_ in networks]
+    return [
+        _find(alone, y, s[0] if s else None, t, max_nodes)
+        for (alone, y, *s), t in zip(networks, thresholds, strict=True)
+    ]
+
+
+def _threshold(targets: Tensor, threshold: float | None) -> float | None:
+    return infer_threshold(targets) if threshold is None else threshold
 
 
 def check_proof(region: Region, targets: Tensor, existence: Existence) -> bool:
@@ -179,16 +195,16 @@ def _find(
     (num_samples, width), dim = region.pattern.active.shape, region.inputs.shape[-1]
     size = num_samples * dim * width**2
     model = _Model(region, targets) if size <= _LARGEST else None
-    residual = region.residual(targets) if model is None else torch.from_numpy(model.residual).to(targets)
-    rounding = 8 * max(num_samples, dim * width) * _EPS * float(targets.norm())
-    threshold = infer_threshold(targets) if threshold is None else threshold
+    unit = 2.0 ** unit_exponent(float(targets.abs().max())) if model is None else model.target_unit
+    scaled = region.residual(targets) / unit if model is None else torch.from_numpy(model.residual).to(targets)
+    rounding = 8 * max(num_samples, dim * width) * _EPS * float((targets / unit).norm())
     asked = None if output_signs is None else output_signs.sign().cpu().numpy().astype(np.int8)
     verdict = Existence(
         exists=None,
         reason="undecided",
-        zero_error=float(residual.norm()) <= rounding,
-        mse=float(residual.square().mean()),
-        mce=None if threshold is None else float(wrong(targets - residual, targets, threshold).double().mean()),
+        zero_error=float(scaled.norm()) <= rounding,
+        mse=float(scaled.square().mean()) * unit * unit,
+        mce=None if threshold is None else float(wrong(targets - unit * scaled, targets, threshold).double().mean()),
         output_signs=None if asked is None else tuple(asked.tolist()),
     )
     if model is None:
@@ -198,24 +214,25 @@ def _find(
     for unit, interior in enumerate(model.interiors):
         if isinstance(interior, ClosedBranch):
             reason = f"the region is empty: no weights of unit {unit} have its pattern"
-            return replace(verdict, exists=False, reason=reason, proof=(interior,))
+            return replace(verdict, exists=False, reason=reason, excluded_margin=_EXCLUDED, proof=(interior,))
     search = _Search(model, asked)
     outcome = search.run(max_nodes)
     if isinstance(outcome, str):
         return replace(verdict, reason=f"undecided: {outcome}")
     if outcome is None:
-        reason = (
-            f"no minimum with {'any' if asked is None else 'these'} signs, by a proof of {len(search.closed)} branches"
-        )
-        return replace(verdict, exists=False, reason=reason, proof=tuple(search.closed))
+        signs = "any" if asked is None else "these"
+        branches = f"{len(search.closed)} branches"
+        reason = f"no minimum with {signs} signs and a margin above {_EXCLUDED:.0e}, by a proof of {branches}"
+        proof = tuple(search.closed)
+        return replace(verdict, exists=False, reason=reason, excluded_margin=_EXCLUDED, proof=proof)
     hidden, output, margin = outcome
     return replace(
         verdict,
         exists=True,
         reason=f"a minimum with margin {margin:.1e}",
         margin=margin,
-        hidden_weights=torch.from_numpy(hidden).to(targets),
-        output_weights=torch.from_numpy(output).to(targets),
+        hidden_weights=torch.from_numpy(model.weight_unit * hidden).to(targets),
+        output_weights=torch.from_numpy(model.weight_unit * output).to(targets),
     )
 
 
@@ -239,18 +256,30 @@ class _Fit:
 
 
 class _Model:
-    """The linear model and the cones of one region, in units of the smallest ‖w̃‖ of S_A."""
+    """The linear model and the cones of one region, in units of the smallest ‖w̃‖ of S_A.
+
+    Inputs and targets are in units of their own (``input_unit``, ``target_unit``), and so are points (``weight_unit``,
+    of W and of z).
+    """
 
     def __init__(self, region: Region, targets: Tensor) -> None:
-        self.inputs, self.slopes = region.inputs.detach().cpu().numpy(), region.slopes.cpu().numpy()
-        self.targets: Array = targets.detach().cpu().numpy().astype(np.float64)
-        self.features: Array = khatri_rao(region.slopes, region.inputs).detach().cpu().numpy()
+        of_inputs, of_targets = (unit_exponent(float(part.detach().abs().max())) for part in (region.inputs, targets))
+        of_targets += (of_targets - of_inputs) % 2  # so that the root of their ratio is a power of two
+        self.input_unit, self.target_unit = 2.0**of_inputs, 2.0**of_targets
+        self.weight_unit = 2.0 ** ((of_targets - of_inputs) // 2)
+        inputs = region.inputs.detach() / self.input_unit
+        self.inputs, self.slopes = inputs.cpu().numpy(), region.slopes.cpu().numpy()
+        self.targets: Array = targets.detach().cpu().numpy().astype(np.float64) / self.target_unit
+        self.features: Array = khatri_rao(region.slopes, inputs).cpu().numpy()
         self.lengths = np.linalg.norm(self.inputs, axis=1)
         self.used: Bools = self.lengths > 0
         self.sides = np.where(region.pattern.active.cpu().numpy(), 1.0, -1.0)
         directions = self.inputs[self.used] / self.lengths[self.used, None]
         self.facets: Array = self.sides[self.used].T[:, :, None] * directions  # σ_ni x̂_n, (d1, N', d0)
+        smallest = self.lengths[(self.inputs != 0).any(1)].min(initial=np.inf) / (self.lengths.max() or 1)
         self.doubt: str | None = None
+        if smallest < _UNEVEN:
+            self.doubt = f"an input is {smallest:.1e} times as long as the longest"
         self.fits: dict[bytes, _Fit] = {}
         left, values, _, rank = self._decompose(self.features)
         left, values = left[:, :rank], values[:rank]
@@ -320,11 +349,11 @@ class _Model:
         spread = np.zeros(self.slopes.shape)
         spread[self.used] = multipliers.T
         named = tuple(None if sign == _FREE else int(sign) for sign in signs)
-        return ClosedBranch(named, torch.from_numpy(spread), torch.from_numpy(functional))
+        return ClosedBranch(named, torch.from_numpy(spread), torch.from_numpy(functional / self.input_unit))
 
     def weigh(self, branch: ClosedBranch) -> tuple[bool, Bools]:
         """What a dual shows: whether no minimum has its signs or zeros, and for which rows none has the sign itself."""
-        multipliers, functional = branch.multipliers.cpu().numpy(), branch.functional.cpu().numpy()
+        multipliers, functional = branch.multipliers.cpu().numpy(), branch.functional.cpu().numpy() * self.input_unit
         signs = np.array([_FREE if sign is None else sign for sign in branch.signs])
         nothing = np.zeros(len(self.facets), dtype=bool)
         fitting = (multipliers.shape, functional.shape) == (self.slopes.shape, self.targets.shape)

@@ -183,7 +183,8 @@ def certify(
         A certificate; with a leading replica axis a list of R.
 
     Raises:
-        ValueError: shapes that do not agree, values that are not finite, ρ = 1, a negative ``max_distance``.
+        ValueError: shapes that do not agree, values that are not finite, ρ = 1, a negative ``max_distance``, or
+            targets that are all 1 without a threshold.
 
     >>> x, y = torch.tensor([[1.0], [2.0], [-1.0]]), torch.tensor([0.5, 1.0, 1.0])
     >>> found = certify(torch.tensor([[0.5001]]), torch.tensor([1.0]), x, y)
@@ -207,13 +208,24 @@ def certify(
             problem,
             *search(problem, point, max_distance),
             point,
-            threshold,
+            label_threshold,
             biased=hidden_bias is not None,
             input_rank=input_rank,
         )
-        for problem, point in problems
+        for (problem, point), label_threshold in zip(problems, label_thresholds(problems, threshold), strict=True)
     ]
     return found if hidden_weights.ndim > 2 else found[0]
+
+
+def label_thresholds(problems: list[tuple[Problem, Point]], threshold: float | None) -> list[float | None]:
+    """The decision threshold of each problem: the one given, or the one that its labels fit; found before any work.
+
+    Raises:
+        ValueError: all targets of a problem are 1, which fits both labels {0, 1} and ±1.
+    """
+    if threshold is not None:
+        return [threshold for _ in problems]
+    return [infer_threshold(problem.team.join(problem.targets)) for problem, _ in problems]
 
 
 def split_replicas(
@@ -383,8 +395,6 @@ def certificate_of(
     point = found.point if stands else asked
     outputs = found.outputs if stands else problem.outputs(asked)
     team, kinks = problem.team, found.kinks if stands else None
-    targets = team.join(problem.targets)
-    threshold = infer_threshold(targets) if threshold is None else threshold
     mistakes = None if threshold is None else wrong(problem.targets - outputs.errors, problem.targets, threshold)
     u = outputs.preactivations.abs()
     blur = problem.norms[:, None] * point.hidden.norm(dim=1) * (point.hidden.shape[1] + 4) * ROUNDOFF

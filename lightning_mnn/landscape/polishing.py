@@ -17,6 +17,7 @@ from lightning_mnn.landscape.minimum import (
     MINIMA,
     Certificate,
     certificate_of,
+    label_thresholds,
     search,
     split_replicas,
     turn_resting_units,
@@ -133,7 +134,8 @@ def polish(
     )
     biased = hidden_bias is not None
     found = [
-        _polish(problem, point, threshold, max_distance, max_steps or 0, biased=biased) for problem, point in problems
+        _polish(problem, point, label_threshold, max_distance, max_steps or 0, biased=biased)
+        for (problem, point), label_threshold in zip(problems, label_thresholds(problems, threshold), strict=True)
     ]
     return found if hidden_weights.ndim > 2 else found[0]
 

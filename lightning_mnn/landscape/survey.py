@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ROUNDOFF = 2.0**-53  # of float64, in which a survey is made
-_AMBIGUITY = 1e-12  # (ŷ − threshold)(y − threshold) up to this is an error: on the threshold, up to rounding
+_AMBIGUITY = 1e-12  # share of a label's squared distance to the threshold that counts as on it, up to rounding
 
 
 @dataclass(frozen=True)
@@ -376,11 +376,18 @@ def fitting_thresholds(targets: Tensor) -> set[float]:
 
 
 def wrong(predictions: Tensor, targets: Tensor, threshold: float) -> Tensor:
-    """Which samples are misclassified, bool (..., N): (ŷ − threshold)(y − threshold) ≤ 1e-12.
+    """Which samples are misclassified, bool (..., N): (ŷ − threshold)(y − threshold) ≤ 1e-12 s².
 
-    A prediction on the threshold is an error, and so is NaN.
+    s is the size of the labels: 1 for {0, 1} and ±1; for others, the number next to 1 between their distance to the
+    threshold and twice that. A prediction on the threshold is an error, and so is NaN.
+
+    >>> predictions, targets = torch.tensor([2e-7, 2e-7, 0.0]), torch.tensor([1e-7, -1e-7, 1e-7])
+    >>> wrong(predictions, targets, threshold=0.0)
+    tensor([False,  True,  True])
     """
-    return ~((predictions - threshold) * (targets - threshold) > _AMBIGUITY)
+    half = (targets - threshold).abs()
+    size = torch.clamp(torch.ones_like(half), min=half, max=2 * half)
+    return ~((predictions - threshold) / size * ((targets - threshold) / size) > _AMBIGUITY)
 
 
 def _survey_layer(

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_mnn.landscape import certify, polish
+from lightning_mnn.landscape import certify, minimum, polish, polishing
 from lightning_mnn.landscape.planted import planted_kink_minimum, planted_minimum, planted_saddle
 from tests.landscape.probes import activate, lowest_change, outputs, train
 
@@ -325,6 +325,14 @@ def test_bad_arguments(options, message):
     }
     with pytest.raises(ValueError, match=message):
         certify(**arguments | options)
+
+
+@pytest.mark.parametrize("search", [certify, polish])
+def test_labels_that_fit_two_thresholds_are_found_before_the_work(search, monkeypatch):
+    monkeypatch.setattr(minimum, "search", None)
+    monkeypatch.setattr(polishing, "search", None)
+    with pytest.raises(ValueError, match="all targets are 1"):
+        search(torch.ones(3, 2), torch.ones(3), torch.ones(5, 2), torch.ones(5))
 
 
 def test_what_floats_cannot_decide_is_said():

@@ -242,6 +242,14 @@ def test_linear_programs_take_over_where_least_squares_fails(monkeypatch, value)
 
 def test_units_of_measure_do_not_matter():
     for seed in range(10):
+        region, y = random_region(seed, num_samples=8, dim=2, width=3)
+        one = find_minimum(region, y)
+        for of_inputs, of_targets in ((1.0, 1e-200), (1e-200, 1.0), (1e250, 1e200), (1e-200, 1e-200)):
+            scaled, targets = Region(region.inputs * of_inputs, region.pattern), y * of_targets
+            other = find_minimum(scaled, targets, threshold=0.0)
+            assert (other.exists, other.zero_error, other.mce) == (one.exists, one.zero_error, one.mce)
+            assert other.exists or check_proof(scaled, targets, other)
+    for seed in range(10):
         region, y = random_region(seed)
         scaled = Region(region.inputs * 1e6, region.pattern)
         one, other = find_minimum(region, y), find_minimum(scaled, 1e-5 * y)
@@ -253,6 +261,14 @@ def test_units_of_measure_do_not_matter():
 def absent():
     region, y = next((region, y) for region, y in map(random_region, range(99)) if not find_minimum(region, y).exists)
     return region, y, find_minimum(region, y)
+
+
+def test_a_proof_of_absence_says_which_margins_it_speaks_of():
+    _, _, found = absent()
+    assert found.excluded_margin == 2e-9
+    assert "a margin above 2e-09" in found.reason
+    region, y = next((region, y) for region, y in map(random_region, range(99)) if find_minimum(region, y).exists)
+    assert find_minimum(region, y).excluded_margin is None
 
 
 def tampered_branches(branch):
@@ -374,6 +390,19 @@ def test_regions_too_large_for_dense_matrices_still_have_their_errors(monkeypatc
     assert found.exists is None
     assert "too large, N·d0·d1² = 1296 is above 100" in found.reason
     assert found.mse == pytest.approx(float(region.residual(y).square().mean()))
+
+
+def test_inputs_whose_part_rounding_would_lose_are_left_undecided():
+    x = torch.tensor([[1.0, 0.0], [1e-17, 1e-17]], dtype=torch.float64)
+    found = find_minimum(Region(x, ActivationPattern(torch.ones(2, 1, dtype=torch.bool))), torch.tensor([1.0, -1.0]))
+    assert (found.exists, "an input is 1.4e-17 times as long as the longest" in found.reason) == (None, True)
+
+
+def test_labels_that_fit_two_thresholds_are_found_before_the_work(monkeypatch):
+    region, y = random_region(0)
+    monkeypatch.setattr(module, "_Model", None)
+    with pytest.raises(ValueError, match="all targets are 1"):
+        find_minimum(region, y.abs())
 
 
 def test_bad_input_is_named():

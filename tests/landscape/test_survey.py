@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_mnn.landscape import Network, infer_threshold, merge_surveys, survey_network
-from lightning_mnn.landscape.survey import exact_patterns, on_cpu, rank_cap
+from lightning_mnn.landscape.survey import exact_patterns, on_cpu, rank_cap, wrong
 from tests import naive
 
 
@@ -310,6 +310,27 @@ def test_patterns_are_formed_in_all_digits(float32_precisions):
 def test_wrong_dimension_is_named():
     with pytest.raises(ValueError, match="inputs have 3 features and the network takes 2"):
         survey_network(Network((torch.ones(4, 2),), torch.ones(4), 0.0), torch.ones(5, 3), torch.ones(5))
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e-7, 1.0, 1e7, 1e200])
+@pytest.mark.parametrize(("labels", "threshold"), [((0.0, 1.0), 0.5), ((-1.0, 1.0), 0.0)])
+def test_what_is_wrong_does_not_depend_on_the_size_of_the_labels(labels, threshold, size):
+    targets = torch.tensor(labels, dtype=torch.float64) * size
+    assert wrong(targets, targets, threshold * size).tolist() == [False, False]
+    assert wrong(targets.flip(0), targets, threshold * size).tolist() == [True, True]
+    near = threshold * size + 1e-13 * (targets - threshold * size)
+    assert wrong(near, targets, threshold * size).tolist() == [True, True]  # on the threshold, up to rounding
+    right = threshold * size + 1e-11 * (targets - threshold * size)
+    assert wrong(right, targets, threshold * size).tolist() == [False, False]
+
+
+def test_labels_0_1_and_plus_minus_1_are_compared_with_1e_12_itself():
+    for low, threshold in ((0.0, 0.5), (-1.0, 0.0)):
+        y = torch.tensor([1.0, low], dtype=torch.float64).repeat(200)
+        products = torch.logspace(-12.5, -11.5, 400, dtype=torch.float64)
+        predictions = threshold + products / (y - threshold)
+        expected = ~((predictions - threshold) * (y - threshold) > 1e-12)
+        assert torch.equal(wrong(predictions, y, threshold), expected)
 
 
 def test_threshold_of_labels():
