@@ -238,10 +238,11 @@ def training_step_on(
 
 def _required_arguments(pl_module: pl.LightningModule) -> int | None:
     """Positional arguments that a module's forward needs, at least one; None where it has no forward of its own."""
-    owner = next(kind for kind in type(pl_module).__mro__ if "forward" in vars(kind))
-    if owner is nn.Module or owner.__name__ == "LightningModule":  # of either namespace
+    forward = type(pl_module).forward
+    lightnings = [vars(kind).get("forward") for kind in type(pl_module).__mro__ if kind.__name__ == "LightningModule"]
+    if forward in (nn.Module.forward, *lightnings):
         return None
-    parameters = list(inspect.signature(type(pl_module).forward).parameters.values())[1:]
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
     required = [p for p in parameters if p.default is p.empty]
     if any(p.kind is p.KEYWORD_ONLY for p in required):
         return None
