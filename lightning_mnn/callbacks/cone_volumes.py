@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from lightning_mnn.landscape.cone import predicted_samples
 from lightning_mnn.landscape.pattern import ActivationPattern
 from lightning_mnn.landscape.region import Region
 from lightning_mnn.landscape.volume import RegionVolume, region_log_volume
+from lightning_mnn.utilities.compat.missing import ignored_errors
 from lightning_mnn.utilities.compat.torch_internals import has_forward_hooks
 
 if TYPE_CHECKING:
@@ -128,9 +128,9 @@ def why_not_alone(trainer: pl.Trainer, pl_module: pl.LightningModule, network: N
     reasons: dict[str, str | None] = {}
     with torch.no_grad():
         if forward_parts(pl_module, [None, None]) is not None:
-            with suppress(Exception):  # of a wrong guess of what it takes
+            with ignored_errors():  # of a wrong guess of what it takes
                 reasons["forward"] = why_not(forward_on)
-        with suppress(Exception):  # what cannot be run in eval mode, or by itself
+        with ignored_errors():  # what cannot be run in eval mode, or by itself
             reasons["training_step"] = why_not(step_for_its_passes)
     told = [f"its {what} {why}" for what, why in reasons.items() if why is not None]
     if not reasons:

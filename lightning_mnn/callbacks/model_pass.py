@@ -21,6 +21,7 @@ from lightning_mnn.landscape.kink_trace import PatternError
 from lightning_mnn.landscape.loss_surface import NoDerivativeError
 from lightning_mnn.mnn import DivergenceError
 from lightning_mnn.utilities.compat.lightning_internals import hooks_before_transfer
+from lightning_mnn.utilities.compat.missing import MissingPartError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 # Errors that do not say that a module cannot be run in a pass.
-SERIOUS = (DivergenceError, NoDerivativeError, PatternError, torch.OutOfMemoryError, MemoryError)
+SERIOUS = (DivergenceError, NoDerivativeError, PatternError, MissingPartError, torch.OutOfMemoryError, MemoryError)
 ModelFunction = Callable[[Any, Any], Any]  # of a module and a batch; LightningCLI reads it, too
 
 _Kind = inspect.Parameter

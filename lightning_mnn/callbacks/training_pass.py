@@ -16,6 +16,7 @@ from lightning_mnn.callbacks.model_pass import forward_on, forward_parts, precis
 from lightning_mnn.callbacks.training_set import gather
 from lightning_mnn.callbacks.undisturbed import undisturbed
 from lightning_mnn.landscape.kink_trace import KINK_MODULES, Kink, KinkTrace, PatternError
+from lightning_mnn.utilities.compat.missing import ignored_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -67,7 +68,7 @@ def pass_of_training(
     if parts[0] is None:
         return None
     in_step = {}
-    with suppress(Exception):  # what cannot be run in eval mode, or by itself
+    with ignored_errors():  # what cannot be run in eval mode, or by itself
         in_step = _met(trainer, pl_module, lambda: step_for_its_passes(pl_module, batch()), modules)
     others = [
         layer

@@ -39,7 +39,7 @@ from lightning_mnn.utilities.compat import (
     torchvision_internals,
     wandb_internals,
 )
-from lightning_mnn.utilities.compat.missing import MissingPartError, attribute, private_part
+from lightning_mnn.utilities.compat.missing import MissingPartError, attribute, ignored_errors, private_part
 
 COVERED = set()
 
@@ -100,6 +100,13 @@ def test_errors_of_a_function_that_uses_one_part_are_of_that_part():
     with missing("the part") as caught:
         use({})
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_missing_part_is_told_where_other_errors_are_ignored():
+    with ignored_errors():
+        raise ValueError("of a guess")
+    with missing("the part"), ignored_errors():
+        raise MissingPartError("torch", "the part")
 
 
 # torch

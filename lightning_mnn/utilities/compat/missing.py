@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -68,6 +69,17 @@ def private_part(library: str, part: str) -> Callable[[Callable[P, R]], Callable
         return guarded
 
     return decorate
+
+
+@contextmanager
+def ignored_errors() -> Iterator[None]:
+    """A context in which something is tried that may fail in any way; a missing part is told all the same."""
+    try:
+        yield
+    except MissingPartError:
+        raise
+    except Exception:  # noqa: BLE001, S110 (which is what it is for)
+        pass
 
 
 def disagree(library: str, part: str, found: object, expected: object) -> NoReturn:
