@@ -112,6 +112,16 @@ class TestHydra:
         foreign_trainer(callbacks=made, default_root_dir=tmp_path / "run").fit(module, loader)
         assert (tmp_path / "run" / "patterns.zarr").is_dir()
 
+    def test_its_main_config_can_take_them_beside_its_own(self, tmp_path):
+        (yaml,) = re.findall(r"^# a Hydra program.*\n((?:.+\n)+?)```", (ROOT / "README.md").read_text(), re.MULTILINE)
+        (tmp_path / "callbacks").mkdir()
+        (tmp_path / "config.yaml").write_text(yaml)
+        (tmp_path / "callbacks" / "default.yaml").write_text("timer: {_target_: pytorch_lightning.callbacks.Timer}\n")
+        with initialize_config_dir(str(tmp_path), version_base="1.3"):
+            callbacks = compose("config").callbacks
+        made = [instantiate(one) for one in callbacks.values()]
+        assert [type(one).__name__ for one in made] == ["Timer", *(kind.__name__ for kind in CALLBACKS)]
+
     def test_its_own_overrides_reach_them(self, tmp_path):
         config = self.composed(
             tmp_path / "theirs", "callbacks=mnn", "callbacks.activation_pattern_recorder.probe=7",

@@ -8,6 +8,7 @@ the launcher printed is given.
 import csv
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -21,16 +22,19 @@ import pyarrow.parquet as pq
 import pytest
 from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 from lightning_mnn.callbacks.schedule import ScheduledCallback
 from lightning_mnn.tasks.report import report
+from lightning_mnn.utilities.compat.hydra_internals import split_sweep
 from tests.children import processes, run_a_script
 
 pytestmark = pytest.mark.timeout(1800)  # of a sweep of processes that import Lightning, on a machine that may be busy
 PROGRAM = Path(__file__).parent / "host_application"
 HOLD = "HOST_APPLICATION_HOLD"
 SWEEP = [
-    *("train.py", "-m", "hydra/launcher=device_pool", "hydra.launcher.n_jobs=1", "callbacks=[default,mnn]"),
+    *("train.py", "-m", "hydra/launcher=device_pool", "hydra.launcher.n_jobs=1"),
+    *("callbacks=[default,mnn]", "hydra.searchpath=[pkg://lightning_mnn.conf]"),
     *("model.width=4,8", "model.optimizer.lr=0.01,0.1", "hydra.sweep.dir=logs/two keys"),
 ]
 KEYS = ("model.width", "model.optimizer.lr")
@@ -178,9 +182,27 @@ def test_a_report_of_the_whole_sweep_has_each_jobs_metrics_return_value_and_kind
     assert "4 finished jobs against model.width and model.optimizer.lr" in figure.get_suptitle()
 
 
+README = (Path(__file__).parent.parent / "README.md").read_text().replace("\\\n", " ")
+COMMANDS = re.findall(r"^python src/train.py (.*)$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_of_the_readme_compose(line):
+    job, *_ = split_sweep([word for word in shlex.split(line, comments=True) if word != "-m"])
+    with initialize_config_dir(str(PROGRAM / "conf"), version_base="1.3"):
+        composed = compose("train", job, return_hydra_config=True)
+    assert OmegaConf.select(composed, "hydra.launcher.resume") is (True if "FOLDER" in line else None)
+    assert ("local_minimum_detector" in composed.callbacks) == ("mnn" in line)
+
+
+def test_the_readme_has_commands_of_such_a_program():
+    assert len(COMMANDS) == 3
+
+
 def test_an_experiment_of_the_program_can_take_the_callbacks_beside_its_own():
     with initialize_config_dir(str(PROGRAM / "conf"), version_base="1.3"):
-        callbacks = compose("train", ["experiment=wide", "paths.output=."]).callbacks
+        overrides = ["experiment=wide", "paths.output=.", "hydra.searchpath=[pkg://lightning_mnn.conf]"]
+        callbacks = compose("train", overrides).callbacks
     made = [instantiate(entry) for entry in callbacks.values()]
     assert type(made[0]).__name__ == "ModelCheckpoint"
     assert [isinstance(one, ScheduledCallback) for one in made] == [False, True, True, True]

@@ -40,10 +40,8 @@ def results_of(record: Mapping[str, Any], logs: Mapping[str, Points]) -> dict[st
     """
     found = _verdict(record.get("minimum"))
     found |= dict(_entries("return_value", returned(record.get("return_value"))))
-    for name, points in logs.items():
-        if name in _PLACES:
-            continue
-        values = list(points.values())
+    for name in sorted(logs.keys() - set(_PLACES), key=lambda name: (_urgency(name), name)):
+        values = list(logs[name].values())
         column = f"logged.{name}" if name in _TAKEN else name
         found[column] = values[-1]
         finite = [value for value in values if math.isfinite(value)]

@@ -76,8 +76,17 @@ def test_a_census_and_a_run_are_drawn():
         assert is_png(Path(folder, "figure.png"))
 
 
-def test_a_run_of_another_program_is_drawn(capsys):
-    Path("version_0").mkdir()
+@pytest.mark.parametrize("with_hydra", [False, True])
+def test_a_run_of_another_program_is_drawn(with_hydra, capsys):
+    Path("version_0/.hydra").mkdir(parents=True)
+    if with_hydra:
+        nodes = {"sweep": {}, "sweeper": {}, "overrides": {}}
+        sources = [
+            {"path": "/their/conf", "provider": "main"},
+            {"path": "lightning_mnn.conf", "provider": "searchpath"},
+        ]
+        hydra = {"hydra": nodes | {"runtime": {"config_sources": sources}}}
+        Path("version_0/.hydra/hydra.yaml").write_text(json.dumps(hydra) + "\n")
     Path("version_0/metrics.csv").write_text("epoch,step,pattern/net.1/flips,train_loss\n0,4,7,0.5\n")
     report(settings("version_0"))
     assert is_png(Path("version_0/figure.png"))
@@ -139,6 +148,7 @@ def test_unfinished_runs_are_left_out_and_named(capsys, monkeypatch):
         (None, "nowhere", "folder=nowhere: there is no such folder"),
         (None, ".", "holds no scan.csv, census.csv or metrics.csv .* no training runs"),
         ("version_0/metrics.csv", ".", "holds log folders: .* folder=.*version_0"),
+        ("csv/version_3/metrics.csv", ".", "holds log folders: .* folder=.*csv/version_3"),
         ("events.out.tfevents.1", ".", "TensorBoard alone.*add a CSVLogger"),
         ("plan.json", ".", "an experiment that is not finished: give its command again"),
         ("metrics.csv", ".", "holds none of minimum"),
@@ -147,7 +157,7 @@ def test_unfinished_runs_are_left_out_and_named(capsys, monkeypatch):
 )
 def test_what_cannot_be_drawn_is_said(prepare, folder, message):
     if prepare:
-        Path(prepare).parent.mkdir(exist_ok=True)
+        Path(prepare).parent.mkdir(exist_ok=True, parents=True)
         Path(prepare).write_text("{}")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         report(settings(folder))
