@@ -9,13 +9,8 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import pytorch_lightning as pl
 import torch
 
-from lightning_mnn import MNN
-from lightning_mnn.callbacks import LastCheckpoint
-from lightning_mnn.callbacks.last_checkpoint import SavedAndStopped
-from lightning_mnn.data import GaussianData
 from lightning_mnn.slurm import Allocation, _files_of, allocation
 from tests.children import PATIENCE, wait_for
 
@@ -78,24 +73,6 @@ def test_without_submitit_it_is_said_how_to_get_it():
     )
     assert done.returncode == 1
     assert "pip install lightning-mnn[slurm]" in done.stderr
-
-
-class TellsToStop(pl.Callback):
-    def __init__(self, saver, step):
-        self.saver, self.step = saver, step
-
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == self.step:
-            self.saver.stop_soon()
-
-
-def test_told_to_stop_a_run_saves_at_once_and_ends(make_trainer, tmp_path):
-    saver = LastCheckpoint(tmp_path)
-    trainer = make_trainer(max_epochs=10, enable_checkpointing=True, callbacks=[TellsToStop(saver, step=7), saver])
-    with pytest.raises(SavedAndStopped) as ended:
-        trainer.fit(MNN(5, hidden_dims=(4,)), GaussianData(num_samples=12, input_dim=5, batch_size=4))
-    assert not ended.value.code
-    assert torch.load(saver.path, weights_only=True)["global_step"] == 7
 
 
 def slurm(*command, check=True):

@@ -1,6 +1,7 @@
 """Train on one or two processes and write what was found to a file (run by test_ddp)."""
 
 import json
+import signal
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,11 +16,11 @@ from lightning_mnn.callbacks import (
     Schedule,
     certification,
 )
-from lightning_mnn.callbacks.last_checkpoint import SavedAndStopped
 from lightning_mnn.callbacks.schedule import ScheduledCallback
 from lightning_mnn.data import GaussianData
 from lightning_mnn.landscape import least_squares
 from lightning_mnn.metrics import MeanClassificationError
+from lightning_mnn.utilities.interruption import Interrupted, Pace, request
 
 
 class Reader(pl.Callback):
@@ -48,20 +49,29 @@ class Counter(pl.Callback):
         self.mce = float(metric.compute())  # collective
 
 
+class CountedPace(Pace):
+    """Counts how often the processes ask one another."""
+
+    questions = 0
+
+    def proposal(self):
+        self.questions += 1
+        return super().proposal()
+
+
 class Told(LastCheckpoint):
-    """Counts how often the processes ask one another; the last of them is told to stop after a step."""
+    """The last of the processes is told to stop after a step."""
 
     def __init__(self, dirpath, step):
         super().__init__(dirpath, timedelta(hours=1))
-        self.step, self.questions = step, 0
+        self.step = step
 
-    def _agreed(self, trainer):
-        before = self._asked
+        self._pace = CountedPace(self._pace.seconds)
+
+    def on_train_batch_end(self, trainer, *args):
+        super().on_train_batch_end(trainer, *args)
         if trainer.global_step == self.step and trainer.global_rank == trainer.world_size - 1:
-            self.stop_soon()
-        answer = super()._agreed(trainer)
-        self.questions += self._asked != before
-        return answer
+            request(signal.SIGTERM)
 
 
 def stop(devices: int, step: int, out: Path) -> None:
@@ -80,12 +90,12 @@ def stop(devices: int, step: int, out: Path) -> None:
     )
     try:
         trainer.fit(MNN(6, [9], default_callbacks=False), GaussianData(21, 6))
-    except SavedAndStopped:
+    except Interrupted:
         if trainer.is_global_zero:
             state = torch.load(saver.path, weights_only=True)
             visits = state["GaussianData"]["visits"]
             found = {"steps": trainer.global_step, "saved": state["global_step"], "visits": visits}
-            out.write_text(json.dumps(found | {"questions": saver.questions}))
+            out.write_text(json.dumps(found | {"questions": saver._pace.questions}))
 
 
 def main(devices: int, options: dict, out: Path) -> None:

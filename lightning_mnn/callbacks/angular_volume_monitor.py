@@ -20,7 +20,7 @@ from lightning_mnn.callbacks.local_volumes import (
     measure_local_volume,
 )
 from lightning_mnn.callbacks.probe import checked_probe
-from lightning_mnn.callbacks.schedule import Schedule, ScheduledCallback, plain
+from lightning_mnn.callbacks.schedule import Schedule, ScheduledCallback, or_stop_here, plain
 from lightning_mnn.callbacks.training_set import (
     network_of,
     on_first_process,
@@ -193,6 +193,9 @@ class AngularVolumeMonitor(ScheduledCallback):
         self._survey: Survey | None = None  # of the weights that all this is about
         self._moment: Any = None  # of them, in other modules
         self._measured = False  # at these weights, or tried
+        self._unlogged: dict[str, Tensor | float | None] = {}  # of these weights
+        self._logged_step: int | None = None  # the last step of which there is a log
+        self._resumed: tuple[int | None, bool] = (None, False)  # that of the resumed run, and whether it had measured
         self._checks = 0
         self._certified = False
 
@@ -216,6 +219,7 @@ class AngularVolumeMonitor(ScheduledCallback):
         if stage == "fit":
             self.log_lower_bound, self.volumes, self.reasons = None, [None], [_NOT_MEASURED]
             self._survey, self._moment, self._measured, self._checks, self._certified = None, None, False, 0, False
+            self._unlogged, self._logged_step, self._resumed = {}, None, (None, False)
             self.local = None if _has_cones(pl_module) else Found()
             self._checked, self._no_volume = self.settings, None
             _put_behind_detectors(trainer, self)
@@ -235,21 +239,31 @@ class AngularVolumeMonitor(ScheduledCallback):
             due = self._wanted("start")
         else:
             due = self.measure_every is not None and self._checks % self.measure_every == 0
-        self._checks += 1
         if due:
             self._measure(trainer, pl_module)
+        self._log_bound(trainer)
+        self._checks += 1
+
+    @override
+    def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        resumed = self._last_step is not None
+        if self._resumed[0] == trainer.global_step:
+            self._look(trainer, pl_module)  # now: a detector may move the weights at this very step
+        super().start(trainer, pl_module)
+        if resumed:  # where that was interrupted; else there is nothing to do
+            self._measure_at_certificate(trainer, pl_module)
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self._measure_at_certificate(trainer, pl_module)
+        or_stop_here(trainer, lambda: self._measure_at_certificate(trainer, pl_module))
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
-        self._measure_at_certificate(trainer, pl_module)
+        or_stop_here(trainer, lambda: self._measure_at_certificate(trainer, pl_module))
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -260,6 +274,7 @@ class AngularVolumeMonitor(ScheduledCallback):
             self._measure(trainer, pl_module)
         elif self.measure is None and not self._measured and self.local is None:
             self.reasons = [_NOT_OF_REPLICAS] * len(self.reasons)
+        self._log_bound(trainer)
         if not self._measured:
             return
         if self.local is not None:
@@ -284,12 +299,15 @@ class AngularVolumeMonitor(ScheduledCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"checks": self._checks, "certified": self._certified}
+        own = {"checks": self._checks, "certified": self._certified}
+        return super().state_dict() | own | {"logged_step": self._logged_step, "measured": self._measured}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._checks, self._certified = state_dict.get("checks", 1), state_dict.get("certified", False)
+        self._logged_step = state_dict.get("logged_step")
+        self._resumed = self._logged_step, state_dict.get("measured", False)
 
     def _why_no_volume(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
         """Why a module's regions are no products of cones on the training set; None where they are."""
@@ -326,6 +344,7 @@ class AngularVolumeMonitor(ScheduledCallback):
             if moment != self._moment:
                 self._moment, self._measured = moment, False
                 self.local, self.reasons = Found(), [self._no_volume]
+                self._recall(trainer, pl_module)
             return
         network = required_network(self, pl_module)
         with _untouched(trainer, pl_module):
@@ -342,7 +361,21 @@ class AngularVolumeMonitor(ScheduledCallback):
             scalars |= self.theorems(
                 survey.num_samples, network.input_dim, network.hidden_dims[0], network.negative_slope
             )
-        log_scalars(trainer, scalars)
+        self._unlogged = scalars
+        self._recall(trainer, pl_module)
+
+    def _recall(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """After a resume, find again what the run had found at these weights, without a second log."""
+        (step, measured), self._resumed = self._resumed, (None, False)
+        if step == trainer.global_step:
+            self._unlogged = {}
+            if measured:
+                self._find(trainer, pl_module)
+
+    def _log_bound(self, trainer: pl.Trainer) -> None:
+        if self._unlogged:
+            log_scalars(trainer, self._unlogged)
+        self._unlogged, self._logged_step = {}, trainer.global_step
 
     def _wanted(self, moment: str) -> bool:
         if self.measure is None:
@@ -353,31 +386,42 @@ class AngularVolumeMonitor(ScheduledCallback):
         if self._certified or not self._wanted("certificate"):
             return
         detectors = [c for c in trainer.callbacks if isinstance(c, LocalMinimumDetector)]  # type: ignore[attr-defined]
-        self._certified = bool(detectors) and all(detector.converged for detector in detectors)
-        if self._certified:
+        if detectors and all(detector.converged for detector in detectors):
             self._measure(trainer, pl_module)
+            self._certified = True
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the volume and log it, once for the same weights."""
         self._look(trainer, pl_module)
         if self._measured:
             return
-        self._measured = True
+        self._find(trainer, pl_module)
+        self._log_bound(trainer)
         if self.local is not None:
-            if _is_replicated(pl_module):
-                self.local = Found(reason=_REPLICAS_APART, cones_reason=_REPLICAS_APART)
-                return
-            self.local = measure_local_volume(trainer, pl_module, self._checked)
-            log_local_volume(trainer, pl_module, self.local, self._checked)
+            if not _is_replicated(pl_module):
+                log_local_volume(trainer, pl_module, self.local, self._checked)
             return
-        network = required_network(self, pl_module)
-        with _untouched(trainer, pl_module):
-            found = on_first_process(trainer, lambda: self._found(trainer, network))
-        self.volumes, self.reasons = [volume for volume, _ in found], [reason for _, reason in found]
         measured = [volume for volume in self.volumes if volume is not None]
         if measured:
+            network = required_network(self, pl_module)
             assert self._survey is not None  # noqa: S101 (for the type checker)
             _log(trainer, measured, float(bounds.log_num_cells(self._survey.num_samples, network.rows.shape[-1])))
+
+    def _find(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure the volume."""
+        if self.local is not None:
+            replicated = _is_replicated(pl_module)
+            self.local = (
+                Found(reason=_REPLICAS_APART, cones_reason=_REPLICAS_APART)
+                if replicated
+                else measure_local_volume(trainer, pl_module, self._checked)
+            )
+        else:
+            network = required_network(self, pl_module)
+            with _untouched(trainer, pl_module):
+                found = on_first_process(trainer, lambda: self._found(trainer, network))
+            self.volumes, self.reasons = [volume for volume, _ in found], [reason for _, reason in found]
+        self._measured = True
 
     @torch.no_grad()
     def _found(self, trainer: pl.Trainer, network: Network) -> list[VolumeOrReason]:

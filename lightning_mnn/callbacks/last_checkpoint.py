@@ -1,4 +1,4 @@
-"""LastCheckpoint: a file from which a run that was killed goes on as if it had not been."""
+"""LastCheckpoint: a file from which a run that was stopped goes on as if it had not been."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from pytorch_lightning.callbacks import Checkpoint
 from typing_extensions import override
 
+from lightning_mnn.callbacks.stop_on_request import LATEST, exchange
+from lightning_mnn.utilities.interruption import Interrupted, Pace, stopping
 from lightning_mnn.validation import ArgumentError
 
 if TYPE_CHECKING:
@@ -19,11 +20,6 @@ if TYPE_CHECKING:
 
 _INTERVAL = timedelta(minutes=1)
 _LATE = 0.01  # of the interval, by which several processes may be late, so as not to ask one another after each batch
-_MOMENTS = 100  # by which they may be, at most: the next ones may take longer
-
-
-class SavedAndStopped(SystemExit):
-    """The end, with exit code 0, of a run that saved a checkpoint when it was told to stop."""
 
 
 class LastCheckpoint(Checkpoint):
@@ -31,10 +27,12 @@ class LastCheckpoint(Checkpoint):
 
     Such a moment is the end of an epoch when all other callbacks have acted, or the end of a batch, with its optimiser
     step, that is not its epoch's last: Lightning goes on from the end of an epoch's last batch without the hooks of the
-    epoch's end. Nothing is saved when training is about to end, since from there it would not go through its end again.
-    Nor is it at epochs' ends under ``max_steps``, from which Lightning goes on with other batches: with one batch an
-    epoch, never; use ``max_epochs`` there. The file is written under another name and renamed, so that what can be seen
-    is complete, also after a kill.
+    epoch's end. It is saved once more when training ends, before the callbacks' ``on_train_end``; from there a run goes
+    on with those. The file is written under another name and renamed, so that what can be seen is complete, also after
+    a kill.
+
+    When any process of the run is asked to stop, by :func:`lightning_mnn.utilities.interruption.request`, it is saved
+    at the next such moment, whatever the interval, and training ends on all processes; these may let some moments pass.
 
     Beside what Lightning saves, the checkpoint holds ``logged_rows``: how many rows the loggers that count them (see
     :mod:`lightning_mnn.loggers`) have taken; they all take the same.
@@ -48,6 +46,7 @@ class LastCheckpoint(Checkpoint):
 
     Raises:
         ValueError: a negative interval.
+        Interrupted: (on all processes) one was asked to stop; the checkpoint is saved.
 
     >>> LastCheckpoint("run/checkpoints").path.as_posix()
     'run/checkpoints/last.ckpt'
@@ -63,38 +62,47 @@ class LastCheckpoint(Checkpoint):
         self.path = Path(dirpath) / "last.ckpt"
         self.train_time_interval = train_time_interval
         self._last_time = 0.0
-        self._is_to_stop = False
-        self._asked = 0.0  # when the processes asked one another
-        self._pause = self._left = 1  # moments from one question to the next, and until the next
-
-    def stop_soon(self) -> None:
-        """Save at the next such moment, whatever the interval, and raise :class:`SavedAndStopped` on all processes.
-
-        It may be called by a signal handler, and on one process of several; these may let some moments pass.
-        """
-        self._is_to_stop = True
+        self._pace = Pace(min(_LATE * train_time_interval.total_seconds(), LATEST))
+        self._own: dict[str, Any] = {}  # of the checkpoint that is being saved, or was loaded
+        self._limits: tuple[Any, Any] | None = None  # of epochs and steps, while they are put off
 
     def epochs_until_due(self, done: int) -> float:  # noqa: ARG002 (as of the other callbacks)
         """Epochs after ``done`` of them until one at whose end the callback must act: it can wait."""
         return math.inf
 
     @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._own, self._limits = {}, None
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._own.get("ended"):  # where Lightning would leave out the hooks of training's start and end
+            loop: Any = trainer.fit_loop
+            self._limits = loop.max_epochs, loop.epoch_loop.max_steps
+            loop.max_epochs, loop.epoch_loop.max_steps = (n if n == -1 else n + 1 for n in self._limits)
+
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._last_time = self._asked = time.monotonic()
-        self._pause = self._left = 1
+        self._last_time = time.monotonic()
+        self._pace.restart(1)
+        if self._limits is not None:
+            loop: Any = trainer.fit_loop
+            (loop.max_epochs, loop.epoch_loop.max_steps), self._limits = self._limits, None
+        if self._own.get("should_stop"):
+            trainer.should_stop = True
+        self._own = {}
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if stepped and not trainer.is_last_batch:
-            self._save_if_due(trainer, completed_epochs=trainer.current_epoch)
+        if stepped and not trainer.is_last_batch and not _ends(trainer, trainer.current_epoch):
+            self._save_if_due(trainer)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.max_steps == -1:
-            self._save_if_due(trainer, completed_epochs=trainer.current_epoch + 1)
+        self._save_if_due(trainer, completed_epochs=trainer.current_epoch + 1)
 
     @override
     def on_save_checkpoint(
@@ -102,35 +110,55 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         rows = [getattr(logger, "rows", 0) for logger in trainer.loggers]  # a DummyLogger answers with a function
         checkpoint["logged_rows"] = max((count for count in rows if isinstance(count, int)), default=0)
+        if self._own:  # this callback's checkpoint, and not another's
+            checkpoint["moment"] = dict(self._own)
+            if self._own["completed_epochs"] is not None and trainer.max_steps != -1:
+                _complete_epoch(checkpoint["loops"]["fit_loop"])
 
-    def _save_if_due(self, trainer: pl.Trainer, completed_epochs: int) -> None:
-        ends = trainer.should_stop or completed_epochs == trainer.max_epochs or trainer.global_step == trainer.max_steps
-        if ends or trainer.fast_dev_run:  # type: ignore[attr-defined]
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._own = checkpoint.get("moment", {})
+
+    def _save_if_due(self, trainer: pl.Trainer, completed_epochs: int | None = None) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        is_due, is_to_stop = self._agreed(trainer)
-        if not is_due:
+        ended = completed_epochs is not None and _ends(trainer, completed_epochs)
+        is_due, number = self._agreed(trainer)
+        if not (is_due or number or ended):
             return
+        self._own = {"completed_epochs": completed_epochs, "ended": ended, "should_stop": trainer.should_stop}
         unfinished = self.path.with_name(self.path.name + ".tmp")
         trainer.save_checkpoint(unfinished, weights_only=False)
+        self._own = {}
         if trainer.is_global_zero:
             unfinished.replace(self.path)
-        self._last_time = self._asked = time.monotonic()
-        if is_to_stop:
-            raise SavedAndStopped
+        self._last_time = time.monotonic()
+        self._pace.restart(self._pace.pause)
+        if number:
+            raise Interrupted(number)
 
-    def _agreed(self, trainer: pl.Trainer) -> tuple[bool, bool]:
-        """Whether to save now, and to stop then: the same on all processes, of which the first one's clock decides."""
-        is_to_stop = self._is_to_stop
-        interval, now = self.train_time_interval.total_seconds(), time.monotonic()
-        is_due = is_to_stop or now - self._last_time >= interval
-        if trainer.world_size == 1:
-            return is_due, is_to_stop
-        self._left -= 1
-        if self._left:
-            return False, False
-        in_time = self._pause * _LATE * interval / max(now - self._asked, 1e-9)
-        first = [is_due, is_to_stop, max(1, min(int(in_time), _MOMENTS))]
-        own = torch.tensor(first if trainer.is_global_zero else [0, is_to_stop, 0], device=trainer.strategy.root_device)
-        is_due, is_to_stop, self._pause = trainer.strategy.reduce(own, reduce_op="max").tolist()
-        self._asked, self._left = now, self._pause
-        return bool(is_due or is_to_stop), bool(is_to_stop)
+    def _agreed(self, trainer: pl.Trainer) -> tuple[bool, int]:
+        """Whether to save now, and the signal for which to stop then: the same on all processes."""
+        if number := stopping():
+            return True, number
+        late = time.monotonic() - self._last_time >= self.train_time_interval.total_seconds()
+        return exchange(trainer, self._pace, wish=late)
+
+
+def _ends(trainer: pl.Trainer, completed_epochs: int) -> bool:
+    """Whether training ends when so many epochs are completed, and no batch comes after the present one."""
+    run: Any = trainer
+    if run.should_stop and completed_epochs >= (run.min_epochs or 0) and run.global_step >= (run.min_steps or 0):
+        return True
+    return bool(completed_epochs == run.max_epochs or 0 <= run.max_steps <= run.global_step)
+
+
+def _complete_epoch(loop: dict[str, Any]) -> None:
+    """Count the epoch at whose end the checkpoint is saved as done: under ``max_steps`` Lightning would not."""
+    for progress in loop["epoch_progress"].values():
+        progress["completed"] = progress["processed"]
+    batches = loop["epoch_loop.batch_progress"]
+    batches["current"] = dict.fromkeys(batches["current"], 0)
+    batches["is_last_batch"] = False

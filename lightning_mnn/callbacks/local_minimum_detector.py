@@ -147,6 +147,7 @@ class LocalMinimumDetector(ScheduledCallback):
         self._judge: Judge | None = None
         self._saved: dict[str, Any] = {}  # of the judge of the run that is resumed
         self._passed = 0
+        self._concluded = False  # at the last check, beyond a look
 
     @property
     def verdicts(self) -> list[FirstOrderVerdict]:
@@ -168,6 +169,7 @@ class LocalMinimumDetector(ScheduledCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._judge, self._saved, self._passed, self.converged = None, {}, 0, False
+            self._concluded = False
 
     @override
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -183,16 +185,24 @@ class LocalMinimumDetector(ScheduledCallback):
 
     @override
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        judge = self._look(trainer, pl_module)
-        self._passed = self._passed + 1 if judge.passed else 0
-        known, self.converged = self.converged, self._passed >= self.patience
-        if judge.can_conclude and (self.polish or (self.converged and not known)):  # once, and again at the end
+        looked = judge = self._look(trainer, pl_module)
+        passed = self._passed + 1 if judge.passed else 0
+        converged = passed >= self.patience
+        concludes = judge.can_conclude and (self.polish or (converged and not self.converged))  # and again at the end
+        if concludes:
             judge = self._conclude(trainer, pl_module)
-            self.converged = judge.found_minimum
+            converged = judge.found_minimum
+        self._passed, self._concluded = passed if judge is looked else 0, concludes
         log_scalars(trainer, judge.scalars())
-        self.converged = trainer.strategy.reduce_boolean_decision(self.converged, all=True)
+        self.converged = trainer.strategy.reduce_boolean_decision(converged, all=True)
         if self.converged and self.stop_training:
             trainer.should_stop = True
+
+    @override
+    def recall(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._look(trainer, pl_module)
+        if self._concluded:
+            self._conclude(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -209,6 +219,7 @@ class LocalMinimumDetector(ScheduledCallback):
     @override
     def state_dict(self) -> dict[str, Any]:
         own = {"passed": self._passed, "converged": self.converged, "judge": self._saved}
+        own |= {"concluded": self._concluded}
         if self._judge is not None:
             own["judge"] = {"name": type(self._judge).__name__, "why": self._judge.why} | self._judge.state()
         return super().state_dict() | own
@@ -217,7 +228,7 @@ class LocalMinimumDetector(ScheduledCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._passed, self.converged = state_dict.get("passed", 0), state_dict.get("converged", False)
-        self._saved = state_dict.get("judge", {})
+        self._saved, self._concluded = state_dict.get("judge", {}), state_dict.get("concluded", False)
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Judge:
         """The cheap part; if the loss proves not to be had, by the tier below."""
@@ -242,7 +253,7 @@ class LocalMinimumDetector(ScheduledCallback):
                 self.converged = judge.found_minimum
                 log_scalars(trainer, judge.scalars())
         except (NotSquaredErrorError, LossNotEvaluableError) as error:
-            self._judge, self._passed = self._second_order(str(error)), 0
+            self._judge = self._second_order(str(error))
             self._look(trainer, pl_module)
             return self._conclude(trainer, pl_module, end=end)
         return judge

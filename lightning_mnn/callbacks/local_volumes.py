@@ -20,7 +20,7 @@ from lightning_mnn.callbacks.cone_volumes import ConePlan, OverBudgetError, is_p
 from lightning_mnn.callbacks.model_pass import as_in_training, forward_on, precision_context
 from lightning_mnn.callbacks.probe import chosen_samples
 from lightning_mnn.callbacks.training_pass import pass_of_training
-from lightning_mnn.callbacks.training_set import gather, on_first_process
+from lightning_mnn.callbacks.training_set import gather_results, on_first_process
 from lightning_mnn.callbacks.undisturbed import seed_generators, undisturbed
 from lightning_mnn.data.shards import exact_shard, flat_batch, num_samples
 from lightning_mnn.landscape.kink_patterns import no_kinks
@@ -404,16 +404,19 @@ def _keep_probabilities(
     runs = [lambda part=part: passes.pattern(part, look.layers) for part in passes.parts]
     draws = range(trainer.global_rank, settings.num_draws, trainer.world_size)
     seed = generator(settings.seed, "local volume", trainer.global_step).initial_seed()
-    own: Mapping[str, Tensor] | str
-    try:
-        own = count_kept(parameters, runs, sigmas, draws, seed=seed)
-    except (ValueError, ArithmeticError) as error:
-        own = str(error)
-    counts = gather(own)
+
+    def own() -> Mapping[str, Tensor] | str:
+        try:
+            return count_kept(parameters, runs, sigmas, draws, seed=seed)
+        except (ValueError, ArithmeticError) as error:
+            return str(error)
+
+    counts = gather_results(own)
     errors = [part for part in counts if isinstance(part, str)]
     if errors:
         return None, errors[0]
-    summed = {name: cast("Tensor", sum(part[name] for part in counts)) for name in counts[0]}
+    kept = [part for part in counts if not isinstance(part, str)]
+    summed = {name: cast("Tensor", sum(part[name] for part in kept)) for name in kept[0]}
     return LocalVolume.of_counts(sigmas, summed, settings.num_draws), "; ".join(filter(None, (hidden, unseen))) or None
 
 

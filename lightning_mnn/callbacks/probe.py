@@ -24,6 +24,7 @@ from lightning_mnn.data.shards import exact_shard, num_samples
 from lightning_mnn.landscape.kink_patterns import FoundLayers, PatternRows, find_layers
 from lightning_mnn.landscape.kink_trace import KinkTrace, Names, PatternError
 from lightning_mnn.seeding import generator
+from lightning_mnn.utilities.interruption import Interrupted, alone
 from lightning_mnn.validation import ArgumentError, positive_integer
 
 if TYPE_CHECKING:
@@ -272,9 +273,12 @@ def _together(work: Callable[[], PatternRows], trainer: pl.Trainer) -> PatternRo
     rows: PatternRows | None = None
     error: Exception | None = None
     try:
-        rows = work()
+        with alone():
+            rows = work()
     except Exception as own:  # noqa: BLE001 (of whatever kind)
         error = own
+    except Interrupted:
+        pass  # which gather raises on all
     for met in gather(error):
         if met is not None:
             raise met

@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 from typing_extensions import override
 
+from lightning_mnn.callbacks.last_checkpoint import LastCheckpoint
 from lightning_mnn.callbacks.model_pass import StepFailedError
 from lightning_mnn.callbacks.training_set import forget, gather
+from lightning_mnn.utilities.interruption import Interrupted, stop_at_this_step, stopping
 from lightning_mnn.validation import one_of, positive_integer, real_number
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 _ROUNDING = 1e-9
@@ -85,6 +89,11 @@ class ScheduledCallback(pl.Callback):
     ``Callback`` of both: of the latter's, where that is imported when a callback is made or its class is looked up in
     ``lightning_mnn.callbacks``.
 
+    Where the run is asked to stop while a callback acts, the action stops (see
+    :mod:`lightning_mnn.utilities.interruption`). At a step from which the run can go on, so that a
+    :class:`~lightning_mnn.callbacks.LastCheckpoint` saves it there, the callback's state says so, and a resumed run
+    begins with the whole action.
+
     Args:
         schedule: when to act between the start and the end.
 
@@ -98,6 +107,7 @@ class ScheduledCallback(pl.Callback):
         self._last_step: int | None = None
         self.completed_epochs = 0
         self._acted = False  # by this process; a resumed run has a last step before that
+        self._owes = False  # the action at the present step, which was interrupted
         self._waits = False  # for the first batch, to prepare
 
     @property
@@ -119,13 +129,19 @@ class ScheduledCallback(pl.Callback):
         """
 
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Act for the first time, after :meth:`prepare`, unless the run is resumed."""
-        if self._last_step is None:  # not resumed
+        """Act for the first time, after :meth:`prepare`; in a resumed run, where it was interrupted in an action."""
+        if self._last_step is None or self._owes:
             self._act_once(trainer, pl_module)
 
     @abstractmethod
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Do what the callback is for, at the weights after ``trainer.global_step`` steps. Runs on every process."""
+        """Do what the callback is for, at the weights after ``trainer.global_step`` steps. Runs on every process.
+
+        Until the last safe point nothing may be logged, and what :meth:`state_dict` holds must stay as it is.
+        """
+
+    def recall(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find again what :meth:`act` found at the present step in the run that is resumed, and log nothing."""
 
     def summary(self) -> dict[str, Any]:
         """What the callback found, in plain values for ``summary.json``; per-network values are lists over replicas."""
@@ -134,7 +150,7 @@ class ScheduledCallback(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
-            self._last_step, self._acted, self._waits = None, False, False
+            self._last_step, self._acted, self._waits, self._owes = None, False, False, False
             forget(pl_module)
 
     @override
@@ -158,28 +174,28 @@ class ScheduledCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self.schedule.unit == "step" and self.schedule.due(trainer.global_step):
-            self._act_once(trainer, pl_module)
+            self._act_or_owe(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.completed_epochs = trainer.current_epoch + 1
         if self.schedule.unit == "epoch" and self.schedule.due(self.completed_epochs):
-            self._act_once(trainer, pl_module)
+            self._act_or_owe(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start_late(trainer, pl_module)  # there was no batch
-        if not self._acted:  # resumed when all was done
-            self._last_step = None
+        if self._last_step == trainer.global_step and not self._acted:  # resumed where training had ended
+            self.recall(trainer, pl_module)
         self._act_once(trainer, pl_module)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"last_step": self._last_step}
+        return {"last_step": self._last_step, "owes": self._owes}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._last_step = state_dict.get("last_step")
+        self._last_step, self._owes = state_dict.get("last_step"), state_dict.get("owes", False)
 
     def _start_late(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._waits:
@@ -199,9 +215,20 @@ class ScheduledCallback(pl.Callback):
             raise StepFailedError(told[0]) from own
 
     def _act_once(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step != self._last_step:
-            self._last_step, self._acted = trainer.global_step, True
+        if trainer.global_step == self._last_step:
+            return
+        before, self._last_step = self._last_step, trainer.global_step
+        try:
             self.act(trainer, pl_module)
+        except Interrupted:
+            self._last_step = before
+            raise
+        self._acted, self._owes = True, False
+
+    def _act_or_owe(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Act at a step from which the run can go on; interrupted, leave the action to the run that is resumed."""
+        done = or_stop_here(trainer, lambda: self._act_once(trainer, pl_module))
+        self._owes = not done and trainer.global_step != self._last_step
 
 
 def join_lightning() -> None:
@@ -216,6 +243,28 @@ def join_lightning() -> None:
 
 
 join_lightning()
+
+
+def or_stop_here(trainer: pl.Trainer, action: Callable[[], None]) -> bool:
+    """Do something at a step from which the run can go on; interrupted, let training stop at that step.
+
+    Returns:
+        Whether it was done; if not, a run that is resumed has to begin with it.
+
+    Raises:
+        Interrupted: nothing saves a checkpoint at this step.
+    """
+    if stopping():
+        return False
+    try:
+        action()
+    except Interrupted as stop:
+        run: Any = trainer
+        if run.fast_dev_run or not any(isinstance(callback, LastCheckpoint) for callback in run.callbacks):
+            raise
+        stop_at_this_step(stop.number)
+        return False
+    return True
 
 
 def plain(values: Tensor | None) -> Any:

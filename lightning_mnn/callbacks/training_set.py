@@ -19,6 +19,7 @@ from lightning_mnn.landscape.region import gram_rank
 from lightning_mnn.landscape.survey import Network, Survey, exact_patterns, merge_surveys, on_cpu, survey_network
 from lightning_mnn.mnn import MNN, DivergenceError
 from lightning_mnn.utilities.compat.torch_internals import change_count
+from lightning_mnn.utilities.interruption import Interrupted, alone, requested, stop_if_any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -147,12 +148,15 @@ def survey_of(trainer: pl.Trainer, network: Network, dtype: torch.dtype, thresho
         TypeError: the batches are no pairs (inputs, targets).
         ValueError: they are of other sizes than the network's.
     """
-    parts = [
-        survey_network(network.to(inputs.device), inputs, targets, threshold)
-        for inputs, targets in _batches(trainer, network, dtype)
-    ]
-    own = on_cpu(merge_surveys(parts)) if parts else None  # there may be fewer samples than processes
-    return merge_surveys([part for part in gather(own) if part is not None])
+
+    def own() -> Survey | None:
+        parts = [
+            survey_network(network.to(inputs.device), inputs, targets, threshold)
+            for inputs, targets in _batches(trainer, network, dtype)
+        ]
+        return on_cpu(merge_surveys(parts)) if parts else None  # there may be fewer samples than processes
+
+    return merge_surveys([part for part in gather_results(own) if part is not None])
 
 
 def why_not_surveyed(trainer: pl.Trainer, network: Network) -> str | None:
@@ -189,12 +193,15 @@ def patterns_of_training_set(trainer: pl.Trainer, pl_module: pl.LightningModule)
     if pl_module in _surveys and _surveys[pl_module][0] == _moment(trainer, network):
         return [layer.pattern for layer in _surveys[pl_module][1].layers]
     _check_weights(trainer, network)
-    blocks = [
-        [pattern.pack().bits.cpu() for pattern in exact_patterns(network.to(inputs.device), inputs)]
-        for inputs, _ in _batches(trainer, network, network.output_weights.dtype)
-    ]
-    own = [torch.cat(parts, dim=-2) for parts in zip(*blocks, strict=True)]
-    layers = zip(*(part for part in gather(own) if part), strict=True)
+
+    def own() -> list[Tensor]:
+        blocks = [
+            [pattern.pack().bits.cpu() for pattern in exact_patterns(network.to(inputs.device), inputs)]
+            for inputs, _ in _batches(trainer, network, network.output_weights.dtype)
+        ]
+        return [torch.cat(parts, dim=-2) for parts in zip(*blocks, strict=True)]
+
+    layers = zip(*(part for part in gather_results(own) if part), strict=True)
     return [
         PackedPattern(torch.cat(parts, dim=-2), width) for parts, width in zip(layers, network.hidden_dims, strict=True)
     ]
@@ -217,11 +224,15 @@ def input_rank(trainer: pl.Trainer, pl_module: pl.LightningModule, network: Netw
 
 def _gram(trainer: pl.Trainer, network: Network) -> Tensor:
     """XᵀX over all processes, float64 (..., d0, d0)."""
-    gram: Tensor | float = 0.0
-    for inputs, _ in _batches(trainer, network, network.output_weights.dtype):
-        wide = network.augment(inputs.to(torch.float64))
-        gram = gram + wide.mT @ wide
-    total = sum(part for part in gather(gram.cpu() if isinstance(gram, torch.Tensor) else None) if part is not None)
+
+    def own() -> Tensor | None:
+        gram: Tensor | float = 0.0
+        for inputs, _ in _batches(trainer, network, network.output_weights.dtype):
+            wide = network.augment(inputs.to(torch.float64))
+            gram = gram + wide.mT @ wide
+        return gram.cpu() if isinstance(gram, torch.Tensor) else None
+
+    total = sum(part for part in gather_results(own) if part is not None)
     assert isinstance(total, torch.Tensor)  # noqa: S101 (a training set holds a sample)
     return total
 
@@ -233,12 +244,34 @@ def training_samples(trainer: pl.Trainer, network: Network, *, whole: bool) -> t
 
 
 def gather(value: Any) -> list[Any]:
-    """The value of every process, in rank order, on every process."""
+    """The value of every process, in rank order, on every process.
+
+    Raises:
+        Interrupted: (on every process) one was asked to stop.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+    pairs: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(pairs, (value, requested()))
+    values, requests = zip(*pairs, strict=True)
+    stop_if_any(requests)
+    return list(values)
+
+
+def gather_results(work: Callable[[], Answer]) -> list[Answer]:
+    """What each process finds, in rank order, on every process; the work must not wait for other processes.
+
+    Raises:
+        Interrupted: (on every process) one was asked to stop; where it is in the middle of its work, it stops there.
+    """
+    found: Answer | None = None
+    try:
+        with alone():
+            found = work()
+    except Interrupted:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise
+    return gather(found)  # which raises it on all
 
 
 def on_first_process(trainer: pl.Trainer, work: Callable[[], Answer]) -> Answer:
@@ -251,11 +284,12 @@ def on_first_process(trainer: pl.Trainer, work: Callable[[], Answer]) -> Answer:
     box: list[Any] = [None]
     if trainer.is_global_zero:
         try:
-            box = [work()]
-        except Exception as error:  # noqa: BLE001 (the others wait for an answer, and shall fail with it)
+            with alone():
+                box = [work()]
+        except (Exception, Interrupted) as error:  # noqa: BLE001 (the others wait for an answer, and fail with it)
             box = [error]
     dist.broadcast_object_list(box, src=0)
-    if isinstance(box[0], Exception):
+    if isinstance(box[0], Exception | Interrupted):
         raise box[0]
     return cast("Answer", box[0])
 

@@ -16,6 +16,7 @@ from torch.utils.data import (
 )
 
 from lightning_mnn.data.loader import ExactLoader, part_of
+from lightning_mnn.utilities.interruption import safe_point
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,11 +45,13 @@ def exact_shard(
     Raises:
         TypeError: a loader whose samples cannot be enumerated: an ``IterableDataset``, a sampler that chooses among the
             samples, several loaders at once, no automatic batching.
+        Interrupted: (between batches) the process was asked to stop.
     """
     if isinstance(loader, ExactLoader):
         low, high = part_of(loader.num_samples if chosen is None else len(chosen), rank, world_size)
         size = batch_size or max(1, _BLOCK_ELEMENTS // loader.numbers_per_sample)
         for start in range(low, high, size):
+            safe_point()
             block = slice(start, min(start + size, high))
             yield loader.samples(block if chosen is None else chosen[block])
     elif isinstance(loader, DataLoader):
@@ -56,7 +59,7 @@ def exact_shard(
         low, high = part_of(len(indices), rank, world_size)
         size = batch_size or loader.batch_size or 256
         num_workers = min(loader.num_workers, math.ceil((high - low) / size))
-        yield from DataLoader(
+        batches = DataLoader(
             Subset(loader.dataset, indices[low:high]),
             batch_size=size,
             collate_fn=loader.collate_fn,
@@ -67,6 +70,9 @@ def exact_shard(
             prefetch_factor=loader.prefetch_factor if num_workers else None,
             generator=torch.Generator(),  # a pass draws nothing from the global generator, which training uses
         )
+        for batch in batches:
+            safe_point()
+            yield batch
     else:
         raise _not_enumerable(loader)
 

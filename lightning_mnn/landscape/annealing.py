@@ -25,6 +25,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from lightning_mnn.utilities.interruption import safe_point
+
 _NEWTON_STEPS = 100
 _CENTRED = 1e-6  # squared Newton decrement of a centre that is near enough
 _PILOT = 128  # particles that set the start and the schedule
@@ -82,6 +84,7 @@ def analytic_centre(normals: Tensor, interior: Tensor) -> Tensor:
     """
     point: Tensor = interior / interior.norm(dim=-1, keepdim=True) * math.sqrt(normals.shape[-1])
     for _ in range(_NEWTON_STEPS):
+        safe_point()
         _, scaled, weight = _barrier(normals, point)
         gradient = weight * point - scaled.sum(-2)
         factor = _hessian_factor(scaled, weight)
@@ -209,6 +212,7 @@ def _run_chains(cones: Centred, particles: Tensor, beta: Tensor, length: int, ge
     apex = cones.apex.mT[..., None]
     states = [particles]
     for _ in range(length - 1):
+        safe_point()
         _move_coordinates(points, distances, columns, precisions, -forces / precisions, generator)
         _move_along_rays(points, distances, apex, precisions, forces, generator)
         states.append(points.clone().view_as(particles))

@@ -17,6 +17,7 @@ from scipy.optimize import linprog
 from lightning_mnn.landscape.kinks import judge_kinks
 from lightning_mnn.landscape.least_squares import Solution, solve
 from lightning_mnn.landscape.problem import ROUNDOFF, Outputs, Point, Problem
+from lightning_mnn.utilities.interruption import safe_point
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -205,6 +206,7 @@ def _judge_units(problem: Problem, found: Snap) -> Judgement:
     """Test the kinks of each unit, and the forces on units with z_i = 0."""
     failures = []
     for unit in range(len(found.point.output)):
+        safe_point()
         kinks = None if found.kinks is None else found.kinks[:, unit]
         if kinks is not None and not bool(problem.team.most(kinks.any().long())):
             kinks = None

@@ -12,6 +12,7 @@ import torch
 from lightning_mnn.landscape.team import Team
 from lightning_mnn.seeding import generator as seeded
 from lightning_mnn.utilities.compat.precision import full_precision
+from lightning_mnn.utilities.interruption import safe_point
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -98,6 +99,7 @@ def kink_distance(
     jitter = Jitter(parameters, seed)
     with full_precision():
         for run in passes:
+            safe_point()
             first = _FirstPass(layers)
             run(first)
             closed = first.closed_calls()

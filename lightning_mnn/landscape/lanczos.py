@@ -16,6 +16,7 @@ from scipy.optimize import brentq
 from scipy.special import betaincinv
 
 from lightning_mnn.seeding import generator as seeded
+from lightning_mnn.utilities.interruption import safe_point
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -141,6 +142,7 @@ def extreme_eigenvalues(
     lanczos = _Lanczos(n, steps, dtype, device, seed, failure)
     ends = lanczos.step(matvec)
     while lanczos.taken < steps and not (_done(ends, tolerance) if enough is None else enough(ends)):
+        safe_point()
         ends = lanczos.step(matvec)
     vector = lanczos.vector()
     image = _image(matvec, vector)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from scipy.linalg import eigvalsh_tridiagonal
 
+from lightning_mnn.utilities.interruption import safe_point
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -157,6 +159,7 @@ def _iterate(face: FaceMap, rhs: Tensor, longest: float, max_iterations: int) ->
         direction, square = gradient, gradient @ gradient
         diagonal, beside, last = [], [], (0.0, 1.0)
         while not (finished := float(square) ** 0.5 <= goal) and spent < max_iterations and not too_long:
+            safe_point()
             change = face.predict(direction)
             share = float(square) / float(face.team.sum(change @ change))
             theta, residual = theta + share * direction, residual - share * change

@@ -20,6 +20,7 @@ import torch
 from lightning_mnn.landscape.census import Proportion
 from lightning_mnn.seeding import generator
 from lightning_mnn.utilities.compat.precision import full_precision
+from lightning_mnn.utilities.interruption import safe_point
 from lightning_mnn.validation import ArgumentError, positive_integer
 
 if TYPE_CHECKING:
@@ -199,6 +200,7 @@ def count_kept(
             for draw in draws:
                 moves.turn(generator(seed, "local volume", draw).initial_seed())
                 for k, sigma in enumerate(sigmas):
+                    safe_point()
                     moves.go(sigma)
                     for name in _kept_layers(reference, runs):
                         counts[name][k] += 1

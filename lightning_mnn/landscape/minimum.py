@@ -18,6 +18,7 @@ from lightning_mnn.landscape.rank import khatri_rao_rank
 from lightning_mnn.landscape.region import gram_rank
 from lightning_mnn.landscape.survey import infer_threshold, wrong
 from lightning_mnn.landscape.team import Team
+from lightning_mnn.utilities.interruption import safe_point
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -308,6 +309,7 @@ def search(problem: Problem, point: Point, max_distance: float) -> tuple[Judgeme
     large = min(problem.num_samples, start.theta.numel()) > GRAM_LIMIT
     untried: list[Tensor | None] = [None]
     while untried:
+        safe_point()
         kinks = untried.pop(0)
         found = snap(problem, start, active, kinks, longest)
         found = turn_resting_units(problem, found, max_distance)

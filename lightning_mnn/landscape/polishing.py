@@ -23,6 +23,7 @@ from lightning_mnn.landscape.minimum import (
     turn_resting_units,
 )
 from lightning_mnn.landscape.problem import Outputs, Point, Problem
+from lightning_mnn.utilities.interruption import safe_point
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -148,6 +149,7 @@ def _polish(
     losses = [problem.squared_error(state.outputs.errors) / problem.num_samples]
     in_hand = False  # whether kinks are taken in hand yet
     while judgement.kind not in MINIMA and len(losses) <= max_steps:
+        safe_point()
         found = turn_resting_units(problem, snap(problem, state.point, state.active, state.kinks), 0.0)
         judgement = judge(problem, found)
         if judgement.ends:

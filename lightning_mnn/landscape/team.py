@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from lightning_mnn.utilities.interruption import Pace, requested, stop_if_any
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+_pace = Pace(seconds=0.5)  # of questions whether a process is to stop, in work of many sums
 
 
 class Team:
@@ -46,6 +50,8 @@ class Team:
 
 class ProcessTeam(Team):
     """The processes of torch.distributed's default group, in rank order.
+
+    Where one of them is asked to stop, all stop at one of these calls: about twice a second they ask one another.
 
     Args:
         num_samples: number of samples that this process holds.
@@ -84,4 +90,15 @@ class ProcessTeam(Team):
 def _reduced(value: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
     value = value.clone()
     dist.all_reduce(value, operation)
+    if _pace.is_time():
+        _stop_together(value.device)
     return value
+
+
+def _stop_together(device: torch.device) -> None:
+    own = [requested(), _pace.proposal() if dist.get_rank() == 0 else 0]
+    told = torch.tensor(own, device=device)
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    number, pause = told.tolist()
+    _pace.restart(pause)
+    stop_if_any([number])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,23 +14,25 @@ from omegaconf import DictConfig
 from omegaconf.errors import InterpolationKeyError
 from pytorch_lightning.callbacks import Timer
 from pytorch_lightning.utilities import rank_zero_only
-from pytorch_lightning.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from typing_extensions import override
 
 from lightning_mnn.callbacks import LastCheckpoint
 from lightning_mnn.callbacks.schedule import ScheduledCallback
+from lightning_mnn.callbacks.stop_on_request import StopOnRequest
 from lightning_mnn.figures import run_figure
 from lightning_mnn.loggers import ResumableCSVLogger, ResumableWandbLogger, log_image
 from lightning_mnn.mnn import MNN, DivergenceError
 from lightning_mnn.tasks._console import print_config, print_verdict
 from lightning_mnn.tasks._devices import check_devices, processes
 from lightning_mnn.tasks._files import write_json
-from lightning_mnn.tasks._requeue import requeued_on_signal
+from lightning_mnn.tasks._signals import LostProcessError, RunSignals, interruptible
 from lightning_mnn.tasks._standing import Standing, alone_in, claim, standing
 from lightning_mnn.tasks._wandb import end_wandb_runs, is_wandb, leave_in_wandb, only_known, settings_of, wandb_options
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pytorch_lightning as pl
 
     from lightning_mnn.data import ExactData
@@ -80,13 +81,15 @@ def train(cfg: DictConfig) -> float:
         FileExistsError: the run folder already holds a run, and ``resume`` is false or the run was begun otherwise; or
             another process trains there.
         DivergenceError: training reached values that are not finite.
-        SystemExit: the run was interrupted, with code 143 by a SIGTERM, which Lightning heeds at the end of an epoch.
+        Interrupted: a SystemExit with code 143 after a SIGTERM, and 130 after Ctrl-C (see
+            :mod:`~lightning_mnn.tasks._signals`).
+        LostProcessError: a SystemExit with code 1, as another process of the run is gone.
     """
-    with requeued_on_signal() as savers, alone_in(Path(cfg.run_dir)):
-        return _train(cfg, savers)
+    with interruptible() as signals, alone_in(Path(cfg.run_dir)):
+        return _train(cfg, signals)
 
 
-def _train(cfg: DictConfig, savers: list[LastCheckpoint]) -> float:
+def _train(cfg: DictConfig, signals: RunSignals) -> float:
     _require_row(cfg)
     check_devices(cfg.trainer)
     run_dir = Path(cfg.run_dir)
@@ -101,26 +104,27 @@ def _train(cfg: DictConfig, savers: list[LastCheckpoint]) -> float:
     input_dim = datamodule.input_dim if cfg.model.input_dim is None else cfg.model.input_dim
     model: MNN = _build(cfg.model, input_dim=input_dim)
     timer = FitTimer()
-    callbacks = [timer, *(_build(node) for node in cfg.callbacks.values() if node)]
-    savers += [callback for callback in callbacks if isinstance(callback, LastCheckpoint)]
+    callbacks = [signals, timer, *_callbacks(cfg)]
     loggers = _loggers(cfg, found)
     trainer: pl.Trainer = _build(cfg.trainer, callbacks=callbacks, logger=loggers)
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return _try_out(trainer, model, datamodule, cfg.ckpt_path)
     failure: BaseException | None = None
+
+    def summary_of(failure: BaseException | None, callbacks: Sequence[pl.Callback]) -> dict[str, Any]:
+        seconds = timer.time_elapsed("train")
+        return summarise(trainer, model, datamodule, seconds, cfg.seed, failure, callbacks=callbacks)
+
+    signals.watch.last_words = lambda: _leave_last_words(run_dir, summary_of(signals.cause(), callbacks=()))
     claim(cfg, found)
     try:
         if found.checkpoint is not None:
             _go_on(loggers, found.rows)
         for logger in loggers:
             logger.log_hyperparams(settings_of(cfg, HydraConfig.get().runtime.choices))
-        try:
-            trainer.fit(model, datamodule, ckpt_path=found.checkpoint or cfg.ckpt_path, weights_only=True)
-            trainer.save_checkpoint(run_dir / _ENDED, weights_only=False)  # optimiser too
-        except (DivergenceError, KeyboardInterrupt, SystemExit) as error:  # Lightning ends an interrupted run by exit()
-            failure = _as_exit(error)
-        summary = summarise(trainer, model, datamodule, timer.time_elapsed("train"), cfg.seed, failure)
-        _leave(run_dir, trainer, summary)
+        failure = _fit(signals, trainer, model, datamodule, found.checkpoint or cfg.ckpt_path, run_dir)
+        summary = summary_of(failure, callbacks=trainer.callbacks)  # type: ignore[attr-defined]
+        _leave(run_dir, trainer, summary, figure=not isinstance(failure, SystemExit))
     finally:
         end_wandb_runs(loggers, failed=sys.exc_info()[0] is not None or failure is not None)
     if failure is None:
@@ -133,23 +137,39 @@ def _train(cfg: DictConfig, savers: list[LastCheckpoint]) -> float:
     return _largest(summary["mse"])
 
 
+def _fit(
+    signals: RunSignals, trainer: pl.Trainer, model: MNN, datamodule: ExactData, checkpoint: Any, run_dir: Path
+) -> BaseException | None:
+    """Train, and save the end of it; what ended training before: divergence, a signal or the loss of a process."""
+    try:
+        trainer.fit(model, datamodule, ckpt_path=checkpoint, weights_only=True)
+        trainer.save_checkpoint(run_dir / _ENDED, weights_only=False)  # optimiser too
+    except BaseException as error:
+        cause = signals.end_training(error)
+        if isinstance(cause, DivergenceError | KeyboardInterrupt | SystemExit):
+            return cause
+        raise
+    signals.end_training()
+    return None
+
+
 def summarise(
     trainer: pl.Trainer,
     model: MNN,
     datamodule: ExactData,
     seconds: float,
     seed: int,
-    failure: BaseException | None = None,
+    failure: BaseException | None,
+    *,
+    callbacks: Sequence[pl.Callback],
 ) -> dict[str, Any]:
     """The run's ``summary.json``: what the callbacks found, and the run's sizes; measures are lists over R."""
     found: dict[str, Any] = dict.fromkeys(MEASURES)
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks:
         if isinstance(callback, ScheduledCallback):
             found |= callback.summary()
     if failure is not None:  # what the last check found is not what the run ended in
-        diverged = isinstance(failure, DivergenceError)
-        reason = str(failure) if diverged else f"interrupted after {trainer.global_step} steps"
-        verdict = {"kind": "not_stationary", "reason": reason, "zero_error": False}
+        verdict = {"kind": "not_stationary", "reason": _reason(failure, trainer.global_step), "zero_error": False}
         found |= {key: [value] * model.replicas if model.replicas > 1 else value for key, value in verdict.items()}
     return found | {
         "finished": False,  # until all else is written
@@ -168,6 +188,14 @@ def summarise(
     }
 
 
+def _reason(failure: BaseException, steps: int) -> str:
+    """Why a run ended early."""
+    if isinstance(failure, DivergenceError):
+        return str(failure)
+    lost = f" by the loss of process {failure.rank}" if isinstance(failure, LostProcessError) else ""
+    return f"interrupted after {steps} steps{lost}"
+
+
 def _try_out(trainer: pl.Trainer, model: MNN, datamodule: ExactData, checkpoint: str | None) -> float:
     """Train as long as ``fast_dev_run`` says; nothing is kept of it."""
     trainer.fit(model, datamodule, ckpt_path=checkpoint, weights_only=True)
@@ -177,11 +205,6 @@ def _try_out(trainer: pl.Trainer, model: MNN, datamodule: ExactData, checkpoint:
             "no summary, figure, checkpoint or log"
         )
     return float(trainer.callback_metrics.get("train/mse", "nan"))
-
-
-def _as_exit(error: BaseException) -> BaseException:
-    """The error with which a run is to end: of Lightning's for a SIGTERM the exit code says that all went well."""
-    return SystemExit(128 + signal.SIGTERM) if isinstance(error, SIGTERMException) else error
 
 
 def _require_row(cfg: DictConfig) -> None:
@@ -201,6 +224,13 @@ def _build(node: DictConfig, **overrides: Any) -> Any:
         return hydra.utils.instantiate(node, _convert_="all", **overrides)
     except InstantiationException as error:
         raise (error.__cause__ or error) from None
+
+
+def _callbacks(cfg: DictConfig) -> list[pl.Callback]:
+    """The config's callbacks, one of which stops training on request."""
+    callbacks = [_build(node) for node in cfg.callbacks.values() if node]
+    stops = any(isinstance(callback, LastCheckpoint) for callback in callbacks)
+    return callbacks if stops else [*callbacks, StopOnRequest()]
 
 
 def _loggers(cfg: DictConfig, found: Standing) -> list[Any]:
@@ -234,16 +264,26 @@ def _go_on(loggers: list[Any], rows: int) -> None:
 
 
 @rank_zero_only
-def _leave(run_dir: Path, trainer: pl.Trainer, summary: dict[str, Any]) -> None:
-    """Write summary and figure, and hand both to the loggers."""
+def _leave(run_dir: Path, trainer: pl.Trainer, summary: dict[str, Any], *, figure: bool) -> None:
+    """Write summary and figure, and hand both to the loggers; a run that is to end soon does without a figure."""
     write_json(run_dir / "summary.json", summary)
     for logger in trainer.loggers:
         logger.save()
     leave_in_wandb(trainer.loggers, summary, MEASURES)
-    if (run_dir / "metrics.csv").exists():
-        figure = run_figure(run_dir)
+    if figure and (run_dir / "metrics.csv").exists():
+        picture = run_figure(run_dir)
         for logger in trainer.loggers:
-            log_image(logger, "figure", figure, trainer.global_step)
+            log_image(logger, "figure", picture, trainer.global_step)
+
+
+def _leave_last_words(run_dir: Path, summary: dict[str, Any]) -> None:
+    """Write the summary of a run whose main thread is not there to do so."""
+    write_json(run_dir / "summary.json", summary)
+    last = run_dir / "checkpoints" / "last.ckpt"
+    sys.stderr.write(
+        f"{summary['reason']}, in the middle of something that could not be stopped in time: resume=true goes on from "
+        f"{last if last.exists() else 'the beginning'}\n"
+    )
 
 
 @rank_zero_only

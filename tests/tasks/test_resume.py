@@ -278,7 +278,7 @@ def test_from_a_checkpoint_before_the_first_row_a_run_ends_in_the_table_of_an_un
 
     early = fit(ResumableCSVLogger(tmp_path / "early"), max_epochs=2).rename(tmp_path / "early.ckpt")
     kept = torch.load(early, weights_only=True)
-    assert (kept["global_step"], kept["logged_rows"]) == (5, 0)
+    assert (kept["global_step"], kept["logged_rows"]) == (6, 0)
     whole, at_once, later = (ResumableCSVLogger(tmp_path / name) for name in ("whole", "at_once", "later"))
     fit(whole)
     assert whole.rows
@@ -287,47 +287,3 @@ def test_from_a_checkpoint_before_the_first_row_a_run_ends_in_the_table_of_an_un
         again.resume(kept["logged_rows"])
         fit(again, early)
         assert again.path.read_bytes() == whole.path.read_bytes()
-
-
-def test_nothing_is_saved_when_training_is_about_to_end(make_trainer, tmp_path):
-    with pytest.raises(ValueError, match="must not be negative"):
-        LastCheckpoint(tmp_path, timedelta(seconds=-1))
-    for options, steps in (({"max_epochs": 4}, 11), ({"max_steps": 10, "max_epochs": -1}, 8), ({"max_epochs": 1}, 2)):
-        saver = LastCheckpoint(tmp_path / str(options), timedelta(0))
-        trainer = make_trainer(callbacks=[saver], enable_checkpointing=True, gradient_clip_val=1e9, **options)
-        model = MNN(6, (4,), default_callbacks=False, optimizer={"name": "adam", "lr": 1e-3})
-        trainer.fit(model, GaussianData(12, 6, batch_size=4, dtype="float64"))
-        assert torch.load(saver.path, weights_only=True)["global_step"] == steps
-        assert [path.name for path in saver.path.parent.iterdir()] == ["last.ckpt"]
-
-
-def test_an_epochs_end_is_not_passed_over_and_not_met_twice(make_trainer, tmp_path):
-    """A checkpoint within an epoch, at its end and with a limit of steps: all that the others saw is seen once."""
-
-    class Ends(pl.Callback):
-        def __init__(self):
-            self.seen = []
-
-        def on_train_epoch_end(self, trainer, pl_module):
-            self.seen.append((trainer.current_epoch, trainer.global_step))
-
-    class Copies(LastCheckpoint):
-        def _save_if_due(self, trainer, completed_epochs):
-            super()._save_if_due(trainer, completed_epochs)
-            if self.path.exists():
-                shutil.copy(self.path, self.path.with_name(f"{trainer.global_step}.ckpt"))
-
-    def fit(ckpt_path=None, **limit):
-        ends, saver = Ends(), Copies(tmp_path / str(limit), timedelta(0))
-        trainer = make_trainer(callbacks=[ends, saver], enable_checkpointing=True, gradient_clip_val=1e9, **limit)
-        model = MNN(6, (4,), default_callbacks=False, optimizer={"name": "adam", "lr": 1e-3})
-        trainer.fit(model, GaussianData(12, 6, batch_size=4, dtype="float64"), ckpt_path=ckpt_path, weights_only=True)
-        return ends.seen, [weights.clone() for weights in model.parameters()]
-
-    for limit in ({"max_epochs": 4}, {"max_steps": 12, "max_epochs": -1}):
-        seen, weights = fit(**limit)
-        assert [step for _, step in seen] == [3, 6, 9, 12]
-        for step in (4, 5, 6) if "max_steps" not in limit else (4, 5):
-            left, ended = fit(tmp_path / str(limit) / f"{step}.ckpt", **limit)
-            assert all(map(torch.equal, weights, ended)), (limit, step)
-            assert left == [(epoch, end) for epoch, end in seen if end > step], (limit, step)
