@@ -8,15 +8,17 @@ import importlib
 import os
 import pkgutil
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf.errors import OmegaConfBaseException
 
+from lightning_mnn.tasks import _footprint
 from lightning_mnn.tasks._folders import check_names, register_resolvers
+from lightning_mnn.tasks._mistakes import UserError, explained, nearest, one_line, say
 from lightning_mnn.tasks._quiet import quieten
+from lightning_mnn.utilities.compat.hydra_internals import errors_told_by
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -24,17 +26,39 @@ if TYPE_CHECKING:
 register_resolvers()
 
 
+def main() -> None:
+    """Run the command line. A mistake in it is one line on standard error, and leaves nothing behind."""
+    try:
+        with errors_told_by(_tell, _tell_usage):
+            compose_and_run()
+    except Exception as error:
+        if not _tell(error):
+            raise
+        sys.exit(1)
+    finally:
+        if sys.exc_info()[0] is not None:
+            _footprint.remove()
+        _footprint.keep()
+
+
 @hydra.main(version_base="1.3", config_path="pkg://lightning_mnn.conf", config_name="config")
-def main(cfg: DictConfig) -> float | None:
+def compose_and_run(cfg: DictConfig) -> float | None:
     """Run the task of a composed config; a sweeper optimises what it returns."""
     quieten()
     atexit.register(gc.freeze)  # or the interpreter ends by a search of all modules for garbage, which takes 1.5 s
     try:
         return run(cfg)
-    except (ValueError, OSError, ArithmeticError, OmegaConfBaseException) as error:
-        if HydraConfig.get().mode is RunMode.MULTIRUN or "HYDRA_FULL_ERROR" in os.environ:
-            raise  # Hydra notes which job failed, and shows where
-        sys.exit(f"error: {error}\n(HYDRA_FULL_ERROR=1 shows where it was raised)")
+    except Exception as error:
+        in_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
+        line = explained(error, cfg, HydraConfig.get().overrides.task)
+        if line is None and not (in_sweep or _footprint.is_kept()):  # nothing was computed: it was asked wrongly
+            line = f"{type(error).__name__}: {one_line(str(error))} (HYDRA_FULL_ERROR=1 shows where)"
+        if line is None or _wants_traceback():
+            raise
+        if in_sweep:  # Hydra and the launchers note which job failed
+            raise UserError(line) from error
+        say(line)
+        sys.exit(1)  # which, unlike an exception, Hydra does not comment on
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -47,10 +71,29 @@ def run(cfg: DictConfig) -> float | None:
     tasks = importlib.import_module("lightning_mnn.tasks")
     known = sorted(m.name for m in pkgutil.iter_modules(tasks.__path__) if not m.name.startswith("_"))
     if cfg.task not in known:
-        raise ValueError(f"task must be one of {known}, got {cfg.task!r}")
+        near = "|".join(dict.fromkeys([*nearest(str(cfg.task), known, 1), *known]))
+        raise UserError(f"task={cfg.task}: there is no such task: choose task={near}")
     module = importlib.import_module(f"lightning_mnn.tasks.{cfg.task}")
     objective: float | None = getattr(module, cfg.task)(cfg)
     return objective
+
+
+def _tell(error: Exception) -> bool:
+    """Say in one line what is wrong, if that is a mistake of the user's."""
+    line = explained(error, command=sys.argv[1:])
+    if line is None or _wants_traceback():
+        return False
+    say(line)
+    return True
+
+
+def _tell_usage(problem: str) -> NoReturn:
+    say(f"{problem}: write lightning-mnn [-m] [KEY=VALUE ...]; lightning-mnn --help says more")
+    sys.exit(2)
+
+
+def _wants_traceback() -> bool:
+    return os.environ.get("HYDRA_FULL_ERROR", "0") == "1"
 
 
 if __name__ == "__main__":

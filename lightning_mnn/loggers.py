@@ -170,6 +170,8 @@ class ResumableWandbLogger(WandbLogger):
 
     Attributes:
         rows: rows logged, without pictures, tables and histograms.
+        is_held: whether the run may not begin yet; as long as it is, the logger has no attribute ``experiment``, by
+            which Lightning would begin it before it looks at data and checkpoint.
 
     Raises:
         ValueError: ``best`` has another direction, or there is no such ``mode``.
@@ -192,6 +194,7 @@ class ResumableWandbLogger(WandbLogger):
         if not self.best.keys() <= {"min", "max"}:
             raise ArgumentError("best", self.best, "must have the keys min and max, lists of names")
         self.rows = 0
+        self.is_held = False
         self._shift = 0  # of W&B's steps, by what was logged past the logger
         self._next_step = 0  # of W&B, if nothing is
         self._kept = _Rows()  # for a new folder, as W&B's process may leave that of the run torn
@@ -206,10 +209,18 @@ class ResumableWandbLogger(WandbLogger):
     def experiment(self) -> Any:
         import wandb  # noqa: PLC0415 (slow, and only used with its logger)
 
+        if self.is_held:
+            raise AttributeError("the W&B run begins with training, and has no experiment until then")
         if self._experiment is None and wandb.run is None:
             self._experiment = self._begin()
             self._next_step = local_step(self._experiment)  # of a run that W&B's server knows, where that left off
         return super().experiment
+
+    @rank_zero_only
+    def begin(self) -> None:
+        """Begin the run now, and hold it no longer."""
+        self.is_held = False
+        _ = self.experiment
 
     @property
     def url(self) -> str | None:

@@ -6,13 +6,12 @@ import math
 import numbers
 from typing import TYPE_CHECKING, Any
 
-import torch
 from typing_extensions import override
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+    import torch
 
 
 class ArgumentError(ValueError):
@@ -160,4 +159,7 @@ def dtype_named(name: str) -> torch.dtype:
     >>> dtype_named("float64")
     torch.float64
     """
-    return _DTYPES[one_of("dtype", name, sorted(_DTYPES))]
+    import torch  # noqa: PLC0415 (slow; the command's --help needs the rest of this module alone)
+
+    dtypes = {"float32": torch.float32, "float64": torch.float64}
+    return dtypes[one_of("dtype", name, dtypes)]

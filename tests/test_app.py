@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from lightning_mnn import app, tasks
-from lightning_mnn.tasks._console import print_config, print_verdict
+from lightning_mnn.tasks._console import config_tree, print_config, print_verdict
 from tests.children import command
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -164,7 +164,7 @@ def test_a_name_is_shown_as_it_is(capsys):
     summary = {"kind": None, "mse": 0.1, "wrong": None, "epochs": 1, "steps": 2, "seconds": 3.0, "num_samples": 4}
     print_verdict("q [y]", summary | {"reason": "net [a]"}, Path("out/q [y]").absolute(), offline=False)
     print_verdict(2024, summary, Path(), offline=False)  # name=2024 is a number
-    print_config(OmegaConf.create({"name": "q [x]", "at": ["[/b]"]}))
+    print_config(config_tree(OmegaConf.create({"name": "q [x]", "at": ["[/b]"]})))
     said = capsys.readouterr().out
     for words in (
         "2024: verdict",

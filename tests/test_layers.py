@@ -12,7 +12,6 @@ PACKAGE = Path(__file__).parent.parent / "lightning_mnn"
 FLOORS = {
     "utilities": 0,
     "landscape": 1,
-    "utilities": 1,
     "seeding": 1,
     "validation": 1,
     "workers": 1,

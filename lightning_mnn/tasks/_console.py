@@ -21,11 +21,16 @@ KINDS = {
 }
 
 
-@rank_zero_only
-def print_config(cfg: DictConfig) -> None:
-    """Print the composed config as a tree."""
+def config_tree(cfg: DictConfig) -> Tree:
+    """The composed config as a tree, as it is now: Hydra puts values in the place of some references as it builds."""
     tree = Tree("[bold]config")
     _grow(tree, cfg)
+    return tree
+
+
+@rank_zero_only
+def print_config(tree: Tree) -> None:
+    """Print the composed config."""
     Console().print(tree)
 
 

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig
-from pytorch_lightning.accelerators import CUDAAccelerator
+from lightning_fabric.plugins.environments.kubeflow import KubeflowEnvironment
+from lightning_fabric.plugins.environments.lsf import LSFEnvironment
+from lightning_fabric.plugins.environments.mpi import MPIEnvironment
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from pytorch_lightning.accelerators import CUDAAccelerator, MPSAccelerator
+from pytorch_lightning.utilities import rank_zero_only
+
+from lightning_mnn.validation import ArgumentError, positive_integer, whole_number
+from lightning_mnn.workers import cores
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,12 +31,96 @@ _LAUNCHERS = (
     *("lightning_mnn.slurm.Slurm", "hydra_plugins.lightning_mnn.Slurm"),
     "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
 )
+_CLUSTERS = (SLURMEnvironment, TorchElasticEnvironment, LSFEnvironment, KubeflowEnvironment, MPIEnvironment)
+_MOST_THREADS = 64  # more than these, and than processors, torch may fail to start, by a segmentation fault
 _WITHIN = ("spawn", "fork", "notebook")  # ways to start processes that go on from within this one
 
 
 def processes() -> int:
     """Size of the process group that was really formed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def check_trainer(cfg: DictConfig) -> None:
+    """Refuse what Lightning refuses late, in other words or not at all; warn of more processes than cores.
+
+    Args:
+        cfg: the config, of which ``trainer`` and ``threads`` are looked at.
+
+    Raises:
+        ArgumentError: a length, a number of devices, nodes or threads that cannot be, or a GPU where there is none.
+    """
+    trainer = cfg.trainer
+    epochs = trainer.get("max_epochs")
+    if epochs is not None and epochs != -1 and epochs < 1:
+        problem = "must be at least 1, or -1 or null for no limit"
+        raise ArgumentError("trainer.max_epochs", epochs, problem, "for example trainer.max_epochs=2000")
+    for name, least in (("log_every_n_steps", 0), ("accumulate_grad_batches", 1), ("num_nodes", 1)):
+        if isinstance(value := trainer.get(name), int):
+            whole_number(f"trainer.{name}", value, at_least=least)
+    if trainer.get("num_nodes", 1) > 1 and not _is_started_by_a_cluster():
+        problem = "needs a cluster that starts a process on each node, or the others would be waited for"
+        raise ArgumentError("trainer.num_nodes", trainer.num_nodes, problem, "choose hydra/launcher=slurm, or 1 node")
+    if isinstance(trainer.get("accelerator"), str):
+        _check_accelerator(trainer.accelerator, trainer.get("devices", "auto"))
+    _check_threads(cfg.threads)
+
+
+def _check_accelerator(accelerator: str, devices: Any) -> None:
+    """Refuse GPUs where there are none, or fewer, and numbers of devices that are none."""
+    there = CUDAAccelerator.auto_device_count() if CUDAAccelerator.is_available() else 0
+    has_gpu = there > 0 or MPSAccelerator.is_available()
+    if accelerator in ("gpu", "cuda") and not has_gpu:
+        problem = "needs a GPU, and torch sees none"
+        raise ArgumentError("trainer.accelerator", accelerator, problem, "choose trainer=cpu")
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not has_gpu)
+    if not (on_cpu or there):  # of which Lightning knows more
+        return
+    plain = OmegaConf.to_container(devices) if isinstance(devices, ListConfig) else devices
+    count = _count(plain, on_cpu=on_cpu, there=there)
+    if count is None:
+        kinds = "a positive number or auto" if on_cpu else "a positive number, a list of GPUs, -1 or auto"
+        raise ArgumentError("trainer.devices", plain, f"must be {kinds}", "for example trainer.devices=1")
+    if on_cpu and count > cores():
+        _warn(f"trainer.devices={count}: so many processes share {cores()} cores: choose trainer.devices={cores()}")
+    if not on_cpu and count > there:
+        problem = f"asks for {count} GPUs, and there {'is' if there == 1 else 'are'} {there}"
+        raise ArgumentError("trainer.devices", plain, problem, f"choose trainer.devices={there} or auto")
+
+
+def _count(devices: Any, *, on_cpu: bool, there: int) -> int | None:
+    """How many devices are asked for; None where that is not said."""
+    number = int(devices) if isinstance(devices, str) and re.fullmatch(r"-?\d+", devices) else devices
+    if number == "auto":
+        return max(1, 1 if on_cpu else there)
+    if isinstance(number, int) and not isinstance(number, bool):
+        everything = number == -1 and not on_cpu
+        return there if everything else number if number > 0 else None
+    if on_cpu:
+        return None
+    given = devices.split(",") if isinstance(devices, str) else devices if isinstance(devices, list) else []
+    names = [str(name).strip() for name in given if str(name).strip()]
+    return len(names) if names and all(name.isdigit() for name in names) else None
+
+
+def _check_threads(threads: int | None) -> None:
+    if threads is None:
+        return
+    positive_integer("threads", threads)
+    most = max(_MOST_THREADS, os.cpu_count() or 1)
+    if threads > most:
+        remedy = f"this machine has {os.cpu_count()} processors"
+        raise ArgumentError("threads", threads, f"must be at most {most}", remedy)
+
+
+@rank_zero_only
+def _warn(line: str) -> None:
+    sys.stderr.write(f"warning: {line}\n")
+
+
+def _is_started_by_a_cluster() -> bool:
+    """Whether this process is one of several nodes' that something has started, or that say who they are."""
+    return any(environment.detect() for environment in _CLUSTERS) or "NODE_RANK" in os.environ
 
 
 def check_devices(trainer: Mapping[str, Any]) -> None:
@@ -40,7 +136,7 @@ def check_devices(trainer: Mapping[str, Any]) -> None:
     strategy = _strategy(trainer)
     if any(way in strategy for way in _WITHIN):
         raise ValueError(
-            f"trainer.strategy={strategy} trains in processes whose callbacks and steps are lost when they end: "
+            f"trainer.strategy={strategy}: trains in processes whose callbacks and steps are lost when they end: "
             "set trainer.strategy=ddp"
         )
     hydra = HydraConfig.get()

@@ -18,6 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
 from yaml import YAMLError
 
+from lightning_mnn.tasks import _footprint
+from lightning_mnn.tasks._mistakes import UserError, say, shown
 from lightning_mnn.utilities.compat.hydra_internals import split_sweep
 
 if TYPE_CHECKING:
@@ -73,20 +75,16 @@ def check_names(cfg: DictConfig) -> None:
     """Refuse what would be taken for something else, or could not be written.
 
     Raises:
-        ValueError: ``resume`` is neither true nor false, or ``name`` cannot be the name of a folder.
+        UserError: ``resume`` is neither true nor false, or ``name`` cannot be the name of a folder.
     """
     if not isinstance(cfg.resume, bool):
-        raise ValueError(f"resume must be true or false, got {_said(cfg.resume)}")  # noqa: TRY004 (a user's word)
+        raise UserError(f"resume={shown(cfg.resume)}: must be true or false: choose resume=true or leave it out")
     name = "" if cfg.name is None else str(cfg.name)
     if name in ("", "..") or Path(name).name != name:
-        raise ValueError(
-            f"name must be that of one folder in outputs, without a slash, got {_said(cfg.name)}: choose another, or "
-            "give the whole path by hydra.run.dir"
+        raise UserError(
+            f"name={shown(cfg.name)}: must be that of one folder in outputs, without a slash: choose another, or give "
+            "the whole path by hydra.run.dir"
         )
-
-
-def _said(value: object) -> str:
-    return "null" if value is None else repr(value)
 
 
 def folder_option() -> str:
@@ -149,19 +147,18 @@ class Beginning(Callback):
     is kept as ``multirun.first.yaml``: the new command's jobs may all be refused.
 
     Raises:
-        SystemExit: a value is refused by :func:`check_names`. (Hydra heeds no other exception of a callback.)
+        SystemExit: a value is refused by :func:`check_names`.
     """
 
     @override
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        try:
-            check_names(config)
-        except ValueError as error:
-            sys.exit(f"error: {error}")
+        _check_or_exit(config)
+        _footprint.begin(Path(config.hydra.run.dir), is_sweep=False)
 
     @override
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        self.on_run_start(config)
+        _check_or_exit(config)
+        _footprint.begin(Path(config.hydra.sweep.dir), is_sweep=True)
         try:
             record = sweep_record(Path(config.hydra.sweep.dir))
             if not record.exists():
@@ -176,6 +173,15 @@ class Beginning(Callback):
             unfinished = record.with_name("multirun.first.yaml.tmp")
             shutil.copyfile(record, unfinished)
             unfinished.replace(record.with_name("multirun.first.yaml"))
+
+
+def _check_or_exit(config: DictConfig) -> None:
+    """Hydra makes warnings of a callback's exceptions."""
+    try:
+        check_names(config)
+    except UserError as error:
+        say(str(error))
+        sys.exit(1)
 
 
 def _plan(config: Any) -> list[list[str]]:

@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lightning_mnn.tasks import _footprint
 from lightning_mnn.tasks._files import write_json
 from lightning_mnn.workers import one_thread_each
 
@@ -55,6 +56,7 @@ def claim_folder(run_dir: Path, plan: Mapping[str, Any]) -> None:
         raise FileExistsError(f"{run_dir} already holds a run: choose another hydra.run.dir")
     else:
         write_json(path, dict(plan))
+    _footprint.keep()
 
 
 def differences(kept: Mapping[str, Any], asked: Mapping[str, Any]) -> str:

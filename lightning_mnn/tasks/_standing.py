@@ -16,6 +16,7 @@ import torch
 from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
+from lightning_mnn.tasks import _footprint
 from lightning_mnn.tasks._files import write_json
 from lightning_mnn.tasks._folders import folder_option, is_own_choice
 from lightning_mnn.tasks._parts import differences
@@ -37,7 +38,6 @@ _CLASS_ALONE = ("checkpoint", "progress")
 # Of the data, where files are kept that can be made anew, and how fast they are.
 _INDIFFERENT_DATA = ("cache", "workers")
 
-_LOCK = "run.lock"  # there while a process trains
 _RESULTS = ("metrics.csv", "summary.json", "checkpoints")
 
 
@@ -128,7 +128,7 @@ def alone_in(run_dir: Path) -> Iterator[None]:
     if getattr(rank_zero_only, "rank", 0) != 0 or not run_dir.is_dir():
         yield
         return
-    with locked_if_free(run_dir / _LOCK) as alone:
+    with locked_if_free(run_dir / _footprint.LOCK) as alone:
         if not alone:
             raise FileExistsError(
                 f"another process trains in {run_dir}: await its end, or choose another {folder_option()}"
@@ -142,7 +142,9 @@ def claim(cfg: DictConfig, found: Standing) -> None:
     run_dir = Path(cfg.run_dir)
     if not found.begun:
         write_json(run_dir / "plan.json", {"wandb_id": found.wandb_id, **found.plan})
+        _footprint.keep()
         return
+    _footprint.keep()
     (run_dir / "summary.json").unlink(missing_ok=True)
     if found.checkpoint is None:
         (run_dir / "metrics.csv").unlink(missing_ok=True)

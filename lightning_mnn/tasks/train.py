@@ -6,13 +6,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 from omegaconf.errors import InterpolationKeyError
-from pytorch_lightning.callbacks import Timer
+from pytorch_lightning.callbacks import Callback, Timer
 from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 from typing_extensions import override
@@ -23,9 +21,11 @@ from lightning_mnn.callbacks.stop_on_request import StopOnRequest
 from lightning_mnn.figures import run_figure
 from lightning_mnn.loggers import ResumableCSVLogger, ResumableWandbLogger, log_image
 from lightning_mnn.mnn import MNN, DivergenceError
-from lightning_mnn.tasks._console import print_config, print_verdict
-from lightning_mnn.tasks._devices import check_devices, processes
+from lightning_mnn.tasks._build import build
+from lightning_mnn.tasks._console import config_tree, print_config, print_verdict
+from lightning_mnn.tasks._devices import check_devices, check_trainer, processes
 from lightning_mnn.tasks._files import write_json
+from lightning_mnn.tasks._mistakes import UserError
 from lightning_mnn.tasks._signals import LostProcessError, RunSignals, interruptible
 from lightning_mnn.tasks._standing import Standing, alone_in, claim, standing
 from lightning_mnn.tasks._wandb import end_wandb_runs, is_wandb, leave_in_wandb, only_known, settings_of, wandb_options
@@ -57,6 +57,42 @@ class FitTimer(Timer):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
+
+
+class Start(Callback):
+    """Claims the run folder, and lets the loggers begin or go on, when nothing is left to be refused.
+
+    By then data, weights and checkpoint are loaded. It is to be the first callback, and until it acts no logger of this
+    package writes.
+
+    Args:
+        cfg: the config.
+        found: what there is of the run.
+        loggers: of the Trainer.
+
+    Attributes:
+        is_over: whether that is done.
+    """
+
+    def __init__(self, cfg: DictConfig, found: Standing, loggers: Sequence[Any]) -> None:
+        self.is_over = False
+        self._cfg, self._found, self._loggers = cfg, found, loggers
+        self._tree = config_tree(cfg)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        print_config(self._tree)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        for logger in self._loggers:
+            if isinstance(logger, ResumableWandbLogger):
+                logger.begin()  # which may be refused, too
+        claim(self._cfg, self._found)
+        self.is_over = True
+        if self._found.checkpoint is not None:
+            _go_on(self._loggers, self._found.rows)
+        for logger in self._loggers:
+            logger.log_hyperparams(settings_of(self._cfg, HydraConfig.get().runtime.choices))
 
 
 def train(cfg: DictConfig) -> float:
@@ -91,22 +127,23 @@ def train(cfg: DictConfig) -> float:
 
 def _train(cfg: DictConfig, signals: RunSignals) -> float:
     _require_row(cfg)
+    check_trainer(cfg)
     check_devices(cfg.trainer)
     run_dir = Path(cfg.run_dir)
     found = standing(cfg)
     if found.summary is not None:
         _tell_again(cfg, found.summary)
         return _largest(found.summary["mse"])
-    print_config(cfg)
+    loggers = _loggers(cfg, found)
+    start = Start(cfg, found, loggers)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    datamodule: ExactData = _build(cfg.data)
+    datamodule: ExactData = build(cfg, "data")
     input_dim = datamodule.input_dim if cfg.model.input_dim is None else cfg.model.input_dim
-    model: MNN = _build(cfg.model, input_dim=input_dim)
-    timer = FitTimer()
-    callbacks = [signals, timer, *_callbacks(cfg)]
-    loggers = _loggers(cfg, found)
-    trainer: pl.Trainer = _build(cfg.trainer, callbacks=callbacks, logger=loggers)
+    model: MNN = build(cfg, "model", input_dim=input_dim)
+    timer = FitTimer(cfg.trainer.get("max_time"))
+    callbacks = [signals, start, timer, *_callbacks(cfg)]
+    trainer: pl.Trainer = build(cfg, "trainer", callbacks=callbacks, logger=loggers)
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return _try_out(trainer, model, datamodule, cfg.ckpt_path)
     failure: BaseException | None = None
@@ -115,18 +152,24 @@ def _train(cfg: DictConfig, signals: RunSignals) -> float:
         seconds = timer.time_elapsed("train")
         return summarise(trainer, model, datamodule, seconds, cfg.seed, failure, callbacks=callbacks)
 
-    signals.watch.last_words = lambda: _leave_last_words(run_dir, summary_of(signals.cause(), callbacks=()))
-    claim(cfg, found)
+    def leave_last_words() -> None:
+        if start.is_over:
+            _leave_last_words(run_dir, summary_of(signals.cause(), callbacks=()))
+
+    signals.watch.last_words = leave_last_words
     try:
-        if found.checkpoint is not None:
-            _go_on(loggers, found.rows)
-        for logger in loggers:
-            logger.log_hyperparams(settings_of(cfg, HydraConfig.get().runtime.choices))
         failure = _fit(signals, trainer, model, datamodule, found.checkpoint or cfg.ckpt_path, run_dir)
+        if failure is not None and not start.is_over:
+            raise failure
         summary = summary_of(failure, callbacks=trainer.callbacks)  # type: ignore[attr-defined]
         _leave(run_dir, trainer, summary, figure=not isinstance(failure, SystemExit))
     finally:
         end_wandb_runs(loggers, failed=sys.exc_info()[0] is not None or failure is not None)
+    return _conclude(cfg, run_dir, summary, failure)
+
+
+def _conclude(cfg: DictConfig, run_dir: Path, summary: dict[str, Any], failure: BaseException | None) -> float:
+    """Print what the run ended in; raise what ended it before its time, or return its largest MSE."""
     if failure is None:
         _close(run_dir, summary)
     if isinstance(failure, DivergenceError):
@@ -215,40 +258,31 @@ def _require_row(cfg: DictConfig) -> None:
         cfg.get("row")  # which refers to the data set's settings
     except InterpolationKeyError:
         data, known = HydraConfig.get().runtime.choices.get("data"), "|".join(map(str, cfg.table_1))
-        raise ValueError(f"experiment=table_1 has no settings for data={data}: choose data={known}") from None
-
-
-def _build(node: DictConfig, **overrides: Any) -> Any:
-    """Instantiate a config node; an error of the constructor comes out as it is, not wrapped in Hydra's."""
-    try:
-        return hydra.utils.instantiate(node, _convert_="all", **overrides)
-    except InstantiationException as error:
-        raise (error.__cause__ or error) from None
+        raise UserError(f"data={data}: experiment=table_1 has no settings for it: choose data={known}") from None
 
 
 def _callbacks(cfg: DictConfig) -> list[pl.Callback]:
     """The config's callbacks, one of which stops training on request."""
-    callbacks = [_build(node) for node in cfg.callbacks.values() if node]
+    callbacks = [build(cfg, f"callbacks.{key}") for key, node in cfg.callbacks.items() if node]
     stops = any(isinstance(callback, LastCheckpoint) for callback in callbacks)
     return callbacks if stops else [*callbacks, StopOnRequest()]
 
 
 def _loggers(cfg: DictConfig, found: Standing) -> list[Any]:
-    nodes = {key: node for key, node in (cfg.get("logger") or {}).items() if isinstance(node, DictConfig)}
-    for key, node in nodes.items():
-        if "_target_" not in node:
-            raise ValueError(
-                f"logger.{key} has no _target_, got {node}: say of which class it is, as in "
-                f"logger.{key}={{_target_: pytorch_lightning.loggers.TensorBoardLogger, save_dir: logs}}"
-            )
-    return [
-        _build(only_known(node), **(wandb_options(cfg, node, found.wandb_id) if is_wandb(node) else {}))
-        for node in nodes.values()
-    ]
+    built = []
+    for key, node in (cfg.get("logger") or {}).items():
+        if not isinstance(node, DictConfig):
+            continue
+        is_run = "_target_" in node and is_wandb(node)
+        options = wandb_options(cfg, node, found.wandb_id) if is_run else {}
+        built.append(build(cfg, f"logger.{key}", only_known(node) if is_run else node, **options))
+        if isinstance(built[-1], ResumableWandbLogger):
+            built[-1].is_held = True
+    return built
 
 
 @rank_zero_only
-def _go_on(loggers: list[Any], rows: int) -> None:
+def _go_on(loggers: Sequence[Any], rows: int) -> None:
     """Let the loggers that can go on from the row at which the checkpoint was written."""
     before: list[tuple[dict[str, float], int]] | None = None
     for table in loggers:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+import sys
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lightning_mnn.utilities.compat.missing import MissingPartError, attribute
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from hydra.core.utils import JobReturn
 
@@ -47,6 +50,42 @@ def split_sweep(overrides: Sequence[str]) -> list[list[str]]:
     split = attribute(sweeper, "BasicSweeper.split_arguments", _LIBRARY)
     (jobs,) = split(parser.parse_overrides(list(overrides)), max_batch_size=None)
     return [list(job) for job in jobs]
+
+
+@contextmanager
+def errors_told_by(tell: Callable[[Exception], bool], usage: Callable[[str], NoReturn]) -> Iterator[None]:
+    """Let Hydra's command line hand over what goes wrong: ``run_and_report`` of ``hydra._internal.utils``.
+
+    Args:
+        tell: called with an error, for one that Hydra would report; where it returns False, Hydra does.
+        usage: called with what is wrong with the options (``--…``); it ends the process.
+    """
+    utils, main = _module("hydra._internal.utils"), _module("hydra.main")
+    report = attribute(utils, "run_and_report", _LIBRARY)
+    get_parser = attribute(main, "get_args_parser", _LIBRARY)
+
+    def run_and_tell(function: Callable[[], Any]) -> Any:
+        try:
+            return function()
+        except Exception as error:  # noqa: BLE001 (whatever Hydra would report)
+            if tell(error):
+                sys.exit(1)
+            return report(partial(_raise, error))
+
+    def parser_that_tells() -> Any:
+        parser = get_parser()
+        parser.error = usage
+        return parser
+
+    utils.run_and_report, main.get_args_parser = run_and_tell, parser_that_tells
+    try:
+        yield
+    finally:
+        utils.run_and_report, main.get_args_parser = report, get_parser
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 def submitit_job() -> Any:
