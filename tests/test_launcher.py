@@ -200,6 +200,12 @@ def test_a_bad_end_of_one_job_is_no_other_ones(app):
     assert not list(Path("temporary").iterdir())
 
 
+def test_a_script_that_cannot_be_imported_is_told_why(app):
+    Path("app.py").write_text(APP.partition("if __name__")[0] + "main()\n")
+    said = say([*app, "size=1"], expect=1)
+    assert "failed with exit code 1: RuntimeError: the program calls its main function when it is imported" in said
+
+
 def test_classes_of_a_script_are_the_same_ones_in_its_jobs(app):
     say([*app, "+style=plain"])
     assert record_of(0)["return_value"] == [True, True]

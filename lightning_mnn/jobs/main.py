@@ -22,6 +22,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+_UNGUARDED = (
+    "the program calls its main function when it is imported, as each job imports it: put the call under "
+    'if __name__ == "__main__":'
+)
 _GRACE = 10  # seconds between asking a process to end and ending it
 
 
@@ -36,7 +40,10 @@ def main() -> int:
         sys.path = prepared["sys_path"]
         from lightning_mnn.utilities.compat import hydra_internals, python_internals  # noqa: PLC0415 (it may lie there)
 
-        python_internals.prepare(prepared)
+        try:
+            python_internals.prepare(prepared)
+        except SystemExit:  # of Hydra, which finds the job's arguments and not the program's
+            raise RuntimeError(_UNGUARDED) from None
         sys.modules["__main__"].__spec__ = None  # by which Lightning tells that a script is to be given again
         call = pickle.load(file)  # noqa: S301
     found = _run(call, leads=leads)

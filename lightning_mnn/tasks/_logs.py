@@ -69,17 +69,12 @@ def has_logs(columns: Iterable[str]) -> bool:
     >>> has_logs(["return_value", "seconds"]), has_logs(["return_value", "loss"])
     (False, True)
     """
-    return any(_urgency(name) in (1, 2, 3) for name in columns)
+    return any(name != "seconds" and not name.startswith("return_value") for name in columns)
 
 
 def _urgency(name: str) -> int:
-    if name.startswith("return_value"):
-        return 0
-    if name.startswith(("val", "test")):
-        return 1
-    if name.startswith(_OWN):
-        return 3
-    return 4 if name == "seconds" else 2
+    firsts = {"return_value": 0, "val": 1, "test": 2} | dict.fromkeys(_OWN, 4) | {"seconds": 5}
+    return next((place for first, place in firsts.items() if name.startswith(first)), 3)
 
 
 def _verdict(minimum: Any) -> dict[str, Any]:
