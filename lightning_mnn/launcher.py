@@ -300,4 +300,8 @@ def _require_own_folders(jobs: Sequence[Job]) -> None:
     for folder, times in Counter(job.folder for job in jobs).items():
         if times > 1:
             numbers = [job.number for job in jobs if job.folder == folder]
-            raise ValueError(f"jobs {numbers} would share the folder {folder}: choose another hydra.sweep.subdir")
+            subdir = folder.name
+            raise ValueError(
+                f"hydra.sweep.subdir={subdir}: jobs {numbers} would share the folder {folder}: choose another, such as "
+                "hydra.sweep.subdir='${hydra.job.num}'"
+            )

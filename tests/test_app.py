@@ -114,7 +114,7 @@ def test_every_trial_runs(experiment, tmp_path, request):
 
 def test_experiments_in_parts_have_a_small_form(tmp_path):
     said = command(tmp_path, "experiment=census", "debug=fast", expect=1)
-    assert "error: debug=fast sets trainer, which task=census makes no use of: choose debug=limit\n" in said
+    assert "error: debug=fast: sets trainer, which task=census makes no use of: choose debug=limit\n" in said
     _, run = trial(tmp_path, "experiment=figure_5_1", "debug=limit", "scan.processes=1")
     assert summary_of(run)["networks"] == 2 * 2 * 3 * 3
     assert (run / "figure.png").exists()
@@ -126,11 +126,15 @@ def test_experiments_in_parts_have_a_small_form(tmp_path):
         (
             "census",
             "ckpt_path=a",
-            "task=census makes no use of ckpt_path=a: leave ckpt_path out, or choose ckpt_path=null",
+            "ckpt_path=a: task=census makes no use of it: leave ckpt_path out, or choose ckpt_path=null",
         ),
-        ("census", "replicas=2", "task=census makes no use of replicas=2: leave replicas out, or choose replicas=1"),
-        ("census", "dtype=float32", "task=census makes no use of dtype=float32: leave dtype out"),
-        ("figure_5_2", "ckpt_path=a", "task=scan makes no use of ckpt_path=a"),
+        (
+            "census",
+            "replicas=2",
+            "replicas=2: task=census makes no use of it: leave replicas out, or choose replicas=1",
+        ),
+        ("census", "dtype=float32", "dtype=float32: task=census makes no use of it: leave dtype out"),
+        ("figure_5_2", "ckpt_path=a", "ckpt_path=a: task=scan makes no use of it"),
     ],
 )
 def test_what_an_experiment_in_parts_would_pass_over_is_refused(experiment, override, message):
@@ -144,18 +148,19 @@ def test_what_an_experiment_in_parts_would_pass_over_is_refused(experiment, over
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["resume=yes"], "resume must be true or false, got 'yes'"),
-        (["-m", "resume=1", "seed=1,2"], "resume must be true or false, got 1"),
-        (["resume=null"], "resume must be true or false, got null"),
-        (["name=a/b"], "name must be that of one folder in outputs, without a slash, got 'a/b'"),
-        (["name=null", "hydra.run.dir=run"], "name must be that of one folder in outputs, without a slash, got null"),
-        (["-m", "name=..", "seed=1,2"], "name must be that of one folder in outputs, without a slash, got '..'"),
+        (["resume=yes"], "resume=yes: must be true or false"),
+        (["-m", "resume=1", "seed=1,2"], "resume=1: must be true or false"),
+        (["resume=null"], "resume=null: must be true or false"),
+        (["name=a/b"], "name=a/b: must be that of one folder in outputs, without a slash"),
+        (["name=null", "hydra.run.dir=run"], "name=null: must be that of one folder in outputs, without a slash"),
+        (["-m", "name=..", "seed=1,2"], "name=..: must be that of one folder in outputs, without a slash"),
     ],
 )
-def test_what_would_be_misunderstood_is_refused_before_there_is_a_folder(arguments, message, monkeypatch):
+def test_what_would_be_misunderstood_is_refused_before_there_is_a_folder(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lightning-mnn", *arguments])
-    with pytest.raises(SystemExit, match=f"error: {message}"):
+    with pytest.raises(SystemExit, match="1"):
         app.main()
+    assert capsys.readouterr().err.startswith(f"error: {message}: ")
     assert not [*Path().iterdir()]
 
 
@@ -180,7 +185,7 @@ def test_a_name_is_shown_as_it_is(capsys):
 def test_a_job_of_a_sweep_refuses_it_too():
     with initialize_config_module("lightning_mnn.conf", version_base="1.3"):
         cfg = compose("config", ["resume=ture", "run_dir=run"])
-    with pytest.raises(ValueError, match="resume must be true or false, got 'ture'"):
+    with pytest.raises(ValueError, match="resume=ture: must be true or false"):
         app.run(cfg)
 
 

@@ -26,6 +26,7 @@ FLOORS = {
     "by_environment": 3,
     "figures": 3,
     "app": 4,
+    "config": 4,
     "jobs": 4,
     "launcher": 4,
     "slurm": 4,

@@ -9,6 +9,7 @@ import torch
 from lightning_mnn.data.shards import exact_shard, flat_batch, num_samples
 from lightning_mnn.landscape.survey import fitting_thresholds
 from lightning_mnn.metrics import check_labels
+from lightning_mnn.validation import ArgumentError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,9 +73,7 @@ def check_batch(inputs: Tensor, targets: Tensor, input_dim: int, replicas: int) 
         ValueError: inputs of another dimension or number of replicas, NaN or infinity.
     """
     if inputs.shape[-1] != input_dim:
-        raise ValueError(
-            f"the data have {inputs.shape[-1]} inputs a sample and the network input_dim={input_dim}: they must agree"
-        )
+        raise ArgumentError("input_dim", input_dim, f"must be that of the data, which have {inputs.shape[-1]} inputs")
     for name, tensor, plain in (("inputs", inputs, 2), ("targets", targets, 1)):
         if tensor.ndim not in (plain, plain + 1) or (tensor.ndim > plain and tensor.shape[0] != replicas):
             raise ValueError(

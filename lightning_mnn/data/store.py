@@ -185,7 +185,7 @@ def list_images(root: Path, classes: Sequence[str] | None = None) -> list[str]:
         ValueError: no images, or none of a class that is asked for.
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"no folder {root.absolute()}: set root to a folder that holds one folder a class")
+        raise FileNotFoundError(f"no folder {root.absolute()}: set data.root to a folder that holds one folder a class")
     folders = [path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
     found = {name: sorted(_images_below(root, name)) for name in sorted(folders) if classes is None or name in classes}
     if classes is not None and (empty := [name for name in classes if not found.get(name)]):

@@ -82,7 +82,7 @@ class Devices:
     ) -> None:
         for key, value in (("cpu_slots", cpu_slots), ("n_jobs", n_jobs)):
             if value is not None and value < 1:
-                raise ValueError(f"hydra.launcher.{key} must be a positive number or null, got {value}")
+                raise ValueError(f"hydra.launcher.{key}={value}: must be a positive number or null")
         self._chosen = None if gpus is None else _checked([str(gpu) for gpu in gpus])
         self._cores = cores()
         self._n_jobs = n_jobs
@@ -161,7 +161,7 @@ class Devices:
                 f"trainer.devices={devices} names GPUs, and the launcher chooses which a job gets: give their number, "
                 "and hydra.launcher.gpus=[…] for those to choose from"
             )
-        raise ValueError(f"trainer.devices must be a positive number, -1 or auto, got {devices!r}")
+        raise ValueError(f"trainer.devices={devices}: must be a positive number, -1 or auto")
 
 
 def visible_gpus() -> list[str]:

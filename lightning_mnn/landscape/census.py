@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 MAX_NODES = 20_000  # branches of one region's search for a minimum: about 1.5 ms each at N = 40
 _CHUNKS = 8  # tasks a process: regions take unequal times
-_LABELS = {"plus_minus": (-1.0, 0.0), "zero_one": (0.0, 0.5)}  # the lower label and the threshold
+LABELS = {"plus_minus": (-1.0, 0.0), "zero_one": (0.0, 0.5)}  # the lower label and the threshold
 
 
 class DataSet(NamedTuple):
@@ -114,14 +114,14 @@ class GaussianData:
         """Check the sizes and the labels."""
         positive_integer("num_samples", self.num_samples)
         positive_integer("input_dim", self.input_dim)
-        one_of("labels", self.labels, sorted(_LABELS))
+        one_of("labels", self.labels, sorted(LABELS))
 
     def draw(self, seed: int, index: int) -> DataSet:
         """The data that region number `index` of a seed is classified on."""
         shape = (self.num_samples, self.input_dim)
         inputs = torch.randn(shape, generator=generator(seed, "census inputs", index), dtype=torch.float64)
         ones = torch.randint(0, 2, shape[:1], generator=generator(seed, "census labels", index)).double()
-        low, threshold = _LABELS[self.labels]
+        low, threshold = LABELS[self.labels]
         return DataSet(inputs, low + (1 - low) * ones, threshold)
 
 

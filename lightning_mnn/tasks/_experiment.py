@@ -10,8 +10,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from lightning_mnn.tasks._mistakes import UserError
 from lightning_mnn.tasks._parts import finish_parts
-from lightning_mnn.validation import positive_integer
+from lightning_mnn.validation import ArgumentError, positive_integer
 from lightning_mnn.workers import cores
 
 if TYPE_CHECKING:
@@ -26,10 +27,8 @@ def settings_of(cfg: DictConfig, task: str, experiment: str) -> dict[str, Any]:
     Raises:
         ValueError: the config has no such node.
     """
-    if task not in cfg:
-        raise ValueError(
-            f"task={task} needs the settings of experiment={experiment}: give that, which chooses the task"
-        )
+    if cfg.get(task) is None:
+        raise UserError(f"task={task}: has no settings: choose experiment={experiment}, which has them")
     settings: dict[str, Any] = OmegaConf.to_container(cfg[task], resolve=True)  # type: ignore[assignment]
     return settings
 
@@ -52,12 +51,12 @@ def refuse_unused(cfg: DictConfig, task: str, unused: Mapping[str, Any]) -> None
         if (value := cfg.get(key, default)) == default:
             continue
         if (debug := _debug_choice()) is not None:
-            raise ValueError(f"debug={debug} sets {key}, which task={task} makes no use of: choose debug=limit")
+            raise UserError(f"debug={debug}: sets {key}, which task={task} makes no use of: choose debug=limit")
         given = key if OmegaConf.is_config(value) else f"{key}={value}"
         remedy = f"leave {key} out, or choose {key}={'null' if default is None else default}"
-        raise ValueError(f"task={task} makes no use of {given}: {remedy}")
+        raise UserError(f"{given}: task={task} makes no use of it: {remedy}")
     if cfg.get("threads") is not None:
-        raise ValueError(
+        raise UserError(
             f"threads={cfg.threads}: the worker processes of task={task} use one thread each: leave threads out, and "
             f"choose their number by {task}.processes"
         )
@@ -80,7 +79,7 @@ def different(key: str, values: Any, what: str, *, at_least: int = 1) -> list[An
     given = isinstance(values, list) and len(values) >= at_least
     if not given or any(isinstance(value, bool) or value in values[:n] for n, value in enumerate(values)):
         many = f"{at_least} or more " if at_least else ""
-        raise ValueError(f"{key} must be a list of {many}different {what}, got {values}")
+        raise ArgumentError(key, values, f"must be a list of {many}different {what}")
     return list(values)
 
 

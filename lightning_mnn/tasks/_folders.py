@@ -75,10 +75,14 @@ def check_names(cfg: DictConfig) -> None:
     """Refuse what would be taken for something else, or could not be written.
 
     Raises:
-        UserError: ``resume`` is neither true nor false, or ``name`` cannot be the name of a folder.
+        UserError: ``resume`` is neither true nor false, or together with ``ckpt_path``; or ``name`` cannot be the name
+            of a folder.
     """
     if not isinstance(cfg.resume, bool):
         raise UserError(f"resume={shown(cfg.resume)}: must be true or false: choose resume=true or leave it out")
+    if cfg.resume and cfg.ckpt_path is not None:
+        problem = "is where a new run begins, and resume=true goes on from the run folder's own checkpoint"
+        raise UserError(f"ckpt_path={cfg.ckpt_path}: {problem}: leave one of them out")
     name = "" if cfg.name is None else str(cfg.name)
     if name in ("", "..") or Path(name).name != name:
         raise UserError(
@@ -153,12 +157,12 @@ class Beginning(Callback):
     @override
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         _check_or_exit(config)
-        _footprint.begin(Path(config.hydra.run.dir), is_sweep=False)
+        _footprint.begin(_resolved(config, "hydra.run.dir"), is_sweep=False)
 
     @override
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         _check_or_exit(config)
-        _footprint.begin(Path(config.hydra.sweep.dir), is_sweep=True)
+        _footprint.begin(_resolved(config, "hydra.sweep.dir"), is_sweep=True)
         try:
             record = sweep_record(Path(config.hydra.sweep.dir))
             if not record.exists():
@@ -173,6 +177,17 @@ class Beginning(Callback):
             unfinished = record.with_name("multirun.first.yaml.tmp")
             shutil.copyfile(record, unfinished)
             unfinished.replace(record.with_name("multirun.first.yaml"))
+
+
+def _resolved(config: DictConfig, key: str) -> Path:
+    """A path of Hydra's own node, which may depend on what Hydra knows of the run."""
+    hydra_config = HydraConfig.instance()
+    before = hydra_config.cfg
+    try:
+        hydra_config.set_config(config)
+        return Path(str(OmegaConf.select(config, key)))
+    finally:
+        hydra_config.cfg = before
 
 
 def _check_or_exit(config: DictConfig) -> None:

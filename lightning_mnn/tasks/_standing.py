@@ -68,15 +68,11 @@ def standing(cfg: DictConfig) -> Standing:
     Where ``resume`` finds nothing to go on with, a line on standard error says so, if none did.
 
     Raises:
-        ValueError: ``resume`` together with ``ckpt_path``, or a checkpoint that another callback wrote.
+        ValueError: a checkpoint that another callback wrote.
         FileExistsError: the folder holds a run and ``resume`` is false, or one that was begun otherwise, or something
             else; the message names what differs.
     """
     run_dir = Path(cfg.run_dir)
-    if cfg.resume and cfg.ckpt_path is not None:
-        raise ValueError(
-            f"resume=true goes on from the run folder's own checkpoint: leave out ckpt_path={cfg.ckpt_path}"
-        )
     asked = _plan(cfg)
     if not any((run_dir / name).exists() for name in _RESULTS):  # a plan alone is of a run that never came to train
         if cfg.resume and is_own_choice(run_dir):

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from lightning_mnn.figures import census_figure
 from lightning_mnn.landscape import bounds
-from lightning_mnn.landscape.census import Case, Census, GaussianData, Outcome, tally
+from lightning_mnn.landscape.census import LABELS, Case, Census, GaussianData, Outcome, tally
 from lightning_mnn.landscape.splitting import Estimate, rare_census
 from lightning_mnn.tasks._experiment import (
     different,
@@ -26,7 +26,7 @@ from lightning_mnn.tasks._experiment import (
 )
 from lightning_mnn.tasks._files import write_csv, write_json
 from lightning_mnn.tasks._parts import Part, claim_folder
-from lightning_mnn.validation import positive_integer
+from lightning_mnn.validation import ArgumentError, one_of, positive_integer, real_number, seed_number, whole_number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -220,15 +220,28 @@ def _settings(cfg: DictConfig) -> dict[str, Any]:
     for key in ("data_sets", "runs", "steps", "regions"):
         positive_integer(f"census.splitting.{key}", settings["splitting"][key])
     if settings["splitting"]["runs"] < 2:
-        raise ValueError("census.splitting.runs must be at least 2, got 1: an interval comes from their spread")
+        raise ArgumentError("census.splitting.runs", 1, "must be at least 2", "an interval comes from their spread")
+    seed_number("seed", cfg.seed)
+    one_of("census.labels", settings["labels"], sorted(LABELS))
+    whole_number("census.max_nodes", settings["max_nodes"], at_least=0)
+    for epsilon in settings["epsilons"]:
+        real_number("census.epsilons", epsilon, at_least=0, below=1, remedy="it is a fraction of the samples")
     return settings
+
+
+def _entries(key: str, entries: Any, names: str) -> list[Any]:
+    """A list of entries with so many numbers each as they have names."""
+    for entry in different(key, entries, "entries", at_least=0):
+        if not isinstance(entry, list) or len(entry) != len(names.split(", ")):
+            raise ArgumentError(key, entry, "must hold one number for each name in every entry", f"they are [{names}]")
+    return list(entries)
 
 
 def _draws(settings: dict[str, Any], seed: int) -> list[Draws]:
     draws = []
     for name, scan in settings["scans"].items():
         key = f"census.scans.{name}.sizes"
-        for slope, size in product(settings["negative_slopes"], different(key, scan["sizes"], "sizes", at_least=0)):
+        for slope, size in product(settings["negative_slopes"], _entries(key, scan["sizes"], "N, d0, d1")):
             epsilons = sorted(settings["epsilons"])
             cases = tuple(_case(key, [*size, slope], epsilon, settings, seed) for epsilon in epsilons)
             draws.append(Draws(name, cases, scan["num_regions"], scan["num_screened"], settings["parts"]))
@@ -238,7 +251,7 @@ def _draws(settings: dict[str, Any], seed: int) -> list[Draws]:
 def _splittings(settings: dict[str, Any], seed: int) -> list[Splitting]:
     node, key = settings["splitting"], "census.splitting.cases"
     splittings = []
-    for *entry, particles in reversed(different(key, node["cases"], "sizes", at_least=0)):
+    for *entry, particles in reversed(_entries(key, node["cases"], "N, d0, d1, ρ, particles")):
         case = _case(key, entry, node["epsilon"], settings, seed)
         positive_integer(f"{key}: particles, the last number of {[*entry, particles]},", particles)
         splittings += [

@@ -35,7 +35,7 @@ from lightning_mnn.tasks._experiment import (
 from lightning_mnn.tasks._files import write_csv, write_json
 from lightning_mnn.tasks._parts import Part, claim_folder
 from lightning_mnn.tasks._quiet import quieten
-from lightning_mnn.validation import positive_integer
+from lightning_mnn.validation import ArgumentError, one_of, positive_integer, real_number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -283,7 +283,7 @@ def _kinds(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
 
 def _settings(cfg: DictConfig) -> dict[str, Any]:
     """The node ``scan`` as a dictionary, all of it checked but what Fit's model and data check."""
-    settings = settings_of(cfg, "scan", "figure_5_1 or figure_5_2")
+    settings = settings_of(cfg, "scan", "figure_5_1|figure_5_2")
     refuse_unused(cfg, "scan", _UNUSED)
     for key, what in (("input_dims", "widths"), ("hidden_layers", "numbers of layers"), ("ratios", "numbers")):
         different(f"scan.{key}", settings[key], what)
@@ -292,14 +292,12 @@ def _settings(cfg: DictConfig) -> dict[str, Any]:
     for key in ("max_epochs", "replicas_per_part"):
         positive_integer(f"scan.{key}", settings[key])
     positive_integer("replicas", cfg.replicas)
-    one_of = {"samples_per": _REFERENCES, "labels": tuple(THRESHOLDS), "figure": tuple(FIGURES)}
-    for key, known in one_of.items():
-        if settings[key] not in known:
-            raise ValueError(f"scan.{key} must be one of {known}, got {settings[key]!r}")
+    for key, known in {"samples_per": _REFERENCES, "labels": tuple(THRESHOLDS), "figure": tuple(FIGURES)}.items():
+        one_of(f"scan.{key}", settings[key], known)
     if not set(settings["hidden_layers"]) <= {1, 2}:
-        raise ValueError(f"scan.hidden_layers must be [1], [2] or [1,2], got {settings['hidden_layers']}")
-    if not all(isinstance(ratio, int | float) and 0 < ratio < math.inf for ratio in settings["ratios"]):
-        raise ValueError(f"scan.ratios must be positive numbers, got {settings['ratios']}")
+        raise ArgumentError("scan.hidden_layers", settings["hidden_layers"], "must be [1], [2] or [1,2]")
+    for ratio in settings["ratios"]:
+        real_number("scan.ratios", ratio, above=0)
     return settings
 
 
@@ -310,7 +308,8 @@ def _sizes(settings: dict[str, Any]) -> list[Size]:
         size = Size(math.floor(Fraction(str(ratio)) * reference), width, layers)  # exact, as the ratio is written
         if size.num_samples < 1 or size in sizes:
             how = "no sample" if size.num_samples < 1 else f"N = {size.num_samples} a second time"
-            raise ValueError(f"scan.ratios: {ratio} gives {how} at d = {width}: leave it out, or take wider networks")
+            problem = f"must not hold {ratio}, which gives {how} at d = {width}"
+            raise ArgumentError("scan.ratios", settings["ratios"], problem, "leave it out, or take wider networks")
         sizes.append(size)
     return sizes
 

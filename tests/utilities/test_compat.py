@@ -14,6 +14,7 @@ import sys
 from datetime import timedelta
 from importlib.metadata import requires, version
 
+import hydra
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -594,6 +595,38 @@ def test_jobs_of_a_sweep(monkeypatch):
     monkeypatch.setitem(sys.modules, "hydra._internal.core_plugins.basic_sweeper", None)
     with missing("hydra._internal.core_plugins.basic_sweeper"):
         hydra_internals.split_sweep(["a=1"])
+
+
+@canary_of(hydra_internals.errors_told_by)
+def test_what_goes_wrong_on_hydras_command_line_is_handed_over(monkeypatch, capsys):
+    told = []
+
+    def usage(problem):
+        told.append(problem)
+        sys.exit(2)
+
+    @hydra.main(version_base="1.3", config_path="pkg://lightning_mnn.conf", config_name="config")
+    def program(cfg):
+        raise ValueError("of the task")
+
+    def run(*arguments, tell):
+        monkeypatch.setattr(sys, "argv", ["program", *arguments])
+        with pytest.raises(SystemExit) as ended, hydra_internals.errors_told_by(tell, usage):
+            program()
+        return ended.value.code
+
+    assert run("no=key", tell=lambda error: told.append(type(error).__name__) or True) == 1
+    assert run("--no-such-option", tell=None) == 2
+    assert told == ["ConfigCompositionException", "unrecognized arguments: --no-such-option"]
+    assert capsys.readouterr().err == ""
+    assert run("no=key", tell=lambda error: False) == 1  # Hydra reports it
+    assert "Could not override 'no'" in capsys.readouterr().err
+    hidden = {"hydra._internal.utils": "run_and_report", "hydra.main": "get_args_parser"}
+    for module, name in hidden.items():
+        with monkeypatch.context() as patched:
+            patched.delattr(sys.modules[module], name)
+            with missing(name), hydra_internals.errors_told_by(lambda error: True, usage):
+                pass
 
 
 @canary_of(hydra_internals.submitit_job)
