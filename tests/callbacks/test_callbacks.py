@@ -124,7 +124,7 @@ def test_recorder_agrees_with_the_weights_of_each_step(make_trainer, tmp_path):
         a, b, start = patterns[before].active, patterns[step].active, patterns[0].active
         assert rows[step]["pattern/flips"] == int((a != b).sum())
         assert rows[step]["pattern/flips_from_start"] == int((start != b).sum())
-        assert rows[step]["pattern/hamming_from_start"] == float((start != b).double().mean())
+        assert rows[step]["pattern/hamming_from_start"] == pytest.approx(float((start != b).double().mean()))
         assert rows[step]["pattern/never_active_units"] == sum(not b[:, i].any() for i in range(5))
         assert rows[step]["pattern/always_active_units"] == sum(bool(b[:, i].all()) for i in range(5))
         assert rows[step]["pattern/unactivated_samples"] == sum(not row.any() for row in b)

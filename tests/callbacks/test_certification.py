@@ -22,7 +22,7 @@ class Foreign(pl.LightningModule):
     def __init__(self, kink, bias):
         super().__init__()
         torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(6, 8, bias=bias), kink, nn.Linear(8, 1, bias=bias)).double()
+        self.net = nn.Sequential(nn.Linear(6, 16, bias=bias), kink, nn.Linear(16, 1, bias=bias)).double()
 
     def training_step(self, batch, batch_idx):
         x, y = batch
@@ -72,7 +72,7 @@ def test_without_polish_the_weights_stay_and_the_minimum_is_reported_beside_them
     assert found["mse"] > 1e3 * found["minimum_mse"]
     x, y = GaussianData(28, 12).tensors()
     direct = certify(model.hidden_weights[0], model.output_weights, x, y)
-    assert (direct.kind, direct.distance) == (found["kind"], found["distance"])
+    assert (direct.kind, direct.distance) == (found["kind"], pytest.approx(found["distance"], rel=1e-6))
 
 
 def test_a_minimum_out_of_reach_is_not_moved_to(make_trainer):
@@ -91,10 +91,10 @@ def test_a_minimum_out_of_reach_is_not_moved_to(make_trainer):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kink", [nn.ReLU(), nn.LeakyReLU(0.2)])
 def test_a_foreign_network_is_certified_and_polished_in_place(make_trainer, kink, bias):
-    x, y = GaussianData(60, 6).tensors()
+    x, y = GaussianData(12, 6).tensors()  # so few that the way to a minimum is short, and off the kinks
     detector = LocalMinimumDetector(Schedule(every=1000), polish=True, max_distance=math.inf)
     module = Foreign(kink, bias)
-    make_trainer(max_epochs=50, callbacks=[detector]).fit(module, DataLoader(TensorDataset(x, y), batch_size=60))
+    make_trainer(max_epochs=50, callbacks=[detector]).fit(module, DataLoader(TensorDataset(x, y), batch_size=12))
     found = detector.certificates[0]
     assert found.is_minimum
     with torch.no_grad():

@@ -412,8 +412,8 @@ def test_wandb_shows_the_curves(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_share_the_draws_of_one(tmp_path):
-    side_by_side(tmp_path, 2, main, 2, tmp_path / "two.json")
-    main(1, tmp_path / "one.json")
+    for devices, name in ((1, "one"), (2, "two")):  # each process with one thread
+        side_by_side(tmp_path / name, devices, main, devices, tmp_path / f"{name}.json")
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert one == two
     assert 0 < one["local_volume"][ALL_LAYERS]["probability"][1] < 1

@@ -262,22 +262,25 @@ def test_copies_of_the_callbacks_are_independent(namespace, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_find_what_one_does(tmp_path):
-    """In one step an epoch: over processes Lightning shuffles, whatever the loader does."""
+    """In one step an epoch, as over processes Lightning shuffles; in float64, as the nearest kink shows rounding."""
     side_by_side(tmp_path, 2, _in_two_processes, tmp_path)
     data = _loader("pytorch_lightning").dataset
     for namespace in NAMESPACES:
         found = json.loads((tmp_path / f"{namespace}.json").read_text())
         folder = tmp_path / "one" / namespace
-        _, trainer = train(namespace, folder, loader=DataLoader(data, batch_size=24), max_epochs=4)
+        _, trainer = train(namespace, folder, loader=DataLoader(data, batch_size=24), **IN_STEP)
         assert found["world_size"] == 2
         assert found["digests"] == {str(step): digest for step, digest in digests(trainer).items()}
-        assert found["logged"] == pytest.approx(logged(trainer, own=True), rel=1e-4, abs=1e-7)
+        assert found["logged"] == pytest.approx(logged(trainer, own=True), rel=1e-6, abs=1e-9)
+
+
+IN_STEP = {"max_epochs": 4, "precision": "64-true"}
 
 
 def _in_two_processes(folder):
     for namespace in NAMESPACES:
         loader = DataLoader(_loader(namespace).dataset, batch_size=12)
-        _, trainer = train(namespace, folder / namespace, loader=loader, max_epochs=4, devices=2, strategy="ddp")
+        _, trainer = train(namespace, folder / namespace, loader=loader, devices=2, strategy="ddp", **IN_STEP)
         if trainer.is_global_zero:
             found = {"world_size": trainer.world_size, "digests": digests(trainer), "logged": logged(trainer, own=True)}
             (folder / f"{namespace}.json").write_text(json.dumps(found))

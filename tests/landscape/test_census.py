@@ -2,7 +2,6 @@ import dataclasses
 import math
 import pickle
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -186,11 +185,9 @@ def test_error_is_more_than_epsilon():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("slope", [0, 0.1])
-def test_speed(slope):
-    start = time.process_time()
-    found = ensemble_census(20, 5, 8, slope, num_regions=100)
-    assert found.undecided.hits == 0
-    assert time.process_time() - start < 10  # a fifth of that on a quiet machine
+def test_a_region_takes_few_branches(slope):
+    """Which are what takes time: here up to 3⁸ would be possible, and 256 are the most that is needed."""
+    assert ensemble_census(20, 5, 8, slope, num_regions=100, max_nodes=1000).undecided.hits == 0
 
 
 def test_bad_input_is_named():

@@ -58,7 +58,7 @@ def test_the_loss_never_rises_and_the_end_is_certified_again(seed):
     assert (np.diff(losses) <= 1e-12 * losses[:-1]).all()
     found = polished.certificate
     assert found.mse == pytest.approx(losses[-1])
-    if found.kind not in MINIMA:  # seed 7 ends with a row w = 0, all samples on its kink
+    if found.kind not in MINIMA:  # as some paths do, in a row w = 0 with all samples on its kink
         assert "undecided" in found.reason
         return
     again = certify(found.hidden_weights, found.output_weights, x, y, 0.1)
@@ -67,12 +67,12 @@ def test_the_loss_never_rises_and_the_end_is_certified_again(seed):
 
 
 def test_moved_says_that_it_went_further_than_allowed():
-    w, z, x, y = initial(60, 6, seed=1)
-    far = polish(w[:3], z[:3], x, y, max_distance=1.0)
+    starts = ((w[:3], z[:3], x, y) for w, z, x, y in (initial(60, 6, seed) for seed in range(30)))
+    found = ((*start, polish(*start, max_distance=1.0)) for start in starts)
+    w, z, x, y, far = next(case for case in found if case[-1].certificate.is_minimum and case[-1].distance > 1)
     assert far.moved
-    assert far.distance == far.certificate.distance > 1.0
-    assert far.certificate.kind in MINIMA
-    gone = polish(w[:3], z[:3], x, y, max_distance=1e-4)  # given up on the way
+    assert far.distance == far.certificate.distance
+    gone = polish(w, z, x, y, max_distance=1e-4)  # given up on the way
     assert gone.moved
     assert gone.steps < far.steps
     near = polish(far.certificate.hidden_weights, far.certificate.output_weights, x, y, max_distance=1e-3)

@@ -95,7 +95,7 @@ def test_quickstart_leaves_a_complete_run_folder():
 
     x, y = GaussianData().tensors()
     with torch.no_grad():
-        assert float((model(x) - y).square().mean()) == pytest.approx(summary["mse"], rel=1)
+        assert float((model(x) - y).square().mean()) <= 1e-25  # as the summary's, which rounds otherwise
         assert torch.equal(store.read(store.steps[-1])["layer_1"].active, x @ model.hidden_weights[0].T > 0)
     series = read_metrics(folder / "metrics.csv")
     logged = wandb_summary(folder)
