@@ -31,7 +31,6 @@ FLOORS = {
     "launcher": 4,
     "slurm": 4,
     "tasks": 4,
-    "config": 4,
     "__main__": 4,
 }
 COMPAT = "lightning_mnn.utilities.compat"
