@@ -12,6 +12,7 @@ import torch
 from typing_extensions import override
 
 from lightning_mnn.data.loader import ExactData, ExactLoader
+from lightning_mnn.utilities.transfer import sent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +61,7 @@ class ResidentLoader(ExactLoader):
         if self.num_steps == 1:
             return self.samples(slice(low, high)), slice(low, high)
         if self._order is None or self._order[0] != self.sampler.epoch:
-            self._order = self.sampler.epoch, self.sampler.permutation().to(self.inputs.device)
+            self._order = self.sampler.epoch, sent(self.sampler.permutation(), self.inputs.device)
         index = self._order[1][..., first + low : first + high]
         if index.ndim == 1 and self.inputs.ndim == 2:
             return self._gathered(index, reuse=reuse), index

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from lightning_mnn.data.loader import EpochShuffle, ExactLoader, part_of
 from lightning_mnn.seeding import generator
+from lightning_mnn.utilities.transfer import sent
 from lightning_mnn.validation import positive_integer
 
 if TYPE_CHECKING:
@@ -161,7 +162,8 @@ class StreamedLoader(ExactLoader):
             current = self._begin_pass(first + low)
         rows = self._staging.memory(high - low, fresh=self._mapping is None and not reuse)
         samples = current.copy(rows)
-        return (self._mapped(self._staging.send(rows), reuse=reuse), self.targets[samples.to(self.device)]), samples
+        targets = self.targets[sent(samples, self.device)]
+        return (self._mapped(self._staging.send(rows), reuse=reuse), targets), samples
 
     def _begin_pass(self, start: int) -> _Pass:
         """A pass over this process's samples of the epoch, from a place in its order on."""

@@ -60,7 +60,7 @@ class LogEstimate:
     """An estimate of a logarithm.
 
     Attributes:
-        value: natural logarithm; a float, with leading axes a tensor.
+        value: natural logarithm; a float, with leading axes a tensor on the CPU.
         standard_error: of the value, in nats: value ± 1.96 of it covers 95 %. A closed form has its rounding error.
     """
 
@@ -101,7 +101,7 @@ def log_cone_measure(
         seed: of the random numbers.
 
     Returns:
-        The estimate; with leading axes, tensors of their shape.
+        The estimate; with leading axes, tensors of their shape, on the CPU.
 
     Raises:
         ValueError: an argument is out of range, not finite or of the wrong shape, a normal is zero, the cone is empty,

@@ -60,8 +60,8 @@ class ClosedBranch:
 
     Attributes:
         signs: s_i, 1, −1 or 0; None where the row may be anything.
-        multipliers: λ ≥ 0, (N, d1), 0 where s_i is not ±1.
-        functional: μ, (N,).
+        multipliers: λ ≥ 0, (N, d1) on the CPU, 0 where s_i is not ±1.
+        functional: μ, (N,) on the CPU.
     """
 
     signs: tuple[int | None, ...]
@@ -84,8 +84,8 @@ class Existence:
         mce: fraction of misclassified samples; None where the targets are not two labels.
         output_signs: the signs asked for; None if they were free.
         margin: of the point, min s_i σ_ni x_n·w̃_i / (‖x_n‖‖w̃‖) over the rows with s_i ≠ 0 (1 where there is none).
-        hidden_weights: W of the point, (d1, d0).
-        output_weights: z of the point, (d1,): |z_i| = ‖w_i‖, or z_i = 0 and ‖w_i‖ = 1.
+        hidden_weights: W of the point, (d1, d0), on the device of the region's inputs.
+        output_weights: z of the point, (d1,), there too: |z_i| = ‖w_i‖, or z_i = 0 and ‖w_i‖ = 1.
         excluded_margin: of absence, 2e-9: no minimum has a larger margin (and where predictions alone rule the zeros of
             a branch out, none has ‖w̃‖ below 1e9 times the least of S_A).
         proof: of absence, closed branches that together cover all signs, or those asked for.

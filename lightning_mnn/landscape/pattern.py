@@ -97,7 +97,10 @@ class PackedPattern:
         return (self.width, self.num_pieces, self.bits.shape) == (other.width, other.num_pieces, other.bits.shape)
 
     def flips(self, other: PackedPattern) -> Tensor:
-        """Number of (sample, unit) pairs on different pieces, with two of them sides of the kink, int64 (...).
+        """Number of (sample, unit) pairs on different pieces, with two of them sides of the kink.
+
+        Returns:
+            int64 (...), on the CPU.
 
         Raises:
             ValueError: the two patterns differ in shape.
@@ -152,7 +155,7 @@ class PackedPattern:
 
 @dataclass(frozen=True)
 class Activity:
-    """Units that training has made dead or linear, and samples that are lost on a layer.
+    """Units that training has made dead or linear, and samples that are lost on a layer; tensors on the CPU.
 
     Attributes:
         never_active: number of units that are active on no sample, int64 (...).
@@ -224,7 +227,7 @@ class ActivationPattern:
         return PackedPattern(_pack(self.active), self.active.shape[-1])
 
     def flips(self, other: ActivationPattern) -> Tensor:
-        """Number of (sample, unit) pairs on different sides of their kink, int64 (...).
+        """Number of (sample, unit) pairs on different sides of their kink, int64 (...), on the CPU.
 
         >>> a, b = ActivationPattern(torch.tensor([[True, False]])), ActivationPattern(torch.tensor([[True, True]]))
         >>> int(a.flips(b))
@@ -250,7 +253,7 @@ def num_digits(num_pieces: int) -> int:
 
 
 def distinct_patterns(layers: Sequence[PackedPattern]) -> Tensor:
-    """Number of different patterns among the samples, of all layers taken together, int64 (...).
+    """Number of different patterns among the samples, of all layers taken together, int64 (...), on the CPU.
 
     It is the number of linear regions of input space that hold the samples. The patterns themselves are compared.
 

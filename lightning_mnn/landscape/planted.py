@@ -52,6 +52,11 @@ class Planted:
     kinks: Tensor
     wrong_kink: tuple[int, int] | None = None
 
+    def to(self, device: torch.device | str) -> Planted:
+        """The same problem on a device."""
+        tensors = ("inputs", "targets", "hidden_weights", "output_weights", "kinks")
+        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
+
     @property
     def network(self) -> Network:
         """The weights as the rest of the package takes them."""
@@ -97,6 +102,9 @@ def planted_minimum(
         targets: y (N,); None: random among the labels.
         seed: seed of everything that is drawn.
 
+    Returns:
+        The problem, on the device of the inputs or else the targets that were given, or on the CPU.
+
     Raises:
         ValueError: sizes too small, ρ = 1, inputs or targets of another shape, targets that every pattern tried fits.
 
@@ -135,7 +143,8 @@ def planted_minimum(
     rows[0] += u / t
     outputs = np.zeros(width)
     outputs[:2] = t, -t
-    return _planted((x, y), (rows, outputs), negative_slope)
+    given = inputs if inputs is not None else targets
+    return _planted((x, y), (rows, outputs), negative_slope).to("cpu" if given is None else given.device)
 
 
 def planted_kink_minimum(

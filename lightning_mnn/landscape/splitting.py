@@ -27,6 +27,7 @@ from lightning_mnn.landscape.pattern import ActivationPattern
 from lightning_mnn.landscape.region import khatri_rao
 from lightning_mnn.landscape.survey import wrong
 from lightning_mnn.seeding import generator
+from lightning_mnn.utilities.transfer import sent
 from lightning_mnn.validation import ArgumentError, positive_integer
 
 Score = Callable[[Tensor], Tensor]
@@ -86,9 +87,10 @@ class RareEvent(Estimate):
     Attributes:
         levels: those that the particles went through, the last one asked for.
         evaluations: number of weights whose score was computed, the pilot's included.
-        log_runs: natural logarithm of each run's own estimate, (R,); −inf where its particles died out.
-        population: weights where the event happens, (R', P, d1, d0), of the R' runs that reached it: distributed as
-            W given the event, but for copies that stayed alike. R' in the order of the finite `log_runs`.
+        log_runs: natural logarithm of each run's own estimate, (R,) on the CPU; −inf where its particles died out.
+        population: weights where the event happens, (R', P, d1, d0) on the CPU, of the R' runs that reached it:
+            distributed as W given the event, but for copies that stayed alike. R' in the order of the finite
+            `log_runs`.
     """
 
     levels: tuple[float, ...]
@@ -124,14 +126,15 @@ def rare_event(
     steps: int = 5,
     seed: int = 0,
 ) -> RareEvent:
-    """Estimate P(score(W) ≥ level) for W ~ N(0, I) by multilevel splitting.
+    """Estimate P(score(W) ≥ level) for W ~ N(0, I) by multilevel splitting, on the CPU.
 
     Each run's estimate is unbiased, whatever the score; how well the score leads to the event decides how much the runs
     vary, and so how wide the interval is. It takes (R + 1) P (1 + 2 · steps · number of levels) scores, with about one
     level for each factor of four in the probability.
 
     Args:
-        score: maps weights, float64 (B, d1, d0), to their scores, (B,); it may be discrete, and −inf.
+        score: maps weights, float64 (B, d1, d0) on the CPU, to their scores, (B,), on any device; it may be discrete,
+            and −inf.
         shape: (d1, d0).
         level: the score from which on the event happens.
         particles: P, of each run.
@@ -246,16 +249,16 @@ def unactivated_score(inputs: Tensor) -> Score:
     """A score that is at least 0 exactly where some sample activates no unit: max_n −max_i w_i·x_n/‖x_n‖.
 
     For the ReLU such a sample is a zero column of A∘X. With orthogonal inputs the probability of one is
-    1 − (1 − 2^−d1)^N.
+    1 − (1 − 2^−d1)^N. It is computed where the weights are.
 
     Args:
-        inputs: X, (N, d0).
+        inputs: X, (N, d0), on any device.
 
     >>> unactivated_score(torch.eye(2))(torch.tensor([[[3.0, -4.0]]], dtype=torch.float64))
     tensor([4.], dtype=torch.float64)
     """
-    directions = torch.nn.functional.normalize(inputs.double(), dim=1)
-    return lambda weights: -(weights @ directions.T).amax(1).amin(1)
+    directions = torch.nn.functional.normalize(inputs.detach().double(), dim=1).cpu()
+    return lambda weights: -(weights @ sent(directions, weights.device).T).amax(1).amin(1)
 
 
 def suboptimal_score(
@@ -265,10 +268,10 @@ def suboptimal_score(
 
     It is that number plus a fraction that leads from k to k + 1. For the ReLU the fraction tells how nearly one sample
     more activates no unit, since what no unit sees is not fitted; for other slopes, how little regularisation makes a
-    ridge regression misclassify one sample more: by none, if least squares does.
+    ridge regression misclassify one sample more: by none, if least squares does. It is computed on the CPU.
 
     Args:
-        inputs: X, (N, d0).
+        inputs: X, (N, d0), on any device.
         targets: y, (N,), two labels.
         negative_slope: ρ.
         threshold: decision threshold of the classification error; None infers it from the labels.
@@ -284,6 +287,7 @@ def suboptimal_score(
 
     def score(weights: Tensor) -> Tensor:
         batch = max(1, _BATCH // (len(data.inputs) * max(len(data.inputs), weights[0].numel())))
+        weights = weights.cpu()
         return torch.cat([_score_regions(data, negative_slope, part) for part in torch.split(weights, batch)])
 
     return score
@@ -429,7 +433,7 @@ class _Population:
     def _scored(self, weights: Tensor) -> Tensor:
         runs, particles = weights.shape[:2]
         self.evaluations += runs * particles
-        scores = self.score(weights.flatten(0, 1))
+        scores = self.score(weights.flatten(0, 1)).cpu()
         if scores.shape != (runs * particles,) or bool(scores.isnan().any()):
             raise ValueError(
                 f"score must map weights of shape {(runs * particles, *weights.shape[2:])} to {runs * particles} "

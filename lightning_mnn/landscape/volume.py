@@ -34,11 +34,11 @@ def log_cap_measure(sine: ArrayLike, dim: int) -> NDArray[np.float64]:
     I_x(a, b) = xᵃ (1−x)ᵇ / (a B(a, b)) · ₂F₁(a+b, 1; a+1; x), whose logarithm is exact to rounding.
 
     Args:
-        sine: sin θ in [0, 1], any shape.
+        sine: sin θ in [0, 1], any shape; a tensor may be on any device.
         dim: dimension d of the space.
 
     Returns:
-        Natural logarithms, the shape of ``sine``; −inf where sin θ = 0 and d > 1.
+        Natural logarithms, an array of the shape of ``sine``; −inf where sin θ = 0 and d > 1.
 
     Raises:
         ValueError: ``sine`` outside [0, 1] or ``dim`` < 1.
@@ -46,7 +46,7 @@ def log_cap_measure(sine: ArrayLike, dim: int) -> NDArray[np.float64]:
     >>> round(float(np.exp(log_cap_measure(math.sin(0.3), 2))), 6) == round(2 * 0.3 / (2 * math.pi), 6)
     True
     """
-    sine = np.asarray(sine, dtype=np.float64)
+    sine = np.asarray(sine.detach().cpu() if isinstance(sine, torch.Tensor) else sine, dtype=np.float64)
     if dim < 1:
         raise ValueError(f"dim must be at least 1, got {dim}")
     if not np.all((sine >= 0) & (sine <= 1)):
@@ -65,7 +65,7 @@ def log_cap_measure(sine: ArrayLike, dim: int) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class RegionVolume(LogEstimate):
-    """Log of the angular volume of a region, and what it is made of.
+    """Log of the angular volume of a region, and what it is made of; tensors are on the CPU.
 
     Attributes:
         lower_bound: rigorous, from spherical caps (see :func:`log_volume_lower_bound`); of the shape of ``value``.
@@ -148,7 +148,8 @@ def log_volume_lower_bound(region: Region, hidden_weights: Tensor) -> Tensor | f
         hidden_weights: a point W (..., d1, d0) of it.
 
     Returns:
-        Natural logarithm: a float, with leading axes a tensor (...); −inf when a pre-activation is zero up to rounding.
+        Natural logarithm: a float, with leading axes a tensor (...) on the CPU; −inf when a pre-activation is zero up
+        to rounding.
 
     Raises:
         ValueError: the weights do not lie in the region.
@@ -259,6 +260,9 @@ def smallest_sines(preactivations: Tensor, sample_norms: Tensor, weight_norms: T
 
 
 def log_volume_bound_from_sines(sines: Tensor, dim: int) -> Tensor:
-    """Sum over the units of the log measure of their caps, (...) from sines (..., d1) (see log_volume_lower_bound)."""
-    lowered = (sines.cpu().numpy() - (dim + 4) * np.finfo(np.float64).eps).clip(min=0)
+    """Sum over the units of the log measure of their caps, (...) on the CPU, from sines (..., d1).
+
+    See :func:`log_volume_lower_bound`.
+    """
+    lowered = (sines.detach().cpu().numpy() - (dim + 4) * np.finfo(np.float64).eps).clip(min=0)
     return torch.as_tensor(log_cap_measure(lowered, dim).sum(-1))
