@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import secrets
 import shutil
@@ -32,6 +33,7 @@ from typing_extensions import override
 
 from lightning_mnn.utilities.compat.lightning_internals import check_wandb_logger
 from lightning_mnn.utilities.compat.wandb_internals import forget_foreign_service, local_step, tell_terminal_to
+from lightning_mnn.utilities.transfer import fetched, widest_dtype
 from lightning_mnn.validation import ArgumentError
 
 if TYPE_CHECKING:
@@ -494,13 +496,14 @@ def log_scalars(trainer: pl.Trainer, scalars: dict[str, Tensor | float | None]) 
     They go to every logger at once and to ``trainer.callback_metrics``. ``LightningModule.log`` would drop those of
     steps that ``log_every_n_steps`` passes over, and cannot be called at the end of training.
     """
-    means = {
-        name: torch.as_tensor(value, dtype=torch.float64).mean() for name, value in scalars.items() if value is not None
-    }
-    finite = {name: value for name, value in means.items() if bool(value.isfinite())}
-    trainer.callback_metrics.update(finite)
+    given = {name: value for name, value in scalars.items() if value is not None}
+    tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+    means = fetched(*(value.to(widest_dtype(value.device)).mean() for value in tensors.values()))
+    values = given | dict(zip(tensors, means, strict=True))
+    finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
+    trainer.callback_metrics.update({name: torch.tensor(value, dtype=torch.float64) for name, value in finite.items()})
     for logger in trainer.loggers:
-        logger.log_metrics({name: float(value) for name, value in finite.items()}, step=trainer.global_step)
+        logger.log_metrics(dict(finite), step=trainer.global_step)
 
 
 def shows_images(logger: Logger) -> bool:

@@ -33,6 +33,7 @@ from lightning_mnn.utilities.compat.lightning_internals import (
     training_data_source,
 )
 from lightning_mnn.utilities.compat.torch_internals import have_hooks
+from lightning_mnn.utilities.transfer import fetched
 from lightning_mnn.validation import (
     ArgumentError,
     dtype_named,
@@ -273,27 +274,29 @@ class MNN(pl.LightningModule):
         return self.trainer.strategy.reduce(count, reduce_op="mean")
 
     def _log(self, squared_errors: Tensor, predictions: Tensor, targets: Tensor, scale: Tensor | float) -> None:
-        """Log the batch's MSE and MCE, the mean over replicas and processes.
+        """Log the batch's MSE and MCE, the mean over replicas and processes, which a GPU is waited for once.
 
         Raises:
             DivergenceError: the MSE is not finite.
         """
         mse = squared_errors.detach()
-        if not bool(mse.isfinite().all()):
-            lost = [replica for replica, value in enumerate(mse.reshape(-1).tolist()) if not math.isfinite(value)]
-            which = f" of replicas {lost}" if self.replicas > 1 else ""
-            raise DivergenceError(
-                f"training diverged: the MSE{which} is not finite after {self.trainer.global_step} steps. "
-                "Lower the learning rate"
-            )
         errors = {"train/mse": mse.mean()}
         if self.threshold is not None:
             mistakes = wrong(predictions.detach(), targets, self.threshold).sum(-1).to(mse.dtype) / scale
             errors["train/mce"] = mistakes.mean()
         if self.trainer.world_size > 1:
             errors = {name: self.trainer.strategy.reduce(value, reduce_op="mean") for name, value in errors.items()}
-        self.log_dict(errors, prog_bar=True, logger=False)
-        log_scalars(self.trainer, dict(errors))  # with the step's own number, in a bundle too
+        values = dict(zip(errors, fetched(*errors.values()), strict=True))
+        if not math.isfinite(values["train/mse"]):
+            lost = [replica for replica, value in enumerate(mse.reshape(-1).tolist()) if not math.isfinite(value)]
+            which = f" of replicas {lost}" if self.replicas > 1 and lost else ""
+            raise DivergenceError(
+                f"training diverged: the MSE{which} is not finite after {self.trainer.global_step} steps. "
+                "Lower the learning rate"
+            )
+        on_host = {name: torch.tensor(value, dtype=mse.dtype) for name, value in values.items()}
+        self.log_dict(on_host, prog_bar=True, logger=False)
+        log_scalars(self.trainer, dict(values))  # with the step's own number, in a bundle too
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -359,8 +362,9 @@ class MNN(pl.LightningModule):
         loader = self.trainer.train_dataloader
         if isinstance(loader, ExactLoader) and loader.state_dict()["next_batch"]:  # within an epoch
             checkpoint["steps_per_batch"] = loader.steps_per_batch
-        for name, weights in self.named_parameters():
-            if not bool(weights.isfinite().all()):
+        finite = fetched(*(weights.isfinite().all() for weights in self.parameters()))
+        for (name, _), holds in zip(self.named_parameters(), finite, strict=True):
+            if not holds:
                 raise DivergenceError(
                     f"training diverged: {name} is no longer finite after {self.trainer.global_step} steps, "
                     "no checkpoint was written. Lower the learning rate"

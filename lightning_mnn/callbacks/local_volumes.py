@@ -6,7 +6,6 @@ What :class:`~lightning_mnn.callbacks.AngularVolumeMonitor` does where a module'
 from __future__ import annotations
 
 import warnings
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,6 +37,7 @@ from lightning_mnn.mnn import MNN
 from lightning_mnn.seeding import generator
 from lightning_mnn.utilities.compat.precision import full_precision
 from lightning_mnn.utilities.compat.torch_internals import has_forward_hooks
+from lightning_mnn.utilities.transfer import fetched
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -231,12 +231,13 @@ class _Look:
     layers: list[str] = field(default_factory=list)  # that the parameters move
     first: _FirstLayer | None = None
     opaque: tuple[str, ...] = ()
-    not_a_number: list[str] = field(default_factory=list)  # that meet NaN
+    nan: dict[str, Tensor] = field(default_factory=dict)  # whether a layer meets NaN, which is read at the end
+    not_a_number: list[str] = field(default_factory=list)  # that do
 
     def note(self, kink: Kink) -> None:
         """Take note of a kink call."""
-        if bool(kink.input.isnan().any()):
-            self.not_a_number.append(kink.name)
+        is_nan = kink.input.isnan().any()
+        self.nan[kink.name] = self.nan.get(kink.name, is_nan) | is_nan
         if not (kink.depends_on_weights or kink.name in self.moved):
             return
         if kink.name not in self.layers:
@@ -284,6 +285,7 @@ class _Passes:
             inputs = [flat_batch(part)[0] for part in self.parts]
             look.first = _FirstLayer(look.first.name, None, None, self._module.network().rows, inputs)
         look.opaque = tuple(sorted(self._trace.opaque))
+        look.not_a_number = [name for name, is_nan in zip(look.nan, fetched(*look.nan.values()), strict=True) if is_nan]
         return look
 
     def _moved_layers(self) -> tuple[set[str], set[str]]:
@@ -293,9 +295,11 @@ class _Passes:
         here, there = self._inputs(), {}
         with moved(self.parameters, max(_SMALL, finest_sigma(self.parameters))):
             there = self._inputs()
+        pairs = [(name, place) for name in here for place in range(2)]
+        same = fetched(*(_same(here[name][place], there.get(name, (None, None))[place]) for name, place in pairs))
         differ = [
-            {name for name, tensors in here.items() if not _same(tensors[place], there.get(name, (None, None))[place])}
-            for place in range(2)
+            {name for (name, at), holds in zip(pairs, same, strict=True) if at == place and not holds}
+            for place in (0, 1)
         ]
         return differ[0], differ[1]
 
@@ -312,13 +316,13 @@ class _Passes:
         return found
 
     def pattern(self, part: Any, layers: Sequence[str]) -> dict[str, Tensor]:
-        """The pieces of the units of some layers; a layer with NaN among its numbers has none."""
+        """The pieces of the units of some layers; where a layer met NaN, other numbers than any pieces."""
         found: dict[str, Tensor] = {}
 
         def take(kink: Kink) -> None:
             if kink.name in layers:
-                with suppress(ValueError):  # of NaN
-                    found[kink.name] = kink.pieces()
+                pieces, is_nan = kink.pieces_or_nan()
+                found[kink.name] = torch.where(is_nan, ~pieces, pieces)  # none that a unit can be on
 
         with torch.no_grad():
             self._pass(part, take)
@@ -379,8 +383,11 @@ def _are_plain(parameters: Sequence[Tensor]) -> bool:
     return all(type(parameter.data) is torch.Tensor for parameter in parameters)
 
 
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b if a is None or b is None else torch.equal(a, b)
+def _same(a: Tensor | None, b: Tensor | None) -> Tensor:
+    """Whether two tensors are equal, or both missing, bool ()."""
+    if a is None or b is None or (a.shape, a.device) != (b.shape, b.device):
+        return torch.tensor(a is b)
+    return (a == b).all()
 
 
 def _keep_probabilities(

@@ -140,6 +140,7 @@ class KinkProbe:
                 with trace, self._noting_partial(trainer, high - rows.row):
                     forward_on(pl_module, batch, self._run)
                 rows.end_batch()
+            rows.check()
         if rows.row != high:
             raise PatternError(
                 f"{high - low} samples gave patterns of {rows.row - low}: a forward pass must give one number for each "

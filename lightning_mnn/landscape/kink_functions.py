@@ -371,9 +371,10 @@ def _adaptive_max_pool(num_axes: int) -> Callable[..., Function]:
         outputs = [n if out is None else out for n, out in zip(sizes, _tuple(output_size, num_axes), strict=True)]
         places, valid = [], []
         for n, out in zip(sizes, outputs, strict=True):
-            first = torch.arange(out) * n // out
-            end = -((torch.arange(out) + 1) * n // -out)
-            place = first[:, None] + torch.arange(int((end - first).max()))
+            window = torch.arange(out, device=input.device)
+            end = -((window + 1) * n // -out)
+            width = max((-((i + 1) * n // -out) - i * n // out for i in range(out)), default=0)
+            place = (window * n // out)[:, None] + torch.arange(width, device=input.device)
             places.append(place)
             valid.append(place < end[:, None])
         return Largest(input, math.prod(p.shape[1] for p in places), lambda: _windows(input, places, valid))
@@ -386,18 +387,18 @@ def _windows(x: Tensor, places: Sequence[Tensor], valid: Sequence[Tensor]) -> Te
 
     Args:
         x: (..., n_1, …, n_m).
-        places: of each axis the indices of each window, (out, k).
+        places: of each axis the indices of each window, (out, k), on the device of x.
         valid: of each axis whether they lie in x and in the window, (out, k).
     """
     m = len(places)
     index: list[Any] = []
-    inside = torch.ones((), dtype=torch.bool)
+    inside = torch.ones((), dtype=torch.bool, device=x.device)
     for axis, (place, good) in enumerate(zip(places, valid, strict=True)):
         shape = [1] * (2 * m)
         shape[axis], shape[m + axis] = place.shape
-        index.append((place * good).reshape(shape).to(x.device))
+        index.append((place * good).reshape(shape))
         inside = inside & good.reshape(shape)
-    found = x[(..., *index)].masked_fill(~inside.to(x.device), -math.inf)
+    found = x[(..., *index)].masked_fill(~inside, -math.inf)
     return found.flatten(-m)
 
 

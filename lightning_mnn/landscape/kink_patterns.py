@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_mnn.landscape.kink_trace import Kink, KinkTrace, Names, PatternError
+from lightning_mnn.landscape.kink_trace import Kink, KinkTrace, Names, PatternError, check_numbers
 from lightning_mnn.landscape.pattern import PackedPattern, PiecePattern, num_digits
 
 if TYPE_CHECKING:
@@ -247,6 +247,7 @@ class PatternRows:
     ...     with trace:
     ...         _ = net(batch)
     ...     rows.end_batch()
+    >>> rows.check()
     >>> rows.patterns()["1"].unpack().active.shape
     torch.Size([5, 3])
     """
@@ -264,6 +265,7 @@ class PatternRows:
         self._num_samples = num_samples
         self._ignored = ignored
         self._met: dict[str, int] = {}  # samples that each layer gave in this batch
+        self._nan: dict[str, Tensor] = {}  # whether a layer has met NaN, which is read at the end
         self.bits = {
             name: torch.zeros(
                 num_digits(layer.num_pieces), num_samples, -(-layer.num_units // 8), dtype=torch.uint8, device=device
@@ -284,13 +286,14 @@ class PatternRows:
             raise _changing(kink.name, "it was not met in the pass on a few samples")
         if kink.num_pieces != layer.num_pieces:
             raise _changing(kink.name, f"its units had {layer.num_pieces} pieces, and now {kink.num_pieces}")
-        pieces = kink.pieces()
+        pieces, is_nan = kink.pieces_or_nan()
         if not layer.fits(pieces.shape):
             raise _changing(
                 kink.name,
                 f"it had {layer.num_units} units for each sample (axis {layer.axis} holds the samples, the others were "
                 f"{layer.rest}), and now its shape is {tuple(pieces.shape)}",
             )
+        self._nan[kink.name] = self._nan.get(kink.name, is_nan) | is_nan
         rows = layer.rows(pieces)
         self._met[kink.name] = len(rows)
         if self.row + len(rows) <= self._num_samples:  # or end_batch says so
@@ -315,8 +318,16 @@ class PatternRows:
         self.row += counts.pop()
         self._met = {}
 
+    def check(self) -> None:
+        """Check that what was packed are pieces of numbers; a GPU is waited for here alone.
+
+        Raises:
+            PatternError: the input of a kink was NaN.
+        """
+        check_numbers(list(self._nan), list(self._nan.values()))
+
     def patterns(self) -> dict[str, PackedPattern]:
-        """The patterns by layer, views of the rows."""
+        """The patterns by layer, views of the rows; they say something where :meth:`check` passes."""
         return {
             name: PackedPattern(bits if len(bits) > 1 else bits[0], self.layers[name].num_units, layer.num_pieces)
             for (name, bits), layer in zip(self.bits.items(), self.layers.values(), strict=True)

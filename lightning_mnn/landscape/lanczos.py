@@ -17,6 +17,7 @@ from scipy.special import betaincinv
 
 from lightning_mnn.seeding import generator as seeded
 from lightning_mnn.utilities.interruption import safe_point
+from lightning_mnn.utilities.transfer import fetched
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -112,7 +113,8 @@ def extreme_eigenvalues(
     ``products_needed`` says beforehand how many products suffice for any spectrum.
 
     Each new vector is made orthogonal to all before it, twice. Where nothing is left of it (the products so far stay
-    in a space of their own) a fresh random vector follows, so that n products give all eigenvalues.
+    in a space of their own) a fresh random vector follows, so that n products give all eigenvalues. A GPU is waited for
+    once a product, beside what the products wait for.
 
     Args:
         matvec: v ↦ H v for vectors (n,) of the dtype, on the device.
@@ -146,7 +148,9 @@ def extreme_eigenvalues(
         ends = lanczos.step(matvec)
     vector = lanczos.vector()
     image = _image(matvec, vector)
-    quotient = float(vector @ image)
+    rayleigh = vector @ image
+    holds, quotient, residual = fetched(image.isfinite().all(), rayleigh, (image - rayleigh * vector).norm())
+    _check(holds)
     rounding = max(ends.rounding, 2 * abs(quotient - ends.smallest))
     return Spectrum(
         quotient,
@@ -154,7 +158,7 @@ def extreme_eigenvalues(
         ends.largest,
         ends.above + rounding,
         vector,
-        float((image - quotient * vector).norm()),
+        residual,
         rounding,
         lanczos.taken + 1,
         failure,
@@ -212,17 +216,19 @@ class _Lanczos:
         block, eps = self._blocks[-1], torch.finfo(self._basis.dtype).eps
         self._basis[self.taken] = self._next
         image = _image(matvec, self._basis[self.taken])
+        finite = image.isfinite().all()
         basis = self._basis[: self.taken + 1]
         parts = basis @ image
         image = image - parts @ basis
         rest = basis @ image
         image = image - rest @ basis
-        beta = float(image.norm())
         parts = parts + rest
-        block.alpha.append(float(parts[-1]))
         if block.beta:
             parts[-2] -= block.beta[-1]
-        self._defect = max(self._defect, float(parts[:-1].norm()))
+        holds, beta, alpha, defect = fetched(finite, image.norm(), parts[-1], parts[:-1].norm())
+        _check(holds)
+        block.alpha.append(alpha)
+        self._defect = max(self._defect, defect)
         self._scale = max(self._scale, abs(block.alpha[-1]) + beta + (block.beta[-1] if block.beta else 0.0))
         self.taken += 1
         broken = beta <= _BREAKDOWN * eps * self._scale
@@ -315,9 +321,13 @@ def _image(matvec: Callable[[Tensor], Tensor], vector: Tensor) -> Tensor:
     image = matvec(vector).to(vector)
     if image.shape != vector.shape:
         raise ValueError(f"matvec must return {tuple(vector.shape)} numbers, got {tuple(image.shape)}")
-    if not bool(image.isfinite().all()):
-        raise FloatingPointError("a product with the operator is not finite: the loss overflows, or has no curvature")
     return image
+
+
+def _check(finite: float) -> None:
+    """Raise an error for a product that is not finite."""
+    if not finite:
+        raise FloatingPointError("a product with the operator is not finite: the loss overflows, or has no curvature")
 
 
 def _most_steps(n: int, dtype: torch.dtype, max_products: int, failure: float, memory_budget: int) -> int:

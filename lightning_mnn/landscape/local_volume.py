@@ -21,6 +21,7 @@ from lightning_mnn.landscape.census import Proportion
 from lightning_mnn.seeding import generator
 from lightning_mnn.utilities.compat.precision import full_precision
 from lightning_mnn.utilities.interruption import safe_point
+from lightning_mnn.utilities.transfer import widest_dtype
 from lightning_mnn.validation import ArgumentError, positive_integer
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 SIGMAS = tuple(10.0 ** (k / 2) for k in range(-12, 1))
 ALL_LAYERS = "all layers"
 _RESOLVED = 8  # spacings of floats at 1: moves of a smaller σ would be rounding errors
+_AT_ONCE = 128  # draws of which a part of the probe is run before a GPU is waited for
 
 
 @dataclass(frozen=True)
@@ -184,27 +186,27 @@ def count_kept(
     Raises:
         ValueError: see :func:`local_volume`.
     """
-    tensors = list(parameters)
+    tensors, seeds = list(parameters), [generator(seed, "local volume", draw).initial_seed() for draw in draws]
     check_sigmas(sigmas, finest_sigma(tensors))
     if not runs:
         raise ValueError("runs must hold at least one part of the probe, got none")
     with torch.no_grad(), full_precision():
-        reference = [dict(run()) for run in runs]
-        names = list(dict.fromkeys(name for pattern in reference for name in pattern))
+        parts = [_Part(run) for run in runs]
+        names = list(dict.fromkeys(name for part in parts for name in part.reference))
         if not names:
             raise ValueError("runs return no layer: there is no pattern that could change")
-        if _kept_layers(reference, runs) != {*names, ALL_LAYERS}:
+        if bool(torch.stack([part.changed(names) for part in parts]).any()):
             raise ValueError("runs return another pattern at the same parameters: they must be deterministic")
-        counts = {name: torch.zeros(len(sigmas), dtype=torch.int64) for name in (*names, ALL_LAYERS)}
+        counts = torch.zeros(len(sigmas), len(names) + 1, dtype=torch.int64)
         with _Moves(tensors) as moves:
-            for draw in draws:
-                moves.turn(generator(seed, "local volume", draw).initial_seed())
-                for k, sigma in enumerate(sigmas):
-                    safe_point()
-                    moves.go(sigma)
-                    for name in _kept_layers(reference, runs):
-                        counts[name][k] += 1
-    return counts
+            for start in range(0, len(seeds), _AT_ONCE):
+                some = seeds[start : start + _AT_ONCE]
+                kept = torch.ones(len(some), *counts.shape, dtype=torch.bool)
+                for part in parts:
+                    still = kept.any(-1)
+                    kept[still] &= ~_changed(part, names, moves, some, sigmas, still)
+                counts += kept.sum(0)
+    return dict(zip((*names, ALL_LAYERS), counts.unbind(1), strict=True))
 
 
 @contextmanager
@@ -256,17 +258,64 @@ def finest_sigma(parameters: Iterable[Tensor]) -> float:
     return _RESOLVED * max(spacings)
 
 
-def _kept_layers(reference: Sequence[Mapping[str, Tensor]], runs: Sequence[Run]) -> set[str]:
-    """The layers whose patterns are as in the reference, with ``ALL_LAYERS`` where nothing is different."""
-    kept = {ALL_LAYERS, *(name for pattern in reference for name in pattern)}
-    for before, run in zip(reference, runs, strict=True):
-        now = run()
-        changed = {name for name, pieces in before.items() if name not in now or not torch.equal(pieces, now[name])}
-        if changed or now.keys() != before.keys():
-            kept -= {ALL_LAYERS, *changed}
-        if not kept:
-            break
-    return kept
+class _Part:
+    """A part of the probe, and its pattern at the parameters as they are.
+
+    Args:
+        run: see :func:`local_volume`.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.reference = dict(run())
+        self._device = next((pieces.device for pieces in self.reference.values()), torch.device("cpu"))
+
+    def changed(self, names: Sequence[str]) -> Tensor:
+        """Which layers are otherwise now than in the reference, and whether any is, bool (names + 1,)."""
+        now = self._run()
+        flags = [self._changed_layer(name, now) for name in names]
+        flags.append(torch.stack(flags).any() | self._told(now.keys() != self.reference.keys()))
+        return torch.stack(flags)
+
+    def _changed_layer(self, name: str, now: Mapping[str, Tensor]) -> Tensor:
+        if name not in self.reference:
+            return self._told(flag=False)
+        before, after = self.reference[name], now.get(name)
+        if after is None or before.shape != after.shape:
+            return self._told(flag=True)
+        return (before != after).any().to(self._device)
+
+    def _told(self, flag: bool) -> Tensor:  # noqa: FBT001 (a flag is what it is about)
+        """A flag of the host's, which is no copy to the device."""
+        return torch.full((), flag, dtype=torch.bool, device=self._device)
+
+
+def _changed(
+    part: _Part, names: Sequence[str], moves: _Moves, seeds: Sequence[int], sigmas: Sequence[float], still: Tensor
+) -> Tensor:
+    """What a part of the probe says of the moves that are still of interest; a GPU is waited for once.
+
+    Args:
+        part: the part.
+        names: of the layers.
+        moves: of the parameters.
+        seeds: of the directions, D of them.
+        sigmas: sizes, K of them.
+        still: which moves, bool (D, K).
+
+    Returns:
+        Of those moves, direction by direction, what :meth:`_Part.changed` says, on the CPU.
+    """
+    found = []
+    for seed, wanted in zip(seeds, still.tolist(), strict=True):
+        if any(wanted):
+            moves.turn(seed)
+        for sigma, is_wanted in zip(sigmas, wanted, strict=True):
+            if is_wanted:
+                safe_point()
+                moves.go(sigma)
+                found.append(part.changed(names))
+    return torch.stack(found).cpu() if found else torch.zeros(0, len(names) + 1, dtype=torch.bool)
 
 
 class _Moves:
@@ -279,7 +328,7 @@ class _Moves:
         self._targets = [tensor.data for tensor in tensors]
         self._origins = [target.clone() for target in self._targets]
         self._scales = [
-            float(torch.linalg.vector_norm(origin, dtype=torch.promote_types(origin.dtype, _wide(origin))))
+            torch.linalg.vector_norm(origin, dtype=torch.promote_types(origin.dtype, widest_dtype(origin.device)))
             / math.sqrt(max(1, origin.numel()))
             for origin in self._origins
         ]
@@ -308,8 +357,3 @@ class _Moves:
         """Stand at the origin plus σ times the direction."""
         for target, origin, direction in zip(self._targets, self._origins, self._direction, strict=True):
             torch.add(origin, direction, alpha=sigma, out=target)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    """The precision in which a norm is formed."""
-    return torch.float32 if tensor.device.type == "mps" else torch.float64

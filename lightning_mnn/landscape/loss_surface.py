@@ -84,7 +84,8 @@ class LossSurface:
         Raises:
             NoDerivativeError: the loss cannot be differentiated, or depends on none of the parameters.
         """
-        return self._sum(self._differentiate)
+        value, gradient = self._sum(self._differentiate)
+        return float(value), gradient
 
     def product(self, vector: Tensor) -> Tensor:
         """The Hessian of L at θ times a vector (n,), in the parameters' dtype.
@@ -120,8 +121,8 @@ class LossSurface:
         pairs = zip(pieces, self.parameters, strict=True)
         return [piece.view_as(parameter) for piece, parameter in pairs if parameter.requires_grad]
 
-    def _sum(self, derivative: Callable[[Tensor], Sequence[Tensor | None]]) -> tuple[float, Tensor]:
-        """Σ c_b L_b and Σ c_b derivative(L_b), flat, summed in float64 over all processes."""
+    def _sum(self, derivative: Callable[[Tensor], Sequence[Tensor | None]]) -> tuple[Tensor, Tensor]:
+        """Σ c_b L_b and Σ c_b derivative(L_b), flat, summed in float64 over all processes; nothing is read here."""
         total = torch.zeros(self.size + 1, dtype=torch.float64, device=self.device)
         slots, value = self._split(total[:-1]), total[-1]
         depends, failure = False, None
@@ -140,11 +141,11 @@ class LossSurface:
             failure = error
         self._agree(failure, depends=depends)
         total = self.team.sum(total)
-        return float(total[-1]), total[:-1].to(self.dtype)
+        return total[-1], total[:-1].to(self.dtype)
 
     def _agree(self, failure: NoDerivativeError | None, *, depends: bool) -> None:
         """Raise on all processes what one of them found, lest the others wait for it."""
-        failed, depended = self.team.most(torch.tensor([failure is not None, depends], device=self.device).int())
+        failed, depended = self.team.any([failure is not None, depends], self.device)
         if failure is not None:
             raise failure
         if failed:

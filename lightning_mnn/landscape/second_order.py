@@ -190,7 +190,8 @@ def judge_curvature(
         negative = _is_negative(low, high, ends.above + ends.rounding, curvature_tolerance)
         known = error <= _KNOWN * max(high, -low)
         decided = ends.exhausted or (negative and known) or _is_bounded(low, error, high, curvature_tolerance)
-        return bool(surface.team.least(torch.tensor([decided], device=surface.device).int()))  # all stop, or none
+        (goes_on,) = surface.team.any([not decided], surface.device)
+        return not goes_on  # all stop, or none
 
     spectrum = extreme_eigenvalues(
         surface.product,

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from lightning_mnn.utilities.interruption import Pace, requested, stop_if_any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 _pace = Pace(seconds=0.5)  # of questions whether a process is to stop, in work of many sums
@@ -38,6 +40,10 @@ class Team:
     def most(self, value: Tensor) -> Tensor:
         """Largest over the processes, element by element."""
         return value
+
+    def any(self, flags: Sequence[bool], device: torch.device) -> list[bool]:  # noqa: ARG002 (of several processes)
+        """Which flags of the host's are set on one of the processes, which exchange them on a device."""
+        return list(flags)
 
     def join(self, rows: Tensor) -> Tensor:
         """The rows of all processes, in the samples' order."""
@@ -75,6 +81,10 @@ class ProcessTeam(Team):
     def most(self, value: Tensor) -> Tensor:
         """Largest over the processes, element by element."""
         return _reduced(value, dist.ReduceOp.MAX)
+
+    def any(self, flags: Sequence[bool], device: torch.device) -> list[bool]:
+        """Which flags of the host's are set on one of the processes, which exchange them on a device."""
+        return [bool(flag) for flag in self.most(torch.tensor(flags, device=device).int()).tolist()]
 
     def join(self, rows: Tensor) -> Tensor:
         """The rows of all processes, in the samples' order."""

@@ -24,8 +24,13 @@ def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
     return tensor.to(device)
 
 
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """The most accurate floating dtype of a device: float64 on all but Apple's."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def fetched(*numbers: Tensor) -> list[float]:
-    """What tensors of one number hold, float64, all read at once: on a GPU a single wait.
+    """What tensors of one number hold, all of a device read at once: on a GPU a single wait.
 
     Args:
         *numbers: tensors of one number each, of any dtype and device.
@@ -33,10 +38,13 @@ def fetched(*numbers: Tensor) -> list[float]:
     >>> fetched(torch.tensor(3), torch.tensor([0.5]), torch.tensor(True))
     [3.0, 0.5, 1.0]
     """
-    if not numbers:
-        return []
-    device = numbers[0].device
-    found: list[float] = torch.stack(
-        [number.detach().reshape(()).to(device, torch.float64) for number in numbers]
-    ).tolist()
+    by_device: dict[torch.device, list[int]] = {}
+    for index, number in enumerate(numbers):
+        by_device.setdefault(number.device, []).append(index)
+    found = [0.0] * len(numbers)
+    for device, indices in by_device.items():
+        dtype = widest_dtype(device)
+        stacked = torch.stack([numbers[index].detach().reshape(()).to(dtype) for index in indices])
+        for index, value in zip(indices, stacked.tolist(), strict=True):
+            found[index] = value
     return found
