@@ -12,6 +12,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from typing_extensions import override
 
 from lightning_mnn.callbacks.stop_on_request import LATEST, exchange
+from lightning_mnn.utilities.compat.lightning_internals import complete_saved_epoch, set_limits
 from lightning_mnn.utilities.interruption import Interrupted, Pace, stopping
 from lightning_mnn.validation import ArgumentError
 
@@ -64,7 +65,7 @@ class LastCheckpoint(Checkpoint):
         self._last_time = 0.0
         self._pace = Pace(min(_LATE * train_time_interval.total_seconds(), LATEST))
         self._own: dict[str, Any] = {}  # of the checkpoint that is being saved, or was loaded
-        self._limits: tuple[Any, Any] | None = None  # of epochs and steps, while they are put off
+        self._limits: tuple[int | None, int] | None = None  # of epochs and steps, while they are put off
 
     def epochs_until_due(self, done: int) -> float:  # noqa: ARG002 (as of the other callbacks)
         """Epochs after ``done`` of them until one at whose end the callback must act: it can wait."""
@@ -77,17 +78,16 @@ class LastCheckpoint(Checkpoint):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._own.get("ended"):  # where Lightning would leave out the hooks of training's start and end
-            loop: Any = trainer.fit_loop
-            self._limits = loop.max_epochs, loop.epoch_loop.max_steps
-            loop.max_epochs, loop.epoch_loop.max_steps = (n if n == -1 else n + 1 for n in self._limits)
+            self._limits = epochs, steps = trainer.max_epochs, trainer.max_steps
+            set_limits(trainer, epochs if epochs in (None, -1) else epochs + 1, steps if steps == -1 else steps + 1)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._last_time = time.monotonic()
         self._pace.restart(1)
         if self._limits is not None:
-            loop: Any = trainer.fit_loop
-            (loop.max_epochs, loop.epoch_loop.max_steps), self._limits = self._limits, None
+            set_limits(trainer, *self._limits)
+            self._limits = None
         if self._own.get("should_stop"):
             trainer.should_stop = True
         self._own = {}
@@ -113,7 +113,7 @@ class LastCheckpoint(Checkpoint):
         if self._own:  # this callback's checkpoint, and not another's
             checkpoint["moment"] = dict(self._own)
             if self._own["completed_epochs"] is not None and trainer.max_steps != -1:
-                _complete_epoch(checkpoint["loops"]["fit_loop"])
+                complete_saved_epoch(checkpoint)
 
     @override
     def on_load_checkpoint(
@@ -153,12 +153,3 @@ def _ends(trainer: pl.Trainer, completed_epochs: int) -> bool:
     if run.should_stop and completed_epochs >= (run.min_epochs or 0) and run.global_step >= (run.min_steps or 0):
         return True
     return bool(completed_epochs == run.max_epochs or 0 <= run.max_steps <= run.global_step)
-
-
-def _complete_epoch(loop: dict[str, Any]) -> None:
-    """Count the epoch at whose end the checkpoint is saved as done: under ``max_steps`` Lightning would not."""
-    for progress in loop["epoch_progress"].values():
-        progress["completed"] = progress["processed"]
-    batches = loop["epoch_loop.batch_progress"]
-    batches["current"] = dict.fromkeys(batches["current"], 0)
-    batches["is_last_batch"] = False

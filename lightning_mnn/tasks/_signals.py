@@ -151,6 +151,14 @@ class RunSignals(pl.Callback):
             return Interrupted(self.watch.number)
         return None if self.watch.lost is None else LostProcessError(self.watch.lost)
 
+    def release_after_fork(self) -> None:
+        """Handle no signals in a process that was forked from this one."""
+        self.watch.release_after_fork()
+        with suppress(ValueError):  # not in the main thread
+            signal.set_wakeup_fd(-1)
+            for number in self._before:
+                signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+
     def _take(self) -> None:
         for number in self._before:
             signal.signal(number, self._on_signal)
@@ -167,11 +175,7 @@ class RunSignals(pl.Callback):
 def _in_forked_child() -> None:
     """A worker of a data loader is no process of the run: Ctrl-C is for its parent, which ends it."""
     for signals in _open:
-        signals.watch.release_after_fork()
-        with suppress(ValueError):  # not in the main thread
-            signal.set_wakeup_fd(-1)
-            for number in signals._before:  # noqa: SLF001 (of this module)
-                signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+        signals.release_after_fork()
     _open.clear()
 
 

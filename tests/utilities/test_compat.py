@@ -497,6 +497,47 @@ def test_saved_counts_are_shared(tmp_path, fitted):
         lightning_internals.share_saved_step_count(content)
 
 
+@canary_of(lightning_internals.set_limits)
+@pytest.mark.parametrize("name", ["fit_loop", "epoch_loop", "max_steps"])
+def test_limits_of_training(monkeypatch, fitted, name):
+    lightning_internals.set_limits(fitted, 5, 7)
+    assert (fitted.max_epochs, fitted.max_steps) == (5, 7)
+    with monkeypatch.context() as patched:
+        patched.setattr(pl.Trainer, "max_epochs", 4)  # which reads another limit
+        with missing("it says (4, 8) and not (6, 8)"):
+            lightning_internals.set_limits(fitted, 6, 8)
+    loop = fitted.fit_loop
+    hide(monkeypatch, {"fit_loop": fitted, "epoch_loop": loop, "max_steps": loop.epoch_loop}[name], name)
+    with missing(name):
+        lightning_internals.set_limits(fitted, 6, 8)
+
+
+@canary_of(lightning_internals.complete_saved_epoch)
+def test_a_saved_epoch_is_completed(tmp_path, make_trainer):
+    class Saves(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / "epoch.ckpt")
+
+    class Counts(Plain):
+        def training_step(self, batch, batch_idx):
+            seen.append((self.trainer.current_epoch, batch_idx))
+            return super().training_step(batch, batch_idx)
+
+    seen = []
+    make_trainer(max_epochs=1, callbacks=[Saves()]).fit(Counts(), torch.zeros(3, 1))
+    content = torch.load(tmp_path / "epoch.ckpt", weights_only=True)
+    lightning_internals.complete_saved_epoch(content)
+    torch.save(content, tmp_path / "completed.ckpt")
+    seen.clear()
+    make_trainer(max_epochs=2).fit(Counts(), torch.zeros(3, 1), ckpt_path=tmp_path / "completed.ckpt")
+    assert seen == [(1, 0), (1, 1), (1, 2)]
+    for name in ("epoch_progress", "epoch_loop.batch_progress"):
+        content = torch.load(tmp_path / "epoch.ckpt", weights_only=True)
+        del content["loops"]["fit_loop"][name]
+        with missing(name):
+            lightning_internals.complete_saved_epoch(content)
+
+
 @canary_of(lightning_internals.steps_between_checkpoints, lightning_internals.time_between_checkpoints)
 def test_when_a_model_checkpoint_saves(monkeypatch):
     steps, time = lightning_internals.steps_between_checkpoints, lightning_internals.time_between_checkpoints

@@ -143,6 +143,33 @@ def share_saved_step_count(checkpoint: dict[str, Any]) -> None:
         )
 
 
+# How long training goes on
+
+
+def set_limits(trainer: pl.Trainer, max_epochs: int | None, max_steps: int) -> None:
+    """Set ``trainer.max_epochs`` and ``trainer.max_steps``: the limits of ``FitLoop`` and ``_TrainingEpochLoop``."""
+    loop = attribute(trainer, "fit_loop", _LIBRARY)
+    attribute(loop, "epoch_loop.max_steps", _LIBRARY)  # setting it would succeed also where nothing reads it
+    loop.max_epochs, loop.epoch_loop.max_steps = max_epochs, max_steps
+    found = trainer.max_epochs, trainer.max_steps
+    if found != (max_epochs, max_steps):
+        disagree(_LIBRARY, "the limits of Trainer.fit_loop", found, (max_epochs, max_steps))
+
+
+@private_part(_LIBRARY, 'checkpoint["loops"]["fit_loop"], the progress of epochs and batches in it')
+def complete_saved_epoch(checkpoint: dict[str, Any]) -> None:
+    """Count the epoch at whose end a checkpoint is saved as done, as Lightning does not under ``max_steps``.
+
+    By the layout of the checkpoint's ``loops``.
+    """
+    loop = checkpoint["loops"]["fit_loop"]
+    for progress in loop["epoch_progress"].values():
+        progress["completed"] = progress["processed"]
+    batches = loop["epoch_loop.batch_progress"]
+    batches["current"] = dict.fromkeys(batches["current"], 0)
+    batches["is_last_batch"] &= False  # which must be there
+
+
 # Callbacks and loggers
 
 
