@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from lightning_fabric.plugins.environments.kubeflow import KubeflowEnvironment
 from lightning_fabric.plugins.environments.lsf import LSFEnvironment
 from lightning_fabric.plugins.environments.mpi import MPIEnvironment
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
@@ -31,7 +30,7 @@ _LAUNCHERS = (
     *("lightning_mnn.slurm.Slurm", "hydra_plugins.lightning_mnn.Slurm"),
     "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
 )
-_CLUSTERS = (SLURMEnvironment, TorchElasticEnvironment, LSFEnvironment, KubeflowEnvironment, MPIEnvironment)
+_CLUSTERS = (SLURMEnvironment, TorchElasticEnvironment, LSFEnvironment, MPIEnvironment)
 _MOST_THREADS = 64  # more than these, and than processors, torch may fail to start, by a segmentation fault
 _WITHIN = ("spawn", "fork", "notebook")  # ways to start processes that go on from within this one
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +20,11 @@ from typing_extensions import override
 from yaml import YAMLError
 
 from lightning_mnn.tasks import _footprint
-from lightning_mnn.tasks._mistakes import UserError, say, shown
+from lightning_mnn.tasks._mistakes import UserError, explained, say, shown
 from lightning_mnn.utilities.compat.hydra_internals import split_sweep
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from omegaconf import DictConfig
 
@@ -156,13 +157,15 @@ class Beginning(Callback):
 
     @override
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        _check_or_exit(config)
-        _footprint.begin(_resolved(config, "hydra.run.dir"), is_sweep=False)
+        with _refusals():
+            check_names(config)
+            _footprint.begin(_resolved(config, "hydra.run.dir"), is_sweep=False)
 
     @override
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        _check_or_exit(config)
-        _footprint.begin(_resolved(config, "hydra.sweep.dir"), is_sweep=True)
+        with _refusals():
+            check_names(config)
+            _footprint.begin(_resolved(config, "hydra.sweep.dir"), is_sweep=True)
         try:
             record = sweep_record(Path(config.hydra.sweep.dir))
             if not record.exists():
@@ -190,12 +193,13 @@ def _resolved(config: DictConfig, key: str) -> Path:
         hydra_config.cfg = before
 
 
-def _check_or_exit(config: DictConfig) -> None:
-    """Hydra makes warnings of a callback's exceptions."""
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """End the process with a line where a command is refused: Hydra makes warnings of a callback's exceptions."""
     try:
-        check_names(config)
-    except UserError as error:
-        say(str(error))
+        yield
+    except (UserError, OmegaConfBaseException) as error:
+        say(explained(error) or str(error))
         sys.exit(1)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from omegaconf.errors import InterpolationKeyError
 from pytorch_lightning.callbacks import Callback, Timer
@@ -29,6 +30,7 @@ from lightning_mnn.tasks._mistakes import UserError
 from lightning_mnn.tasks._signals import LostProcessError, RunSignals, interruptible
 from lightning_mnn.tasks._standing import Standing, alone_in, claim, standing
 from lightning_mnn.tasks._wandb import end_wandb_runs, is_wandb, leave_in_wandb, only_known, settings_of, wandb_options
+from lightning_mnn.validation import ArgumentError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,6 +59,15 @@ class FitTimer(Timer):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
+
+
+def _timer(duration: Any) -> FitTimer:
+    """The run's clock, which ends it after ``trainer.max_time``, for Lightning lets a Trainer have one Timer."""
+    try:
+        return FitTimer(duration)
+    except MisconfigurationException:
+        example = "for example +trainer.max_time=00:01:30:00"
+        raise ArgumentError("trainer.max_time", duration, "must be a time DD:HH:MM:SS", example) from None
 
 
 class Start(Callback):
@@ -141,7 +152,7 @@ def _train(cfg: DictConfig, signals: RunSignals) -> float:
     datamodule: ExactData = build(cfg, "data")
     input_dim = datamodule.input_dim if cfg.model.input_dim is None else cfg.model.input_dim
     model: MNN = build(cfg, "model", input_dim=input_dim)
-    timer = FitTimer(cfg.trainer.get("max_time"))
+    timer = _timer(cfg.trainer.get("max_time"))
     callbacks = [signals, start, timer, *_callbacks(cfg)]
     trainer: pl.Trainer = build(cfg, "trainer", callbacks=callbacks, logger=loggers)
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
