@@ -51,6 +51,17 @@ def start(folder, *arguments):
     return process
 
 
+def start_ranks(folder, count, *arguments, prepare=None):
+    """The command in so many processes that are one training; in each a function may be called before."""
+    started = [
+        processes.Process(target=_run_a_rank, args=(folder, environment, prepare, arguments))
+        for environment in _environments(count)
+    ]
+    for process in started:
+        process.start()
+    return started
+
+
 def command(folder, *arguments, expect=0):
     """What the command says."""
     for name in ("out", "err"):
@@ -83,14 +94,10 @@ def side_by_side(folder, count, function, *arguments):
 
     As torchrun would start them: Lightning's own launcher starts one of them and imports everything again in it.
     """
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
     folders = [folder / f"rank_{rank}" for rank in range(count)]
     started = []
-    for rank, own in enumerate(folders):
+    for own, environment in zip(folders, _environments(count), strict=True):
         own.mkdir(parents=True)
-        ranks = {"LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
-        environment = {name: str(value) for name, value in (ranks | {"MASTER_PORT": port}).items()} if count > 1 else {}
         started.append(processes.Process(target=_take_part, args=(own, environment, function, arguments)))
         started[-1].start()
     running = {process.sentinel: process for process in started}
@@ -107,12 +114,32 @@ def side_by_side(folder, count, function, *arguments):
     assert [process.exitcode for process in started] == [0] * count, said
 
 
+def _environments(count):
+    """The variables by which torchrun tells a process its place in a training; none for a lone process."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    shared = {"NODE_RANK": 0, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [shared | {"LOCAL_RANK": rank} for rank in range(count)]
+    return [{name: str(value) for name, value in rank.items()} for rank in ranks] if count > 1 else [{}]
+
+
+def _run_a_rank(folder, environment, prepare, arguments):
+    _take_place(environment)
+    if prepare is not None:
+        prepare()
+    run_the_command(folder, arguments)
+
+
 def _take_part(folder, environment, function, arguments):
     _speak_to(folder)
+    _take_place(environment)
+    function(*arguments)
+
+
+def _take_place(environment):
     os.environ |= environment
     rank_zero_only.rank = int(environment.get("LOCAL_RANK", 0))  # as at its import
     torch.set_num_threads(1)
-    function(*arguments)
 
 
 def _speak_to(folder):

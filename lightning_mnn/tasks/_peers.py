@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING
 from pytorch_lightning.utilities import rank_zero_warn
 
 if TYPE_CHECKING:
-    import subprocess
-
     import pytorch_lightning as pl
 
 _MESSAGE = struct.Struct("!BI")  # what, and a number
@@ -86,18 +84,6 @@ def connect(trainer: pl.Trainer) -> list[Peer]:
         connection.settimeout(None)
         connection.sendall(_GREETING.pack(secret, trainer.global_rank, os.getpid()))
         return [Peer(0, pid, connection)]
-
-
-def launched(trainer: pl.Trainer) -> list[subprocess.Popen[bytes]]:
-    """The processes that Lightning has started beside this one, for the caller to watch from now on.
-
-    Lightning's own thread looks at them every five seconds, and ends this process by SIGKILL where one of them ended
-    with another exit code than 0. It stops where there are none.
-    """
-    processes: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
-    found = list(processes)
-    processes.clear()
-    return found
 
 
 def _welcome(server: socket.socket, secret: bytes, count: int) -> list[Peer]:

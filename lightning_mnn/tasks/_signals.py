@@ -20,8 +20,9 @@ from pytorch_lightning.utilities import rank_zero_only
 from typing_extensions import override
 
 from lightning_mnn.tasks import _requeue
-from lightning_mnn.tasks._peers import connect, launched
+from lightning_mnn.tasks._peers import connect
 from lightning_mnn.tasks._watch import STOPPING, Phase, Watch
+from lightning_mnn.utilities.compat.lightning_internals import leave_out_exchange_of_signals, take_launched_processes
 from lightning_mnn.utilities.interruption import Interrupted, forget, request
 
 if TYPE_CHECKING:
@@ -117,7 +118,8 @@ class RunSignals(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if peers := connect(trainer):
-            self.watch.connected(peers, trainer.global_rank, launched(trainer))
+            self.watch.connected(peers, trainer.global_rank, take_launched_processes(trainer))
+            leave_out_exchange_of_signals(trainer)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

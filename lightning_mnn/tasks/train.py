@@ -30,6 +30,7 @@ from lightning_mnn.tasks._mistakes import UserError
 from lightning_mnn.tasks._signals import LostProcessError, RunSignals, interruptible
 from lightning_mnn.tasks._standing import Standing, alone_in, claim, standing
 from lightning_mnn.tasks._wandb import end_wandb_runs, is_wandb, leave_in_wandb, only_known, settings_of, wandb_options
+from lightning_mnn.utilities.compat.lightning_internals import completed_epochs
 from lightning_mnn.validation import ArgumentError
 
 if TYPE_CHECKING:
@@ -227,7 +228,7 @@ def summarise(
         found |= {key: [value] * model.replicas if model.replicas > 1 else value for key, value in verdict.items()}
     return found | {
         "finished": False,  # until all else is written
-        "epochs": trainer.current_epoch,
+        "epochs": completed_epochs(trainer),
         "steps": trainer.global_step,
         "processes": processes(),
         # A process that failed does not wait for the others' counts.

@@ -33,8 +33,9 @@ class Interrupted(SystemExit):
     """
 
     def __init__(self, number: int) -> None:
-        super().__init__(128 + number)
+        super().__init__(number)  # by which a copy is made for another process
         self.number = number
+        self.code = 128 + number
 
 
 @dataclass

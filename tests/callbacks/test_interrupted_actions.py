@@ -55,7 +55,7 @@ def interrupt(monkeypatch):
 def train(make_trainer, folder, *, resume=False, **options):
     """What the callbacks found, and the weights."""
     detector = {"stop_training": False, "max_distance": 10.0}
-    detector |= {"stationarity_tolerance": 10.0, "preactivation_tolerance": 0.0}  # a certificate is soon asked for
+    detector |= {"stationarity_tolerance": 10.0, "preactivation_tolerance": 1e-12}  # a certificate is soon asked for
     every = Schedule(every=4)
     callbacks = [
         LocalMinimumDetector(every, **detector | options.get("detector", {})),

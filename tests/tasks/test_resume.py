@@ -1,9 +1,7 @@
 """Runs that are killed and started again: real processes, ended by kill -9."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -13,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import zarr
 
 from lightning_mnn import MNN
-from lightning_mnn.callbacks import LastCheckpoint, PatternStore
+from lightning_mnn.callbacks import LastCheckpoint
 from lightning_mnn.data import GaussianData
 from lightning_mnn.loggers import ResumableCSVLogger
-from tests.children import PATIENCE, command, start, wait_for
+from tests.children import command, start, wait_for
+from tests.runs import assert_same_run, rows_of, summary_of
 
 SMALL = (
     "data.num_samples=40", "data.input_dim=6", "model.hidden_dims=[8]", "seed=1", "trainer.log_every_n_steps=40",
@@ -40,17 +38,6 @@ def kill_when(process, moment):
     process.join()
 
 
-def rows_of(run):
-    path = run / "metrics.csv"
-    return path.read_text().count("\n") if path.exists() else 0
-
-
-def summary_of(run):
-    summary = json.loads((run / "summary.json").read_text())
-    assert summary.pop("finished")
-    return summary, summary.pop("seconds")
-
-
 def wandb_rows(run):
     """What an offline run holds, read by W&B's own reader: its ids, and its rows by W&B's step."""
     tool = Path(sys.executable).with_name("wandb")
@@ -60,31 +47,6 @@ def wandb_rows(run):
     rows = [record["history"]["item"] for record in records if record["type"] == "history"]
     own = ("_runtime", "_timestamp", "figure", "verdict")  # of the process, not of the run
     return names, {row["_step"]: {k: v for k, v in row.items() if not k.startswith(own)} for row in rows}
-
-
-def same(one, other):
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
-
-
-def assert_same_run(run, unbroken):
-    assert summary_of(run)[0] == summary_of(unbroken)[0]
-    assert (run / "metrics.csv").read_bytes() == (unbroken / "metrics.csv").read_bytes()
-    store, whole = (PatternStore(folder / "patterns.zarr") for folder in (run, unbroken))
-    assert store.steps == whole.steps
-    for step in store.steps:
-        assert store.attributes(step) == whole.attributes(step)
-        groups = [dict(zarr.open_group(s.path / f"step_{step:09d}", mode="r").arrays()) for s in (store, whole)]
-        assert groups[0].keys() == groups[1].keys()
-        assert all(np.array_equal(groups[0][name][...], groups[1][name][...]) for name in groups[0])
-    ends = [torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (run, unbroken)]
-    for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "logged_rows"):
-        assert same(ends[0][key], ends[1][key]), key
-    names = {path.name for path in run.rglob("*") if not {"wandb", ".hydra"} & {*path.relative_to(run).parts}}
-    assert names == {path.name for path in unbroken.rglob("*") if not {"wandb", ".hydra"} & {*path.parts}}
 
 
 def begun(folder):
@@ -126,21 +88,6 @@ def test_killed_at_any_moment_it_ends_in_the_numbers_of_an_unbroken_run(kind, tm
     for _, rows in found:
         assert all(whole[step] == row for step, row in rows.items())
     assert any(rows == whole for _, rows in found)
-
-
-def test_told_to_end_it_says_so_and_can_be_gone_on_with(tmp_path):
-    arguments = (*SMALL, "logger.mode=disabled", "hydra.run.dir=run", "resume=true", "trainer.max_epochs=6000")
-    first, run = start(tmp_path, *arguments), tmp_path / "run"
-    wait_for(lambda: rows_of(run), first)
-    first.terminate()
-    first.join(PATIENCE)
-    assert first.exitcode == 128 + signal.SIGTERM
-    summary = json.loads((run / "summary.json").read_text())
-    assert not summary["finished"]
-    assert summary["reason"] == f"interrupted after {summary['steps']} steps"
-    assert 0 < summary["steps"] < 6000
-    command(tmp_path, *arguments)
-    assert summary_of(run)[0]["steps"] == 6000
 
 
 def test_a_second_process_does_not_go_on_with_a_run_that_goes_on(tmp_path):
@@ -208,30 +155,6 @@ def test_a_finished_run_is_told_again_and_another_is_refused(tmp_path):
 
     (tmp_path / "run" / "plan.json").unlink()
     assert "holds a run without plan.json" in command(tmp_path, *tiny, "resume=true", expect=1)
-
-
-@pytest.mark.slow
-def test_two_processes_go_on_alike(tmp_path):
-    arguments = (*SMALL, "trainer=cpu_ddp", "trainer.max_epochs=600", "logger.mode=disabled", "resume=true")
-
-    def launch(*more):
-        return subprocess.Popen(
-            [sys.executable, "-m", "lightning_mnn", *arguments, *more],
-            cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        )  # fmt: skip
-
-    unbroken, cut = launch("hydra.run.dir=unbroken"), launch()
-    wait_for(lambda: cut.poll() is not None or (begun(tmp_path) / "checkpoints" / "last.ckpt").exists())
-    assert cut.poll() is None
-    os.killpg(cut.pid, signal.SIGKILL)
-    cut.communicate()
-    last = begun(tmp_path) / "checkpoints" / "last.ckpt"
-    assert torch.load(last, weights_only=True)["global_step"] < 600
-    again = launch()
-    for process in (unbroken, again):
-        said, _ = process.communicate(timeout=PATIENCE)
-        assert process.returncode == 0, said[-3000:]
-    assert_same_run(begun(tmp_path), tmp_path / "unbroken")
 
 
 def test_a_table_goes_on_after_the_rows_that_are_asked_for(tmp_path):

@@ -10,6 +10,7 @@ import multiprocessing.spawn
 import os
 import pkgutil
 import re
+import subprocess
 import sys
 from datetime import timedelta
 from importlib.metadata import requires, version
@@ -22,6 +23,7 @@ import wandb
 import wandb_workspaces.workspaces as ws
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus
+from lightning_fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import WandbLogger
 from torch import nn
@@ -536,6 +538,54 @@ def test_a_saved_epoch_is_completed(tmp_path, make_trainer):
         del content["loops"]["fit_loop"][name]
         with missing(name):
             lightning_internals.complete_saved_epoch(content)
+
+
+class FailsAtAnEnd(pl.Callback):
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            raise ZeroDivisionError
+
+
+@canary_of(lightning_internals.completed_epochs)
+def test_an_epoch_is_completed_whatever_happens_in_the_hooks_of_its_end(monkeypatch, make_trainer):
+    trainer = make_trainer(max_epochs=3, callbacks=[FailsAtAnEnd()])
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit(Plain(), torch.ones(4, 1))
+    assert (trainer.current_epoch, lightning_internals.completed_epochs(trainer)) == (1, 2)
+    hide(monkeypatch, trainer.fit_loop, "epoch_progress")
+    with missing("epoch_progress"):
+        lightning_internals.completed_epochs(trainer)
+
+
+@canary_of(lightning_internals.take_launched_processes)
+def test_processes_that_lightning_has_started(monkeypatch, make_trainer):
+    assert lightning_internals.take_launched_processes(make_trainer()) == []
+    trainer = make_trainer(strategy="ddp", devices=2)
+    launcher = trainer.strategy.launcher
+    launcher.procs.append(child := subprocess.Popen([sys.executable, "-c", "exit(1)"]))
+    observer = _ChildProcessObserver(main_pid=0, child_processes=launcher.procs, sleep_period=0)
+    assert lightning_internals.take_launched_processes(trainer) == [child]
+    assert child.wait() == 1
+    observer.run()  # sees no failure: it would send a signal to process 0, which is this one's group
+    hide(monkeypatch, launcher, "procs")
+    with missing("procs"):
+        lightning_internals.take_launched_processes(trainer)
+
+
+@canary_of(lightning_internals.leave_out_exchange_of_signals)
+def test_processes_exchange_no_signals(monkeypatch, make_trainer):
+    trainer = make_trainer(max_epochs=1)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(pl.Trainer, "world_size", 2)
+    exchanged = []
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: exchanged.append(tensor))
+    loop = trainer.fit_loop.epoch_loop
+    loop._broadcast_sigterm_tensor()
+    assert len(exchanged) == 1
+    lightning_internals.leave_out_exchange_of_signals(trainer)
+    loop._broadcast_sigterm_tensor()
+    assert len(exchanged) == 1
+    assert "self._broadcast_sigterm_tensor()" in inspect.getsource(type(loop).advance)
 
 
 @canary_of(lightning_internals.steps_between_checkpoints, lightning_internals.time_between_checkpoints)

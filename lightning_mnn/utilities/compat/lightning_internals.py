@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_mnn.utilities.compat.missing import attribute, disagree, private_part
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Sequence
     from datetime import timedelta
 
@@ -156,6 +157,14 @@ def set_limits(trainer: pl.Trainer, max_epochs: int | None, max_steps: int) -> N
         disagree(_LIBRARY, "the limits of Trainer.fit_loop", found, (max_epochs, max_steps))
 
 
+def completed_epochs(trainer: pl.Trainer) -> int:
+    """Epochs all of whose batches are done, also where training ended in the hooks of an epoch's end.
+
+    ``FitLoop.epoch_progress``; ``Trainer.current_epoch`` counts an epoch when its hooks are done, too.
+    """
+    return int(attribute(trainer, "fit_loop.epoch_progress.current.processed", _LIBRARY))
+
+
 @private_part(_LIBRARY, 'checkpoint["loops"]["fit_loop"], the progress of epochs and batches in it')
 def complete_saved_epoch(checkpoint: dict[str, Any]) -> None:
     """Count the epoch at whose end a checkpoint is saved as done, as Lightning does not under ``max_steps``.
@@ -168,6 +177,35 @@ def complete_saved_epoch(checkpoint: dict[str, Any]) -> None:
     batches = loop["epoch_loop.batch_progress"]
     batches["current"] = dict.fromkeys(batches["current"], 0)
     batches["is_last_batch"] &= False  # which must be there
+
+
+# Processes
+
+
+def take_launched_processes(trainer: pl.Trainer) -> list[subprocess.Popen[bytes]]:
+    """The processes that Lightning has started beside this one, for the caller to watch: ``procs`` of its launcher.
+
+    They are taken from Lightning's own thread, which looks at them every five seconds and ends this process by SIGKILL
+    where one has failed; where there are none it stops.
+    """
+    launcher = trainer.strategy.launcher
+    if launcher is None:
+        return []
+    processes: list[subprocess.Popen[bytes]] = attribute(launcher, "procs", _LIBRARY)
+    found = list(processes)
+    processes.clear()
+    return found
+
+
+def leave_out_exchange_of_signals(trainer: pl.Trainer) -> None:
+    """Let processes not ask the first one before each step whether it got a SIGTERM, for a caller that sees to it.
+
+    That takes a collective, and on a GPU a wait: ``_TrainingEpochLoop._broadcast_sigterm_tensor``. Where there is no
+    such method there is nothing to leave out.
+    """
+    loop: Any = trainer.fit_loop.epoch_loop
+    if hasattr(loop, "_broadcast_sigterm_tensor"):
+        loop._broadcast_sigterm_tensor = lambda: None
 
 
 # Callbacks and loggers
