@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from matplotlib.figure import Figure
 from torch.overrides import TorchFunctionMode
 
 # Each run draws the same examples, or a change would be blamed for an example that nobody had met before.
 # To look for new ones: pytest --hypothesis-profile=default
-settings.register_profile("steady", derandomize=True, deadline=None)
+# What goes by the clock is off, as machines are busy.
+settings.register_profile("steady", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("steady")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background, and then in the tests' processes

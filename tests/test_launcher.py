@@ -321,7 +321,7 @@ def test_a_sweep_over_devices_is_right_and_survives_the_loss_of_a_rank():
             "logger.mode=disabled",
             "callbacks.local_minimum_detector.stop_training=false",
         ),
-        "callbacks.checkpoint.train_time_interval.minutes=0.005",
+        "callbacks.checkpoint.train_time_interval.minutes=0.001",
         "callbacks.angular_volume_monitor.measure=[]",  # an estimate: it agrees within its error
     ]
     say([*common, "hydra.sweep.dir=whole", "trainer.devices=1,2", "seed=2"])

@@ -22,7 +22,7 @@ from tests.runs import assert_same_run, rows_of, summary_of
 SMALL = (
     "data.num_samples=40", "data.input_dim=6", "model.hidden_dims=[8]", "seed=1", "trainer.log_every_n_steps=40",
     "callbacks.local_minimum_detector.stop_training=false", "callbacks.angular_volume_monitor.measure=[]",
-    "callbacks.checkpoint.train_time_interval.minutes=0.004",
+    "callbacks.checkpoint.train_time_interval.minutes=0.001",
 )  # fmt: skip
 KINDS = {
     "whole_epochs_at_a_time": ("trainer.max_epochs=6000",),
@@ -80,7 +80,7 @@ def test_killed_at_any_moment_it_ends_in_the_numbers_of_an_unbroken_run(kind, tm
     command(tmp_path, *again)
     assert run == begun(tmp_path)
     assert_same_run(run, tmp_path / "unbroken")
-    assert summary_of(run)[1] > kept["callbacks"]["FitTimer"]["time_elapsed"]["train"] > 0.1  # of several processes
+    assert summary_of(run)[1] > kept["callbacks"]["FitTimer"]["time_elapsed"]["train"] > 0  # of several processes
 
     (_, whole), *_ = [wandb_rows(path) for path in (tmp_path / "unbroken" / "wandb").glob("offline-run-*")]
     found = [wandb_rows(path) for path in sorted((run / "wandb").glob("offline-run-*"))]
