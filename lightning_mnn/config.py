@@ -272,6 +272,8 @@ def needed(key: str) -> str | None:
     if not found:
         return None
     kind, optional = _parts(found[0])
+    if get_origin(kind) is not list and kind not in _WORDS:
+        return None
     words = f"a list of {_PLURALS[get_args(kind)[0]]}" if get_origin(kind) is list else _WORDS[kind]
     return f"{words} or null" if optional else words
 

@@ -85,7 +85,7 @@ def test_bad_arguments_are_named(tree):
         ImageFolderData(tree, 0)
     with pytest.raises(ValueError, match="colour must be one of"):
         ImageFolderData(tree, colour="red")
-    with pytest.raises(FileNotFoundError, match="set root to a folder"):
+    with pytest.raises(FileNotFoundError, match="root to a folder"):
         ImageFolderData(tree / "nowhere").prepare_data()
 
 

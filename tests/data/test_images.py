@@ -328,7 +328,7 @@ class SameImages(MappedImages):
         (lambda f: MappedImages(f, residency="disk"), "residency must be one of .* got 'disk'"),
         (lambda f: MappedImages(f, storage="int8"), "storage must be one of .* got 'int8'"),
         (lambda f: MappedImages(f, whiten=-0.1), "must be a finite number that is not negative"),
-        (lambda f: MappedImages(f, whiten=float("inf")), r"whiten \(data.whiten\) must be a finite number .* got inf"),
+        (lambda f: MappedImages(f, whiten=float("inf")), "whiten must be a finite number .* got inf"),
         (lambda f: MappedImages(f, groups=5), "groups must be two lists of classes .*, got 5"),
         (lambda f: MappedImages(f, groups="[cow,ant]"), r"groups must be two lists of .*, got '\[cow,ant\]'"),
         (lambda f: MappedImages(f, groups=["cow", "ant"]), r"groups must be two lists .*, got \['cow', 'ant'\]"),
@@ -336,7 +336,7 @@ class SameImages(MappedImages):
         (lambda f: MappedImages(f, groups=[["cow"], [["ant"]]]), "groups must be two lists of classes"),
         (lambda f: MappedImages(f, buffer_bytes=0), "buffer_bytes must be at least 1"),
         (lambda f: MappedImages(f, groups=[["cow", 0], ["ant"]]).setup(), "share none"),
-        (lambda f: MappedImages(f, groups=[["cow"], ["cat"]]).setup(), r"\(cow, ant, bee, dog\), got \['cat'\]"),
+        (lambda f: MappedImages(f, groups=[["cow"], ["cat"]]).setup(), r"groups must not hold \['cat'\], .*cow, ant, bee, dog"),
         (lambda f: MappedImages(f, residency="stream").setup(), "the 83 images are streamed, .* set a batch_size"),
         (lambda f: SameImages(f).setup(), "all 9 samples are the same"),
         (

@@ -171,7 +171,7 @@ def test_bad_arguments_are_named(tmp_path, options, message):
 
 
 def test_trees_without_images(tmp_path):
-    with pytest.raises(FileNotFoundError, match="set root to a folder"):
+    with pytest.raises(FileNotFoundError, match="root to a folder"):
         build_store(tmp_path / "nowhere", tmp_path / "store")
     (tmp_path / "tree" / "a").mkdir(parents=True)
     with pytest.raises(ValueError, match="no images in"):

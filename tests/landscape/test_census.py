@@ -203,7 +203,7 @@ def test_bad_input_is_named():
         "width must be at least 1 and a whole number, got 0": {"width": 0},
         "negative_slope must not be 1": {"negative_slope": 1},
         "epsilon must be a number, at least 0 and below 1, got 1": {"epsilon": 1},
-        "epsilon must be a number, at least 0 and below 1, .* got nan": {"epsilon": math.nan},
+        "epsilon must be a number, at least 0 and below 1, got nan": {"epsilon": math.nan},
         "num_regions must be at least 1": {"num_regions": 0},
         "processes must be at least 1": {"processes": 0},
         "seed must not be negative, got -1": {"seed": -1},

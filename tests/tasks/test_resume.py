@@ -130,7 +130,7 @@ def test_a_finished_run_is_told_again_and_another_is_refused(tmp_path):
             ("resume=true", "callbacks.checkpoint=null"),
             "callbacks.checkpoint._target_ is lightning_mnn.callbacks.LastCheckpoint, not None",
         ),
-        (("resume=true", "ckpt_path=run/checkpoints/last.ckpt"), "leave out ckpt_path=run/checkpoints/last.ckpt"),
+        (("resume=true", "ckpt_path=run/checkpoints/last.ckpt"), "error: ckpt_path=run/checkpoints/last.ckpt: "),
     ):
         said = command(tmp_path, *tiny, *arguments, expect=1)
         assert message in said
