@@ -336,7 +336,10 @@ class SameImages(MappedImages):
         (lambda f: MappedImages(f, groups=[["cow"], [["ant"]]]), "groups must be two lists of classes"),
         (lambda f: MappedImages(f, buffer_bytes=0), "buffer_bytes must be at least 1"),
         (lambda f: MappedImages(f, groups=[["cow", 0], ["ant"]]).setup(), "share none"),
-        (lambda f: MappedImages(f, groups=[["cow"], ["cat"]]).setup(), r"groups must not hold \['cat'\], .*cow, ant, bee, dog"),
+        (
+            lambda f: MappedImages(f, groups=[["cow"], ["cat"]]).setup(),
+            r"must not hold \[.cat.\], .*cow, ant, bee, dog",
+        ),
         (lambda f: MappedImages(f, residency="stream").setup(), "the 83 images are streamed, .* set a batch_size"),
         (lambda f: SameImages(f).setup(), "all 9 samples are the same"),
         (
