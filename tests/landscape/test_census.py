@@ -207,7 +207,7 @@ def test_bad_input_is_named():
         "num_regions must be at least 1": {"num_regions": 0},
         "processes must be at least 1": {"processes": 0},
         "seed must not be negative, got -1": {"seed": -1},
-        "max_nodes must not be negative, got -1": {"max_nodes": -1},
+        "max_nodes must be at least 0 and a whole number, got -1": {"max_nodes": -1},
     }.items():
         with pytest.raises(ValueError, match=match):
             census(**{"inputs": x, "targets": y, "width": 2} | change)
