@@ -234,7 +234,7 @@ X, Y = torch.randn(6, 3), torch.tensor([0.0, 1, 0, 1, 1, 0])
 @pytest.mark.parametrize(
     ("inputs", "targets", "message"),
     [
-        (torch.randn(6, 4), Y, "the data have 4 inputs a sample and the network input_dim=3"),
+        (torch.randn(6, 4), Y, "input_dim"),
         (X.index_fill(0, torch.tensor([2]), math.nan), Y, "the inputs hold 3 values that are NaN or infinite"),
         (X, Y.index_fill(0, torch.tensor([2]), math.inf), "the targets hold 1 values that are NaN or infinite"),
         (X, torch.arange(6.0), r"labels are not binary: .*found \[2.0|labels are not binary: .*found \[0.0, 1.0, 2.0"),
