@@ -33,6 +33,7 @@ from typing_extensions import override
 
 from lightning_mnn.utilities.compat.lightning_internals import check_wandb_logger
 from lightning_mnn.utilities.compat.wandb_internals import forget_foreign_service, local_step, tell_terminal_to
+from lightning_mnn.utilities.files import DamagedFileError, whole_file
 from lightning_mnn.utilities.transfer import fetched, widest_dtype
 from lightning_mnn.validation import ArgumentError
 
@@ -115,17 +116,31 @@ class ResumableCSVLogger(Logger):
         """Go on with the file that is there after its first rows; where none are kept, it goes.
 
         Raises:
-            ValueError: it has fewer.
+            DamagedFileError: see :meth:`check`.
         """
         if rows == 0:
             self.path.unlink(missing_ok=True)
             self._columns, self.rows = [], 0
             return
-        columns, kept = self._read(rows) if self.path.exists() else ([], [])
-        if len(kept) < rows:
-            raise ValueError(f"{self.path} should hold {rows} rows or more, and holds {len(kept)}: begin the run anew")
-        self._write(columns, kept)
+        self.check(rows)
+        self._write(*self._read(rows))
         self.rows = rows
+
+    def check(self, rows: int) -> None:
+        """Check that the file has so many rows to go on after.
+
+        Raises:
+            DamagedFileError: it has fewer, or they hold something else than numbers.
+        """
+        try:
+            kept = self._read(rows)[1] if self.path.exists() else []
+            for row in kept:
+                for name, text in row.items():
+                    int(text) if name == "step" else float(text or 0)
+        except (ValueError, TypeError, csv.Error) as error:
+            raise DamagedFileError(self.path, f"it is no table of numbers: {error}") from error
+        if len(kept) < rows:
+            raise DamagedFileError(self.path, f"it should hold {rows} rows or more, and holds {len(kept)}")
 
     def read(self) -> list[tuple[dict[str, float], int]]:
         """The rows, as metrics and step."""
@@ -139,13 +154,11 @@ class ResumableCSVLogger(Logger):
             return list(table.fieldnames or ()), list(islice(table, rows))
 
     def _write(self, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
-        unfinished = self.path.with_name(self.path.name + ".tmp")
-        unfinished.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("w", newline="") as file:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(self.path) as unfinished, unfinished.open("w", newline="") as file:
             table = csv.DictWriter(file, columns, lineterminator="\n")
             table.writeheader()
             table.writerows(rows)
-        unfinished.replace(self.path)
         self._columns = list(columns)
 
 

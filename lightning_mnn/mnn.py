@@ -36,6 +36,7 @@ from lightning_mnn.utilities.compat.torch_internals import have_hooks
 from lightning_mnn.utilities.transfer import fetched
 from lightning_mnn.validation import (
     ArgumentError,
+    check_memory,
     dtype_named,
     is_real_number,
     positive_integer,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from pytorch_lightning.utilities.types import OptimizerLRScheduler
 
 _MAX_HIDDEN_LAYERS = 2
+_GENERATOR_BYTES = 5056  # that torch's state of a generator takes, one a replica
 
 
 class DivergenceError(ArithmeticError):
@@ -124,6 +126,7 @@ class MNN(pl.LightningModule):
         if replicas > 1 and optimizer.get("name") == "lbfgs":
             problem = "must be 1 with the optimizer lbfgs, whose line search couples them"
             raise ArgumentError("replicas", replicas, problem, "or choose adam or sgd")
+        _check_size(input_dim, hidden_dims, replicas)
         self.save_hyperparameters()  # plain values only, so that checkpoints load without executing code
 
         self.hidden_weights = nn.ParameterList()
@@ -369,6 +372,13 @@ class MNN(pl.LightningModule):
                     f"training diverged: {name} is no longer finite after {self.trainer.global_step} steps, "
                     "no checkpoint was written. Lower the learning rate"
                 )
+
+
+def _check_size(input_dim: int, hidden_dims: Sequence[int], replicas: int) -> None:
+    """Refuse more weights than there is memory to draw them, which takes two copies of them in float64."""
+    weights = sum(fan_in * width for fan_in, width in zip([input_dim, *hidden_dims], [*hidden_dims, 1], strict=True))
+    needed = replicas * (2 * 8 * weights + _GENERATOR_BYTES)
+    check_memory(needed, "the weights", {"input_dim": input_dim, "hidden_dims": hidden_dims, "replicas": replicas})
 
 
 def _checked_widths(hidden_dims: Any) -> list[int]:

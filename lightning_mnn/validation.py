@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     import torch
 
@@ -148,6 +149,37 @@ def truth_value(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise ArgumentError(name, value, "must be true or false")
     return value
+
+
+def check_memory(needed: float, what: str, sizes: Mapping[str, Any], device: torch.device | None = None) -> None:
+    """Refuse sizes for which there is too little memory: to allocate it might end the process without a word.
+
+    Args:
+        needed: bytes, at least.
+        what: that needs them.
+        sizes: arguments that they grow with; the greatest is to blame.
+        device: where the memory is; None: on the CPU, with what the disk may take of it.
+
+    Raises:
+        ArgumentError: less is free.
+
+    >>> check_memory(1e18, "the weights", {"replicas": 10**15, "hidden_dims": [4]})
+    Traceback (most recent call last):
+    lightning_mnn.validation.ArgumentError: replicas needs 931,322,575 GiB for the weights, and ... free, got ...
+    """
+    import torch  # noqa: PLC0415 (slow; the command's --help needs the rest of this module alone)
+
+    from lightning_mnn.utilities.memory import free_memory, free_swap  # noqa: PLC0415
+
+    free = free_memory(torch.device("cpu")) + free_swap() if device is None else free_memory(device)
+    if needed > free:
+        name = max(sizes, key=lambda size: max(sizes[size]) if isinstance(sizes[size], Sequence) else sizes[size])
+        problem = f"needs {_gibibytes(needed)} for {what}, and {_gibibytes(free)} are free"
+        raise ArgumentError(name, sizes[name], problem, "choose a smaller one, or a machine with more memory")
+
+
+def _gibibytes(amount: float) -> str:
+    return f"{amount / 2**30:,.0f} GiB" if amount >= 10 * 2**30 else f"{amount / 2**30:.1f} GiB"
 
 
 def dtype_named(name: str) -> torch.dtype:

@@ -2,8 +2,8 @@
 
 import json
 
-from lightning_mnn.tasks._files import write_csv
 from lightning_mnn.tasks.scan import Size, summarise
+from lightning_mnn.utilities.files import write_csv
 
 KINDS = ("differentiable_minimum", "kink_minimum", "saddle", "not_stationary", None)
 

@@ -3,17 +3,12 @@
 Most run in this process, by the entry that the console script calls.
 """
 
-import logging
 import os
-import shlex
-import sys
 from pathlib import Path
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 
-from lightning_mnn import app
+from tests.bad_commands import refused_line
 
 USAGE = 2  # exit code for options; 1 for all else
 
@@ -135,6 +130,16 @@ VALUES = [
     ("trainer.strategy=ddp_spawn", "trainer.strategy=ddp_spawn: trains in processes whose", "set trainer.strategy=ddp"),
     ("trainer.num_nodes=2", "trainer.num_nodes=2: needs a cluster", "choose hydra/launcher=slurm"),
     ("trainer.num_nodes=0", "trainer.num_nodes=0: must be at least 1 and a whole number"),
+    # sizes that cannot be allocated
+    ("replicas=1000000000", "replicas=1000000000: needs", "GiB for the weights", "choose a smaller one"),
+    ("model.hidden_dims=[1000000000000]", "model.hidden_dims=[1000000000000]: needs", "GiB for the weights"),
+    ("data.num_samples=1000000000000", "data.num_samples=1000000000000: needs", "GiB for the inputs"),
+    ("data.input_dim=100000000000", "data.input_dim=100000000000: needs", "GiB for the"),
+    (
+        "model.hidden_dims=[300000000] data.input_dim=1 data.num_samples=100000",
+        "model.hidden_dims=[300000000]: needs",
+        "GiB",
+    ),
     # callbacks and loggers
     (
         "callbacks.local_minimum_detector.schedule.every=abc",
@@ -287,7 +292,7 @@ RESULTS = [
     ("task=report sweep=.", "sweep=. holds no jobs", "give the folder of a sweep"),
     ("task=report folder=a sweep=b", "folder=a and sweep=b are two reports", "give one of them"),
     ("task=dashboard logger.wandb.project=null", "task=dashboard needs a project", "dashboard.project=NAME"),
-    ("ckpt_path=/nowhere.ckpt", "/nowhere.ckpt"),
+    ("ckpt_path=/nowhere.ckpt", "ckpt_path=/nowhere.ckpt: is no file", "give the path of a checkpoint"),
     ("data=mnist data.root=/nowhere", "no MNIST in /nowhere/MNIST/raw", "set data.root"),
     ("data=cifar10 data.root=/nowhere", "no CIFAR-10 in /nowhere", "set data.root"),
     ("data=image_folder data.root=/nowhere", "no folder /nowhere", "set data.root"),
@@ -298,26 +303,12 @@ RESULTS = [
 
 @pytest.fixture
 def refused(monkeypatch, capfd):
-    """Runs a command that is to be refused in this process; its line, and that nothing is left."""
+    """Runs a command that is to be refused, and to leave nothing behind; its line."""
 
     def run(command, code=1):
-        monkeypatch.setattr(sys, "argv", ["lightning-mnn", *shlex.split(command)])
-        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
         before = {*Path.cwd().rglob("*")}
-        handlers, level = list(logging.getLogger().handlers), logging.getLogger().level
-        hydra_config = HydraConfig.instance().cfg
-        try:
-            with pytest.raises(SystemExit) as ended:
-                app.main()
-        finally:  # what a process has once
-            GlobalHydra.instance().clear()
-            HydraConfig.instance().cfg = hydra_config
-            logging.getLogger().handlers, logging.getLogger().level = handlers, level
-        said = capfd.readouterr()
-        assert (ended.value.code, said.out) == (code, ""), said.err
+        line = refused_line(command, monkeypatch, capfd, code)
         assert {*Path.cwd().rglob("*")} == before
-        (line,) = said.err.splitlines()
-        assert line.startswith("error: ")
         return line
 
     return run

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_mnn.callbacks.stop_on_request import LATEST, exchange
 from lightning_mnn.utilities.compat.lightning_internals import complete_saved_epoch, set_limits
+from lightning_mnn.utilities.files import whole_file
 from lightning_mnn.utilities.interruption import Interrupted, Pace, stopping
 from lightning_mnn.validation import ArgumentError
 
@@ -129,11 +130,9 @@ class LastCheckpoint(Checkpoint):
         if not (is_due or number or ended):
             return
         self._own = {"completed_epochs": completed_epochs, "ended": ended, "should_stop": trainer.should_stop}
-        unfinished = self.path.with_name(self.path.name + ".tmp")
-        trainer.save_checkpoint(unfinished, weights_only=False)
+        with whole_file(self.path, writes=trainer.is_global_zero) as unfinished:
+            trainer.save_checkpoint(unfinished, weights_only=False)
         self._own = {}
-        if trainer.is_global_zero:
-            unfinished.replace(self.path)
         self._last_time = time.monotonic()
         self._pace.restart(self._pace.pause)
         if number:

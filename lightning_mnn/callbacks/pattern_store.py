@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -11,9 +12,10 @@ import torch
 import zarr
 
 from lightning_mnn.landscape.pattern import PackedPattern
+from lightning_mnn.utilities.files import DamagedFileError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 _PREFIX = "step_"
 
@@ -67,6 +69,17 @@ class PatternStore:
         shutil.rmtree(final, ignore_errors=True)
         unfinished.replace(final)
 
+    def check(self) -> None:
+        """Check that the store and its last snapshot can be read.
+
+        Raises:
+            DamagedFileError: they cannot.
+        """
+        if self.path.is_dir():
+            self._group(self.path)
+            if self.steps:
+                self.read_packed(self.steps[-1])
+
     def read(self, step: int) -> dict[str, Any]:
         """The patterns of one snapshot by layer: an ActivationPattern, or a PiecePattern where there are more pieces.
 
@@ -81,22 +94,24 @@ class PatternStore:
 
         Raises:
             KeyError: the step was not recorded.
+            DamagedFileError: its files cannot be read.
         """
         if not self._folder(step).is_dir():
             raise KeyError(f"{self.path} holds no step {step}; it holds {self.steps}")
-        group = zarr.open_group(self._folder(step), mode="r")
+        group = self._group(self._folder(step))
         found = {}
-        for name, array in sorted(group.arrays()):
-            bits = torch.from_numpy(array[...])
-            layer = str(array.attrs.get("layer", name))  # older stores have none
-            found[layer] = PackedPattern(
-                bits, int(str(array.attrs["width"])), int(str(array.attrs.get("num_pieces", 2)))
-            )
+        with _damage_named(self._folder(step)):
+            for name, array in sorted(group.arrays()):
+                bits = torch.from_numpy(array[...])
+                layer = str(array.attrs.get("layer", name))  # older stores have none
+                found[layer] = PackedPattern(
+                    bits, int(str(array.attrs["width"])), int(str(array.attrs.get("num_pieces", 2)))
+                )
         return found
 
     def attributes(self, step: int) -> dict[str, Any]:
         """``step``, ``epoch`` and ``digest`` of one snapshot."""
-        return dict(zarr.open_group(self._folder(step), mode="r").attrs)
+        return dict(self._group(self._folder(step)).attrs)
 
     def discard_after(self, step: int) -> None:
         """Remove the snapshots of later steps, which a run resumed from ``step`` will record again."""
@@ -104,8 +119,22 @@ class PatternStore:
             if later > step:
                 shutil.rmtree(self._folder(later))
 
+    def _group(self, folder: Path) -> zarr.Group:
+        with _damage_named(folder):
+            return zarr.open_group(folder, mode="r")
+
     def _folder(self, step: int) -> Path:
         return self.path / f"{_PREFIX}{step:09d}"
+
+
+@contextmanager
+def _damage_named(folder: Path) -> Iterator[None]:
+    """Say of what zarr raises in which folder its files are."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DamagedFileError(folder / "zarr.json", reason, "delete the store to do without it") from error
 
 
 def _array_name(layer: str) -> str:

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_mnn.data.resident import ResidentData
 from lightning_mnn.seeding import generator
-from lightning_mnn.validation import one_of, positive_integer
+from lightning_mnn.validation import check_memory, one_of, positive_integer
 
 LABELS = ("plus_minus", "zero_one", "teacher")
 
@@ -52,6 +52,10 @@ class GaussianData(ResidentData):
         self.labels = one_of("labels", labels, LABELS)
         self.teacher_width = positive_integer("teacher_width", teacher_width)
         self._input_dim = positive_integer("input_dim", input_dim)
+
+        needed = 8.0 * self.replicas * self.num_samples * self._input_dim
+        sizes = {"num_samples": num_samples, "input_dim": input_dim, "replicas": self.replicas}
+        check_memory(needed, "the inputs", sizes)
 
     @property
     @override

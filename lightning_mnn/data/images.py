@@ -28,6 +28,7 @@ from lightning_mnn.data.rows import RowFile, Rows, naming, rows_of, written_rows
 from lightning_mnn.data.streaming import BUFFER_BYTES, StreamedLoader
 from lightning_mnn.data.whitening import ROWS, InputMap, check_floor, input_map, moments, team_moments
 from lightning_mnn.landscape.team import ProcessTeam, Team
+from lightning_mnn.utilities.memory import free_memory
 from lightning_mnn.validation import ArgumentError, one_of, positive_integer, truth_value
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ class ImageData(ExactData):
         if self.residency != "auto":
             return self.residency == "stream"
         processes = 1 if self.trainer is None or self._device.type == "cuda" else self.trainer.num_devices
-        free = torch.tensor(_free_memory(self._device) / processes, dtype=torch.float64, device=self._device)
+        free = torch.tensor(free_memory(self._device) / processes, dtype=torch.float64, device=self._device)
         return samples.count * samples.shape[1] * self.storage.itemsize > _MEMORY_SHARE * float(team.least(free))
 
     def _found_facts(self, samples: _Samples) -> dict[str, Any]:
@@ -416,17 +417,6 @@ def spans(low: int, high: int, size: int) -> Iterator[tuple[int, int]]:
     """
     for start in range(low, high, size):
         yield start, min(start + size, high)
-
-
-def _free_memory(device: torch.device) -> float:
-    """Bytes that are free on a device."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    known = Path("/proc/meminfo")
-    if known.exists():
-        lines = dict(line.split(":") for line in known.read_text().splitlines())
-        return 1024.0 * int(lines["MemAvailable"].split()[0])
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def _digest(parts: Sequence[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from lightning_mnn.figures._save import save
+from lightning_mnn.utilities.files import read_csv
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,8 +54,7 @@ STRICT = Curve("suboptimal_minimum", "#d55e00", "v")  # at the greatest
 
 def read_table(path: Path) -> list[Row]:
     """Rows of a CSV table: numbers as floats, empty fields as None, all else as text."""
-    with path.open(newline="") as file:
-        return [{name: _value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+    return [{name: _value(text) for name, text in row.items()} for row in read_csv(path)]
 
 
 def census_figure(run_dir: Path) -> Path:

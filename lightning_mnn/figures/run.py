@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lightning_mnn.figures._save import save
+from lightning_mnn.utilities.files import DamagedFileError, read_csv, read_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,15 +59,23 @@ PANELS = (
 
 
 def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Steps and values of each name in a ``metrics.csv``."""
+    """Steps and values of each name in a ``metrics.csv``.
+
+    Raises:
+        DamagedFileError: the file is no table of numbers.
+    """
     series: dict[str, tuple[list[int], list[float]]] = {}
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            for name, text in row.items():
-                if name not in ("step", "epoch") and text:
-                    steps, values = series.setdefault(name, ([], []))
+    for number, row in enumerate(read_csv(path), start=2):
+        if "step" not in row:
+            raise DamagedFileError(path, "it lacks the column step")
+        for name, text in row.items():
+            if name not in ("step", "epoch") and text:
+                steps, values = series.setdefault(name, ([], []))
+                try:
                     steps.append(int(row["step"]))
                     values.append(float(text))
+                except ValueError as error:
+                    raise DamagedFileError(path, f"line {number}: {error}") from None
     return series
 
 
@@ -82,7 +89,8 @@ def run_figure(run_dir: Path) -> Path:
         The path of the figure.
     """
     series = read_metrics(run_dir / "metrics.csv")
-    summary = json.loads((run_dir / "summary.json").read_text())
+    needs = ("input_dim", "hidden_dims", "negative_slope", "num_samples", "replicas", "kind", "mse", "wrong")
+    summary = read_json(run_dir / "summary.json", needs)
     figure = Figure(figsize=(13, 7.2), layout="constrained")
     axes = figure.subplots(2, 3)
     for ax, panel in zip(axes.flat, PANELS, strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from lightning_mnn.figures._save import save
 from lightning_mnn.figures._style import COLORS, KINDS, NOTE, mark_zeros, tidy
 from lightning_mnn.figures.census import read_table
+from lightning_mnn.utilities.files import DamagedFileError, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,8 +35,11 @@ def scan_figure(run_dir: Path) -> Path:
     Returns:
         The path of the figure.
     """
-    draw = FIGURES[json.loads((run_dir / "summary.json").read_text())["figure"]]
-    return draw(run_dir)
+    path = run_dir / "summary.json"
+    figure = read_json(path, ("figure", "sizes"))["figure"]
+    if figure not in FIGURES:
+        raise DamagedFileError(path, f"it names no figure: {figure!r}")
+    return FIGURES[figure](run_dir)
 
 
 def error_figure(run_dir: Path) -> Path:
@@ -48,7 +51,7 @@ def error_figure(run_dir: Path) -> Path:
     Returns:
         The path of the figure.
     """
-    summary = json.loads((run_dir / "summary.json").read_text())
+    summary = read_json(run_dir / "summary.json", ("sizes",))
     panels = _by(summary["sizes"], "hidden_layers")
     figure = Figure(figsize=(1 + 6 * len(panels), 6.2), dpi=120, layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
@@ -78,7 +81,7 @@ def minima_figure(run_dir: Path) -> Path:
     Returns:
         The path of the figure.
     """
-    summary, rows = json.loads((run_dir / "summary.json").read_text()), read_table(run_dir / "scan.csv")
+    summary, rows = read_json(run_dir / "summary.json", ("sizes",)), read_table(run_dir / "scan.csv")
     groups = [[row for row in rows if _size(row) == _size(size)] for size in summary["sizes"]]
     figure = Figure(figsize=(16, 6), dpi=120, layout="constrained")
     axes = figure.subplots(1, 3, width_ratios=(1, 1, 0.9))

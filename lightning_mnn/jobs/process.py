@@ -26,8 +26,8 @@ from lightning_mnn.jobs import main
 from lightning_mnn.jobs.calls import write_call
 from lightning_mnn.jobs.progress import VARIABLE
 from lightning_mnn.jobs.records import JOB_RECORD, JobState, read_record, recorded, returned
-from lightning_mnn.tasks._files import write_json
 from lightning_mnn.utilities.compat.hydra_internals import result_of
+from lightning_mnn.utilities.files import write_json
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_mnn.jobs.records import read_record
-from lightning_mnn.tasks._files import write_json
 from lightning_mnn.utilities.compat.lightning_internals import computed_metrics
+from lightning_mnn.utilities.files import json_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,7 +83,9 @@ def _when_next(path: Path, trainer: pl.Trainer, content: Callable[[], dict[str, 
     try:
         if trainer.is_global_zero:
             known = {key: value for key, value in content().items() if value is not None}
-            write_json(path, read_record(path) | known)
+            unfinished = path.with_name(path.name + ".tmp")  # which need not be on disk
+            unfinished.write_text(json_text(read_record(path) | known), encoding="utf-8")
+            unfinished.replace(path)
     except OSError:  # as of a full disk: the next note may be possible
         pass
     except Exception as error:  # noqa: BLE001 (a sweep's table is no reason to end a training)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from lightning_mnn.by_environment import VARIABLE
-from lightning_mnn.tasks._files import write_json
+from lightning_mnn.utilities.files import write_json
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -12,11 +11,13 @@ from rich.console import Console
 
 from lightning_mnn.tasks._mistakes import UserError
 from lightning_mnn.tasks._parts import finish_parts
+from lightning_mnn.utilities.files import shown
 from lightning_mnn.validation import ArgumentError, positive_integer
 from lightning_mnn.workers import cores
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from lightning_mnn.tasks._parts import Part
 
@@ -88,11 +89,6 @@ def number_of_processes(key: str, processes: int | None) -> int:
     if processes is None:
         return cores()
     return positive_integer(key, processes)
-
-
-def shown(folder: Path) -> Path:
-    """A folder as it is told to the user: relative to the current one where it lies in it."""
-    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 def own_command(run_dir: Path) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_mnn.jobs.records import returned
-from lightning_mnn.tasks._experiment import shown
+from lightning_mnn.utilities.files import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

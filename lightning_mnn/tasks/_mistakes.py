@@ -9,6 +9,7 @@ import re
 import shlex
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.errors import CompactHydraException, HydraException, MissingConfigException, OverrideParseException
@@ -23,6 +24,7 @@ from omegaconf.errors import (
 )
 
 from lightning_mnn.config import needed
+from lightning_mnn.utilities.files import shown as shown_path
 from lightning_mnn.validation import ArgumentError
 
 if TYPE_CHECKING:
@@ -135,7 +137,7 @@ def nearest(word: str, known: Iterable[str], count: int = 3) -> list[str]:
 def of_file(error: OSError) -> str:
     """The line for a file that cannot be read or written."""
     remedy = _REMEDIES.get(error.errno or 0, "check it, or choose another")
-    return f"{os.fsdecode(error.filename)}: {error.strerror}: {remedy}"
+    return _line(str(shown_path(Path(os.fsdecode(error.filename)))), str(error.strerror), remedy)
 
 
 def _of_argument(error: ArgumentError, cfg: DictConfig | None, command: Sequence[str]) -> str:

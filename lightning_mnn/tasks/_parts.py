@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import signal
@@ -21,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lightning_mnn.tasks import _footprint
-from lightning_mnn.tasks._files import write_json
+from lightning_mnn.utilities.files import read_json, write_json
 from lightning_mnn.workers import one_thread_each
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ def claim_folder(run_dir: Path, plan: Mapping[str, Any]) -> None:
     """
     path = run_dir / "plan.json"
     if path.exists():
-        if found := differences(json.loads(path.read_text()), plan):
+        if found := differences(read_json(path, remedy="restore it, or choose another name or hydra.run.dir"), plan):
             raise FileExistsError(f"{run_dir} was begun otherwise: {found}: choose another name or hydra.run.dir")
     elif (run_dir / "summary.json").exists():
         raise FileExistsError(f"{run_dir} already holds a run: choose another hydra.run.dir")
@@ -87,7 +86,8 @@ def finish_parts(parts: Sequence[Part], folder: Path, processes: int) -> dict[st
     if missing:
         with one_thread_each(), _progress(len(parts), len(parts) - len(missing)) as advance:
             _work_off(missing, folder, processes, advance)
-    return {part.name: json.loads(_file(folder, part).read_text()) for part in parts}
+    again = "delete it, and run the command again"
+    return {part.name: read_json(_file(folder, part), needs=("seconds",), remedy=again) for part in parts}
 
 
 def _file(folder: Path, part: Part) -> Path:

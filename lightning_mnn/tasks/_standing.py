@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import shutil
 import sys
@@ -12,15 +11,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
+from lightning_mnn.callbacks import PatternStore
+from lightning_mnn.loggers import ResumableCSVLogger
 from lightning_mnn.tasks import _footprint
-from lightning_mnn.tasks._files import write_json
+from lightning_mnn.tasks._checkpoints import read_checkpoint
 from lightning_mnn.tasks._folders import folder_option, is_own_choice
 from lightning_mnn.tasks._parts import differences
 from lightning_mnn.tasks._requeue import was_requeued
+from lightning_mnn.utilities.files import read_json, write_json
 from lightning_mnn.utilities.locks import locked_if_free
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def standing(cfg: DictConfig) -> Standing:
 
     Raises:
         ValueError: a checkpoint that another callback wrote.
+        DamagedFileError: a file that the run goes on with was cut or changed.
         FileExistsError: the folder holds a run and ``resume`` is false, or one that was begun otherwise, or something
             else; the message names what differs.
     """
@@ -86,7 +88,7 @@ def standing(cfg: DictConfig) -> Standing:
         raise FileExistsError(
             f"{run_dir} holds a run without plan.json, which cannot be gone on with: choose another {folder_option()}"
         )
-    plan = json.loads((run_dir / "plan.json").read_text())
+    plan = _read_plan(run_dir)
     checkpoint = run_dir / "checkpoints" / "last.ckpt"
     if checkpoint.exists():  # what the run began with is past
         plan["config"]["ckpt_path"] = asked["config"]["ckpt_path"]
@@ -95,7 +97,11 @@ def standing(cfg: DictConfig) -> Standing:
     kept = Standing(asked, begun=True, summary=_finished(run_dir), wandb_id=plan["wandb_id"])
     if kept.summary is not None or not checkpoint.exists():
         return kept
-    return replace(kept, checkpoint=checkpoint, rows=_logged_rows(checkpoint))
+    rows = _logged_rows(checkpoint)
+    if (run_dir / "metrics.csv").exists():
+        ResumableCSVLogger(run_dir).check(rows)
+    PatternStore(run_dir / "patterns.zarr").check()
+    return replace(kept, checkpoint=checkpoint, rows=rows)
 
 
 @rank_zero_only
@@ -105,11 +111,15 @@ def _tell_beginning(run_dir: Path) -> None:
 
 def _never_trained(run_dir: Path, asked: dict[str, Any]) -> Standing:
     """A new run; if it is the one that was planned here, under the name that W&B may have of it already."""
-    path = run_dir / "plan.json"
-    plan = json.loads(path.read_text()) if path.exists() else {}
+    plan = _read_plan(run_dir) if (run_dir / "plan.json").exists() else {}
     if differences({key: plan.get(key) for key in asked}, asked):
         return Standing(asked)
     return Standing(asked, wandb_id=plan["wandb_id"])
+
+
+def _read_plan(run_dir: Path) -> dict[str, Any]:
+    needs = ("config", "versions", "wandb_id")
+    return read_json(run_dir / "plan.json", needs, f"restore it, or choose another {folder_option()}")
 
 
 @contextmanager
@@ -167,12 +177,13 @@ def _plan(cfg: DictConfig) -> dict[str, Any]:
 
 def _finished(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / "summary.json"
-    summary: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    remedy = "delete it, and resume=true goes on from the last checkpoint"
+    summary = read_json(path, ("finished", "mse"), remedy) if path.exists() else {}
     return summary if summary.get("finished") else None
 
 
 def _logged_rows(checkpoint: Path) -> int:
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    state = read_checkpoint(checkpoint, f"delete it to begin anew, or choose another {folder_option()}")
     if "logged_rows" not in state:
         raise ValueError(
             f"{checkpoint} does not say what was logged: resume=true goes on from checkpoints of "

@@ -24,10 +24,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lightning_mnn.jobs.records import JOB_RECORD, SWEEP_RECORD, JobState, SweepCommand, hydra_value
-from lightning_mnn.tasks._experiment import shown
-from lightning_mnn.tasks._files import write_csv
 from lightning_mnn.tasks._folders import jobs_of, sweep_record
 from lightning_mnn.tasks._logs import columns_to_draw, read_logs, results_of
+from lightning_mnn.utilities.files import DamagedFileError, read_json, shown, write_csv
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -224,18 +223,6 @@ def by_task(jobs: Sequence[Job]) -> str:
     return "; ".join(f"{task}: {', '.join(found)}" for task, found in names.items())
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file, empty where there is no file.
-
-    Raises:
-        ValueError: the file holds no object; the message names it.
-    """
-    try:
-        return {**json.loads(path.read_text())} if path.exists() else {}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{shown(path)} cannot be read: {error}") from error
-
-
 def _walk(folder: Path) -> tuple[list[Path], dict[Path, dict[str, Any]]]:
     """Folders of jobs, none within another, and those of sweeps with Hydra's part of their record."""
     jobs, plans = [], {}
@@ -278,9 +265,9 @@ def _read_job(root: Path, place: Path, hydra: Mapping[str, Any]) -> Job:
 def _read(path: Path) -> tuple[dict[str, Any], str | None]:
     """The object in a file, empty where there is none, and what is wrong with the file."""
     try:
-        return read_json(path), None
-    except ValueError as unreadable:
-        return {}, str(unreadable)
+        return read_json(path) if path.exists() else {}, None
+    except DamagedFileError as damage:
+        return {}, str(damage)
 
 
 def _main_config(hydra: Mapping[str, Any]) -> str | None:

@@ -11,8 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_mnn.figures import census_figure, model_figure, run_figure, scan_figure, sweep_figure
-from lightning_mnn.tasks._experiment import shown
-from lightning_mnn.tasks._files import write_csv
 from lightning_mnn.tasks._job_folder import remove_job_folder
 from lightning_mnn.tasks._logs import has_logs
 from lightning_mnn.tasks._sweep import (
@@ -20,11 +18,11 @@ from lightning_mnn.tasks._sweep import (
     by_task,
     is_finished,
     is_foreign,
-    read_json,
     read_sweep,
     resume_commands,
     write_table,
 )
+from lightning_mnn.utilities.files import DamagedFileError, read_json, shown, write_csv
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -227,7 +225,7 @@ def _runs(folder: Path) -> dict[Path, dict[str, Any]]:
 def _summary(run: Path) -> dict[str, Any]:
     try:
         return read_json(run / "summary.json")
-    except ValueError:
+    except DamagedFileError:
         return {}
 
 

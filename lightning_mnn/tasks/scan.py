@@ -30,11 +30,10 @@ from lightning_mnn.tasks._experiment import (
     own_command,
     refuse_unused,
     settings_of,
-    shown,
 )
-from lightning_mnn.tasks._files import write_csv, write_json
 from lightning_mnn.tasks._parts import Part, claim_folder
 from lightning_mnn.tasks._quiet import quieten
+from lightning_mnn.utilities.files import shown, write_csv, write_json
 from lightning_mnn.validation import ArgumentError, one_of, positive_integer, real_number
 
 if TYPE_CHECKING:

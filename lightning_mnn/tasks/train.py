@@ -23,14 +23,16 @@ from lightning_mnn.figures import run_figure
 from lightning_mnn.loggers import ResumableCSVLogger, ResumableWandbLogger, log_image
 from lightning_mnn.mnn import MNN, DivergenceError
 from lightning_mnn.tasks._build import build
+from lightning_mnn.tasks._checkpoints import check_fits
 from lightning_mnn.tasks._console import config_tree, print_config, print_verdict
 from lightning_mnn.tasks._devices import check_devices, check_trainer, processes
-from lightning_mnn.tasks._files import write_json
+from lightning_mnn.tasks._memory import check_training_memory
 from lightning_mnn.tasks._mistakes import UserError
 from lightning_mnn.tasks._signals import LostProcessError, RunSignals, interruptible
 from lightning_mnn.tasks._standing import Standing, alone_in, claim, standing
 from lightning_mnn.tasks._wandb import end_wandb_runs, is_wandb, leave_in_wandb, only_known, settings_of, wandb_options
 from lightning_mnn.utilities.compat.lightning_internals import completed_epochs
+from lightning_mnn.utilities.files import whole_file, write_json
 from lightning_mnn.validation import ArgumentError
 
 if TYPE_CHECKING:
@@ -153,9 +155,12 @@ def _train(cfg: DictConfig, signals: RunSignals) -> float:
     datamodule: ExactData = build(cfg, "data")
     input_dim = datamodule.input_dim if cfg.model.input_dim is None else cfg.model.input_dim
     model: MNN = build(cfg, "model", input_dim=input_dim)
+    if cfg.ckpt_path is not None:
+        check_fits(cfg.ckpt_path, model)
     timer = _timer(cfg.trainer.get("max_time"))
     callbacks = [signals, start, timer, *_callbacks(cfg)]
     trainer: pl.Trainer = build(cfg, "trainer", callbacks=callbacks, logger=loggers)
+    check_training_memory(trainer, model, datamodule)
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return _try_out(trainer, model, datamodule, cfg.ckpt_path)
     failure: BaseException | None = None
@@ -198,7 +203,8 @@ def _fit(
     """Train, and save the end of it; what ended training before: divergence, a signal or the loss of a process."""
     try:
         trainer.fit(model, datamodule, ckpt_path=checkpoint, weights_only=True)
-        trainer.save_checkpoint(run_dir / _ENDED, weights_only=False)  # optimiser too
+        with whole_file(run_dir / _ENDED, writes=trainer.is_global_zero) as unfinished:
+            trainer.save_checkpoint(unfinished, weights_only=False)  # optimiser too
     except BaseException as error:
         cause = signals.end_training(error)
         if isinstance(cause, DivergenceError | KeyboardInterrupt | SystemExit):

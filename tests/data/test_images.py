@@ -116,7 +116,7 @@ def test_auto_streams_what_does_not_fit(tmp_path, monkeypatch):
     data = MappedImages(tmp_path, batch_size=7)
     data.setup()
     assert data.inputs.shape == (83, DIM)
-    monkeypatch.setattr("lightning_mnn.data.images._free_memory", lambda device: 2 * 83 * DIM * 4 - 1)
+    monkeypatch.setattr("lightning_mnn.data.images.free_memory", lambda device: 2 * 83 * DIM * 4 - 1)
     data = MappedImages(tmp_path, batch_size=7)
     assert isinstance(data.train_dataloader(), StreamedLoader)
     assert data.inputs is None
@@ -219,12 +219,12 @@ def test_a_run_is_resumed_with_the_residency_that_it_began_with(tmp_path, make_t
         return [w.detach() for w in model.parameters()]
 
     weights, saved = fit(), tmp_path / "step=13.ckpt"
-    monkeypatch.setattr("lightning_mnn.data.images._free_memory", lambda device: 0.0)
+    monkeypatch.setattr("lightning_mnn.data.images.free_memory", lambda device: 0.0)
     with pytest.raises(ValueError, match=r"residency was memory, and is stream: set data\.residency=memory"):
         fit(saved)
     assert all(torch.equal(w, v) for w, v in zip(weights, fit(saved, residency="memory"), strict=True))
     fit()
-    monkeypatch.setattr("lightning_mnn.data.images._free_memory", lambda device: 1e9)
+    monkeypatch.setattr("lightning_mnn.data.images.free_memory", lambda device: 1e9)
     latest = max(tmp_path.glob("step=13*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
     with pytest.raises(ValueError, match=r"residency was stream, and is memory: set data\.residency=stream"):
         fit(latest)

@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from lightning_mnn import MNN
 from lightning_mnn.callbacks import PatternStore
 from lightning_mnn.figures import read_metrics
-from lightning_mnn.tasks._files import write_json
+from lightning_mnn.utilities.files import write_json
 from tests import children
 
 SUMMARY = {

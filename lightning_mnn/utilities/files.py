@@ -1,0 +1,189 @@
+"""Files that are written whole or not at all, and that are named where they cannot be read or written."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import zipfile
+import zlib
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping, Sequence
+
+
+_RESTORE = "restore it, or begin anew in another folder"
+
+
+class DamagedFileError(ValueError):
+    """A file does not hold what it should: it was cut, changed, or is of another kind.
+
+    Args:
+        path: of the file.
+        reason: what is wrong with it.
+        remedy: what to do.
+
+    >>> print(DamagedFileError(Path("a/plan.json"), "it is empty", "choose another folder"))
+    a/plan.json is damaged (it is empty): choose another folder
+    """
+
+    def __init__(self, path: Path, reason: str, remedy: str = _RESTORE) -> None:
+        super().__init__(f"{shown(path)} is damaged ({reason}): {remedy}")
+        self.path = path
+        self.reason = reason
+        self.remedy = remedy
+
+    @override
+    def __reduce__(self) -> tuple[Any, ...]:  # by which it comes through from another process
+        return type(self), (self.path, self.reason, self.remedy)
+
+
+def shown(path: Path) -> Path:
+    """A path as it is told to the user: relative to the current folder where it lies in it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+@contextmanager
+def whole_file(path: Path, *, writes: bool = True) -> Iterator[Path]:
+    """A path to write a file under, which then takes its name; where writing fails, nothing of it is left.
+
+    What has the name is complete and on disk, also after a kill, a power cut or on a full disk.
+
+    Args:
+        path: of the file.
+        writes: whether this process writes; others that take part in a collective write leave the file alone.
+
+    Raises:
+        OSError: it cannot be written; the error has the path.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp(), "a.txt")
+    >>> with whole_file(path) as unfinished:
+    ...     _ = unfinished.write_text("all of it")
+    >>> [found.name for found in path.parent.iterdir()]
+    ['a.txt']
+    """
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        yield unfinished
+        if writes:
+            _to_disk(unfinished)
+            unfinished.replace(path)
+    except BaseException as error:
+        if writes:
+            with suppress(OSError):
+                unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def _to_disk(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON, whole or not at all; infinite and undefined numbers become null."""
+    with whole_file(path) as unfinished:
+        unfinished.write_text(json_text(content), encoding="utf-8")
+
+
+def json_text(content: dict[str, Any]) -> str:
+    """JSON, in which infinite and undefined numbers become null.
+
+    >>> json_text({"a": [1, math.inf]}).split()
+    ['{', '"a":', '[', '1,', 'null', ']', '}']
+    """
+    return json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a table, whole or not at all; its columns are the first row's keys, None an empty field."""
+    with whole_file(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+
+
+def read_json(path: Path, needs: Collection[str] = (), remedy: str = _RESTORE) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        path: of the file.
+        needs: keys that it must have.
+        remedy: where it is damaged.
+
+    Raises:
+        DamagedFileError: the file holds no JSON, no object, or not all keys.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DamagedFileError(path, f"it is no JSON: {error}", remedy) from error
+    if not isinstance(content, dict):
+        raise DamagedFileError(path, "it holds no JSON object", remedy)
+    if missing := [key for key in needs if key not in content]:
+        raise DamagedFileError(path, f"it lacks {', '.join(missing)}", remedy)
+    return content
+
+
+def read_csv(path: Path, needs: Collection[str] = (), remedy: str = _RESTORE) -> list[dict[str, str]]:
+    """The rows of a table, by the names in its first line, but for a last line that was not written to its end.
+
+    Args:
+        path: of the file.
+        needs: columns that it must have.
+        remedy: where it is damaged.
+
+    Raises:
+        DamagedFileError: the file holds no text, a row has more or fewer fields than there are columns, or a column is
+            missing.
+    """
+    rows: list[dict[str, str]] = []
+    try:
+        text = path.read_bytes().decode()
+        table = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""), strict=True)
+        for row in table:
+            if None in row or None in row.values():
+                raise DamagedFileError(path, f"line {table.line_num} has another number of fields", remedy)
+            rows.append(row)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DamagedFileError(path, f"it is no table: {error}", remedy) from error
+    if missing := [name for name in needs if name not in (table.fieldnames or ())]:
+        raise DamagedFileError(path, f"it lacks the column {', '.join(missing)}", remedy)
+    return rows
+
+
+def check_archive(path: Path, remedy: str = _RESTORE) -> None:
+    """Read a zip file, such as torch saves, and compare each entry with its checksum, which torch itself does not.
+
+    Args:
+        path: of the file.
+        remedy: where it is damaged.
+
+    Raises:
+        DamagedFileError: it is no zip file, was cut, or a checksum is wrong.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError, RuntimeError) as error:
+        raise DamagedFileError(path, f"it is no checkpoint of torch, or was cut or changed: {error}", remedy) from error
+    if broken is not None:
+        raise DamagedFileError(path, f"the checksum of {broken} in it is wrong", remedy)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,42 @@
+"""How much memory is free."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+_KIBI = 1024.0
+_KNOWN = Path("/proc/meminfo")
+_CONTAINER = Path("/sys/fs/cgroup")  # whose limit may be below the machine's memory
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on a device, those included that hold no more than copies of files."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    if not _KNOWN.exists():
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min(_KIBI * _amounts(_KNOWN)["MemAvailable:"], _free_in_container())
+
+
+def free_swap() -> float:
+    """Bytes of the disk that may take the place of memory."""
+    return _KIBI * _amounts(_KNOWN).get("SwapFree:", 0.0) if _KNOWN.exists() else 0.0
+
+
+def _free_in_container() -> float:
+    """Bytes that the limit of a container leaves; infinity without one."""
+    try:
+        limit, used = ((_CONTAINER / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        files = _amounts(_CONTAINER / "memory.stat").get("inactive_file", 0.0)
+    except OSError:
+        return float("inf")
+    return float(limit) - float(used) + files if limit.isdigit() else float("inf")
+
+
+def _amounts(path: Path) -> dict[str, float]:
+    """Numbers by the names before them, a line each."""
+    lines = (line.split() for line in path.read_text().splitlines())
+    return {words[0]: float(words[1]) for words in lines if len(words) > 1}
