@@ -133,11 +133,12 @@ class ResumableCSVLogger(Logger):
             DamagedFileError: it has fewer, or they hold something else than numbers.
         """
         try:
-            kept = self._read(rows)[1] if self.path.exists() else []
+            found = self._read(rows)[1] if self.path.exists() else []
+            kept = [row for row in found if None not in (*row, *row.values())]  # and not torn
             for row in kept:
                 for name, text in row.items():
                     int(text) if name == "step" else float(text or 0)
-        except (ValueError, TypeError, csv.Error) as error:
+        except (ValueError, csv.Error) as error:
             raise DamagedFileError(self.path, f"it is no table of numbers: {error}") from error
         if len(kept) < rows:
             raise DamagedFileError(self.path, f"it should hold {rows} rows or more, and holds {len(kept)}")

@@ -299,9 +299,7 @@ def test_a_truth_value_is_a_number_in_the_table(tmp_path):
 
 
 def test_a_mode_that_there_is_not_is_refused():
-    with pytest.raises(
-        ValueError, match=r"mode must be online, offline or disabled, got 'ofline': set it by logger\.mode"
-    ):
+    with pytest.raises(ValueError, match="mode must be online, offline or disabled, got 'ofline'"):
         ResumableWandbLogger(mode="ofline")
 
 
@@ -346,7 +344,7 @@ def test_loggers_of_others_and_none_at_all(composed):
     (_, other) = _loggers(composed(lightnings, "logger.wandb.mode=disabled"), FOUND)
     other.log_metrics({"a": 1.0}, step=0)
     assert _loggers(composed("~logger"), FOUND) == []
-    with pytest.raises(ValueError, match=r"logger\.board has no _target_, got {'save_dir': 'a'}: say of which class"):
+    with pytest.raises(ValueError, match=r"logger\.board=\{save_dir:a\}: has no _target_: say of which class"):
         _loggers(composed("+logger.board={save_dir: a}"), FOUND)
 
 
@@ -467,7 +465,9 @@ def test_only_the_first_process_talks_to_wandb(tmp_path, monkeypatch):
 
 
 def test_directions_are_least_and_greatest():
-    with pytest.raises(ValueError, match=r"best must have the keys min and max, got \['least'\]"):
+    with pytest.raises(
+        ValueError, match=r"best must have the keys min and max, lists of names, got \{'least': \['a'\]\}"
+    ):
         ResumableWandbLogger(best={"least": ["a"]})
 
 
