@@ -14,6 +14,7 @@ from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf
 
+from lightning_mnn.jobs.records import SweepCommand
 from lightning_mnn.launcher import collected_signals, told_plainly
 from lightning_mnn.utilities.compat.hydra_internals import singletons, submitit_job
 
@@ -119,9 +120,12 @@ class Slurm(Launcher):
         groups: dict[Allocation, list[int]] = {}
         for index, overrides in enumerate(job_overrides):
             groups.setdefault(self._allocation(overrides), []).append(index)
-        files = _files_of(str(self._hydra["config"].hydra.sweep.dir))  # as it is now: it may hold the time
+        config = self._hydra["config"]
+        files = _files_of(str(config.hydra.sweep.dir))  # as it is now: it may hold the time
         _require_none_queued(files, but=self._returned)
         files.mkdir(parents=True, exist_ok=True)
+        command = SweepCommand.of_this_process(config)
+        command.write(files.parent)
         jobs: dict[int, Any] = {}
         submitted = False
         with collected_signals() as received:
@@ -136,7 +140,7 @@ class Slurm(Launcher):
                 _wait(jobs.values(), received)
             finally:
                 if received or not submitted:
-                    _tell_left(files)
+                    _tell_left(files, command)
                 if received:  # and whatever was raised: on a terminal Ctrl-C ends sbatch, too
                     raise SystemExit(128 + received[0])
         self._returned |= {job.job_id for job in jobs.values()}
@@ -144,7 +148,9 @@ class Slurm(Launcher):
         for index, result in enumerate(found):
             result.overrides = job_overrides[index]
             if result.status == JobStatus.FAILED:
-                log.error("#%d failed, resume=true would go on: %s", initial_job_idx + index, jobs[index].paths.stderr)
+                log.error("#%d failed: %s", initial_job_idx + index, jobs[index].paths.stderr)
+        if any(result.status == JobStatus.FAILED for result in found):
+            log.error("this command goes on with the sweep:\n  %s", command.resumed(files.parent))
         return found
 
     def _allocation(self, overrides: Sequence[str]) -> Allocation:
@@ -273,14 +279,14 @@ def _require_none_queued(files: Path, *, but: Iterable[str]) -> None:
         time.sleep(_LOOK)
 
 
-def _tell_left(files: Path) -> None:
+def _tell_left(files: Path, command: SweepCommand) -> None:
     """Say which jobs go on by themselves."""
     found = _queued_from(files)
     if found is None:
         log.warning("squeue does not say which jobs of %s go on", files.parent)
     elif found:
         log.warning("jobs that go on in the cluster: %d; to end them: scancel %s", len(found), _scancelled(found))
-        log.warning("when they have ended, resume=true hydra.sweep.dir=%s goes on with what is not done", files.parent)
+        log.warning("when they have ended, go on with what is not done by\n  %s", command.resumed(files.parent))
 
 
 def _scancelled(numbers: Iterable[str]) -> str:

@@ -24,9 +24,11 @@ def refused_line(command, monkeypatch, capfd, code=1):
     finally:  # what a process has once
         GlobalHydra.instance().clear()
         HydraConfig.instance().cfg = hydra_config
+        for handler in {*logging.getLogger().handlers} - {*handlers}:
+            handler.close()  # or its file would be complained of at any time, also in another command's lines
         logging.getLogger().handlers, logging.getLogger().level = handlers, level
     said = capfd.readouterr()
-    assert (ended.value.code, said.out) == (code, ""), said.err
+    assert (ended.value.code, said.out) == (code, ""), (ended.value.code, said)
     (line,) = said.err.splitlines()
     assert line.startswith("error: ")
     return line

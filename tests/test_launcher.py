@@ -346,7 +346,8 @@ def test_a_sweep_over_devices_is_right_and_survives_the_loss_of_a_rank():
     said, _ = launcher.communicate(timeout=PATIENCE)
     assert launcher.returncode == 1
     assert "job #0 (trainer.devices=2) " in said
-    assert summaries("cut").keys() == {(1, 2)}
+    ended = {key for key, summary in summaries("cut").items() if summary["finished"]}  # or what is left is interrupted
+    assert ended == {(1, 2)}
     say([*cut, "resume=true"])
     assert summaries("cut") == {(2, 2): whole[2, 2], (1, 2): whole[1, 2]}
 

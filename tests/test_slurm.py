@@ -197,7 +197,9 @@ def test_each_job_has_its_own_size_and_one_that_slurm_ends_fails_alone(sweeps):
     assert sweeps.sizes == ["2", "1"]
     assert sweeps.codes["cut"] == 1
     assert f"SLURM's job {sweeps.cancelled} ended early" in sweeps.said("cut")
-    assert "#1 failed, resume=true would go on" in sweeps.said("cut")
+    assert "#1 failed: " in sweeps.said("cut")
+    (_, command) = sweeps.said("cut").split("this command goes on with the sweep:\n  ")
+    assert command.splitlines()[0].endswith("resume=true hydra.sweep.dir=cut")
 
 
 @pytest.mark.slow
@@ -216,6 +218,7 @@ def test_a_command_that_is_ended_leaves_its_jobs_to_slurm_and_none_is_submitted_
             assert sweeps.end("left") == 128 + number
             assert [state_of(job) for job in jobs] == ["PENDING 1", "PENDING 1"]
             assert f"jobs that go on in the cluster: 2; to end them: scancel {names[-1]}\n" in sweeps.said("left")
+            assert "resume=true hydra.sweep.dir=left\n" in sweeps.said("left")
             assert "Traceback" not in sweeps.said("left")
             if number == signal.SIGINT:
                 sweeps.start("left", *held, "resume=true")

@@ -57,7 +57,7 @@ class SweepCommand:
         program: the words that start the program, such as ``("python", "src/train.py")``.
         arguments: all others.
         folder: in which it was given.
-        resume: the override by which a sweep of this program is resumed.
+        resume: the override by which a sweep of this program is resumed; empty: it runs all its jobs again.
         environment: variables that change what the jobs do.
     """
 
@@ -70,9 +70,12 @@ class SweepCommand:
     @classmethod
     def of_this_process(cls, config: DictConfig) -> SweepCommand:
         """The command that started this process, whose sweep has this config."""
-        own = isinstance(OmegaConf.select(config, "resume"), bool)  # the program has such a key, and hands it on
+        if isinstance(OmegaConf.select(config, "resume"), bool):  # the program has such a key, and hands it on
+            resume = "resume=true"
+        else:
+            launcher = OmegaConf.select(config, "hydra.launcher")
+            resume = "" if launcher is not None and "resume" not in launcher else "hydra.launcher.resume=true"
         environment = {VARIABLE: os.environ[VARIABLE]} if VARIABLE in os.environ else {}
-        resume = "resume=true" if own else "hydra.launcher.resume=true"
         return cls(_program(), tuple(sys.argv[1:]), os.getcwd(), resume, environment)  # noqa: PTH109 (for JSON)
 
     @classmethod
@@ -103,7 +106,7 @@ class SweepCommand:
         where = f"hydra.sweep.dir={hydra_value(str(given))}"
         renewed = {override.partition("=")[0] for override in (self.resume, where)} | {"hydra.launcher.resume"}
         arguments = [word for word in self.arguments if word.partition("=")[0].lstrip("+") not in renewed]
-        words = [*self.program, *arguments, self.resume, where]
+        words = [*self.program, *arguments, *([self.resume] if self.resume else []), where]
         variables = [f"{name}={shlex.quote(value)} " for name, value in self.environment.items()]
         elsewhere = "" if here == Path.cwd() else f"cd {shlex.quote(self.folder)} && "
         return elsewhere + "".join(variables) + shlex.join(words)

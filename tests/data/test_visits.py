@@ -117,7 +117,7 @@ def test_training_sees_each_sample_as_often_as_it_should(kind, make_trainer):
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_steps_that_are_repeated_after_a_kill_count_once(replicas, make_trainer, tmp_path):
     class Copies(LastCheckpoint):
-        def _save_if_due(self, trainer, completed_epochs):
+        def _save_if_due(self, trainer, completed_epochs=None):
             super()._save_if_due(trainer, completed_epochs)
             if self.path.exists():
                 shutil.copy(self.path, tmp_path / f"{trainer.global_step}.ckpt")

@@ -206,7 +206,7 @@ def test_a_summary_that_cannot_be_read_is_named_and_its_job_is_not_finished(caps
     said = capsys.readouterr().out
     assert "jobs: 1 finished, 4 unfinished" in said
     for seed in (1, 2, 3, 4):
-        assert f"unfinished: {seed} (seed={seed}): sweep/{seed}/summary.json cannot be read: " in said
+        assert f"unfinished: {seed} (seed={seed}): sweep/{seed}/summary.json is damaged" in said
     report(settings("folder=sweep"))
     assert "left out, for they are not finished: 1, 2, 3, 4\n" in capsys.readouterr().out
 
@@ -249,7 +249,7 @@ def test_a_torn_record_of_another_program_leaves_its_job_unfinished(torn):
     assert (whole.status, job.status) == (Status.FINISHED, Status.UNFINISHED)
     assert job.overrides == ("lr=1",)
     if torn not in ("{}", None):
-        assert re.match(r"sweep/1/job.json (cannot be read|has no known status)", job.error)
+        assert re.match(r"sweep/1/job.json (is damaged|has no known status)", job.error)
 
 
 def test_a_torn_log_of_another_program_is_named_and_costs_its_metrics_alone(capsys):
