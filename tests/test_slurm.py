@@ -1,6 +1,7 @@
 """Sweeps on a SLURM cluster: a real one, of two nodes, in the tests with the marker."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -104,8 +105,9 @@ class Sweeps:
 
     def start(self, name, *arguments):
         command = [*COMMAND, *RUN, *arguments, f"hydra.sweep.dir={name}"]
+        own = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}  # of the process that tests
         with (self.folder / f"{name}.log").open("w") as log:
-            self._running[name] = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log)
+            self._running[name] = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log, env=own)
 
     def signal(self, name, number):
         self._running[name].send_signal(number)

@@ -150,7 +150,8 @@ def test_processes_that_lightning_starts_end_with_one_another(tmp_path):
     def launch(name="run"):
         with (tmp_path / "said.txt").open("w") as said:
             command = [sys.executable, "-m", "lightning_mnn", *arguments, f"hydra.run.dir={name}"]
-            return subprocess.Popen(command, cwd=tmp_path, stdout=said, stderr=said)
+            own = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
+            return subprocess.Popen(command, cwd=tmp_path, stdout=said, stderr=said, env=own)
 
     def cut(number, rank, moment):
         first = launch()

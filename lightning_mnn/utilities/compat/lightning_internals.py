@@ -243,10 +243,12 @@ def check_wandb_logger(logger: WandbLogger) -> None:
 def loggers_of_remarks() -> Sequence[str]:
     """Names of the loggers by which Lightning remarks on its own workings: those of its modules.
 
-    The last one says that it heeds SLURM's signals, also where it does not.
+    The first two are of the namespaces, of which the one that is imported last speaks for both. The last one says that
+    it heeds SLURM's signals, also where it does not.
     """
     return (
         "pytorch_lightning.utilities.rank_zero",
+        "lightning.pytorch.utilities.rank_zero",
         "lightning_fabric.utilities.distributed",
         "pytorch_lightning.trainer.connectors.signal_connector",
     )
