@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_mnn.callbacks.stop_on_request import LATEST, exchange
 from lightning_mnn.utilities.compat.lightning_internals import complete_saved_epoch, set_limits
 from lightning_mnn.utilities.files import whole_file
+from lightning_mnn.utilities.generators import set_shared_states, shared_states
 from lightning_mnn.utilities.interruption import Interrupted, Pace, stopping
 from lightning_mnn.validation import ArgumentError
 
@@ -37,7 +38,9 @@ class LastCheckpoint(Checkpoint):
     at the next such moment, whatever the interval, and training ends on all processes; these may let some moments pass.
 
     Beside what Lightning saves, the checkpoint holds ``logged_rows``: how many rows the loggers that count them (see
-    :mod:`lightning_mnn.loggers`) have taken; they all take the same.
+    :mod:`lightning_mnn.loggers`) have taken; they all take the same. That of one process also holds ``generators``, the
+    states of those that a program shares (torch's of the CPU and of each GPU, numpy's and Python's), from which
+    dropout, noise and the order of a DataLoader go on.
 
     Args:
         dirpath: folder of ``last.ckpt``.
@@ -66,6 +69,7 @@ class LastCheckpoint(Checkpoint):
         self._last_time = 0.0
         self._pace = Pace(min(_LATE * train_time_interval.total_seconds(), LATEST))
         self._own: dict[str, Any] = {}  # of the checkpoint that is being saved, or was loaded
+        self._generators: dict[str, Any] | None = None  # of the checkpoint that was loaded
         self._limits: tuple[int | None, int] | None = None  # of epochs and steps, while they are put off
 
     def epochs_until_due(self, done: int) -> float:  # noqa: ARG002 (as of the other callbacks)
@@ -74,10 +78,13 @@ class LastCheckpoint(Checkpoint):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._own, self._limits = {}, None
+        self._own, self._limits, self._generators = {}, None, None
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._generators is not None:  # before the loader's iterator is made, which draws, as that of each epoch
+            set_shared_states(self._generators)
+            self._generators = None
         if self._own.get("ended"):  # where Lightning would leave out the hooks of training's start and end
             self._limits = epochs, steps = trainer.max_epochs, trainer.max_steps
             set_limits(trainer, epochs if epochs in (None, -1) else epochs + 1, steps if steps == -1 else steps + 1)
@@ -113,6 +120,8 @@ class LastCheckpoint(Checkpoint):
         checkpoint["logged_rows"] = max((count for count in rows if isinstance(count, int)), default=0)
         if self._own:  # this callback's checkpoint, and not another's
             checkpoint["moment"] = dict(self._own)
+            if trainer.world_size == 1:
+                checkpoint["generators"] = shared_states()
             if self._own["completed_epochs"] is not None and trainer.max_steps != -1:
                 complete_saved_epoch(checkpoint)
 
@@ -121,6 +130,7 @@ class LastCheckpoint(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._own = checkpoint.get("moment", {})
+        self._generators = checkpoint.get("generators") if trainer.world_size == 1 else None
 
     def _save_if_due(self, trainer: pl.Trainer, completed_epochs: int | None = None) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]

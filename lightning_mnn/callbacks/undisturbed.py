@@ -26,6 +26,7 @@ from lightning_mnn.utilities.compat.torch_internals import (
     parameter_slots,
     without_torch_function,
 )
+from lightning_mnn.utilities.generators import set_shared_states, shared_states
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
@@ -78,8 +79,9 @@ def undisturbed(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[
         trained = trained_parameters(trainer, pl_module)
         parameters = _unique([*(p for module in modules for p in module.parameters(recurse=False)), *trained])
         afterwards.callback(_check_parameters, _sums(trained))
-        for undo in (*_kept_modes(modules), *_kept_gradients(parameters), _kept_loggers(trainer), *_kept_generators()):
+        for undo in (*_kept_modes(modules), *_kept_gradients(parameters), _kept_loggers(trainer)):
             afterwards.callback(undo)
+        afterwards.callback(set_shared_states, shared_states())
         for module in modules:
             _silence(module, alone=trainer.world_size == 1)
         trainer.loggers = [_SilentLogger(logger) for logger in trainer.loggers]
@@ -439,25 +441,12 @@ def _is_odd(tensor: Tensor) -> bool:
     return is_lazy(tensor) or tensor.is_inference() or tensor.is_meta or tensor.layout is not torch.strided
 
 
-def _kept_generators() -> Iterator[Undo]:
-    """How to put back the generators that a program shares."""
-    cpu, numpy, python = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002 (user's own use)
-    yield partial(torch.set_rng_state, cpu)
-    yield partial(np.random.set_state, numpy)
-    yield partial(random.setstate, python)
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        cuda = torch.cuda.get_rng_state_all()
-        yield partial(torch.cuda.set_rng_state_all, cuda)
-    if torch.backends.mps.is_available():
-        mps = torch.mps.get_rng_state()
-        yield partial(torch.mps.set_rng_state, mps)
-
-
 @contextmanager
 def kept_generators(trainer: pl.Trainer | None = None) -> Iterator[None]:
     """A context after which the generators that a program shares are as before, and those of a Trainer's data."""
     with ExitStack() as afterwards:
-        for undo in (*_kept_generators(), *(() if trainer is None else _kept_data(trainer))):
+        afterwards.callback(set_shared_states, shared_states())
+        for undo in () if trainer is None else _kept_data(trainer):
             afterwards.callback(undo)
         yield
 

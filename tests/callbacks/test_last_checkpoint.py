@@ -1,16 +1,19 @@
 """LastCheckpoint: the moments from which training goes on as if it had not been stopped."""
 
+import random
 import shutil
 from datetime import timedelta
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mnn import MNN
 from lightning_mnn.callbacks import LastCheckpoint
 from lightning_mnn.callbacks.stop_on_request import StopOnRequest
-from lightning_mnn.data import GaussianData
+from lightning_mnn.data import GaussianData, TensorData
 from lightning_mnn.utilities.interruption import Interrupted, forget, request
 
 
@@ -124,3 +127,41 @@ def test_without_a_checkpoint_a_request_ends_training_before_the_next_step(make_
 def test_a_negative_interval_is_refused(tmp_path):
     with pytest.raises(ValueError, match="must not be negative"):
         LastCheckpoint(tmp_path, timedelta(seconds=-1))
+
+
+class Noisy(pl.LightningModule):
+    """Draws from each generator that a program shares: dropout, and noise of numpy's and Python's."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
+
+    def training_step(self, batch, batch_idx):
+        noise = np.random.random() + random.random()  # noqa: NPY002, S311 (as users draw)
+        return (self.layers(batch[0])[:, 0] - batch[1] - noise).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("data", ["shuffled loader", "data module"])
+def test_draws_go_on_where_they_were(data, make_trainer, tmp_path):
+    """Also those of a DataLoader's order, from an epoch's end; of exact loaders also from within an epoch."""
+
+    def trained(ckpt_path=None):
+        pl.seed_everything(3, verbose=False)
+        inputs, targets = torch.linspace(-1, 1, 72).reshape(12, 6), torch.arange(12.0)
+        source = TensorData(inputs, targets, batch_size=4)
+        if data == "shuffled loader":
+            source = DataLoader(TensorDataset(inputs, targets), batch_size=4, shuffle=True)
+        module = Noisy()
+        trainer = make_trainer(callbacks=[Copies(tmp_path, timedelta(0))], enable_checkpointing=True, max_epochs=4)
+        torch.rand(5 if ckpt_path else 0)  # what a new process has drawn is of no matter
+        trainer.fit(module, source, ckpt_path=ckpt_path, weights_only=True)
+        return [weights.clone() for weights in module.parameters()], torch.rand(3)
+
+    whole, drawn = trained()
+    for step in (6,) if data == "shuffled loader" else (5, 6):
+        weights, after = trained(tmp_path / f"{step}.ckpt")
+        assert all(map(torch.equal, whole, weights)), step
+        assert torch.equal(drawn, after), step
