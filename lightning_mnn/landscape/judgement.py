@@ -18,6 +18,7 @@ from lightning_mnn.landscape.kinks import judge_kinks
 from lightning_mnn.landscape.least_squares import Solution, solve
 from lightning_mnn.landscape.problem import ROUNDOFF, Outputs, Point, Problem
 from lightning_mnn.utilities.interruption import safe_point
+from lightning_mnn.utilities.transfer import fetched
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -236,12 +237,17 @@ def _undecided(reason: str) -> Judgement:
 
 def _bases(problem: Problem, kinks: Tensor) -> dict[int, Tensor]:
     """Orthonormal bases of the inputs on each unit's kink."""
-    bases = {}
-    for unit in problem.team.most(kinks.any(0).long()).nonzero()[:, 0].tolist():
-        inputs = problem.team.join(problem.inputs[kinks[:, unit]])
-        _, values, right = torch.linalg.svd(inputs / inputs.norm(dim=1, keepdim=True), full_matrices=False)
-        bases[unit] = right[values > _DEPENDENT * values[0]].T
-    return bases
+    counts = kinks.sum(0)
+    here, everywhere = torch.stack([counts, problem.team.sum(counts)]).tolist()
+    samples = torch.split(kinks.T.nonzero()[:, 1], here)
+    found = {}
+    for unit, count in enumerate(everywhere):
+        if count:
+            inputs = problem.team.join(problem.inputs[samples[unit]])
+            _, values, right = torch.linalg.svd(inputs / inputs.norm(dim=1, keepdim=True), full_matrices=False)
+            found[unit] = right, (values > _DEPENDENT * values[0]).sum()
+    ranks = fetched(*(rank for _, rank in found.values()))
+    return {unit: right[: int(rank)].T for (unit, (right, _)), rank in zip(found.items(), ranks, strict=True)}
 
 
 def _spanned(problem: Problem, kinks: Tensor, bases: dict[int, Tensor]) -> Tensor:

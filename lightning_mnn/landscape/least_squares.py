@@ -9,6 +9,7 @@ import torch
 from scipy.linalg import eigvalsh_tridiagonal
 
 from lightning_mnn.utilities.interruption import safe_point
+from lightning_mnn.utilities.transfer import fetched
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,9 +82,7 @@ def _apply(face: FaceMap, factor: Tensor, residual: Tensor, *, dual: bool) -> Te
 
 def _by_cholesky(face: FaceMap, matrix: Tensor, rhs: Tensor, *, dual: bool) -> Solution | None:
     factor, info = torch.linalg.cholesky_ex(matrix)
-    if int(info):
-        return None
-    least = _smallest_eigenvalue(matrix, factor)
+    least = _smallest_eigenvalue(matrix, factor, info)
     if least is None:
         return None
     theta = _apply(face, factor, rhs, dual=dual)
@@ -92,16 +91,19 @@ def _by_cholesky(face: FaceMap, matrix: Tensor, rhs: Tensor, *, dual: bool) -> S
     return Solution(theta, least**0.5, onto=dual, method="Cholesky factor of the Gram matrix")
 
 
-def _smallest_eigenvalue(matrix: Tensor, factor: Tensor) -> float | None:
+def _smallest_eigenvalue(matrix: Tensor, factor: Tensor, info: Tensor) -> float | None:
     """A lower bound on the smallest eigenvalue, proved by one more Cholesky factor; None where rounding hides it.
 
-    Inverse iteration estimates it from above; a shifted matrix that still has a factor bounds it from below.
+    Inverse iteration estimates it from above; a shifted matrix that still has a factor bounds it from below. Whether
+    there is a first factor at all, ``info``, is read with the estimate, so that a GPU is waited for once.
     """
     vector = torch.linspace(1, 2, len(matrix), dtype=matrix.dtype, device=matrix.device).sin()[:, None]
     for _ in range(6):
         vector = torch.cholesky_solve(vector / vector.norm(), factor)
-    estimate = 1 / float(vector.norm())
-    noise = (len(matrix) + 10) * _EPS * float(matrix.diagonal().sum())
+    failed, length, trace = fetched(info, vector.norm(), matrix.diagonal().sum())
+    if failed or not length > 0:
+        return None
+    estimate, noise = 1 / length, (len(matrix) + 10) * _EPS * trace
     for share in (0.5, 0.05):
         shift = share * estimate
         if shift <= 10 * noise:

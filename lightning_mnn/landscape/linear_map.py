@@ -45,7 +45,7 @@ class FaceMap:
     @cached_property
     def num_samples(self) -> int:
         """N, over all processes."""
-        return int(self.team.sum(torch.tensor(self.inputs.shape[0], device=self.inputs.device)))
+        return self.team.total(self.inputs.shape[0], self.inputs.device)
 
     @property
     def num_parameters(self) -> int:

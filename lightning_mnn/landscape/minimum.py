@@ -352,7 +352,10 @@ def turn_resting_units(problem: Problem, found: Snap, max_distance: float) -> Sn
     """Turn rows with z_i = 0 that feel a force until their gradient vanishes, where a small turn does it."""
     point, rows = found.point, found.rows
     hidden = point.hidden.clone()
-    for unit in (point.output == 0).nonzero()[:, 0].tolist():
+    resting = [unit for unit, size in enumerate(point.output.tolist()) if size == 0]
+    if not resting:
+        return found
+    for unit in resting:
         force = rows[unit]
         if float(force.norm()) <= float(found.noise[unit]):
             continue

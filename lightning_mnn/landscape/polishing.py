@@ -290,10 +290,9 @@ def least_on_ray(
     ends = torch.where(met, times, 1.0)
     starts = torch.cat([torch.zeros_like(rate)[:, None], ends[:, :-1]], dim=1)
     met_errors = errors[:, None] - ((ends - starts) * rates[:, :-1]).cumsum(1)  # at each crossing
-    pieces = torch.stack(
-        [times[met], (met_errors * bends)[met], (rates[:, 1:].square() - rates[:, :-1].square())[met]], 1
+    pieces = team.join(
+        torch.stack([times, met_errors * bends, rates[:, 1:].square() - rates[:, :-1].square()], -1)[met]
     )
-    pieces = team.join(pieces)
     pieces = pieces[pieces[:, 0].argsort()]
     fall, curvature = team.sum(torch.stack([errors @ rate, rate @ rate]))
 
@@ -308,7 +307,7 @@ def least_on_ray(
     stay = torch.where(curvatures > 0, falls / curvatures, torch.where(falls > 0, torch.inf, 0.0)).clamp(min=0)
     stay = torch.minimum(stay, width)
     totals = gains + falls * stay - curvatures * stay.square() / 2
-    best = int(totals.argmax())
-    at_end = float(stay[best]) == float(width[best]) and best + 1 < len(begin)
-    place = float(begin[best + 1]) if at_end else float(begin[best] + stay[best])
-    return place, 2 * float(totals[best]), crossings
+    end = torch.cat([begin[1:], begin.new_full((1,), torch.inf)])  # of the last piece no crossing
+    at = torch.where((stay == width) & torch.isfinite(end), end, begin + stay)
+    place, total = torch.stack([at, totals]).index_select(1, totals.argmax()[None])[:, 0].tolist()
+    return place, 2 * total, crossings

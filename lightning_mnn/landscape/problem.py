@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_mnn.landscape.linear_map import FaceMap
 from lightning_mnn.landscape.team import Team
+from lightning_mnn.utilities.transfer import fetched
 
 ROUNDOFF = 2.0**-53  # of float64, in which all is computed
 _UNKNOWABLE = 1e-6  # rounding errors of ŷ, relative to y, that hide whether e = 0
@@ -41,7 +42,7 @@ class Point:
 
     def distance(self, other: Point) -> float:
         """‖W̃′ − W̃‖/‖W̃‖ to another point, biases included; infinite from zero weights."""
-        size, moved = float(self.theta.norm()), float((other.theta - self.theta).norm())
+        size, moved = fetched(self.theta.norm(), (other.theta - self.theta).norm())
         return moved / size if size else math.inf if moved else 0.0
 
     def moved(self, rows: Tensor, free: Tensor) -> Point:
@@ -93,7 +94,7 @@ class Problem:
     @cached_property
     def num_samples(self) -> int:
         """N, over all processes."""
-        return int(self.team.sum(torch.tensor(self.inputs.shape[0], device=self.inputs.device)))
+        return self.team.total(self.inputs.shape[0], self.inputs.device)
 
     def slopes(self, active: Tensor) -> Tensor:
         """A of an activation pattern, (N, d1)."""
@@ -119,11 +120,10 @@ class Problem:
 
     def is_zero(self, outputs: Outputs) -> bool:
         """Whether e = 0 up to rounding, and the rounding is small beside the targets: large weights hide all errors."""
-        bounds, targets = self.team.sum(
-            torch.stack([outputs.bounds.square().sum(), self.targets.square().sum()])
-        ).tolist()
-        fits = bool(self.team.least((outputs.errors.abs() <= outputs.bounds).all().long()))
-        return fits and bounds <= _UNKNOWABLE**2 * targets
+        sizes = self.team.sum(torch.stack([outputs.bounds.square().sum(), self.targets.square().sum()]))
+        fits = self.team.least((outputs.errors.abs() <= outputs.bounds).all().long())
+        bounds, targets, fit = fetched(*sizes, fits)
+        return bool(fit) and bounds <= _UNKNOWABLE**2 * targets
 
     def squared_error(self, errors: Tensor) -> float:
         """‖e‖² over all samples."""

@@ -45,6 +45,10 @@ class Team:
         """Which flags of the host's are set on one of the processes, which exchange them on a device."""
         return list(flags)
 
+    def total(self, number: int, device: torch.device) -> int:  # noqa: ARG002 (of several processes)
+        """Sum of the host's numbers over the processes, which exchange them on a device."""
+        return number
+
     def join(self, rows: Tensor) -> Tensor:
         """The rows of all processes, in the samples' order."""
         return rows
@@ -85,6 +89,10 @@ class ProcessTeam(Team):
     def any(self, flags: Sequence[bool], device: torch.device) -> list[bool]:
         """Which flags of the host's are set on one of the processes, which exchange them on a device."""
         return [bool(flag) for flag in self.most(torch.tensor(flags, device=device).int()).tolist()]
+
+    def total(self, number: int, device: torch.device) -> int:
+        """Sum of the host's numbers over the processes, which exchange them on a device."""
+        return int(self.sum(torch.tensor(number, device=device)))
 
     def join(self, rows: Tensor) -> Tensor:
         """The rows of all processes, in the samples' order."""
