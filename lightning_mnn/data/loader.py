@@ -289,7 +289,7 @@ class ExactData(pl.LightningDataModule, ABC):
         self.exact_loader.trainer = self.trainer
         if self.operations_per_sample is not None:
             operations = self.operations_per_sample + self.exact_loader.operations_per_sample
-            self.exact_loader.steps_per_batch = steps_at_a_time(self.exact_loader.batch_size * operations)
+            self.exact_loader.steps_per_batch = steps_at_a_time(self.exact_loader.batch_size * operations, device.type)
         if before is not None and before.num_samples == self.exact_loader.num_samples:
             self.exact_loader.visits = before.visits
         visits = self._loader_state.get("visits", {})

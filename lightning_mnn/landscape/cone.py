@@ -51,7 +51,8 @@ _ISLANDS = 32  # independent populations; their spread is the standard error
 _CHAINS = 4  # Markov chains of each
 _LENGTH = 8  # fewest states of a chain
 _PREDICTED = 0.0009  # states of a chain for a standard error of 1, over the square of the schedule's steps
-_CHUNK = {"cpu": 2**18, "cuda": 2**27}  # constraint values that are worked on at once: what cache and memory like
+# Constraint values that are worked on at once: what a cache likes, and what keeps a GPU busy, 128 MiB an array.
+_CHUNK = {"cpu": 2**18, "cuda": 2**24}
 _QUANTILE = float(student.ppf(0.975, _ISLANDS - 1)) / 1.96  # few islands: their spread is itself uncertain
 
 
