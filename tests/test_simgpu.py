@@ -32,7 +32,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("area", ["landscape", "training", "callbacks"])
+@pytest.mark.parametrize("area", ["landscape", "training", "callbacks", "waits"])
 def test_on_a_simulated_gpu(area):
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     environment = os.environ | {

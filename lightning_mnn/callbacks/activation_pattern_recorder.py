@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,9 @@ from lightning_mnn.callbacks.training_set import patterns_of_training_set, state
 from lightning_mnn.data.shards import num_samples
 from lightning_mnn.landscape.kink_patterns import KinkLayer
 from lightning_mnn.landscape.kink_trace import PatternError
-from lightning_mnn.landscape.pattern import PackedPattern, distinct_patterns
+from lightning_mnn.landscape.pattern import PackedPattern, count_flips, distinct_patterns
 from lightning_mnn.loggers import log_scalars
+from lightning_mnn.utilities.transfer import to_host
 from lightning_mnn.validation import positive_integer, seed_number
 
 if TYPE_CHECKING:
@@ -153,7 +155,8 @@ class ActivationPatternRecorder(ScheduledCallback):
             self._skip(trainer, error)
             return
         self._recorded_step = trainer.global_step
-        on_host = {name: pattern.to("cpu") for name, pattern in patterns.items()}
+        bits = to_host([pattern.bits for pattern in patterns.values()])
+        on_host = {name: replace(p, bits=own) for (name, p), own in zip(patterns.items(), bits, strict=True)}
         digests = _digests(on_host)
         self._regions = self._regions or [[] for _ in digests]
         for visited, digest in zip(self._regions, digests, strict=True):
@@ -241,8 +244,10 @@ class ActivationPatternRecorder(ScheduledCallback):
         return {name: PackedPattern(p.bits[..., chosen, :], p.width) for name, p in found.items()}
 
     def _log(self, trainer: pl.Trainer, now: dict[str, PackedPattern], last: dict[str, PackedPattern]) -> None:
-        flips = {name: self._last[name].flips(last[name]) for name in now}
-        from_start = {name: self._last[name].flips(self._first[name]) for name in now}
+        flips, from_start = (
+            dict(zip(now, count_flips([(self._last[name], before[name]) for name in now]), strict=True))
+            for before in (last, self._first)
+        )
         pairs = {name: p.width * p.bits.shape[-2] for name, p in now.items()}
         activity = {
             name: pattern.activity(pieces)

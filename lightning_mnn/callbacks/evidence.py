@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_mnn.callbacks.undisturbed import trained_parameters
 from lightning_mnn.mnn import DivergenceError
+from lightning_mnn.utilities.transfer import fetched
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -116,7 +117,7 @@ def check_weights(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     Raises:
         DivergenceError: one is not.
     """
-    if not all(bool(parameter.isfinite().all()) for parameter in trained_parameters(trainer, pl_module)):
+    if not all(fetched(*(parameter.isfinite().all() for parameter in trained_parameters(trainer, pl_module)))):
         raise diverged(trainer, "weights are")
 
 

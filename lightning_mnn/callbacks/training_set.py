@@ -20,6 +20,7 @@ from lightning_mnn.landscape.survey import Network, Survey, exact_patterns, merg
 from lightning_mnn.mnn import MNN, DivergenceError
 from lightning_mnn.utilities.compat.torch_internals import change_count
 from lightning_mnn.utilities.interruption import Interrupted, alone, requested, stop_if_any
+from lightning_mnn.utilities.transfer import fetched, to_host
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -196,7 +197,7 @@ def patterns_of_training_set(trainer: pl.Trainer, pl_module: pl.LightningModule)
 
     def own() -> list[Tensor]:
         blocks = [
-            [pattern.pack().bits.cpu() for pattern in exact_patterns(network.to(inputs.device), inputs)]
+            to_host([pattern.pack().bits for pattern in exact_patterns(network.to(inputs.device), inputs)])
             for inputs, _ in _batches(trainer, network, network.output_weights.dtype)
         ]
         return [torch.cat(parts, dim=-2) for parts in zip(*blocks, strict=True)]
@@ -301,7 +302,7 @@ def _moment(trainer: pl.Trainer, network: Network) -> Any:
 
 
 def _check_weights(trainer: pl.Trainer, network: Network) -> None:
-    if not (math.isfinite(network.negative_slope) and all(bool(w.isfinite().all()) for w in network.tensors)):
+    if not (math.isfinite(network.negative_slope) and all(fetched(*(w.isfinite().all() for w in network.tensors)))):
         raise DivergenceError(
             f"training diverged: weights are not finite after {trainer.global_step} steps. Lower the learning rate"
         )

@@ -27,6 +27,7 @@ from lightning_mnn.utilities.compat.torch_internals import (
     without_torch_function,
 )
 from lightning_mnn.utilities.generators import set_shared_states, shared_states
+from lightning_mnn.utilities.transfer import fetched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
@@ -245,8 +246,10 @@ def _sums(parameters: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
 
 
 def _check_parameters(before: list[tuple[Tensor, Tensor]]) -> None:
-    for parameter, total in before:
-        if parameter.data.view(_INTEGERS[parameter.element_size()]).sum() != total:
+    now = _sums([parameter for parameter, _ in before])
+    changed = fetched(*(total != old for (_, total), (_, old) in zip(now, before, strict=True)))
+    for (parameter, _), is_changed in zip(before, changed, strict=True):
+        if is_changed:
             raise RuntimeError(
                 f"a pass over the training set changed a parameter, of shape {tuple(parameter.shape)}, in "
                 "place: give the callback a loss_fn or forward_fn that leaves the parameters alone"

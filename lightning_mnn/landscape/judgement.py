@@ -206,12 +206,12 @@ def _judge_forces(problem: Problem, found: Snap) -> Judgement | None:
 def _judge_units(problem: Problem, found: Snap) -> Judgement:
     """Test the kinks of each unit, and the forces on units with z_i = 0."""
     failures = []
-    for unit in range(len(found.point.output)):
+    outputs = found.point.output.tolist()
+    held = [0] * len(outputs) if found.kinks is None else problem.team.most(found.kinks.any(0).long()).tolist()
+    for unit, output in enumerate(outputs):
         safe_point()
-        kinks = None if found.kinks is None else found.kinks[:, unit]
-        if kinks is not None and not bool(problem.team.most(kinks.any().long())):
-            kinks = None
-        if float(found.point.output[unit]) == 0:
+        kinks = found.kinks[:, unit] if found.kinks is not None and held[unit] else None
+        if output == 0:
             judgement = _judge_resting_unit(problem, found, unit, kinks)
         else:
             judgement = None if kinks is None else _judge_kinks(problem, found, unit, kinks)

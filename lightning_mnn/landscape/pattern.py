@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from lightning_mnn.utilities.transfer import to_host
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -105,15 +107,7 @@ class PackedPattern:
         Raises:
             ValueError: the two patterns differ in shape.
         """
-        if not self.is_comparable(other):
-            raise ValueError(
-                f"patterns of different shape cannot be compared: {tuple(self.bits.shape)}, width {self.width} "
-                f"and {tuple(other.bits.shape)}, width {other.width}"
-            )
-        differing = _numpy(self.bits ^ other.bits.to(self.bits.device))
-        if num_digits(self.num_pieces) > 1:
-            differing = np.bitwise_or.reduce(differing, axis=-3)
-        return torch.as_tensor(np.bitwise_count(differing).sum(axis=(-2, -1), dtype=np.int64))
+        return count_flips([(self, other)])[0]
 
     def activity(self, active_pieces: Sequence[int] = (1,)) -> Activity:
         """Which units are dead or linear on these samples, and which samples activate none.
@@ -250,6 +244,24 @@ def num_digits(num_pieces: int) -> int:
     (1, 2, 4)
     """
     return max(1, (num_pieces - 1).bit_length())
+
+
+def count_flips(pairs: Sequence[tuple[PackedPattern, PackedPattern]]) -> list[Tensor]:
+    """The flips of pairs of patterns (see :meth:`PackedPattern.flips`), for which a GPU is waited for once."""
+    for one, other in pairs:
+        if not one.is_comparable(other):
+            raise ValueError(
+                f"patterns of different shape cannot be compared: {tuple(one.bits.shape)}, width {one.width} "
+                f"and {tuple(other.bits.shape)}, width {other.width}"
+            )
+    differing = to_host([one.bits ^ other.bits.to(one.bits.device) for one, other in pairs])
+    return [_flips(bits.numpy(), one.num_pieces) for bits, (one, _) in zip(differing, pairs, strict=True)]
+
+
+def _flips(differing: np.ndarray, num_pieces: int) -> Tensor:
+    if num_digits(num_pieces) > 1:
+        differing = np.bitwise_or.reduce(differing, axis=-3)
+    return torch.as_tensor(np.bitwise_count(differing).sum(axis=(-2, -1), dtype=np.int64))
 
 
 def distinct_patterns(layers: Sequence[PackedPattern]) -> Tensor:

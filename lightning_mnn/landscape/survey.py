@@ -18,6 +18,7 @@ from lightning_mnn.landscape.pattern import ActivationPattern, PackedPattern
 from lightning_mnn.landscape.region import correlate, gram_rank
 from lightning_mnn.landscape.volume import smallest_sines
 from lightning_mnn.utilities.compat.precision import full_precision
+from lightning_mnn.utilities.transfer import to_host
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -330,8 +331,14 @@ def merge_surveys(parts: Sequence[Survey]) -> Survey:
 
 def on_cpu(survey: Survey) -> Survey:
     """The same survey with its tensors on the CPU, where those of several processes can meet."""
-    layers = tuple(Layer(**_moved(layer)) for layer in survey.layers)
-    return Survey(**_moved(survey) | {"num_samples": survey.num_samples, "layers": layers})
+    measured: list[Survey | Layer] = [survey, *survey.layers]
+    parts = [_measures(part) for part in measured]
+    moved = iter(to_host([value for part in parts for value in part.values() if value is not None]))
+    found: list[dict[str, Any]] = [
+        {name: None if value is None else next(moved) for name, value in part.items()} for part in parts
+    ]
+    layers = tuple(Layer(**layer) for layer in found[1:])
+    return Survey(**found[0] | {"num_samples": survey.num_samples, "layers": layers})
 
 
 def rank_cap(survey: Survey, input_rank: Tensor, negative_slope: float) -> Tensor:
@@ -429,10 +436,6 @@ def _rounding_bound(network: Network, inputs: Tensor, targets: Tensor) -> Tensor
 
 def _measures(part: Survey | Layer) -> dict[str, Tensor | None]:
     return {item.name: getattr(part, item.name) for item in fields(part) if "merge" in item.metadata}
-
-
-def _moved(part: Survey | Layer) -> dict[str, Any]:
-    return {name: None if value is None else value.cpu() for name, value in _measures(part).items()}
 
 
 def _merged(parts: Sequence[Survey] | Sequence[Layer]) -> dict[str, Any]:

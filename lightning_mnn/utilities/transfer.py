@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 
@@ -29,6 +31,24 @@ def widest_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors on the CPU, those of a device copied there as one: on a GPU a single wait.
+
+    >>> to_host([torch.tensor([[1, 2]]), torch.tensor(True)])
+    [tensor([[1, 2]]), tensor(True)]
+    """
+    found = [tensor.detach() for tensor in tensors]
+    for device, indices in _by_device(found).items():
+        if device.type == "cpu":
+            continue
+        parts = [found[index].contiguous() for index in indices]
+        together = torch.cat([part.reshape(-1).view(torch.uint8) for part in parts]).cpu()
+        pieces = torch.split(together, [part.nbytes for part in parts])
+        for index, part, piece in zip(indices, parts, pieces, strict=True):
+            found[index] = piece.clone().view(part.dtype).reshape(part.shape)
+    return found
+
+
 def fetched(*numbers: Tensor) -> list[float]:
     """What tensors of one number hold, all of a device read at once: on a GPU a single wait.
 
@@ -38,13 +58,18 @@ def fetched(*numbers: Tensor) -> list[float]:
     >>> fetched(torch.tensor(3), torch.tensor([0.5]), torch.tensor(True))
     [3.0, 0.5, 1.0]
     """
-    by_device: dict[torch.device, list[int]] = {}
-    for index, number in enumerate(numbers):
-        by_device.setdefault(number.device, []).append(index)
     found = [0.0] * len(numbers)
-    for device, indices in by_device.items():
+    for device, indices in _by_device(numbers).items():
         dtype = widest_dtype(device)
         stacked = torch.stack([numbers[index].detach().reshape(()).to(dtype) for index in indices])
         for index, value in zip(indices, stacked.tolist(), strict=True):
             found[index] = value
     return found
+
+
+def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:
+    """Which tensors are on each device."""
+    indices: dict[torch.device, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        indices.setdefault(tensor.device, []).append(index)
+    return indices
