@@ -40,6 +40,10 @@ class ArgumentError(ValueError):
         return type(self), (self.name, self.value, self.problem, self.remedy)
 
 
+class MisfitError(TypeError, ValueError):
+    """An argument that was given does not suit the module or the data that it meets."""
+
+
 def positive_integer(name: str, value: Any) -> int:
     """The value as an int.
 

@@ -227,9 +227,9 @@ class TestEntryPoint:
 
             loader = torch.utils.data.DataLoader(Stream(), batch_size=8)
         trainer = foreign_trainer(default_root_dir=tmp_path)
-        with pytest.warns(UserWarning, match="ActivationPatternRecorder, which LIGHTNING_MNN_CALLBACKS") as told:
+        with pytest.warns(UserWarning, match="ActivationPatternRecorder stops here, and training goes on") as told:
             trainer.fit(module, loader)
-        assert sum("LIGHTNING_MNN_CALLBACKS" in str(one.message) for one in told) == 1
+        assert sum("training goes on" in str(one.message) for one in told) == 1
         assert trainer.global_step == 6
         assert "train_loss" in trainer.callback_metrics
 

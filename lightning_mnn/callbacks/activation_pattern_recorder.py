@@ -21,7 +21,7 @@ from lightning_mnn.landscape.kink_trace import PatternError
 from lightning_mnn.landscape.pattern import PackedPattern, count_flips, distinct_patterns
 from lightning_mnn.loggers import log_scalars
 from lightning_mnn.utilities.transfer import to_host
-from lightning_mnn.validation import positive_integer, seed_number
+from lightning_mnn.validation import MisfitError, positive_integer, seed_number
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -84,6 +84,7 @@ class ActivationPatternRecorder(ScheduledCallback):
             leading parts of the batch as it requires, or its ``training_step`` where that cannot be or meets other
             layers, as of an autoencoder whose forward is the encoder alone. Both run once on three samples before
             training; what is chosen is said.
+        strict: let an error that the callback meets end the run; else it warns once, and training goes on without it.
 
     Attributes:
         store: where the snapshots are; None before training, on processes other than the first, and in a fast_dev_run.
@@ -96,6 +97,12 @@ class ActivationPatternRecorder(ScheduledCallback):
             ``modules``, ``forward_fn`` or a batch as ``probe`` for a module that states its network.
     """
 
+    missing = "no activation patterns are recorded"
+    remedy = (
+        "forward_fn(module, batch), where the module's forward takes something else than a batch; probe=batch, a batch "
+        "of samples, where those of the training set cannot be enumerated; modules=, the layers to record"
+    )
+
     def __init__(
         self,
         schedule: Schedule | None = None,
@@ -106,8 +113,9 @@ class ActivationPatternRecorder(ScheduledCallback):
         modules: Names = None,
         memory_budget: int = 2**25,
         forward_fn: ModelFunction | None = None,
+        strict: bool = False,
     ) -> None:
-        super().__init__(schedule or Schedule(growth=2.0))
+        super().__init__(schedule or Schedule(growth=2.0), strict=strict)
         self.probe = checked_probe(probe)
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.seed = seed_number("seed", seed)
@@ -184,7 +192,8 @@ class ActivationPatternRecorder(ScheduledCallback):
     def summary(self) -> dict[str, Any]:
         visited = [len(digests) for digests in self._regions]
         replicated = any(pattern.lead for pattern in self._last.values())
-        return {"regions_visited": (visited if replicated else visited[0]) if visited else None}
+        found = {"regions_visited": (visited if replicated else visited[0]) if visited else None}
+        return found if self.failure is None else {**found, "patterns_reason": self.failure}
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -210,7 +219,7 @@ class ActivationPatternRecorder(ScheduledCallback):
         """Find the layers; in a resumed run, forget snapshots of other ones."""
         if states_network(pl_module):
             if self.modules is not None or self.forward_fn is not None or not isinstance(self.probe, int | None):
-                raise TypeError(
+                raise MisfitError(
                     "modules, forward_fn and a batch as probe are for modules that run as they are; "
                     f"{type(pl_module).__name__} states its network by a method network(), of which every layer is "
                     "recorded: leave them out"

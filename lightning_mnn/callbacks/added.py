@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_mnn.callbacks.activation_pattern_recorder import ActivationPatternRecorder
@@ -28,8 +26,8 @@ _MAKERS: dict[str, Callable[[], ScheduledCallback]] = {
 class AddedCallbacks(pl.Callback):
     """Adds callbacks to a fit, of those types that neither its program nor its module brought.
 
-    They leave training as it is: the detector does not stop it, and a callback that meets an error, as in a module
-    without kinks, says so in one warning and does nothing for the rest of the fit.
+    They leave training as it is: the detector does not stop it, and a callback that meets an error, divergence
+    included, says so in one warning and does nothing for the rest of the fit.
 
     Args:
         names: any of "detector", "recorder" and "monitor".
@@ -51,39 +49,10 @@ class AddedCallbacks(pl.Callback):
         # A new list: Lightning goes through the old one while this is called.
         run.callbacks = [*run.callbacks[:place], *added, *run.callbacks[place:]]
         for callback in added:
-            _let_fail(callback)
+            callback.ends_diverged = False
             callback.setup(trainer, pl_module, stage)
 
     def epochs_until_due(self, done: int) -> float:
         """Any number: it looks at no epoch."""
         del done
         return float("inf")
-
-
-def _let_fail(callback: ScheduledCallback) -> None:
-    """Let an error in a hook of the callback end its work, instead of the run."""
-    failed = False
-
-    def harmless(hook: Callable[..., None]) -> Callable[..., None]:
-        @wraps(hook)
-        def run(trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **options: Any) -> None:
-            nonlocal failed
-            if failed and hook.__name__ != "setup":  # of another fit, which may suit it
-                return
-            failed = False
-            try:
-                hook(trainer, pl_module, *args, **options)
-            except Exception as error:  # noqa: BLE001 (of whatever kind, the run did not ask for it)
-                failed = True
-                name = type(callback).__name__
-                rank_zero_warn(f"{name}, which LIGHTNING_MNN_CALLBACKS asked for, does nothing in this fit: {error}")
-
-        return run
-
-    own = [name for name in vars(pl.Callback) if name.startswith("on_") and name not in _OF_STATE]
-    for name in ("setup", "teardown", *own):
-        if getattr(type(callback), name) is not getattr(pl.Callback, name):
-            setattr(callback, name, harmless(getattr(callback, name)))
-
-
-_OF_STATE = ("on_save_checkpoint", "on_load_checkpoint")

@@ -20,7 +20,7 @@ from lightning_mnn.callbacks.local_volumes import (
     measure_local_volume,
 )
 from lightning_mnn.callbacks.probe import checked_probe
-from lightning_mnn.callbacks.schedule import Schedule, ScheduledCallback, or_stop_here, plain
+from lightning_mnn.callbacks.schedule import Schedule, ScheduledCallback, or_stop_here, plain, weights_of
 from lightning_mnn.callbacks.training_set import (
     network_of,
     on_first_process,
@@ -38,8 +38,7 @@ from lightning_mnn.landscape.volume import log_volume_bound_from_sines
 from lightning_mnn.loggers import log_histogram, log_scalars
 from lightning_mnn.mnn import MNN
 from lightning_mnn.seeding import generator
-from lightning_mnn.utilities.compat.torch_internals import change_count
-from lightning_mnn.validation import ArgumentError, positive_integer, real_number, seed_number
+from lightning_mnn.validation import ArgumentError, MisfitError, positive_integer, real_number, seed_number
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -128,6 +127,7 @@ class AngularVolumeMonitor(ScheduledCallback):
         sigmas: sizes σ of the moves, ascending; None: half decades from 1e-6 to 1. Those below 8 spacings of the
             weights' floating-point numbers are left out, and the summary says so.
         num_draws: moves at each σ.
+        strict: let an error that the callback meets end the run; else it warns once, and training goes on without it.
 
     Attributes:
         log_lower_bound: the last bound, (...); None before training and in other modules.
@@ -146,6 +146,12 @@ class AngularVolumeMonitor(ScheduledCallback):
     20.0
     """
 
+    missing = "no volumes are measured"
+    remedy = (
+        "forward_fn(module, batch), where the module's forward takes something else than a batch; probe=batch, a batch "
+        "of samples, where those of the training set cannot be enumerated; modules=, the layers whose pattern counts"
+    )
+
     def __init__(
         self,
         schedule: Schedule | None = None,
@@ -161,8 +167,9 @@ class AngularVolumeMonitor(ScheduledCallback):
         probe: Any = 32,
         sigmas: Sequence[float] | None = None,
         num_draws: int = 20,
+        strict: bool = False,
     ) -> None:
-        super().__init__(schedule or Schedule(every=100))
+        super().__init__(schedule or Schedule(every=100), strict=strict)
         if measure is not None and (isinstance(measure, str) or not set(measure) <= set(MOMENTS)):
             problem = f"must hold any of {', '.join(MOMENTS)}"
             raise ArgumentError("measure", measure, problem, "give a list of them, as [end]")
@@ -258,16 +265,16 @@ class AngularVolumeMonitor(ScheduledCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        or_stop_here(trainer, lambda: self._measure_at_certificate(trainer, pl_module))
+        self._measure_if_certified(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
-        or_stop_here(trainer, lambda: self._measure_at_certificate(trainer, pl_module))
+        self._measure_if_certified(trainer, pl_module)
 
     @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_end(trainer, pl_module)
+    def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().finish(trainer, pl_module)
         self._look(trainer, pl_module)  # again: a detector may just have gone to the exact minimum
         self._measure_at_certificate(trainer, pl_module)
         if self._wanted("end"):
@@ -287,6 +294,10 @@ class AngularVolumeMonitor(ScheduledCallback):
 
     @override
     def summary(self) -> dict[str, Any]:
+        if self.failure is not None:
+            none = dict.fromkeys(("log_volume", "log_volume_standard_error", "log_volume_lower_bound"))
+            local = {} if self.local is None else Found(reason=self.failure, cones_reason=self.failure).plain()
+            return {**none, "log_volume_reason": self.failure, **local}
         bound = plain(self.log_lower_bound)
         found: dict[str, list[Any]] = {
             "log_volume": [volume and volume.value for volume in self.volumes],
@@ -318,7 +329,7 @@ class AngularVolumeMonitor(ScheduledCallback):
             return _NO_PRODUCT
         if states_network(pl_module):
             if of_passes:
-                raise TypeError(
+                raise MisfitError(
                     f"{', '.join(of_passes)} are for modules that run as they are; {type(pl_module).__name__} states a "
                     "network with one hidden layer, whose volume is that of the whole training set: leave them out"
                 )
@@ -340,7 +351,7 @@ class AngularVolumeMonitor(ScheduledCallback):
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Bound the volume, once for the same weights, and forget what was measured at others."""
         if self.local is not None:
-            moment = _moment(trainer, pl_module)
+            moment = trainer.global_step, weights_of(pl_module)
             if moment != self._moment:
                 self._moment, self._measured = moment, False
                 self.local, self.reasons = Found(), [self._no_volume]
@@ -382,13 +393,23 @@ class AngularVolumeMonitor(ScheduledCallback):
             return moment == "end" and len(self.volumes) == 1
         return moment in self.measure
 
+    def _measure_if_certified(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure at a step from which the run can go on."""
+        if self._awaits_certificate(trainer):
+            measure = lambda: self._measure_at_certificate(trainer, pl_module)  # noqa: E731
+            or_stop_here(trainer, lambda: self.observe(measure))
+
     def _measure_at_certificate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._certified or not self._wanted("certificate"):
-            return
-        detectors = [c for c in trainer.callbacks if isinstance(c, LocalMinimumDetector)]  # type: ignore[attr-defined]
-        if detectors and all(detector.converged for detector in detectors):
+        if self._awaits_certificate(trainer):
             self._measure(trainer, pl_module)
             self._certified = True
+
+    def _awaits_certificate(self, trainer: pl.Trainer) -> bool:
+        """Whether the volume is to be measured now for the first certificate of the run's detectors."""
+        if self._certified or not self._wanted("certificate"):
+            return False
+        detectors = [c for c in trainer.callbacks if isinstance(c, LocalMinimumDetector)]  # type: ignore[attr-defined]
+        return bool(detectors) and all(detector.converged for detector in detectors)
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the volume and log it, once for the same weights."""
@@ -465,11 +486,6 @@ def _untouched(trainer: pl.Trainer, pl_module: pl.LightningModule) -> AbstractCo
 
 def _is_replicated(pl_module: pl.LightningModule) -> bool:
     return isinstance(pl_module, MNN) and pl_module.replicas > 1
-
-
-def _moment(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
-    """What changes when the parameters of another module do."""
-    return trainer.global_step, [(p.data_ptr(), change_count(p)) for p in pl_module.parameters()]
 
 
 def _log(trainer: pl.Trainer, volumes: list[RegionVolume], log_num_cells: float) -> None:

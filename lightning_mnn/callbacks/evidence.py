@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lightning_mnn.callbacks.undisturbed import trained_parameters
+from lightning_mnn.data.shards import NotEnumerableError, draws, num_samples
 from lightning_mnn.mnn import DivergenceError
 from lightning_mnn.utilities.transfer import fetched
 
@@ -34,11 +35,13 @@ class Evidence(StrEnum):
         SECOND_ORDER: gradient, distance to the nearest kink and smallest eigenvalue of the Hessian of the module's own
             loss over the whole training set.
         FIRST_ORDER: necessary conditions only.
+        NONE: the detector met an error.
     """
 
     CERTIFICATE = "certificate"
     SECOND_ORDER = "second_order"
     FIRST_ORDER = "first_order"
+    NONE = "none"
 
 
 class Judge(ABC):
@@ -130,17 +133,32 @@ def diverged(trainer: pl.Trainer, what: str) -> DivergenceError:
 
 def unseen_batches(trainer: pl.Trainer) -> list[str]:
     """That training sees a part of its data only, in words, where it does."""
-    loader: Any = trainer.train_dataloader
-    seen, there = trainer.num_training_batches, len(loader)
+    try:
+        seen, there = trainer.num_training_batches, len(trainer.train_dataloader)  # type: ignore[arg-type]
+    except TypeError:  # an IterableDataset has no length
+        return []
     if seen >= there:
         return []
     of = "limit_train_batches, overfit_batches or fast_dev_run"
     return [f"an epoch of training sees {seen} of {there} batches ({of}), and this is of the whole training set"]
 
 
+def seen_data(trainer: pl.Trainer) -> list[str]:
+    """What stands for the training set, in words, where that is not each of its samples once."""
+    loader: Any = trainer.train_dataloader
+    drawn = draws(loader)
+    if drawn is not None:
+        return [f"this is of one epoch as drawn by {drawn}"]
+    try:
+        chosen, there = num_samples(loader), len(getattr(loader, "dataset", ()))
+    except NotEnumerableError:  # which is told as the reason of weaker evidence
+        return []
+    return [f"this is of the {chosen} of {there} samples that the sampler chooses from"] if chosen < there else []
+
+
 def conditions(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
     """What the loss over the training set leaves out of what training does, in words."""
-    told = unseen_batches(trainer)
+    told = [*unseen_batches(trainer), *seen_data(trainer)]
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     if any(group.get("weight_decay", 0) for group in groups):
         told.append("the optimiser's weight_decay is no part of this loss: what is trained is another")

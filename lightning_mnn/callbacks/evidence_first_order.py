@@ -13,6 +13,7 @@ from lightning_mnn.callbacks.evidence import Evidence, Judge, check_weights, con
 from lightning_mnn.callbacks.full_batch import FullBatch
 from lightning_mnn.callbacks.model_pass import LossNotEvaluableError
 from lightning_mnn.callbacks.training_set import gather
+from lightning_mnn.data.shards import NotEnumerableError
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -84,20 +85,28 @@ class FirstOrderJudge(Judge):
         if self._last:
             self.gradient_norm, self.reference = _mean_norm(self._last), _mean_norm(self._first)
         self._full_batch_steps = trainer.num_training_batches == 1
-        batch = FullBatch(trainer, pl_module, self._forward_fn, self._modules, losses=False)
-        with batch.open():
-            try:
-                self._kinks, unseen = batch.nearest_kink(), None
-            except LossNotEvaluableError as error:
-                self._kinks, unseen = None, f"kinks were not looked at: {error}"
-            else:
-                if self._kinks.units == 0:
-                    unseen = f"which weights the kinks of {', '.join(batch.met)} depend on is not known"
-                    self._kinks = None
-        told = [self.why, *conditions(trainer, pl_module), *batch.notes()]
-        first, self._notes = not self._notes, told if unseen is None else [*told, unseen]
+        self._kinks, notes = self._nearest_kink(trainer, pl_module)
+        first, self._notes = not self._notes, [self.why, *conditions(trainer, pl_module), *notes]
         if first:
             rank_zero_info(f"LocalMinimumDetector: {'; '.join(self._notes)}")
+
+    def _nearest_kink(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> tuple[KinkDistance | None, list[str]]:
+        """The nearest kink over the training set, None where it is not known, and what is to be said of it."""
+        try:
+            batch = FullBatch(trainer, pl_module, self._forward_fn, self._modules, losses=False)
+        except NotEnumerableError:  # of which ``why`` tells
+            return None, []
+        with batch.open():
+            try:
+                kinks = batch.nearest_kink()
+            except LossNotEvaluableError as error:
+                return None, [*batch.notes(), f"kinks were not looked at: {error}"]
+        if kinks.units == 0:
+            unknown = f"which weights the kinks of {', '.join(batch.met)} depend on is not known"
+            return None, [*batch.notes(), unknown if batch.met else "no kink was met"]
+        return kinks, batch.notes()
 
     @override
     def kinds(self) -> tuple[list[str], list[str]]:

@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightning_mnn.callbacks.evidence import Evidence, Judge, check_weights, conditions, diverged
 from lightning_mnn.callbacks.full_batch import FullBatch
 from lightning_mnn.callbacks.model_pass import LossNotEvaluableError
-from lightning_mnn.data.shards import num_samples
+from lightning_mnn.data.shards import batch_size_of, draws, num_samples
 from lightning_mnn.landscape.loss_surface import NoDerivativeError
 from lightning_mnn.landscape.second_order import (
     SecondOrderKind,
@@ -201,13 +201,17 @@ class SecondOrderJudge(Judge):
         found += conditions(trainer, pl_module)
         found += batch.notes()
         loader: Any = trainer.train_dataloader
-        if self._sums and num_samples(loader) % (loader.batch_size or 1):
+        if self._sums and (draws(loader) or num_samples(loader) % batch_size_of(loader)):
             found.append(
                 "the loss is a sum over the samples of a batch and is taken for their mean, so that the last batch, "
                 "which is smaller, counts for less; give a loss_fn(module, batch) that returns the mean"
             )
         if not kinks.units:
-            found.append(f"no kink depends on a weight that is trained now ({', '.join(batch.met)} depend on none)")
+            found.append(
+                f"no kink depends on a weight that is trained now ({', '.join(batch.met)} depend on none)"
+                if batch.met
+                else f"{type(pl_module).__name__} met no kink: its loss is taken as smooth"
+            )
         self._notes = found
         for note in found:
             if note not in self._told:

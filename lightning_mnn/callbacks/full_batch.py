@@ -29,9 +29,9 @@ from lightning_mnn.callbacks.model_pass import (
 from lightning_mnn.callbacks.training_set import gather
 from lightning_mnn.callbacks.undisturbed import Restart, seed_generators, trained_parameters, undisturbed
 from lightning_mnn.data.loader import part_of
-from lightning_mnn.data.shards import num_samples
+from lightning_mnn.data.shards import batch_size_of, draws, num_samples
 from lightning_mnn.landscape.kink_distance import KinkDistance, kink_distance
-from lightning_mnn.landscape.kink_patterns import NoKinksError
+from lightning_mnn.landscape.kink_patterns import UnknownLayersError
 from lightning_mnn.landscape.kink_trace import Kink, KinkTrace, Names
 from lightning_mnn.landscape.loss_surface import LossSurface
 from lightning_mnn.landscape.team import ProcessTeam, Team
@@ -88,8 +88,12 @@ class FullBatch:
         self._loss_fn = loss_fn
         self._modules = modules
         self._run: Callable[[int, Any], Any] = self._loss_or_none if losses else self._forward
-        self._num_samples = num_samples(trainer.train_dataloader)
-        self._own = part_of(self._num_samples, trainer.global_rank, trainer.world_size)
+        self._drawn = draws(trainer.train_dataloader) is not None
+        self._counts: tuple[int, int] | None = None  # samples of all processes, and of this one
+        if not self._drawn:
+            total = num_samples(trainer.train_dataloader)
+            low, high = part_of(total, trainer.global_rank, trainer.world_size)
+            self._counts = total, high - low
         self._kept: list[Any] | None = None
         self._restart: Restart | None = None
         self._moving: set[int] = set()  # ids of the parameters of surfaces
@@ -163,7 +167,7 @@ class FullBatch:
         """How far the weights are from the nearest kink of the forward passes and the loss.
 
         Raises:
-            NoKinksError: there is none, whether it depends on the weights or not.
+            UnknownLayersError: there are kinks, and none that ``modules`` names.
             LossNotEvaluableError: a batch gave no loss.
         """
         passes = (partial(self._trace, index, batch) for index, batch, _ in self._batches())
@@ -172,8 +176,11 @@ class FullBatch:
         unions = (sorted(set().union(*names)) for names in zip(*parts, strict=True))
         self.met, self.smooth, self.opaque, self.left_out = unions
         self.check()
-        if not self.met:
-            raise NoKinksError(self._no_kinks())
+        if not self.met and self.left_out and self._modules is not None:
+            raise UnknownLayersError(
+                f"modules={self._modules!r} matches none of the layers that {type(self._module).__name__} met: "
+                f"{', '.join(self.left_out)}"
+            )
         return found
 
     def sums(self) -> bool:
@@ -216,8 +223,9 @@ class FullBatch:
             raise LossNotEvaluableError(reason)
 
     def _parts(self) -> Iterator[tuple[float, Callable[[], Tensor]]]:
+        total, _ = self._sizes()
         for index, batch, size in self._batches():
-            yield size / self._num_samples, partial(self._part, index, batch)
+            yield size / total, partial(self._part, index, batch)
 
     def _trained(self) -> list[Tensor]:
         return trained_parameters(self._trainer, self._module)
@@ -276,11 +284,12 @@ class FullBatch:
         self._put_back()
         self._restart.data()
         loader = self._trainer.train_dataloader
-        left = self._own[1] - self._own[0]
+        left = 0 if self._counts is None else self._counts[1]
         kept: list[Any] | None = []
         for index, batch in enumerate(self._kept or model_batches(self._trainer, self._module)):
             # of a DataLoader it is known, however the samples are laid out in the batch
-            size = min(loader.batch_size or 256, left) if isinstance(loader, DataLoader) else batch_size(batch)
+            known = isinstance(loader, DataLoader) and not self._drawn
+            size = min(batch_size_of(loader), left) if known else batch_size(batch)
             left -= size
             if kept is not None and self._kept is None:
                 kept.append(_copied(batch))
@@ -289,19 +298,15 @@ class FullBatch:
         if self._kept is None:
             self._kept = kept
 
-    def _team(self) -> Team:
-        return Team() if self._trainer.world_size == 1 else ProcessTeam(self._own[1] - self._own[0])
+    def _sizes(self) -> tuple[int, int]:
+        """Numbers of samples that all processes pass over, and this one; of drawn ones a pass tells."""
+        if self._counts is None:
+            own = sum(size for _, _, size in self._batches())
+            self._counts = sum(gather(own)), own
+        return self._counts
 
-    def _no_kinks(self) -> str:
-        name = type(self._module).__name__
-        if self.left_out and self._modules is not None:
-            return f"modules={self._modules!r} matches none of the layers that {name} met: {', '.join(self.left_out)}"
-        unseen = f"; the kinks of {', '.join(self.opaque)} cannot be seen" if self.opaque else ""
-        smooth = f"; its nonlinear functions are {', '.join(self.smooth)}" if self.smooth else ""
-        return (
-            f"{name} met no kink, that is no ReLU, LeakyReLU, clamp, max-pooling or the "
-            f"like{smooth}{unseen}: LocalMinimumDetector judges piecewise-linear networks, take it out of this one"
-        )
+    def _team(self) -> Team:
+        return Team() if self._trainer.world_size == 1 else ProcessTeam(self._sizes()[1])
 
 
 def _copied(batch: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
+from lightning_mnn.callbacks.evidence import Evidence
 from lightning_mnn.callbacks.evidence_first_order import FirstOrderJudge
 from lightning_mnn.callbacks.evidence_network import NetworkJudge, NotSquaredErrorError
 from lightning_mnn.callbacks.evidence_second_order import SecondOrderJudge
@@ -16,10 +17,10 @@ from lightning_mnn.callbacks.model_pass import LossNotEvaluableError, StepFailed
 from lightning_mnn.callbacks.schedule import Schedule, ScheduledCallback
 from lightning_mnn.callbacks.squared_error import SquaredErrorLoss, squared_error_loss
 from lightning_mnn.callbacks.training_set import network_of, states_network
-from lightning_mnn.data.shards import num_samples
+from lightning_mnn.data.shards import NotEnumerableError, can_be_enumerated, draws
 from lightning_mnn.landscape.loss_surface import NoDerivativeError
 from lightning_mnn.loggers import log_scalars
-from lightning_mnn.validation import positive_integer, real_number, truth_value
+from lightning_mnn.validation import MisfitError, positive_integer, real_number, truth_value
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -90,6 +91,7 @@ class LocalMinimumDetector(ScheduledCallback):
         curvature_tolerance: largest −λ_min/λ_max of a minimum there.
         max_products: Hessian–vector products there, at most. Of a resnet18 on a CPU one took as long as 3 to 5 epochs,
             and a look 2.7.
+        strict: let an error that the callback meets end the run; else it warns once, and training goes on without it.
 
     Attributes:
         verdicts: of a network the last check's first-order verdicts, one a replica.
@@ -107,6 +109,11 @@ class LocalMinimumDetector(ScheduledCallback):
     False
     """
 
+    missing = "of convergence nothing is told"
+    remedy = (
+        "loss_fn(module, batch), the loss that training lowers, where the module's training_step does not return it"
+    )
+
     def __init__(
         self,
         schedule: Schedule | None = None,
@@ -122,8 +129,9 @@ class LocalMinimumDetector(ScheduledCallback):
         gradient_tolerance: float = 1e-3,
         curvature_tolerance: float = 1e-3,
         max_products: int = 128,
+        strict: bool = False,
     ) -> None:
-        super().__init__(schedule or Schedule(every=100))
+        super().__init__(schedule or Schedule(every=100), strict=strict)
         tolerances = {
             "stationarity_tolerance": stationarity_tolerance,
             "preactivation_tolerance": preactivation_tolerance,
@@ -181,7 +189,7 @@ class LocalMinimumDetector(ScheduledCallback):
     ) -> None:
         judge = self._judge
         if isinstance(judge, FirstOrderJudge) and (self._may_act_next(trainer) or not judge.knows(trainer, optimizer)):
-            judge.take_gradient(trainer, optimizer)
+            self.observe(lambda: judge.take_gradient(trainer, optimizer))
 
     @override
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -205,8 +213,8 @@ class LocalMinimumDetector(ScheduledCallback):
             self._conclude(trainer, pl_module)
 
     @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_end(trainer, pl_module)
+    def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().finish(trainer, pl_module)
         judge = self._conclude(trainer, pl_module, end=True)
         for replica, (kind, reason) in enumerate(zip(*(kinds := judge.kinds()), strict=True)):
             name = f" (replica {replica})" if len(kinds[0]) > 1 else ""
@@ -214,6 +222,8 @@ class LocalMinimumDetector(ScheduledCallback):
 
     @override
     def summary(self) -> dict[str, Any]:
+        if self.failure is not None:
+            return {"evidence": str(Evidence.NONE), "kind": "undecided", "reason": self.failure}
         return {} if self._judge is None else self._judge.summary()
 
     @override
@@ -260,12 +270,12 @@ class LocalMinimumDetector(ScheduledCallback):
 
     def _chosen(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Judge:
         """The judge of a run, as strong as its module, loss and data allow."""
-        if states_network(pl_module):
+        if states_network(pl_module) and can_be_enumerated(trainer.train_dataloader):
             return self._network()
-        _check_run(trainer)
+        _check_weights_are_here(trainer)
         judge = self._resumed() if self._saved else self._strongest(trainer, pl_module)
         if self.polish and not judge.moves:
-            raise TypeError(
+            raise MisfitError(
                 "polish=True needs a network that can be certified: an MNN, a module with a method network(), or one "
                 "nn.Sequential(Linear, ReLU, Linear → 1) trained on the squared error; "
                 f"{type(pl_module).__name__} has none{f': {judge.why}' if judge.why else ''}. Use polish=False"
@@ -273,7 +283,10 @@ class LocalMinimumDetector(ScheduledCallback):
         return judge
 
     def _strongest(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Judge:
-        batch = FullBatch(trainer, pl_module, self.loss_fn, self.modules)
+        try:
+            batch = FullBatch(trainer, pl_module, self.loss_fn, self.modules)
+        except NotEnumerableError as error:
+            return self._first_order(f"the loss over the whole training set is not to be had: {error}")
         with batch.open():
             try:
                 why = batch.why_not_evaluable()
@@ -290,6 +303,8 @@ class LocalMinimumDetector(ScheduledCallback):
         network = network_of(pl_module)
         if network is None or len(network.hidden_weights) > 1:
             return self._second_order(None)
+        if draws(trainer.train_dataloader):
+            return self._second_order("its training set is not known sample by sample")
         try:
             found = squared_error_loss(trainer, pl_module, self.loss_fn)
         except LossNotEvaluableError as error:
@@ -325,12 +340,7 @@ class LocalMinimumDetector(ScheduledCallback):
         return bool(trainer.is_last_batch or within or 0 < run.max_steps <= last)
 
 
-def _check_run(trainer: pl.Trainer) -> None:
-    """Check that a module's whole loss and weights are within reach."""
-    try:
-        num_samples(trainer.train_dataloader)
-    except TypeError as error:
-        raise TypeError(f"LocalMinimumDetector judges the whole training set: {error}") from error
+def _check_weights_are_here(trainer: pl.Trainer) -> None:
     if any(kind.__name__ in _SHARDED for kind in type(trainer.strategy).__mro__):
         raise TypeError(
             f"LocalMinimumDetector needs all weights on each process, and the {type(trainer.strategy).__name__} splits "

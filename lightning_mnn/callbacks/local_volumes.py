@@ -17,11 +17,11 @@ from torch import nn
 
 from lightning_mnn.callbacks.cone_volumes import ConePlan, OverBudgetError, is_plain_linear
 from lightning_mnn.callbacks.model_pass import as_in_training, forward_on, precision_context
-from lightning_mnn.callbacks.probe import chosen_samples
+from lightning_mnn.callbacks.probe import chosen_samples, first_batch
 from lightning_mnn.callbacks.training_pass import pass_of_training
 from lightning_mnn.callbacks.training_set import gather_results, on_first_process
 from lightning_mnn.callbacks.undisturbed import seed_generators, undisturbed
-from lightning_mnn.data.shards import exact_shard, flat_batch, num_samples
+from lightning_mnn.data.shards import NotEnumerableError, draws, exact_shard, flat_batch, num_samples
 from lightning_mnn.landscape.kink_patterns import no_kinks
 from lightning_mnn.landscape.kink_trace import Kink, KinkTrace
 from lightning_mnn.landscape.local_volume import (
@@ -349,10 +349,13 @@ def _probe_parts(trainer: pl.Trainer, pl_module: pl.LightningModule, settings: P
     if not isinstance(settings.probe, int):
         return [as_in_training(trainer, pl_module, settings.probe)]
     loader = trainer.train_dataloader
+    if draws(loader):
+        return [as_in_training(trainer, pl_module, first_batch(trainer))]
     try:
         total = num_samples(loader)
-    except TypeError as error:
-        raise TypeError(f"{error}; or give AngularVolumeMonitor a batch of the training set, probe=batch") from error
+    except NotEnumerableError as error:
+        told = f"{error}; or give AngularVolumeMonitor a batch of the training set, probe=batch"
+        raise NotEnumerableError(told) from error
     chosen = chosen_samples(total, settings.probe, settings.seed)
     parts = [part for part in (chosen[:_FIRST], chosen[_FIRST:]) if len(part)]
     return [as_in_training(trainer, pl_module, batch) for part in parts for batch in exact_shard(loader, chosen=part)]

@@ -16,7 +16,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_mnn.callbacks.undisturbed import seed_generators
-from lightning_mnn.data.shards import exact_shard
+from lightning_mnn.data.shards import draws, exact_shard, one_epoch
 from lightning_mnn.landscape.kink_trace import PatternError
 from lightning_mnn.landscape.loss_surface import NoDerivativeError
 from lightning_mnn.mnn import DivergenceError
@@ -47,9 +47,10 @@ class StepFailedError(LossNotEvaluableError):
 def model_batches(trainer: pl.Trainer, pl_module: pl.LightningModule, chosen: Tensor | None = None) -> Iterator[Any]:
     """This process's part of the training set, each sample once, in batches as the module gets them in training.
 
-    They are collated by the training loader, in the precision and on the device of training; hooks of the module and
-    the data module that act on batches have acted. The generators of torch, numpy and random are seeded before each,
-    so that every pass draws the same augmentations.
+    Where the samples of the loader cannot be enumerated, they are those of one of its epochs, as it draws and combines
+    them (see :func:`lightning_mnn.data.shards.draws`). They are collated by the training loader, in the precision and
+    on the device of training; hooks of the module and the data module that act on batches have acted. The generators of
+    torch, numpy and random are seeded before each, so that every pass draws the same augmentations.
 
     Args:
         trainer: the Trainer that trains the module.
@@ -60,7 +61,9 @@ def model_batches(trainer: pl.Trainer, pl_module: pl.LightningModule, chosen: Te
         TypeError: the samples cannot be enumerated (see :func:`lightning_mnn.data.shards.exact_shard`).
     """
     seed_generators(0)
-    batches = exact_shard(trainer.train_dataloader, trainer.global_rank, trainer.world_size, chosen)
+    loader = trainer.train_dataloader
+    drawn = chosen is None and draws(loader)
+    batches = one_epoch(trainer) if drawn else exact_shard(loader, trainer.global_rank, trainer.world_size, chosen)
     for index, batch in enumerate(batches, start=1):
         yield as_in_training(trainer, pl_module, batch)
         seed_generators(index)

@@ -17,15 +17,15 @@ from torch.utils.data import DataLoader
 
 from lightning_mnn.callbacks.model_pass import as_in_training, batch_size, forward_on, model_batches, precision_context
 from lightning_mnn.callbacks.training_pass import pass_of_training
-from lightning_mnn.callbacks.training_set import gather
-from lightning_mnn.callbacks.undisturbed import undisturbed
+from lightning_mnn.callbacks.training_set import gather, on_first_process
+from lightning_mnn.callbacks.undisturbed import kept_generators, seed_generators, undisturbed
 from lightning_mnn.data.loader import part_of
-from lightning_mnn.data.shards import exact_shard, num_samples
+from lightning_mnn.data.shards import NotEnumerableError, batch_size_of, draws, exact_shard, num_samples, one_epoch
 from lightning_mnn.landscape.kink_patterns import FoundLayers, PatternRows, find_layers
 from lightning_mnn.landscape.kink_trace import KinkTrace, Names, PatternError
 from lightning_mnn.seeding import generator
 from lightning_mnn.utilities.interruption import Interrupted, alone
-from lightning_mnn.validation import ArgumentError, positive_integer
+from lightning_mnn.validation import ArgumentError, MisfitError, positive_integer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -93,6 +93,8 @@ class KinkProbe:
             TypeError: the samples of the training set cannot be enumerated, and the probe is no batch.
             ValueError: the budget does not allow the probe, or which numbers belong to which sample cannot be told.
         """
+        if not self._is_batch and draws(trainer.train_dataloader):
+            self.probe = first_batch(trainer)
         total = self._total(trainer)
 
         def batch(num: int = 3) -> Any:
@@ -163,8 +165,9 @@ class KinkProbe:
             return batch_size(self.probe)
         try:
             return num_samples(trainer.train_dataloader)
-        except TypeError as error:
-            raise TypeError(f"{error}; or give the recorder a batch of samples itself: probe=batch") from error
+        except NotEnumerableError as error:
+            told = f"{error}; or give the recorder a batch of samples itself: probe=batch"
+            raise NotEnumerableError(told) from error
 
     def _few(self, trainer: pl.Trainer, indices: list[int]) -> Any:
         """A collated batch of a few samples, the same on every process."""
@@ -218,11 +221,25 @@ class KinkProbe:
         size = total if self._is_batch else max(1, self._size(trainer, total))
         if self._bytes(size) > self.memory_budget:
             one = self._bytes(1)
-            raise ValueError(
+            raise (ValueError if self.probe is None else MisfitError)(
                 f"the patterns of probe={size} samples take {self._bytes(size)} bytes ({SNAPSHOTS} snapshots of "
                 f"{one // SNAPSHOTS} bytes a sample), more than memory_budget={self.memory_budget}: record at most "
                 f"{self.memory_budget // one} samples, fewer layers by modules=, or raise memory_budget"
             )
+
+
+def first_batch(trainer: pl.Trainer) -> Any:
+    """The first batch of an epoch of the training loader, as it collates it, the same on every process.
+
+    A probe of data whose samples cannot be enumerated.
+    """
+
+    def first() -> Any:
+        with kept_generators(trainer):
+            seed_generators(0)
+            return next(one_epoch(trainer))
+
+    return on_first_process(trainer, first)
 
 
 def checked_probe(probe: Any) -> Any:
@@ -244,7 +261,8 @@ def chosen_samples(total: int, size: int, seed: int) -> Tensor:
 def _dropping(trainer: pl.Trainer) -> int:
     """Batch size of a loader that leaves out a last batch of fewer samples; 0 of another."""
     loader = trainer.train_dataloader
-    return loader.batch_size or 0 if isinstance(loader, DataLoader) and loader.drop_last else 0
+    drops = isinstance(loader, DataLoader) and getattr(loader.batch_sampler, "drop_last", False)
+    return batch_size_of(loader) if drops else 0
 
 
 def _data_set(trainer: pl.Trainer) -> Any:

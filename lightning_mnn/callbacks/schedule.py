@@ -9,13 +9,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.utilities import rank_zero_warn
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_mnn.callbacks.last_checkpoint import LastCheckpoint
 from lightning_mnn.callbacks.model_pass import StepFailedError
-from lightning_mnn.callbacks.training_set import forget, gather
+from lightning_mnn.callbacks.training_set import forget, gather, share_error
+from lightning_mnn.mnn import DivergenceError
+from lightning_mnn.utilities.compat.torch_internals import change_count
 from lightning_mnn.utilities.interruption import Interrupted, stop_at_this_step, stopping
-from lightning_mnn.validation import one_of, positive_integer, real_number
+from lightning_mnn.validation import ArgumentError, MisfitError, one_of, positive_integer, real_number, truth_value
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,16 +98,30 @@ class ScheduledCallback(pl.Callback):
     :class:`~lightning_mnn.callbacks.LastCheckpoint` saves it there, the callback's state says so, and a resumed run
     begins with the whole action.
 
+    Where callbacks behind it change the weights at the end of training, as those do that average them, it acts once
+    more, so that its last word is of the weights that the module ends in.
+
+    A callback only looks on: where it fails, it warns once, does nothing more in that run, and training goes on.
+
     Args:
         schedule: when to act between the start and the end.
+        strict: let an error end the run.
 
     Attributes:
         completed_epochs: epochs that are done when the callback acts.
+        failure: the error after which the callback does nothing more; None: there was none.
     """
 
-    def __init__(self, schedule: Schedule) -> None:
+    missing = "nothing is reported"  # after a failure, as the warning says
+    remedy = ""  # what may help against one
+    ends_diverged = True  # a training, with what it says of it
+
+    def __init__(self, schedule: Schedule, *, strict: bool = False) -> None:
         join_lightning()
         self.schedule = schedule
+        self.strict = truth_value("strict", strict)
+        self.failure: str | None = None
+        self._weights: Any = None  # which they were when it acted
         self._last_step: int | None = None
         self.completed_epochs = 0
         self._acted = False  # by this process; a resumed run has a last step before that
@@ -140,8 +158,19 @@ class ScheduledCallback(pl.Callback):
         Until the last safe point nothing may be logged, and what :meth:`state_dict` holds must stay as it is.
         """
 
+    def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Act for the last time, at the end of training."""
+        self._start_late(trainer, pl_module)  # there was no batch
+        resumed = not self._acted  # where training had ended
+        if self._last_step == trainer.global_step and (resumed or self._weights != weights_of(pl_module)):
+            self.recall(trainer, pl_module)
+        self._act_once(trainer, pl_module)
+
     def recall(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find again what :meth:`act` found at the present step in the run that is resumed, and log nothing."""
+        """Find again what :meth:`act` finds at the present step, and log nothing.
+
+        In a run that is resumed, and where another callback has changed the weights since.
+        """
 
     def summary(self) -> dict[str, Any]:
         """What the callback found, in plain values for ``summary.json``; per-network values are lists over replicas."""
@@ -151,23 +180,21 @@ class ScheduledCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             self._last_step, self._acted, self._waits, self._owes = None, False, False, False
+            self.failure, self._weights = None, None
+            _add_last_word(trainer)
             forget(pl_module)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.completed_epochs = trainer.current_epoch
-        try:
-            self._prepare_together(trainer, pl_module)
-        except StepFailedError:
-            self._waits = True
-        else:
-            self.start(trainer, pl_module)
+        self.observe(lambda: self._begin(trainer, pl_module))
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._start_late(trainer, pl_module)
+        if self._waits:
+            self.observe(lambda: self._start_late(trainer, pl_module))
 
     @override
     def on_train_batch_end(
@@ -184,10 +211,13 @@ class ScheduledCallback(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._start_late(trainer, pl_module)  # there was no batch
-        if self._last_step == trainer.global_step and not self._acted:  # resumed where training had ended
-            self.recall(trainer, pl_module)
-        self._act_once(trainer, pl_module)
+        self.observe(lambda: self.finish(trainer, pl_module))
+        self._weights = weights_of(pl_module)
+
+    def finish_again(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Finish once more, if the weights have changed since."""
+        if self._weights != weights_of(pl_module):
+            self.on_train_end(trainer, pl_module)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -196,6 +226,42 @@ class ScheduledCallback(pl.Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._last_step, self._owes = state_dict.get("last_step"), state_dict.get("owes", False)
+
+    def observe(self, work: Callable[[], object]) -> None:
+        """Do a part of the callback's work, on every process; an error in it ends the work, and not the training.
+
+        Raises:
+            DivergenceError: training diverged.
+            ArgumentError, MisfitError: an argument of the callback does not suit the run.
+            Exception: another error, where ``strict`` is true.
+        """
+        if self.failure is not None:
+            return
+        try:
+            _together(work)
+        except (ArgumentError, MisfitError):
+            raise
+        except Exception as error:
+            if self.strict or (isinstance(error, DivergenceError) and self.ends_diverged):
+                raise
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        why = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
+        self.failure, self._waits, self._owes = why, False, False
+        remedy = f" What may help: {self.remedy}." if self.remedy else ""
+        rank_zero_warn(
+            f"{type(self).__name__} stops here, and training goes on: {self.missing}, because of {why}.{remedy} With "
+            "strict=True the error ends the run"
+        )
+
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        try:
+            self._prepare_together(trainer, pl_module)
+        except StepFailedError:
+            self._waits = True
+        else:
+            self.start(trainer, pl_module)
 
     def _start_late(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._waits:
@@ -223,12 +289,56 @@ class ScheduledCallback(pl.Callback):
         except Interrupted:
             self._last_step = before
             raise
-        self._acted, self._owes = True, False
+        self._acted, self._owes, self._weights = True, False, weights_of(pl_module)
 
     def _act_or_owe(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Act at a step from which the run can go on; interrupted, leave the action to the run that is resumed."""
-        done = or_stop_here(trainer, lambda: self._act_once(trainer, pl_module))
-        self._owes = not done and trainer.global_step != self._last_step
+        act = lambda: self._act_once(trainer, pl_module)  # noqa: E731
+        done = or_stop_here(trainer, lambda: self.observe(act))
+        self._owes = not done and self.failure is None and trainer.global_step != self._last_step
+
+
+def weights_of(pl_module: pl.LightningModule) -> list[tuple[int, int]]:
+    """What changes when a parameter of a module does."""
+    known = [parameter for parameter in pl_module.parameters() if not is_lazy(parameter)]
+    return [(parameter.data_ptr(), change_count(parameter)) for parameter in known]
+
+
+class LastWord(pl.Callback):
+    """Lets the scheduled callbacks of a Trainer look again at what the others did at the end of training."""
+
+    def epochs_until_due(self, done: int) -> float:  # noqa: ARG002 (as of the other callbacks)
+        """Epochs after ``done`` of them until one at whose end the callback must act: none."""
+        return math.inf
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        run: Any = trainer
+        for callback in run.callbacks:
+            if isinstance(callback, ScheduledCallback):
+                callback.finish_again(trainer, pl_module)
+
+
+def _add_last_word(trainer: pl.Trainer) -> None:
+    """Add one behind all callbacks but those that save checkpoints.
+
+    The list is replaced, not changed: Lightning goes through the old one while this is called.
+    """
+    run: Any = trainer
+    others = [callback for callback in run.callbacks if not isinstance(callback, LastWord)]
+    saves = [any(kind.__name__ == "Checkpoint" for kind in type(callback).__mro__) for callback in others]
+    end = saves.index(True) if True in saves else len(others)
+    run.callbacks = [*others[:end], LastWord(), *others[end:]]
+
+
+def _together(work: Callable[[], object]) -> None:
+    """Do something on every process; an error that one of them meets is raised on all."""
+    try:
+        work()
+    except Exception as error:  # noqa: BLE001 (of whatever kind)
+        share_error(error)
+    else:
+        share_error(None)
 
 
 def join_lightning() -> None:

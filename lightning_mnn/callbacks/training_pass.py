@@ -5,14 +5,21 @@ from __future__ import annotations
 import inspect
 import warnings
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_mnn.callbacks.model_pass import forward_on, forward_parts, precision_context, step_for_its_passes
+from lightning_mnn.callbacks.model_pass import (
+    SERIOUS,
+    LossNotEvaluableError,
+    forward_on,
+    forward_parts,
+    precision_context,
+    step_for_its_passes,
+)
 from lightning_mnn.callbacks.training_set import gather
 from lightning_mnn.callbacks.undisturbed import undisturbed
 from lightning_mnn.landscape.kink_trace import KINK_MODULES, Kink, KinkTrace, PatternError
@@ -43,8 +50,8 @@ def pass_of_training(
     Where a module has a forward that can be run on a batch, both that and its ``training_step`` run once on a few
     samples, without a trace. If they meet the same layers, it is the forward; kinks of the loss do not count, which are
     those outside of all submodules that are trained. Otherwise it is the ``training_step``, as of an autoencoder
-    whose forward is the encoder alone. Where that cannot be run, it is the forward. What was chosen, and what may be
-    wrong in it, is said.
+    whose forward is the encoder alone, or takes something else than a batch. Where that cannot be run, it is the
+    forward. What was chosen, and what may be wrong in it, is said.
 
     Args:
         trainer: the Trainer that trains the module.
@@ -55,6 +62,9 @@ def pass_of_training(
 
     Returns:
         A ``forward_fn(module, batch)``; None: what :func:`~lightning_mnn.callbacks.model_pass.forward_on` does.
+
+    Raises:
+        Exception: what the forward raised, where the ``training_step`` cannot be run either, or meets no kink.
     """
     name = type(pl_module).__name__
     parts: list[Any] = []
@@ -64,12 +74,29 @@ def pass_of_training(
         parts.append(forward_parts(pl_module, own))
         return forward_on(pl_module, own)
 
-    in_forward = _met(trainer, pl_module, forward, modules)
+    in_forward: dict[str, tuple[Tensor | None, bool]] = {}
+    failed: Exception | None = None
+    try:
+        in_forward = _met(trainer, pl_module, forward, modules)
+    except (LossNotEvaluableError, *SERIOUS):  # of a training_step, or no matter of the arguments
+        raise
+    except Exception as error:  # noqa: BLE001 (of whatever its user wrote)
+        failed = error
+    if not parts:
+        raise cast("Exception", failed)  # there was no batch
     if parts[0] is None:
         return None
     in_step = {}
     with ignored_errors():  # what cannot be run in eval mode, or by itself
         in_step = _met(trainer, pl_module, lambda: step_for_its_passes(pl_module, batch()), modules)
+    if failed is not None:
+        if not in_step:
+            raise failed
+        rank_zero_info(
+            f"{who}: {name}.forward fails on a batch of the training set ({type(failed).__name__}: {failed}): the "
+            f"training_step is what is run; {_REMEDY}"
+        )
+        return step_for_its_passes
     others = [
         layer
         for layer, (_, moves) in in_step.items()
@@ -84,19 +111,30 @@ def pass_of_training(
         )
         rank_zero_info(f"{who}: {name}.training_step {what}: the training_step is what is run; {_REMEDY}")
         return step_for_its_passes
-    if len(parts[0]) > 1:
-        taken = list(inspect.signature(pl_module.forward).parameters)[: len(parts[0])]
+    _tell_forward(who, pl_module, len(parts[0]), _apart(in_forward, in_step))
+    return None
+
+
+def _tell_forward(who: str, pl_module: pl.LightningModule, taken: int, apart: list[str]) -> None:
+    """Say of a module's forward, which is what is run, what may be wrong in that."""
+    name = type(pl_module).__name__
+    if taken > 1:
+        names = list(inspect.signature(pl_module.forward).parameters)[:taken]
         rank_zero_info(
-            f"{who}: {name}.forward is called with the first {len(parts[0])} parts of a batch as {', '.join(taken)}; "
-            f"{_REMEDY}"
+            f"{who}: {name}.forward is called with the first {taken} parts of a batch as {', '.join(names)}; {_REMEDY}"
         )
-    apart = [layer for layer in in_forward if layer in in_step and not _agree(in_forward[layer][0], in_step[layer][0])]
     if apart:
         rank_zero_info(
             f"{who}: {name}.forward has {', '.join(apart)} on other pieces than training_step has for the same samples "
             f"(what it is called on is made there); the forward is what is run; {_REMEDY}"
         )
-    return None
+
+
+def _apart(
+    in_forward: dict[str, tuple[Tensor | None, bool]], in_step: dict[str, tuple[Tensor | None, bool]]
+) -> list[str]:
+    """Layers that two passes have on other pieces."""
+    return [layer for layer in in_forward if layer in in_step and not _agree(in_forward[layer][0], in_step[layer][0])]
 
 
 def _met(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import pickle
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -249,14 +250,14 @@ def gather(value: Any) -> list[Any]:
 
     Raises:
         Interrupted: (on every process) one was asked to stop.
+        Exception: (on every process) one has met this error, and called :func:`share_error`.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return [value]
-    pairs: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(pairs, (value, requested()))
-    values, requests = zip(*pairs, strict=True)
+    values, requests, errors = _exchanged(value, None)
     stop_if_any(requests)
-    return list(values)
+    _raise_any(errors)
+    return values
 
 
 def gather_results(work: Callable[[], Answer]) -> list[Answer]:
@@ -264,15 +265,62 @@ def gather_results(work: Callable[[], Answer]) -> list[Answer]:
 
     Raises:
         Interrupted: (on every process) one was asked to stop; where it is in the middle of its work, it stops there.
+        Exception: (on every process) the first error that one of them met.
     """
+    if not (dist.is_available() and dist.is_initialized()):
+        with alone():
+            return [work()]
     found: Answer | None = None
+    error: Exception | None = None
     try:
         with alone():
             found = work()
     except Interrupted:
-        if not (dist.is_available() and dist.is_initialized()):
-            raise
-    return gather(found)  # which raises it on all
+        pass  # which is raised on all below
+    except Exception as own:  # noqa: BLE001 (of whatever kind)
+        error = own
+    values, requests, errors = _exchanged(found, error)
+    stop_if_any(requests)
+    _raise_any(errors)
+    return values
+
+
+def share_error(error: Exception | None) -> None:
+    """Tell the other processes of an error, or of none; they call this, too, or wait in :func:`gather`.
+
+    Raises:
+        Exception: (on every process) the first error that one of them met.
+    """
+    if getattr(error, "is_shared", False):  # the others raise it as well
+        raise cast("Exception", error)
+    if dist.is_available() and dist.is_initialized():
+        _raise_any(_exchanged(None, error)[2])
+    if error is not None:
+        raise error
+
+
+def _exchanged(value: Any, error: Exception | None) -> tuple[list[Any], list[int], list[Exception | None]]:
+    """Values, requests to stop and errors of all processes."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, (value, requested(), error and _transferable(error)))
+    values, requests, errors = (list(column) for column in zip(*parts, strict=True))
+    return values, requests, errors
+
+
+def _raise_any(errors: list[Exception | None]) -> None:
+    for error in errors:
+        if error is not None:
+            error.is_shared = True  # type: ignore[attr-defined]
+            raise error
+
+
+def _transferable(error: Exception) -> Exception:
+    """An error that can be sent to other processes."""
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301 (it is our own)
+    except Exception:  # noqa: BLE001 (of whatever its class does)
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def on_first_process(trainer: pl.Trainer, work: Callable[[], Answer]) -> Answer:

@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.loggers.logger import DummyLogger
+from pytorch_lightning.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
+from lightning_mnn.data.loader import ExactLoader
 from lightning_mnn.utilities.compat.torch_internals import (
     forward_pre_hooks,
     inner_schedulers,
@@ -311,8 +313,14 @@ def _kept_data(trainer: pl.Trainer) -> Iterator[Undo]:
     """How to put back the generators of the training data."""
     loader: Any = trainer.train_dataloader
     datamodule = getattr(trainer, "datamodule", None)
-    sources = (getattr(loader, "dataset", None), getattr(loader, "collate_fn", None), datamodule)
-    yield from _kept_draws(sources, set(), _DEEP)
+    parts = CombinedLoader(loader).flattened
+    names = ("dataset", "collate_fn", "generator", "sampler", "batch_sampler")
+    sources = [getattr(part, name, None) for part in parts for name in names]
+    yield from _kept_draws([*sources, datamodule], set(), _DEEP)
+    for part in parts:  # whose samplers may count the epochs that they were asked for
+        for sampler in (getattr(part, "sampler", None), getattr(part, "batch_sampler", None)):
+            if hasattr(sampler, "__dict__") and not isinstance(part, ExactLoader):
+                yield _kept_entries(vars(sampler))
 
 
 def _kept_draws(value: Any, known: set[int], depth: int) -> Iterator[Undo]:

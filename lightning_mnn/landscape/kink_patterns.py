@@ -15,6 +15,7 @@ import torch
 
 from lightning_mnn.landscape.kink_trace import Kink, KinkTrace, Names, PatternError, check_numbers
 from lightning_mnn.landscape.pattern import PackedPattern, PiecePattern, num_digits
+from lightning_mnn.validation import MisfitError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,10 @@ _ROUNDING = 0.02  # two runs on one sample differ at most by this part of what t
 
 class NoKinksError(TypeError):
     """A module has no kinks, or none of those that were asked for."""
+
+
+class UnknownLayersError(NoKinksError, MisfitError):
+    """A module has none of the layers that were asked for."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +223,7 @@ def no_kinks(
     """
     name = type(module).__name__
     if not trace.names and trace.left_out:
-        return NoKinksError(
+        return UnknownLayersError(
             f"modules={modules!r} matches none of the layers that {name} met in its forward pass: "
             f"{', '.join(trace.left_out)}"
         )

@@ -274,19 +274,19 @@ def test_modules_narrow_the_layers():
 def test_what_cannot_work_is_said_before_training():
     module, loader = foreign_model("mlp")
     module.layers = nn.Linear(8, 3)
-    trainer = foreign_trainer(callbacks=[AngularVolumeMonitor()])
+    trainer = foreign_trainer(callbacks=[AngularVolumeMonitor(strict=True)])
     with pytest.raises(NoKinksError, match="MLP met no kink in its forward pass"):
         trainer.fit(module, loader)
     assert trainer.global_step == 0
     module, loader = foreign_model("mlp")
     stream = DataLoader(Stream(loader.dataset), batch_size=8)
     with pytest.raises(TypeError, match=r"IterableDataset cannot be enumerated.*; or give .* probe=batch"):
-        fit(module, stream, AngularVolumeMonitor())
+        fit(module, stream, AngularVolumeMonitor(strict=True))
     module, loader = foreign_model("manual")
     type(module).forward, kept = pl.LightningModule.forward, type(module).forward
     try:
         with pytest.raises(TypeError, match=r"optimises by hand.*forward_fn\(module, batch\)"):
-            fit(module, loader, AngularVolumeMonitor())
+            fit(module, loader, AngularVolumeMonitor(strict=True))
     finally:
         type(module).forward = kept
 
@@ -570,10 +570,10 @@ def test_arguments_for_passes_are_used_or_refused(make_trainer):
                 MNN(3, (4,)), GaussianData(8, 3)
             )
     with pytest.raises(ZeroDivisionError):
-        measured(TwoLayers(), data, forward_fn=lambda module, batch: 1 / 0)
+        measured(TwoLayers(), data, forward_fn=lambda module, batch: 1 / 0, strict=True)
     stream = DataLoader(Stream(data), batch_size=4)
     with pytest.raises(TypeError, match=r"IterableDataset cannot be enumerated.*probe=batch"):
-        fit(TwoLayers(), stream, AngularVolumeMonitor())
+        fit(TwoLayers(), stream, AngularVolumeMonitor(strict=True))
     monitor = AngularVolumeMonitor(probe=batch, **FEW)
     fit(TwoLayers(), stream, monitor)
     assert monitor.summary()["local_volume"]["net.1"]["probability"][0] > 0

@@ -140,7 +140,7 @@ def test_errors_of_a_given_loss_and_divergence_stay_errors():
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        run(Plain, detector=LocalMinimumDetector(loss_fn=broken))
+        run(Plain, detector=LocalMinimumDetector(loss_fn=broken, strict=True))
 
 
 class Adversarial(Plain):

@@ -268,7 +268,7 @@ def test_the_budget_bounds_the_probe_and_what_is_held(tmp_path):
     assert {len(p.active) for p in recorder.store.read(0).values() if hasattr(p, "active")} == {30}
     assert held == [20 * one] * 2
     for probe, budget, most in ((31, 30 * one, 30), (None, one - 1, 0)):
-        recorder = ActivationPatternRecorder(probe=probe, memory_budget=budget)
+        recorder = ActivationPatternRecorder(probe=probe, memory_budget=budget, strict=True)
         needed = (probe or 1) * one
         with pytest.raises(ValueError, match=f"take {needed} bytes .* more than memory_budget={budget}: .* {most} sam"):
             foreign_trainer(callbacks=[recorder]).fit(module, loader)
@@ -298,7 +298,7 @@ def test_iterable_data_need_a_batch_as_probe(tmp_path):
     inputs, targets = loader.dataset.tensors
     stream = DataLoader(Stream(inputs, targets), batch_size=8)
     with pytest.raises(TypeError, match=r"IterableDataset cannot be enumerated.*probe=batch"):
-        foreign_trainer(callbacks=[ActivationPatternRecorder()]).fit(module, stream)
+        foreign_trainer(callbacks=[ActivationPatternRecorder(strict=True)]).fit(module, stream)
     recorder = ActivationPatternRecorder(probe=(inputs[:5], targets[:5]), dirpath=tmp_path)
     trainer = foreign_trainer(callbacks=[recorder])
     trainer.fit(module, stream)
@@ -528,7 +528,7 @@ def test_training_steps_may_take_gradients_and_their_failures_name_the_remedy(tm
     expected = module.net[0](loader.dataset.tensors[0]) > 0
     assert torch.equal(pieces_of(recorder, 5)["net.1"], expected.long())
     with pytest.raises(TypeError, match=r"Picky.*for training alone.*forward_fn\(module, batch\)"):
-        foreign_trainer(callbacks=[ActivationPatternRecorder(dirpath=tmp_path)]).fit(Picky(), small_data())
+        foreign_trainer(callbacks=[ActivationPatternRecorder(dirpath=tmp_path, strict=True)]).fit(Picky(), small_data())
 
 
 class Diverging(Small):
@@ -575,7 +575,7 @@ def test_what_fails_in_the_midst_of_training_does_not_end_it(module, data, why, 
 def test_errors_before_training_are_raised(tmp_path):
     module = Small()
     module.net[0].weight.data.fill_(torch.nan)
-    recorder = ActivationPatternRecorder(dirpath=tmp_path)
+    recorder = ActivationPatternRecorder(dirpath=tmp_path, strict=True)
     trainer = foreign_trainer(callbacks=[recorder], max_epochs=1)
     with pytest.raises(PatternError, match="contains NaN") as caught:
         trainer.fit(module, small_data())
@@ -604,7 +604,7 @@ def test_batches_that_training_leaves_out_are_not_recorded(tmp_path):
     recorder = ActivationPatternRecorder(dirpath=tmp_path)
     foreign_trainer(callbacks=[recorder], max_epochs=1).fit(Squeezing(), small_data(21, drop_last=True))
     assert len(pieces_of(recorder, 0)["net.1"]) == 20
-    recorder = ActivationPatternRecorder(probe=9, dirpath=tmp_path)
+    recorder = ActivationPatternRecorder(probe=9, dirpath=tmp_path, strict=True)
     with pytest.raises(RuntimeError, match="a single sample") as caught:
         foreign_trainer(callbacks=[recorder]).fit(Squeezing(), small_data(21, drop_last=True))
     assert re.search(r"last batch of 1 samples.*batch_size=4, drop_last=True.*multiple", caught.value.__notes__[-1])
@@ -706,7 +706,7 @@ def main(devices, folder):
         found["digests"] = [recorder.store.attributes(step)["digest"] for step in recorder.store.steps]
     rows = [torch.ones(4)] * 21 + [torch.ones(6)]  # the last one, which is not the first process's, is longer
     loader = DataLoader(rows, batch_size=11, collate_fn=lambda batch: [nn.utils.rnn.pad_sequence(batch)])
-    recorder = ActivationPatternRecorder(forward_fn=lambda m, batch: F.relu(batch[0]))
+    recorder = ActivationPatternRecorder(forward_fn=lambda m, batch: F.relu(batch[0]), strict=True)
     try:
         foreign_trainer(callbacks=[recorder], max_epochs=1, **options).fit(foreign_model("mlp")[0], loader)
     except ValueError as error:

@@ -18,10 +18,11 @@ OWN = ("minimum/", "pattern/", "volume/")
 
 
 def three_callbacks(folder):
+    few = {"measure_every": 2, "probe": 8, "sigmas": (1e-3, 1e-2, 1e-1), "num_draws": 4}
     return [
-        LocalMinimumDetector(Schedule(every=1), stop_training=False),
-        ActivationPatternRecorder(Schedule(every=1, unit="step"), dirpath=folder),
-        AngularVolumeMonitor(Schedule(every=1), measure_every=2, probe=8, sigmas=(1e-3, 1e-2, 1e-1), num_draws=4),
+        LocalMinimumDetector(Schedule(every=1), stop_training=False, strict=True),
+        ActivationPatternRecorder(Schedule(every=1, unit="step"), dirpath=folder, strict=True),
+        AngularVolumeMonitor(Schedule(every=1), **few, strict=True),
     ]
 
 
@@ -230,7 +231,7 @@ def test_shuffled_batches_are_those_without_them(namespace, tmp_path):
 
 
 @both
-@pytest.mark.parametrize("index", range(3))
+@pytest.mark.parametrize("index", [1, 2])
 def test_a_stream_of_samples_is_refused_with_the_remedy(index, namespace, tmp_path):
     class Stream(IterableDataset):
         def __iter__(self):

@@ -3,7 +3,14 @@ import pytorch_lightning as pl
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from lightning_mnn.data import GaussianData, ResidentLoader, TensorData, exact_shard
 from lightning_mnn.data.shards import flat_batch, num_samples
@@ -132,18 +139,18 @@ def test_what_cannot_be_enumerated_is_refused():
     for source, message in (
         (DataLoader(Stream()), "IterableDataset cannot be enumerated"),
         (
-            DataLoader(dataset, sampler=SubsetRandomSampler([0, 2])),
-            r"wrap the chosen samples in a torch.utils.data.Subset",
+            DataLoader(dataset, sampler=WeightedRandomSampler([0.5] * 4, 4)),
+            r"which samples a WeightedRandomSampler chooses .*: wrap the chosen samples in a torch.utils.data.Subset",
         ),
-        (
-            DataLoader(dataset, batch_sampler=BatchSampler(SubsetRandomSampler([0, 2]), 2, drop_last=False)),
-            "which samples a SubsetRandomSampler chooses",
-        ),
+        (DataLoader(dataset, batch_sampler=[[0, 2], [1]]), "which samples a list chooses"),
         (DataLoader(dataset, batch_size=None), "batch_size=None"),
         ([DataLoader(dataset), DataLoader(dataset)], "samples of a list cannot be enumerated"),
     ):
         with pytest.raises(TypeError, match=message):
             list(exact_shard(source))
+    chosen = DataLoader(dataset, batch_sampler=BatchSampler(SubsetRandomSampler([2, 0]), 3, drop_last=False))
+    assert [len(x) for x, _ in exact_shard(chosen)] == [2]
+    assert num_samples(chosen) == 2
     with pytest.raises(TypeError, match="samples of a dict cannot be enumerated"):
         num_samples({"a": DataLoader(dataset)})
 

@@ -29,6 +29,7 @@ from pytorch_lightning.loggers import WandbLogger
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10, MNIST
 
 from lightning_mnn import MNN
@@ -124,6 +125,18 @@ def test_changes_of_a_tensor_are_counted(monkeypatch):
     hide(monkeypatch, torch.Tensor, "_version")
     with missing("Tensor._version"):
         torch_internals.change_count(tensor)
+
+
+@canary_of(torch_internals.without_iterator)
+def test_a_loader_beside_its_own_iterator(monkeypatch):
+    loader = DataLoader(range(4), batch_size=1, num_workers=1, persistent_workers=True)
+    running = iter(loader)
+    first = next(running)
+    assert len(list(torch_internals.without_iterator(loader))) == 4
+    assert [first, *running] == [0, 1, 2, 3]
+    hide(monkeypatch, loader, "_iterator")
+    with missing("DataLoader._iterator"):
+        torch_internals.without_iterator(loader)
 
 
 @canary_of(torch_internals.has_forward_hooks, torch_internals.have_hooks)
@@ -603,6 +616,14 @@ def test_when_a_model_checkpoint_saves(monkeypatch):
     hide(monkeypatch, callback, "_train_time_interval")
     with missing("_train_time_interval"):
         time(callback)
+
+
+@canary_of(lightning_internals.combination)
+def test_how_loaders_are_combined(monkeypatch, fitted):
+    assert lightning_internals.combination(fitted) == "max_size_cycle"
+    hide(monkeypatch, fitted.fit_loop, "_combined_loader")
+    with missing("_combined_loader"):
+        lightning_internals.combination(fitted)
 
 
 @canary_of(lightning_internals.computed_metrics)

@@ -208,6 +208,11 @@ def leave_out_exchange_of_signals(trainer: pl.Trainer) -> None:
         loop._broadcast_sigterm_tensor = lambda: None
 
 
+def combination(trainer: pl.Trainer) -> Any:
+    """How a fit goes through several loaders at once, such as "max_size_cycle": ``CombinedLoader._mode``."""
+    return attribute(trainer, "fit_loop._combined_loader._mode", _LIBRARY)
+
+
 # Callbacks and loggers
 
 

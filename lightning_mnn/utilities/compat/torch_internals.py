@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from copy import copy
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 
 from lightning_mnn.utilities.compat.missing import MissingPartError, attribute, private_part
 
@@ -30,6 +32,15 @@ _WITHOUT_DERIVATIVE = {  # by the ends of the names of a graph's nodes
 def change_count(tensor: Tensor) -> int:
     """How often a tensor was written to in place: ``Tensor._version``."""
     return tensor._version
+
+
+def without_iterator(loader: Any) -> Any:
+    """A copy of a loader that shares its data and leaves a running iterator of it alone: ``DataLoader._iterator``."""
+    twin = copy(loader)
+    if isinstance(loader, DataLoader):
+        attribute(loader, "_iterator", "torch")
+        twin._iterator = None
+    return twin
 
 
 def has_forward_hooks(module: nn.Module) -> bool:

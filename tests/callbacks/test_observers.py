@@ -1,0 +1,247 @@
+"""The callbacks only look on: in a project of any kind training goes on as without them, and they say what they saw."""
+
+import warnings
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F  # noqa: N812 (as everybody calls it)
+from pytorch_lightning.callbacks import StochasticWeightAveraging
+from pytorch_lightning.utilities.combined_loader import CombinedLoader
+from torch import nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from lightning_mnn.callbacks import ActivationPatternRecorder, AngularVolumeMonitor, LocalMinimumDetector, Schedule
+from tests.foreign_models import foreign_trainer
+from tests.strange_projects import PROJECTS, project
+
+
+def observers(folder, **options):
+    """The three callbacks, in one line."""
+    return [
+        LocalMinimumDetector(Schedule(every=1), **options),
+        ActivationPatternRecorder(dirpath=folder, **options),
+        AngularVolumeMonitor(num_draws=2, **options),
+    ]
+
+
+def fit(module, loader, callbacks, **options):
+    pl.seed_everything(0, verbose=False)
+    trainer = foreign_trainer(callbacks=callbacks, **options)
+    trainer.fit(module, loader)
+    return trainer
+
+
+def ours(record):
+    """Which callbacks have warned."""
+    texts = [str(warning.message) for warning in record]
+    return [text.partition(" ")[0] for text in texts if "training goes on" in text]
+
+
+@pytest.mark.parametrize("name", PROJECTS)
+def test_a_project_trains_as_without_them_and_each_says_what_it_saw(name, tmp_path):
+    module, loader = project(name)
+    plain = fit(module, loader, [])
+    watched, loader = project(name)
+    callbacks = observers(tmp_path)
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        trainer = fit(watched, loader, callbacks)
+    assert trainer.global_step == plain.global_step > 0
+    for before, after in zip(module.state_dict().values(), watched.state_dict().values(), strict=True):
+        assert torch.equal(before, after)
+    assert getattr(module, "played", 0) == getattr(watched, "played", 0)
+    said = ours(record)
+    assert len(said) == len(set(said))  # one warning a callback, at most
+    detector, recorder, monitor = callbacks
+    summary = detector.summary()
+    assert summary["evidence"] == ("first_order" if name in ("GAN", "DQN") else "second_order")
+    assert summary["kind"]
+    assert summary["reason"].partition(";")[0]
+    assert ("ActivationPatternRecorder" in said) == (recorder.summary()["regions_visited"] is None)
+    assert ("AngularVolumeMonitor" in said) == (monitor.failure is not None)
+
+
+class Regression(pl.LightningModule):
+    """Trains the squared error by plain SGD, with an optional weight of its own for each sample."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.net = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)).double()
+        self.seen = []
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        if isinstance(batch, dict | list) and not isinstance(batch, dict) and isinstance(batch[0], list):
+            batch = [torch.cat(parts) for parts in zip(*batch, strict=True)]
+        if isinstance(batch, dict):
+            batch = [torch.cat(parts) for parts in zip(*batch.values(), strict=True)]
+        x, y = batch
+        return F.mse_loss(self(x), y)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+class Seen(pl.Callback):
+    """Keeps the batches that training saw in its last epoch."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.batches = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.batches.append(batch)
+
+
+class Backwards(Sampler):
+    """An order of its own, which counts how often it was asked for."""
+
+    def __init__(self, size):
+        self.size, self.asked = size, 0
+
+    def __iter__(self):
+        self.asked += 1
+        return iter(range(self.size)[::-1])
+
+    def __len__(self):
+        return self.size
+
+
+class Prefetched(DataLoader):
+    """A DataLoader whose own ``__iter__`` changes what training sees."""
+
+    def __iter__(self):
+        for x, y in super().__iter__():
+            yield [2 * x, y]
+
+
+class Wrapped:
+    """Another's loader, which is no DataLoader."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        return iter(self.loader)
+
+    def __len__(self):
+        return len(self.loader)
+
+
+def samples(number=20):
+    generator = torch.Generator().manual_seed(3)
+    return TensorDataset(
+        torch.randn(number, 3, generator=generator).double(), torch.randn(number, 2, generator=generator).double()
+    )
+
+
+def few(loader_class=DataLoader, **options):
+    return loader_class(samples(), **({"batch_size": 4} | options))
+
+
+# Loaders of which each epoch sees the same samples: the verdict's loss is exactly that of what training saw.
+STEADY = {
+    "own order": lambda: few(sampler=Backwards(20)),
+    "own __iter__": lambda: few(Prefetched),
+    "a wrapper": lambda: Wrapped(few()),
+    "batches of a batch sampler": lambda: few(batch_size=1, batch_sampler=BatchSampler(SequentialSampler(samples()), 4, drop_last=False)),  # noqa: E501
+    "own batches": lambda: few(batch_size=1, batch_sampler=[[0, 1, 2], [3], [4, 5, 6, 7, 8]]),
+    "repeated batches": lambda: few(batch_size=1, batch_sampler=[[0, 1], [0, 1], [2, 3]]),
+    "a subset": lambda: few(sampler=SubsetRandomSampler([1, 5, 7, 9], generator=torch.Generator())),
+    "a list of loaders": lambda: [few(), DataLoader(Subset(samples(), range(8)), batch_size=4)],
+    "a dict of loaders": lambda: {"a": few(), "b": few(Prefetched)},
+    "loaders together": lambda: CombinedLoader([few(), DataLoader(samples(8), batch_size=4)], "min_size"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", STEADY)
+def test_the_verdict_is_of_what_training_saw(kind, tmp_path):
+    loader, seen = STEADY[kind](), Seen()
+    detector, recorder, monitor = callbacks = observers(tmp_path, stop_training=False) if False else observers(tmp_path)
+    detector.stop_training = False
+    module = Regression()
+    fit(module, loader, [seen, *callbacks])
+    assert (recorder.failure, monitor.failure) == (None, None)
+    with torch.no_grad():
+        pairs = [(module.training_step(batch, 0), size_of(batch)) for batch in seen.batches]
+    expected = sum(float(loss) * size for loss, size in pairs) / sum(size for _, size in pairs)
+    summary = detector.summary()
+    assert summary["evidence"] == "second_order"
+    assert summary["loss"] == pytest.approx(expected, rel=1e-12)
+    plain, again = Regression(), STEADY[kind]()
+    fit(plain, again, [])
+    for before, after in zip(plain.parameters(), module.parameters(), strict=True):
+        assert torch.equal(before, after)
+    if kind == "own order":
+        assert loader.sampler.asked == again.sampler.asked
+        assert "one epoch as drawn by a Backwards" in summary["reason"]
+
+
+def size_of(batch):
+    """Samples of a batch as the callbacks count them: rows of its first tensor."""
+    while not isinstance(batch, torch.Tensor):
+        batch = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]
+    return len(batch)
+
+
+def test_weighted_draws_are_those_of_one_epoch_and_are_named(tmp_path):
+    def loader():
+        return few(sampler=WeightedRandomSampler([*[0.0] * 10, *[1.0] * 10], 40))
+
+    module, detector = Regression(), LocalMinimumDetector(Schedule(every=1), stop_training=False)
+    fit(module, loader(), [detector])
+    summary = detector.summary()
+    assert "one epoch as drawn by a WeightedRandomSampler" in summary["reason"]
+    x, y = samples()[10:]  # the others are never drawn
+    with torch.no_grad():
+        losses = (module(x) - y).square().mean(1)
+    assert losses.min() < summary["loss"] < losses.max()
+    plain = Regression()
+    fit(plain, loader(), [])
+    assert all(map(torch.equal, plain.parameters(), module.parameters()))
+
+
+def test_the_last_word_is_of_averaged_weights(tmp_path):
+    loader = few(batch_size=5, sampler=RandomSampler(samples()))
+    for place in (0, 3):
+        callbacks = observers(tmp_path / str(place))
+        callbacks[0].stop_training = False
+        callbacks.insert(place, StochasticWeightAveraging(0.05, swa_epoch_start=1, annealing_epochs=1))
+        module = Regression()
+        fit(module, loader, callbacks, max_epochs=4)
+        x, y = samples()[:]
+        with torch.no_grad():
+            expected = float(F.mse_loss(module(x), y))
+        detector = next(callback for callback in callbacks if isinstance(callback, LocalMinimumDetector))
+        assert detector.summary()["loss"] == pytest.approx(expected, rel=1e-9)
+
+
+class Failing(LocalMinimumDetector):
+    def act(self, trainer, pl_module):
+        if trainer.global_step:
+            raise RuntimeError("out of luck")
+        super().act(trainer, pl_module)
+
+
+def test_an_error_in_the_midst_ends_the_callback_and_not_the_training():
+    detector = Failing(Schedule(every=1))
+    with pytest.warns(UserWarning, match=r"Failing stops here, and training goes on: .* RuntimeError: out of luck"):
+        trainer = fit(Regression(), few(), [detector], max_epochs=3)
+    assert trainer.current_epoch == 3
+    assert detector.summary() == {"evidence": "none", "kind": "undecided", "reason": "RuntimeError: out of luck"}
+    with pytest.raises(RuntimeError, match="out of luck"):
+        fit(Regression(), few(), [Failing(Schedule(every=1), strict=True)], max_epochs=3)
