@@ -29,7 +29,10 @@ from lightning_mnn.tasks.report import report
 from lightning_mnn.utilities.compat.hydra_internals import split_sweep
 from tests.children import processes, run_a_script
 
-pytestmark = pytest.mark.timeout(1800)  # of a sweep of processes that import Lightning, on a machine that may be busy
+pytestmark = [
+    pytest.mark.timeout(1800),  # of a sweep of processes that import Lightning, on a machine that may be busy
+    pytest.mark.xdist_group("host application"),  # whose fixture takes a minute: for one process, not for each
+]
 PROGRAM = Path(__file__).parent / "host_application"
 HOLD = "HOST_APPLICATION_HOLD"
 SWEEP = [
