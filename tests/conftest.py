@@ -1,5 +1,6 @@
 """Fixtures that several parts of the tests share."""
 
+import logging
 import os
 import signal
 import sys
@@ -12,6 +13,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from matplotlib.figure import Figure
 from torch.overrides import TorchFunctionMode
+
+from lightning_mnn.utilities.compat.lightning_internals import loggers_of_remarks
 
 # Each run draws the same examples, or a change would be blamed for an example that nobody had met before.
 # To look for new ones: pytest --hypothesis-profile=default
@@ -31,6 +34,8 @@ def _quiet_machine(monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)  # which Lightning's logger sets in this process
     yield
+    for name in loggers_of_remarks():  # which the command silences
+        logging.getLogger(name).setLevel(logging.NOTSET)
     wandb = sys.modules.get("wandb")
     if wandb is not None and wandb.run is not None:  # which the next test's logger would go on with
         wandb.finish()

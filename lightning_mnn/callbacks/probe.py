@@ -74,6 +74,10 @@ class KinkProbe:
         self._chosen = torch.empty(0, dtype=torch.int64)
         self._data_set: Callable[[], Any] | None = None  # at the start of training; None: not looked at
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy needs: not the reference to the data, nor functions that cannot be copied."""
+        return vars(self) | {"_data_set": None}
+
     @property
     def layers(self) -> Mapping[str, KinkLayer]:
         """The layers by name, in the order of the forward pass."""

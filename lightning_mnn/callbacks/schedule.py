@@ -122,11 +122,16 @@ class ScheduledCallback(pl.Callback):
         self.strict = truth_value("strict", strict)
         self.failure: str | None = None
         self._weights: Any = None  # which they were when it acted
+        self._of_last_fit: dict[str, Any] | None = None  # what was found, until this one begins
         self._last_step: int | None = None
         self.completed_epochs = 0
         self._acted = False  # by this process; a resumed run has a last step before that
         self._owes = False  # the action at the present step, which was interrupted
         self._waits = False  # for the first batch, to prepare
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy needs: all but the module's functions that Lightning sets, and the module with them."""
+        return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
 
     @property
     def acts_within_epochs(self) -> bool:
@@ -179,6 +184,7 @@ class ScheduledCallback(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
+            self._of_last_fit = self.__getstate__()
             self._last_step, self._acted, self._waits, self._owes = None, False, False, False
             self.failure, self._weights = None, None
             _add_last_word(trainer)
@@ -186,7 +192,7 @@ class ScheduledCallback(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.completed_epochs = trainer.current_epoch
+        self.completed_epochs, self._of_last_fit = trainer.current_epoch, None
         self.observe(lambda: self._begin(trainer, pl_module))
 
     @override
@@ -218,6 +224,13 @@ class ScheduledCallback(pl.Callback):
         """Finish once more, if the weights have changed since."""
         if self._weights != weights_of(pl_module):
             self.on_train_end(trainer, pl_module)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        kept, self._of_last_fit = self._of_last_fit, None
+        if kept is not None and kept["_last_step"] is not None:  # there was nothing left to train
+            vars(self).update(kept)
+            self._of_last_fit = None
 
     @override
     def state_dict(self) -> dict[str, Any]:

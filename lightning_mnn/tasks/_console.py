@@ -53,7 +53,11 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     counts = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds) if kind is not None}
     several = len(kinds) > 1
     converged = "; ".join(f"{n} × {KINDS[k]}" if several else KINDS[k] for k, n in counts.items()) or "not tested"
+    if summary.get("ended_by") == "interruption":
+        converged = "nothing yet: it was interrupted"
     reason = summary.get("reason")
+    if isinstance(reason, list) and len(set(reason)) == 1:
+        reason = reason[0]
     facts = [
         ("converged to", converged),
         ("because", reason if isinstance(reason, str) else None),
@@ -106,7 +110,9 @@ def _rank(summary: dict[str, Any]) -> str | None:
     rank, cap = _span(summary.get("rank")), _span(summary.get("rank_cap"))
     if cap is None:
         return None
-    return f"{rank or 'not computed at this size'}, at most {cap}, of {summary['num_samples']} samples"
+    if rank is None:
+        rank = "not computed" if summary.get("ended_by") else "not computed at this size"
+    return f"{rank}, at most {cap}, of {summary['num_samples']} samples"
 
 
 def _volume(summary: dict[str, Any]) -> str | None:

@@ -93,7 +93,14 @@ def number_of_processes(key: str, processes: int | None) -> int:
 
 def own_command(run_dir: Path) -> str:
     """The command line that does, or goes on with, what the present one does."""
-    return shlex.join(["lightning-mnn", *HydraConfig.get().overrides.task, f"hydra.run.dir={shown(run_dir)}"])
+    return shlex.join(own_words(run_dir))
+
+
+def own_words(run_dir: Path, more: Sequence[str] = ()) -> list[str]:
+    """The words of the present command with its folder, and with more overrides in the place of those of their keys."""
+    keys = {override.partition("=")[0] for override in (*more, "hydra.run.dir=")}
+    given = [word for word in HydraConfig.get().overrides.task if word.partition("=")[0] not in keys]
+    return ["lightning-mnn", *given, *more, f"hydra.run.dir={shown(run_dir)}"]
 
 
 def finish_experiment(parts: Sequence[Part], run_dir: Path, processes: int, command: str) -> dict[str, dict[str, Any]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from omegaconf.errors import InterpolationKeyError
@@ -26,6 +28,7 @@ from lightning_mnn.tasks._build import build
 from lightning_mnn.tasks._checkpoints import check_fits
 from lightning_mnn.tasks._console import config_tree, print_config, print_verdict
 from lightning_mnn.tasks._devices import check_devices, check_trainer, processes
+from lightning_mnn.tasks._experiment import own_words
 from lightning_mnn.tasks._memory import check_training_memory
 from lightning_mnn.tasks._mistakes import UserError
 from lightning_mnn.tasks._signals import LostProcessError, RunSignals, interruptible
@@ -193,8 +196,16 @@ def _conclude(cfg: DictConfig, run_dir: Path, summary: dict[str, Any], failure: 
         raise failure
     print_verdict(cfg.name, summary, run_dir, offline=any(run_dir.glob("wandb/offline-run-*")))
     if failure is not None:
+        _tell_how_to_go_on(run_dir)
         raise failure
     return _largest(summary["mse"])
+
+
+@rank_zero_only
+def _tell_how_to_go_on(run_dir: Path) -> None:
+    if HydraConfig.get().mode is RunMode.RUN:  # of a sweep, its launcher says it
+        command = shlex.join(own_words(run_dir, ["resume=true"]))
+        Console(soft_wrap=True, highlight=False).print(f"interrupted: go on with\n  {command}", markup=False)
 
 
 def _fit(
@@ -229,11 +240,15 @@ def summarise(
     for callback in callbacks:
         if isinstance(callback, ScheduledCallback):
             found |= callback.summary()
+    ended = None
     if failure is not None:  # what the last check found is not what the run ended in
-        verdict = {"kind": "not_stationary", "reason": _reason(failure, trainer.global_step), "zero_error": False}
+        ended = "divergence" if isinstance(failure, DivergenceError) else "interruption"
+        reason = _reason(failure, trainer.global_step) + _told_before(found["kind"])
+        verdict = {"kind": "not_stationary", "reason": reason, "zero_error": False}
         found |= {key: [value] * model.replicas if model.replicas > 1 else value for key, value in verdict.items()}
     return found | {
         "finished": False,  # until all else is written
+        "ended_by": ended,
         "epochs": completed_epochs(trainer),
         "steps": trainer.global_step,
         "processes": processes(),
@@ -255,6 +270,13 @@ def _reason(failure: BaseException, steps: int) -> str:
         return str(failure)
     lost = f" by the loss of process {failure.rank}" if isinstance(failure, LostProcessError) else ""
     return f"interrupted after {steps} steps{lost}"
+
+
+def _told_before(kinds: Any) -> str:
+    """How many replicas the last check had certified, in words."""
+    listed = kinds if isinstance(kinds, list) else [kinds]
+    minima = sum(kind in ("differentiable_minimum", "kink_minimum") for kind in listed)
+    return f"; {minima} of {len(listed)} were at certified minima at the last check" if len(listed) > 1 else ""
 
 
 def _try_out(trainer: pl.Trainer, model: MNN, datamodule: ExactData, checkpoint: str | None) -> float:

@@ -1,5 +1,6 @@
 """The callbacks only look on: in a project of any kind training goes on as without them, and they say what they saw."""
 
+import pickle
 import warnings
 
 import pytest
@@ -228,6 +229,18 @@ def test_the_last_word_is_of_averaged_weights(tmp_path):
             expected = float(F.mse_loss(module(x), y))
         detector = next(callback for callback in callbacks if isinstance(callback, LocalMinimumDetector))
         assert detector.summary()["loss"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_fit_without_a_step_keeps_what_was_found_and_copies_hold_it(tmp_path):
+    callbacks = observers(tmp_path)
+    module, loader = project("UNet")
+    trainer = fit(module, loader, callbacks)
+    found = [callback.summary() for callback in callbacks]
+    assert all(found)
+    trainer.fit(module, loader)
+    assert [callback.summary() for callback in callbacks] == found
+    copies = pickle.loads(pickle.dumps(callbacks))  # noqa: S301 (as ddp_spawn copies them)
+    assert [callback.summary() for callback in copies] == found
 
 
 class Failing(LocalMinimumDetector):
