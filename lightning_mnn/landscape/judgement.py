@@ -16,7 +16,7 @@ from scipy.optimize import linprog
 
 from lightning_mnn.landscape.kinks import judge_kinks
 from lightning_mnn.landscape.least_squares import Solution, solve
-from lightning_mnn.landscape.problem import ROUNDOFF, Outputs, Point, Problem
+from lightning_mnn.landscape.problem import HELD, ROUNDOFF, Outputs, Point, Problem
 from lightning_mnn.utilities.interruption import safe_point
 from lightning_mnn.utilities.transfer import fetched
 
@@ -25,10 +25,9 @@ if TYPE_CHECKING:
 
     from lightning_mnn.landscape.linear_map import FaceMap
 
-_UNKNOWABLE = 1e-6  # rounding error of ‖g_i‖, relative to its terms, from which nothing can be said
+_UNKNOWABLE = 1e-6  # rounding errors, relative to the residual, from which nothing can be said of it
 _STEP_OFF = 1e-4  # relative length of a step off kinks
 _STEP_OFF_LIMIT = 5_000_000  # samples times parameters, for its dense matrix
-_HELD = 8.0  # times the rounding error of a pre-activation, up to which it is on its kink
 _SPANNED = 1e-12  # part of an input outside a span, relative to the input, that counts as none
 _DEPENDENT = 1e-10  # singular values of kinks' inputs, relative to the largest, that count as zero
 
@@ -65,6 +64,8 @@ class Judgement:
         release: (sample, unit, side) of a kink that the point is not held to: the loss falls as it leaves.
         ends: (sample, unit, side) of kinks that nothing holds the point to, nor pulls it off; where they leave only
             these undecided.
+        unclear: pairs off the kinks in hand that are within rounding of their kink, bool (N, d1), where they leave the
+            point undecided.
     """
 
     kind: Kind
@@ -72,6 +73,7 @@ class Judgement:
     direction: Direction | None = None
     release: tuple[int, int, int] | None = None
     ends: tuple[tuple[int, int, int], ...] = ()
+    unclear: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Snap:
         forces: g_i = Σ_n e_n A_ni x_n over the samples off unit i's kink, (d1, d0), then Σ_n e_n c_n, flat.
         noise: bounds on the rounding error of the norms of these, (d1 + 1,).
         error: bound on the distance from the flat weights to the exact solution; infinite where unknown.
+        drift: bound on the distance from the residual to that of the exact solution; infinite where unknown.
     """
 
     start: Point
@@ -101,6 +104,7 @@ class Snap:
     forces: Tensor
     noise: Tensor
     error: float
+    drift: float
 
     @property
     def move(self) -> Tensor:
@@ -145,17 +149,19 @@ def snap(problem: Problem, start: Point, active: Tensor, kinks: Tensor | None, l
     solution = solve(face, problem.targets - face.predict(near.theta), longest)
     theta = near.theta + solution.theta
     point = near.moved(theta[: hidden.numel()].reshape(hidden.shape), theta[hidden.numel() :])
-    outputs = problem.outputs(point)
+    outputs = problem.outputs(point, kinks)
     coefficients = face.slopes if kinks is None else torch.where(kinks, 0.0, face.slopes)
-    spread = outputs.bounds + (problem.num_samples + 2) * ROUNDOFF * outputs.errors.abs()
+    summing = (problem.num_samples + 2) * ROUNDOFF * outputs.errors.abs()
     forces = replace(face, slopes=coefficients).correlate(outputs.errors)
-    noise = problem.team.sum(
-        torch.cat([coefficients.abs().T @ (problem.norms * spread), (spread @ problem.free.abs()).sum()[None]])
-    )
-    return Snap(
-        start, point, active, kinks, outputs, face, solution, forces, noise,
-        error=_error(problem, face, solution, outputs, forces, noise),
-    )  # fmt: skip
+    noises = [_noise(problem, coefficients, spread) for spread in (summing, summing + outputs.bounds)]
+    error, drift = _errors(problem, face, solution, outputs, forces, noises[0])
+    return Snap(start, point, active, kinks, outputs, face, solution, forces, noises[1], error, drift)
+
+
+def _noise(problem: Problem, coefficients: Tensor, spread: Tensor) -> Tensor:
+    """What errors (N,) of the terms may add up to in each force, (d1 + 1,)."""
+    rows = coefficients.abs().T @ (problem.norms * spread)
+    return problem.team.sum(torch.cat([rows, (spread @ problem.free.abs()).sum()[None]]))
 
 
 def judge(problem: Problem, found: Snap) -> Judgement:
@@ -165,35 +171,40 @@ def judge(problem: Problem, found: Snap) -> Judgement:
     kinks are inside their intervals, and units with z_i = 0 feel no force; each up to its rounding-error bound, and
     clear of it where a sign decides.
     """
+    if not found.solution.finished or found.solution.too_long:
+        return _undecided(_unsolved(found))
+    flips, doubts, off, unclear = _signs(problem, found)
+    if problem.is_zero(found.outputs):  # in whichever region
+        kind = Kind.KINK_MINIMUM if doubts or found.kinks is not None else Kind.DIFFERENTIABLE_MINIMUM
+        return Judgement(kind, "every error is zero up to rounding")
+    if flips:
+        return _undecided(f"the nearest stationary point lies outside the region: {flips} activations differ there")
+    if doubts:
+        reason = f"{doubts} pre-activations of the nearest stationary point are within rounding of a kink"
+        return Judgement(Kind.NOT_STATIONARY, reason, unclear=unclear)
+    if off:
+        return _undecided(f"{off} samples could not be held on their kinks, as inputs there are nearly dependent")
+    return _judge_forces(problem, found) or _judge_units(problem, found)
+
+
+def _unsolved(found: Snap) -> str:
+    """Why there is no solution to judge."""
     if found.solution.too_long:
-        return _undecided(
+        return (
             f"no stationary point of the region within max_distance: the nearest is at a relative distance of at least "
             f"{found.distance:.1e}, by {found.solution.method}"
         )
-    if not found.solution.finished:
-        left = float(found.face.project(found.forces).norm())
-        return _undecided(f"least squares not solved by {found.solution.method}: ‖G e‖ = {left:.1e} is left")
-    flips, unclear, off = _signs(problem, found)
-    if problem.is_zero(found.outputs):  # in whichever region
-        kind = Kind.KINK_MINIMUM if unclear or found.kinks is not None else Kind.DIFFERENTIABLE_MINIMUM
-        return Judgement(kind, "every error is zero up to rounding")
-    doubts = (
-        (flips, "the nearest stationary point lies outside the region: {} activations differ there"),
-        (unclear, "{} pre-activations of the nearest stationary point are within rounding of a kink"),
-        (off, "{} samples could not be held on their kinks, as inputs there are nearly dependent"),
-    )
-    for count, reason in doubts:
-        if count:
-            return _undecided(reason.format(count))
-    return _judge_forces(problem, found) or _judge_units(problem, found)
+    left = float(found.face.project(found.forces).norm())
+    return f"least squares not solved by {found.solution.method}: ‖G e‖ = {left:.1e} is left"
 
 
 def _judge_forces(problem: Problem, found: Snap) -> Judgement | None:
     """None where G e = 0 on the face, up to rounding, of units that may move."""
+    size_of_e = problem.squared_error(found.outputs.errors) ** 0.5
     squares = problem.team.sum((found.face.slopes * problem.norms[:, None]).square().sum(0))
-    scale = squares.sqrt() * float(problem.team.sum(problem.targets.square().sum())) ** 0.5
-    if bool((found.noise[:-1] > _UNKNOWABLE * scale)[squares > 0].any()):
-        return _undecided("weights so large that rounding hides whether G e = 0")
+    hidden = found.noise[:-1] > _UNKNOWABLE * size_of_e * squares.sqrt()
+    if not found.drift <= _UNKNOWABLE * size_of_e or bool(hidden[squares > 0].any()):
+        return _undecided("weights so large, or equations so ill-conditioned, that rounding hides whether G e = 0")
     held = found.face.project(found.forces)
     size = found.point.hidden.numel()
     rows = held[:size].reshape(found.point.hidden.shape).norm(dim=1)
@@ -259,50 +270,61 @@ def _spanned(problem: Problem, kinks: Tensor, bases: dict[int, Tensor]) -> Tenso
     return kinks
 
 
-def _error(
-    problem: Problem, face: FaceMap, solution: Solution, outputs: Outputs, forces: Tensor, noise: Tensor
-) -> float:
-    """Bound on the distance of the flat weights from an exact solution of the normal equations."""
+def _errors(
+    problem: Problem, face: FaceMap, solution: Solution, outputs: Outputs, forces: Tensor, summing: Tensor
+) -> tuple[float, float]:
+    """Bounds on the distances of the flat weights, and of e, from those of an exact solution of the normal equations.
+
+    With F = U S Vᵀ the distances are ‖S⁻¹ Uᵀ e‖ and ‖Uᵀ e‖. Rounding errors of e itself come in as they are, those of
+    the sums Fᵀ e over the smallest singular value.
+    """
+    live = torch.cat([face.live if face.live is not None else summing.new_ones(len(summing) - 1).bool(),
+                      summing.new_ones(1).bool()])  # fmt: skip
+    bounds, summed = outputs.bounds.square().sum(), torch.where(live, summing, 0.0).norm()
+    left = face.project(forces).norm() + summed
+    whole = (outputs.errors.abs() + outputs.bounds).square().sum()
+    bounds, whole, left = torch.stack([*problem.team.sum(torch.stack([bounds, whole])).sqrt(), left]).tolist()
     if solution.smallest is None:
-        return math.inf if not bool(forces.norm() == 0) else 0.0
-    error = (float(face.project(forces).norm()) + float(noise.norm())) / solution.smallest**2
+        return (0.0, 0.0) if left == 0 else (math.inf, math.inf)
+    drift = bounds + left / solution.smallest
     if solution.onto:
-        left = (outputs.errors.abs() + outputs.bounds).square().sum()
-        error = min(error, float(problem.team.sum(left)) ** 0.5 / solution.smallest)
-    return error
+        drift = min(drift, whole)
+    return drift / solution.smallest, drift
 
 
-def _signs(problem: Problem, found: Snap) -> tuple[int, int, int]:
-    """How many pre-activations off the kinks changed their sign; how many may, up to rounding; how many left a kink."""
-    point, u = found.point, found.outputs.preactivations
-    roundoff = (point.hidden.shape[1] + 4) * ROUNDOFF
+def _signs(problem: Problem, found: Snap) -> tuple[int, int, int, Tensor]:
+    """How many pre-activations off the kinks changed their sign; how many may, up to rounding; how many left a kink.
+
+    The last are those that may, bool (N, d1).
+    """
+    point, u, blur = found.point, found.outputs.preactivations, found.outputs.blur
     live = point.output != 0
     drift = torch.where(live, found.error / torch.where(live, point.output.abs(), 1.0), 0.0)
-    sizes = point.hidden.norm(dim=1)
     counted = (problem.norms > 0)[:, None]
     if found.kinks is not None:
         counted = counted & ~found.kinks
-    flipped = counted & ((u > 0) != found.active) & (u.abs() > problem.norms[:, None] * (roundoff * sizes))
-    unclear = counted & ~flipped & ~(u.abs() > problem.norms[:, None] * (roundoff * sizes + drift))
+    flipped = counted & ((u > 0) != found.active) & (u.abs() > blur)
+    unclear = counted & ~flipped & ~(u.abs() > blur + problem.norms[:, None] * drift)
     off = torch.zeros_like(unclear)
     if found.kinks is not None:
-        off = found.kinks & (u.abs() > _HELD * problem.norms[:, None] * (roundoff * sizes))
+        off = found.kinks & (u.abs() > HELD * blur)
     flips, doubts, lost = problem.team.sum(torch.stack([flipped.sum(), unclear.sum(), off.sum()])).tolist()
-    return int(flips), int(doubts), int(lost)
+    return int(flips), int(doubts), int(lost), unclear
 
 
 def _judge_kinks(problem: Problem, found: Snap, unit: int, kinks: Tensor) -> Judgement | None:
     """Judge a unit with z_i ≠ 0 on kinks: None if no step off them lowers the loss."""
     inputs = problem.team.join(problem.inputs[kinks])
     errors = problem.team.join(found.outputs.errors[kinks])
-    blur = problem.team.join((problem.norms * found.outputs.bounds)[kinks])
+    square = problem.team.sum((found.face.slopes[:, unit] * problem.norms).square().sum())
     verdict = judge_kinks(
         inputs.cpu().numpy(),
         errors.cpu().numpy(),
         found.rows[unit].cpu().numpy(),
         float(found.point.output[unit]),
         problem.slope,
-        float(found.noise[unit]) + max(1.0, abs(problem.slope)) * float(blur.max()),
+        float(found.noise[unit]) + float(square) ** 0.5 * found.drift,
+        blur=problem.team.join(_blur(problem, found)[kinks]).cpu().numpy(),
     )
     if verdict.holds:
         return None
@@ -320,6 +342,12 @@ def _judge_kinks(problem: Problem, found: Snap, unit: int, kinks: Tensor) -> Jud
     return Judgement(kind, reason, direction, release)
 
 
+def _blur(problem: Problem, found: Snap) -> Tensor:
+    """Bounds on how far each e_n may be from that of the exact solution; 0 where e_n = y_n, as nothing is active."""
+    exact = (found.outputs.bounds == 0) & (problem.free.shape[1] == 0)
+    return torch.where(exact, 0.0, found.outputs.bounds + found.drift)
+
+
 def _judge_resting_unit(problem: Problem, found: Snap, unit: int, kinks: Tensor | None) -> Judgement | None:
     """Judge a unit with z_i = 0: None if it feels no force; else a saddle if its gradient vanishes."""
     noise = float(found.noise[unit])
@@ -328,7 +356,8 @@ def _judge_resting_unit(problem: Problem, found: Snap, unit: int, kinks: Tensor 
     if kinks is not None:
         inputs, errors = problem.team.join(problem.inputs[kinks]), problem.team.join(found.outputs.errors[kinks])
         blur = float(problem.team.join(found.outputs.bounds[kinks]).max())
-        if float(force.norm()) <= noise and bool((errors.abs() <= blur).all()):
+        exact = not bool(problem.team.join(_blur(problem, found)[kinks]).any())
+        if float(force.norm()) <= noise and exact and not bool(errors.any()):
             return None
         inverse = torch.linalg.pinv(inputs)
         steps = torch.cat([force[None], inverse.T, -inverse.T, inputs, -inputs])
@@ -436,7 +465,8 @@ def step_off(problem: Problem, found: Snap, judgement: Judgement) -> tuple[Judge
     move = torch.as_tensor(best.x[:-1], device=still.device) @ still
     theta = found.point.theta
     size = theta.numel() - found.point.free.numel()
-    rows = move[:size].reshape(found.point.hidden.shape)
+    rows = _seen(inputs, move[:size].reshape(found.point.hidden.shape))
+    move = torch.cat([rows.reshape(-1), move[size:]])
     rates_of_u = torch.where(live, 1 / torch.where(live, found.point.output, 1.0), 0.0) * (problem.inputs @ rows.T)
     still_there = found.kinks | (rates_of_u == 0)
     ahead = torch.where(still_there, torch.inf, (found.outputs.preactivations / rates_of_u).abs())
@@ -446,6 +476,13 @@ def step_off(problem: Problem, found: Snap, judgement: Judgement) -> tuple[Judge
     again = snap(problem, near, active, left)
     again = replace(again, start=found.start)
     return judge(problem, again), again
+
+
+def _seen(inputs: Tensor, rows: Tensor) -> Tensor:
+    """The parts of rows that the inputs see: the rest changes no pre-activation."""
+    _, values, right = torch.linalg.svd(inputs, full_matrices=False)
+    seen: Tensor = right[values > _DEPENDENT * values[0]]
+    return rows @ seen.T @ seen
 
 
 def _pairs(problem: Problem, width: int, pairs: tuple[tuple[int, int, int], ...]) -> Tensor:

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from lightning_mnn.landscape.judgement import Direction, Judgement, Kind, Snap, judge, snap, step_off
 from lightning_mnn.landscape.least_squares import GRAM_LIMIT
-from lightning_mnn.landscape.problem import ROUNDOFF, Outputs, Point, Problem
+from lightning_mnn.landscape.problem import HELD, Outputs, Point, Problem, Units, in_units
 from lightning_mnn.landscape.rank import khatri_rao_rank
 from lightning_mnn.landscape.region import gram_rank
 from lightning_mnn.landscape.survey import infer_threshold, wrong
 from lightning_mnn.landscape.team import Team
+from lightning_mnn.landscape.units import row_powers
 from lightning_mnn.utilities.interruption import safe_point
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def certify(
     """
     if not max_distance >= 0:
         raise ValueError(f"max_distance must be at least 0, got {max_distance}")
-    problems = split_replicas(
+    cases = split_replicas(
         hidden_weights,
         output_weights,
         inputs,
@@ -206,27 +207,41 @@ def certify(
     )
     found = [
         certificate_of(
-            problem,
-            *search(problem, point, max_distance),
-            point,
+            case,
+            *search(case.problem, case.point, max_distance),
+            case.point,
             label_threshold,
             biased=hidden_bias is not None,
             input_rank=input_rank,
         )
-        for (problem, point), label_threshold in zip(problems, label_thresholds(problems, threshold), strict=True)
+        for case, label_threshold in zip(cases, label_thresholds(cases, threshold), strict=True)
     ]
     return found if hidden_weights.ndim > 2 else found[0]
 
 
-def label_thresholds(problems: list[tuple[Problem, Point]], threshold: float | None) -> list[float | None]:
-    """The decision threshold of each problem: the one given, or the one that its labels fit; found before any work.
+class Case(NamedTuple):
+    """One network on its training set, in units of measure.
+
+    Attributes:
+        problem: the training set.
+        point: the weights.
+        units: of both.
+    """
+
+    problem: Problem
+    point: Point
+    units: Units
+
+
+def label_thresholds(cases: list[Case], threshold: float | None) -> list[float | None]:
+    """The decision threshold of each case: the one given, or the one that its labels fit; found before any work.
 
     Raises:
-        ValueError: all targets of a problem are 1, which fits both labels {0, 1} and ±1.
+        ValueError: all targets of a case are 1, which fits both labels {0, 1} and ±1.
     """
     if threshold is not None:
-        return [threshold for _ in problems]
-    return [infer_threshold(problem.team.join(problem.targets)) for problem, _ in problems]
+        return [threshold for _ in cases]
+    return [infer_threshold(problem.team.join(units.predictions(problem.targets))) for problem, _, units in cases]
 
 
 def split_replicas(
@@ -239,8 +254,8 @@ def split_replicas(
     hidden_bias: Tensor | None = None,
     output_bias: Tensor | None = None,
     team: Team | None = None,
-) -> list[tuple[Problem, Point]]:
-    """The problem and the point of each replica, checked (see :func:`certify` for arguments and errors)."""
+) -> list[Case]:
+    """The case of each replica, checked (see :func:`certify` for arguments and errors)."""
     _check(hidden_weights, output_weights, inputs, targets, negative_slope)
     _check_sizes(hidden_weights, inputs, targets)
     _check_biases(output_weights, hidden_bias, output_bias)
@@ -258,8 +273,10 @@ def split_replicas(
         free = x.new_ones(len(x), int(output_bias is not None))
         b = x.new_zeros(0) if output_bias is None else part(output_bias, 0, replica).reshape(1)
         if shared is None or inputs.ndim > 2 or targets.ndim > 1:
-            shared = Problem(x, part(targets, 1, replica), float(negative_slope), free, team or Team())
-        split.append((shared, Point(w, part(output_weights, 1, replica), b)))
+            shared = in_units(Problem(x, part(targets, 1, replica), float(negative_slope), free, team or Team()))
+        problem, of_inputs, of_targets = shared
+        units = Units(of_inputs, of_targets, row_powers(w))
+        split.append(Case(problem, units.told(Point(w, part(output_weights, 1, replica), b)), units))
     return split
 
 
@@ -301,13 +318,16 @@ def _check_biases(z: Tensor, hidden_bias: Tensor | None, output_bias: Tensor | N
 
 def search(problem: Problem, point: Point, max_distance: float) -> tuple[Judgement, Snap]:
     """The first minimum among the candidates within reach; else a saddle; else the nearest that was tried."""
-    start = _without_negligible(point)
-    outputs = problem.outputs(start)
+    asked = problem.outputs(point)
+    start = _without_negligible(problem, point, asked)
+    outputs = asked if start is point else problem.outputs(start)
     active = outputs.preactivations > 0
     longest = max_distance * float(start.theta.norm())
     tried = []
     large = min(problem.num_samples, start.theta.numel()) > GRAM_LIMIT
-    untried: list[Tensor | None] = [None]
+    on_kinks = (outputs.preactivations.abs() <= HELD * outputs.blur) & (problem.norms > 0)[:, None]
+    untried: list[Tensor | None] = [on_kinks] if bool(problem.team.most(on_kinks.any().long())) else []
+    untried.append(None)
     while untried:
         safe_point()
         kinks = untried.pop(0)
@@ -316,20 +336,35 @@ def search(problem: Problem, point: Point, max_distance: float) -> tuple[Judgeme
         judgement = judge(problem, found)
         if judgement.ends:
             judgement, found = step_off(problem, found, judgement) or (judgement, found)
-        if judgement.kind is not Kind.NOT_STATIONARY and not _reach(found) <= max_distance:
-            judgement = Judgement(
-                Kind.NOT_STATIONARY,
-                f"the nearest {judgement.kind} found lies at a relative distance of {_reach(found):.1e}, beyond "
-                f"max_distance = {max_distance:g}",
-            )
+        judgement, found = _within_reach(problem, asked, judgement, found, max_distance)
         if judgement.kind in MINIMA:
             return judgement, found
         tried.append((judgement, found))
-        if len(tried) == 1 and large and found.solution.too_long:
+        if kinks is None and large and found.solution.too_long:
             return replace(judgement, reason=f"{judgement.reason}; kinks were not tried at this size"), found
-        if len(tried) == 1:
+        if kinks is None:
             untried.extend(_candidate_kinks(problem, start, outputs)[: 1 if large else _ATTEMPTS])
+        if judgement.unclear is not None and not large and len(tried) <= _ATTEMPTS:
+            untried.insert(0, judgement.unclear if found.kinks is None else judgement.unclear | found.kinks)
     return min(tried, key=lambda pair: (pair[0].kind is not Kind.SADDLE, pair[1].distance))
+
+
+def _within_reach(
+    problem: Problem, asked: Outputs, judgement: Judgement, found: Snap, max_distance: float
+) -> tuple[Judgement, Snap]:
+    """A judgement on a point that was asked about: what was found is near it, and its loss is no higher."""
+    if judgement.kind is Kind.NOT_STATIONARY:
+        return judgement, found
+    if not _reach(found) <= max_distance:
+        reason = f"lies at a relative distance of {_reach(found):.1e}, beyond max_distance = {max_distance:g}"
+        return Judgement(Kind.NOT_STATIONARY, f"the nearest {judgement.kind} found {reason}"), found
+    rise, blur = problem.rise(asked, found.outputs)
+    if not rise <= blur:
+        reason = "has a higher loss than the weights asked about"
+        return Judgement(Kind.NOT_STATIONARY, f"the nearest {judgement.kind} found {reason}"), found
+    if rise > 0 and judgement.kind in MINIMA and problem.is_zero(asked):  # of two fits, the one that is there
+        found = replace(found, point=found.start, outputs=problem.outputs(found.start))
+    return judgement, found
 
 
 def _reach(found: Snap) -> float:
@@ -341,11 +376,12 @@ def _reach(found: Snap) -> float:
     return max(found.distance, float(turned.max()) if len(turned) else 0.0)
 
 
-def _without_negligible(point: Point) -> Point:
-    """The point with z_i = 0 where z_i w_i is lost in the rounding of the rest."""
-    sizes = point.output.abs() * point.hidden.norm(dim=1)
-    lost = (sizes <= torch.finfo(torch.float64).eps / 2 * sizes.norm()) & (point.hidden.norm(dim=1) > 0)
-    return replace(point, output=torch.where(lost, 0.0, point.output))
+def _without_negligible(problem: Problem, point: Point, outputs: Outputs) -> Point:
+    """The point with z_i = 0 where what the unit says on the samples is lost in the rounding of the rest."""
+    activated = torch.where(outputs.preactivations > 0, 1.0, abs(problem.slope)) * outputs.preactivations.abs()
+    sizes = point.output.abs() * problem.team.most(activated.amax(0))
+    lost = (sizes <= torch.finfo(torch.float64).eps / 2 * sizes.norm()) & (sizes > 0)
+    return replace(point, output=torch.where(lost, 0.0, point.output)) if bool(lost.any()) else point
 
 
 def turn_resting_units(problem: Problem, found: Snap, max_distance: float) -> Snap:
@@ -366,7 +402,7 @@ def turn_resting_units(problem: Problem, found: Snap, max_distance: float) -> Sn
     if torch.equal(hidden, point.hidden):
         return found
     turned = replace(point, hidden=hidden)
-    return replace(found, point=turned, outputs=problem.outputs(turned))
+    return replace(found, point=turned, outputs=problem.outputs(turned, found.kinks))
 
 
 def _candidate_kinks(problem: Problem, point: Point, outputs: Outputs) -> list[Tensor]:
@@ -374,19 +410,18 @@ def _candidate_kinks(problem: Problem, point: Point, outputs: Outputs) -> list[T
     sizes = problem.norms[:, None] * point.hidden.norm(dim=1)
     sines = torch.where(sizes > 0, outputs.preactivations.abs() / sizes, torch.inf)
     at_zero = (point.hidden.norm(dim=1) == 0) & (problem.norms > 0)[:, None]  # rows w = 0: all their samples
-    alone = [at_zero] if bool(problem.team.most(at_zero.any().long())) else []
     near = problem.team.join(sines[sines < _NEAR]).sort().values
     if not len(near):
-        return alone
+        return []
     most = min(point.hidden.numel(), _MOST_KINKS)  # more constraints than weights leave nothing
     floor = torch.cat([near, near.new_tensor([_NEAR])])[: most + 1].clamp(min=torch.finfo(torch.float64).eps)
     ratios = floor[1:] / floor[:-1]
     ends = [end for end in ratios.sort(descending=True).indices[:_ATTEMPTS].tolist() if float(ratios[end]) >= _GAP]
-    return [*alone, *((sines <= near[end]) | at_zero for end in ends)]
+    return [(sines <= near[end]) | at_zero for end in ends]
 
 
 def certificate_of(
-    problem: Problem,
+    case: Case,
     judgement: Judgement,
     found: Snap,
     asked: Point,
@@ -396,41 +431,52 @@ def certificate_of(
     input_rank: int | None = None,
 ) -> Certificate:
     """The certificate of a judgement on a snap that set out from the weights that were asked about."""
+    problem, _, units = case
     stands = judgement.kind is not Kind.NOT_STATIONARY
     point = found.point if stands else asked
     outputs = found.outputs if stands else problem.outputs(asked)
     team, kinks = problem.team, found.kinks if stands else None
-    mistakes = None if threshold is None else wrong(problem.targets - outputs.errors, problem.targets, threshold)
+    predictions = units.predictions(problem.targets - outputs.errors)
+    mistakes = None if threshold is None else wrong(predictions, units.predictions(problem.targets), threshold)
     u = outputs.preactivations.abs()
-    blur = problem.norms[:, None] * point.hidden.norm(dim=1) * (point.hidden.shape[1] + 4) * ROUNDOFF
-    on_kink = (problem.norms > 0)[:, None] & (u <= blur)
+    on_kink = (problem.norms > 0)[:, None] & (u <= outputs.blur)
     on_kink = on_kink if kinks is None else on_kink | kinks
+    off_kink = torch.where((problem.norms > 0)[:, None] & ~on_kink, units.preactivations(u), torch.inf)
     sizes = asked.hidden.norm(dim=1)
     moved = (point.hidden - asked.hidden).norm(dim=1)
-    width = point.hidden.shape[1] - int(biased)
     active = outputs.preactivations > 0
     rank, cap = _rank(problem, active if kinks is None else torch.where(kinks, found.active, active), input_rank)
+    weights = units.untold(point)
+    width = point.hidden.shape[1] - int(biased)
     return Certificate(
         kind=judgement.kind,
         reason=judgement.reason,
         zero_error=problem.is_zero(outputs),
-        mse=problem.squared_error(outputs.errors) / problem.num_samples,
+        mse=units.squares(problem.squared_error(outputs.errors) / problem.num_samples),
         mce=None if mistakes is None else float(team.sum(mistakes.sum())) / problem.num_samples,
         distance=_reach(found) if stands else found.distance,
         weight_distance=float(torch.where(moved == 0, 0.0, moved / sizes).max()),
         margin_ratio=_margin_ratio(problem, found) if stands else None,
-        min_preactivation=float(team.least(torch.where((problem.norms > 0)[:, None] & ~on_kink, u, torch.inf).min())),
+        min_preactivation=float(team.least(off_kink.min())),
         kinks=int(team.sum(on_kink.sum())),
         rank=rank,
         rank_cap=cap,
         stationarity=_stationarity(problem, found, outputs, stands=stands),
-        rounding_bound=float(team.most(outputs.bounds.max())),
-        hidden_weights=point.hidden[:, :width],
-        output_weights=point.output,
-        hidden_bias=point.hidden[:, -1] if biased else None,
-        output_bias=point.free[0] if len(point.free) else None,
-        direction=judgement.direction,
+        rounding_bound=float(team.most(units.predictions(outputs.bounds).max())),
+        hidden_weights=weights.hidden[:, :width],
+        output_weights=weights.output,
+        hidden_bias=weights.hidden[:, -1] if biased else None,
+        output_bias=weights.free[0] if len(weights.free) else None,
+        direction=_direction(judgement.direction, point, units),
     )
+
+
+def _direction(direction: Direction | None, point: Point, units: Units) -> Direction | None:
+    """A move itself, of one in units of measure."""
+    if direction is None:
+        return None
+    move = units.untold(Point(direction.hidden_weights, direction.output_weights, point.free))
+    return Direction(move.hidden, move.output)
 
 
 def _margin_ratio(problem: Problem, found: Snap) -> float | None:

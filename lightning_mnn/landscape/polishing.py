@@ -15,6 +15,7 @@ from lightning_mnn.landscape.judgement import Direction, Judgement, Kind, Snap, 
 from lightning_mnn.landscape.least_squares import GRAM_LIMIT
 from lightning_mnn.landscape.minimum import (
     MINIMA,
+    Case,
     Certificate,
     certificate_of,
     label_thresholds,
@@ -123,7 +124,7 @@ def polish(
     if max_steps is None and min(inputs.ndim, hidden_weights.ndim) > 1:
         samples, parameters = inputs.shape[-2], hidden_weights.shape[-2] * hidden_weights.shape[-1]
         max_steps = 1000 if min(samples, parameters) <= GRAM_LIMIT else 10
-    problems = split_replicas(
+    cases = split_replicas(
         hidden_weights,
         output_weights,
         inputs,
@@ -135,18 +136,17 @@ def polish(
     )
     biased = hidden_bias is not None
     found = [
-        _polish(problem, point, label_threshold, max_distance, max_steps or 0, biased=biased)
-        for (problem, point), label_threshold in zip(problems, label_thresholds(problems, threshold), strict=True)
+        _polish(case, label_threshold, max_distance, max_steps or 0, biased=biased)
+        for case, label_threshold in zip(cases, label_thresholds(cases, threshold), strict=True)
     ]
     return found if hidden_weights.ndim > 2 else found[0]
 
 
-def _polish(
-    problem: Problem, start: Point, threshold: float | None, max_distance: float, max_steps: int, *, biased: bool
-) -> Polished:
+def _polish(case: Case, threshold: float | None, max_distance: float, max_steps: int, *, biased: bool) -> Polished:
+    problem, start, units = case
     judgement, found = search(problem, start, max_distance)
-    state = _state(problem, found.start, None)
-    losses = [problem.squared_error(state.outputs.errors) / problem.num_samples]
+    state = _state(problem, start, None)
+    losses = [problem.squared_error(state.outputs.errors)]
     in_hand = False  # whether kinks are taken in hand yet
     while judgement.kind not in MINIMA and len(losses) <= max_steps:
         safe_point()
@@ -154,12 +154,16 @@ def _polish(
         judgement = judge(problem, found)
         if judgement.ends:
             judgement, found = step_off(problem, found, judgement) or (judgement, found)
-        ahead = _state(problem, found.point, None) if judgement.kind in MINIMA else None
+        ahead = None
+        if judgement.kind in MINIMA:
+            rise, blur = problem.rise(state.outputs, found.outputs)
+            ahead = _state(problem, found.point, None) if rise <= blur else None
+            judgement = judgement if ahead else Judgement(Kind.NOT_STATIONARY, "the minimum found lies higher")
         ahead = ahead or _next(problem, state, found, judgement, in_hand=in_hand)
         if ahead is None:
             break
         state = ahead
-        losses.append(problem.squared_error(state.outputs.errors) / problem.num_samples)
+        losses.append(min(losses[-1], problem.squared_error(state.outputs.errors)))  # but for the rounding of the sums
         in_hand = in_hand or not losses[-1] < _STRIDE * losses[-2]
         if start.distance(state.point) > _GONE * max_distance:
             break
@@ -168,19 +172,31 @@ def _polish(
         judgement = judge(problem, found)
         if judgement.kind in MINIMA:
             judgement = Judgement(Kind.NOT_STATIONARY, "stopped before the step to the minimum of its region")
+        elif judgement.kind is Kind.SADDLE and not problem.rise(state.outputs, found.outputs)[0] <= 0:
+            judgement = Judgement(Kind.NOT_STATIONARY, f"next to a saddle: {judgement.reason}")
     reached = judgement.kind in MINIMA
     found = replace(found, start=start if reached else state.point)
-    certificate = certificate_of(problem, judgement, found, found.start, threshold, biased=biased)
+    certificate = certificate_of(case, judgement, found, found.start, threshold, biased=biased)
     distance = certificate.distance if reached else start.distance(state.point)
-    return Polished(certificate, not distance <= max_distance, distance, len(losses) - 1, tuple(losses))
+    path = tuple(units.squares(loss / problem.num_samples) for loss in losses)
+    return Polished(certificate, not distance <= max_distance, distance, len(losses) - 1, path)
 
 
 def _next(problem: Problem, state: _State, found: Snap, judgement: Judgement, *, in_hand: bool) -> _State | None:
     """The state after one step: a kink let go, a way down from a degenerate point, or a way towards a solution."""
     if in_hand and judgement.release is not None:
-        return _released(problem, state, found, judgement.release)
+        released = _released(problem, state, found, judgement.release)
+        if problem.rise(state.outputs, released.outputs)[0] <= 0:
+            return released
+        stayed = _state(problem, state.point, state.kinks, released.active)  # what rounding made of the solution
+        return replace(stayed, kinks=released.kinks)
+    if in_hand and judgement.unclear is not None and problem.rise(state.outputs, found.outputs)[0] <= 0:
+        kinks = judgement.unclear if found.kinks is None else judgement.unclear | found.kinks
+        return _state(problem, found.point, kinks, found.active)
     if in_hand and judgement.direction is not None:
-        return _descended(problem, state, found, judgement.direction)
+        descended = _descended(problem, state, found, judgement.direction)
+        if problem.rise(state.outputs, descended.outputs)[0] < 0:
+            return descended
     return _step(problem, state, found, in_hand=in_hand)
 
 
@@ -253,8 +269,7 @@ def _step(problem: Problem, state: _State, found: Snap, *, in_hand: bool) -> _St
         state.point.hidden + share * rows, target.output, state.point.free + share * (target.free - state.point.free)
     )
     stepped = _state(problem, point, kinks, state.active)
-    error = problem.squared_error(stepped.outputs.errors)
-    if error > problem.squared_error(state.outputs.errors):  # by rounding: stay, but take what was met in hand
+    if problem.rise(state.outputs, stepped.outputs)[0] > 0:  # by rounding: stay, but take what was met in hand
         return replace(state, kinks=kinks) if kinks is not state.kinks else None if in_hand else state
     return stepped
 
