@@ -169,6 +169,29 @@ def test_other_evidence_and_patterns_are_those_of_the_cpu(name, fit):
     assert local[0].keys() == local[1].keys()
 
 
+@pytest.mark.skipif("not hasattr(torch.cuda, '_is_simulated')", reason="how a real GPU rounds depends on which it is")
+def test_evidence_is_found_in_all_digits_where_training_has_few(fit):
+    """As with cuDNN's TF32, on by default, which rounds the factors of a convolution to 10 bits."""
+
+    def still():
+        module, data = images(lambda: CNN(lr=0.0))
+        module.features[1].momentum = 0.0  # or what training rounds would be in its statistics
+        return module, data
+
+    on_cpu = findings(fit, "cpu", still, max_epochs=1)
+    assert torch.backends.cudnn.allow_tf32
+    with import_module("simcuda").tf32():
+        module = still()[0].eval().cuda()
+        with torch.no_grad():
+            rounded, exact = module(still()[1].dataset.tensors[0].cuda()), module.cpu()(still()[1].dataset.tensors[0])
+        assert not torch.allclose(rounded.cpu(), exact, rtol=1e-5)
+        on_device = findings(fit, "cuda", still, max_epochs=1)
+    expected, found = on_cpu[0].summary(), on_device[0].summary()
+    for key in ("loss", "gradient_norm", "min_preactivation"):
+        assert expected[key] == pytest.approx(found[key], rel=1e-5), key
+    assert_same_patterns(on_cpu[1], on_device[1])
+
+
 def assert_same_patterns(one, other):
     states = [recorder.state_dict()["last"] for recorder in (one, other)]
     assert states[0].keys() == states[1].keys() != set()
