@@ -315,7 +315,7 @@ def _signs(problem: Problem, found: Snap) -> tuple[int, int, int, Tensor]:
 def _judge_kinks(problem: Problem, found: Snap, unit: int, kinks: Tensor) -> Judgement | None:
     """Judge a unit with z_i ≠ 0 on kinks: None if no step off them lowers the loss."""
     inputs = problem.team.join(problem.inputs[kinks])
-    errors = problem.team.join(found.outputs.errors[kinks])
+    errors = problem.team.join(_residuals(problem, found)[kinks])
     square = problem.team.sum((found.face.slopes[:, unit] * problem.norms).square().sum())
     verdict = judge_kinks(
         inputs.cpu().numpy(),
@@ -324,7 +324,7 @@ def _judge_kinks(problem: Problem, found: Snap, unit: int, kinks: Tensor) -> Jud
         float(found.point.output[unit]),
         problem.slope,
         float(found.noise[unit]) + float(square) ** 0.5 * found.drift,
-        blur=problem.team.join(_blur(problem, found)[kinks]).cpu().numpy(),
+        blur=problem.team.join(_blur(found)[kinks]).cpu().numpy(),
     )
     if verdict.holds:
         return None
@@ -342,10 +342,14 @@ def _judge_kinks(problem: Problem, found: Snap, unit: int, kinks: Tensor) -> Jud
     return Judgement(kind, reason, direction, release)
 
 
-def _blur(problem: Problem, found: Snap) -> Tensor:
-    """Bounds on how far each e_n may be from that of the exact solution; 0 where e_n = y_n, as nothing is active."""
-    exact = (found.outputs.bounds == 0) & (problem.free.shape[1] == 0)
-    return torch.where(exact, 0.0, found.outputs.bounds + found.drift)
+def _blur(found: Snap) -> Tensor:
+    """Bounds on how far each e_n may be from that of the exact solution, where idle samples have e_n = y_n."""
+    return torch.where(found.outputs.idle, 0.0, found.outputs.bounds + found.drift)
+
+
+def _residuals(problem: Problem, found: Snap) -> Tensor:
+    """The residual on the face: without what rounding leaves on kinks, where that is all there is."""
+    return torch.where(found.outputs.idle, problem.targets, found.outputs.errors)
 
 
 def _judge_resting_unit(problem: Problem, found: Snap, unit: int, kinks: Tensor | None) -> Judgement | None:
@@ -354,9 +358,9 @@ def _judge_resting_unit(problem: Problem, found: Snap, unit: int, kinks: Tensor 
     force = found.rows[unit]
     steps = force[None]
     if kinks is not None:
-        inputs, errors = problem.team.join(problem.inputs[kinks]), problem.team.join(found.outputs.errors[kinks])
+        inputs, errors = problem.team.join(problem.inputs[kinks]), problem.team.join(_residuals(problem, found)[kinks])
         blur = float(problem.team.join(found.outputs.bounds[kinks]).max())
-        exact = not bool(problem.team.join(_blur(problem, found)[kinks]).any())
+        exact = not bool(problem.team.join(_blur(found)[kinks]).any())
         if float(force.norm()) <= noise and exact and not bool(errors.any()):
             return None
         inverse = torch.linalg.pinv(inputs)

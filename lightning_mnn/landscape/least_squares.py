@@ -21,6 +21,7 @@ _DECOMPOSED = 2e9  # operations, about a second of one core, up to which a defic
 _ZERO = 1e-11  # singular values, relative to the largest, that are dropped: their solutions would be rounding errors
 _REFINEMENTS = 3
 _EPS = torch.finfo(torch.float64).eps
+_ROUNDED = 10 * _EPS  # of the matrix before projection, what rounding leaves where nothing should be left
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def _apply(face: FaceMap, factor: Tensor, residual: Tensor, *, dual: bool) -> Te
 
 def _by_cholesky(face: FaceMap, matrix: Tensor, rhs: Tensor, *, dual: bool) -> Solution | None:
     factor, info = torch.linalg.cholesky_ex(matrix)
-    least = _smallest_eigenvalue(matrix, factor, info)
+    least = _smallest_eigenvalue(matrix, factor, info, _ROUNDED * face.size**2)
     if least is None:
         return None
     theta = _apply(face, factor, rhs, dual=dual)
@@ -91,11 +92,16 @@ def _by_cholesky(face: FaceMap, matrix: Tensor, rhs: Tensor, *, dual: bool) -> S
     return Solution(theta, least**0.5, onto=dual, method="Cholesky factor of the Gram matrix")
 
 
-def _smallest_eigenvalue(matrix: Tensor, factor: Tensor, info: Tensor) -> float | None:
+def _smallest_eigenvalue(matrix: Tensor, factor: Tensor, info: Tensor, floor: float) -> float | None:
     """A lower bound on the smallest eigenvalue, proved by one more Cholesky factor; None where rounding hides it.
 
-    Inverse iteration estimates it from above; a shifted matrix that still has a factor bounds it from below. Whether
-    there is a first factor at all, ``info``, is read with the estimate, so that a GPU is waited for once.
+    Inverse iteration estimates it from above; a shifted matrix that still has a factor bounds it from below.
+
+    Args:
+        matrix: a positive definite matrix.
+        factor: its Cholesky factor.
+        info: whether there is a first factor at all; read with the estimate, so that a GPU is waited for once.
+        floor: the rounding that is in the matrix at least.
     """
     vector = torch.linspace(1, 2, len(matrix), dtype=matrix.dtype, device=matrix.device).sin()[:, None]
     for _ in range(6):
@@ -103,7 +109,7 @@ def _smallest_eigenvalue(matrix: Tensor, factor: Tensor, info: Tensor) -> float 
     failed, length, trace = fetched(info, vector.norm(), matrix.diagonal().sum())
     if failed or not length > 0:
         return None
-    estimate, noise = 1 / length, (len(matrix) + 10) * _EPS * trace
+    estimate, noise = 1 / length, max((len(matrix) + 10) * _EPS * trace, floor)
     for share in (0.5, 0.05):
         shift = share * estimate
         if shift <= 10 * noise:
@@ -117,7 +123,7 @@ def _smallest_eigenvalue(matrix: Tensor, factor: Tensor, info: Tensor) -> float 
 
 def _by_eigenvalues(face: FaceMap, matrix: Tensor, rhs: Tensor, *, dual: bool) -> Solution:
     values, vectors = torch.linalg.eigh(matrix)
-    kept = values > 10 * (len(matrix) + 10) * _EPS * values[-1].clamp(min=0)
+    kept = values > (10 * (len(matrix) + 10) * _EPS * values[-1]).clamp(min=_ROUNDED * face.size**2)
     inverse = torch.where(kept, 1 / values, 0.0)
 
     def apply(residual: Tensor) -> Tensor:
@@ -134,7 +140,7 @@ def _by_eigenvalues(face: FaceMap, matrix: Tensor, rhs: Tensor, *, dual: bool) -
 
 def _by_singular_values(face: FaceMap, rhs: Tensor) -> Solution:
     left, values, right = torch.linalg.svd(face.dense(), full_matrices=False)
-    kept = values > _ZERO * values[0]
+    kept = values > (_ZERO * values[0]).clamp(min=_ROUNDED * face.size)
     inverse = torch.where(kept, 1 / values, 0.0)
     theta = rhs.new_zeros(face.num_parameters)
     for _ in range(_REFINEMENTS):
@@ -151,13 +157,12 @@ def _iterate(face: FaceMap, rhs: Tensor, longest: float, max_iterations: int) ->
     of the coefficients estimate the smallest singular value from above.
     """
     theta = torch.zeros_like(face.correlate(rhs))
-    size = float(face.team.sum((face.slopes.norm(dim=1) * face.inputs.norm(dim=1)).square().sum())) ** 0.5
     spent, ritz = 0, float("inf")
     finished = too_long = False
     for _ in range(2):
         residual = rhs - face.predict(theta)
         gradient = face.project(face.correlate(residual))
-        goal = 4 * _EPS * size * float(face.team.sum(residual @ residual)) ** 0.5
+        goal = 4 * _EPS * face.size * float(face.team.sum(residual @ residual)) ** 0.5
         direction, square = gradient, gradient @ gradient
         diagonal, beside, last = [], [], (0.0, 1.0)
         while not (finished := float(square) ** 0.5 <= goal) and spent < max_iterations and not too_long:

@@ -6,6 +6,7 @@ w̃_i = z_i w_i, unit by unit, then the coefficients of the free columns: d1·d0
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -51,6 +52,12 @@ class FaceMap:
     def num_parameters(self) -> int:
         """d1·d0 + f."""
         return self.slopes.shape[1] * self.inputs.shape[1] + self.free.shape[1]
+
+    @cached_property
+    def size(self) -> float:
+        """Frobenius norm of the matrix before projection: what rounding in it is relative to."""
+        squares = (self.slopes.norm(dim=1) * self.inputs.norm(dim=1)).square().sum() + self.free.square().sum()
+        return math.sqrt(float(self.team.sum(squares)))
 
     def predict(self, theta: Tensor) -> Tensor:
         """Predictions (N,) for parameters θ, as they are: two products of matrices, none of them large."""

@@ -18,7 +18,6 @@ from lightning_mnn.landscape.rank import khatri_rao_rank
 from lightning_mnn.landscape.region import gram_rank
 from lightning_mnn.landscape.survey import infer_threshold, wrong
 from lightning_mnn.landscape.team import Team
-from lightning_mnn.landscape.units import row_powers
 from lightning_mnn.utilities.interruption import safe_point
 
 if TYPE_CHECKING:
@@ -275,8 +274,9 @@ def split_replicas(
         if shared is None or inputs.ndim > 2 or targets.ndim > 1:
             shared = in_units(Problem(x, part(targets, 1, replica), float(negative_slope), free, team or Team()))
         problem, of_inputs, of_targets = shared
-        units = Units(of_inputs, of_targets, row_powers(w))
-        split.append(Case(problem, units.told(Point(w, part(output_weights, 1, replica), b)), units))
+        point = Point(w, part(output_weights, 1, replica), b)
+        units = Units.of(point, of_inputs, of_targets)
+        split.append(Case(problem, units.told(point), units))
     return split
 
 
@@ -337,6 +337,9 @@ def search(problem: Problem, point: Point, max_distance: float) -> tuple[Judgeme
         if judgement.ends:
             judgement, found = step_off(problem, found, judgement) or (judgement, found)
         judgement, found = _within_reach(problem, asked, judgement, found, max_distance)
+        if judgement.kind not in MINIMA and problem.is_zero(outputs):  # whatever kinks it is on, or next to
+            found = replace(found, point=start, outputs=outputs)
+            judgement = Judgement(_zero_kind(problem, outputs), "every error is zero up to rounding")
         if judgement.kind in MINIMA:
             return judgement, found
         tried.append((judgement, found))
@@ -362,9 +365,15 @@ def _within_reach(
     if not rise <= blur:
         reason = "has a higher loss than the weights asked about"
         return Judgement(Kind.NOT_STATIONARY, f"the nearest {judgement.kind} found {reason}"), found
-    if rise > 0 and judgement.kind in MINIMA and problem.is_zero(asked):  # of two fits, the one that is there
-        found = replace(found, point=found.start, outputs=problem.outputs(found.start))
+    if rise > 0 and problem.is_zero(asked):  # of two fits the one that is there
+        return Judgement(Kind.NOT_STATIONARY, "the weights asked about have no error"), found
     return judgement, found
+
+
+def _zero_kind(problem: Problem, outputs: Outputs) -> Kind:
+    """Which kind of minimum weights without an error are."""
+    on_kink = (outputs.preactivations.abs() <= outputs.blur) & (problem.norms > 0)[:, None]
+    return Kind.KINK_MINIMUM if bool(problem.team.most(on_kink.any().long())) else Kind.DIFFERENTIABLE_MINIMUM
 
 
 def _reach(found: Snap) -> float:
@@ -407,9 +416,9 @@ def turn_resting_units(problem: Problem, found: Snap, max_distance: float) -> Sn
 
 def _candidate_kinks(problem: Problem, point: Point, outputs: Outputs) -> list[Tensor]:
     """Sets of samples next to their kinks, divided from the rest by the widest gaps between |w·x|/(‖w‖‖x‖)."""
-    sizes = problem.norms[:, None] * point.hidden.norm(dim=1)
+    sizes = problem.norms[:, None] * point.sizes
     sines = torch.where(sizes > 0, outputs.preactivations.abs() / sizes, torch.inf)
-    at_zero = (point.hidden.norm(dim=1) == 0) & (problem.norms > 0)[:, None]  # rows w = 0: all their samples
+    at_zero = (point.sizes == 0) & (problem.norms > 0)[:, None]  # rows w = 0: all their samples
     near = problem.team.join(sines[sines < _NEAR]).sort().values
     if not len(near):
         return []
@@ -442,7 +451,7 @@ def certificate_of(
     on_kink = (problem.norms > 0)[:, None] & (u <= outputs.blur)
     on_kink = on_kink if kinks is None else on_kink | kinks
     off_kink = torch.where((problem.norms > 0)[:, None] & ~on_kink, units.preactivations(u), torch.inf)
-    sizes = asked.hidden.norm(dim=1)
+    sizes = asked.sizes
     moved = (point.hidden - asked.hidden).norm(dim=1)
     active = outputs.preactivations > 0
     rank, cap = _rank(problem, active if kinks is None else torch.where(kinks, found.active, active), input_rank)

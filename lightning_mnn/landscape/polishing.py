@@ -145,7 +145,7 @@ def polish(
 def _polish(case: Case, threshold: float | None, max_distance: float, max_steps: int, *, biased: bool) -> Polished:
     problem, start, units = case
     judgement, found = search(problem, start, max_distance)
-    state = _state(problem, start, None)
+    state = _state(problem, found.start, None)  # without output weights that rounding loses
     losses = [problem.squared_error(state.outputs.errors)]
     in_hand = False  # whether kinks are taken in hand yet
     while judgement.kind not in MINIMA and len(losses) <= max_steps:
@@ -256,7 +256,7 @@ def _step(problem: Problem, state: _State, found: Snap, *, in_hand: bool) -> _St
             first = problem.team.least(crossings.min())
             reached = (crossings == first) & torch.isfinite(crossings)
             if not bool(torch.isfinite(first)):  # or by what it cannot tell from a kink
-                sizes = problem.norms[:, None] * state.point.hidden.norm(dim=1)
+                sizes = problem.norms[:, None] * state.point.sizes
                 reached = (u.abs() <= _NOTHING * sizes) & (sizes > 0)
                 reached = reached if kinks is None else reached & ~kinks
         if bool(problem.team.most(reached.any().long())):
@@ -269,7 +269,7 @@ def _step(problem: Problem, state: _State, found: Snap, *, in_hand: bool) -> _St
         state.point.hidden + share * rows, target.output, state.point.free + share * (target.free - state.point.free)
     )
     stepped = _state(problem, point, kinks, state.active)
-    if problem.rise(state.outputs, stepped.outputs)[0] > 0:  # by rounding: stay, but take what was met in hand
+    if not problem.rise(state.outputs, stepped.outputs)[0] <= 0:  # by rounding: stay, but take what was met in hand
         return replace(state, kinks=kinks) if kinks is not state.kinks else None if in_hand else state
     return stepped
 

@@ -2,7 +2,7 @@
 
 Shapes: N samples (of this process), d0 inputs (a column of ones included, where the hidden layer has a bias), d1 hidden
 units, f free columns (one, of ones, where the output has a bias; else none). Everything is float64, one network, in
-units of measure that make inputs, targets and rows w_i of the size of 1: powers of two, so that nothing is rounded.
+units of measure that make inputs, targets and z_i of the size of 1: powers of two, so that nothing is rounded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_mnn.landscape.linear_map import FaceMap
 from lightning_mnn.landscape.team import Team
-from lightning_mnn.landscape.units import times_power, unit_exponent
+from lightning_mnn.landscape.units import row_powers, times_power, unit_exponent
 from lightning_mnn.utilities.transfer import fetched
 
 ROUNDOFF = 2.0**-53  # of float64, in which all is computed
@@ -43,6 +43,13 @@ class Point:
         """The flat parameters: rows w̃_i = z_i w_i, then b."""
         return torch.cat([(self.output[:, None] * self.hidden).reshape(-1), self.free])
 
+    @property
+    def sizes(self) -> Tensor:
+        """‖w_i‖, (d1,), also of rows whose squares are no floats."""
+        powers = row_powers(self.hidden)
+        norms: Tensor = (self.hidden * powers[:, None]).norm(dim=1)
+        return norms / powers
+
     def distance(self, other: Point) -> float:
         """‖W̃′ − W̃‖/‖W̃‖ to another point, biases included; infinite from zero weights."""
         size, moved = fetched(self.theta.norm(), (other.theta - self.theta).norm())
@@ -59,6 +66,8 @@ class Point:
 class Units:
     """Units of measure of a problem and a point: w_i is told in units of 1/rows_i, x in 2^inputs, y in 2^targets.
 
+    They make z_i of the size of 1, so that w_i is of the size of w̃_i.
+
     Attributes:
         inputs: exponent.
         targets: exponent.
@@ -68,6 +77,12 @@ class Units:
     inputs: int
     targets: int
     rows: Tensor
+
+    @classmethod
+    def of(cls, point: Point, inputs: int, targets: int) -> Units:
+        """The units of a point, on a problem whose exponents are known."""
+        outputs = row_powers(times_power(point.output, inputs - targets)[:, None])
+        return cls(inputs, targets, torch.where(point.output == 0, row_powers(point.hidden), 1 / outputs))
 
     @property
     def _flat(self) -> int:
@@ -117,14 +132,16 @@ class Outputs:
     Attributes:
         preactivations: u_ni = w_i·x_n, (N, d1).
         errors: e = y − ŷ, (N,).
-        bounds: bounds on the rounding error of each e_n, (N,); 0 where e_n = y_n, as nothing is active.
+        bounds: bounds on the rounding error of each e_n, (N,).
         blur: bounds on the rounding errors of the pre-activations, (N, d1).
+        idle: samples whose ŷ_n is exactly 0 where the kinks in hand are, as nothing else is active, bool (N,).
     """
 
     preactivations: Tensor
     errors: Tensor
     bounds: Tensor
     blur: Tensor
+    idle: Tensor
 
 
 @dataclass(frozen=True)
@@ -173,22 +190,27 @@ class Problem:
 
         Args:
             point: the weights.
-            kinks: pairs that are held on their kink, bool (N, d1): what rounding leaves of them counts as zero.
+            kinks: pairs that are held on their kink, bool (N, d1).
         """
         preactivations = self.inputs @ point.hidden.T
-        sizes = point.hidden.norm(dim=1)
+        sizes = point.sizes
         blur = self.norms[:, None] * ((point.hidden.shape[1] + 4) * ROUNDOFF * sizes)
         activated = torch.where(preactivations > 0, preactivations, self.slope * preactivations)
         steepness = torch.full_like(blur, max(1.0, abs(self.slope)))
         steepness.masked_fill_(preactivations > blur, 1.0).masked_fill_(preactivations < -blur, abs(self.slope))
-        if kinks is not None:
-            held = kinks & (preactivations.abs() <= HELD * blur)
-            activated, steepness = activated.masked_fill(held, 0.0), steepness.masked_fill(held, 0.0)
+        weights = point.output.abs() * sizes
         errors = self.targets - activated @ point.output - self.free @ point.free
-        terms = (steepness @ (point.output.abs() * sizes)) * self.norms + self.free.abs() @ point.free.abs()
+        terms = (steepness @ weights) * self.norms + self.free.abs() @ point.free.abs()
         gamma = (sum(point.hidden.shape) + self.free.shape[1] + 7) * ROUNDOFF
         bounds = torch.where(terms > 0, gamma * (self.targets.abs() + terms), 0.0)
-        return Outputs(preactivations, errors, bounds, blur)
+        idle = terms == 0
+        if kinks is not None:
+            held = kinks & (preactivations.abs() <= HELD * blur)
+            bounds = bounds + HELD * ((held * steepness * blur) @ point.output.abs())
+            idle = steepness.masked_fill_(held, 0.0) @ weights == 0
+        if self.free.shape[1]:
+            idle = torch.zeros_like(idle)
+        return Outputs(preactivations, errors, bounds, blur, idle)
 
     def is_zero(self, outputs: Outputs) -> bool:
         """Whether e = 0 up to rounding, and the rounding is small beside the targets: large weights hide all errors."""

@@ -1,9 +1,11 @@
 """Points that were once called minima and are none, and points whose answer must not depend on units of measure."""
 
+import numpy as np
 import pytest
 import torch
 
 from lightning_mnn.landscape import certify, planted_kink_minimum, planted_minimum, planted_saddle, polish
+from tests.landscape.attacks import FAMILIES, Case, fall, loss
 
 MINIMA = ("differentiable_minimum", "kink_minimum")
 
@@ -38,3 +40,36 @@ def test_units_of_measure_change_nothing(plant, of_inputs, of_targets, of_rows):
         )
         assert told.kind == found.kind
         assert told.mse == pytest.approx(found.mse * of_targets**2, rel=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, where 1e15 meets 1e-300
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_called_a_minimum_resists_every_attack(family):
+    """A few points of the campaign in tests/benchmarks, which attacks tens of thousands."""
+    minima = 0
+    for k in range(12):
+        rng = np.random.default_rng((1, *family.encode(), k))
+        case = FAMILIES[family](rng)
+        polished = polish(*case.tensors, case.slope, threshold=0.5, max_steps=20)
+        assert (np.diff(polished.losses) <= 0).all()
+        for found in (certify(*case.tensors, case.slope, threshold=0.5), polished.certificate):
+            there = case.at(found)
+            (before, slack), (after, _) = loss(case), loss(there)
+            assert after <= before + slack
+            if found.is_minimum:
+                minima += 1
+                assert fall(there, rng, moves=20) == 0
+                assert certify(*there.tensors, there.slope, threshold=0.5).is_minimum
+    assert minima > 2
+
+
+def test_attacks_find_what_is_no_minimum():
+    """The same attacks on points that are none: a saddle, a violated kink, a dead unit of huge weights, a zero row."""
+    rng = np.random.default_rng(0)
+    for planted in (planted_saddle(20, 3, 3, 0.1), planted_kink_minimum(30, 3, 2, violated=True)):
+        parts = (planted.hidden_weights, planted.output_weights, planted.inputs, planted.targets)
+        assert fall(Case(*(part.numpy() for part in parts), planted.negative_slope), rng) > 0
+    x, y = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), np.array([1.0, 1.0, 0.0])
+    dead = Case(np.array([[-1e15, -1e15], [0.0, 0.0]]), np.array([1.0, 0.0]), x, y, 0.0)
+    assert fall(dead, rng) > 0
+    assert fall(Case(np.zeros((1, 2)), np.ones(1), x, y, 0.0), rng) > 0
