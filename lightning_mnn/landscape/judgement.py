@@ -285,7 +285,7 @@ def _errors(
     whole = (outputs.errors.abs() + outputs.bounds).square().sum()
     bounds, whole, left = torch.stack([*problem.team.sum(torch.stack([bounds, whole])).sqrt(), left]).tolist()
     if solution.smallest is None:
-        return (0.0, 0.0) if left == 0 else (math.inf, math.inf)
+        return (0.0, bounds) if left == 0 else (math.inf, math.inf)
     drift = bounds + left / solution.smallest
     if solution.onto:
         drift = min(drift, whole)

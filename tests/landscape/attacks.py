@@ -44,13 +44,17 @@ class Case:
 def loss(case):
     """‖e‖² in long double, and what rounding in float64 may leave of it."""
     w, z, x, y = (part.astype(Wide) for part in (case.w, case.z, case.x, case.y))
-    u = x @ w.T
-    e = y - _activate(u, case.slope) @ z
-    sizes = np.linalg.norm(case.x, axis=1)[:, None] * np.linalg.norm(case.w, axis=1)
-    reach = np.where(np.abs(case.x @ case.w.T) <= _ON_KINK * sizes, 1.0, _slopes(u, case.slope)) * sizes
-    terms = np.abs(case.y) + np.abs(reach) @ np.abs(case.z)
+    e = y - _activate(x @ w.T, case.slope) @ z
     square = (e * e).sum()
-    return square, _OF_LOSS * square + (_OF_TERMS * np.linalg.norm(terms)) ** 2
+    return square, _OF_LOSS * square + (_OF_TERMS * _terms(case)) ** 2
+
+
+def _terms(case):
+    """The norm of what the predictions are summed from."""
+    u = case.x @ case.w.T
+    sizes = np.linalg.norm(case.x, axis=1)[:, None] * np.linalg.norm(case.w, axis=1)
+    reach = np.where(np.abs(u) <= _ON_KINK * sizes, 1.0, np.abs(_slopes(u, case.slope))) * sizes
+    return float(np.linalg.norm(np.abs(case.y) + reach @ np.abs(case.z)))
 
 
 def fall(case, rng, moves=60):
@@ -66,7 +70,7 @@ def fall(case, rng, moves=60):
 
 def _falls(case, v, dz, square, allowed):
     """Falls of ‖e‖², said exactly, of the moves whose fall in long double is beyond what rounding may leave."""
-    doubt = 1e-17 * (square**0.5 + allowed**0.5) * allowed**0.5 / _OF_TERMS
+    doubt = 1e-17 * (square**0.5 + allowed**0.5) * _terms(case)  # of long double
     for scale, changes in _changes(case, v, dz):
         for k in np.argsort(changes)[:2]:
             if changes[k] - doubt < -allowed:
