@@ -11,13 +11,13 @@ from typing_extensions import override
 
 from lightning_mnn.callbacks.evidence import Evidence, Judge, check_weights, conditions
 from lightning_mnn.callbacks.full_batch import FullBatch
+from lightning_mnn.callbacks.gradient_norms import index_of, numbers_of
 from lightning_mnn.callbacks.model_pass import LossNotEvaluableError
 from lightning_mnn.callbacks.training_set import gather
 from lightning_mnn.data.shards import NotEnumerableError
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
-    from torch import Tensor
     from torch.optim import Optimizer
 
     from lightning_mnn.callbacks.model_pass import ModelFunction
@@ -68,14 +68,14 @@ class FirstOrderJudge(Judge):
 
     def knows(self, trainer: pl.Trainer, optimizer: Optimizer) -> bool:
         """Whether a gradient of this optimiser was taken note of."""
-        return _index(trainer, optimizer) in self._first
+        return index_of(trainer, optimizer) in self._first
 
     def take_gradient(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         """Take note of the gradient that an optimiser is about to follow, unscaled."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        index = _index(trainer, optimizer)
+        index = index_of(trainer, optimizer)
         self._last[index] = sum(
-            float(torch.linalg.vector_norm(_numbers(g), dtype=torch.float64)) ** 2 for g in gradients
+            float(torch.linalg.vector_norm(numbers_of(g), dtype=torch.float64)) ** 2 for g in gradients
         )
         self._first.setdefault(index, self._last[index])
 
@@ -160,14 +160,3 @@ def _mean_norm(squares: dict[int, float]) -> float:
     """Norm over all optimisers, the mean over the processes."""
     norms = gather(math.sqrt(sum(squares.values())))
     return float(sum(norms) / len(norms))
-
-
-def _numbers(gradient: Tensor) -> Tensor:
-    """A gradient's numbers but for zeros, which those of embeddings may leave out."""
-    return gradient.coalesce().values() if gradient.layout is torch.sparse_coo else gradient
-
-
-def _index(trainer: pl.Trainer, optimizer: Any) -> int:
-    """Which of the Trainer's optimisers it is, whether Lightning wrapped it or not."""
-    own = [getattr(known, "optimizer", known) for known in trainer.optimizers]
-    return own.index(getattr(optimizer, "optimizer", optimizer))

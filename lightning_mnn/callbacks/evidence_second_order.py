@@ -10,9 +10,12 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
+from lightning_mnn.callbacks.double import DoubleBatch, in_double
 from lightning_mnn.callbacks.evidence import Evidence, Judge, check_weights, conditions, diverged
 from lightning_mnn.callbacks.full_batch import FullBatch
+from lightning_mnn.callbacks.gradient_norms import GradientNorms
 from lightning_mnn.callbacks.model_pass import LossNotEvaluableError
+from lightning_mnn.callbacks.undisturbed import trained_parameters
 from lightning_mnn.data.shards import batch_size_of, draws, num_samples
 from lightning_mnn.landscape.loss_surface import NoDerivativeError
 from lightning_mnn.landscape.second_order import (
@@ -23,7 +26,10 @@ from lightning_mnn.landscape.second_order import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pytorch_lightning as pl
+    from torch import Tensor
 
     from lightning_mnn.callbacks.model_pass import ModelFunction
     from lightning_mnn.landscape.kink_distance import KinkDistance
@@ -36,19 +42,21 @@ _ON_KINKS = "training may go to and fro across kinks, where a gradient need not 
 
 
 class SecondOrderJudge(Judge):
-    """Judges the weights by the module's own loss, in eval mode and in the weights' precision.
+    """Judges the weights by the module's own loss, in eval mode; what decides in float64, where that can be had.
 
     Args:
         loss_fn: ``loss_fn(module, batch)``; None: the module's ``training_step``.
         modules: layers whose kinks count; None: all.
-        gradient_tolerance: largest ‖∇L‖, relative to that at the first check, of a stationary point.
+        gradient_tolerance: largest ‖∇L‖, relative to the reference, of a stationary point.
         curvature_tolerance: largest −λ_min/λ_max of a minimum.
         max_products: Hessian–vector products of a conclusion, at most.
         why: why there is no stronger evidence.
 
     Attributes:
         verdict: what is known of the weights of the last look.
-        reference: ‖∇L‖ at the first check of the run; if that is zero up to rounding, |L|/‖θ‖.
+        reference: the largest norm so far of a gradient that training followed; before the first step, and where that
+            is zero up to rounding, |L|/‖θ‖.
+        norms: of the gradients that training follows.
     """
 
     def __init__(
@@ -62,12 +70,14 @@ class SecondOrderJudge(Judge):
     ) -> None:
         self.verdict: SecondOrderVerdict | None = None
         self.reference: float | None = None
+        self.norms = GradientNorms()
         self._loss_fn = loss_fn
         self._modules = modules
         self._gradient_tolerance = gradient_tolerance
         self._curvature_tolerance = curvature_tolerance
         self._max_products = max_products
         self.why = why
+        self._kinks: KinkDistance | None = None
         self._notes: list[str] = []
         self._told: list[str] = []
         self._concluded = False
@@ -95,16 +105,12 @@ class SecondOrderJudge(Judge):
         batch = self._full_batch(trainer, pl_module)
         with batch.open():
             surface = batch.surface()
-            if self.reference is None:
-                self.reference = _size_of_gradient(surface)
-                batch.check()
-            kinks = batch.nearest_kink()
+            loss = surface.loss() if self.verdict is None else self.verdict.loss
+            self.reference = _reference(surface, loss, self.norms.largest())
+            batch.check()
+            kinks = self._kinks = batch.nearest_kink()
             first = batch.first_loss()
-            reference = self.reference if math.isfinite(self.reference) else 1.0
-            tolerance = self._gradient_tolerance  # of its jumps, too: of millions of units in float32 a few touch kinks
-            self.verdict = judge_stationarity(
-                surface, kinks, reference, gradient_tolerance=tolerance, jump_tolerance=tolerance
-            )
+            self.verdict = self._stationarity(surface)
             batch.check()
             if self._sums is None:
                 self._sums = batch.sums()
@@ -120,15 +126,7 @@ class SecondOrderJudge(Judge):
         self._concluded = True
         batch = self._full_batch(trainer, pl_module)
         try:
-            with batch.open():
-                found = judge_curvature(
-                    batch.surface(),
-                    self.verdict,
-                    curvature_tolerance=self._curvature_tolerance,
-                    max_products=self._max_products,
-                )
-                batch.check()
-            self.verdict = found
+            self.verdict = self._in_double(trainer, pl_module) or self._curvature(batch)
         except (NoDerivativeError, FloatingPointError, LossNotEvaluableError) as error:
             self._undecided(f"no eigenvalue of the Hessian: {error}")
         except torch.OutOfMemoryError:
@@ -166,11 +164,11 @@ class SecondOrderJudge(Judge):
 
     @override
     def state(self) -> dict[str, Any]:
-        return {"reference": self.reference}
+        return {"norms": self.norms.state()}
 
     @override
     def load(self, state: dict[str, Any]) -> None:
-        self.reference = state.get("reference")
+        self.norms.load(state.get("norms", {}))
 
     def _measures(self) -> dict[str, Any]:
         assert self.verdict is not None  # noqa: S101
@@ -185,10 +183,52 @@ class SecondOrderJudge(Judge):
             "smallest_eigenvalue": found.smallest_eigenvalue,
             "eigenvalue_error": found.eigenvalue_error,
             "largest_eigenvalue": found.largest_eigenvalue,
+            "newton_gain": found.newton_gain,
         }
 
     def _full_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> FullBatch:
         return FullBatch(trainer, pl_module, self._loss_fn, self._modules)
+
+    def _stationarity(self, surface: LossSurface) -> SecondOrderVerdict:
+        assert self._kinks is not None  # noqa: S101 (met in the same look)
+        tolerance = self._gradient_tolerance  # of its jumps, too: of millions of units in float32 a few touch kinks
+        return judge_stationarity(
+            surface, self._kinks, self._compared, gradient_tolerance=tolerance, jump_tolerance=tolerance
+        )
+
+    @property
+    def _compared(self) -> float:
+        """The reference as a number to divide by."""
+        return self.reference if self.reference is not None and math.isfinite(self.reference) else 1.0
+
+    def _in_double(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> SecondOrderVerdict | None:
+        """The verdict in float64, of weights of fewer digits; None where that cannot be had."""
+        assert self.verdict is not None  # noqa: S101
+        trained = trained_parameters(trainer, pl_module)
+        if trained[0].dtype == torch.float64 or self.verdict.kind is not SecondOrderKind.UNDECIDED:
+            return None
+        try:
+            with in_double(pl_module) as double:
+                batch = DoubleBatch(trainer, pl_module, double, self._loss_fn, self._modules)
+                return self._curvature(batch, double.of(trained))
+        except NoDerivativeError:
+            return None
+
+    def _curvature(self, batch: FullBatch, parameters: Sequence[Tensor] | None = None) -> SecondOrderVerdict:
+        assert self.verdict is not None  # noqa: S101
+        with batch.open():
+            surface, stationary = batch.surface(parameters), self.verdict
+            if parameters is not None:
+                stationary = self._stationarity(surface)
+            found = judge_curvature(
+                surface,
+                stationary,
+                curvature_tolerance=self._curvature_tolerance,
+                reference=self._compared,
+                max_products=self._max_products,
+            )
+            batch.check()
+        return found
 
     def _undecided(self, why: str) -> None:
         assert self.verdict is not None  # noqa: S101
@@ -219,10 +259,9 @@ class SecondOrderJudge(Judge):
                 rank_zero_info(f"LocalMinimumDetector: {note}")
 
 
-def _size_of_gradient(surface: LossSurface) -> float:
-    """‖∇L‖, or where it is zero up to rounding what it might be."""
-    loss, gradient = surface.value_and_gradient()
+def _reference(surface: LossSurface, loss: float, largest: float | None) -> float:
+    """The largest norm of training; where that is none, or zero up to rounding, what one might be: |L|/‖θ‖."""
     weights = math.sqrt(sum(float(p.detach().double().square().sum()) for p in surface.parameters))
     typical = abs(loss) / (weights or 1.0)
-    norm = float(gradient.double().norm())
-    return norm if norm > torch.finfo(surface.dtype).eps ** 0.5 * typical else typical or 1.0
+    least = torch.finfo(surface.dtype).eps ** 0.5 * typical
+    return largest if largest is not None and largest > least else typical or 1.0

@@ -188,6 +188,8 @@ class LocalMinimumDetector(ScheduledCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         judge = self._judge
+        if isinstance(judge, SecondOrderJudge):
+            judge.norms.take(trainer, optimizer)
         if isinstance(judge, FirstOrderJudge) and (self._may_act_next(trainer) or not judge.knows(trainer, optimizer)):
             self.observe(lambda: judge.take_gradient(trainer, optimizer))
 

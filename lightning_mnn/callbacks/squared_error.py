@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from typing_extensions import override
 
-from lightning_mnn.callbacks.full_batch import FullBatch
-from lightning_mnn.callbacks.model_pass import SERIOUS, LossNotEvaluableError
+from lightning_mnn.callbacks.double import DoubleBatch, in_double
 from lightning_mnn.callbacks.training_set import network_of, survey_of, why_not_surveyed
 from lightning_mnn.landscape.loss_surface import NoDerivativeError
 from lightning_mnn.seeding import generator
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import pytorch_lightning as pl
+    from torch import Tensor, nn
 
     from lightning_mnn.callbacks.model_pass import ModelFunction
     from lightning_mnn.landscape.survey import Network, Survey
@@ -118,10 +111,10 @@ def _compared(
     why, dtype = why_not_surveyed(trainer, network), network.output_weights.dtype
     if why is not None:
         return f"its loss cannot be compared with the squared error: {why}"
-    with _in_double(pl_module) as mode:
+    with in_double(pl_module) as double:
         network = network_of(pl_module)
         assert network is not None  # noqa: S101
-        batch = _DoubleBatch(trainer, pl_module, loss_fn, mode)
+        batch = DoubleBatch(trainer, pl_module, double, loss_fn)
         with batch.open():
             parameters = _parameters(pl_module, network)
             surface = batch.surface(parameters)
@@ -135,80 +128,6 @@ def _compared(
                     return f"its loss cannot be compared with the squared error: {error}"
             batch.check()
     return _Comparison(loss, float(survey.mse), gradient.cpu(), expected.cpu())
-
-
-@contextmanager
-def _in_double(pl_module: pl.LightningModule) -> Iterator[TorchFunctionMode]:
-    """Inside, the module's parameters are copies in float64; yields the mode in which it is to be run.
-
-    Copies instead of other data for the parameters themselves, whose gradients torch may round to their old precision.
-    """
-    copies: dict[int, nn.Parameter] = {}
-    originals = [(part, name, own) for part in pl_module.modules() for name, own in _slots(part)]
-    for _, _, own in originals:
-        if id(own) not in copies:
-            copies[id(own)] = nn.Parameter(_double(own.detach(), copy=True), requires_grad=own.requires_grad)
-    try:
-        for part, name, own in originals:
-            part.register_parameter(name, copies[id(own)])
-        yield _Double(set(copies))
-    finally:
-        for part, name, own in originals:
-            part.register_parameter(name, own)
-
-
-def _slots(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """A module's own parameters by their names, one that has two names twice."""
-    return module.named_parameters(recurse=False, remove_duplicate=False)
-
-
-class _DoubleBatch(FullBatch):
-    """The full batch, on which the loss is evaluated in a mode; the data are loaded outside of it."""
-
-    def __init__(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss_fn: ModelFunction | None, mode: TorchFunctionMode
-    ) -> None:
-        super().__init__(trainer, pl_module, loss_fn)
-        self._mode = mode
-
-    @override
-    def _loss(self, index: int, batch: Any) -> Tensor:
-        try:
-            with self._mode:
-                return super()._loss(index, batch)
-        except Exception as error:
-            if isinstance(error, SERIOUS) or type(error) is LossNotEvaluableError:
-                raise
-            raise NoDerivativeError(f"it cannot be had in float64: {error}") from error
-
-
-class _Double(TorchFunctionMode):
-    """Lets torch calculate in float64: what it is called on and what it returns are in float64.
-
-    Args:
-        replaced: identities of tensors that nothing may be called on.
-    """
-
-    def __init__(self, replaced: set[int]) -> None:
-        super().__init__()
-        self._replaced = replaced
-
-    @override
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = apply_to_collection((args, kwargs or {}), Tensor, self._converted, allow_frozen=True)
-        if func is Tensor.float and args[0].requires_grad:  # of what depends on the weights; data are rounded first
-            return args[0]
-        return apply_to_collection(func(*args, **kwargs), Tensor, self._converted, allow_frozen=True)
-
-    def _converted(self, tensor: Tensor) -> Tensor:
-        if id(tensor) in self._replaced:
-            raise NoDerivativeError("it depends on weights that are not found through the module's submodules")
-        return _double(tensor) if tensor.is_floating_point() else tensor
-
-
-def _double(tensor: Tensor, *, copy: bool = False) -> Tensor:
-    device = "cpu" if tensor.device.type == "mps" else tensor.device  # which has no float64
-    return tensor.to(device, torch.float64, copy=copy)
 
 
 def _parameters(pl_module: pl.LightningModule, network: Network) -> list[nn.Parameter]:
