@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_mnn.callbacks.pattern_store import PatternStore
@@ -75,8 +75,9 @@ class ActivationPatternRecorder(ScheduledCallback):
             loader gives it, the first axis of each of its tensors being the samples, the same on every process: for
             data whose samples cannot be enumerated, as those of an ``IterableDataset``.
         dirpath: folder of ``patterns.zarr``; None: the folder of the first logger's run, or without a logger the
-            Trainer's ``default_root_dir``. A store that another run left there is not touched: ``patterns-v1.zarr`` and
-            so on is written instead. A ``fast_dev_run`` writes nothing.
+            Trainer's ``default_root_dir``, where that is not the current folder: then nothing is written. A store that
+            another run left there is not touched: ``patterns-v1.zarr`` and so on is written instead. A ``fast_dev_run``
+            writes nothing.
         seed: seed of the probe.
         modules: names or patterns (``*``, ``?``) of the layers to record, or of modules whose layers are; None: all.
         memory_budget: bytes that the recorder may hold on the device, 32 MiB by default.
@@ -87,7 +88,8 @@ class ActivationPatternRecorder(ScheduledCallback):
         strict: let an error that the callback meets end the run; else it warns once, and training goes on without it.
 
     Attributes:
-        store: where the snapshots are; None before training, on processes other than the first, and in a fast_dev_run.
+        store: where the snapshots are; None before training, on processes other than the first, in a fast_dev_run, and
+            where nothing is written.
         layers: what is recorded, by name: number of units, of pieces, and which pieces count as active.
 
     Raises:
@@ -148,9 +150,10 @@ class ActivationPatternRecorder(ScheduledCallback):
     @override
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         log_dir = trainer.log_dir  # a collective
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        folder = self.dirpath or _folder_of_run(trainer, log_dir)
+        if trainer.is_global_zero and folder is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             digests = _digests(self._last) if self._last else []
-            self.store = _open_store(self.dirpath or _folder_of_run(trainer, log_dir), self._last_step, digests)
+            self.store = _open_store(folder, self._last_step, digests)
         super().start(trainer, pl_module)
 
     @override
@@ -316,9 +319,12 @@ def _any_layer(flags: Iterable[Tensor]) -> Tensor:
     return torch.stack(list(flags)).any(0)
 
 
-def _folder_of_run(trainer: pl.Trainer, log_dir: str | None) -> Path:
-    """The folder of the first logger's run, where Lightning's checkpoints are, too."""
+def _folder_of_run(trainer: pl.Trainer, log_dir: str | None) -> Path | None:
+    """The folder of the first logger's run, where Lightning's checkpoints are, too; None: nothing asks for files."""
     logger = trainer.logger
+    if logger is None and Path(trainer.default_root_dir).absolute() == Path.cwd():
+        rank_zero_info("Activation patterns: without a logger no patterns.zarr is written; dirpath= says where to")
+        return None
     if logger is None or logger.save_dir is None or logger.log_dir is not None:
         return Path(log_dir or trainer.default_root_dir)
     return Path(logger.save_dir, str(logger.name), str(logger.version))  # W&B's, which has many runs in one folder

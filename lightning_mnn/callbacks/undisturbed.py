@@ -20,9 +20,11 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
+from lightning_mnn.callbacks.silence import silence
 from lightning_mnn.data.loader import ExactLoader
 from lightning_mnn.utilities.compat.torch_internals import (
     forward_pre_hooks,
+    hooks_of,
     inner_schedulers,
     may_be_compiled,
     parameter_slots,
@@ -54,7 +56,9 @@ def undisturbed(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[
     """A context in which a module may be run without a trace in its training, also where the run fails.
 
     Inside, all submodules are in eval mode; ``log`` and ``log_dict`` do nothing, and each of the Trainer's loggers is a
-    dummy that says the same name and folders; metrics of torchmetrics and ``all_gather`` do not ask the other
+    dummy that says the same name and folders; trackers that are called directly take nothing, and stdout is not seen
+    (see :mod:`lightning_mnn.callbacks.silence`); hooks of parameters, as ``wandb.watch`` sets them, see no gradient;
+    metrics of torchmetrics and ``all_gather`` do not ask the other
     processes; compiled modules run eagerly; a lazy layer that is not initialised yet refuses to run; and the generators
     of torch (CPU, CUDA and MPS), numpy and random start from a fixed seed, so that two passes draw the same numbers.
 
@@ -90,6 +94,10 @@ def undisturbed(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[
         trainer.loggers = [_SilentLogger(logger) for logger in trainer.loggers]
         for parameter in parameters:
             parameter.grad = None
+            for hooks in hooks_of(parameter):  # which training's gradients go through, and ours shall not
+                afterwards.callback(_kept_entries(hooks))
+                hooks.clear()
+        afterwards.enter_context(silence())
         pl_module.eval()
         restart = Restart(trainer, modules, parameters, trained)
         afterwards.callback(restart.everything)

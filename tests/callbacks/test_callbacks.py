@@ -48,6 +48,12 @@ def callback(trainer, kind):
     return next(c for c in trainer.callbacks if isinstance(c, kind))
 
 
+@pytest.fixture
+def away(monkeypatch, tmp_path):
+    """The current folder is another than the Trainer's: then its folder gets files also without a logger."""
+    monkeypatch.chdir(tmp_path.parent)
+
+
 def test_detector_stops_at_a_minimum_and_knows_it(make_trainer):
     trainer, model, detector = fitted(make_trainer)
     assert detector.converged
@@ -132,6 +138,7 @@ def test_recorder_agrees_with_the_weights_of_each_step(make_trainer, tmp_path):
     assert rows[15]["pattern/regions_visited"] == recorder.summary()["regions_visited"]
 
 
+@pytest.mark.usefixtures("away")
 def test_recorder_on_a_probe_and_with_replicas(make_trainer, tmp_path):
     recorder = ActivationPatternRecorder(probe=7, seed=3)
     trainer = make_trainer(max_epochs=3, callbacks=[recorder])
@@ -148,6 +155,7 @@ def test_recorder_on_a_probe_and_with_replicas(make_trainer, tmp_path):
     assert len(recorder.summary()["regions_visited"]) == 2
 
 
+@pytest.mark.usefixtures("away")
 def test_a_store_is_never_overwritten(make_trainer, tmp_path):
     paths = []
     for _ in range(2):
@@ -158,6 +166,7 @@ def test_a_store_is_never_overwritten(make_trainer, tmp_path):
     assert PatternStore(paths[0]).steps == PatternStore(paths[1]).steps == [0, 1]
 
 
+@pytest.mark.usefixtures("away")
 def test_store_is_readable_while_the_run_goes_on_and_by_zarr_alone(make_trainer, tmp_path):
     class Reader(pl.Callback):
         counts = ()
@@ -230,6 +239,7 @@ def test_any_order_gives_the_same_numbers(make_trainer):
     assert all(numbers == found[0] for numbers in found)
 
 
+@pytest.mark.usefixtures("away")
 def test_a_resumed_run_leaves_the_stores_of_others_alone(make_trainer, tmp_path):
     from pytorch_lightning.callbacks import ModelCheckpoint
 
@@ -306,6 +316,7 @@ def test_a_part_of_a_module_is_not_judged_for_the_whole(make_trainer):
     assert detector.survey is None
 
 
+@pytest.mark.usefixtures("away")
 def test_recorder_follows_the_precision_of_training(make_trainer):
     recorder = ActivationPatternRecorder()
     dataset = TensorDataset(torch.randn(10, 1, 6, 6), torch.randint(0, 2, (10,)))
@@ -333,6 +344,7 @@ def test_training_is_not_touched_by_the_callbacks(make_trainer, seed):
         assert torch.equal(a, b)
 
 
+@pytest.mark.usefixtures("away")
 def test_a_second_fit_knows_nothing_of_the_first(make_trainer):
     torch.manual_seed(0)
     x, y = GaussianData(28, 12).tensors()
@@ -372,6 +384,7 @@ class Foreign(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+@pytest.mark.usefixtures("away")
 def test_recorder_in_a_foreign_module(make_trainer):
     dataset = TensorDataset(torch.randn(10, 1, 6, 6), torch.randint(0, 2, (10,)))
     recorder, module = ActivationPatternRecorder(Schedule(every=1)), Foreign()

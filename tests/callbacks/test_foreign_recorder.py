@@ -610,9 +610,15 @@ def test_batches_that_training_leaves_out_are_not_recorded(tmp_path):
     assert re.search(r"last batch of 1 samples.*batch_size=4, drop_last=True.*multiple", caught.value.__notes__[-1])
 
 
-def test_the_store_is_in_the_folder_of_the_run(tmp_path):
+def test_the_store_is_in_the_folder_of_the_run(monkeypatch, tmp_path):
     """W&B's loggers have one folder for many runs, and one in it for the checkpoints of each."""
     module, loader = foreign_model("mlp")
+    recorder = ActivationPatternRecorder()
+    foreign_trainer(callbacks=[recorder], max_epochs=1).fit(module, loader)
+    assert recorder.store is None  # without a logger nothing is written here
+    assert recorder.summary()["regions_visited"] >= 1
+    assert not [*tmp_path.iterdir()]
+    monkeypatch.chdir(tmp_path.parent)
     csv, wandb = CSVLogger(tmp_path / "csv"), WandbLogger("x", save_dir=tmp_path, offline=True, project="p", id="abc")
     for logger, folder in ((csv, csv.log_dir), (wandb, tmp_path / "p" / "abc"), (False, tmp_path)):
         recorder = ActivationPatternRecorder()

@@ -7,8 +7,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F  # noqa: N812 (as everybody calls it)
+import wandb
 from pytorch_lightning.callbacks import StochasticWeightAveraging
 from pytorch_lightning.utilities.combined_loader import CombinedLoader
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -21,6 +23,7 @@ from torch.utils.data import (
     TensorDataset,
     WeightedRandomSampler,
 )
+from torch.utils.tensorboard import SummaryWriter
 
 from lightning_mnn.callbacks import ActivationPatternRecorder, AngularVolumeMonitor, LocalMinimumDetector, Schedule
 from tests.foreign_models import foreign_trainer
@@ -241,6 +244,48 @@ def test_a_fit_without_a_step_keeps_what_was_found_and_copies_hold_it(tmp_path):
     assert [callback.summary() for callback in callbacks] == found
     copies = pickle.loads(pickle.dumps(callbacks))  # noqa: S301 (as ddp_spawn copies them)
     assert [callback.summary() for callback in copies] == found
+
+
+class Talkative(Regression):
+    """Tells trackers, the console and a hook of each step."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.run = wandb.init(mode="offline", dir=folder)
+        self.writer = SummaryWriter(folder / "board")
+        self.gradients = []
+        self.net[0].weight.register_hook(lambda gradient: self.gradients.append(gradient) or 0.5 * gradient)
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        number = loss.item()
+        wandb.log({"loss": number})
+        self.run.log({"again": number})
+        self.writer.add_scalar("loss", number, self.global_step)
+        print("loss", number)
+        return loss
+
+
+def test_passes_tell_nobody(tmp_path, capsys):
+    found = []
+    for name, callbacks in (("plain", []), ("watched", observers(tmp_path))):
+        (tmp_path / name).mkdir()
+        module = Talkative(tmp_path / name)
+        for callback in callbacks:
+            callback.stop_training = False
+        fit(module, few(), callbacks)
+        module.writer.close()
+        (events,) = (tmp_path / name / "board").iterdir()
+        rows = sum(1 for event in LegacyEventFileLoader(str(events)).Load() if event.summary.value)
+        found.append((module.run.step, rows, capsys.readouterr().out.count("loss"), len(module.gradients)))
+        module.run.finish()
+    assert found[0] == found[1] == (20, 10, 10, 10)
+    x, y = samples()[:]
+    without_hooks = Regression()
+    without_hooks.load_state_dict(module.state_dict())
+    gradients = torch.autograd.grad(F.mse_loss(without_hooks(x), y), list(without_hooks.parameters()))
+    expected = float(sum(gradient.square().sum() for gradient in gradients)) ** 0.5
+    assert callbacks[0].summary()["gradient_norm"] == pytest.approx(expected, rel=1e-9)
 
 
 class Failing(LocalMinimumDetector):

@@ -198,6 +198,24 @@ def test_the_dict_of_pre_hooks(monkeypatch):
         torch_internals.forward_pre_hooks(module)
 
 
+@canary_of(torch_internals.hooks_of)
+def test_the_dicts_of_hooks_of_a_tensor(monkeypatch):
+    tensor, seen = torch.ones(2, requires_grad=True), []
+    assert torch_internals.hooks_of(tensor) == []
+    tensor.register_hook(seen.append)
+    (hooks,) = torch_internals.hooks_of(tensor)
+    kept = dict(hooks)
+    hooks.clear()
+    torch.autograd.grad(tensor.sum(), tensor)
+    assert not seen
+    hooks.update(kept)
+    torch.autograd.grad(tensor.sum(), tensor)
+    assert len(seen) == 1
+    hide(monkeypatch, torch.Tensor, "_backward_hooks")
+    with missing("_backward_hooks"):
+        torch_internals.hooks_of(tensor)
+
+
 @canary_of(torch_internals.without_torch_function)
 def test_no_mode_sees_a_call(monkeypatch):
     class Seen(TorchFunctionMode):

@@ -61,6 +61,11 @@ def have_hooks(modules: Iterable[nn.Module], tensors: Iterable[Tensor]) -> bool:
     )
 
 
+def hooks_of(tensor: Tensor) -> list[dict[int, Any]]:
+    """The dicts that hold a tensor's hooks, where it has any: ``Tensor._backward_hooks`` and its like."""
+    return [hooks for name in _OF_TENSORS if (hooks := attribute(tensor, name, "torch"))]
+
+
 def without_torch_function() -> AbstractContextManager[Any]:
     """A context in which no ``TorchFunctionMode`` sees a call: ``torch._C.DisableTorchFunction``."""
     context: AbstractContextManager[Any] = attribute(torch, "_C.DisableTorchFunction", "torch")()
