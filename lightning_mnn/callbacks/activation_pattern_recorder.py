@@ -193,6 +193,8 @@ class ActivationPatternRecorder(ScheduledCallback):
 
     @override
     def summary(self) -> dict[str, Any]:
+        if (received := self.received()) is not None:
+            return received
         visited = [len(digests) for digests in self._regions]
         replicated = any(pattern.lead for pattern in self._last.values())
         found = {"regions_visited": (visited if replicated else visited[0]) if visited else None}

@@ -294,6 +294,8 @@ class AngularVolumeMonitor(ScheduledCallback):
 
     @override
     def summary(self) -> dict[str, Any]:
+        if (received := self.received()) is not None:
+            return received
         if self.failure is not None:
             none = dict.fromkeys(("log_volume", "log_volume_standard_error", "log_volume_lower_bound"))
             local = {} if self.local is None else Found(reason=self.failure, cones_reason=self.failure).plain()

@@ -224,6 +224,8 @@ class LocalMinimumDetector(ScheduledCallback):
 
     @override
     def summary(self) -> dict[str, Any]:
+        if (received := self.received()) is not None:
+            return received
         if self.failure is not None:
             return {"evidence": str(Evidence.NONE), "kind": "undecided", "reason": self.failure}
         return {} if self._judge is None else self._judge.summary()

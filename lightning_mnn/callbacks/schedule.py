@@ -6,6 +6,9 @@ import math
 import sys
 from abc import abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
+from secrets import token_hex
+from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -17,7 +20,9 @@ from lightning_mnn.callbacks.last_checkpoint import LastCheckpoint
 from lightning_mnn.callbacks.model_pass import StepFailedError
 from lightning_mnn.callbacks.training_set import forget, gather, share_error
 from lightning_mnn.mnn import DivergenceError
+from lightning_mnn.utilities.compat.lightning_internals import trains_in_children
 from lightning_mnn.utilities.compat.torch_internals import change_count
+from lightning_mnn.utilities.files import read_json, write_json
 from lightning_mnn.utilities.interruption import Interrupted, stop_at_this_step, stopping
 from lightning_mnn.validation import ArgumentError, MisfitError, one_of, positive_integer, real_number, truth_value
 
@@ -123,6 +128,8 @@ class ScheduledCallback(pl.Callback):
         self.failure: str | None = None
         self._weights: Any = None  # which they were when it acted
         self._of_last_fit: dict[str, Any] | None = None  # what was found, until this one begins
+        self._letter = Path(gettempdir(), f"lightning-mnn-{token_hex(8)}.json")  # from a child that trained
+        self._received: dict[str, Any] | None = None
         self._last_step: int | None = None
         self.completed_epochs = 0
         self._acted = False  # by this process; a resumed run has a last step before that
@@ -186,7 +193,7 @@ class ScheduledCallback(pl.Callback):
         if stage == "fit":
             self._of_last_fit = self.__getstate__()
             self._last_step, self._acted, self._waits, self._owes = None, False, False, False
-            self.failure, self._weights = None, None
+            self.failure, self._weights, self._received = None, None, None
             _add_last_word(trainer)
             forget(pl_module)
 
@@ -219,6 +226,15 @@ class ScheduledCallback(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.observe(lambda: self.finish(trainer, pl_module))
         self._weights = weights_of(pl_module)
+        if trainer.is_global_zero and trains_in_children(trainer):
+            write_json(self._letter, self.summary())
+
+    def received(self) -> dict[str, Any] | None:
+        """The summary of a fit that was in a child of this process, as by "ddp_spawn"; None: there was none."""
+        if self._last_step is None and self._letter.exists():
+            self._received = read_json(self._letter, (), "fit anew")
+            self._letter.unlink()
+        return self._received
 
     def finish_again(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finish once more, if the weights have changed since."""

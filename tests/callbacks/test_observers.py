@@ -1,7 +1,12 @@
 """The callbacks only look on: in a project of any kind training goes on as without them, and they say what they saw."""
 
+import json
+import os
 import pickle
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -26,6 +31,7 @@ from torch.utils.data import (
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_mnn.callbacks import ActivationPatternRecorder, AngularVolumeMonitor, LocalMinimumDetector, Schedule
+from tests.children import PATIENCE
 from tests.foreign_models import foreign_trainer
 from tests.strange_projects import PROJECTS, project
 
@@ -244,6 +250,36 @@ def test_a_fit_without_a_step_keeps_what_was_found_and_copies_hold_it(tmp_path):
     assert [callback.summary() for callback in callbacks] == found
     copies = pickle.loads(pickle.dumps(callbacks))  # noqa: S301 (as ddp_spawn copies them)
     assert [callback.summary() for callback in copies] == found
+
+
+IN_CHILDREN = """
+import json
+from tests.callbacks.test_observers import observers
+from tests.foreign_models import foreign_model, foreign_trainer
+
+if __name__ == "__main__":
+    found = []
+    for strategy in ("ddp_fork", "auto"):
+        callbacks = observers(None, strict=True)
+        options = {"strategy": strategy, "devices": 2 if strategy != "auto" else 1}
+        foreign_trainer(callbacks=callbacks, max_epochs=1, **options).fit(*foreign_model("mlp", batch_size=24))
+        found.append([sorted(callback.summary()) for callback in callbacks])
+    print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
+def test_what_children_found_comes_back(tmp_path):
+    (tmp_path / "main.py").write_text(IN_CHILDREN)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parents[2], *sys.path[1:])))}
+    done = subprocess.run(
+        [sys.executable, "main.py"], capture_output=True, text=True, check=False, timeout=PATIENCE, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    in_children, alone = json.loads(done.stdout.splitlines()[-1])
+    assert in_children == alone
+    assert all(in_children)
 
 
 class Talkative(Regression):

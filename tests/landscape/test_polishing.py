@@ -110,9 +110,9 @@ def adam_runs(num_samples, input_dim, width, slope, seeds, steps):
 
 @pytest.mark.slow
 def test_under_parameterised_runs_end_in_certified_minima():
-    """Of 48 runs at least 80 % are certified as they are, and 95 % with polish."""
+    """Of 32 runs at least 80 % are certified as they are, and 95 % with polish."""
     certified, polished, total = 0, 0, 0
-    for sizes in ((100, 10, 2), (200, 10, 4), (400, 20, 4)):
+    for sizes in ((100, 10, 2), (200, 10, 4)):
         for slope in (0.0, 0.1):
             w, z, x, y = adam_runs(*sizes, slope, seeds=8, steps=12_500)
             total += 8

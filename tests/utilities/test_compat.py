@@ -636,6 +636,15 @@ def test_when_a_model_checkpoint_saves(monkeypatch):
         time(callback)
 
 
+@canary_of(lightning_internals.trains_in_children)
+def test_where_a_fit_trains(monkeypatch, make_trainer):
+    assert not lightning_internals.trains_in_children(make_trainer(strategy="ddp", devices=2))
+    assert lightning_internals.trains_in_children(make_trainer(strategy="ddp_spawn", devices=2))
+    hide(monkeypatch, pl.strategies.launchers, "_MultiProcessingLauncher")
+    with missing("_MultiProcessingLauncher"):
+        lightning_internals.trains_in_children(make_trainer())
+
+
 @canary_of(lightning_internals.combination)
 def test_how_loaders_are_combined(monkeypatch, fitted):
     assert lightning_internals.combination(fitted) == "max_size_cycle"

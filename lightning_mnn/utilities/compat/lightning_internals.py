@@ -208,6 +208,15 @@ def leave_out_exchange_of_signals(trainer: pl.Trainer) -> None:
         loop._broadcast_sigterm_tensor = lambda: None
 
 
+@private_part(_LIBRARY, "_MultiProcessingLauncher")
+def trains_in_children(trainer: pl.Trainer) -> bool:
+    """Whether a Trainer trains in children of the process, as by "ddp_spawn": ``_MultiProcessingLauncher``."""
+    from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher  # noqa: PLC0415
+
+    kinds = type(trainer.strategy.launcher).__mro__  # of either namespace
+    return any(kind.__name__ == _MultiProcessingLauncher.__name__ for kind in kinds)
+
+
 def combination(trainer: pl.Trainer) -> Any:
     """How a fit goes through several loaders at once, such as "max_size_cycle": ``CombinedLoader._mode``."""
     return attribute(trainer, "fit_loop._combined_loader._mode", _LIBRARY)
