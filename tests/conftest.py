@@ -36,9 +36,9 @@ def _quiet_machine(monkeypatch, tmp_path):
     yield
     for name in loggers_of_remarks():  # which the command silences
         logging.getLogger(name).setLevel(logging.NOTSET)
-    wandb = sys.modules.get("wandb")
-    if wandb is not None and wandb.run is not None:  # which the next test's logger would go on with
-        wandb.finish()
+    if "WANDB_SERVICE" in os.environ:  # else the next test would have its run, and its settings
+        sys.modules["wandb"].teardown()
+        os.environ.pop("WANDB_SERVICE", None)
 
 
 @pytest.fixture
