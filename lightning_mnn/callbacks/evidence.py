@@ -44,6 +44,29 @@ class Evidence(StrEnum):
     NONE = "none"
 
 
+class Difference(StrEnum):
+    """In what the objective of a verdict differs from what training lowers."""
+
+    WEIGHT_DECAY = "weight_decay"
+    FROZEN_WEIGHTS = "frozen_weights"
+
+
+_DIFFERENCES = {
+    Difference.WEIGHT_DECAY: "the optimiser's weight_decay is no part of this loss: what is trained is another",
+    Difference.FROZEN_WEIGHTS: "frozen weights count as free in it: what is trained is the loss of the others",
+}
+
+
+def told(differences: list[Difference]) -> list[str]:
+    """The sentences of differences."""
+    return [_DIFFERENCES[difference] for difference in differences]
+
+
+def has_weight_decay(trainer: pl.Trainer) -> bool:
+    """Whether an optimiser takes weights down beside the loss."""
+    return any(group.get("weight_decay", 0) for own in trainer.optimizers for group in own.param_groups)
+
+
 class Judge(ABC):
     """Gathers the evidence of one tier; a :class:`LocalMinimumDetector` says when.
 
@@ -158,11 +181,10 @@ def seen_data(trainer: pl.Trainer) -> list[str]:
 
 def conditions(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
     """What the loss over the training set leaves out of what training does, in words."""
-    told = [*unseen_batches(trainer), *seen_data(trainer)]
-    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    if any(group.get("weight_decay", 0) for group in groups):
-        told.append("the optimiser's weight_decay is no part of this loss: what is trained is another")
+    found = [*unseen_batches(trainer), *seen_data(trainer)]
+    if has_weight_decay(trainer):
+        found += told([Difference.WEIGHT_DECAY])
     for text, kind in _MODAL.items():
         if any(isinstance(module, kind) for module in pl_module.modules()):
-            told.append(text)
-    return told
+            found.append(text)
+    return found

@@ -13,7 +13,15 @@ from lightning_mnn.callbacks.certification import (
     polish_on_training_set,
     why_not_certified,
 )
-from lightning_mnn.callbacks.evidence import Evidence, Judge, conditions, unseen_batches
+from lightning_mnn.callbacks.evidence import (
+    Difference,
+    Evidence,
+    Judge,
+    conditions,
+    has_weight_decay,
+    told,
+    unseen_batches,
+)
 from lightning_mnn.callbacks.schedule import plain
 from lightning_mnn.callbacks.squared_error import SquaredErrorLoss, still_fits
 from lightning_mnn.callbacks.training_set import (
@@ -22,7 +30,7 @@ from lightning_mnn.callbacks.training_set import (
     states_network,
     survey_training_set,
 )
-from lightning_mnn.callbacks.undisturbed import kept_generators
+from lightning_mnn.callbacks.undisturbed import kept_generators, trained_parameters
 from lightning_mnn.landscape.judgement import Kind
 from lightning_mnn.landscape.minimum import Certificate, FirstOrderVerdict, first_order_verdicts
 from lightning_mnn.landscape.survey import Network, Survey, rank_cap
@@ -54,6 +62,7 @@ class NetworkJudge(Judge):
         verdicts: the last look's first-order verdicts, one a replica.
         certificates: the last certificates, one a replica; empty where there are none.
         survey: the last look's pass.
+        differences: in what the mean squared error, which verdicts are about, differs from what training lowers.
     """
 
     def __init__(
@@ -76,6 +85,7 @@ class NetworkJudge(Judge):
         self._certifiable = False
         self._not_certified: str | None = None  # why
         self._rank_cap: Tensor | None = None
+        self.differences: list[Difference] = []
         self._notes: list[str] = []  # on what training does beside
 
     @property
@@ -87,6 +97,12 @@ class NetworkJudge(Judge):
     @override
     def passed(self) -> bool:
         return all(verdict.kind is Kind.DIFFERENTIABLE_MINIMUM for verdict in self.verdicts)
+
+    @property
+    @override
+    def found_minimum(self) -> bool:
+        """Whether all replicas are at a minimum of what training lowers."""
+        return super().found_minimum and not self.differences
 
     @property
     @override
@@ -104,7 +120,8 @@ class NetworkJudge(Judge):
         self.certificates = []
         self._not_certified = why_not_certified(trainer, network)
         self._certifiable = len(network.hidden_weights) == 1 and self._not_certified is None
-        self._notes = unseen_batches(trainer) if self.fitted is None else conditions(trainer, pl_module)
+        self.differences = _differences(trainer, pl_module, network)
+        self._notes = _notes(trainer, pl_module, self.differences, fitted=self.fitted is not None)
         with _kept(trainer, pl_module):
             self._survey(trainer, pl_module, network)
 
@@ -124,7 +141,8 @@ class NetworkJudge(Judge):
                 polished = polish_on_training_set(trainer, pl_module, network, self._max_distance)
                 self.certificates = [found.certificate for found in polished]
                 self._moved = [found.distance if found.moved else 0.0 for found in polished]
-                reached = [found.certificate.is_minimum and not found.moved for found in polished]
+                ours = not self.differences  # or the weights would leave what training came to
+                reached = [ours and found.certificate.is_minimum and not found.moved for found in polished]
                 move_to(network, self.certificates, reached)
                 self._survey(trainer, pl_module, network)
         elif not self.certificates:
@@ -180,6 +198,8 @@ class NetworkJudge(Judge):
         kinds, reasons = self.kinds()
         found = {
             "evidence": str(self.evidence),
+            "objective": "mse",
+            "objective_differs_by": [str(difference) for difference in self.differences],
             "mse": plain(self.survey.mse),
             "mce": plain(self.survey.mce),
             "wrong": plain(self.survey.wrong),
@@ -204,8 +224,8 @@ class NetworkJudge(Judge):
             ]
         for name in ("distance", "weight_distance", "margin_ratio", "rank"):
             found[name] = [getattr(certificate, name) for certificate in self.certificates]
-        several = bool(self.survey.mse.ndim)
-        return {key: _one(value, several=several) for key, value in found.items()}
+        several, differs = bool(self.survey.mse.ndim), found.pop("objective_differs_by")
+        return {key: _one(value, several=several) for key, value in found.items()} | {"objective_differs_by": differs}
 
     @override
     def state(self) -> dict[str, Any]:
@@ -239,6 +259,25 @@ _CERTIFIED = {
     "margin_ratio": "margin_ratio",
     "rank": "rank",
 }
+
+
+def _differences(trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network) -> list[Difference]:
+    found = [Difference.WEIGHT_DECAY] if has_weight_decay(trainer) else []
+    places, trained = {tensor.data_ptr() for tensor in network.tensors}, trained_parameters(trainer, pl_module)
+    own = [parameter for parameter in pl_module.parameters() if parameter.data_ptr() in places]
+    free = {id(parameter) for parameter in trained}
+    frozen = any(id(parameter) not in free for parameter in own)
+    return found + ([Difference.FROZEN_WEIGHTS] if frozen else [])
+
+
+def _notes(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, differences: list[Difference], *, fitted: bool
+) -> list[str]:
+    """What training does beside, in words."""
+    if not fitted:
+        return unseen_batches(trainer) + told(differences)
+    found = conditions(trainer, pl_module)  # weight decay among them
+    return found + [text for text in told(differences) if text not in found]
 
 
 def _network(pl_module: pl.LightningModule) -> Network:

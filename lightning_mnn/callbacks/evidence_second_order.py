@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_mnn.callbacks.double import DoubleBatch, in_double
 from lightning_mnn.callbacks.evidence import Evidence, Judge, check_weights, conditions, diverged
-from lightning_mnn.callbacks.full_batch import FullBatch
+from lightning_mnn.callbacks.full_batch import FullBatch, Reduction
 from lightning_mnn.callbacks.gradient_norms import GradientNorms
 from lightning_mnn.callbacks.model_pass import LossNotEvaluableError
 from lightning_mnn.callbacks.undisturbed import trained_parameters
@@ -81,7 +81,7 @@ class SecondOrderJudge(Judge):
         self._notes: list[str] = []
         self._told: list[str] = []
         self._concluded = False
-        self._sums: bool | None = None  # whether the loss is a sum over samples; None: not known yet
+        self._reduction: Reduction | None = None  # of the loss over samples; None: not known yet
 
     @property
     @override
@@ -112,8 +112,8 @@ class SecondOrderJudge(Judge):
             first = batch.first_loss()
             self.verdict = self._stationarity(surface)
             batch.check()
-            if self._sums is None:
-                self._sums = batch.sums()
+            if self._reduction is None:
+                self._reduction = batch.reduction()
             batch.check_repeats(first)
         self._concluded = False
         if not math.isfinite(self.verdict.loss):
@@ -241,7 +241,12 @@ class SecondOrderJudge(Judge):
         found += conditions(trainer, pl_module)
         found += batch.notes()
         loader: Any = trainer.train_dataloader
-        if self._sums and (draws(loader) or num_samples(loader) % batch_size_of(loader)):
+        if self._reduction is Reduction.OTHER:
+            found.append(
+                "the loss of a batch is no mean over its samples (as one over tokens is not, of which samples have "
+                "several), and that of the training set is taken for the mean over batches by their numbers of samples"
+            )
+        if self._reduction is Reduction.SUM and (draws(loader) or num_samples(loader) % batch_size_of(loader)):
             found.append(
                 "the loss is a sum over the samples of a batch and is taken for their mean, so that the last batch, "
                 "which is smaller, counts for less; give a loss_fn(module, batch) that returns the mean"

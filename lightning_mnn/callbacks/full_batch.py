@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from contextlib import contextmanager, suppress
 from copy import deepcopy
+from enum import StrEnum
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,14 @@ if TYPE_CHECKING:
     from lightning_mnn.callbacks.model_pass import ModelFunction
 
 _KEPT = 1 << 28  # bytes of batches up to which they are kept for the next pass
+
+
+class Reduction(StrEnum):
+    """How the loss of a batch follows from its samples."""
+
+    MEAN = "mean"
+    SUM = "sum"
+    OTHER = "other"  # as a mean over tokens, of which samples have several
 
 
 class FullBatch:
@@ -89,11 +98,13 @@ class FullBatch:
         self._modules = modules
         self._run: Callable[[int, Any], Any] = self._loss_or_none if losses else self._forward
         self._drawn = draws(trainer.train_dataloader) is not None
+        self._dropped = 0
         self._counts: tuple[int, int] | None = None  # samples of all processes, and of this one
         if not self._drawn:
             total = num_samples(trainer.train_dataloader)
             low, high = part_of(total, trainer.global_rank, trainer.world_size)
-            self._counts = total, high - low
+            self._dropped = _dropped(trainer, total)
+            self._counts = total - self._dropped, high - low
         self._kept: list[Any] | None = None
         self._restart: Restart | None = None
         self._moving: set[int] = set()  # ids of the parameters of surfaces
@@ -183,25 +194,38 @@ class FullBatch:
             )
         return found
 
-    def sums(self) -> bool:
-        """Whether the loss of a batch given twice is twice as large, so that it is a sum over samples and no mean.
+    def reduction(self) -> Reduction:
+        """How the loss of a batch follows from its samples, as far as the first batch tells.
 
-        The first batch tells, if each of its tensors has one entry or row for each sample.
+        A batch given twice has twice the loss if that is a sum; a batch in two parts has their mean, weighted by the
+        number of samples, if it is a mean. Asked of batches whose tensors have one entry or row for each sample.
         """
-        own, failure = False, self._failure
+        own, failure = Reduction.MEAN, self._failure
         for index, batch, size in self._batches():
             tensors: list[Tensor] = []
             apply_to_collection(batch, Tensor, tensors.append, allow_frozen=True)
             if tensors and all(tensor.ndim and len(tensor) == size for tensor in tensors):
-                twice = apply_to_collection(
-                    batch, Tensor, lambda tensor: torch.cat([tensor, tensor]), allow_frozen=True
-                )
                 with suppress(Exception):  # of a step that knows how large its batches are
-                    one, two = (float(self._part(index, part).detach()) for part in (batch, twice))
-                    own = abs(two - 2 * one) < 1e-3 * abs(one)
+                    own = self._reduction_of(index, batch, size)
             break
         self._failure = failure
-        return any(gather(own))
+        told = gather(str(own))
+        return next((kind for kind in (Reduction.SUM, Reduction.OTHER) if str(kind) in told), Reduction.MEAN)
+
+    def _reduction_of(self, index: int, batch: Any, size: int) -> Reduction:
+        def loss(change: Callable[[Tensor], Tensor]) -> float:
+            changed = apply_to_collection(batch, Tensor, change, allow_frozen=True)
+            return float(self._part(index, changed).detach())
+
+        one, two = loss(Tensor.clone), loss(lambda tensor: torch.cat([tensor, tensor]))
+        within = 1e-3 * abs(one)
+        if abs(two - 2 * one) < within:
+            return Reduction.SUM
+        if abs(two - one) >= within or size < 2:  # of a step that draws numbers, say
+            return Reduction.MEAN
+        half = size // 2
+        parts = half * loss(lambda tensor: tensor[:half]) + (size - half) * loss(lambda tensor: tensor[half:])
+        return Reduction.MEAN if abs(parts / size - one) < within else Reduction.OTHER
 
     def notes(self) -> list[str]:
         """What :meth:`nearest_kink` could not tell, in words."""
@@ -210,7 +234,10 @@ class FullBatch:
             "kinks of {} are left out": self.left_out,
             "of smooth functions, not piecewise linear: {}": self.smooth,
         }
-        return [text.format(", ".join(names)) for text, names in told.items() if names]
+        found = [text.format(", ".join(names)) for text, names in told.items() if names]
+        if self._dropped:
+            found.append(f"the last {self._dropped} samples are left out, as many as drop_last drops from each epoch")
+        return found
 
     def check(self) -> None:
         """Check that each batch gave a loss; to be called by all processes after a pass.
@@ -291,6 +318,8 @@ class FullBatch:
             known = isinstance(loader, DataLoader) and not self._drawn
             size = min(batch_size_of(loader), left) if known else batch_size(batch)
             left -= size
+            if self._dropped and isinstance(loader, DataLoader) and size < (loader.batch_size or 0):
+                break  # which its module may not be able to take
             if kept is not None and self._kept is None:
                 kept.append(_copied(batch))
                 kept = kept if _is_known(batch) and _bytes(kept) <= _KEPT else None
@@ -307,6 +336,16 @@ class FullBatch:
 
     def _team(self) -> Team:
         return Team() if self._trainer.world_size == 1 else ProcessTeam(self._sizes()[1])
+
+
+def _dropped(trainer: pl.Trainer, total: int) -> int:
+    """Samples in last batches that a loader drops; 0 where a process would be left with none."""
+    loader: Any = trainer.train_dataloader
+    if not (isinstance(loader, DataLoader) and loader.drop_last and loader.batch_size):
+        return 0
+    parts = [part_of(total, rank, trainer.world_size) for rank in range(trainer.world_size)]
+    sizes = [stop - start for start, stop in parts]
+    return 0 if min(sizes) < loader.batch_size else sum(size % loader.batch_size for size in sizes)
 
 
 def _copied(batch: Any) -> Any:

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-# Nonlinear functions without pieces, or, as hardswish and elu, with curved ones.
+# Nonlinear functions without pieces, or, as hardswish, with curved ones.
 # fmt: off
 SMOOTH = frozenset([
-    "celu", "cos", "cosine_similarity", "elu", "erf", "exp", "expit", "expm1", "gelu", "glu", "group_norm", "gru",
+    "celu", "cos", "cosine_similarity", "erf", "exp", "expit", "expm1", "gelu", "glu", "group_norm", "gru",
     "gru_cell", "gumbel_softmax", "hardswish", "huber_loss", "instance_norm", "layer_norm", "log", "log1p",
     "log_softmax", "logsigmoid", "logsumexp", "lstm", "lstm_cell", "mish", "multi_head_attention_forward", "normalize",
     "pow", "reciprocal", "rms_norm", "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell", "rsqrt",
-    "scaled_dot_product_attention", "selu", "sigmoid", "silu", "sin", "smooth_l1_loss", "softmax", "softmin",
+    "scaled_dot_product_attention", "sigmoid", "silu", "sin", "smooth_l1_loss", "softmax", "softmin",
     "softplus", "softsign", "special_expit", "sqrt", "square", "tanh", "tanhshrink",
 ])
 # fmt: on
@@ -182,6 +182,16 @@ def has_kinks(name: str) -> bool:
     return name in _FUNCTIONS
 
 
+def is_smooth(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a call of torch is of a smooth function, that is none of pieces; an ELU is one if its slopes at 0 agree.
+
+    >>> x = torch.zeros(1)
+    >>> is_smooth("elu", (x,), {}), is_smooth("elu", (x, 0.5), {}), is_smooth("tanh", (x,), {})
+    (True, False, True)
+    """
+    return name in SMOOTH or (name == "elu" and _elu(*args, **kwargs) is None)
+
+
 def has_unseen_kinks(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Whether a call of torch has kinks that cannot be told from outside.
 
@@ -213,6 +223,11 @@ def function_of(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Funct
 
 def _at_zero(input: Tensor, *_: Any, **__: Any) -> Function:  # noqa: A002 (torch's name, which may be a keyword)
     return Elementwise(input)
+
+
+def _elu(input: Tensor, alpha: float = 1.0, *_: Any, **__: Any) -> Function | None:  # noqa: A002
+    """α (exp(x) − 1) below 0, whose slope α at 0 is that of x above if α = 1."""
+    return None if alpha == 1 else Elementwise(input)
 
 
 def _hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, *_: Any, **__: Any) -> Function:  # noqa: A002
@@ -408,7 +423,8 @@ def _tuple(value: Any, length: int) -> tuple[int, ...]:
 
 
 _FUNCTIONS: dict[str, Callable[..., Function | None]] = {
-    **dict.fromkeys(("relu", "leaky_relu", "prelu", "rrelu", "elu", "selu", "abs", "absolute"), _at_zero),
+    **dict.fromkeys(("relu", "leaky_relu", "prelu", "rrelu", "selu", "abs", "absolute"), _at_zero),
+    "elu": _elu,
     "relu6": _relu6,
     "hardtanh": _hardtanh,
     "hardsigmoid": _at_three,

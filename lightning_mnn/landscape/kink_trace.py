@@ -16,7 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from lightning_mnn.landscape.kink_functions import SMOOTH, Function, function_of, has_kinks, has_unseen_kinks
+from lightning_mnn.landscape.kink_functions import Function, function_of, has_kinks, has_unseen_kinks, is_smooth
 from lightning_mnn.utilities.compat.torch_internals import is_functorch_tensor, named_modules_as_written
 from lightning_mnn.utilities.transfer import fetched
 
@@ -212,7 +212,7 @@ class KinkTrace:
         """Look at a call of torch, and hand it on if it has kinks."""
         if self._metrics and any(id(part) in self._metrics for part in self._within):
             return
-        if name in SMOOTH:
+        if is_smooth(name, args, kwargs):
             self.smooth.add(name)
         if has_unseen_kinks(name, args, kwargs):
             self.opaque.add(name)

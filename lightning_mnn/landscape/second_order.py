@@ -29,6 +29,7 @@ _KNOWN = 0.02  # error of a negative λ_min, relative to the largest |λ|, up to
 _FEIGNED = 4.0  # times the curvature that the gradient gives the scaling of a unit, up to which it may be no other
 _LOSS_ROUNDINGS = 8.0  # error of a loss, in spacings of its floats
 _CLEAR = 16.0  # times that error, from which a change of the loss is one
+_FLOATS = ("float32", "float16", "bfloat16")
 _LEAST_SHARE = 0.5  # of the gradient, that its change over kinks is below where no side can make it zero
 _FEW = 8.0  # units on kinks by chance, from which their number is known well
 _LENGTHS = (1.0, 4.0, 16.0, 64.0)  # of the trial steps, relative to the shortest whose effect is clear
@@ -140,7 +141,7 @@ def judge_stationarity(
         change = "" if jump is None else f", between whose sides the gradient changes by {jump:.1e} of the reference"
         sides = (
             f"{kinks.count} of {kinks.units} units are on a kink within rounding ({kinks.by_chance:.1g} would be by "
-            f"chance; nearest in {kinks.layer}){change}"
+            f"chance; nearest in {kinks.layer}){_coarse(kinks.spacing, surface.dtype)}{change}"
         )
     descends = relative > gradient_tolerance and (jump is None or jump < _LEAST_SHARE * relative)  # on every side
     if not descends and jump is not None and not jump <= jump_tolerance:
@@ -296,6 +297,14 @@ def _where(relative_kink: float) -> str:
         if relative_kink == math.inf
         else f"the nearest kink at {relative_kink:.1e} of its scale"
     )
+
+
+def _coarse(spacing: float, dtype: torch.dtype) -> str:
+    """Which floats round pre-activations, where they have fewer digits than the weights."""
+    if spacing <= torch.finfo(dtype).eps:
+        return ""
+    name = next(name for name in _FLOATS if torch.finfo(getattr(torch, name)).eps == spacing)
+    return f", in the rounding of {name}, in which the module's own step computes (autocast within it)"
 
 
 def _jump(surface: LossSurface, spacing: float) -> float:

@@ -351,6 +351,35 @@ def test_a_deep_sequential_of_ones_own_has_second_order_evidence_and_weight_deca
         assert "weight_decay is no part of this loss" in found["reason"]
 
 
+class Decayed(MNN):
+    """Trained with weight decay as torch.optim means it, or with its first layer frozen."""
+
+    def __init__(self, decay):
+        super().__init__(4, [12], regression=True)
+        self.decay = decay
+        if not decay:
+            next(self.parameters()).requires_grad_(requires_grad=False)
+
+    def configure_optimizers(self):
+        free = [p for p in self.parameters() if p.requires_grad]
+        return torch.optim.SGD(free, lr=0.0, weight_decay=self.decay)
+
+
+@pytest.mark.parametrize(("decay", "code"), [(1e-3, "weight_decay"), (0.0, "frozen_weights")])
+def test_the_objective_of_a_certificate_is_named(make_trainer, decay, code):
+    module, (x, _) = Decayed(decay), (part.float() for part in data())
+    with torch.no_grad():
+        y = module(x)  # zero error: a minimum of the squared error at once
+    detector = LocalMinimumDetector(Schedule(every=1), patience=1)
+    _, trainer = fit(make_trainer, module, x, y, detector, epochs=3)
+    found = detector.summary()
+    assert (found["kind"], found["objective"]) == ("differentiable_minimum", "mse")
+    assert found["objective_differs_by"] == [code]
+    assert "what is trained is" in found["reason"]
+    assert not detector.converged
+    assert trainer.current_epoch == 3
+
+
 # Second order
 
 
@@ -634,6 +663,53 @@ def test_a_sum_over_batches_of_several_sizes_is_told(make_trainer, reduction, ba
 
     found = fit(make_trainer, Plain(two_layers(), loss), *data(), batch_size=batch_size)[0].summary()
     assert ("the loss is a sum over the samples of a batch" in found["reason"]) is told
+
+
+def test_a_mean_over_tokens_is_no_sum(make_trainer):
+    """Tokens of the target −1 are padding, of which the samples have different numbers."""
+
+    class Tokens(Plain):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            return nn.functional.cross_entropy(self.net(x).flatten(0, 1), y.flatten(), ignore_index=-1)
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    x, y = torch.randn(14, 5, 4, dtype=torch.float64), torch.randint(3, (14, 5))
+    for padded, told in ((True, True), (False, False)):
+        y[:2, 1:] = -1 if padded else 0
+        reason = fit(make_trainer, Tokens(net, None), x, y, batch_size=6)[0].summary()["reason"]
+        assert ("no mean over its samples" in reason) is told
+        assert "is a sum" not in reason
+
+
+def test_a_last_batch_that_training_drops_is_left_out(make_trainer):
+    class Fixed(Plain):
+        def training_step(self, batch, batch_idx):
+            assert len(batch[0]) == 4
+            return super().training_step(batch, batch_idx)
+
+    module, (x, y) = Fixed(two_layers(), nn.functional.binary_cross_entropy_with_logits, lr=0.1), data()
+    detector = LocalMinimumDetector(Schedule(every=1), stop_training=False)
+    trainer = make_trainer(max_epochs=2, callbacks=[detector])
+    trainer.fit(module, DataLoader(TensorDataset(x, y), batch_size=4, drop_last=True))
+    found = detector.summary()
+    assert found["evidence"] == "second_order"
+    assert "the last 2 samples are left out" in found["reason"]
+    seen = module.loss(module(x[:12]).squeeze(-1), y[:12])
+    assert found["loss"] == pytest.approx(seen.item(), rel=1e-12)
+
+
+def test_autocast_within_the_step_is_named(make_trainer):
+    class Casts(Plain):
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.net(x).float()
+
+    module, (x, y) = Casts(two_layers(200).float(), nn.functional.binary_cross_entropy_with_logits), data()
+    found = fit(make_trainer, module, x.float(), y.float())[0].summary()
+    assert found["kinks"] > 0
+    assert "in the rounding of bfloat16, in which the module's own step computes (autocast" in found["reason"]
 
 
 class OnceOnly(torch.autograd.Function):

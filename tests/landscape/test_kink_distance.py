@@ -138,3 +138,16 @@ def test_no_kinks_and_frozen_ones():
     assert kink_distance(kink_passes(smooth, torch.zeros(4, 3)), list(smooth.parameters())) == KinkDistance()
     frozen = nn.Sequential(nn.Linear(3, 2), nn.ReLU()).requires_grad_(False)  # noqa: FBT003
     assert kink_distance(kink_passes(frozen, torch.zeros(4, 3)), list(frozen.parameters())).units == 0
+
+
+@pytest.mark.parametrize(
+    ("module", "kinked", "smooth"),
+    [(nn.ELU(), 0, True), (nn.ELU(0.5), 1, False), (nn.SELU(), 1, False), (nn.CELU(0.5), 0, True)],
+    ids=str,
+)
+def test_an_elu_has_a_kink_unless_its_slopes_agree(module, kinked, smooth):
+    met = []
+    with KinkTrace(nn.Sequential(module), met.append) as trace:
+        module(torch.randn(3))
+    assert len(met) == kinked
+    assert bool(trace.smooth) is smooth
