@@ -46,16 +46,25 @@ class LocalMinimumDetector(ScheduledCallback):
     ``nn.Sequential(Linear, ReLU, Linear → 1)``, where ReLU may be LeakyReLU or a PReLU with one slope. Of the latter it
     is first tested, in float64, that the gradient of the module's own loss is parallel to that of the squared error,
     and again before a certificate that their values and gradients agree. The look is two first-order tests in float64:
-    ‖G e‖ is zero relative to ‖G‖‖y‖, and no pre-activation is zero relative to ‖w‖‖x‖, within tolerances.
+    ‖G e‖ is zero relative to ‖G‖‖y‖, and no pre-activation is zero relative to ‖w‖‖x‖, within tolerances. The verdict
+    is about the mean squared error: ``summary()["objective"]`` is "mse", and ``summary()["objective_differs_by"]`` says
+    whether training lowers another objective ("weight_decay", "frozen_weights"). Then the verdict stops no training and
+    moves no weights.
 
     ``second_order``: for any other module with ReLU, max-pooling and the like, by its own training loss: in eval mode
     (batch norm at its running statistics, no dropout), over all training samples, each once, in the weights' precision.
     The loss is ``loss_fn(module, batch)``, or what ``training_step`` returns, taken as the mean over the batch. (Where
-    it is a sum and the last batch is smaller, the reason says so: ``loss_fn`` can return the mean.) The look: the norm
-    of the gradient is small relative to that at the first check, and no unit is on a kink; the dear part: the smallest
-    eigenvalue of the Hessian with an error bound, which is of one side only, and left alone, on a kink (see
-    :mod:`lightning_mnn.landscape.second_order`). It is evidence, not a proof; and of the loss, to which the weight
-    decay of an optimiser does not belong.
+    it is a sum and the last batch is smaller, or no mean over samples, the reason says so: ``loss_fn`` can return the
+    mean. Last batches that ``drop_last`` drops are left out.) The look: the norm of the gradient is small relative to
+    the largest that training has followed so far, whatever its batches (before the first step, to |L|/‖θ‖), and no
+    unit is on a kink. The dear part, in float64 where the weights have fewer digits and the loss can be had so: the
+    smallest eigenvalue of the Hessian with an error bound, which is of one side only, and left alone, on a kink; and a
+    ``differentiable_minimum`` only where Newton's method leads to a stationary point next to the weights, as its
+    quadratic model says, and gains next to nothing on the way, and where the Hessian is positive, or the loss is seen
+    to stay the same along its flat directions, as symmetries make it (see
+    :func:`lightning_mnn.landscape.judge_curvature`). Flat directions that lead down, as those of a tail exp(−y) or of a
+    saddle of fourth order, are no minimum, and stop no training. It is evidence, not a proof; and of the loss, to which
+    the weight decay of an optimiser does not belong.
 
     ``first_order``: an MNN with two hidden layers, or a training set of more than 2.7e8 input numbers a process: the
     first-order tests only, which are necessary conditions. Where the loss of a module cannot be had (manual
@@ -70,7 +79,8 @@ class LocalMinimumDetector(ScheduledCallback):
     ``minimum/margin_ratio`` and ``minimum/rank``. All are means over the replicas. On other modules ``minimum/loss``,
     ``minimum/gradient_norm``, ``minimum/relative_gradient``, ``minimum/min_preactivation`` (distance to the nearest
     kink), ``minimum/relative_preactivation`` (in units of its layer's root mean square), ``minimum/kinks`` and, where
-    it was computed, ``minimum/smallest_eigenvalue``, ``minimum/eigenvalue_error`` and ``minimum/largest_eigenvalue``.
+    they were computed, ``minimum/smallest_eigenvalue``, ``minimum/eigenvalue_error``, ``minimum/largest_eigenvalue``
+    and ``minimum/newton_gain`` (what a Newton step would still gain).
 
     Args:
         schedule: when to check, besides the start and the end; None: every 100 epochs.
@@ -87,10 +97,11 @@ class LocalMinimumDetector(ScheduledCallback):
         loss_fn: the loss that training lowers, ``loss_fn(module, batch)``, the mean over the batch; None: what the
             module's ``training_step`` returns.
         modules: names or patterns of the layers whose kinks count in second-order evidence; None: all.
-        gradient_tolerance: largest ‖∇L‖, relative to that at the first check of the run, of a stationary point there.
+        gradient_tolerance: largest ‖∇L‖, relative to the largest norm of a gradient that training followed so far, of
+            a stationary point there.
         curvature_tolerance: largest −λ_min/λ_max of a minimum there.
-        max_products: Hessian–vector products there, at most. Of a resnet18 on a CPU one took as long as 3 to 5 epochs,
-            and a look 2.7.
+        max_products: Hessian–vector products there, at most, of each stage. Of a resnet18 on a CPU one took as long as
+            3 to 5 epochs, and a look 2.7.
         strict: let an error that the callback meets end the run; else it warns once, and training goes on without it.
 
     Attributes:

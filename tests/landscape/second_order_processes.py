@@ -11,6 +11,7 @@ from lightning_mnn.landscape import (
     NoDerivativeError,
     ProcessTeam,
     kink_distance,
+    planted_minimum,
     second_order_verdict,
 )
 from tests.landscape.small_models import build, cross_entropy_surface, kink_passes
@@ -44,6 +45,8 @@ def work(store):
     everything = kink_distance([] if rank else kink_passes(model, inputs), parameters, team)
     assert same(everything, exact_kinks)
 
+    flat_minimum(rank)
+
     detached = LossSurface(parameters, lambda: [(1.0, lambda: model(inputs).sum())] if rank else [], team)
     detached.value_and_gradient()  # one process holds nothing
 
@@ -59,6 +62,30 @@ def work(store):
         assert ("another process" in str(error)) is (rank == 0)  # noqa: PT017
         print("same")
     dist.destroy_process_group()
+
+
+def flat_minimum(rank):
+    """A planted minimum, of which the processes hold unequal parts: all take the same steps to the same verdict."""
+    planted = planted_minimum(40, 4, 3)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3, bias=False), torch.nn.ReLU(), torch.nn.Linear(3, 1, bias=False))
+    model = model.double()
+    with torch.no_grad():
+        model[0].weight.copy_(planted.hidden_weights)
+        model[2].weight.copy_(planted.output_weights[None])
+    own = slice(0, 15) if rank == 0 else slice(15, 40)
+    inputs, targets = planted.inputs[own], planted.targets[own]
+
+    def part():
+        return (model(inputs)[:, 0] - targets).square().mean()
+
+    team = ProcessTeam(own.stop - own.start)
+    surface = LossSurface(list(model.parameters()), lambda: [(len(targets) / 40, part)], team)
+    kinks = kink_distance(kink_passes(model, inputs), list(model.parameters()), team)
+    found = second_order_verdict(surface, kinks, 1.0)
+    everywhere = [None, None]
+    dist.all_gather_object(everywhere, found)
+    assert everywhere[0] == everywhere[1]
+    assert (found.kind, found.flat) == ("differentiable_minimum", "constant")
 
 
 def same(found, exact):
