@@ -38,6 +38,7 @@ from lightning_mnn.landscape.volume import log_volume_bound_from_sines
 from lightning_mnn.loggers import log_histogram, log_scalars
 from lightning_mnn.mnn import MNN
 from lightning_mnn.seeding import generator
+from lightning_mnn.utilities.transfer import to_host
 from lightning_mnn.validation import ArgumentError, MisfitError, positive_integer, real_number, seed_number
 
 if TYPE_CHECKING:
@@ -353,7 +354,7 @@ class AngularVolumeMonitor(ScheduledCallback):
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Bound the volume, once for the same weights, and forget what was measured at others."""
         if self.local is not None:
-            moment = trainer.global_step, weights_of(pl_module)
+            moment = trainer.global_step, *map(int, to_host(weights_of(pl_module)))
             if moment != self._moment:
                 self._moment, self._measured = moment, False
                 self.local, self.reasons = Found(), [self._no_volume]

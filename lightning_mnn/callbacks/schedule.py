@@ -21,9 +21,9 @@ from lightning_mnn.callbacks.model_pass import StepFailedError
 from lightning_mnn.callbacks.training_set import forget, gather, share_error
 from lightning_mnn.mnn import DivergenceError
 from lightning_mnn.utilities.compat.lightning_internals import trains_in_children
-from lightning_mnn.utilities.compat.torch_internals import change_count
 from lightning_mnn.utilities.files import read_json, write_json
 from lightning_mnn.utilities.interruption import Interrupted, stop_at_this_step, stopping
+from lightning_mnn.utilities.transfer import digests, fetched
 from lightning_mnn.validation import ArgumentError, MisfitError, one_of, positive_integer, real_number, truth_value
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class ScheduledCallback(pl.Callback):
         self.schedule = schedule
         self.strict = truth_value("strict", strict)
         self.failure: str | None = None
-        self._weights: Any = None  # which they were when it acted
+        self._weights: list[Tensor] | None = None  # which they were when it acted
         self._of_last_fit: dict[str, Any] | None = None  # what was found, until this one begins
         self._letter = Path(gettempdir(), f"lightning-mnn-{token_hex(8)}.json")  # from a child that trained
         self._received: dict[str, Any] | None = None
@@ -174,7 +174,7 @@ class ScheduledCallback(pl.Callback):
         """Act for the last time, at the end of training."""
         self._start_late(trainer, pl_module)  # there was no batch
         resumed = not self._acted  # where training had ended
-        if self._last_step == trainer.global_step and (resumed or self._weights != weights_of(pl_module)):
+        if self._last_step == trainer.global_step and (resumed or not self._knows(pl_module)):
             self.recall(trainer, pl_module)
         self._act_once(trainer, pl_module)
 
@@ -238,7 +238,7 @@ class ScheduledCallback(pl.Callback):
 
     def finish_again(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finish once more, if the weights have changed since."""
-        if self._weights != weights_of(pl_module):
+        if not self._knows(pl_module):
             self.on_train_end(trainer, pl_module)
 
     @override
@@ -292,6 +292,11 @@ class ScheduledCallback(pl.Callback):
         else:
             self.start(trainer, pl_module)
 
+    def _knows(self, pl_module: pl.LightningModule) -> bool:
+        """Whether the weights are those at which the callback acted last."""
+        known, now = self._weights or [], weights_of(pl_module)
+        return len(known) == len(now) and all(fetched(*(a == b for a, b in zip(known, now, strict=True))))
+
     def _start_late(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._waits:
             self._prepare_together(trainer, pl_module)
@@ -327,10 +332,10 @@ class ScheduledCallback(pl.Callback):
         self._owes = not done and self.failure is None and trainer.global_step != self._last_step
 
 
-def weights_of(pl_module: pl.LightningModule) -> list[tuple[int, int]]:
-    """What changes when a parameter of a module does."""
+def weights_of(pl_module: pl.LightningModule) -> list[Tensor]:
+    """What changes when a parameter of a module does; it stays where that is, so that nothing waits for it."""
     known = [parameter for parameter in pl_module.parameters() if not is_lazy(parameter)]
-    return [(parameter.data_ptr(), change_count(parameter)) for parameter in known]
+    return digests(known)
 
 
 class LastWord(pl.Callback):

@@ -19,9 +19,8 @@ from lightning_mnn.landscape.pattern import PackedPattern
 from lightning_mnn.landscape.region import gram_rank
 from lightning_mnn.landscape.survey import Network, Survey, exact_patterns, merge_surveys, on_cpu, survey_network
 from lightning_mnn.mnn import MNN, DivergenceError
-from lightning_mnn.utilities.compat.torch_internals import change_count
 from lightning_mnn.utilities.interruption import Interrupted, alone, requested, stop_if_any
-from lightning_mnn.utilities.transfer import fetched, to_host
+from lightning_mnn.utilities.transfer import digests, fetched, to_host
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -344,9 +343,8 @@ def on_first_process(trainer: pl.Trainer, work: Callable[[], Answer]) -> Answer:
 
 
 def _moment(trainer: pl.Trainer, network: Network) -> Any:
-    """What changes when the weights do."""
-    changes = ((w.data_ptr(), change_count(w)) for w in network.tensors)
-    return (trainer.global_step, network.negative_slope, *changes)  # a PReLU's slope is no tensor of the network
+    """What changes when the weights do, or the slope of a PReLU, which is no tensor of the network."""
+    return (trainer.global_step, network.negative_slope, *map(int, to_host(digests(network.tensors))))
 
 
 def _check_weights(trainer: pl.Trainer, network: Network) -> None:

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
+
 def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
     """A tensor on a device; the host does not wait until it is there.
 
@@ -73,3 +76,27 @@ def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:
     for index, tensor in enumerate(tensors):
         indices.setdefault(tensor.device, []).append(index)
     return indices
+
+
+def digests(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """A number for each tensor, int64 (), another one where its bits are others, but for chance; nothing waits for it.
+
+    What is written through ``tensor.data`` is seen, too, which torch's own counts of changes miss. Of tensors that are
+    not whole in this process's memory, such as sparse ones, it is 0.
+
+    >>> weights = torch.ones(4)
+    >>> digests([weights]) == digests([weights.clone()]), digests([weights]) == digests([-weights])
+    (True, False)
+    """
+    return [_digest(tensor.detach()) for tensor in tensors]
+
+
+def _digest(tensor: Tensor) -> Tensor:
+    plain = tensor.layout is torch.strided and not tensor.is_meta and tensor.element_size() in _INTEGERS
+    if not plain:
+        return torch.zeros((), dtype=torch.int64)
+    bits = tensor.reshape(-1).view(_INTEGERS[tensor.element_size()]).to(torch.int64)
+    odd = torch.arange(1, 2 * len(bits) + 1, 2, device=bits.device)
+    half = 4 * tensor.element_size()  # or two signs that change would cancel
+    total: Tensor = ((bits ^ (bits >> half)) * odd).sum()
+    return total

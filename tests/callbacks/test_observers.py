@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F  # noqa: N812 (as everybody calls it)
 import wandb
-from pytorch_lightning.callbacks import StochasticWeightAveraging
+from pytorch_lightning.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from pytorch_lightning.utilities.combined_loader import CombinedLoader
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from torch import nn
@@ -225,19 +225,36 @@ def test_weighted_draws_are_those_of_one_epoch_and_are_named(tmp_path):
     assert all(map(torch.equal, plain.parameters(), module.parameters()))
 
 
-def test_the_last_word_is_of_averaged_weights(tmp_path):
-    loader = few(batch_size=5, sampler=RandomSampler(samples()))
-    for place in (0, 3):
-        callbacks = observers(tmp_path / str(place))
-        callbacks[0].stop_training = False
-        callbacks.insert(place, StochasticWeightAveraging(0.05, swa_epoch_start=1, annealing_epochs=1))
-        module = Regression()
-        fit(module, loader, callbacks, max_epochs=4)
-        x, y = samples()[:]
-        with torch.no_grad():
-            expected = float(F.mse_loss(module(x), y))
-        detector = next(callback for callback in callbacks if isinstance(callback, LocalMinimumDetector))
-        assert detector.summary()["loss"] == pytest.approx(expected, rel=1e-9)
+class Shrinks(pl.Callback):
+    """Writes weights at the end."""
+
+    def on_train_end(self, trainer, pl_module):
+        for parameter in pl_module.parameters():
+            parameter.data.mul_(0.5)
+
+
+AVERAGES = {
+    "StochasticWeightAveraging": lambda: StochasticWeightAveraging(0.05, swa_epoch_start=1, annealing_epochs=1),
+    "EMAWeightAveraging": lambda: EMAWeightAveraging(decay=0.9),
+    "own": Shrinks,
+}
+
+
+@pytest.mark.parametrize("place", [0, 3])
+@pytest.mark.parametrize("kind", AVERAGES)
+def test_the_last_word_is_of_the_weights_that_the_module_ends_in(kind, place, tmp_path):
+    callbacks = observers(tmp_path)
+    callbacks[0].stop_training = False
+    detector = callbacks[0]
+    callbacks.insert(place, AVERAGES[kind]())
+    module, seen = Regression(), []
+    module.on_train_epoch_end = lambda: seen.append([p.detach().clone() for p in module.parameters()])
+    fit(module, few(batch_size=5, sampler=RandomSampler(samples())), callbacks, max_epochs=4)
+    assert not all(map(torch.equal, seen[-1], module.parameters()))
+    x, y = samples()[:]
+    with torch.no_grad():
+        expected = float(F.mse_loss(module(x), y))
+    assert detector.summary()["loss"] == pytest.approx(expected, rel=1e-9)
 
 
 def test_a_fit_without_a_step_keeps_what_was_found_and_copies_hold_it(tmp_path):

@@ -1,4 +1,4 @@
-"""What the verdict says of the volume."""
+"""What the verdict says of the volume, and of a run that was interrupted."""
 
 import math
 
@@ -23,3 +23,13 @@ def test_the_volume_of_the_region(value, error, bound, words):
     found = {"log_volume": value, "log_volume_standard_error": error, "log_volume_lower_bound": bound}
     said = dict(_facts(RUN | found)).get("log-volume of its region")
     assert said is None if words is None else said.startswith(words)
+
+
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_an_interrupted_run_says_so(replicas):
+    found = {"kind": "not_stationary", "reason": "interrupted after 2 steps", "rank": None, "rank_cap": 4}
+    found = {key: [value] * replicas if replicas > 1 else value for key, value in found.items()}
+    said = dict(_facts(RUN | found | {"ended_by": "interruption"}))
+    assert said["converged to"] == "nothing yet: it was interrupted"
+    assert said["because"] == "interrupted after 2 steps"
+    assert said["rank of A∘X"] == "not computed, at most 4, of 4 samples"

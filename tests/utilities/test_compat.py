@@ -116,17 +116,6 @@ def test_a_missing_part_is_told_where_other_errors_are_ignored():
 # torch
 
 
-@canary_of(torch_internals.change_count)
-def test_changes_of_a_tensor_are_counted(monkeypatch):
-    tensor = torch.zeros(3)
-    before = torch_internals.change_count(tensor)
-    tensor.add_(1)
-    assert torch_internals.change_count(tensor) == before + 1
-    hide(monkeypatch, torch.Tensor, "_version")
-    with missing("Tensor._version"):
-        torch_internals.change_count(tensor)
-
-
 @canary_of(torch_internals.without_iterator)
 def test_a_loader_beside_its_own_iterator(monkeypatch):
     loader = DataLoader(range(4), batch_size=1, num_workers=1, persistent_workers=True)

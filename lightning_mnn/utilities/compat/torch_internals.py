@@ -11,7 +11,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from lightning_mnn.utilities.compat.missing import MissingPartError, attribute, private_part
+from lightning_mnn.utilities.compat.missing import MissingPartError, attribute
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -26,12 +26,6 @@ _WITHOUT_DERIVATIVE = {  # by the ends of the names of a graph's nodes
     "::Error": "a function of it is marked once_differentiable",
     "CheckpointFunctionBackward": "it has reentrant checkpointing; torch.utils.checkpoint with use_reentrant=False can",
 }
-
-
-@private_part("torch", "Tensor._version")
-def change_count(tensor: Tensor) -> int:
-    """How often a tensor was written to in place: ``Tensor._version``."""
-    return tensor._version
 
 
 def without_iterator(loader: Any) -> Any:
