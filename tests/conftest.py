@@ -36,8 +36,10 @@ def _quiet_machine(monkeypatch, tmp_path):
     yield
     for name in loggers_of_remarks():  # which the command silences
         logging.getLogger(name).setLevel(logging.NOTSET)
-    if "WANDB_SERVICE" in os.environ:  # else the next test would have its run, and its settings
-        sys.modules["wandb"].teardown()
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and (wandb.run is not None or "WANDB_SERVICE" in os.environ):
+        wandb.finish()  # else the next test would have its run,
+        wandb.teardown()  # and its settings
         os.environ.pop("WANDB_SERVICE", None)
 
 
