@@ -389,8 +389,8 @@ def test_nan_is_named():
 
 def test_every_kink_module_has_a_function():
     for kind in KINK_MODULES:
-        arguments = {"Threshold": (0.1, 0.1), "ELU": (0.5,)}.get(kind.__name__, (2,) if "MaxPool" in kind.__name__ else ())
-        module = kind(*arguments)
+        known = {"Threshold": (0.1, 0.1), "ELU": (0.5,)}
+        module = kind(*known.get(kind.__name__, (2,) if "MaxPool" in kind.__name__ else ()))
         x = torch.randn(2, 1, *([4] * int(kind.__name__[-2]))) if "MaxPool" in kind.__name__ else torch.randn(2, 4)
         inputs = (x, torch.zeros_like(x)) if kind is nn.L1Loss else (x,)
         assert len(met(nn.ModuleDict({"it": module})["it"], *inputs)) == 1, kind
