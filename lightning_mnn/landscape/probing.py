@@ -38,7 +38,7 @@ _STEPS, _STEP = 7, 0.16  # on the manifold towards smaller weights: of their fla
 _FAR = 1e-6  # relative change of the loss on that way, from which it is a kink in the way and no tail
 _FLAT = 1e-8  # of a random vector, that the curvature of its flat part is left with
 _LEAST_PART = 1e-4  # of a random vector, that is a flat part and no rest of what has little curvature
-_MISFIT = 1.0  # on the way back to a manifold
+_MISFIT = 0.24  # of the gradient, on the way back to a manifold: along a tail or a power it is more
 _STAYS = 0.5  # of a move, that is left on the manifold
 _NONE = 1e-6  # of the scale of lengths, that is no flat part of the weights
 
@@ -283,7 +283,8 @@ class _Flat:
                 return Flatness.CONSTANT  # as far as kinks let it be seen
             if check.doubt is NewtonDoubt.PRODUCTS:
                 return Flatness.UNKNOWN
-            if check.doubt is not None:
+            back = float(check.step.double() @ own.double()) / float(own.double().square().sum())
+            if check.doubt is not None or back > (1 - _STAYS) * _STEP:
                 return Flatness.VARIES
             total = step + check.step
         return Flatness.CONSTANT
