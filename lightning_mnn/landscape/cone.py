@@ -50,7 +50,9 @@ _WIDE = 3  # constraints a dimension from which looking for the redundant ones p
 _ISLANDS = 32  # independent populations; their spread is the standard error
 _CHAINS = 4  # Markov chains of each
 _LENGTH = 8  # fewest states of a chain
-_PREDICTED = 0.0009  # states of a chain for a standard error of 1, over the square of the schedule's steps
+_PREDICTED = 0.0009  # states of a chain for a standard error of 1, over the square of the schedule's steps, as a rule
+_GROWTH = 8  # how many times as long as a pilot the next one is at most
+_AIM = 0.85  # of the target, for its standard error is known to an eighth after the pilot, and again at the end
 # Constraint values that are worked on at once: what a cache likes, and what keeps a GPU busy, 128 MiB an array.
 _CHUNK = {"cpu": 2**18, "cuda": 2**24}
 _QUANTILE = float(student.ppf(0.975, _ISLANDS - 1)) / 1.96  # few islands: their spread is itself uncertain
@@ -83,7 +85,8 @@ def log_cone_measure(
     sees do not matter. A group of rank 1, 2 or 3 (a half-space, an arc, a spherical polygon) has a closed form. Up to
     rank 5 redundant constraints are dropped, by a convex hull. The rest goes to annealed sampling from the analytic
     centre (see :mod:`~lightning_mnn.landscape.annealing`) on 32 independent islands, whose estimates of the measure are
-    unbiased and whose spread gives the standard error; rounds grow until that meets the target.
+    unbiased and whose spread gives the standard error. Pilots set the number of samples before, so that the intervals
+    cover what they say: nothing stops when the error happens to be small.
 
     Cost: a sample is one sweep, N·d multiplications of about 1 ns each on a processor core (2 to 3 ns below some
     hundred constraints, where small arrays cost more than their arithmetic). Random cones take about
@@ -96,9 +99,10 @@ def log_cone_measure(
     Args:
         normals: b_n, (..., N, d), of any lengths; CPU or GPU.
         interior_point: a point of each open cone, (..., d); None looks for one by non-negative least squares.
-        target_standard_error: in nats. Where ``max_samples`` end first, the standard error is larger than this.
-        max_samples: most samples of a group of constraints, but that a pilot and one short round, some 1,500 samples
-            for each of about 3 √d steps, are always made.
+        target_standard_error: in nats. The samples are as many as lead to 85 % of it by the pilot: one in some ten
+            estimates ends a little above it, and all do where ``max_samples`` end first.
+        max_samples: most samples of a group of constraints, but that two pilots and a short estimate, some 2,000
+            samples for each of about 3 √d steps, are always made.
         seed: of the random numbers.
 
     Returns:
@@ -433,22 +437,52 @@ def _sample_padded(
     if not thinnest >= _THIN:  # nor is NaN
         raise ArithmeticError(f"a cone is too thin for float64: at its centre the smallest margin is {thinnest:.1e}")
     steps = schedule(cones, generator)
+    lengths = _lengths(
+        cones, steps, targets, max_samples // (_ISLANDS * _CHAINS * len(steps)) - PILOT_LENGTH, generator
+    )
     values, errors = np.empty(len(normals)), np.empty(len(normals))
-    sweep = _ISLANDS * _CHAINS * len(steps)  # samples of one state of all chains
-    left = max_samples // sweep - PILOT_LENGTH
-    predicted = math.ceil(_PREDICTED * len(steps) ** 2 / targets.min() ** 2)
-    pending, length = np.arange(len(normals)), max(_LENGTH, min(left, predicted))
-    while len(pending):
-        values[pending], errors[pending] = _one_round(cones, steps, pending, length, generator)
-        left -= length
-        missing = errors[pending] / targets[pending]
-        wanted = min(left, length * min(8, max(2, math.ceil(missing.max() ** 2))))
-        if wanted <= length:
-            break
-        length, pending = wanted, pending[missing > 1]
+    for length in np.unique(lengths):
+        alike = np.flatnonzero(lengths == length)
+        values[alike], errors[alike] = _one_round(cones, steps, alike, int(length), generator)
     if not np.isfinite(values + errors).all():
         raise ArithmeticError("a cone is too thin for float64: its estimate is not finite")
     return values, errors
+
+
+def _lengths(cones: Centred, steps: Tensor, targets: Array, most: int, generator: torch.Generator) -> NDArray[np.int64]:
+    """How long the chains of each cone are to be, (K,), by pilots whose samples are used for nothing else.
+
+    An estimate that ends when its own standard error is small enough ends early where that is too small by chance, and
+    its intervals cover too little: the length is set first. A short pilot exaggerates it, so it counts within a factor
+    of 2 of what cones take as a rule; where it says far more than that, longer pilots follow, and have the say.
+
+    Args:
+        cones: K cones.
+        steps: β_1 … β_T, (T, K).
+        targets: standard errors, (K,).
+        most: states of a chain that are left.
+        generator: of the random numbers.
+    """
+    rule = _PREDICTED * len(steps) ** 2 / targets**2
+    lengths, pending = np.zeros(len(targets)), np.arange(len(targets))
+    pilot = max(PILOT_LENGTH, int(min(rule.max(), most) / 4))
+    least, largest = rule / 2, rule * 2
+    while True:
+        _, errors = _one_round(cones, steps, pending, pilot, generator)
+        most -= pilot
+        needed = np.nan_to_num(pilot * (errors / (_AIM * targets[pending])) ** 2, nan=np.inf)
+        lengths[pending] = np.clip(needed, least[pending], largest[pending])
+        pending, needed = pending[needed > 2 * largest[pending]], needed[needed > 2 * largest[pending]]
+        largest[pending] = np.inf
+        following = int(min(needed.max(initial=0.0), most) / _GROWTH)
+        if following <= pilot:
+            break
+        pilot = min(following, _GROWTH * pilot)
+    most = max(most, _LENGTH)
+    octaves = np.log2(np.clip(lengths, _LENGTH, most) / _LENGTH)
+    few = _LENGTH * 2 ** (np.ceil(8 * octaves) / 8) if len(targets) > 1 else np.clip(lengths, _LENGTH, most)
+    chosen: NDArray[np.int64] = np.minimum(np.ceil(few), most).astype(np.int64)
+    return chosen
 
 
 def _one_round(

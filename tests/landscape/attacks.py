@@ -17,7 +17,7 @@ from tests.landscape.probes import train
 
 SLOPES = (0.0, 0.0, 0.01, 0.3, -1.0, 2.0)
 Wide = np.longdouble
-_ON_KINK = 1.2e-14  # |w·x|/(‖w‖‖x‖) up to which a pre-activation counts as zero
+_ON_KINK = 4e-15  # |w·x|/(‖w‖‖x‖) up to which a pre-activation counts as zero; regions can be as thin as ten times that
 _OF_LOSS = 1e-9  # fall of the loss, relative to it, that rounding in float64 may leave
 _OF_TERMS = 1e-13  # errors of predictions, relative to their terms, that it may leave
 

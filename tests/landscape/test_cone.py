@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from lightning_mnn.landscape import cone
 from lightning_mnn.landscape.cone import _Group, _sample, log_cone_measure, log_ellipsoid_volume
 from tests.landscape.cones import (
     arc_measure,
@@ -47,14 +48,14 @@ def test_orthants_have_a_closed_form(dim):
 def test_orthants_by_sampling(dim):
     normals, point, truth = orthant(dim, np.random.default_rng(dim))
     value, error = sampled(normals, point)
-    assert error <= 0.1
+    assert error <= 0.15  # of a target of 0.1, which is met on average
     assert abs(value - truth) <= 4 * error
 
 
 @pytest.mark.parametrize("dim", [5, 10, 20, 50])
 def test_pairwise_correlated_constraints(dim):
     normals, point, truth = equicorrelated(dim)
-    agree(log_cone_measure(normals, point), truth, 0.1)
+    agree(log_cone_measure(normals, point), truth, 0.15)
 
 
 @given(seeds, st.integers(1, 50))
@@ -123,6 +124,35 @@ CONES = {
     "orthant": lambda rng: orthant(15, rng),
     "random": lambda rng: (*random_cone(40, 8, rng), None),
 }
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e3])
+def test_nothing_ends_or_goes_on_by_the_error_of_the_estimate_itself(monkeypatch, factor):
+    """Whatever the last round says of its error is the answer; rounds before it only set its length."""
+    normals, point, _ = equicorrelated(5)
+    expected = log_cone_measure(normals, point, target_standard_error=0.05)
+    lengths, original = [], cone._one_round
+
+    def one_round(cones, steps, pending, length, generator):
+        values, errors = original(cones, steps, pending, length, generator)
+        lengths.append(length)
+        return values, errors * (factor if len(lengths) > 1 else 1.0)
+
+    monkeypatch.setattr(cone, "_one_round", one_round)
+    estimate = log_cone_measure(normals, point, target_standard_error=0.05)
+    assert len(lengths) == 2
+    assert estimate.value == expected.value
+    assert estimate.standard_error == pytest.approx(factor * expected.standard_error)
+
+
+@pytest.mark.slow
+def test_intervals_cover_at_a_small_target():
+    """Where samples that stop by their own error cover some 92 %; by the thousand in tests/benchmarks."""
+    normals, point, truth = equicorrelated(5)
+    found = [log_cone_measure(normals, point, target_standard_error=0.03, seed=seed) for seed in range(200)]
+    scores = np.array([(estimate.value - truth) / estimate.standard_error for estimate in found])
+    assert stats.binomtest(int((np.abs(scores) < 1.96).sum()), len(scores), 0.95).pvalue > 1e-3
+    assert abs(scores.mean()) < 4 / math.sqrt(len(scores))  # no bias
 
 
 @pytest.mark.slow
@@ -230,7 +260,7 @@ def test_samples_are_capped():
 def test_error_falls_with_the_target():
     normals, point = random_cone(60, 10, np.random.default_rng(0))
     rough, fine = (log_cone_measure(normals, point, target_standard_error=t) for t in (0.3, 0.03))
-    assert fine.standard_error <= 0.03 < rough.standard_error <= 0.3
+    assert fine.standard_error <= 0.04 < rough.standard_error <= 0.4
     assert abs(rough.value - fine.value) < 4 * rough.standard_error
 
 
@@ -275,7 +305,7 @@ def test_orthogonal_groups_multiply():
     parts = [log_cone_measure(b, p, target_standard_error=0.05, seed=3) for b, p in ((first, u), (second, v))]
     error = math.sqrt(whole.standard_error**2 + sum(part.standard_error**2 for part in parts))
     assert abs(whole.value - sum(part.value for part in parts)) < 4 * error
-    assert whole.standard_error <= 0.05
+    assert whole.standard_error <= 0.075
 
 
 @given(seeds, st.integers(2, 6), st.integers(0, 10))
