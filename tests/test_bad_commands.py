@@ -132,7 +132,7 @@ VALUES = [
     ("trainer.num_nodes=0", "trainer.num_nodes=0: must be at least 1 and a whole number"),
     # sizes that cannot be allocated
     ("replicas=1000000000", "replicas=1000000000: needs", "GiB for the", "choose a smaller one"),
-    ("model.hidden_dims=[1000000000000]", "model.hidden_dims=[1000000000000]: needs", "GiB for the weights"),
+    ("model.hidden_dims=[1000000000000]", "model.hidden_dims=[1000000000000]: needs", "GiB for"),
     ("data.num_samples=1000000000000", "data.num_samples=1000000000000: needs", "GiB for the inputs"),
     ("data.input_dim=100000000000", "data.input_dim=100000000000: needs", "GiB for the"),
     (

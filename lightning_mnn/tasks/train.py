@@ -157,13 +157,13 @@ def _train(cfg: DictConfig, signals: RunSignals) -> float:
         torch.set_num_threads(cfg.threads)
     datamodule: ExactData = build(cfg, "data")
     input_dim = datamodule.input_dim if cfg.model.input_dim is None else cfg.model.input_dim
-    model: MNN = build(cfg, "model", input_dim=input_dim)
-    if cfg.ckpt_path is not None:
-        check_fits(cfg.ckpt_path, model)
     timer = _timer(cfg.trainer.get("max_time"))
     callbacks = [signals, start, timer, *_callbacks(cfg)]
     trainer: pl.Trainer = build(cfg, "trainer", callbacks=callbacks, logger=loggers)
-    check_training_memory(trainer, model, datamodule)
+    check_training_memory(trainer, cfg.model, input_dim, datamodule)
+    model: MNN = build(cfg, "model", input_dim=input_dim)
+    if cfg.ckpt_path is not None:
+        check_fits(cfg.ckpt_path, model)
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return _try_out(trainer, model, datamodule, cfg.ckpt_path)
     failure: BaseException | None = None
