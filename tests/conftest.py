@@ -44,6 +44,12 @@ def _quiet_machine(monkeypatch, tmp_path):
 
 
 @pytest.fixture
+def away(monkeypatch, tmp_path):
+    """The current folder is another than the Trainer's: then its folder gets files also without a logger."""
+    monkeypatch.chdir(tmp_path.parent)
+
+
+@pytest.fixture
 def mnist_root() -> Path:
     """The folder with the original MNIST archives."""
     root = os.environ.get("LIGHTNING_MNN_DATA")

@@ -200,6 +200,7 @@ class TestEntryPoint:
         assert sorted(kinds, key=str) == sorted(CALLBACKS, key=str)
         assert next(one for one in trainer.callbacks if isinstance(one, LocalMinimumDetector)).stop_training
 
+    @pytest.mark.usefixtures("away")
     def test_a_run_resumes_with_their_states(self, monkeypatch, tmp_path):
         monkeypatch.setenv(VARIABLE, "recorder")
         trainer = foreign_trainer(max_epochs=3, default_root_dir=tmp_path)

@@ -120,6 +120,7 @@ def test_other_optimisers_lower_the_loss(make_trainer, name):
     assert after < 0.3 * before
 
 
+@pytest.mark.usefixtures("away")
 def test_two_hidden_layers_train_and_are_surveyed(make_trainer):
     trainer = make_trainer(max_epochs=20)
     trainer.fit(MNN(6, (8, 5), optimizer=ADAM), GaussianData(20, 6))
@@ -149,6 +150,7 @@ def test_checkpoints_restore_an_identical_module(make_trainer, tmp_path, options
 @pytest.mark.parametrize(
     "cut", [{"every_n_epochs": 1}, {"every_n_train_steps": 42}], ids=["between epochs", "within one"]
 )
+@pytest.mark.usefixtures("away")
 def test_resumed_training_equals_unbroken_training(make_trainer, tmp_path, cut):
     def fit(folder, cut, *, stop=math.inf, ckpt_path=None):
         model = MNN(5, (6,), optimizer=ADAM, schedule={"name": "exponential_tail"}, seed=1)

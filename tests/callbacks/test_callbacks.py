@@ -48,12 +48,6 @@ def callback(trainer, kind):
     return next(c for c in trainer.callbacks if isinstance(c, kind))
 
 
-@pytest.fixture
-def away(monkeypatch, tmp_path):
-    """The current folder is another than the Trainer's: then its folder gets files also without a logger."""
-    monkeypatch.chdir(tmp_path.parent)
-
-
 def test_detector_stops_at_a_minimum_and_knows_it(make_trainer):
     trainer, model, detector = fitted(make_trainer)
     assert detector.converged
