@@ -306,7 +306,7 @@ def summaries(folder):
 
 @pytest.mark.slow
 def test_a_sweep_over_devices_is_right_and_survives_the_loss_of_a_rank():
-    epochs = 700
+    epochs = 300
     common = [
         *(sys.executable, "-m", "lightning_mnn", "-m", "hydra/launcher=device_pool", "hydra.launcher.n_jobs=2"),
         *(

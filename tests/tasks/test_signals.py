@@ -144,7 +144,7 @@ def pids_of(folder, variable=None):
 @pytest.mark.xdist_group("launched")
 def test_processes_that_lightning_starts_end_with_one_another(tmp_path):
     """The command as a user gives it, which starts its second process itself."""
-    arguments = [*RUN, *ranks_of(2), "trainer.max_epochs=1500", "callbacks.angular_volume_monitor.measure=[]"]
+    arguments = [*RUN, *ranks_of(2), "trainer.max_epochs=800", "callbacks.angular_volume_monitor.measure=[]"]
     run = tmp_path / "run"
 
     def launch(name="run"):
