@@ -109,7 +109,7 @@ class Flow(Project):
         self.net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 4))
 
     def training_step(self, batch, batch_idx):
-        a, b = batch[0][:, 0, :2].double().float(), batch[0][:, 1, :2]
+        a, b = batch[0][:, 0, :2], batch[0][:, 1, :2]
         shift, scale = self.net(a).chunk(2, 1)
         z = b * scale.tanh().exp() + shift
         return (0.5 * z.square() - scale.tanh()).sum(1).mean()

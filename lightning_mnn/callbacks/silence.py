@@ -32,13 +32,12 @@ _TRACKERS: tuple[tuple[str, str | None, tuple[str, ...]], ...] = (
     ("torch.utils.tensorboard", "SummaryWriter", _SCALARS),
     ("tensorboardX", "SummaryWriter", _SCALARS),
     ("mlflow", None, (*_METRICS, "log_image")),
-    ("comet_ml", "CometExperiment", (*_METRICS, "log_image", "log_histogram_3d", "log_asset")),
 )
 
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """A context in which W&B's runs, TensorBoard's writers, MLflow and Comet take nothing, and stdout is not seen.
+    """A context in which W&B's runs, TensorBoard's writers and MLflow take nothing, and stdout is not seen.
 
     That is of this process: what a module appends to a list of its own file, writes to a file or sends by other means
     is not held back.

@@ -128,11 +128,7 @@ def draws(loader: Any) -> str | None:
     Returns:
         What draws the samples, in words; None: they can be enumerated, or not even an epoch can be repeated.
     """
-    try:
-        num_samples(loader)
-    except NotEnumerableError:
-        return _drawn_by(loader)
-    return None
+    return None if can_be_enumerated(loader) else _drawn_by(loader)
 
 
 def one_epoch(trainer: pl.Trainer) -> Iterator[Any]:

@@ -83,7 +83,7 @@ def test_a_project_trains_as_without_them_and_each_says_what_it_saw(name, tmp_pa
 
 
 class Regression(pl.LightningModule):
-    """Trains the squared error by plain SGD, with an optional weight of its own for each sample."""
+    """Trains the squared error by plain SGD, on batches of one loader or of several at once."""
 
     def __init__(self):
         super().__init__()
@@ -96,10 +96,9 @@ class Regression(pl.LightningModule):
         return self.net(x)
 
     def training_step(self, batch, batch_idx):
-        if isinstance(batch, dict | list) and not isinstance(batch, dict) and isinstance(batch[0], list):
-            batch = [torch.cat(parts) for parts in zip(*batch, strict=True)]
-        if isinstance(batch, dict):
-            batch = [torch.cat(parts) for parts in zip(*batch.values(), strict=True)]
+        several = list(batch.values()) if isinstance(batch, dict) else batch
+        if isinstance(several[0], list):  # of several loaders
+            batch = [torch.cat(parts) for parts in zip(*several, strict=True)]
         x, y = batch
         return F.mse_loss(self(x), y)
 
@@ -181,7 +180,7 @@ STEADY = {
 @pytest.mark.parametrize("kind", STEADY)
 def test_the_verdict_is_of_what_training_saw(kind, tmp_path):
     loader, seen = STEADY[kind](), Seen()
-    detector, recorder, monitor = callbacks = observers(tmp_path, stop_training=False) if False else observers(tmp_path)
+    detector, recorder, monitor = callbacks = observers(tmp_path)
     detector.stop_training = False
     module = Regression()
     fit(module, loader, [seen, *callbacks])
