@@ -102,12 +102,12 @@ def _work_off(parts: Sequence[Part], folder: Path, processes: int, advance: Call
         for future in as_completed(futures):
             write_json(_file(folder, futures[future]), future.result())
             advance()
-    except BrokenProcessPool as error:
-        raise ChildProcessError("a worker was killed, perhaps for want of memory: start again to go on") from error
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
+    except BaseException as error:
         for worker in multiprocessing.active_children():  # the pool would wait for what they are at
             worker.kill()  # not terminate(), which a Trainer answers by finishing its batch
+        pool.shutdown(cancel_futures=True)  # waits: the pool's thread must not close its pipe while Python ends
+        if isinstance(error, BrokenProcessPool):
+            raise ChildProcessError("a worker was killed, perhaps for want of memory: start again to go on") from error
         raise
     pool.shutdown()
 
