@@ -2,7 +2,6 @@
 
 import csv
 import importlib
-import json
 import os
 import re
 import subprocess
@@ -24,6 +23,7 @@ from lightning_mnn.callbacks.schedule import ScheduledCallback
 from lightning_mnn.data import GaussianData
 from lightning_mnn.loggers import log_histogram, log_image, log_table
 from tests.foreign_models import NAMESPACES, OTHERS, ZOO, cross_entropy_of, foreign_model, foreign_trainer
+from tests.wandb_files import records_of
 
 ROOT = Path(__file__).parent.parent
 CALLBACKS = [LocalMinimumDetector, ActivationPatternRecorder, AngularVolumeMonitor]
@@ -311,11 +311,8 @@ def from_tensorboard(logger):
 
 def from_wandb(folder):
     (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    tool = Path(sys.executable).with_name("wandb")
-    lines = subprocess.run([tool, "leet", "inspect", "--json", path], capture_output=True, text=True, check=True).stdout
-    records = [json.loads(line) for line in lines.splitlines()]
     found = {}
-    for row in (record["history"]["item"] for record in records if "history" in record):
+    for row in (record["history"]["item"] for record in records_of(path) if "history" in record):
         for name, value in row.items():
             if name.startswith(OWN):
                 found.setdefault(name, {})[row["trainer/global_step"]] = value

@@ -8,7 +8,6 @@ import pty
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import warnings
@@ -30,6 +29,7 @@ from lightning_mnn.tasks._standing import Standing
 from lightning_mnn.tasks._wandb import settings_of, wandb_options
 from lightning_mnn.tasks.train import _go_on, _loggers
 from tests.children import PATIENCE, processes, run_the_command, wait_for
+from tests.wandb_files import records_of, summary_of
 
 pytestmark = pytest.mark.xdist_group("wandb")  # which share runs that take long
 
@@ -47,10 +47,7 @@ SMALL = (
 @functools.cache
 def records(path):
     """All of the runs under a folder: a list of records each."""
-    tool = Path(sys.executable).with_name("wandb")
-    found = sorted(path.glob("*run-*/run-*.wandb"))
-    read = [subprocess.run([tool, "leet", "inspect", "--json", run], capture_output=True, check=False) for run in found]
-    return [[json.loads(line) for line in done.stdout.splitlines()] for done in read]
+    return [records_of(run, whole=False) for run in sorted(path.glob("*run-*/run-*.wandb"))]
 
 
 def of_kind(run, kind):
@@ -61,11 +58,9 @@ def rows_of(run):
     return [record["item"] for record in of_kind(run, "history")]
 
 
-def summary_of(folder):
+def summary_in(folder):
     (path,) = folder.glob("wandb/*run-*/run-*.wandb")
-    tool = Path(sys.executable).with_name("wandb")
-    shown = subprocess.run([tool, "leet", "inspect", "--summary", "--json", path], capture_output=True, check=True)
-    return json.loads(shown.stdout)
+    return summary_of(path)
 
 
 class Server(ThreadingHTTPServer):
@@ -250,7 +245,7 @@ def test_no_row_is_lost_to_what_is_logged_past_the_logger(tmp_path):
     assert [row["trainer/global_step"] for row in rows if "table.path" in row] == [1, 3, 5]
     steps = [row["_step"] for row in rows]
     assert steps == sorted(set(steps))
-    assert summary_of(tmp_path)["summary"]["a"] == {"min": 1, "last": 1}
+    assert summary_in(tmp_path)["a"] == {"min": 1, "last": 1}
 
 
 def test_a_folder_of_another_run_is_not_taken_for_a_failed_beginning(tmp_path, monkeypatch):
@@ -407,7 +402,7 @@ def test_each_job_is_a_run_of_its_own_with_its_config(runs):
 
 
 def test_the_summary_keeps_the_best_and_the_last_of_what_is_logged(runs):
-    shown = summary_of(runs[3])["summary"]
+    shown = summary_in(runs[3])
     results = json.loads((runs[3] / "summary.json").read_text())
     series = read_metrics(runs[3] / "metrics.csv")
     assert results["kind"] == "differentiable_minimum"

@@ -4,8 +4,6 @@ import csv
 import itertools
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +22,7 @@ from lightning_mnn.landscape import ActivationPattern, Region, bounds, cone, reg
 from lightning_mnn.landscape.cone import predicted_samples
 from lightning_mnn.seeding import generator
 from tests.test_ddp import run as run_processes
+from tests.wandb_files import records_of
 
 NAMES = {
     "volume/log_volume", "volume/log_volume_standard_error", "volume/unit_mean", "volume/unit_least",
@@ -289,10 +288,7 @@ def test_wandb_shows_a_histogram_and_its_steps_stay_in_order(make_trainer, tmp_p
     make_trainer(max_epochs=4, callbacks=[monitor], logger=logger).fit(model, GaussianData(12, 5, replicas=2))
     wandb.finish()
     (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    tool = Path(sys.executable).with_name("wandb")
-    lines = subprocess.run([tool, "leet", "inspect", "--json", path], capture_output=True, text=True, check=True).stdout
-    records = [json.loads(line) for line in lines.splitlines()]
-    rows = [record["history"]["item"] for record in records if "history" in record]
+    rows = [record["history"]["item"] for record in records_of(path) if "history" in record]
     shown = {row["trainer/global_step"]: row for row in rows if "volume/units._type" in row}
     assert list(shown) == [0, 2, 4]
     assert all(row["volume/units._type"] == "histogram" for row in shown.values())

@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_module
 
 from lightning_mnn.tasks.dashboard import dashboard, to_json, workspace
 from tests.children import PATIENCE, command
+from tests.wandb_files import records_of
 
 pytest.importorskip("wandb_workspaces")
 
@@ -43,10 +44,8 @@ def logged(tmp_path_factory):
     folder = tmp_path_factory.mktemp("logged")
     command(folder, *EVERYTHING, "hydra.run.dir=run", "logger.mode=offline")
     (run,) = (folder / "run" / "wandb").glob("offline-run-*")
-    tool = Path(sys.executable).with_name("wandb")
-    done = subprocess.run([tool, "leet", "inspect", "--json", run], capture_output=True, text=True, check=True)
     names = {"history": set(), "summary": set(), "config": set()}
-    for record in map(json.loads, done.stdout.splitlines()):
+    for record in records_of(run):
         kind = record["type"]
         if kind == "history":
             names[kind] |= set(record[kind]["item"])

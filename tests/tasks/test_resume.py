@@ -2,11 +2,8 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +15,7 @@ from lightning_mnn.data import GaussianData
 from lightning_mnn.loggers import ResumableCSVLogger
 from tests.children import command, start, wait_for
 from tests.runs import assert_same_run, rows_of, summary_of
+from tests.wandb_files import records_of
 
 SMALL = (
     "data.num_samples=40", "data.input_dim=6", "model.hidden_dims=[8]", "seed=1", "trainer.log_every_n_steps=40",
@@ -40,9 +38,7 @@ def kill_when(process, moment):
 
 def wandb_rows(run):
     """What an offline run holds, read by W&B's own reader: its ids, and its rows by W&B's step."""
-    tool = Path(sys.executable).with_name("wandb")
-    done = subprocess.run([tool, "leet", "inspect", "--json", run], capture_output=True, text=True, check=False)
-    records = [json.loads(line) for line in done.stdout.splitlines()]
+    records = records_of(run, whole=False)
     names = {record["run"]["run_id"] for record in records if record["type"] == "run"}
     rows = [record["history"]["item"] for record in records if record["type"] == "history"]
     own = ("_runtime", "_timestamp", "figure", "verdict")  # of the process, not of the run

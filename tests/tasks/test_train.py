@@ -18,7 +18,7 @@ from lightning_mnn import MNN
 from lightning_mnn.callbacks import PatternStore
 from lightning_mnn.figures import read_metrics
 from lightning_mnn.utilities.files import write_json
-from tests import children
+from tests import children, wandb_files
 
 SUMMARY = {
     "mse", "mce", "wrong", "kind", "zero_error", "distance", "margin_ratio", "min_preactivation", "kinks", "rank",
@@ -61,13 +61,9 @@ def summary_of(folder):
 def wandb_summary(folder):
     """The summary of an offline run, read back by W&B's own reader; of metrics the last value."""
     run = only(f"{folder}/wandb/offline-run-*/run-*.wandb")
-    tool = Path(sys.executable).with_name("wandb")
-    shown = subprocess.run(
-        [tool, "leet", "inspect", "--summary", "--json", run], capture_output=True, text=True, check=True
-    )
-    summary = json.loads(shown.stdout)["summary"]
     return {
-        key: value["last"] if isinstance(value, dict) and "last" in value else value for key, value in summary.items()
+        key: value["last"] if isinstance(value, dict) and "last" in value else value
+        for key, value in wandb_files.summary_of(run).items()
     }
 
 
