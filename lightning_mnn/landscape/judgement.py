@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lightning_mnn.landscape.linear_map import FaceMap
 
 _UNKNOWABLE = 1e-6  # rounding errors, relative to the residual, from which nothing can be said of it
+_ROWS = 4096  # samples that are looked at at a time
 _STEP_OFF = 1e-4  # relative length of a step off kinks
 _STEP_OFF_LIMIT = 5_000_000  # samples times parameters, for its dense matrix
 _SPANNED = 1e-12  # part of an input outside a span, relative to the input, that counts as none
@@ -211,7 +212,26 @@ def _judge_forces(problem: Problem, found: Snap) -> Judgement | None:
     loose = (rows > found.noise[:-1]) & (found.point.output != 0)
     if bool(loose.any()) or float(held[size:].norm()) > float(found.noise[-1]):
         return _undecided(f"G e = 0 could not be reached: {found.solution.method}")
+    if _is_felt_along_an_input(problem, found):
+        return _undecided("inputs so uneven that rounding hides whether each number of G e is zero")
     return None
+
+
+def _is_felt_along_an_input(problem: Problem, found: Snap) -> bool:
+    """Whether a number of G e of a unit without kinks is beyond what rounding may add up to in that number alone.
+
+    Where all active samples have next to nothing in one input, its part is lost in the length of G e, and a long move
+    along it may still lower the loss.
+    """
+    coefficients, outputs = found.face.slopes.abs(), found.outputs
+    spread = (problem.num_samples + 2) * ROUNDOFF * outputs.errors.abs() + outputs.bounds
+    noise = torch.zeros_like(found.rows)
+    for part in torch.arange(len(spread), device=spread.device).split(_ROWS):  # or there were a second training set
+        noise += coefficients[part].T @ (problem.inputs[part].abs() * spread[part, None])
+    free = found.point.output != 0
+    if found.kinks is not None:
+        free &= problem.team.most(found.kinks.any(0).long()) == 0
+    return bool(((found.rows.abs() > problem.team.sum(noise)) & free[:, None]).any())
 
 
 def _judge_units(problem: Problem, found: Snap) -> Judgement:
