@@ -26,7 +26,7 @@ def test_polish_does_not_grow_where_no_sample_looks():
 
 
 def test_an_input_that_active_samples_hardly_have_counts():
-    """A move along it lowers the loss from 4.4 to nothing, and is within rounding beside the length of G e."""
+    """A move along it lowers the loss all the way, which is within rounding beside the length of G e."""
     x = [[1.923, 2.3e-17], [-1.7e-16, -2.27], [-1.7, -2.2e-16], [-0.09, -0.04], [0.592, -8.8e-17], [-0.837, -5e-18]]
     x, y = torch.tensor(x, dtype=torch.float64), torch.tensor([1.0, 1.0, -1.0, 1.0, 1.0, -1.0], dtype=torch.float64)
     w = torch.tensor([[2.616423e14, 0.9587841]], dtype=torch.float64)
@@ -34,9 +34,12 @@ def test_an_input_that_active_samples_hardly_have_counts():
     best = torch.linalg.lstsq(x[[0, 4], :1], y[[0, 4]], driver="gelsd").solution  # as if the second input were none
     found = certify(torch.tensor([[float(best[0]) / float(z), float(w[0, 1])]], dtype=torch.float64), z, x, y)
     assert found.kind not in MINIMA
-    lower = torch.linalg.solve(x[[0, 4]], y[[0, 4]]) / z
-    assert ((x @ lower > 0) == (x @ w[0] > 0)).all()  # in the same region
-    assert float((y - (x @ lower).relu() * z).square().sum()) < 4.0001  # of the four samples that are not active
+    start = torch.stack([best[0] / z[0], w[0, 1]])
+    lower = torch.stack([start[0], -1 / (2.27 * z[0])])  # which fits the second sample
+    way = start + torch.linspace(0, 1, 101, dtype=torch.float64)[:, None] * (lower - start)
+    losses = (y - (way @ x.T).relu() * z).square().sum(1)
+    assert (losses.diff() <= 0).all()
+    assert losses[-1] < losses[0] - 0.9
 
 
 @pytest.mark.parametrize("plant", [planted_minimum, planted_kink_minimum, planted_saddle])
