@@ -226,7 +226,8 @@ def _is_felt_along_an_input(problem: Problem, found: Snap) -> bool:
     coefficients, outputs = found.face.slopes.abs(), found.outputs
     spread = (problem.num_samples + 2) * ROUNDOFF * outputs.errors.abs() + outputs.bounds
     noise = torch.zeros_like(found.rows)
-    for part in torch.arange(len(spread), device=spread.device).split(_ROWS):  # or there were a second training set
+    for start in range(0, len(spread), _ROWS):  # or there would be a second training set in memory
+        part = slice(start, start + _ROWS)
         noise += coefficients[part].T @ (problem.inputs[part].abs() * spread[part, None])
     free = found.point.output != 0
     if found.kinks is not None:
