@@ -104,17 +104,16 @@ class SecondOrderJudge(Judge):
         check_weights(trainer, pl_module)
         batch = self._full_batch(trainer, pl_module)
         with batch.open():
-            surface = batch.surface()
-            loss = surface.loss() if self.verdict is None else self.verdict.loss
+            surface, found = batch.surface(), batch.measure()
+            loss = found.loss if self.verdict is None else self.verdict.loss
             self.reference = _reference(surface, loss, self.norms.largest())
-            batch.check()
-            kinks = self._kinks = batch.nearest_kink()
-            first = batch.first_loss()
-            self.verdict = self._stationarity(surface)
+            kinks = self._kinks = found.kinks
+            again = trainer.global_step > 0 or batch.is_kept()  # before the first step the data are read once
+            self.verdict = self._stationarity(surface, (found.loss, found.gradient), compare_sides=again)
             batch.check()
             if self._reduction is None:
                 self._reduction = batch.reduction()
-            batch.check_repeats(first)
+            batch.check_repeats(found.first)
         self._concluded = False
         if not math.isfinite(self.verdict.loss):
             raise diverged(trainer, "the loss over the training set is")
@@ -189,11 +188,19 @@ class SecondOrderJudge(Judge):
     def _full_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> FullBatch:
         return FullBatch(trainer, pl_module, self._loss_fn, self._modules)
 
-    def _stationarity(self, surface: LossSurface) -> SecondOrderVerdict:
+    def _stationarity(
+        self, surface: LossSurface, known: tuple[float, Tensor] | None = None, *, compare_sides: bool = True
+    ) -> SecondOrderVerdict:
         assert self._kinks is not None  # noqa: S101 (met in the same look)
         tolerance = self._gradient_tolerance  # of its jumps, too: of millions of units in float32 a few touch kinks
         return judge_stationarity(
-            surface, self._kinks, self._compared, gradient_tolerance=tolerance, jump_tolerance=tolerance
+            surface,
+            self._kinks,
+            self._compared,
+            gradient_tolerance=tolerance,
+            jump_tolerance=tolerance,
+            known=known,
+            compare_sides=compare_sides,
         )
 
     @property

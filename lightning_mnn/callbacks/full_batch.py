@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from contextlib import contextmanager, suppress
 from copy import deepcopy
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from itertools import islice
@@ -27,11 +28,11 @@ from lightning_mnn.callbacks.model_pass import (
     model_batches,
     precision_context,
 )
-from lightning_mnn.callbacks.training_set import gather
+from lightning_mnn.callbacks.training_set import gather, gather_results
 from lightning_mnn.callbacks.undisturbed import Restart, seed_generators, trained_parameters, undisturbed
 from lightning_mnn.data.loader import part_of
 from lightning_mnn.data.shards import batch_size_of, draws, num_samples
-from lightning_mnn.landscape.kink_distance import KinkDistance, kink_distance
+from lightning_mnn.landscape.kink_distance import KinkDistance, KinkMeter
 from lightning_mnn.landscape.kink_patterns import UnknownLayersError
 from lightning_mnn.landscape.kink_trace import Kink, KinkTrace, Names
 from lightning_mnn.landscape.loss_surface import LossSurface
@@ -54,6 +55,23 @@ class Reduction(StrEnum):
     MEAN = "mean"
     SUM = "sum"
     OTHER = "other"  # as a mean over tokens, of which samples have several
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What one pass finds.
+
+    Attributes:
+        loss: L(θ).
+        gradient: of it, (n,).
+        kinks: how far θ is from the nearest kink.
+        first: the weighted sum of the losses of each process's first batch.
+    """
+
+    loss: float
+    gradient: Tensor
+    kinks: KinkDistance
+    first: float
 
 
 class FullBatch:
@@ -106,6 +124,7 @@ class FullBatch:
             self._dropped = _dropped(trainer, total)
             self._counts = total - self._dropped, high - low
         self._kept: list[Any] | None = None
+        self._first: tuple[int, Any, int] | None = None  # batch, where it can be kept
         self._restart: Restart | None = None
         self._moving: set[int] = set()  # ids of the parameters of surfaces
         self._failure: str | None = None
@@ -126,7 +145,7 @@ class FullBatch:
             try:
                 yield
             finally:
-                self._kept, self._restart = None, None
+                self._kept, self._first, self._restart = None, None, None
 
     def why_not_evaluable(self) -> str | None:
         """Why the module's loss cannot be had, the same on every process; None where it can.
@@ -135,7 +154,7 @@ class FullBatch:
             StepFailedError: ``training_step`` fails, on one process or more.
         """
         own = None
-        for index, batch, _ in islice(self._batches(), 1):
+        for index, batch, _ in self._first_batches():
             try:
                 self._loss(index, batch)
             except LossNotEvaluableError as error:
@@ -154,19 +173,47 @@ class FullBatch:
         """
         chosen = self._trained() if parameters is None else parameters
         self._moving = {id(parameter) for parameter in chosen}
-        return LossSurface(chosen, self._parts, self._team())
+        return self._surface(chosen, self._parts)
 
-    def first_loss(self) -> float:
-        """The weighted sum of the losses of each process's first batch."""
-        return LossSurface(self._trained(), lambda: islice(self._parts(), 1), self._team()).loss()
+    def measure(self) -> Measures:
+        """The loss, its gradient and the nearest kink, in one pass.
+
+        Raises:
+            NoDerivativeError: the loss cannot be differentiated.
+            UnknownLayersError: there are kinks, and none that ``modules`` names.
+            LossNotEvaluableError: a batch gave no loss.
+        """
+        meter, trained = KinkMeter(self._trained()), self._trained()
+        first = torch.zeros(2, dtype=torch.float64, device=trained[0].device)
+
+        def noted(weight: float, part: Callable[[], Tensor]) -> Tensor:
+            loss = part()
+            first[0] += weight * loss.detach().reshape(())
+            first[1] += weight
+            return loss
+
+        def parts() -> Iterator[tuple[float, Callable[[], Tensor]]]:
+            for index, batch, size in self._batches():
+                meter.take(partial(self._trace, index, batch))
+                weight, part = self._weight(size), partial(self._part, index, batch)
+                yield weight, part if index else partial(noted, weight, part)
+
+        loss, gradient = self._surface(trained, parts).value_and_gradient()
+        self.check()
+        value, weight = self._team().sum(first).tolist()
+        return Measures(loss, gradient, self._kinks_of(meter), value / weight if self._drawn else value)
+
+    def is_kept(self) -> bool:
+        """Whether the next pass is over batches in memory, on every process."""
+        return all(gather(self._kept is not None))
 
     def check_repeats(self, first: float) -> None:
-        """Check that :meth:`first_loss` is still what it was, at the same weights, after other passes.
+        """Check that the loss of the first batches is still what it was, at the same weights, after other passes.
 
         Raises:
             LossNotEvaluableError: it is not, so that the loss is no function of the weights.
         """
-        again = self.first_loss()
+        again = self._surface(self._trained(), lambda: self._weighted(self._first_batches())).loss()
         eps = torch.finfo(self._trained()[0].dtype).eps
         if abs(again - first) > eps**0.5 * max(abs(first), abs(again)) + eps**1.5:
             raise LossNotEvaluableError(
@@ -181,8 +228,18 @@ class FullBatch:
             UnknownLayersError: there are kinks, and none that ``modules`` names.
             LossNotEvaluableError: a batch gave no loss.
         """
-        passes = (partial(self._trace, index, batch) for index, batch, _ in self._batches())
-        found = kink_distance(passes, self._trained(), self._team())
+        meter = KinkMeter(self._trained())
+
+        def own() -> None:
+            for index, batch, _ in self._batches():
+                meter.take(partial(self._trace, index, batch))
+
+        gather_results(own)
+        return self._kinks_of(meter)
+
+    def _kinks_of(self, meter: KinkMeter) -> KinkDistance:
+        """What a pass took note of, over all processes."""
+        found = meter.found(self._team())
         parts = gather((self.met, self.smooth, self.opaque, self.left_out))
         unions = (sorted(set().union(*names)) for names in zip(*parts, strict=True))
         self.met, self.smooth, self.opaque, self.left_out = unions
@@ -201,13 +258,12 @@ class FullBatch:
         number of samples, if it is a mean. Asked of batches whose tensors have one entry or row for each sample.
         """
         own, failure = Reduction.MEAN, self._failure
-        for index, batch, size in self._batches():
+        for index, batch, size in self._first_batches():
             tensors: list[Tensor] = []
             apply_to_collection(batch, Tensor, tensors.append, allow_frozen=True)
             if tensors and all(tensor.ndim and len(tensor) == size for tensor in tensors):
                 with suppress(Exception):  # of a step that knows how large its batches are
                     own = self._reduction_of(index, batch, size)
-            break
         self._failure = failure
         told = gather(str(own))
         return next((kind for kind in (Reduction.SUM, Reduction.OTHER) if str(kind) in told), Reduction.MEAN)
@@ -250,9 +306,20 @@ class FullBatch:
             raise LossNotEvaluableError(reason)
 
     def _parts(self) -> Iterator[tuple[float, Callable[[], Tensor]]]:
-        total, _ = self._sizes()
-        for index, batch, size in self._batches():
-            yield size / total, partial(self._part, index, batch)
+        return self._weighted(self._batches())
+
+    def _weighted(self, batches: Iterator[tuple[int, Any, int]]) -> Iterator[tuple[float, Callable[[], Tensor]]]:
+        for index, batch, size in batches:
+            yield self._weight(size), partial(self._part, index, batch)
+
+    def _weight(self, size: int) -> float:
+        """Of a batch; of drawn ones relative to the sum, which is known after a pass."""
+        return float(size) if self._counts is None else size / self._counts[0]
+
+    def _surface(
+        self, parameters: Sequence[Tensor], parts: Callable[[], Iterator[tuple[float, Callable[[], Tensor]]]]
+    ) -> LossSurface:
+        return LossSurface(parameters, parts, self._team(), normalise=self._drawn)
 
     def _trained(self) -> list[Tensor]:
         return trained_parameters(self._trainer, self._module)
@@ -305,37 +372,45 @@ class FullBatch:
         self.smooth, self.opaque = sorted({*self.smooth, *trace.smooth}), sorted({*self.opaque, *trace.opaque})
         self.left_out = sorted({*self.left_out, *trace.left_out})
 
-    def _batches(self) -> Iterator[tuple[int, Any, int]]:
-        """Index, content and number of samples of this process's batches."""
+    def _first_batches(self) -> Iterator[tuple[int, Any, int]]:
+        """This process's first batch, as :meth:`_batches` gives it, without the others; none where it has none."""
+        if self._first is None or self._kept is not None:
+            yield from islice(self._batches(most=1), 1)
+            return
+        assert self._restart is not None  # noqa: S101 (it is open)
+        self._put_back()
+        self._restart.data()
+        seed_generators(0)
+        index, batch, size = self._first
+        yield index, _copied(batch), size
+
+    def _batches(self, most: int | None = None) -> Iterator[tuple[int, Any, int]]:
+        """Index, content and number of samples of this process's batches, or of so many of them."""
         assert self._restart is not None  # noqa: S101 (it is open)
         self._put_back()
         self._restart.data()
         loader = self._trainer.train_dataloader
         left = 0 if self._counts is None else self._counts[1]
         kept: list[Any] | None = []
-        for index, batch in enumerate(self._kept or model_batches(self._trainer, self._module)):
+        for index, batch in enumerate(self._kept or model_batches(self._trainer, self._module, most=most)):
             # of a DataLoader it is known, however the samples are laid out in the batch
             known = isinstance(loader, DataLoader) and not self._drawn
             size = min(batch_size_of(loader), left) if known else batch_size(batch)
             left -= size
             if self._dropped and isinstance(loader, DataLoader) and size < (loader.batch_size or 0):
                 break  # which its module may not be able to take
+            if index == 0 and self._first is None and _is_known(batch):
+                self._first = index, _copied(batch), size
             if kept is not None and self._kept is None:
                 kept.append(_copied(batch))
                 kept = kept if _is_known(batch) and _bytes(kept) <= _KEPT else None
             yield index, _copied(batch) if self._kept else batch, size
-        if self._kept is None:
+        if self._kept is None and most is None:
             self._kept = kept
 
-    def _sizes(self) -> tuple[int, int]:
-        """Numbers of samples that all processes pass over, and this one; of drawn ones a pass tells."""
-        if self._counts is None:
-            own = sum(size for _, _, size in self._batches())
-            self._counts = sum(gather(own)), own
-        return self._counts
-
     def _team(self) -> Team:
-        return Team() if self._trainer.world_size == 1 else ProcessTeam(self._sizes()[1])
+        own = 0 if self._counts is None else self._counts[1]  # which surfaces and kinks do not ask for
+        return Team() if self._trainer.world_size == 1 else ProcessTeam(own)
 
 
 def _dropped(trainer: pl.Trainer, total: int) -> int:

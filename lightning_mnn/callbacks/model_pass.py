@@ -9,6 +9,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,7 +45,14 @@ class StepFailedError(LossNotEvaluableError):
     """A module's ``training_step`` raised an error in a pass; before the first batch it may still lack something."""
 
 
-def model_batches(trainer: pl.Trainer, pl_module: pl.LightningModule, chosen: Tensor | None = None) -> Iterator[Any]:
+def model_batches(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    chosen: Tensor | None = None,
+    *,
+    most: int | None = None,
+    read: Callable[[Any], object] | None = None,
+) -> Iterator[Any]:
     """This process's part of the training set, each sample once, in batches as the module gets them in training.
 
     Where the samples of the loader cannot be enumerated, they are those of one of its epochs, as it draws and combines
@@ -56,6 +64,8 @@ def model_batches(trainer: pl.Trainer, pl_module: pl.LightningModule, chosen: Te
         trainer: the Trainer that trains the module.
         pl_module: the module.
         chosen: indices of the samples to pass over; None: all of them.
+        most: batches of this process, at most; None: all.
+        read: is called with each batch as it was collated, before it is made what the module gets; None: nothing is.
 
     Raises:
         TypeError: the samples cannot be enumerated (see :func:`lightning_mnn.data.shards.exact_shard`).
@@ -63,8 +73,11 @@ def model_batches(trainer: pl.Trainer, pl_module: pl.LightningModule, chosen: Te
     seed_generators(0)
     loader = trainer.train_dataloader
     drawn = chosen is None and draws(loader)
-    batches = one_epoch(trainer) if drawn else exact_shard(loader, trainer.global_rank, trainer.world_size, chosen)
+    part = trainer.global_rank, trainer.world_size
+    batches = islice(one_epoch(trainer), most) if drawn else exact_shard(loader, *part, chosen, most=most)
     for index, batch in enumerate(batches, start=1):
+        if read is not None:
+            read(batch)
         yield as_in_training(trainer, pl_module, batch)
         seed_generators(index)
 

@@ -40,7 +40,12 @@ _BLOCK_ELEMENTS = 1 << 22  # of inputs at a time: 32 MiB in float64
 
 
 def exact_shard(
-    loader: Any, rank: int = 0, world_size: int = 1, chosen: Tensor | None = None, batch_size: int | None = None
+    loader: Any,
+    rank: int = 0,
+    world_size: int = 1,
+    chosen: Tensor | None = None,
+    batch_size: int | None = None,
+    most: int | None = None,
 ) -> Iterator[Any]:
     """Batches of one process's contiguous part of the training set, in the data set's order, unpadded, unshuffled.
 
@@ -51,6 +56,7 @@ def exact_shard(
         world_size: number of processes.
         chosen: indices of the samples to pass over; None: all of them.
         batch_size: samples of a batch; None: of an ExactLoader about 4 million numbers of inputs, else as the loader's.
+        most: batches that are read, at most: workers read ahead of what is asked for; None: all.
 
     Yields:
         Batches, as the loader collates them.
@@ -63,6 +69,7 @@ def exact_shard(
     if isinstance(loader, ExactLoader):
         low, high = part_of(loader.num_samples if chosen is None else len(chosen), rank, world_size)
         size = batch_size or max(1, _BLOCK_ELEMENTS // loader.numbers_per_sample)
+        high = high if most is None else min(high, low + most * size)
         for start in range(low, high, size):
             safe_point()
             block = slice(start, min(start + size, high))
@@ -73,6 +80,7 @@ def exact_shard(
             indices = [indices[i] for i in chosen.tolist()]
         low, high = part_of(len(indices), rank, world_size)
         size = batch_size or batch_size_of(loader)
+        high = high if most is None else min(high, low + most * size)
         num_workers = min(loader.num_workers, math.ceil((high - low) / size))
         batches = DataLoader(
             Subset(loader.dataset, indices[low:high]),

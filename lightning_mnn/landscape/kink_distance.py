@@ -95,22 +95,47 @@ def kink_distance(
     >>> found.nearest, found.layer, found.count, found.ties, found.units
     (1.0, '1', 0, 2, 6)
     """
-    layers: dict[str, Tensor] = {}
-    jitter = Jitter(parameters, seed)
-    with full_precision():
-        for run in passes:
-            safe_point()
-            first = _FirstPass(layers)
+    meter = KinkMeter(parameters, seed)
+    for run in passes:
+        safe_point()
+        meter.take(run)
+    return meter.found(team)
+
+
+class KinkMeter:
+    """What :func:`kink_distance` finds, batch by batch, for a pass that does something else beside.
+
+    Args:
+        parameters: θ; those that require a gradient are moved, and put back bit for bit.
+        seed: of the direction of s.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], seed: int = 0) -> None:
+        self._layers: dict[str, Tensor] = {}
+        self._jitter = Jitter(parameters, seed)
+
+    def take(self, run: Callable[[Callable[[Kink], None]], None]) -> None:
+        """Take note of the kinks of one batch.
+
+        Args:
+            run: runs one forward pass, as for :func:`kink_distance`.
+        """
+        with full_precision():
+            first = _FirstPass(self._layers)
             run(first)
             closed = first.closed_calls()
             eps = max((call.eps for call in closed.values()), default=0.0)
             if closed and eps < _COARSE:
                 for step in (eps**0.5, -(eps**0.5)):
-                    with jitter.moved(step):
+                    with self._jitter.moved(step):
                         run(_SecondPass(closed))
             for name, call in first.calls.items():
-                layers[name] = _joined(layers[name], call.measures()) if name in layers else call.measures()
-    return _summary(_gathered(layers, Team() if team is None else team))
+                before, new = self._layers.get(name), call.measures()
+                self._layers[name] = new if before is None else _joined(before, new)
+
+    def found(self, team: Team | None = None) -> KinkDistance:
+        """The distance over the batches of all processes, each of which calls this."""
+        return _summary(_gathered(self._layers, Team() if team is None else team))
 
 
 class Jitter:

@@ -41,6 +41,7 @@ class LossSurface:
         parts: returns the pairs (c_b, L_b), L_b() being the loss of a part, a tensor of one number. It is called anew
             for each gradient and product, and must give the same loss each time.
         team: the processes; each calls the same methods in the same order.
+        normalise: take c_b relative to their sum, which need not be known before a pass.
 
     Raises:
         ValueError: no parameters, one twice, or of several dtypes or devices.
@@ -53,7 +54,9 @@ class LossSurface:
     tensor([7., 1.])
     """
 
-    def __init__(self, parameters: Sequence[Tensor], parts: Parts, team: Team | None = None) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], parts: Parts, team: Team | None = None, *, normalise: bool = False
+    ) -> None:
         self.parameters = list(parameters)
         if not self.parameters:
             raise ValueError("parameters must not be empty")
@@ -68,15 +71,17 @@ class LossSurface:
         self.size = sum(parameter.numel() for parameter in self.parameters)
         self.team = Team() if team is None else team
         self._parts = parts
+        self._normalise = normalise
         self._free = [parameter for parameter in self.parameters if parameter.requires_grad]
 
     def loss(self) -> float:
         """L(θ). Its parts may use gradients, of the inputs, say."""
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
         with _evaluable(), torch.inference_mode(mode=False), torch.enable_grad():
             for weight, part in self._parts():
-                total += weight * _scalar(part()).detach()
-        return float(self.team.sum(total))
+                total[0] += weight * _scalar(part()).detach()
+                total[1] += weight
+        return float(self._over_all(total)[0])
 
     def value_and_gradient(self) -> tuple[float, Tensor]:
         """L(θ) and its gradient (n,), in the parameters' dtype.
@@ -123,14 +128,15 @@ class LossSurface:
 
     def _sum(self, derivative: Callable[[Tensor], Sequence[Tensor | None]]) -> tuple[Tensor, Tensor]:
         """Σ c_b L_b and Σ c_b derivative(L_b), flat, summed in float64 over all processes; nothing is read here."""
-        total = torch.zeros(self.size + 1, dtype=torch.float64, device=self.device)
-        slots, value = self._split(total[:-1]), total[-1]
+        total = torch.zeros(self.size + 2, dtype=torch.float64, device=self.device)
+        slots, value, weights = self._split(total[:-2]), total[-2], total[-1]
         depends, failure = False, None
         try:
             with _evaluable(), torch.inference_mode(mode=False), torch.enable_grad():
                 for weight, part in self._parts():
                     loss = _scalar(part())
                     value += weight * loss.detach()
+                    weights += weight
                     if not loss.requires_grad:
                         continue
                     for slot, gradient in zip(slots, derivative(loss), strict=True):
@@ -140,8 +146,13 @@ class LossSurface:
         except NoDerivativeError as error:
             failure = error
         self._agree(failure, depends=depends)
-        total = self.team.sum(total)
+        total = self._over_all(total)
         return total[-1], total[:-1].to(self.dtype)
+
+    def _over_all(self, total: Tensor) -> Tensor:
+        """The sums of all processes but the last, which is that of the weights c_b, and divides the others."""
+        total = self.team.sum(total)
+        return total[:-1] / total[-1] if self._normalise else total[:-1]
 
     def _agree(self, failure: NoDerivativeError | None, *, depends: bool) -> None:
         """Raise on all processes what one of them found, lest the others wait for it."""

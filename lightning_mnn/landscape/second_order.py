@@ -37,6 +37,7 @@ _FLAT = 1e-8  # of the largest eigenvalue, that the smallest is no curvature
 _GAIN = 1e-3  # of the loss, that a Newton step may still gain at a minimum
 _NEAR = 1e-3  # of the weights, that the minimum may be away
 _SLOPE = 8.0  # times the rounding error of a gradient, by which it may differ beside
+_NOT_COMPARED = ", whose sides were not compared"
 _BOWL = 0.3  # of the slope that the curvature gives a step from a minimum, by which the real one may differ
 
 
@@ -102,6 +103,8 @@ def judge_stationarity(
     *,
     gradient_tolerance: float = 1e-3,
     jump_tolerance: float = 0.0,
+    known: tuple[float, Tensor] | None = None,
+    compare_sides: bool = True,
 ) -> SecondOrderVerdict:
     """Is the point off the kinks, and stationary? One gradient of the full batch; on kinks that matter three.
 
@@ -120,6 +123,8 @@ def judge_stationarity(
         reference: a norm of the gradient to compare with: the largest of training, say.
         gradient_tolerance: largest ‖∇L(θ)‖/reference of a stationary point.
         jump_tolerance: largest ‖∇L(θ + s) − ∇L(θ − s)‖/reference at which kinks within rounding are passed over.
+        known: L(θ) and its gradient, where they were formed before.
+        compare_sides: False forms no gradients on both sides of kinks: a stationary point on kinks is ``on_kink``.
 
     Raises:
         ValueError: a reference or tolerance that is not positive, or a negative jump_tolerance.
@@ -130,21 +135,26 @@ def judge_stationarity(
             raise ValueError(f"{name} must be a positive number, got {value}")
     if not jump_tolerance >= 0:
         raise ValueError(f"jump_tolerance must not be negative, got {jump_tolerance}")
-    loss, gradient = surface.value_and_gradient()
+    loss, gradient = surface.value_and_gradient() if known is None else known
     norm = float(gradient.double().norm())
     relative = norm / reference
     jump: float | None = 0.0
     sides = _where(kinks.relative)
     if kinks.count:
         by_chance = max(_FEW, kinks.count / 2) <= kinks.by_chance
-        jump = None if relative > gradient_tolerance and by_chance else _jump(surface, kinks.spacing) / reference
-        change = "" if jump is None else f", between whose sides the gradient changes by {jump:.1e} of the reference"
+        left_out = not compare_sides or (relative > gradient_tolerance and by_chance)
+        jump = None if left_out else _jump(surface, kinks.spacing) / reference
+        change = (
+            _NOT_COMPARED * (not compare_sides)
+            if jump is None
+            else f", between whose sides the gradient changes by {jump:.1e} of the reference"
+        )
         sides = (
             f"{kinks.count} of {kinks.units} units are on a kink within rounding ({kinks.by_chance:.1g} would be by "
             f"chance; nearest in {kinks.layer}){_coarse(kinks.spacing, surface.dtype)}{change}"
         )
     descends = relative > gradient_tolerance and (jump is None or jump < _LEAST_SHARE * relative)  # on every side
-    if not descends and jump is not None and not jump <= jump_tolerance:
+    if not descends and not (jump is not None and jump <= jump_tolerance):
         kind = SecondOrderKind.ON_KINK
         reason = f"{sides}: the gradient and the Hessian are those of one side only"
     elif not (math.isfinite(loss) and math.isfinite(norm)):
