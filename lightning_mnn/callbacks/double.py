@@ -16,7 +16,7 @@ from lightning_mnn.callbacks.model_pass import SERIOUS, LossNotEvaluableError
 from lightning_mnn.landscape.loss_surface import NoDerivativeError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import pytorch_lightning as pl
 
@@ -75,6 +75,7 @@ class DoubleBatch(FullBatch):
         double: what that yielded.
         loss_fn: ``loss_fn(module, batch)``; None: the module's ``training_step``.
         modules: layers whose kinks count.
+        read: is called with each batch that is read, as it was collated; None: nothing is.
     """
 
     def __init__(
@@ -84,8 +85,10 @@ class DoubleBatch(FullBatch):
         double: Double,
         loss_fn: ModelFunction | None = None,
         modules: Names = None,
+        *,
+        read: Callable[[Any], object] | None = None,
     ) -> None:
-        super().__init__(trainer, pl_module, loss_fn, modules)
+        super().__init__(trainer, pl_module, loss_fn, modules, read=read)
         self._mode = double.mode
 
     @override

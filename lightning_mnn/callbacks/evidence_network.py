@@ -233,7 +233,7 @@ class NetworkJudge(Judge):
 
     def _survey(self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network) -> None:
         """One exact pass and its first-order tests."""
-        self.survey = survey_training_set(trainer, pl_module)
+        self.survey = survey_training_set(trainer, pl_module, ranked=len(network.hidden_weights) == 1)
         spacing = 2 * network.unit_roundoff
         self.verdicts = first_order_verdicts(
             self.survey,

@@ -89,6 +89,7 @@ class FullBatch:
         loss_fn: ``loss_fn(module, batch)``; None: the module's ``training_step``.
         modules: layers whose kinks count (see :class:`lightning_mnn.landscape.kink_trace.KinkTrace`).
         losses: False: there is no loss to be had, and kinks are those of the module's forward pass, or of ``loss_fn``.
+        read: is called with each batch that is read, as it was collated; None: nothing is.
 
     Attributes:
         met: layers whose kinks :meth:`nearest_kink` met, whether they depend on the weights or not.
@@ -105,6 +106,7 @@ class FullBatch:
         modules: Names = None,
         *,
         losses: bool = True,
+        read: Callable[[Any], object] | None = None,
     ) -> None:
         self.met: list[str] = []
         self.smooth: list[str] = []
@@ -114,6 +116,7 @@ class FullBatch:
         self._module = pl_module
         self._loss_fn = loss_fn
         self._modules = modules
+        self._read = read
         self._run: Callable[[int, Any], Any] = self._loss_or_none if losses else self._forward
         self._drawn = draws(trainer.train_dataloader) is not None
         self._dropped = 0
@@ -175,6 +178,11 @@ class FullBatch:
         self._moving = {id(parameter) for parameter in chosen}
         return self._surface(chosen, self._parts)
 
+    def first_surface(self, parameters: Sequence[Tensor]) -> LossSurface:
+        """The loss of the first batch of each process as a function of parameters."""
+        self._moving = {id(parameter) for parameter in parameters}
+        return self._surface(parameters, lambda: self._weighted(self._first_batches()))
+
     def measure(self) -> Measures:
         """The loss, its gradient and the nearest kink, in one pass.
 
@@ -213,7 +221,7 @@ class FullBatch:
         Raises:
             LossNotEvaluableError: it is not, so that the loss is no function of the weights.
         """
-        again = self._surface(self._trained(), lambda: self._weighted(self._first_batches())).loss()
+        again = self.first_surface(self._trained()).loss()
         eps = torch.finfo(self._trained()[0].dtype).eps
         if abs(again - first) > eps**0.5 * max(abs(first), abs(again)) + eps**1.5:
             raise LossNotEvaluableError(
@@ -392,7 +400,8 @@ class FullBatch:
         loader = self._trainer.train_dataloader
         left = 0 if self._counts is None else self._counts[1]
         kept: list[Any] | None = []
-        for index, batch in enumerate(self._kept or model_batches(self._trainer, self._module, most=most)):
+        read = model_batches(self._trainer, self._module, most=most, read=self._read)
+        for index, batch in enumerate(self._kept or read):
             # of a DataLoader it is known, however the samples are laid out in the batch
             known = isinstance(loader, DataLoader) and not self._drawn
             size = min(batch_size_of(loader), left) if known else batch_size(batch)

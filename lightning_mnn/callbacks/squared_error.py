@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_mnn.callbacks.double import DoubleBatch, in_double
-from lightning_mnn.callbacks.training_set import network_of, survey_of, why_not_surveyed
+from lightning_mnn.callbacks.training_set import (
+    SurveyReader,
+    gather_results,
+    keep_survey,
+    merged_parts,
+    network_of,
+    survey_reader,
+    why_not_surveyed,
+)
 from lightning_mnn.landscape.loss_surface import NoDerivativeError
 from lightning_mnn.seeding import generator
 
@@ -60,14 +68,31 @@ def squared_error_loss(
     weights that are near the module's own, but for noise of a tenth of their size, since at a minimum both vanish; both
     are formed in float64, in which a penalty of 1e-9 would be seen. That they are parallel there, in as many directions
     as there are weights, and that losses and gradients agree where a certificate is asked for (:func:`still_fits`), is
-    taken to mean that they agree between.
+    taken to mean that they agree between. The first batches tell of most other losses; the pass over all batches that
+    the others need serves :func:`~lightning_mnn.callbacks.training_set.survey_training_set`, too.
 
     Raises:
         LossNotEvaluableError: the loss cannot be had.
     """
+    first = _compared(trainer, pl_module, loss_fn, _FAR, first=True)
+    if isinstance(first, str):
+        return first
+    nothing = not (first.gradient.any() or first.of_mse.any())  # of a single sample that no unit is active on, say
+    if not nothing and isinstance(other := _factor(first), str):
+        return other
     found = _compared(trainer, pl_module, loss_fn, _FAR)
     if isinstance(found, str):
         return found
+    factor = _factor(found)
+    if isinstance(factor, str):
+        return factor
+    mse_part = factor * found.mse
+    own = float(found.gradient.norm())
+    return SquaredErrorLoss(factor, found.loss - mse_part, max(abs(found.loss), mse_part), own)
+
+
+def _factor(found: _Comparison) -> float | str:
+    """The positive number that the gradient is a multiple by, or why it is none."""
     size, own = found.of_mse.norm(), found.gradient.norm()
     factor = float(found.gradient @ found.of_mse / size.square().clamp(min=torch.finfo(torch.float64).tiny))
     distance = float((found.gradient - factor * found.of_mse).norm() / own)
@@ -78,8 +103,7 @@ def squared_error_loss(
             "predictions (N, 1) beside targets (N,), which are compared each with each, or a sum instead of the mean "
             "over batches of several sizes (for which loss_fn can return the mean)"
         )
-    mse_part = factor * found.mse
-    return SquaredErrorLoss(factor, found.loss - mse_part, max(abs(found.loss), mse_part), float(own))
+    return factor
 
 
 def still_fits(
@@ -103,30 +127,47 @@ def still_fits(
 
 
 def _compared(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, loss_fn: ModelFunction | None, step: float
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    loss_fn: ModelFunction | None,
+    step: float,
+    *,
+    first: bool = False,
 ) -> _Comparison | str:
-    """Both at weights beside the present ones, in float64; or why they cannot be had."""
-    network = network_of(pl_module)
-    assert network is not None  # noqa: S101 (the caller found it)
-    why, dtype = why_not_surveyed(trainer, network), network.output_weights.dtype
+    """Both at weights beside the present ones, in float64; or why they cannot be had.
+
+    One pass over the training set, or over the first batch of each process, forms both. A whole one surveys the network
+    at its present weights, too.
+    """
+    present = network_of(pl_module)
+    assert present is not None  # noqa: S101 (the caller found it)
+    why = why_not_surveyed(trainer, present)
     if why is not None:
         return f"its loss cannot be compared with the squared error: {why}"
     with in_double(pl_module) as double:
         network = network_of(pl_module)
         assert network is not None  # noqa: S101
-        batch = DoubleBatch(trainer, pl_module, double, loss_fn)
+        readers = [SurveyReader(network, present.output_weights.dtype)]
+        if not first:
+            readers.append(survey_reader(trainer, pl_module, present, ranked=True))
+        batch = DoubleBatch(
+            trainer, pl_module, double, loss_fn, read=lambda read: [reader.take(read) for reader in readers]
+        )
         with batch.open():
             parameters = _parameters(pl_module, network)
-            surface = batch.surface(parameters)
+            surface = batch.first_surface(parameters) if first else batch.surface(parameters)
             with surface.moved(_noise(parameters, step)):
-                survey = survey_of(trainer, network, dtype)
-                expected = torch.cat([_gradient_of(network, survey)[p.data_ptr()].flatten() for p in parameters])
                 try:
                     loss, gradient = surface.value_and_gradient()
                 except NoDerivativeError as error:
                     batch.check()
                     return f"its loss cannot be compared with the squared error: {error}"
+                parts = gather_results(lambda: [reader.part() for reader in readers])
+                survey = merged_parts([own[0] for own in parts])[0]
+                expected = torch.cat([_gradient_of(network, survey)[p.data_ptr()].flatten() for p in parameters])
             batch.check()
+    if not first:
+        keep_survey(trainer, pl_module, present, [own[1] for own in parts])
     return _Comparison(loss, float(survey.mse), gradient.cpu(), expected.cpu())
 
 

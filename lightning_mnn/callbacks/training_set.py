@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import pickle
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -13,17 +14,25 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_mnn.callbacks.undisturbed import kept_generators
-from lightning_mnn.data.checks import find_threshold
+from lightning_mnn.data.checks import find_threshold, the_threshold
 from lightning_mnn.data.shards import exact_shard, flat_batch, num_samples
 from lightning_mnn.landscape.pattern import PackedPattern
 from lightning_mnn.landscape.region import gram_rank
-from lightning_mnn.landscape.survey import Network, Survey, exact_patterns, merge_surveys, on_cpu, survey_network
+from lightning_mnn.landscape.survey import (
+    Network,
+    Survey,
+    exact_patterns,
+    fitting_thresholds,
+    merge_surveys,
+    on_cpu,
+    survey_network,
+)
 from lightning_mnn.mnn import MNN, DivergenceError
 from lightning_mnn.utilities.interruption import Interrupted, alone, requested, stop_if_any
 from lightning_mnn.utilities.transfer import digests, fetched, to_host
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     import pytorch_lightning as pl
     from torch import Tensor
@@ -31,6 +40,7 @@ if TYPE_CHECKING:
 Answer = TypeVar("Answer")
 
 _FEW = 8  # samples that tell what the training set is like
+_LABELS: tuple[float | None, ...] = (0.5, 0.0)  # thresholds of labels {0, 1} and ±1
 _MOST_WORK = 1e12  # multiplications for the rank of the inputs, which is worth a minute
 
 _surveys: WeakKeyDictionary[pl.LightningModule, tuple[Any, Survey]] = WeakKeyDictionary()
@@ -118,12 +128,17 @@ def required_network(callback: pl.Callback, pl_module: pl.LightningModule) -> Ne
     return network
 
 
-@torch.no_grad()
-def survey_training_set(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Survey:
+def survey_training_set(trainer: pl.Trainer, pl_module: pl.LightningModule, *, ranked: bool = False) -> Survey:
     """Survey the module's network on the whole training set: every sample once, in float64, on every process.
 
     The survey of the last weights is kept, so callbacks that act at one step share one pass. Inputs are first rounded
-    to the weights' precision, since the network is trained on those.
+    to the weights' precision, since the network is trained on those. The first pass of a run also finds the threshold
+    of the labels.
+
+    Args:
+        trainer: the Trainer that trains the module.
+        pl_module: the module.
+        ranked: let the pass find what :func:`input_rank` needs, too.
 
     Raises:
         TypeError: the module has no such network, or the training set cannot be enumerated.
@@ -136,28 +151,125 @@ def survey_training_set(trainer: pl.Trainer, pl_module: pl.LightningModule) -> S
     if pl_module in _surveys and _surveys[pl_module][0] == moment:
         return _surveys[pl_module][1]
     _check_weights(trainer, network)
-    survey = survey_of(trainer, network, network.output_weights.dtype, threshold_of(trainer, pl_module))
-    _surveys[pl_module] = moment, survey
+    reader = survey_reader(trainer, pl_module, network, ranked=ranked)
+
+    def own() -> SurveyPart:
+        for batch in exact_shard(trainer.train_dataloader, trainer.global_rank, trainer.world_size):
+            reader.take(batch)
+        return reader.part()
+
+    return keep_survey(trainer, pl_module, network, gather_results(own))
+
+
+def survey_reader(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network, *, ranked: bool
+) -> SurveyReader:
+    """What takes a pass over a module's training set for :func:`survey_training_set`, which may serve others, too."""
+    stated = isinstance(pl_module, MNN) or pl_module in _thresholds
+    thresholds = [threshold_of(trainer, pl_module)] if stated else _LABELS
+    small = _work_of_rank(trainer, network) <= _MOST_WORK
+    gram = ranked and small and pl_module not in _input_ranks
+    return SurveyReader(network, network.output_weights.dtype, thresholds, gram=gram)
+
+
+def keep_survey(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network, parts: list[SurveyPart]
+) -> Survey:
+    """The survey of a module's training set from those of all processes, kept for the next that asks for it."""
+    survey, threshold, gram = merged_parts(parts)
+    if not isinstance(pl_module, MNN):
+        _thresholds[pl_module] = threshold
+    if gram is not None:
+        _input_ranks[pl_module] = gram_rank(gram)
+    _surveys[pl_module] = _moment(trainer, network), survey
     return survey
 
 
-@torch.no_grad()
-def survey_of(trainer: pl.Trainer, network: Network, dtype: torch.dtype, threshold: float | None = None) -> Survey:
-    """Survey any network on the whole training set, rounded to a precision, on every process.
+@dataclass(frozen=True)
+class SurveyPart:
+    """What a process found in its part of the training set.
 
-    Raises:
-        TypeError: the batches are no pairs (inputs, targets).
-        ValueError: they are of other sizes than the network's.
+    Attributes:
+        surveys: of its samples by the threshold of their labels; empty where it has no samples.
+        thresholds: those that fit its labels.
+        gram: XᵀX of its inputs, where that was asked for.
     """
 
-    def own() -> Survey | None:
-        parts = [
-            survey_network(network.to(inputs.device), inputs, targets, threshold)
-            for inputs, targets in _batches(trainer, network, dtype)
-        ]
-        return on_cpu(merge_surveys(parts)) if parts else None  # there may be fewer samples than processes
+    surveys: dict[float | None, Survey]
+    thresholds: set[float | None]
+    gram: Tensor | None
 
-    return merge_surveys([part for part in gather_results(own) if part is not None])
+
+class SurveyReader:
+    """Surveys a network on the training set batch by batch, rounded to a precision.
+
+    Args:
+        network: the network.
+        dtype: to which inputs and targets are rounded.
+        thresholds: of the classification error, or several among which the labels choose.
+        gram: form XᵀX of the inputs, augmented where there is a hidden bias.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        dtype: torch.dtype,
+        thresholds: Collection[float | None] = (None,),
+        *,
+        gram: bool = False,
+    ) -> None:
+        self._network, self._dtype = network, dtype
+        self._open = len(thresholds) > 1  # the labels choose
+        self._fitting = set(thresholds)
+        self._blocks: list[dict[float | None, Survey]] = []
+        self._wants_gram = gram
+        self._gram: Tensor | None = None
+
+    @torch.no_grad()
+    def take(self, batch: Any) -> None:
+        """Survey a batch as the loader collates it.
+
+        Raises:
+            TypeError: it is no pair (inputs, targets).
+            ValueError: it is of other sizes than the network's.
+        """
+        inputs, targets = _checked(batch, self._network)
+        if self._open:
+            self._fitting &= fitting_thresholds(targets)
+        device = _device_of(self._network)
+        network, inputs, targets = (
+            self._network.to(device),
+            inputs.to(device, self._dtype),
+            targets.to(device, self._dtype),
+        )
+        fitting = self._fitting or {None}
+        self._blocks.append({label: survey_network(network, inputs, targets, label) for label in fitting})
+        if self._wants_gram:
+            wide = network.augment(inputs.to(torch.float64))
+            self._gram = wide.mT @ wide if self._gram is None else self._gram + wide.mT @ wide
+
+    def part(self) -> SurveyPart:
+        """What was found, on the CPU."""
+        fitting = (self._fitting or {None}) if self._blocks else set()
+        surveys = {
+            label: on_cpu(merge_surveys([_labelled(block, label) for block in self._blocks])) for label in fitting
+        }
+        return SurveyPart(surveys, self._fitting, None if self._gram is None else self._gram.cpu())
+
+
+def merged_parts(parts: list[SurveyPart]) -> tuple[Survey, float | None, Tensor | None]:
+    """The survey of all samples, the threshold of their labels, and XᵀX of their inputs, if that was asked for."""
+    threshold = the_threshold(set.intersection(*(part.thresholds for part in parts)))
+    survey = merge_surveys([_labelled(part.surveys, threshold) for part in parts if part.surveys])
+    grams = [part.gram for part in parts if part.gram is not None]
+    return survey, threshold, sum(grams[1:], grams[0]) if grams else None
+
+
+def _labelled(surveys: dict[float | None, Survey], threshold: float | None) -> Survey:
+    """The survey with a threshold; with None that without a classification error."""
+    if threshold in surveys:
+        return surveys[threshold]
+    return replace(next(iter(surveys.values())), wrong=None)
 
 
 def why_not_surveyed(trainer: pl.Trainer, network: Network) -> str | None:
@@ -215,12 +327,18 @@ def input_rank(trainer: pl.Trainer, pl_module: pl.LightningModule, network: Netw
     """
     if pl_module not in _input_ranks:
         dim, samples = network.rows.shape[-1], num_samples(trainer.train_dataloader)
-        if (samples + dim) * dim**2 > _MOST_WORK:
+        if _work_of_rank(trainer, network) > _MOST_WORK:
             lead = network.output_weights.shape[:-1]
             _input_ranks[pl_module] = torch.full(lead, min(samples, dim), dtype=torch.int64)
         else:
             _input_ranks[pl_module] = gram_rank(_gram(trainer, network))
     return _input_ranks[pl_module]
+
+
+def _work_of_rank(trainer: pl.Trainer, network: Network) -> float:
+    """Multiplications for the rank of the inputs."""
+    dim = network.rows.shape[-1]
+    return float(num_samples(trainer.train_dataloader) + dim) * dim**2
 
 
 def _gram(trainer: pl.Trainer, network: Network) -> Tensor:
@@ -355,12 +473,17 @@ def _check_weights(trainer: pl.Trainer, network: Network) -> None:
 
 
 def _batches(trainer: pl.Trainer, network: Network, dtype: torch.dtype, *, whole: bool = False) -> Any:
-    device = network.output_weights.device
-    device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+    device = _device_of(network)
     part = (0, 1) if whole else (trainer.global_rank, trainer.world_size)
     for batch in exact_shard(trainer.train_dataloader, *part):
         inputs, targets = _checked(batch, network)
         yield inputs.to(device, dtype), targets.to(device, dtype)
+
+
+def _device_of(network: Network) -> torch.device:
+    """Where it is surveyed."""
+    device = network.output_weights.device
+    return torch.device("cpu") if device.type == "mps" else device  # which has no float64
 
 
 def _checked(batch: Any, network: Network) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from lightning_mnn.metrics import check_labels
 from lightning_mnn.validation import ArgumentError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     import pytorch_lightning as pl
     from torch import Tensor
@@ -87,10 +87,18 @@ def check_batch(inputs: Tensor, targets: Tensor, input_dim: int, replicas: int) 
 
 def _agreed(trainer: pl.Trainer, fitting: set[float]) -> float | None:
     """The one threshold that fits the labels of every process; None where none does."""
-    everywhere = [t for t in (0.5, 0.0) if trainer.strategy.reduce_boolean_decision(t in fitting, all=True)]
-    if len(everywhere) > 1:
+    return the_threshold({t for t in (0.5, 0.0) if trainer.strategy.reduce_boolean_decision(t in fitting, all=True)})
+
+
+def the_threshold(fitting: Collection[float | None]) -> float | None:
+    """The one threshold that fits all labels; None where none does.
+
+    Raises:
+        ValueError: all labels are 1, which fits both.
+    """
+    if len(fitting) > 1:
         raise ValueError("all labels are 1, which fits {0, 1} and ±1: give MNN(threshold=0.5) or MNN(threshold=0.0)")
-    return everywhere[0] if everywhere else None
+    return next(iter(fitting), None)
 
 
 def _batches(trainer: pl.Trainer) -> Iterator[Any]:
