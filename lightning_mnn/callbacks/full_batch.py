@@ -184,14 +184,14 @@ class FullBatch:
         return self._surface(parameters, lambda: self._weighted(self._first_batches()))
 
     def measure(self) -> Measures:
-        """The loss, its gradient and the nearest kink, in one pass.
+        """The loss, its gradient and the nearest kink, in one pass; in two where batches cannot be copied.
 
         Raises:
             NoDerivativeError: the loss cannot be differentiated.
             UnknownLayersError: there are kinks, and none that ``modules`` names.
             LossNotEvaluableError: a batch gave no loss.
         """
-        meter, trained = KinkMeter(self._trained()), self._trained()
+        meter, trained, apart = KinkMeter(self._trained()), self._trained(), False
         first = torch.zeros(2, dtype=torch.float64, device=trained[0].device)
 
         def noted(weight: float, part: Callable[[], Tensor]) -> Tensor:
@@ -201,15 +201,19 @@ class FullBatch:
             return loss
 
         def parts() -> Iterator[tuple[float, Callable[[], Tensor]]]:
+            nonlocal apart
             for index, batch, size in self._batches():
-                meter.take(partial(self._trace, index, batch))
+                apart = apart or not (_is_known(batch) or _copied(batch) is not batch)  # and a step may change it
+                if not apart:
+                    meter.take(partial(self._trace, index, batch))
                 weight, part = self._weight(size), partial(self._part, index, batch)
                 yield weight, part if index else partial(noted, weight, part)
 
         loss, gradient = self._surface(trained, parts).value_and_gradient()
         self.check()
         value, weight = self._team().sum(first).tolist()
-        return Measures(loss, gradient, self._kinks_of(meter), value / weight if self._drawn else value)
+        kinks = self.nearest_kink() if any(gather(apart)) else self._kinks_of(meter)
+        return Measures(loss, gradient, kinks, value / weight if self._drawn else value)
 
     def is_kept(self) -> bool:
         """Whether the next pass is over batches in memory, on every process."""
