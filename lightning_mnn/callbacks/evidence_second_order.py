@@ -129,8 +129,6 @@ class SecondOrderJudge(Judge):
         except (NoDerivativeError, FloatingPointError, LossNotEvaluableError) as error:
             self._undecided(f"no eigenvalue of the Hessian: {error}")
         except torch.OutOfMemoryError:
-            if trainer.world_size > 1:  # the other processes would wait
-                raise
             self._undecided("no eigenvalue of the Hessian: its products do not fit into memory; use smaller batches")
 
     @override

@@ -38,6 +38,7 @@ from lightning_mnn.landscape.kink_trace import Kink, KinkTrace, Names
 from lightning_mnn.landscape.loss_surface import LossSurface
 from lightning_mnn.landscape.team import ProcessTeam, Team
 from lightning_mnn.utilities.compat.precision import full_precision
+from lightning_mnn.utilities.interruption import safe_point
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -417,6 +418,7 @@ class FullBatch:
             if kept is not None and self._kept is None:
                 kept.append(_copied(batch))
                 kept = kept if _is_known(batch) and _bytes(kept) <= _KEPT else None
+            safe_point()
             yield index, _copied(batch) if self._kept else batch, size
         if self._kept is None and most is None:
             self._kept = kept

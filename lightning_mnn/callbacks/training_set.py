@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import pickle
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 from weakref import WeakKeyDictionary, WeakSet
@@ -27,6 +26,7 @@ from lightning_mnn.landscape.survey import (
     on_cpu,
     survey_network,
 )
+from lightning_mnn.landscape.team import raise_first, transferable
 from lightning_mnn.mnn import MNN, DivergenceError
 from lightning_mnn.utilities.interruption import Interrupted, alone, requested, stop_if_any
 from lightning_mnn.utilities.transfer import digests, fetched, to_host
@@ -373,7 +373,7 @@ def gather(value: Any) -> list[Any]:
         return [value]
     values, requests, errors = _exchanged(value, None)
     stop_if_any(requests)
-    _raise_any(errors)
+    raise_first(errors)
     return values
 
 
@@ -398,7 +398,7 @@ def gather_results(work: Callable[[], Answer]) -> list[Answer]:
         error = own
     values, requests, errors = _exchanged(found, error)
     stop_if_any(requests)
-    _raise_any(errors)
+    raise_first(errors)
     return values
 
 
@@ -411,33 +411,17 @@ def share_error(error: Exception | None) -> None:
     if getattr(error, "is_shared", False):  # the others raise it as well
         raise cast("Exception", error)
     if dist.is_available() and dist.is_initialized():
-        _raise_any(_exchanged(None, error)[2])
+        raise_first(_exchanged(None, error)[2])
     if error is not None:
         raise error
 
 
-def _exchanged(value: Any, error: Exception | None) -> tuple[list[Any], list[int], list[Exception | None]]:
+def _exchanged(value: Any, error: Exception | None) -> tuple[list[Any], list[int], list[BaseException | None]]:
     """Values, requests to stop and errors of all processes."""
     parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, (value, requested(), error and _transferable(error)))
+    dist.all_gather_object(parts, (value, requested(), error and transferable(error)))
     values, requests, errors = (list(column) for column in zip(*parts, strict=True))
     return values, requests, errors
-
-
-def _raise_any(errors: list[Exception | None]) -> None:
-    for error in errors:
-        if error is not None:
-            error.is_shared = True  # type: ignore[attr-defined]
-            raise error
-
-
-def _transferable(error: Exception) -> Exception:
-    """An error that can be sent to other processes."""
-    try:
-        pickle.loads(pickle.dumps(error))  # noqa: S301 (it is our own)
-    except Exception:  # noqa: BLE001 (of whatever its class does)
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
 
 
 def on_first_process(trainer: pl.Trainer, work: Callable[[], Answer]) -> Answer:

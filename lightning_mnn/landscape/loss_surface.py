@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_mnn.landscape.team import Team
 from lightning_mnn.utilities.compat.precision import full_precision
 from lightning_mnn.utilities.compat.torch_internals import without_derivative
+from lightning_mnn.utilities.interruption import Interrupted, alone
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -77,10 +78,13 @@ class LossSurface:
     def loss(self) -> float:
         """L(θ). Its parts may use gradients, of the inputs, say."""
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        with _evaluable(), torch.inference_mode(mode=False), torch.enable_grad():
+
+        def own() -> None:
             for weight, part in self._parts():
                 total[0] += weight * _scalar(part()).detach()
                 total[1] += weight
+
+        self._together(own)
         return float(self._over_all(total)[0])
 
     def value_and_gradient(self) -> tuple[float, Tensor]:
@@ -130,41 +134,45 @@ class LossSurface:
         """Σ c_b L_b and Σ c_b derivative(L_b), flat, summed in float64 over all processes; nothing is read here."""
         total = torch.zeros(self.size + 2, dtype=torch.float64, device=self.device)
         slots, value, weights = self._split(total[:-2]), total[-2], total[-1]
-        depends, failure = False, None
-        try:
-            with _evaluable(), torch.inference_mode(mode=False), torch.enable_grad():
-                for weight, part in self._parts():
-                    loss = _scalar(part())
-                    value += weight * loss.detach()
-                    weights += weight
-                    if not loss.requires_grad:
-                        continue
-                    for slot, gradient in zip(slots, derivative(loss), strict=True):
-                        if gradient is not None:
-                            depends = True
-                            slot.add_(gradient.detach(), alpha=weight)
-        except NoDerivativeError as error:
-            failure = error
-        self._agree(failure, depends=depends)
+        depends = False
+
+        def own() -> None:
+            nonlocal depends
+            for weight, part in self._parts():
+                loss = _scalar(part())
+                value.add_(weight * loss.detach())
+                weights.add_(weight)
+                if not loss.requires_grad:
+                    continue
+                for slot, gradient in zip(slots, derivative(loss), strict=True):
+                    if gradient is not None:
+                        depends = True
+                        slot.add_(gradient.detach(), alpha=weight)
+
+        self._together(own)
+        if not self.team.any([depends], self.device)[0]:
+            raise NoDerivativeError(
+                "the loss depends on none of the parameters: it must be returned with its graph, not detached"
+            )
         total = self._over_all(total)
         return total[-1], total[:-1].to(self.dtype)
+
+    def _together(self, own: Callable[[], None]) -> None:
+        """Go through this process's parts; what one process meets is raised on all, or the others would wait for it."""
+        failure: Exception | Interrupted | None = None
+        try:
+            with alone(), _evaluable(), torch.inference_mode(mode=False), torch.enable_grad():
+                own()
+        except (Exception, Interrupted) as error:  # noqa: BLE001 (of whatever kind)
+            failure = error
+        (failed,) = self.team.any([failure is not None], self.device)
+        if failed:
+            self.team.raise_any(failure)
 
     def _over_all(self, total: Tensor) -> Tensor:
         """The sums of all processes but the last, which is that of the weights c_b, and divides the others."""
         total = self.team.sum(total)
         return total[:-1] / total[-1] if self._normalise else total[:-1]
-
-    def _agree(self, failure: NoDerivativeError | None, *, depends: bool) -> None:
-        """Raise on all processes what one of them found, lest the others wait for it."""
-        failed, depended = self.team.any([failure is not None, depends], self.device)
-        if failure is not None:
-            raise failure
-        if failed:
-            raise NoDerivativeError("another process could not differentiate the loss: its message says why")
-        if not depended:
-            raise NoDerivativeError(
-                "the loss depends on none of the parameters: it must be returned with its graph, not detached"
-            )
 
     def _differentiate(self, loss: Tensor) -> Sequence[Tensor | None]:
         return _gradient(loss, self._free, "the loss cannot be differentiated with respect to its parameters")

@@ -5,12 +5,13 @@ Every process calls the same methods in the same order; each result is the same 
 
 from __future__ import annotations
 
+import pickle
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from lightning_mnn.utilities.interruption import Pace, requested, stop_if_any
+from lightning_mnn.utilities.interruption import Pace, TimeLimitError, is_over_time, requested, stop_if_any
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,6 +49,11 @@ class Team:
     def total(self, number: int, device: torch.device) -> int:  # noqa: ARG002 (of several processes)
         """Sum of the host's numbers over the processes, which exchange them on a device."""
         return number
+
+    def raise_any(self, error: BaseException | None) -> None:
+        """Raise the first error that a process met, on all of them; each calls this with its own, or None."""
+        if error is not None:
+            raise error
 
     def join(self, rows: Tensor) -> Tensor:
         """The rows of all processes, in the samples' order."""
@@ -94,6 +100,12 @@ class ProcessTeam(Team):
         """Sum of the host's numbers over the processes, which exchange them on a device."""
         return int(self.sum(torch.tensor(number, device=device)))
 
+    def raise_any(self, error: BaseException | None) -> None:
+        """Raise the first error that a process met, on all of them; each calls this with its own, or None."""
+        errors: list[BaseException | None] = [None] * self.size
+        dist.all_gather_object(errors, error and transferable(error))
+        raise_first(errors)
+
     def join(self, rows: Tensor) -> Tensor:
         """The rows of all processes, in the samples' order."""
         parts: list[Tensor] = [rows] * self.size
@@ -114,9 +126,28 @@ def _reduced(value: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
 
 
 def _stop_together(device: torch.device) -> None:
-    own = [requested(), _pace.proposal() if dist.get_rank() == 0 else 0]
+    own = [requested(), int(is_over_time()), _pace.proposal() if dist.get_rank() == 0 else 0]
     told = torch.tensor(own, device=device)
     dist.all_reduce(told, dist.ReduceOp.MAX)
-    number, pause = told.tolist()
+    number, over_time, pause = told.tolist()
     _pace.restart(pause)
     stop_if_any([number])
+    if over_time:
+        raise TimeLimitError
+
+
+def raise_first(errors: Sequence[BaseException | None]) -> None:
+    """Raise the first error of a list that all processes have."""
+    for error in errors:
+        if error is not None:
+            error.is_shared = True  # type: ignore[attr-defined]
+            raise error
+
+
+def transferable(error: BaseException) -> BaseException:
+    """An error that can be sent to other processes."""
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301 (it is our own)
+    except Exception:  # noqa: BLE001 (of whatever its class does)
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

@@ -7,6 +7,7 @@ wait for it: they exchange their requests when they exchange results, and stop t
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,11 +39,16 @@ class Interrupted(SystemExit):
         self.code = 128 + number
 
 
+class TimeLimitError(Exception):
+    """Work took longer than :func:`time_limit` allows."""
+
+
 @dataclass
 class _State:
     requested: int = 0
     stopping: int = 0
     alone: bool = False
+    deadline: float = math.inf  # by the monotonic clock
 
 
 _state = _State()
@@ -74,10 +80,11 @@ def forget() -> None:
 
 
 def safe_point() -> None:
-    """Stop here, if that was requested and no other process waits for this one.
+    """Stop here, if that was requested or the time is up, and no other process waits for this one.
 
     Raises:
-        Interrupted: it was.
+        Interrupted: it was requested.
+        TimeLimitError: the time is up.
 
     >>> safe_point()
     >>> request(2)
@@ -88,8 +95,30 @@ def safe_point() -> None:
     2
     >>> forget()
     """
-    if _state.requested and (_state.alone or not _works_in_step()):
-        raise Interrupted(_state.requested)
+    if (_state.requested or is_over_time()) and (_state.alone or not _works_in_step()):
+        stop_if_any([_state.requested])
+        raise TimeLimitError
+
+
+@contextmanager
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """Inside, :func:`safe_point` raises an error once so many seconds have passed; None: no limit.
+
+    >>> with time_limit(0.0):
+    ...     safe_point()
+    Traceback (most recent call last):
+    lightning_mnn.utilities.interruption.TimeLimitError
+    """
+    before, _state.deadline = _state.deadline, math.inf if seconds is None else time.monotonic() + seconds
+    try:
+        yield
+    finally:
+        _state.deadline = before
+
+
+def is_over_time() -> bool:
+    """Whether the time of :func:`time_limit` is up."""
+    return _state.deadline < math.inf and time.monotonic() >= _state.deadline
 
 
 @contextmanager
