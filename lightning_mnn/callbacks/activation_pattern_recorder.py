@@ -11,6 +11,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from lightning_mnn.callbacks.long_pass import long_pass
 from lightning_mnn.callbacks.pattern_store import PatternStore
 from lightning_mnn.callbacks.probe import KinkProbe, checked_probe, chosen_samples
 from lightning_mnn.callbacks.schedule import Schedule, ScheduledCallback
@@ -248,7 +249,8 @@ class ActivationPatternRecorder(ScheduledCallback):
         """The pattern of every layer on the recorded samples, in the data set's order, on every process."""
         if self._kinks is not None:
             return self._kinks.patterns(trainer, pl_module)
-        layers = enumerate(patterns_of_training_set(trainer, pl_module), start=1)
+        with long_pass(trainer, f"Activation patterns after {trainer.global_step} steps, of the whole training set"):
+            layers = enumerate(patterns_of_training_set(trainer, pl_module), start=1)
         found = {f"layer_{i}": pattern for i, pattern in layers}
         self.layers = {name: KinkLayer(pattern.width) for name, pattern in found.items()}
         if not isinstance(self.probe, int):

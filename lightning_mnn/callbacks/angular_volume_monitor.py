@@ -19,6 +19,7 @@ from lightning_mnn.callbacks.local_volumes import (
     log_local_volume,
     measure_local_volume,
 )
+from lightning_mnn.callbacks.long_pass import long_pass
 from lightning_mnn.callbacks.probe import checked_probe
 from lightning_mnn.callbacks.schedule import Schedule, ScheduledCallback, or_stop_here, plain, weights_of
 from lightning_mnn.callbacks.training_set import (
@@ -361,7 +362,8 @@ class AngularVolumeMonitor(ScheduledCallback):
                 self._recall(trainer, pl_module)
             return
         network = required_network(self, pl_module)
-        with _untouched(trainer, pl_module):
+        what = f"AngularVolumeMonitor after {trainer.global_step} steps, a bound of the volume"
+        with _untouched(trainer, pl_module), long_pass(trainer, what):
             survey = survey_training_set(trainer, pl_module)
         if survey is self._survey:
             return

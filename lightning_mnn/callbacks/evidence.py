@@ -35,7 +35,7 @@ class Evidence(StrEnum):
         SECOND_ORDER: gradient, distance to the nearest kink and smallest eigenvalue of the Hessian of the module's own
             loss over the whole training set.
         FIRST_ORDER: necessary conditions only.
-        NONE: the detector met an error.
+        NONE: the detector met an error, or had too little time (``max_seconds``) and saw no gradient of training.
     """
 
     CERTIFICATE = "certificate"
@@ -110,6 +110,10 @@ class Judge(ABC):
         """The dear part at the end of training, unless it was done at these weights; whether anything was done."""
         del trainer, pl_module, polish
         return False
+
+    def run_out(self, why: str) -> None:
+        """Go on without the dear part, for which there was too little time."""
+        del why
 
     @abstractmethod
     def kinds(self) -> tuple[list[str], list[str]]:

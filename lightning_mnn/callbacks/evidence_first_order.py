@@ -37,19 +37,29 @@ class FirstOrderJudge(Judge):
         modules: layers whose kinks count; None: all.
         gradient_tolerance: largest norm, relative to the first one seen, of a stationary point.
         why: why there is no stronger evidence.
+        reads: False: there is no time to read the training set, of whose kinks nothing is told then.
 
     Attributes:
         reference: the first norm seen; None before a step.
         gradient_norm: the last one.
     """
 
-    def __init__(self, forward_fn: ModelFunction | None, modules: Names, gradient_tolerance: float, why: str) -> None:
+    def __init__(
+        self,
+        forward_fn: ModelFunction | None,
+        modules: Names,
+        gradient_tolerance: float,
+        why: str,
+        *,
+        reads: bool = True,
+    ) -> None:
         self.reference: float | None = None
         self.gradient_norm: float | None = None
         self._forward_fn = forward_fn
         self._modules = modules
         self._gradient_tolerance = gradient_tolerance
         self.why: str = why
+        self._reads = reads
         self._first: dict[int, float] = {}  # squared norm of the first gradient, by optimiser
         self._last: dict[int, float] = {}  # of the last one
         self._kinks: KinkDistance | None = None
@@ -59,7 +69,7 @@ class FirstOrderJudge(Judge):
     @property
     @override
     def evidence(self) -> Evidence:
-        return Evidence.FIRST_ORDER
+        return Evidence.FIRST_ORDER if self._reads or self.gradient_norm is not None else Evidence.NONE
 
     @property
     @override
@@ -94,6 +104,8 @@ class FirstOrderJudge(Judge):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> tuple[KinkDistance | None, list[str]]:
         """The nearest kink over the training set, None where it is not known, and what is to be said of it."""
+        if not self._reads:
+            return None, ["kinks were not looked at"]
         try:
             batch = FullBatch(trainer, pl_module, self._forward_fn, self._modules, losses=False)
         except NotEnumerableError:  # of which ``why`` tells
@@ -112,7 +124,7 @@ class FirstOrderJudge(Judge):
     def kinds(self) -> tuple[list[str], list[str]]:
         relative = self._relative()
         if relative is None:
-            kind, reason = "undecided", "no step has been taken yet"
+            kind, reason = "undecided", "no step has been taken yet" if self._reads else "no gradient was seen"
         else:
             of = "full batch" if self._full_batch_steps else "mini-batch"
             reason = f"the norm of the last step's gradient, of a {of}, is {relative:.1e} of the first one's"
@@ -134,11 +146,12 @@ class FirstOrderJudge(Judge):
 
     @override
     def state(self) -> dict[str, Any]:
-        return {"first": dict(self._first), "last": dict(self._last)}
+        return {"first": dict(self._first), "last": dict(self._last), "reads": self._reads}
 
     @override
     def load(self, state: dict[str, Any]) -> None:
         self._first, self._last = dict(state.get("first", {})), dict(state.get("last", {}))
+        self._reads = state.get("reads", True)
 
     def _relative(self) -> float | None:
         if self.gradient_norm is None or not self.reference:

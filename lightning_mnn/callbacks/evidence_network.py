@@ -34,6 +34,7 @@ from lightning_mnn.callbacks.undisturbed import kept_generators, trained_paramet
 from lightning_mnn.landscape.judgement import Kind
 from lightning_mnn.landscape.minimum import Certificate, FirstOrderVerdict, first_order_verdicts
 from lightning_mnn.landscape.survey import Network, Survey, rank_cap
+from lightning_mnn.utilities.interruption import time_limit
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -144,12 +145,18 @@ class NetworkJudge(Judge):
                 ours = not self.differences  # or the weights would leave what training came to
                 reached = [ours and found.certificate.is_minimum and not found.moved for found in polished]
                 move_to(network, self.certificates, reached)
-                self._survey(trainer, pl_module, network)
+                with time_limit(None):  # the weights have moved: what is said of them must be of these
+                    self._survey(trainer, pl_module, network)
         elif not self.certificates:
             self.conclude(trainer, pl_module)
         else:
             return False  # the last check did, at these weights
         return True
+
+    @override
+    def run_out(self, why: str) -> None:
+        self.certificates, self._moved = [], []
+        self._certifiable, self._not_certified = False, f"no certificate: {why}"
 
     @override
     def kinds(self) -> tuple[list[str], list[str]]:

@@ -81,12 +81,13 @@ class SecondOrderJudge(Judge):
         self._notes: list[str] = []
         self._told: list[str] = []
         self._concluded = False
+        self._ran_out = False
         self._reduction: Reduction | None = None  # of the loss over samples; None: not known yet
 
     @property
     @override
     def evidence(self) -> Evidence:
-        return Evidence.SECOND_ORDER
+        return Evidence.FIRST_ORDER if self._ran_out else Evidence.SECOND_ORDER
 
     @property
     @override
@@ -114,7 +115,7 @@ class SecondOrderJudge(Judge):
             if self._reduction is None:
                 self._reduction = batch.reduction()
             batch.check_repeats(found.first)
-        self._concluded = False
+        self._concluded = self._ran_out = False
         if not math.isfinite(self.verdict.loss):
             raise diverged(trainer, "the loss over the training set is")
         self._note(trainer, pl_module, batch, kinks)
@@ -137,6 +138,11 @@ class SecondOrderJudge(Judge):
             return False
         self.conclude(trainer, pl_module)
         return True
+
+    @override
+    def run_out(self, why: str) -> None:
+        self._ran_out = True
+        self._undecided(f"no eigenvalue of the Hessian: {why}")
 
     @override
     def kinds(self) -> tuple[list[str], list[str]]:

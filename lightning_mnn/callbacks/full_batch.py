@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
+from lightning_mnn.callbacks.long_pass import count_batch
 from lightning_mnn.callbacks.model_pass import (
     SERIOUS,
     LossNotEvaluableError,
@@ -419,6 +420,7 @@ class FullBatch:
                 kept.append(_copied(batch))
                 kept = kept if _is_known(batch) and _bytes(kept) <= _KEPT else None
             safe_point()
+            count_batch()
             yield index, _copied(batch) if self._kept else batch, size
         if self._kept is None and most is None:
             self._kept = kept

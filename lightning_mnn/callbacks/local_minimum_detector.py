@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning.utilities import rank_zero_info
@@ -13,6 +15,7 @@ from lightning_mnn.callbacks.evidence_first_order import FirstOrderJudge
 from lightning_mnn.callbacks.evidence_network import NetworkJudge, NotSquaredErrorError
 from lightning_mnn.callbacks.evidence_second_order import SecondOrderJudge
 from lightning_mnn.callbacks.full_batch import FullBatch
+from lightning_mnn.callbacks.long_pass import long_pass
 from lightning_mnn.callbacks.model_pass import LossNotEvaluableError, StepFailedError
 from lightning_mnn.callbacks.schedule import Schedule, ScheduledCallback
 from lightning_mnn.callbacks.squared_error import SquaredErrorLoss, squared_error_loss
@@ -20,9 +23,12 @@ from lightning_mnn.callbacks.training_set import network_of, states_network
 from lightning_mnn.data.shards import NotEnumerableError, can_be_enumerated, draws
 from lightning_mnn.landscape.loss_surface import NoDerivativeError
 from lightning_mnn.loggers import log_scalars
+from lightning_mnn.utilities.interruption import TimeLimitError, time_limit
 from lightning_mnn.validation import MisfitError, positive_integer, real_number, truth_value
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import pytorch_lightning as pl
     from torch.optim import Optimizer
 
@@ -102,6 +108,9 @@ class LocalMinimumDetector(ScheduledCallback):
         curvature_tolerance: largest −λ_min/λ_max of a minimum there.
         max_products: Hessian–vector products there, at most, of each stage. Of a resnet18 on a CPU one took as long as
             3 to 5 epochs, and a look 2.7.
+        max_seconds: that a check may take, those at the start and the end included; None: any time. What takes longer
+            is left out: the evidence is that of the tier below, and the reason says so. Where a look takes longer,
+            the training set is read no more: what is told is of the gradients of training alone, or ``none``.
         strict: let an error that the callback meets end the run; else it warns once, and training goes on without it.
 
     Attributes:
@@ -140,6 +149,7 @@ class LocalMinimumDetector(ScheduledCallback):
         gradient_tolerance: float = 1e-3,
         curvature_tolerance: float = 1e-3,
         max_products: int = 128,
+        max_seconds: float | None = None,
         strict: bool = False,
     ) -> None:
         super().__init__(schedule or Schedule(every=100), strict=strict)
@@ -162,11 +172,13 @@ class LocalMinimumDetector(ScheduledCallback):
         self.gradient_tolerance = real_number("gradient_tolerance", gradient_tolerance, above=0)
         self.curvature_tolerance = real_number("curvature_tolerance", curvature_tolerance, above=0)
         self.max_products = positive_integer("max_products", max_products)
+        self.max_seconds = None if max_seconds is None else real_number("max_seconds", max_seconds, above=0)
         self.converged = False
         self._judge: Judge | None = None
         self._saved: dict[str, Any] = {}  # of the judge of the run that is resumed
         self._passed = 0
         self._concluded = False  # at the last check, beyond a look
+        self._spent = (-1, 0.0)  # step of the last check, and seconds of it
 
     @property
     def verdicts(self) -> list[FirstOrderVerdict]:
@@ -188,11 +200,15 @@ class LocalMinimumDetector(ScheduledCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._judge, self._saved, self._passed, self.converged = None, {}, 0, False
-            self._concluded = False
+            self._concluded, self._spent = False, (-1, 0.0)
 
     @override
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._judge = self._chosen(trainer, pl_module)
+        try:
+            with self._limited(trainer), self._announced(trainer, "the preparation"):
+                self._judge = self._chosen(trainer, pl_module)
+        except TimeLimitError:
+            self._judge = self._without_data()
 
     @override
     def on_before_optimizer_step(
@@ -259,6 +275,16 @@ class LocalMinimumDetector(ScheduledCallback):
         """The cheap part; if the loss proves not to be had, by the tier below."""
         assert self._judge is not None  # noqa: S101 (chosen at the start)
         try:
+            with self._limited(trainer), self._announced(trainer, "a look at the whole training set"):
+                return self._look_by_tiers(trainer, pl_module)
+        except TimeLimitError:
+            self._judge = self._without_data()
+            self._judge.look(trainer, pl_module)
+            return self._judge
+
+    def _look_by_tiers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Judge:
+        assert self._judge is not None  # noqa: S101 (chosen at the start)
+        try:
             self._judge.look(trainer, pl_module)
         except (NoDerivativeError, LossNotEvaluableError) as error:
             self._judge = self._first_order(str(error))
@@ -272,15 +298,21 @@ class LocalMinimumDetector(ScheduledCallback):
         if not judge.can_conclude:
             return judge
         try:
-            if not end:
-                judge.conclude(trainer, pl_module)
-            elif judge.conclude_the_end(trainer, pl_module, polish=self.polish):
-                self.converged = judge.found_minimum
-                log_scalars(trainer, judge.scalars())
+            with self._limited(trainer), self._announced(trainer, "the expensive check", self.max_products):
+                if not end:
+                    judge.conclude(trainer, pl_module)
+                    return judge
+                done = judge.conclude_the_end(trainer, pl_module, polish=self.polish)
+        except TimeLimitError:
+            judge.run_out(self._over_time)
+            done = end
         except (NotSquaredErrorError, LossNotEvaluableError) as error:
             self._judge = self._second_order(str(error))
             self._look(trainer, pl_module)
             return self._conclude(trainer, pl_module, end=end)
+        if done:
+            self.converged = judge.found_minimum
+            log_scalars(trainer, judge.scalars())
         return judge
 
     def _chosen(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Judge:
@@ -346,6 +378,37 @@ class LocalMinimumDetector(ScheduledCallback):
 
     def _first_order(self, why: str) -> Judge:
         return FirstOrderJudge(self.loss_fn, self.modules, self.gradient_tolerance, why)
+
+    def _without_data(self) -> Judge:
+        """The judge where there is no time for the training set; with the gradients that another took note of."""
+        before, why = self._judge, self._over_time
+        known = isinstance(before, FirstOrderJudge)
+        if before is not None and before.why is not None:
+            why = f"{before.why}; {why}"
+        judge = FirstOrderJudge(self.loss_fn, self.modules, self.gradient_tolerance, why, reads=False)
+        if before is not None and known:
+            judge.load(before.state() | {"reads": False})
+        return judge
+
+    @property
+    def _over_time(self) -> str:
+        return f"a check took longer than max_seconds={self.max_seconds:g}: give more, or max_seconds=None"
+
+    @contextmanager
+    def _limited(self, trainer: pl.Trainer) -> Iterator[None]:
+        """What is left of the time for the check at this step."""
+        step, spent = self._spent
+        spent, start = spent if step == trainer.global_step else 0.0, time.monotonic()
+        try:
+            with time_limit(None if self.max_seconds is None else self.max_seconds - spent):
+                yield
+        finally:
+            self._spent = trainer.global_step, spent + time.monotonic() - start
+
+    def _announced(self, trainer: pl.Trainer, what: str, passes: int = 1) -> AbstractContextManager[None]:
+        several = passes > 1 and isinstance(self._judge, SecondOrderJudge)
+        sentence = f"LocalMinimumDetector after {trainer.global_step} steps, {what}"
+        return long_pass(trainer, sentence, passes if several else 1, at_most=several)
 
     def _may_act_next(self, trainer: pl.Trainer) -> bool:
         """Whether the detector may act before this optimiser's next step."""

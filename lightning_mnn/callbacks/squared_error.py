@@ -74,6 +74,9 @@ def squared_error_loss(
     Raises:
         LossNotEvaluableError: the loss cannot be had.
     """
+    why = _why_not_compared(trainer, pl_module)
+    if why is not None:
+        return why
     first = _compared(trainer, pl_module, loss_fn, _FAR, first=True)
     if isinstance(first, str):
         return first
@@ -117,6 +120,8 @@ def still_fits(
     They are compared a relative step of 1e-6 beside the weights, where torch's gradients are not those of one side of
     a kink.
     """
+    if _why_not_compared(trainer, pl_module) is not None:
+        return False
     found = _compared(trainer, pl_module, loss_fn, _NEAR)
     if isinstance(found, str):
         return False
@@ -124,6 +129,13 @@ def still_fits(
     off = float((found.gradient - fitted.factor * found.of_mse).norm())
     scale = max(fitted.scale, abs(found.loss), abs(expected))
     return abs(found.loss - expected) <= _ROUNDING * scale and off <= _ROUNDING * fitted.gradient_scale
+
+
+def _why_not_compared(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
+    network = network_of(pl_module)
+    assert network is not None  # noqa: S101 (the caller found it)
+    why = why_not_surveyed(trainer, network)
+    return None if why is None else f"its loss cannot be compared with the squared error: {why}"
 
 
 def _compared(
@@ -141,9 +153,6 @@ def _compared(
     """
     present = network_of(pl_module)
     assert present is not None  # noqa: S101 (the caller found it)
-    why = why_not_surveyed(trainer, present)
-    if why is not None:
-        return f"its loss cannot be compared with the squared error: {why}"
     with in_double(pl_module) as double:
         network = network_of(pl_module)
         assert network is not None  # noqa: S101

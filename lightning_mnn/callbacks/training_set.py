@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lightning_mnn.callbacks.long_pass import count_batch
 from lightning_mnn.callbacks.undisturbed import kept_generators
 from lightning_mnn.data.checks import find_threshold, the_threshold
 from lightning_mnn.data.shards import exact_shard, flat_batch, num_samples
@@ -156,6 +157,7 @@ def survey_training_set(trainer: pl.Trainer, pl_module: pl.LightningModule, *, r
     def own() -> SurveyPart:
         for batch in exact_shard(trainer.train_dataloader, trainer.global_rank, trainer.world_size):
             reader.take(batch)
+            count_batch()
         return reader.part()
 
     return keep_survey(trainer, pl_module, network, gather_results(own))
@@ -461,6 +463,7 @@ def _batches(trainer: pl.Trainer, network: Network, dtype: torch.dtype, *, whole
     part = (0, 1) if whole else (trainer.global_rank, trainer.world_size)
     for batch in exact_shard(trainer.train_dataloader, *part):
         inputs, targets = _checked(batch, network)
+        count_batch()
         yield inputs.to(device, dtype), targets.to(device, dtype)
 
 

@@ -68,7 +68,7 @@ def exact_shard(
     """
     if isinstance(loader, ExactLoader):
         low, high = part_of(loader.num_samples if chosen is None else len(chosen), rank, world_size)
-        size = batch_size or max(1, _BLOCK_ELEMENTS // loader.numbers_per_sample)
+        size = batch_size or _block_of(loader)
         high = high if most is None else min(high, low + most * size)
         for start in range(low, high, size):
             safe_point()
@@ -100,6 +100,10 @@ def exact_shard(
         raise _not_enumerable(loader)
 
 
+def _block_of(loader: ExactLoader) -> int:
+    return max(1, _BLOCK_ELEMENTS // loader.numbers_per_sample)
+
+
 def num_samples(loader: Any) -> int:
     """N of a loader's training set.
 
@@ -126,6 +130,17 @@ def batch_size_of(loader: Any) -> int:
     """Samples of a training batch of a loader whose samples can be enumerated."""
     size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
     return size or num_samples(loader)
+
+
+def num_batches(loader: Any, rank: int = 0, world_size: int = 1) -> int:
+    """Batches of a pass of one process over the training set.
+
+    Raises:
+        NotEnumerableError: its samples cannot be enumerated.
+    """
+    low, high = part_of(num_samples(loader), rank, world_size)
+    size = _block_of(loader) if isinstance(loader, ExactLoader) else batch_size_of(loader)
+    return math.ceil((high - low) / size)
 
 
 def draws(loader: Any) -> str | None:
