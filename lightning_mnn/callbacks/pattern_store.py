@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 _PREFIX = "step_"
+_FLAT: dict[str, Any] = {"name": "default", "separator": "."}  # one file c.0.0, no folders
 
 
 class PatternStore:
@@ -27,8 +28,10 @@ class PatternStore:
     ``j``, the least significant first, of byte ``b``. Where units have more than two pieces, as the attribute
     ``num_pieces`` tells, the array is (digits, N, ⌈width/8⌉), the least significant digit of the piece first. The
     attribute ``layer`` is the layer's name, and the array's the same with what a path does not allow escaped as in
-    an URL (``/`` is ``%2F``). Attributes of the group: ``step``, ``epoch`` and ``digest``. A snapshot is written
-    under another name and renamed, so that what can be seen is complete, also after a kill.
+    an URL (``/`` is ``%2F``). Attributes of the group: ``step``, ``epoch`` and ``digest``. An array is a
+    folder of two files, its description and its bits; stores of earlier versions hold the bits in folders within it,
+    and are read as well. A snapshot is written under another name and renamed, so that what can be seen is complete,
+    also after a kill.
 
     Args:
         path: folder of the group, ``….zarr``.
@@ -64,7 +67,9 @@ class PatternStore:
         for name, pattern in patterns.items():
             bits = pattern.bits.cpu().numpy()
             units: dict[str, Any] = {"width": pattern.width, "num_pieces": pattern.num_pieces, "layer": name}
-            group.create_array(_array_name(name), data=bits, chunks=bits.shape, attributes=units)
+            group.create_array(
+                _array_name(name), data=bits, chunks=bits.shape, attributes=units, chunk_key_encoding=_FLAT
+            )
         final = self._folder(step)
         shutil.rmtree(final, ignore_errors=True)
         unfinished.replace(final)
