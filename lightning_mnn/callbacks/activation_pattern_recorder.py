@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +11,10 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_mnn.callbacks.long_pass import long_pass
-from lightning_mnn.callbacks.pattern_store import PatternStore
+from lightning_mnn.callbacks.pattern_store import LostSnapshotError, PatternStore, StoredSnapshot, digest_of
 from lightning_mnn.callbacks.probe import KinkProbe, checked_probe, chosen_samples
 from lightning_mnn.callbacks.schedule import Schedule, ScheduledCallback
-from lightning_mnn.callbacks.training_set import patterns_of_training_set, states_network
+from lightning_mnn.callbacks.training_set import on_first_process, patterns_of_training_set, states_network
 from lightning_mnn.data.shards import num_samples
 from lightning_mnn.landscape.kink_patterns import KinkLayer
 from lightning_mnn.landscape.kink_trace import PatternError
@@ -51,6 +50,10 @@ class ActivationPatternRecorder(ScheduledCallback):
         3 × samples × Σ over the layers of (binary digits of a piece) × ⌈units / 8⌉ bytes,
 
     which ``memory_budget`` bounds; beside them there is one layer of one of them, or what it gives for one batch.
+
+    A checkpoint names the first and the last snapshot, which a resumed run reads from the store; where none is written,
+    it holds their bits. A store is looked for where it was and, by its name, in the folder of the resumed run. Where it
+    is gone, damaged or holds other patterns, a warning says so, training goes on, and flips are counted from there.
 
     Where there is no pattern to compare after the first snapshot (weights that are NaN, a layer that is new or is met
     no longer, a training set that became smaller), a warning says so, and that snapshot is left out.
@@ -130,6 +133,8 @@ class ActivationPatternRecorder(ScheduledCallback):
         self._kinks: KinkProbe | None = None  # of a module that states no network
         self._first: dict[str, PackedPattern] = {}
         self._last: dict[str, PackedPattern] = {}
+        self._stored: dict[str, StoredSnapshot] = {}  # "first" and "last", where a store holds them
+        self._store_path: str | None = None  # on every process
         self._regions: list[list[str]] = []  # of each replica, distinct digests in the order of visit
         self._recorded_step: int | None = None
         self._skipped = False  # a snapshot
@@ -145,17 +150,31 @@ class ActivationPatternRecorder(ScheduledCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._first, self._last, self._regions, self.store = {}, {}, [], None
+            self._forget()
+            self.store, self._store_path = None, None
             self.layers, self._kinks, self._recorded_step, self._skipped = {}, None, None, False
 
     @override
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        log_dir = trainer.log_dir  # a collective
-        folder = self.dirpath or _folder_of_run(trainer, log_dir)
-        if trainer.is_global_zero and folder is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            digests = _digests(self._last) if self._last else []
-            self.store = _open_store(folder, self._last_step, digests)
+        folder = self._folder(trainer)
+        if folder is None:
+            rank_zero_info("Activation patterns: without a logger no patterns.zarr is written; dirpath= says where to")
+        elif not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._store_path = on_first_process(trainer, lambda: self._open_store(folder))
         super().start(trainer, pl_module)
+
+    def _folder(self, trainer: pl.Trainer) -> Path | None:
+        log_dir = trainer.log_dir  # a collective
+        return self.dirpath or _folder_of_run(trainer, log_dir)
+
+    def _open_store(self, folder: Path) -> str:
+        """Open the store, on the first process; its path is for all."""
+        if self._last:
+            self.store = _store_of(folder, self._recorded_step, digest_of(self._last))
+            self.store.create()  # so that another recorder, which does not record yet either, takes another
+        else:
+            self.store = _store_of(folder, None, "")
+        return str(self.store.path.absolute())
 
     @override
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -169,17 +188,26 @@ class ActivationPatternRecorder(ScheduledCallback):
         self._recorded_step = trainer.global_step
         bits = to_host([pattern.bits for pattern in patterns.values()])
         on_host = {name: replace(p, bits=own) for (name, p), own in zip(patterns.items(), bits, strict=True)}
-        digests = _digests(on_host)
+        digest = digest_of(on_host)
+        if self.store is not None:
+            self.store.write(trainer.global_step, self.completed_epochs, on_host, digest)
+        self._name_stored(trainer.global_step, list(patterns), digest)
+        digests = [digest] if isinstance(digest, str) else digest
         self._regions = self._regions or [[] for _ in digests]
         for visited, digest in zip(self._regions, digests, strict=True):
             if digest not in visited:
                 visited.append(digest)
         self._first = {name: self._first.get(name, p).to(p.bits.device) for name, p in patterns.items()}
         last, self._last = self._last or patterns, patterns
-        if self.store is not None:
-            replicated = bool(next(iter(patterns.values())).lead)
-            self.store.write(trainer.global_step, self.completed_epochs, on_host, digests if replicated else digests[0])
         self._log(trainer, on_host, last)
+
+    def _name_stored(self, step: int, layers: list[str], digest: str | list[str]) -> None:
+        """Let checkpoints name the snapshot that was written, instead of holding its bits."""
+        named = {}
+        if self._store_path is not None:
+            snapshot = StoredSnapshot(self._store_path, step, layers, digest)
+            named = {"last": snapshot} if self._first else {"first": snapshot, "last": snapshot}
+        self._stored = {key: self._stored[key] for key in self._stored if key == "first"} | named
 
     def _skip(self, trainer: pl.Trainer, error: PatternError) -> None:
         """Go on without this snapshot: what happens in the midst of training is no reason to end it."""
@@ -197,32 +225,38 @@ class ActivationPatternRecorder(ScheduledCallback):
         if (received := self.received()) is not None:
             return received
         visited = [len(digests) for digests in self._regions]
-        replicated = any(pattern.lead for pattern in self._last.values())
+        replicated = any(pattern.lead for pattern in self._last.values()) or any(
+            isinstance(snapshot.digest, list) for snapshot in self._stored.values()
+        )
         found = {"regions_visited": (visited if replicated else visited[0]) if visited else None}
         return found if self.failure is None else {**found, "patterns_reason": self.failure}
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        def plain(patterns: dict[str, PackedPattern]) -> dict[str, Any]:
-            return {
+        bits = {
+            key: {
                 name: {"bits": p.bits.cpu(), "width": p.width, "num_pieces": p.num_pieces}
                 for name, p in patterns.items()
+                if key not in self._stored
             }
-
-        own = {"first": plain(self._first), "last": plain(self._last), "regions": self._regions}
-        return super().state_dict() | own
+            for key, patterns in (("first", self._first), ("last", self._last))
+        }
+        stored = {key: asdict(snapshot) for key, snapshot in self._stored.items()}
+        return super().state_dict() | bits | {"stored": stored, "regions": self._regions}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._first = {name: PackedPattern(**p) for name, p in state_dict.get("first", {}).items()}
         self._last = {name: PackedPattern(**p) for name, p in state_dict.get("last", {}).items()}
+        self._stored = {key: StoredSnapshot(**named) for key, named in state_dict.get("stored", {}).items()}
         self._regions = state_dict.get("regions", [])
-        self._recorded_step = self._last_step
+        self._recorded_step = self._stored["last"].step if "last" in self._stored else self._last_step
 
     @override
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the layers; in a resumed run, forget snapshots of other ones."""
+        """Find the layers; in a resumed run, read the snapshots, and forget those of other layers."""
+        self._read_stored(trainer)
         if states_network(pl_module):
             if self.modules is not None or self.forward_fn is not None or not isinstance(self.probe, int | None):
                 raise MisfitError(
@@ -242,8 +276,34 @@ class ActivationPatternRecorder(ScheduledCallback):
                 f"Activation patterns: those of the checkpoint are of other layers or samples ({_told(resumed)}; now "
                 f"{_told(expected)}); they are recorded anew, and flips are counted from here"
             )
-            self._first, self._last, self._regions = {}, {}, []
-            self._last_step = None  # so that there is a snapshot at the start
+            self._begin_anew()
+
+    def _read_stored(self, trainer: pl.Trainer) -> None:
+        """Read the snapshots that the checkpoint names, on the first process, and hand them to all."""
+        unread = {key: named for key, named in self._stored.items() if not getattr(self, f"_{key}")}
+        if not unread:
+            return
+        folder = self._folder(trainer)
+        try:
+            found = on_first_process(trainer, lambda: {key: _found(named, folder) for key, named in unread.items()})
+        except LostSnapshotError as error:
+            rank_zero_warn(
+                f"Activation patterns: the snapshots that the checkpoint names cannot be read: {error}. Recording "
+                "starts again, and flips are counted from here. To continue from them, restore the store and resume "
+                "from the checkpoint again"
+            )
+            self._begin_anew()
+            return
+        self._stored = self._stored | {key: named for key, (named, _) in found.items()}
+        for key, (_, patterns) in found.items():
+            setattr(self, f"_{key}", patterns)
+
+    def _begin_anew(self) -> None:
+        self._forget()
+        self._last_step = None  # so that there is a snapshot at the start
+
+    def _forget(self) -> None:
+        self._first, self._last, self._stored, self._regions = {}, {}, {}, []
 
     def _patterns(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, PackedPattern]:
         """The pattern of every layer on the recorded samples, in the data set's order, on every process."""
@@ -304,17 +364,6 @@ def _told(layers: dict[str, tuple[int, int, int]]) -> str:
     return f"{', '.join(names[:5])}{more} of {next(iter(layers.values()))[-1]} samples"
 
 
-def _digests(patterns: dict[str, PackedPattern]) -> list[str]:
-    """One digest a replica, of all layers together; with one layer that layer's own digest."""
-    by_layer = [[d] if isinstance(d := p.digest(), str) else d for p in patterns.values()]
-    if len(by_layer) == 1:
-        return by_layer[0]
-    return [
-        hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()
-        for digests in zip(*by_layer, strict=True)
-    ]
-
-
 def _total(counts: Iterable[Tensor]) -> Tensor:
     return torch.stack(list(counts)).sum(0)
 
@@ -327,19 +376,33 @@ def _folder_of_run(trainer: pl.Trainer, log_dir: str | None) -> Path | None:
     """The folder of the first logger's run, where Lightning's checkpoints are, too; None: nothing asks for files."""
     logger = trainer.logger
     if logger is None and Path(trainer.default_root_dir).absolute() == Path.cwd():
-        rank_zero_info("Activation patterns: without a logger no patterns.zarr is written; dirpath= says where to")
         return None
     if logger is None or logger.save_dir is None or logger.log_dir is not None:
         return Path(log_dir or trainer.default_root_dir)
     return Path(logger.save_dir, str(logger.name), str(logger.version))  # W&B's, which has many runs in one folder
 
 
-def _open_store(folder: Path, resumed_step: int | None, digests: list[str]) -> PatternStore:
+def _found(named: StoredSnapshot, folder: Path | None) -> tuple[StoredSnapshot, dict[str, PackedPattern]]:
+    """A snapshot that a checkpoint names, and its patterns: from a store in this folder, or from where it was.
+
+    Raises:
+        LostSnapshotError: they are in neither.
+    """
+    here = None if folder is None else replace(named, path=str((folder / Path(named.path).name).absolute()))
+    if here is not None and here != named:  # the folder was moved or copied, or is that of another version of the run
+        try:
+            return here, here.read()
+        except LostSnapshotError:
+            pass
+    return named, named.read()
+
+
+def _store_of(folder: Path, resumed_step: int | None, digest: str | list[str]) -> PatternStore:
     """The store to write: the one that a resumed run was writing in this folder, or one that does not exist yet."""
     path, version = folder / "patterns.zarr", 0
     while path.exists():
         store = PatternStore(path)
-        if resumed_step in store.steps and store.attributes(resumed_step)["digest"] in (digests, *digests[:1]):
+        if resumed_step in store.steps and store.attributes(resumed_step)["digest"] == digest:
             store.discard_after(resumed_step)
             return store
         version += 1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -12,7 +14,7 @@ import torch
 import zarr
 
 from lightning_mnn.landscape.pattern import PackedPattern
-from lightning_mnn.utilities.files import DamagedFileError
+from lightning_mnn.utilities.files import DamagedFileError, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -55,11 +57,15 @@ class PatternStore:
             return []
         return sorted(int(p.name.removeprefix(_PREFIX)) for p in self.path.iterdir() if p.name.startswith(_PREFIX))
 
-    def write(self, step: int, epoch: int, patterns: Mapping[str, PackedPattern], digest: str | list[str]) -> None:
-        """Add a snapshot, replacing one of the same step."""
+    def create(self) -> None:
+        """Make the group, if it is not there."""
         self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / "zarr.json").exists():
             zarr.open_group(self.path, mode="a")
+
+    def write(self, step: int, epoch: int, patterns: Mapping[str, PackedPattern], digest: str | list[str]) -> None:
+        """Add a snapshot, replacing one of the same step."""
+        self.create()
         unfinished = self.path.with_name(self.path.name + ".tmp")
         shutil.rmtree(unfinished, ignore_errors=True)
         attributes: dict[str, Any] = {"step": step, "epoch": epoch, "digest": digest}
@@ -130,6 +136,59 @@ class PatternStore:
 
     def _folder(self, step: int) -> Path:
         return self.path / f"{_PREFIX}{step:09d}"
+
+
+@dataclass(frozen=True)
+class StoredSnapshot:
+    """A snapshot as a checkpoint names it: where its bits are, and by what they are known again.
+
+    Attributes:
+        path: of the store.
+        step: the recorded step.
+        layers: their names, in the order of the forward pass, which a store does not keep.
+        digest: of all layers together (see :func:`digest_of`).
+    """
+
+    path: str
+    step: int
+    layers: list[str]
+    digest: str | list[str]
+
+    def read(self) -> dict[str, PackedPattern]:
+        """The patterns by layer, in the order of the forward pass.
+
+        Raises:
+            LostSnapshotError: they are not there, cannot be read, or are others than those that were written.
+        """
+        path = Path(self.path)
+        if not path.is_dir():
+            raise LostSnapshotError(f"{shown(path)} is not there")
+        try:
+            found = PatternStore(path).read_packed(self.step)
+        except KeyError as error:
+            raise LostSnapshotError(str(error.args[0])) from error
+        except DamagedFileError as error:
+            raise LostSnapshotError(f"{shown(error.path)} is damaged ({error.reason})") from error
+        patterns = {name: found[name] for name in self.layers if name in found}
+        if len(patterns) != len(found) or digest_of(patterns) != self.digest:
+            raise LostSnapshotError(f"step {self.step} of {shown(path)} holds other patterns")
+        return patterns
+
+
+class LostSnapshotError(LookupError):
+    """A store does not hold a snapshot that a checkpoint names."""
+
+
+def digest_of(patterns: Mapping[str, PackedPattern]) -> str | list[str]:
+    """A name of the region, of all layers together; of one layer its own digest; with replicas, a list of R."""
+    by_layer = [pattern.digest() for pattern in patterns.values()]
+    if len(by_layer) == 1:
+        return by_layer[0]
+    rows = [[digest] if isinstance(digest, str) else digest for digest in by_layer]
+    joint = [
+        hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest() for digests in zip(*rows, strict=True)
+    ]
+    return joint if isinstance(by_layer[0], list) else joint[0]
 
 
 @contextmanager
