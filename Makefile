@@ -1,13 +1,14 @@
 # make run [ARGS="key=value …"]   set up .venv and run the main job
 # make test                        set up, lint, check types, test
 # make test-newest                 the same in .venv-newest, with releases that pyproject.toml does not allow yet
+# make docs                        build the documentation into site/
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PINNED := torch torchvision pytorch-lightning lightning hydra-core wandb wandb-workspaces zarr
 
-.PHONY: run test test-newest lint bench
+.PHONY: run test test-newest lint bench docs
 
 run: $(INSTALLED)
 	$(BIN)/lightning-mnn $(ARGS)
@@ -28,7 +29,10 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 $(INSTALLED): pyproject.toml lightning_mnn/jobs/hydra_plugin.py # which an editable install copies
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev,docs]"
 	touch $@
