@@ -22,6 +22,7 @@ from lightning_mnn.callbacks import ActivationPatternRecorder, AngularVolumeMoni
 from lightning_mnn.callbacks.schedule import ScheduledCallback
 from lightning_mnn.data import GaussianData
 from lightning_mnn.loggers import log_histogram, log_image, log_table
+from tests.documented import page, undocumented_keys, undocumented_names
 from tests.foreign_models import NAMESPACES, OTHERS, ZOO, cross_entropy_of, foreign_model, foreign_trainer
 from tests.wandb_files import records_of
 
@@ -113,7 +114,7 @@ class TestHydra:
         assert (tmp_path / "run" / "patterns.zarr").is_dir()
 
     def test_its_main_config_can_take_them_beside_its_own(self, tmp_path):
-        (yaml,) = re.findall(r"^# a Hydra program.*\n((?:.+\n)+?)```", (ROOT / "README.md").read_text(), re.MULTILINE)
+        (yaml,) = re.findall(r"^# a Hydra program.*\n((?:.+\n)+?)```", page("how-to/hydra.md"), re.MULTILINE)
         (tmp_path / "callbacks").mkdir()
         (tmp_path / "config.yaml").write_text(yaml)
         (tmp_path / "callbacks" / "default.yaml").write_text("timer: {_target_: pytorch_lightning.callbacks.Timer}\n")
@@ -335,14 +336,8 @@ class Names(Logger):
         self.logged |= {name for name in metrics if name.startswith(OWN)}
 
 
-def documented_names():
-    """Patterns of the names in the README's code spans: ``pattern/<layer>/flips`` stands for one of each layer."""
-    spans = re.findall(r"`((?:minimum|pattern|volume)/[^`\s]+)`", (ROOT / "README.md").read_text())
-    return [re.compile(re.sub(r"<[^<>]+>", "[^/]+", re.sub(r"([.^$*+?()|])", r"\\\1", span))) for span in spans]
-
-
-def test_each_scalar_name_is_documented(tmp_path, make_trainer):
-    names = Names()
+def test_each_scalar_name_and_each_key_of_a_summary_is_documented(tmp_path, make_trainer):
+    names, keys = Names(), set()
     for name in [*ZOO, *OTHERS]:
         callbacks = [
             LocalMinimumDetector(max_products=3),
@@ -350,9 +345,10 @@ def test_each_scalar_name_is_documented(tmp_path, make_trainer):
             AngularVolumeMonitor(probe=4, sigmas=(1e-4, 1e-2, 1.0), num_draws=2),
         ]
         foreign_trainer(logger=names, callbacks=callbacks, max_epochs=1).fit(*foreign_model(name, num_samples=8))
+        keys |= {key for callback in callbacks for key in callback.summary()}
     for widths in ((6,), (5, 4)):
         trainer = make_trainer(logger=names, max_epochs=2, callbacks=[ActivationPatternRecorder(dirpath=tmp_path)])
         trainer.fit(MNN(6, widths), GaussianData(20, 6))
-    patterns = documented_names()
     assert len(names.logged) > 100
-    assert [name for name in sorted(names.logged) if not any(one.fullmatch(name) for one in patterns)] == []
+    assert undocumented_names(names.logged) == []
+    assert undocumented_keys("summary.json", keys) == []

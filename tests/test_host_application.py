@@ -28,6 +28,7 @@ from lightning_mnn.callbacks.schedule import ScheduledCallback
 from lightning_mnn.tasks.report import report
 from lightning_mnn.utilities.compat.hydra_internals import split_sweep
 from tests.children import processes, run_a_script
+from tests.documented import page, undocumented_keys
 
 pytestmark = [
     pytest.mark.timeout(1800),  # of a sweep of processes that import Lightning, on a machine that may be busy
@@ -139,6 +140,12 @@ def test_what_is_finished_is_kept_and_all_else_runs_again(swept):
     assert json.loads((swept.killed / "1" / "job.json").read_text())["exit_code"] == -signal.SIGKILL
 
 
+def test_keys_of_its_records_are_documented(swept):
+    for record in (*swept.killed.glob("*/job.json"), *swept.whole.glob("*/job.json")):
+        assert undocumented_keys("job.json", json.loads(record.read_text())) == []
+    assert undocumented_keys("sweep.json", json.loads((swept.whole / "sweep.json").read_text())) == []
+
+
 def test_a_report_of_the_killed_sweep_says_what_is_left_and_what_runs_it(swept, capsys, monkeypatch):
     monkeypatch.chdir(swept.folder)
     said, table = report_of(swept.killed, capsys)
@@ -185,12 +192,12 @@ def test_a_report_of_the_whole_sweep_has_each_jobs_metrics_return_value_and_kind
     assert "4 finished jobs against model.width and model.optimizer.lr" in figure.get_suptitle()
 
 
-README = (Path(__file__).parent.parent / "README.md").read_text().replace("\\\n", " ")
-COMMANDS = re.findall(r"^python src/train.py (.*)$", README, re.MULTILINE)
+GUIDE = page("how-to/hydra.md").replace("\\\n", " ")
+COMMANDS = re.findall(r"^python src/train.py (.*)$", GUIDE, re.MULTILINE)
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_commands_of_the_readme_compose(line):
+def test_commands_of_the_guide_compose(line):
     job, *_ = split_sweep([word for word in shlex.split(line, comments=True) if word != "-m"])
     with initialize_config_dir(str(PROGRAM / "conf"), version_base="1.3"):
         composed = compose("train", job, return_hydra_config=True)
@@ -198,7 +205,7 @@ def test_commands_of_the_readme_compose(line):
     assert ("local_minimum_detector" in composed.callbacks) == ("mnn" in line)
 
 
-def test_the_readme_has_commands_of_such_a_program():
+def test_the_guide_has_commands_of_such_a_program():
     assert len(COMMANDS) == 3
 
 

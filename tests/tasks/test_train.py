@@ -19,6 +19,7 @@ from lightning_mnn.callbacks import PatternStore
 from lightning_mnn.figures import read_metrics
 from lightning_mnn.utilities.files import write_json
 from tests import children, wandb_files
+from tests.documented import undocumented_keys, undocumented_names
 
 SUMMARY = {
     "mse", "mce", "wrong", "kind", "zero_error", "distance", "margin_ratio", "min_preactivation", "kinks", "rank",
@@ -73,6 +74,9 @@ def test_quickstart_leaves_a_complete_run_folder():
     assert {p.name for p in folder.iterdir()} >= FOLDER
     summary = summary_of(folder)
     assert summary.keys() >= SUMMARY
+    assert undocumented_keys("summary.json", summary) == []
+    with (folder / "metrics.csv").open(newline="") as file:
+        assert undocumented_names(set(next(csv.reader(file))) - {"step"}) == []
     assert summary["kind"] == "differentiable_minimum"
     assert summary["zero_error"] is True
     assert summary["mse"] <= 1e-25
