@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from lightning_mnn import callbacks, data, landscape, metrics
     from lightning_mnn.mnn import MNN, DivergenceError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["MNN", "DivergenceError", "callbacks", "data", "landscape", "metrics"]
 
 

@@ -7,6 +7,7 @@ out. What the reference pages list is compared with the sources here, and with r
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from hydra import compose, initialize_config_module
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+import lightning_mnn
 from tests.documented import page, undocumented_names
 
 ROOT = Path(__file__).parent.parent
@@ -115,3 +117,10 @@ def test_config_groups_and_their_options_are_documented():
     for folder in (ROOT / "conf").iterdir():
         options = {path.stem for path in folder.glob("*.yaml")} - {"default"} if folder.is_dir() else set()
         assert [option for option in sorted(options) if f"`{option}`" not in rows[folder.name]] == []
+
+
+def test_the_version_is_one():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert lightning_mnn.__version__ == declared
+    assert f"\nversion: {declared}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## [{declared}] - " in (ROOT / "CHANGELOG.md").read_text()
