@@ -32,7 +32,7 @@ bench: $(INSTALLED)
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-$(INSTALLED): pyproject.toml lightning_mnn/jobs/hydra_plugin.py # which an editable install copies
+$(INSTALLED): pyproject.toml lightning_mnn/launchers/hydra_plugin.py # which an editable install copies
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable ".[dev,docs]"
 	touch $@

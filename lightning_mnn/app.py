@@ -6,7 +6,6 @@ import atexit
 import gc
 import importlib
 import os
-import pkgutil
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
@@ -14,10 +13,11 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from lightning_mnn.tasks import _footprint
-from lightning_mnn.tasks._folders import check_names, register_resolvers
-from lightning_mnn.tasks._mistakes import UserError, explained, nearest, one_line, say
-from lightning_mnn.tasks._quiet import quieten
+from lightning_mnn.config.mistakes import UserError, explained, nearest, one_line, say
+from lightning_mnn.runs import footprint
+from lightning_mnn.runs.folders import check_names, register_resolvers
+from lightning_mnn.runs.quiet import quieten
+from lightning_mnn.tasks import TASKS
 from lightning_mnn.utilities.compat.hydra_internals import errors_told_by
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ def main() -> None:
         sys.exit(1)
     finally:
         if sys.exc_info()[0] is not None:
-            _footprint.remove()
-        _footprint.keep()
+            footprint.remove()
+        footprint.keep()
 
 
 @hydra.main(version_base="1.3", config_path="pkg://lightning_mnn.conf", config_name="config")
@@ -51,7 +51,7 @@ def compose_and_run(cfg: DictConfig) -> float | None:
     except Exception as error:
         in_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
         line = explained(error, cfg, HydraConfig.get().overrides.task)
-        if line is None and not (in_sweep or _footprint.is_kept()):  # nothing was computed: it was asked wrongly
+        if line is None and not (in_sweep or footprint.is_kept()):  # nothing was computed: it was asked wrongly
             line = f"{type(error).__name__}: {one_line(str(error))} (HYDRA_FULL_ERROR=1 shows where)"
         if line is None or _wants_traceback():
             raise
@@ -68,10 +68,8 @@ def run(cfg: DictConfig) -> float | None:
         ValueError: there is no such task, or ``resume`` or ``name`` is no value for them.
     """
     check_names(cfg)
-    tasks = importlib.import_module("lightning_mnn.tasks")
-    known = sorted(m.name for m in pkgutil.iter_modules(tasks.__path__) if not m.name.startswith("_"))
-    if cfg.task not in known:
-        near = "|".join(dict.fromkeys([*nearest(str(cfg.task), known, 1), *known]))
+    if cfg.task not in TASKS:
+        near = "|".join(dict.fromkeys([*nearest(str(cfg.task), TASKS, 1), *TASKS]))
         raise UserError(f"task={cfg.task}: there is no such task: choose task={near}")
     module = importlib.import_module(f"lightning_mnn.tasks.{cfg.task}")
     objective: float | None = getattr(module, cfg.task)(cfg)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torchmetrics import Metric
 
-from lightning_mnn.landscape.survey import wrong
+from lightning_mnn.landscape.labels import check_labels, wrong
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,24 +63,3 @@ class MeanClassificationError(Metric):
     def compute(self) -> Tensor:
         """The fraction, a scalar; NaN before any sample."""
         return self.wrong / self.total
-
-
-def check_labels(targets: Tensor, threshold: float) -> None:
-    """Check that targets are the two labels of a threshold: {0, 1} at 0.5, ±1 at 0, one on each side of any other.
-
-    Raises:
-        ValueError: other targets.
-    """
-    if threshold in (0.5, 0.0):
-        low = 0.0 if threshold == 0.5 else -1.0
-        fits = (targets == 1) | (targets == low)
-        expected = f"{low:g} and 1"
-    else:
-        fits = targets != threshold
-        expected = f"values on either side of {threshold:g}"
-    if not bool(fits.all()):
-        found = targets[~fits].flatten()[0].item()
-        raise ValueError(
-            f"labels are not binary: threshold={threshold:g} expects {expected}, found {found:g}. "
-            "Map the classes to two labels first"
-        )

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from lightning_mnn import MNN
-from lightning_mnn.callbacks import certification, cone_volumes, evidence_network
-from lightning_mnn.tasks import _watch
+from lightning_mnn.callbacks.evidence import certification, network
+from lightning_mnn.callbacks.volumes import cones
+from lightning_mnn.runs.processes import watch
 from lightning_mnn.utilities.interruption import safe_point
 
 STEP = 20  # after which training is slow
@@ -33,7 +34,7 @@ def in_training():
 
 def in_certificate():
     """In a certificate between the start and the end of training."""
-    certify, certify_training_set = certification.certify, evidence_network.certify_training_set
+    certify, certify_training_set = certification.certify, network.certify_training_set
     steps = []
 
     def of_run(trainer, *args):
@@ -46,7 +47,7 @@ def in_certificate():
             _wait(team)
         return certify(*args, team=team, **options)
 
-    evidence_network.certify_training_set, certification.certify = of_run, paused
+    network.certify_training_set, certification.certify = of_run, paused
 
 
 def on_shards():
@@ -68,7 +69,7 @@ def in_volume():
         while True:
             _wait()
 
-    cone_volumes.region_log_volume = paused
+    cones.region_log_volume = paused
 
 
 def in_volume_on_shards():
@@ -85,7 +86,7 @@ def in_job_of_slurm():
 
 def for_ever():
     """In a step, where nothing can be stopped; a second signal counts at once, and patience is short."""
-    _watch._AGAIN, _watch._PATIENCE = 0.0, 3.0
+    watch._AGAIN, watch._PATIENCE = 0.0, 3.0
 
     def stuck(*_):
         Path("paused").touch()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pkgutil
 import re
 import shutil
 import subprocess
@@ -14,8 +13,9 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from lightning_mnn import app, tasks
-from lightning_mnn.tasks._console import config_tree, print_config, print_verdict
+from lightning_mnn import app
+from lightning_mnn.runs.console import config_tree, print_config, print_verdict
+from lightning_mnn.tasks import TASKS
 from tests.children import command
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -32,7 +32,7 @@ def test_the_help_names_all_there_is_and_fits_a_terminal(tmp_path):
     for group in ("experiment", "model", "data", "optimizer", "schedule", "trainer", "callbacks", "logger", "debug"):
         options = {path.stem for path in (CONF / group).glob("*.yaml")} - {"default"}
         assert options | {group} <= words, group
-    known = {module.name for module in pkgutil.iter_modules(tasks.__path__) if not module.name.startswith("_")}
+    known = set(TASKS)
     assert known <= words
     for shown in (
         "resume=true", "debug=limit", "hydra/launcher=device_pool hydra.launcher.n_jobs=2", "hydra/launcher=slurm",

@@ -17,9 +17,9 @@ from torch import nn
 
 from lightning_mnn import MNN
 from lightning_mnn.callbacks import PatternStore
-from lightning_mnn.loggers import ResumableCSVLogger
-from lightning_mnn.tasks._checkpoints import read_checkpoint
-from lightning_mnn.tasks._parts import Part, finish_parts
+from lightning_mnn.loggers.csv_logs import ResumableCSVLogger
+from lightning_mnn.runs.checkpoints import read_checkpoint
+from lightning_mnn.tasks.parts import Part, finish_parts
 from lightning_mnn.utilities.files import DamagedFileError, read_csv, read_json, whole_file, write_json
 from tests import children
 from tests.bad_commands import refused_line

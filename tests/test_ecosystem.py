@@ -17,11 +17,11 @@ from pytorch_lightning.loggers.logger import Logger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_mnn import MNN
-from lightning_mnn.by_environment import VARIABLE, asked_for, factory
 from lightning_mnn.callbacks import ActivationPatternRecorder, AngularVolumeMonitor, LocalMinimumDetector, Schedule
-from lightning_mnn.callbacks.schedule import ScheduledCallback
+from lightning_mnn.callbacks.environment import VARIABLE, asked_for, factory
+from lightning_mnn.callbacks.scheduled import ScheduledCallback
 from lightning_mnn.data import GaussianData
-from lightning_mnn.loggers import log_histogram, log_image, log_table
+from lightning_mnn.loggers.media import log_histogram, log_image, log_table
 from tests.documented import page, undocumented_keys, undocumented_names
 from tests.foreign_models import NAMESPACES, OTHERS, ZOO, cross_entropy_of, foreign_model, foreign_trainer
 from tests.wandb_files import records_of
@@ -146,7 +146,7 @@ class TestEntryPoint:
         environment = {name: v for name, v in os.environ.items() if name != VARIABLE}
         environment |= {} if value is None else {VARIABLE: value}
         code = (
-            "import sys, lightning_mnn.by_environment as entry; assert entry.factory() == []; "
+            "import sys, lightning_mnn.callbacks.environment as entry; assert entry.factory() == []; "
             "assert not {'torch', 'pytorch_lightning', 'numpy'} & set(sys.modules)"
         )
         subprocess.run([sys.executable, "-c", code], check=True, env=environment)

@@ -24,7 +24,7 @@ from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from lightning_mnn.callbacks.schedule import ScheduledCallback
+from lightning_mnn.callbacks.scheduled import ScheduledCallback
 from lightning_mnn.tasks.report import report
 from lightning_mnn.utilities.compat.hydra_internals import split_sweep
 from tests.children import processes, run_a_script

@@ -1,45 +1,56 @@
-"""Nothing imports upwards, and heavy or optional packages stay where they belong."""
+"""Nothing imports upwards or in circles, folders stay small, and heavy or optional packages stay where they belong."""
 
 import ast
 import re
 import subprocess
 import sys
+from collections import Counter
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "lightning_mnn"
-FLOORS = {
-    "utilities": 0,
-    "landscape": 1,
-    "seeding": 1,
-    "validation": 1,
-    "workers": 1,
-    "gradients": 1,
-    "data": 2,
-    "optim": 2,
-    "mnn": 2,
-    "metrics": 2,
-    "callbacks": 3,
-    "loggers": 2,
-    "bundling": 2,
-    "by_environment": 3,
-    "figures": 3,
-    "app": 4,
-    "config": 4,
-    "jobs": 4,
-    "launcher": 4,
-    "slurm": 4,
-    "tasks": 4,
-    "__main__": 4,
-}
+FLOORS = (  # folders from the ground up: a module imports from lower ones, and from its own folder
+    ("utilities.compat", "utilities"),
+    ("config", "landscape", "data.loaders", "loggers", "runs.processes"),
+    ("landscape.regions", "landscape.kinks", "metrics", "data", "data.images", "callbacks.trainer"),
+    ("landscape.minima", "landscape.volumes", "landscape.curvature"),
+    ("figures", "callbacks.evaluation"),
+    ("callbacks.evidence", "callbacks.volumes"),
+    ("callbacks",),
+    ("launchers.jobs", "model"),
+    ("launchers", "runs"),
+    ("tasks",),
+    ("app",),
+    ("__main__",),
+)
+FLOOR = {folder: floor for floor, folders in enumerate(FLOORS) for folder in folders}
+KNOW_HYDRA = ("config", "launchers", "runs", "tasks", "app", "__main__")
+MOST_MODULES = 10  # of a folder
+MOST_LINES = 525  # of a module
 COMPAT = "lightning_mnn.utilities.compat"
 OF_TORCH = (f"{COMPAT}.torch_internals", f"{COMPAT}.precision")
 MODULES = [path for path in PACKAGE.rglob("*.py") if "conf" not in path.relative_to(PACKAGE).parts]
 
 
-def part_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+
+
+NAMES = {name_of(path) for path in MODULES}
+PACKAGES = {name_of(path) for path in MODULES if path.stem == "__init__"}
+
+
+def folder_of(name: str) -> str:
+    return name.rpartition(".")[0] or name
+
+
+def floor_of(name: str) -> int:
+    """That of a module's folder; of a package, which hands on names, that of the highest folder in it."""
+    if name in PACKAGES:
+        return max(floor for folder, floor in FLOOR.items() if f"{folder}.".startswith(f"{name}."))
+    return FLOOR[folder_of(name)]
 
 
 def imports(path: Path, *, top_level: bool = False):
@@ -52,23 +63,44 @@ def imports(path: Path, *, top_level: bool = False):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def own_imports(path: Path) -> set[str]:
+    """Modules of the package that a module imports, for its types too; a package where it takes a name from that."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "lightning_mnn":
+            source = node.module.removeprefix("lightning_mnn").lstrip(".")
+            inner = {f"{source}.{alias.name}".lstrip(".") for alias in node.names}
+            found |= {name if name in NAMES else source for name in inner}
+    return found - {""}
+
+
 @pytest.mark.parametrize("path", MODULES, ids=str)
 def test_imports_go_down(path):
-    part = part_of(path)
-    if part == "__init__":
-        return
-    for name in imports(path):
-        pieces = name.split(".")
-        if pieces[0] == "lightning_mnn" and len(pieces) > 1 and pieces[1] in FLOORS:
-            allowed = FLOORS[pieces[1]] <= FLOORS[part]
-            lightning_asks = part == "mnn" and pieces[1] == "callbacks"  # configure_callbacks
-            assert allowed or lightning_asks, f"{part} imports {name}"
+    name = name_of(path)
+    if path.stem != "__init__":
+        for other in own_imports(path):
+            same = other not in PACKAGES and folder_of(other) == folder_of(name)
+            assert same or floor_of(other) < floor_of(name), other
+    part = name.split(".")[0]
+    for imported in imports(path):
+        pieces = imported.split(".")
         if part == "landscape":
-            assert pieces[0] not in ("pytorch_lightning", "hydra", "wandb", "torchmetrics"), name
-            assert not name.startswith(COMPAT) or name.startswith(OF_TORCH), name
-        if FLOORS[part] < 4 and path.stem != "hydra_internals":
-            assert pieces[0] not in ("hydra", "omegaconf"), name
-    assert not any(name and name.split(".")[0] == "wandb" for name in imports(path, top_level=True))
+            assert pieces[0] not in ("pytorch_lightning", "hydra", "wandb", "torchmetrics"), imported
+            assert not imported.startswith(COMPAT) or imported.startswith(OF_TORCH), imported
+        if part not in KNOW_HYDRA and path.stem != "hydra_internals":
+            assert pieces[0] not in ("hydra", "omegaconf"), imported
+    assert not any(imported.split(".")[0] == "wandb" for imported in imports(path, top_level=True))
+
+
+def test_no_modules_import_each_other_in_circles():
+    TopologicalSorter({name_of(path): own_imports(path) for path in MODULES if path.stem != "__init__"}).prepare()
+
+
+def test_folders_and_modules_stay_small():
+    modules = [path for path in MODULES if path.stem != "__init__"]
+    assert {folder: n for folder, n in Counter(path.parent for path in modules).items() if n > MOST_MODULES} == {}
+    lengths = {path: len(path.read_text().splitlines()) for path in modules}
+    assert {path: length for path, length in lengths.items() if length > MOST_LINES} == {}
 
 
 INTERNAL = re.compile(

@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_mnn.metrics import MeanClassificationError, check_labels
+from lightning_mnn.landscape.labels import check_labels
+from lightning_mnn.metrics import MeanClassificationError
 
 floats = st.floats(-3, 3, allow_nan=False)
 

@@ -28,7 +28,7 @@ def test_the_wheel_runs_the_command_from_an_empty_folder(tmp_path):
     assert not any(name.startswith("outputs/") for name in sources)
     assert "lightning_mnn/py.typed" in names
     (entry_points,) = (tmp_path / "site").glob("*.dist-info/entry_points.txt")
-    assert entry_points.read_text().count("lightning_mnn.by_environment:factory") == 2  # one for each namespace
+    assert entry_points.read_text().count("lightning_mnn.callbacks.environment:factory") == 2  # one for each namespace
     assert not {name.split("/")[0] for name in names} & {"conf", "tests", "outputs"}
     empty = tmp_path / "empty"
     empty.mkdir()

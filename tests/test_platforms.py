@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from lightning_mnn.launcher import DevicePool, LaunchError
+from lightning_mnn.launchers.device_pool import DevicePool
+from lightning_mnn.launchers.signals import LaunchError
 
 # A process in which our modules find what Windows has. The libraries have found Linux before, which they chose their
 # own parts by; of Lightning one is told.

@@ -9,16 +9,11 @@ import pytorch_lightning as pl
 import torch
 
 from lightning_mnn import MNN
-from lightning_mnn.callbacks import (
-    ActivationPatternRecorder,
-    LastCheckpoint,
-    LocalMinimumDetector,
-    Schedule,
-    certification,
-)
-from lightning_mnn.callbacks.schedule import ScheduledCallback
+from lightning_mnn.callbacks import ActivationPatternRecorder, LastCheckpoint, LocalMinimumDetector, Schedule
+from lightning_mnn.callbacks.evidence import certification
+from lightning_mnn.callbacks.scheduled import ScheduledCallback
 from lightning_mnn.data import GaussianData
-from lightning_mnn.landscape import least_squares
+from lightning_mnn.landscape.regions import least_squares
 from lightning_mnn.metrics import MeanClassificationError
 from lightning_mnn.utilities.interruption import Interrupted, Pace, request
 

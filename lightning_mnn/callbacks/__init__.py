@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_mnn.callbacks.activation_pattern_recorder import ActivationPatternRecorder
     from lightning_mnn.callbacks.angular_volume_monitor import AngularVolumeMonitor
-    from lightning_mnn.callbacks.last_checkpoint import LastCheckpoint
     from lightning_mnn.callbacks.local_minimum_detector import LocalMinimumDetector
     from lightning_mnn.callbacks.pattern_store import PatternStore
-    from lightning_mnn.callbacks.run_progress import RunProgress
     from lightning_mnn.callbacks.schedule import Schedule
+    from lightning_mnn.callbacks.trainer.last_checkpoint import LastCheckpoint
+    from lightning_mnn.callbacks.trainer.run_progress import RunProgress
 
 __all__ = [
     "ActivationPatternRecorder",
@@ -27,10 +27,10 @@ __all__ = [
 _MODULES = {
     "ActivationPatternRecorder": "activation_pattern_recorder",
     "AngularVolumeMonitor": "angular_volume_monitor",
-    "LastCheckpoint": "last_checkpoint",
+    "LastCheckpoint": "trainer.last_checkpoint",
     "LocalMinimumDetector": "local_minimum_detector",
     "PatternStore": "pattern_store",
-    "RunProgress": "run_progress",
+    "RunProgress": "trainer.run_progress",
     "Schedule": "schedule",
 }
 
@@ -40,5 +40,5 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'lightning_mnn.callbacks' has no attribute {name!r}")
     found = getattr(importlib.import_module(f"lightning_mnn.callbacks.{_MODULES[name]}"), name)
-    importlib.import_module("lightning_mnn.callbacks.schedule").join_lightning()
+    importlib.import_module("lightning_mnn.callbacks.scheduled").join_lightning()
     return found

@@ -10,18 +10,21 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from lightning_mnn.callbacks.long_pass import long_pass
+from lightning_mnn.callbacks.evaluation.kink_probe import KinkProbe, checked_probe, chosen_samples
+from lightning_mnn.callbacks.evaluation.module_network import states_network
+from lightning_mnn.callbacks.evaluation.training_set import patterns_of_training_set
 from lightning_mnn.callbacks.pattern_store import LostSnapshotError, PatternStore, StoredSnapshot, digest_of
-from lightning_mnn.callbacks.probe import KinkProbe, checked_probe, chosen_samples
-from lightning_mnn.callbacks.schedule import Schedule, ScheduledCallback
-from lightning_mnn.callbacks.training_set import on_first_process, patterns_of_training_set, states_network
-from lightning_mnn.data.shards import num_samples
-from lightning_mnn.landscape.kink_patterns import KinkLayer
-from lightning_mnn.landscape.kink_trace import PatternError
+from lightning_mnn.callbacks.schedule import Schedule
+from lightning_mnn.callbacks.scheduled import ScheduledCallback
+from lightning_mnn.callbacks.trainer.long_pass import long_pass
+from lightning_mnn.data.loaders.shards import num_samples
+from lightning_mnn.landscape.kinks.layers import KinkLayer
+from lightning_mnn.landscape.kinks.tracing import PatternError
 from lightning_mnn.landscape.pattern import PackedPattern, count_flips, distinct_patterns
-from lightning_mnn.loggers import log_scalars
+from lightning_mnn.loggers.media import log_scalars
+from lightning_mnn.utilities.distributed import on_first_process
 from lightning_mnn.utilities.transfer import to_host
-from lightning_mnn.validation import MisfitError, positive_integer, seed_number
+from lightning_mnn.utilities.validation import MisfitError, positive_integer, seed_number
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,16 +32,16 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
     from torch import Tensor
 
-    from lightning_mnn.callbacks.model_pass import ModelFunction
-    from lightning_mnn.callbacks.probe import Samples
-    from lightning_mnn.landscape.kink_trace import Names
+    from lightning_mnn.callbacks.evaluation.kink_probe import Samples
+    from lightning_mnn.callbacks.evaluation.run_module import ModelFunction
+    from lightning_mnn.landscape.kinks.tracing import Names
 
 
 class ActivationPatternRecorder(ScheduledCallback):
     """Records activation patterns of the training set, bit-packed, in a ``patterns.zarr`` store.
 
     Works with any module that calls piecewise-linear functions: ReLU and its kin, clamp, maximum, max-pooling, as
-    modules or as functions (see :class:`lightning_mnn.landscape.kink_trace.KinkTrace`). A module that states its
+    modules or as functions (see :class:`lightning_mnn.landscape.kinks.tracing.KinkTrace`). A module that states its
     network by a method ``network()``, as MNN does, is evaluated in float64. Any other runs over the samples in eval
     mode, without gradients, in the precision of training, at the scheduled times only; nothing of that stays on it, and
     training goes on bit for bit as without the recorder.

@@ -14,7 +14,7 @@ from lightning_mnn.callbacks.local_minimum_detector import LocalMinimumDetector
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from lightning_mnn.callbacks.schedule import ScheduledCallback
+    from lightning_mnn.callbacks.scheduled import ScheduledCallback
 
 _MAKERS: dict[str, Callable[[], ScheduledCallback]] = {
     "detector": lambda: LocalMinimumDetector(stop_training=False),

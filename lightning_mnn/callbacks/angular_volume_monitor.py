@@ -10,37 +10,36 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightning_mnn.callbacks.cone_volumes import ConePlan, OverBudgetError, why_not_alone
+from lightning_mnn.callbacks.evaluation.isolation import undisturbed
+from lightning_mnn.callbacks.evaluation.kink_probe import checked_probe
+from lightning_mnn.callbacks.evaluation.module_network import (
+    NetworkModule,
+    network_of,
+    required_network,
+    states_network,
+)
+from lightning_mnn.callbacks.evaluation.training_set import survey_training_set, training_samples, why_not_surveyed
 from lightning_mnn.callbacks.local_minimum_detector import LocalMinimumDetector
-from lightning_mnn.callbacks.local_volumes import (
+from lightning_mnn.callbacks.schedule import Schedule
+from lightning_mnn.callbacks.scheduled import ScheduledCallback, or_stop_here, weights_of
+from lightning_mnn.callbacks.trainer.long_pass import long_pass
+from lightning_mnn.callbacks.volumes.cones import ConePlan, OverBudgetError, why_not_alone
+from lightning_mnn.callbacks.volumes.local import (
     Found,
     ProbeSettings,
     check_kinks,
     log_local_volume,
     measure_local_volume,
 )
-from lightning_mnn.callbacks.long_pass import long_pass
-from lightning_mnn.callbacks.probe import checked_probe
-from lightning_mnn.callbacks.schedule import Schedule, ScheduledCallback, or_stop_here, plain, weights_of
-from lightning_mnn.callbacks.training_set import (
-    network_of,
-    on_first_process,
-    required_network,
-    states_network,
-    survey_training_set,
-    training_samples,
-    why_not_surveyed,
-)
-from lightning_mnn.callbacks.undisturbed import undisturbed
-from lightning_mnn.data.shards import num_samples
+from lightning_mnn.data.loaders.shards import num_samples
 from lightning_mnn.landscape import bounds
-from lightning_mnn.landscape.local_volume import check_sigmas
-from lightning_mnn.landscape.volume import log_volume_bound_from_sines
-from lightning_mnn.loggers import log_histogram, log_scalars
-from lightning_mnn.mnn import MNN
-from lightning_mnn.seeding import generator
-from lightning_mnn.utilities.transfer import to_host
-from lightning_mnn.validation import ArgumentError, MisfitError, positive_integer, real_number, seed_number
+from lightning_mnn.landscape.volumes.random_moves import check_sigmas
+from lightning_mnn.landscape.volumes.region_volume import log_volume_bound_from_sines
+from lightning_mnn.loggers.media import log_histogram, log_scalars
+from lightning_mnn.utilities.distributed import on_first_process
+from lightning_mnn.utilities.seeding import generator
+from lightning_mnn.utilities.transfer import plain, to_host
+from lightning_mnn.utilities.validation import ArgumentError, MisfitError, positive_integer, real_number, seed_number
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -48,11 +47,12 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
     from torch import Tensor
 
-    from lightning_mnn.callbacks.cone_volumes import VolumeOrReason
-    from lightning_mnn.callbacks.model_pass import ModelFunction
-    from lightning_mnn.landscape.kink_trace import Names
-    from lightning_mnn.landscape.survey import Network, Survey
-    from lightning_mnn.landscape.volume import RegionVolume
+    from lightning_mnn.callbacks.evaluation.run_module import ModelFunction
+    from lightning_mnn.callbacks.volumes.cones import VolumeOrReason
+    from lightning_mnn.landscape.kinks.tracing import Names
+    from lightning_mnn.landscape.network import Network
+    from lightning_mnn.landscape.regions.statistics import Survey
+    from lightning_mnn.landscape.volumes.region_volume import RegionVolume
 
 MOMENTS = ("start", "certificate", "end")
 _NOT_MEASURED = "not measured at the last weights"
@@ -68,7 +68,7 @@ class AngularVolumeMonitor(ScheduledCallback):
 
     *In a network with one hidden layer and one output* (an MNN, a module with a method ``network()``, or one
     ``nn.Sequential`` that the module runs once on the inputs of a batch as they are; see
-    :func:`~lightning_mnn.callbacks.training_set.network_of`) that is the angular volume
+    :func:`~lightning_mnn.callbacks.evaluation.module_network.network_of`) that is the angular volume
     V(R) = P(W ∈ R) of the region of the whole training set, for i.i.d. normal W, as a logarithm in nats. Over replicas
     all that is logged are means.
 
@@ -93,7 +93,7 @@ class AngularVolumeMonitor(ScheduledCallback):
     hours.
 
     *In any other module* with kinks, an MNN with two hidden layers included, at the same moments the local volume on a
-    probe set (see :mod:`lightning_mnn.landscape.local_volume`): the probability P(σ) that a random move of all
+    probe set (see :mod:`lightning_mnn.landscape.volumes.random_moves`): the probability P(σ) that a random move of all
     parameters that require a gradient, of relative size σ, keeps the pattern of the probe in eval mode. Logged are
     ``volume/keep/<σ>``, as in ``volume/keep/1e-03``: P(σ) of all layers together; ``volume/half_sigma``: σ½ at which it
     falls to ½, with ``volume/half_sigma_low`` and ``volume/half_sigma_high``, a 95 % bracket of values of σ;
@@ -119,11 +119,12 @@ class AngularVolumeMonitor(ScheduledCallback):
         budget: most multiplications of a measurement of cones, all replicas together.
         seed: of the random numbers; replica r at step t has its own.
         modules: names or patterns of the layers whose pattern counts (see
-            :class:`~lightning_mnn.landscape.kink_trace.KinkTrace`); None: all that the module meets. Given, the local
-            volume is what is measured.
+            :class:`~lightning_mnn.landscape.kinks.tracing.KinkTrace`); None: all that the module meets. Given, the
+            local volume is what is measured.
         forward_fn: ``forward_fn(module, batch)`` runs the module; None: its forward on the leading parts of a batch, or
             its ``training_step``, where that cannot be or meets other layers (see
-            :func:`~lightning_mnn.callbacks.training_pass.pass_of_training`). Given, the local volume is measured.
+            :func:`~lightning_mnn.callbacks.evaluation.choose_pass.pass_of_training`). Given, the local volume is
+            measured.
         probe: how many samples of the training set are the probe, drawn by the seed; or a batch as the training
             loader yields it, which an IterableDataset needs. Given a batch, the local volume is measured.
         sigmas: sizes σ of the moves, ascending; None: half decades from 1e-6 to 1. Those below 8 spacings of the
@@ -490,7 +491,7 @@ def _untouched(trainer: pl.Trainer, pl_module: pl.LightningModule) -> AbstractCo
 
 
 def _is_replicated(pl_module: pl.LightningModule) -> bool:
-    return isinstance(pl_module, MNN) and pl_module.replicas > 1
+    return isinstance(pl_module, NetworkModule) and pl_module.replicas > 1
 
 
 def _log(trainer: pl.Trainer, volumes: list[RegionVolume], log_num_cells: float) -> None:

@@ -10,21 +10,22 @@ from typing import TYPE_CHECKING, Any
 from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightning_mnn.callbacks.evidence import Evidence
-from lightning_mnn.callbacks.evidence_first_order import FirstOrderJudge
-from lightning_mnn.callbacks.evidence_network import NetworkJudge, NotSquaredErrorError
-from lightning_mnn.callbacks.evidence_second_order import SecondOrderJudge
-from lightning_mnn.callbacks.full_batch import FullBatch
-from lightning_mnn.callbacks.long_pass import long_pass
-from lightning_mnn.callbacks.model_pass import LossNotEvaluableError, StepFailedError
-from lightning_mnn.callbacks.schedule import Schedule, ScheduledCallback
-from lightning_mnn.callbacks.squared_error import SquaredErrorLoss, squared_error_loss
-from lightning_mnn.callbacks.training_set import network_of, states_network
-from lightning_mnn.data.shards import NotEnumerableError, can_be_enumerated, draws
-from lightning_mnn.landscape.loss_surface import NoDerivativeError
-from lightning_mnn.loggers import log_scalars
+from lightning_mnn.callbacks.evaluation.full_batch import FullBatch
+from lightning_mnn.callbacks.evaluation.module_network import network_of, states_network
+from lightning_mnn.callbacks.evaluation.run_module import LossNotEvaluableError, StepFailedError
+from lightning_mnn.callbacks.evidence.first_order import FirstOrderJudge
+from lightning_mnn.callbacks.evidence.network import NetworkJudge, NotSquaredErrorError
+from lightning_mnn.callbacks.evidence.second_order import SecondOrderJudge
+from lightning_mnn.callbacks.evidence.squared_error import SquaredErrorLoss, squared_error_loss
+from lightning_mnn.callbacks.evidence.tiers import Evidence
+from lightning_mnn.callbacks.schedule import Schedule
+from lightning_mnn.callbacks.scheduled import ScheduledCallback
+from lightning_mnn.callbacks.trainer.long_pass import long_pass
+from lightning_mnn.data.loaders.shards import NotEnumerableError, can_be_enumerated, draws
+from lightning_mnn.landscape.curvature.loss_surface import NoDerivativeError
+from lightning_mnn.loggers.media import log_scalars
 from lightning_mnn.utilities.interruption import TimeLimitError, time_limit
-from lightning_mnn.validation import MisfitError, positive_integer, real_number, truth_value
+from lightning_mnn.utilities.validation import MisfitError, positive_integer, real_number, truth_value
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,11 +33,12 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
     from torch.optim import Optimizer
 
-    from lightning_mnn.callbacks.evidence import Judge
-    from lightning_mnn.callbacks.model_pass import ModelFunction
-    from lightning_mnn.landscape.kink_trace import Names
-    from lightning_mnn.landscape.minimum import Certificate, FirstOrderVerdict
-    from lightning_mnn.landscape.survey import Survey
+    from lightning_mnn.callbacks.evaluation.run_module import ModelFunction
+    from lightning_mnn.callbacks.evidence.tiers import Judge
+    from lightning_mnn.landscape.kinks.tracing import Names
+    from lightning_mnn.landscape.minima.certificate import Certificate
+    from lightning_mnn.landscape.minima.first_order import FirstOrderVerdict
+    from lightning_mnn.landscape.regions.statistics import Survey
 
 
 class LocalMinimumDetector(ScheduledCallback):

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_mnn.data.shards import exact_shard, flat_batch, num_samples
-from lightning_mnn.landscape.survey import fitting_thresholds
-from lightning_mnn.metrics import check_labels
-from lightning_mnn.validation import ArgumentError
+from lightning_mnn.data.loaders.shards import exact_shard, flat_batch, num_samples
+from lightning_mnn.landscape.labels import check_labels, fitting_thresholds
+from lightning_mnn.utilities.validation import ArgumentError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_mnn.data.resident import ResidentData
-from lightning_mnn.seeding import generator
-from lightning_mnn.validation import check_memory, one_of, positive_integer
+from lightning_mnn.data.loaders.resident import ResidentData
+from lightning_mnn.utilities.seeding import generator
+from lightning_mnn.utilities.validation import check_memory, one_of, positive_integer
 
 LABELS = ("plus_minus", "zero_one", "teacher")
 

@@ -12,8 +12,8 @@ from matplotlib import patheffects
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from lightning_mnn.figures._save import save
-from lightning_mnn.utilities.files import read_csv
+from lightning_mnn.figures.style import save
+from lightning_mnn.figures.tables import Row, read_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-Row = dict[str, Any]
 
 _TEXT = 10
+
 _DODGE = 0.013  # between upper limits at one size, which would cover each other, in parts of the axis
+
 _HALO = [patheffects.withStroke(linewidth=2.5, foreground="white")]  # of text that a line may cross
+
 _FEW = 4  # sizes, below which no rate is told
 
 
@@ -47,14 +49,12 @@ class Curve:
 
 
 RANK = Curve("rank_deficient", "#7f7f7f", "s", dodge=1)
+
 GLOBAL = Curve("global_minimum", "#0072b2", "o")
+
 LENIENT = Curve("suboptimal_minimum", "#e69f00", "^", dodge=-1)  # at the least ε
+
 STRICT = Curve("suboptimal_minimum", "#d55e00", "v")  # at the greatest
-
-
-def read_table(path: Path) -> list[Row]:
-    """Rows of a CSV table: numbers as floats, empty fields as None, all else as text."""
-    return [{name: _value(text) for name, text in row.items()} for row in read_csv(path)]
 
 
 def census_figure(run_dir: Path) -> Path:
@@ -277,10 +277,3 @@ def _tidy(ax: Axes, label: str) -> None:
 
 def _share(row: Row, column: str) -> float:
     return float(row[f"{column}_hits"] / row[f"{column}_trials"])
-
-
-def _value(text: str) -> Any:
-    try:
-        return float(text) if text else None
-    except ValueError:
-        return text

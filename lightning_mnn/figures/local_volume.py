@@ -9,8 +9,7 @@ from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
-from lightning_mnn.figures._save import save
-from lightning_mnn.figures._style import COLORS, plain, tidy
+from lightning_mnn.figures.style import COLORS, plain, save, tidy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-    from lightning_mnn.landscape.local_volume import KeepCurve, LocalVolume
+    from lightning_mnn.landscape.volumes.random_moves import KeepCurve, LocalVolume
 
 _IN_LEGEND = 6  # layers that can be told apart by colour and name; more are coloured by their depth
 _LEGIBLE = 24  # layers whose names fit beside the colour bar

@@ -12,9 +12,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lightning_mnn.figures._save import save
-from lightning_mnn.figures._style import COLORS, NOTE, plain, tidy
-from lightning_mnn.figures.run import read_metrics
+from lightning_mnn.figures.style import COLORS, NOTE, plain, save, tidy
+from lightning_mnn.figures.tables import read_metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lightning_mnn.figures._save import save
-from lightning_mnn.utilities.files import DamagedFileError, read_csv, read_json
+from lightning_mnn.figures.style import save
+from lightning_mnn.figures.tables import read_metrics
+from lightning_mnn.utilities.files import read_json
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from matplotlib.axes import Axes
+
 
 _COLORS = ("#1f5fa8", "#d1701c")
 
@@ -56,27 +58,6 @@ PANELS = (
         "linear",
     ),
 )
-
-
-def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Steps and values of each name in a ``metrics.csv``.
-
-    Raises:
-        DamagedFileError: the file is no table of numbers.
-    """
-    series: dict[str, tuple[list[int], list[float]]] = {}
-    for number, row in enumerate(read_csv(path), start=2):
-        if "step" not in row:
-            raise DamagedFileError(path, "it lacks the column step")
-        for name, text in row.items():
-            if name not in ("step", "epoch") and text:
-                steps, values = series.setdefault(name, ([], []))
-                try:
-                    steps.append(int(row["step"]))
-                    values.append(float(text))
-                except ValueError as error:
-                    raise DamagedFileError(path, f"line {number}: {error}") from None
-    return series
 
 
 def run_figure(run_dir: Path) -> Path:

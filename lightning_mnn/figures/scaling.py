@@ -10,9 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from lightning_mnn.figures._save import save
-from lightning_mnn.figures._style import COLORS, KINDS, NOTE, mark_zeros, tidy
-from lightning_mnn.figures.census import read_table
+from lightning_mnn.figures.style import COLORS, KINDS, NOTE, mark_zeros, save, tidy
+from lightning_mnn.figures.tables import read_table
 from lightning_mnn.utilities.files import DamagedFileError, read_json
 
 if TYPE_CHECKING:

@@ -16,8 +16,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from lightning_mnn.figures._save import save
-from lightning_mnn.figures._style import COLORS, KINDS, mark_zeros, plain, tidy
+from lightning_mnn.figures.style import COLORS, KINDS, mark_zeros, plain, save, tidy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -1,31 +1,40 @@
 """Mathematics of the loss surface on a fixed data set, in torch and scipy only."""
 
 from lightning_mnn.landscape import bounds
-from lightning_mnn.landscape.census import Census, Proportion, census, classify, ensemble_census
-from lightning_mnn.landscape.cone import LogEstimate, log_cone_measure
-from lightning_mnn.landscape.existence import ClosedBranch, Existence, check_proof, find_minimum
-from lightning_mnn.landscape.judgement import Direction, Kind
-from lightning_mnn.landscape.kink_distance import KinkDistance, kink_distance
-from lightning_mnn.landscape.kink_trace import Kink, KinkTrace
-from lightning_mnn.landscape.lanczos import Spectrum, extreme_eigenvalues, products_needed
-from lightning_mnn.landscape.local_volume import KeepCurve, LocalVolume, local_volume
-from lightning_mnn.landscape.loss_surface import LossSurface, NoDerivativeError
-from lightning_mnn.landscape.minimum import Certificate, FirstOrderVerdict, certify, first_order_verdicts
-from lightning_mnn.landscape.pattern import ActivationPattern, PackedPattern, PiecePattern
-from lightning_mnn.landscape.planted import Planted, planted_kink_minimum, planted_minimum, planted_saddle
-from lightning_mnn.landscape.polishing import Polished, polish
-from lightning_mnn.landscape.region import LeastSquares, Region
-from lightning_mnn.landscape.second_order import (
+from lightning_mnn.landscape.curvature.lanczos import Spectrum, extreme_eigenvalues, products_needed
+from lightning_mnn.landscape.curvature.loss_surface import LossSurface, NoDerivativeError
+from lightning_mnn.landscape.curvature.second_order import (
     SecondOrderKind,
     SecondOrderVerdict,
     judge_curvature,
     judge_stationarity,
     second_order_verdict,
 )
-from lightning_mnn.landscape.splitting import RareCensus, RareEvent, rare_census, rare_event
-from lightning_mnn.landscape.survey import Layer, Network, Survey, infer_threshold, merge_surveys, survey_network
-from lightning_mnn.landscape.team import ProcessTeam, Team
-from lightning_mnn.landscape.volume import RegionVolume, log_cap_measure, log_volume_lower_bound, region_log_volume
+from lightning_mnn.landscape.kinks.distance import KinkDistance, kink_distance
+from lightning_mnn.landscape.kinks.tracing import Kink, KinkTrace
+from lightning_mnn.landscape.labels import infer_threshold
+from lightning_mnn.landscape.minima.certificate import Certificate, certify
+from lightning_mnn.landscape.minima.first_order import FirstOrderVerdict, first_order_verdicts
+from lightning_mnn.landscape.minima.optimality import Direction, Kind
+from lightning_mnn.landscape.minima.planted import Planted, planted_kink_minimum, planted_minimum, planted_saddle
+from lightning_mnn.landscape.minima.polishing import Polished, polish
+from lightning_mnn.landscape.network import Network
+from lightning_mnn.landscape.pattern import ActivationPattern, PackedPattern, PiecePattern
+from lightning_mnn.landscape.regions.existence import ClosedBranch, Existence, check_proof, find_minimum
+from lightning_mnn.landscape.regions.region import LeastSquares, Region
+from lightning_mnn.landscape.regions.statistics import Layer, Survey, merge_surveys, survey_network
+from lightning_mnn.landscape.volumes.cone import log_cone_measure
+from lightning_mnn.landscape.volumes.intervals import LogEstimate, Proportion
+from lightning_mnn.landscape.volumes.random_moves import KeepCurve, LocalVolume, local_volume
+from lightning_mnn.landscape.volumes.region_census import Census, census, classify, ensemble_census
+from lightning_mnn.landscape.volumes.region_volume import (
+    RegionVolume,
+    log_cap_measure,
+    log_volume_lower_bound,
+    region_log_volume,
+)
+from lightning_mnn.landscape.volumes.splitting import RareCensus, RareEvent, rare_census, rare_event
+from lightning_mnn.utilities.distributed import ProcessTeam, Team
 
 __all__ = [
     "ActivationPattern",

@@ -1,1 +1,3 @@
-"""What the program does: one module a task, with a function of the module's name that takes the composed config."""
+"""What the program does: each task is a module's function of the module's name, which takes the composed config."""
+
+TASKS = ("census", "dashboard", "report", "scan", "train")

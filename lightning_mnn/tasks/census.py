@@ -13,9 +13,9 @@ from rich.console import Console
 
 from lightning_mnn.figures import census_figure
 from lightning_mnn.landscape import bounds
-from lightning_mnn.landscape.census import LABELS, Case, Census, GaussianData, Outcome, tally
-from lightning_mnn.landscape.splitting import Estimate, rare_census
-from lightning_mnn.tasks._experiment import (
+from lightning_mnn.landscape.volumes.region_census import LABELS, Case, Census, GaussianData, Outcome, tally
+from lightning_mnn.landscape.volumes.splitting import rare_census
+from lightning_mnn.tasks.experiment import (
     different,
     finish_experiment,
     number_of_processes,
@@ -23,14 +23,23 @@ from lightning_mnn.tasks._experiment import (
     refuse_unused,
     settings_of,
 )
-from lightning_mnn.tasks._parts import Part, claim_folder
+from lightning_mnn.tasks.parts import Part, claim_folder
 from lightning_mnn.utilities.files import shown, write_csv, write_json
-from lightning_mnn.validation import ArgumentError, one_of, positive_integer, real_number, seed_number, whole_number
+from lightning_mnn.utilities.validation import (
+    ArgumentError,
+    one_of,
+    positive_integer,
+    real_number,
+    seed_number,
+    whole_number,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from omegaconf import DictConfig
+
+    from lightning_mnn.landscape.volumes.intervals import Estimate
 
 # Which draws a proportion is taken over: of a region's rank and residual all is known without a search for a minimum.
 _OF_ALL = ("rank_deficient", "suboptimal_residual", "suboptimal_minimum")
@@ -112,7 +121,7 @@ class Splitting:
     Attributes:
         case: with Gaussian data.
         data_set: the number of the data set among the case's draws.
-        particles: P, and the others, of :func:`~lightning_mnn.landscape.splitting.rare_census`.
+        particles: P, and the others, of :func:`~lightning_mnn.landscape.volumes.splitting.rare_census`.
         runs: R.
         steps: moves of every particle at each level.
         regions: of each run that are searched for a minimum.

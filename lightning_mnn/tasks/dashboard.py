@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_mnn.figures import PANELS, Panel
-from lightning_mnn.tasks._job_folder import remove_job_folder
+from lightning_mnn.runs.folders import remove_job_folder
 from lightning_mnn.utilities.compat.wandb_internals import forget_foreign_service, workspace_content
 
 if TYPE_CHECKING:

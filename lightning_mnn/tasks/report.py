@@ -11,17 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_mnn.figures import census_figure, model_figure, run_figure, scan_figure, sweep_figure
-from lightning_mnn.tasks._job_folder import remove_job_folder
-from lightning_mnn.tasks._logs import has_logs
-from lightning_mnn.tasks._sweep import (
-    Status,
-    by_task,
-    is_finished,
-    is_foreign,
-    read_sweep,
-    resume_commands,
-    write_table,
-)
+from lightning_mnn.runs.folders import remove_job_folder
+from lightning_mnn.runs.logs import has_logs
+from lightning_mnn.tasks.sweep import Status, by_task, is_finished, is_foreign, read_sweep, resume_commands, write_table
 from lightning_mnn.utilities.files import DamagedFileError, read_json, shown, write_csv
 
 if TYPE_CHECKING:
@@ -29,7 +21,7 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
-    from lightning_mnn.tasks._sweep import Job, Sweep
+    from lightning_mnn.tasks.sweep import Job, Sweep
 
 # What a figure is drawn from tells whose it is; summary.json is written last, when all else is there.
 _FIGURES: dict[str, Callable[[Path], Path]] = {
@@ -53,7 +45,7 @@ def report(cfg: DictConfig) -> None:
     draw ``figure.png`` of the finished ones, grouped by what was swept. Jobs that failed, broke off or have not begun
     are in the table without measures and are named, with the command that runs them. Jobs of other tasks are named
     alone. In a sweep of another program the measures are what its ``CSVLogger`` wrote and what its jobs returned (see
-    :func:`lightning_mnn.tasks._logs.results_of`).
+    :func:`lightning_mnn.runs.logs.results_of`).
 
     Of another program's run, a log folder of Lightning's ``CSVLogger`` that the three callbacks logged to, the figure
     shows what they found (see :func:`lightning_mnn.figures.model_figure`).

@@ -21,9 +21,10 @@ from rich.table import Table
 from lightning_mnn.callbacks import LocalMinimumDetector, Schedule
 from lightning_mnn.data import GaussianData
 from lightning_mnn.figures.scaling import FIGURES, scan_figure
-from lightning_mnn.landscape.judgement import Kind
-from lightning_mnn.mnn import MNN, DivergenceError
-from lightning_mnn.tasks._experiment import (
+from lightning_mnn.landscape.minima.optimality import Kind
+from lightning_mnn.model.mnn import MNN
+from lightning_mnn.runs.quiet import quieten
+from lightning_mnn.tasks.experiment import (
     different,
     finish_experiment,
     number_of_processes,
@@ -31,10 +32,10 @@ from lightning_mnn.tasks._experiment import (
     refuse_unused,
     settings_of,
 )
-from lightning_mnn.tasks._parts import Part, claim_folder
-from lightning_mnn.tasks._quiet import quieten
+from lightning_mnn.tasks.parts import Part, claim_folder
+from lightning_mnn.utilities.errors import DivergenceError
 from lightning_mnn.utilities.files import shown, write_csv, write_json
-from lightning_mnn.validation import ArgumentError, one_of, positive_integer, real_number
+from lightning_mnn.utilities.validation import ArgumentError, one_of, positive_integer, real_number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -19,24 +19,26 @@ from rich.console import Console
 from typing_extensions import override
 
 from lightning_mnn.callbacks import LastCheckpoint
-from lightning_mnn.callbacks.schedule import ScheduledCallback
-from lightning_mnn.callbacks.stop_on_request import StopOnRequest
+from lightning_mnn.callbacks.scheduled import ScheduledCallback
+from lightning_mnn.callbacks.trainer.stop_on_request import StopOnRequest
+from lightning_mnn.config.build import build
+from lightning_mnn.config.mistakes import UserError
 from lightning_mnn.figures import run_figure
-from lightning_mnn.loggers import ResumableCSVLogger, ResumableWandbLogger, log_image
-from lightning_mnn.mnn import MNN, DivergenceError
-from lightning_mnn.tasks._build import build
-from lightning_mnn.tasks._checkpoints import check_fits
-from lightning_mnn.tasks._console import config_tree, print_config, print_verdict
-from lightning_mnn.tasks._devices import check_devices, check_trainer, processes
-from lightning_mnn.tasks._experiment import own_words
-from lightning_mnn.tasks._memory import check_training_memory
-from lightning_mnn.tasks._mistakes import UserError
-from lightning_mnn.tasks._signals import LostProcessError, RunSignals, interruptible
-from lightning_mnn.tasks._standing import Standing, alone_in, claim, standing
-from lightning_mnn.tasks._wandb import end_wandb_runs, is_wandb, leave_in_wandb, only_known, settings_of, wandb_options
+from lightning_mnn.loggers.csv_logs import ResumableCSVLogger
+from lightning_mnn.loggers.media import log_image
+from lightning_mnn.loggers.wandb import ResumableWandbLogger
+from lightning_mnn.runs.checkpoints import check_fits
+from lightning_mnn.runs.console import config_tree, print_config, print_verdict
+from lightning_mnn.runs.memory import check_training_memory
+from lightning_mnn.runs.processes.devices import check_devices, check_trainer, processes
+from lightning_mnn.runs.processes.signals import LostProcessError, RunSignals, interruptible
+from lightning_mnn.runs.resume import Standing, alone_in, claim, standing
+from lightning_mnn.runs.wandb import end_wandb_runs, is_wandb, leave_in_wandb, only_known, settings_of, wandb_options
+from lightning_mnn.tasks.experiment import own_words
 from lightning_mnn.utilities.compat.lightning_internals import completed_epochs
+from lightning_mnn.utilities.errors import DivergenceError
 from lightning_mnn.utilities.files import whole_file, write_json
-from lightning_mnn.validation import ArgumentError
+from lightning_mnn.utilities.validation import ArgumentError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
     from lightning_mnn.data import ExactData
+    from lightning_mnn.model.mnn import MNN
 
 
 # What the callbacks measure; null where a callback is off.
@@ -130,12 +133,13 @@ def train(cfg: DictConfig) -> float:
 
     Raises:
         ValueError: ``resume`` together with ``ckpt_path``, the experiment has no settings for the data set, or the
-            Trainer's processes cannot be started rightly (see :func:`~lightning_mnn.tasks._devices.check_devices`).
+            Trainer's processes cannot be started rightly (see
+            :func:`~lightning_mnn.runs.processes.devices.check_devices`).
         FileExistsError: the run folder already holds a run, and ``resume`` is false or the run was begun otherwise; or
             another process trains there.
         DivergenceError: training reached values that are not finite.
         Interrupted: a SystemExit with code 143 after a SIGTERM, and 130 after Ctrl-C (see
-            :mod:`~lightning_mnn.tasks._signals`).
+            :mod:`~lightning_mnn.runs.processes.signals`).
         LostProcessError: a SystemExit with code 1, as another process of the run is gone.
     """
     with interruptible() as signals, alone_in(Path(cfg.run_dir)):

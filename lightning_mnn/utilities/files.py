@@ -9,14 +9,16 @@ import math
 import os
 import zipfile
 import zlib
+from collections.abc import Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
 from typing_extensions import override
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
 
 _RESTORE = "restore it, or begin anew in another folder"
@@ -187,3 +189,80 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def differences(kept: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """What differs between two nested dictionaries, by dotted names; empty where nothing does.
+
+    >>> differences({"data": {"seed": 1, "size": 5}}, {"data": {"seed": 2, "size": 5}})
+    'data.seed is 1, not 2'
+    """
+    old, new = _flat(kept), _flat(asked)
+    names = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
+    return "; ".join(f"{name} is {old.get(name)}, not {new.get(name)}" for name in names)
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Leaves of nested dictionaries by their dotted names."""
+    if not isinstance(value, Mapping):
+        return {name: value}
+    return {leaf: v for key, item in value.items() for leaf, v in _flat(item, f"{name}.{key}".lstrip(".")).items()}
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give a system's error that says no path, as that of a full disk, the path of the file that is worked on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def locked(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """A context that one process at a time can be in; the others wait.
+
+    Args:
+        path: an empty file by which they know each other; it may be there before and stay behind.
+        on_wait: called once where another process has to be waited for.
+    """
+    lock = FileLock(path, thread_local=False)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        if on_wait is not None:
+            on_wait()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def locked_if_free(path: Path) -> Iterator[bool]:
+    """A context that one process at a time can be in; nobody waits.
+
+    Args:
+        path: an empty file by which processes know each other; it is gone when the context ends.
+
+    Yields:
+        False where another process is in it. True also where the file system has no locks or cannot be written to.
+    """
+    lock = FileLock(path, thread_local=False)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        yield False
+        return
+    except (OSError, NotImplementedError):
+        yield True
+        return
+    try:
+        yield True
+    finally:
+        with suppress(OSError):  # Windows removes no file that is open
+            path.unlink()  # while it is locked: who opened it before finds it gone, and takes another one
+        lock.release()

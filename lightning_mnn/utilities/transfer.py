@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -100,3 +100,8 @@ def _digest(tensor: Tensor) -> Tensor:
     half = 4 * tensor.element_size()  # or two signs that change would cancel
     total: Tensor = ((bits ^ (bits >> half)) * odd).sum()
     return total
+
+
+def plain(values: Tensor | None) -> Any:
+    """A tensor (...) as Python numbers: one number, or a list over replicas; None stays None."""
+    return None if values is None else values.tolist()

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lightning_mnn.landscape.rank import khatri_rao_rank
+from lightning_mnn.landscape.regions.rank import khatri_rao_rank
 
 ROUNDS = 3
 N, WIDTH = 2000, 100

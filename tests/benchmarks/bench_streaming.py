@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from lightning_mnn.data import StreamedLoader
-from lightning_mnn.data.rows import RowFile
-from lightning_mnn.data.streaming import BUFFER_BYTES
-from lightning_mnn.data.whitening import InputMap, input_map, moments
+from lightning_mnn.data.loaders.rows import RowFile
+from lightning_mnn.data.loaders.streaming import BUFFER_BYTES
+from lightning_mnn.data.loaders.whitening import InputMap, input_map, moments
 
 DIM = 12_288
 BATCH = 1024

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from hydra import compose, initialize_config_module
 
-from lightning_mnn.optim import build_schedule
+from lightning_mnn.model.optim import build_schedule
 from lightning_mnn.tasks.train import _build, train
 
 ROUNDS = 3

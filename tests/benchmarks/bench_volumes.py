@@ -16,10 +16,11 @@ import torch
 from matplotlib.figure import Figure
 from scipy.special import logsumexp, ndtr, ndtri
 
-from lightning_mnn.landscape import ActivationPattern, Region, annealing, cone, polish, region_log_volume
-from lightning_mnn.landscape.annealing import analytic_centre
-from lightning_mnn.landscape.cone import log_cone_measure
-from tests.landscape.cones import orthant, random_cone
+from lightning_mnn.landscape import ActivationPattern, Region, polish, region_log_volume
+from lightning_mnn.landscape.volumes import annealing, cone
+from lightning_mnn.landscape.volumes.annealing import analytic_centre
+from lightning_mnn.landscape.volumes.cone import log_cone_measure
+from tests.landscape.volumes.cones import orthant, random_cone
 
 REPEATS = 8  # of a reference
 OURS = 24  # repeats of ours, half of them before the references and half after

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lightning_mnn.landscape import certify, polish
-from tests.landscape.attacks import FAMILIES, fall, loss
+from tests.landscape.minima.attacks import FAMILIES, fall, loss
 
 _ROUND = 50  # points of each family between two reports
 

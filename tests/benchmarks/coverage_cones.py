@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from scipy import stats
 
-from lightning_mnn.landscape.cone import log_cone_measure
-from tests.landscape.cones import equicorrelated
+from lightning_mnn.landscape.volumes.cone import log_cone_measure
+from tests.landscape.volumes.cones import equicorrelated
 
 _DIMS = (5, 8, 13)
 _ROUND = 20  # intervals of each cone between two reports

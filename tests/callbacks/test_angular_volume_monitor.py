@@ -18,9 +18,10 @@ from lightning_mnn import MNN
 from lightning_mnn.callbacks import AngularVolumeMonitor, LocalMinimumDetector, Schedule
 from lightning_mnn.callbacks.angular_volume_monitor import MOMENTS
 from lightning_mnn.data import GaussianData
-from lightning_mnn.landscape import ActivationPattern, Region, bounds, cone, region_log_volume
-from lightning_mnn.landscape.cone import predicted_samples
-from lightning_mnn.seeding import generator
+from lightning_mnn.landscape import ActivationPattern, Region, bounds, region_log_volume
+from lightning_mnn.landscape.volumes import cone
+from lightning_mnn.landscape.volumes.cone import predicted_samples
+from lightning_mnn.utilities.seeding import generator
 from tests.test_ddp import run as run_processes
 from tests.wandb_files import records_of
 
@@ -198,7 +199,7 @@ def test_replicas_measured_at_the_last_check_have_their_own_reasons(make_trainer
 
 
 def test_a_cone_too_thin_for_floats_does_not_end_the_training(make_trainer, monkeypatch):
-    monkeypatch.setattr(cone, "_THIN", 1.0)
+    monkeypatch.setattr(cone, "THIN_MARGIN", 1.0)
     monitor = AngularVolumeMonitor()
     make_trainer(max_epochs=1, callbacks=[monitor]).fit(MNN(6, (3,)), GaussianData(12, 6))
     assert monitor.summary()["log_volume"] is None

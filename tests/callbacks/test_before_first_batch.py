@@ -15,10 +15,10 @@ from lightning_mnn.callbacks import (
     AngularVolumeMonitor,
     LocalMinimumDetector,
     Schedule,
-    full_batch,
     local_minimum_detector,
-    long_pass,
 )
+from lightning_mnn.callbacks.evaluation import full_batch
+from lightning_mnn.callbacks.trainer import long_pass
 from lightning_mnn.utilities import interruption
 
 _BATCH = 8

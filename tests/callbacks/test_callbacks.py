@@ -89,7 +89,7 @@ def test_patience_counts_consecutive_checks_of_all_replicas(make_trainer, monkey
 
         return [FirstOrderVerdict(real[0] if ok else real[1], "", 0.0, 0.0) for ok in next(outcomes)]
 
-    monkeypatch.setattr("lightning_mnn.callbacks.evidence_network.first_order_verdicts", verdicts)
+    monkeypatch.setattr("lightning_mnn.callbacks.evidence.network.first_order_verdicts", verdicts)
     trainer = make_trainer(max_epochs=50, callbacks=[detector])
     trainer.fit(MNN(3, (4, 4), replicas=2), GaussianData(8, 3, replicas=2))
     assert trainer.current_epoch == 5  # checks before training and after epochs 1 to 5; the last two in a row pass
@@ -213,7 +213,7 @@ def test_monitor_logs_the_bound_and_the_theorems(make_trainer, tmp_path):
 
 def test_one_pass_serves_all_three(make_trainer, monkeypatch):
     calls = []
-    from lightning_mnn.callbacks import training_set
+    from lightning_mnn.callbacks.evaluation import training_set
 
     real = training_set.survey_network
     monkeypatch.setattr(training_set, "survey_network", lambda *a: calls.append(1) or real(*a))

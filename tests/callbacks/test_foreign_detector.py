@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from lightning_mnn import MNN
 from lightning_mnn.callbacks import ActivationPatternRecorder, AngularVolumeMonitor, LocalMinimumDetector, Schedule
 from lightning_mnn.data import GaussianData
-from lightning_mnn.landscape.kink_patterns import NoKinksError
-from lightning_mnn.mnn import DivergenceError
+from lightning_mnn.landscape.kinks.layers import NoKinksError
+from lightning_mnn.utilities.errors import DivergenceError
 from tests.children import side_by_side
 
 

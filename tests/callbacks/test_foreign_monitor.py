@@ -19,9 +19,9 @@ from lightning_mnn import MNN
 from lightning_mnn.callbacks import AngularVolumeMonitor, Schedule
 from lightning_mnn.data import GaussianData
 from lightning_mnn.landscape import ActivationPattern, Region, region_log_volume
-from lightning_mnn.landscape.kink_patterns import NoKinksError
-from lightning_mnn.landscape.local_volume import ALL_LAYERS, SIGMAS
-from lightning_mnn.seeding import generator
+from lightning_mnn.landscape.kinks.layers import NoKinksError
+from lightning_mnn.landscape.volumes.random_moves import ALL_LAYERS, SIGMAS
+from lightning_mnn.utilities.seeding import generator
 from tests.children import side_by_side
 from tests.foreign_models import NAMESPACES, OTHERS, ZOO, foreign_model, foreign_trainer
 

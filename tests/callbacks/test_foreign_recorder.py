@@ -21,8 +21,8 @@ from lightning_mnn.callbacks import ActivationPatternRecorder, Schedule
 from lightning_mnn.callbacks.pattern_store import PatternStore
 from lightning_mnn.data import GaussianData
 from lightning_mnn.landscape import ActivationPattern
-from lightning_mnn.landscape.kink_trace import PatternError
-from lightning_mnn.seeding import generator
+from lightning_mnn.landscape.kinks.tracing import PatternError
+from lightning_mnn.utilities.seeding import generator
 from tests.children import side_by_side
 from tests.foreign_models import foreign_model, foreign_trainer
 

@@ -13,13 +13,13 @@ from lightning_mnn.callbacks import (
     LocalMinimumDetector,
     PatternStore,
     Schedule,
-    certification,
-    cone_volumes,
-    training_set,
 )
-from lightning_mnn.callbacks.schedule import ScheduledCallback
+from lightning_mnn.callbacks.evaluation import training_set
+from lightning_mnn.callbacks.evidence import certification
+from lightning_mnn.callbacks.scheduled import ScheduledCallback
+from lightning_mnn.callbacks.volumes import cones
 from lightning_mnn.data import GaussianData
-from lightning_mnn.loggers import ResumableCSVLogger
+from lightning_mnn.loggers.csv_logs import ResumableCSVLogger
 from lightning_mnn.utilities.interruption import Interrupted, forget, request
 
 EPOCHS = 12
@@ -76,7 +76,7 @@ def train(make_trainer, folder, *, resume=False, **options):
 
 
 CERTIFICATE = certification, "certify"
-VOLUME = cone_volumes, "region_log_volume"
+VOLUME = cones, "region_log_volume"
 LOOK = training_set, "_batches"
 AT_CERTIFICATE = {"monitor": {"measure": ["certificate", "end"]}}
 STOPPING = {"detector": {"stop_training": True}, **AT_CERTIFICATE}

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_mnn.callbacks.schedule import Schedule
-from lightning_mnn.loggers import log_scalars
+from lightning_mnn.loggers.media import log_scalars
 
 
 @given(st.floats(1.01, 10), st.integers(1, 3000))

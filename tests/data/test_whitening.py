@@ -11,7 +11,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_mnn.data.whitening import (
+from lightning_mnn.data.loaders.whitening import (
     InputMap,
     Moments,
     input_map,
@@ -20,7 +20,7 @@ from lightning_mnn.data.whitening import (
     team_moments,
     whitening_matrix,
 )
-from lightning_mnn.landscape.team import ProcessTeam
+from lightning_mnn.utilities.distributed import ProcessTeam
 from tests.children import side_by_side
 
 

@@ -46,7 +46,7 @@ from lightning_mnn.landscape import (
     second_order_verdict,
     survey_network,
 )
-from lightning_mnn.landscape.splitting import suboptimal_score, unactivated_score
+from lightning_mnn.landscape.volumes.splitting import suboptimal_score, unactivated_score
 from tests.simgpu.comparison import differences, placed, walk
 
 NO_TENSORS = {

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_mnn import MNN
 from lightning_mnn.callbacks import LastCheckpoint
 from lightning_mnn.data import ExactData, GaussianData, StreamedLoader, TensorData
-from lightning_mnn.data.rows import RowArray
-from lightning_mnn.data.whitening import InputMap
+from lightning_mnn.data.loaders.rows import RowArray
+from lightning_mnn.data.loaders.whitening import InputMap
 
 ACCELERATORS = {"cpu": "cpu", "cuda": "gpu"}
 ADAM = {"name": "adam", "lr": 1e-2}

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_mnn import MNN
 from lightning_mnn.callbacks import ActivationPatternRecorder, AngularVolumeMonitor, LocalMinimumDetector, Schedule
 from lightning_mnn.data import GaussianData, StreamedLoader
-from lightning_mnn.data.rows import RowArray
+from lightning_mnn.data.loaders.rows import RowArray
 from lightning_mnn.landscape import (
     KinkTrace,
     LossSurface,

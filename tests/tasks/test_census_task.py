@@ -11,8 +11,8 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from lightning_mnn.landscape import bounds
-from lightning_mnn.landscape.census import GaussianData, ensemble_census
-from lightning_mnn.landscape.splitting import rare_census
+from lightning_mnn.landscape.volumes.region_census import GaussianData, ensemble_census
+from lightning_mnn.landscape.volumes.splitting import rare_census
 from lightning_mnn.tasks.census import census
 from tests.children import PATIENCE, all_ended, command, start, wait_for
 

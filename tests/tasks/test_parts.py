@@ -8,8 +8,8 @@ from multiprocessing import active_children
 
 import pytest
 
-from lightning_mnn.tasks import _parts
-from lightning_mnn.tasks._parts import Part, finish_parts
+from lightning_mnn.tasks import parts as work
+from lightning_mnn.tasks.parts import Part, finish_parts
 
 
 def done(seconds):
@@ -28,7 +28,7 @@ def test_an_interrupted_pool_leaves_neither_worker_nor_thread(tmp_path, monkeypa
 
         yield advance
 
-    monkeypatch.setattr(_parts, "_progress", interrupted)
+    monkeypatch.setattr(work, "_progress", interrupted)
     threads = set(threading.enumerate())
     parts = [Part("first", partial(done, 0)), *(Part(f"long_{k}", partial(done, 600)) for k in range(3))]
     with pytest.raises(KeyboardInterrupt):

@@ -14,8 +14,8 @@ from hydra import compose, initialize_config_module
 from lightning_mnn import MNN
 from lightning_mnn.callbacks import LocalMinimumDetector, Schedule
 from lightning_mnn.data import GaussianData
-from lightning_mnn.mnn import DivergenceError
 from lightning_mnn.tasks.scan import Fit, Size, _sizes, scan, summarise
+from lightning_mnn.utilities.errors import DivergenceError
 from tests.children import PATIENCE, all_ended, command, start, wait_for
 
 EPOCHS = 30

@@ -14,11 +14,11 @@ from hydra import compose, initialize_config_module
 from matplotlib.image import imread
 
 from lightning_mnn.figures.sweep import MEASURES, choose_axes
-from lightning_mnn.jobs.records import JobState
-from lightning_mnn.tasks._sweep import Status, read_sweep
+from lightning_mnn.launchers.jobs.records import JobState
 from lightning_mnn.tasks.report import report
+from lightning_mnn.tasks.sweep import Status, read_sweep
 from tests.children import command, start
-from tests.tasks.test_resume import kill_when, rows_of
+from tests.runs.test_resume import kill_when, rows_of
 
 SUMMARY = {
     "mse": 1e-3, "mce": 0.1, "wrong": 5, "kind": "saddle", "min_preactivation": 1e-4, "rank": 20, "log_volume": None,

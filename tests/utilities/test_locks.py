@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
-from lightning_mnn.utilities.locks import locked, locked_if_free
+from lightning_mnn.utilities.files import locked, locked_if_free
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from lightning_mnn.utilities.locks import {name}
+from lightning_mnn.utilities.files import {name}
 with {name}(Path(sys.argv[1])):
     {within}
     print("held", flush=True)

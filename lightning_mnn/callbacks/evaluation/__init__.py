@@ -1,0 +1,1 @@
+"""Running any module over its training set without leaving a trace."""

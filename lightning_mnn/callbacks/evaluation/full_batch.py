@@ -1,0 +1,477 @@
+"""FullBatch: any module's training loss over its whole training set, and its nearest kink."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from contextlib import contextmanager, suppress
+from copy import deepcopy
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchmetrics import Metric
+
+from lightning_mnn.callbacks.evaluation.isolation import Restart, trained_parameters, undisturbed
+from lightning_mnn.callbacks.evaluation.run_module import (
+    SERIOUS,
+    LossNotEvaluableError,
+    StepFailedError,
+    batch_size,
+    forward_on,
+    loss_on,
+    model_batches,
+    precision_context,
+)
+from lightning_mnn.callbacks.evaluation.snapshots import seed_generators
+from lightning_mnn.callbacks.trainer.long_pass import count_batch
+from lightning_mnn.data.loaders.shards import batch_size_of, draws, num_samples
+from lightning_mnn.landscape.curvature.loss_surface import LossSurface
+from lightning_mnn.landscape.kinks.distance import KinkDistance, KinkMeter
+from lightning_mnn.landscape.kinks.layers import UnknownLayersError
+from lightning_mnn.landscape.kinks.tracing import Kink, KinkTrace, Names
+from lightning_mnn.utilities.compat.precision import full_precision
+from lightning_mnn.utilities.distributed import ProcessTeam, Team, gather, gather_results, part_of
+from lightning_mnn.utilities.interruption import safe_point
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    import pytorch_lightning as pl
+
+    from lightning_mnn.callbacks.evaluation.run_module import ModelFunction
+
+_KEPT = 1 << 28  # bytes of batches up to which they are kept for the next pass
+
+
+class Reduction(StrEnum):
+    """How the loss of a batch follows from its samples."""
+
+    MEAN = "mean"
+    SUM = "sum"
+    OTHER = "other"  # as a mean over tokens, of which samples have several
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What one pass finds.
+
+    Attributes:
+        loss: L(θ).
+        gradient: of it, (n,).
+        kinks: how far θ is from the nearest kink.
+        first: the weighted sum of the losses of each process's first batch.
+    """
+
+    loss: float
+    gradient: Tensor
+    kinks: KinkDistance
+    first: float
+
+
+class FullBatch:
+    """L(θ) = Σ_b (n_b / N) L_b(θ) over the batches b of n_b samples, in eval mode, in all of the weights' own digits.
+
+    L_b is the module's own loss of a batch, taken as the mean over its samples. Each pass sees the same batches with
+    the same augmentations, and each batch the state in which the module was when it was opened, such as running means
+    and counters, so that L is a function of the weights alone. Processes have parts of the training set of their own,
+    or none, so that a loss must not ask the other processes for anything (metrics of torchmetrics do not here). Use it
+    within :meth:`open`.
+
+    Args:
+        trainer: the Trainer that trains the module.
+        pl_module: the module.
+        loss_fn: ``loss_fn(module, batch)``; None: the module's ``training_step``.
+        modules: layers whose kinks count (see :class:`lightning_mnn.landscape.kinks.tracing.KinkTrace`).
+        losses: False: there is no loss to be had, and kinks are those of the module's forward pass, or of ``loss_fn``.
+        read: is called with each batch that is read, as it was collated; None: nothing is.
+
+    Attributes:
+        met: layers whose kinks :meth:`nearest_kink` met, whether they depend on the weights or not.
+        smooth: smooth nonlinear functions met by :meth:`nearest_kink`.
+        opaque: calls whose kinks it could not see.
+        left_out: layers that ``modules`` left out.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        loss_fn: ModelFunction | None = None,
+        modules: Names = None,
+        *,
+        losses: bool = True,
+        read: Callable[[Any], object] | None = None,
+    ) -> None:
+        self.met: list[str] = []
+        self.smooth: list[str] = []
+        self.opaque: list[str] = []
+        self.left_out: list[str] = []
+        self._trainer = trainer
+        self._module = pl_module
+        self._loss_fn = loss_fn
+        self._modules = modules
+        self._read = read
+        self._run: Callable[[int, Any], Any] = self._loss_or_none if losses else self._forward
+        self._drawn = draws(trainer.train_dataloader) is not None
+        self._dropped = 0
+        self._counts: tuple[int, int] | None = None  # samples of all processes, and of this one
+        if not self._drawn:
+            total = num_samples(trainer.train_dataloader)
+            low, high = part_of(total, trainer.global_rank, trainer.world_size)
+            self._dropped = _dropped(trainer, total)
+            self._counts = total - self._dropped, high - low
+        self._kept: list[Any] | None = None
+        self._first: tuple[int, Any, int] | None = None  # batch, where it can be kept
+        self._restart: Restart | None = None
+        self._moving: set[int] = set()  # ids of the parameters of surfaces
+        self._failure: str | None = None
+        metrics = [name for name, part in pl_module.named_modules() if isinstance(part, Metric)]
+        self._metrics = tuple(f"{name}." for name in metrics)
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Inside, the module may be run, without a trace in its training."""
+        trainer = self._trainer
+        with (
+            undisturbed(trainer, self._module) as restart,
+            precision_context(trainer, autocast=False),
+            full_precision(),
+            torch.enable_grad(),
+        ):
+            self._restart = restart
+            try:
+                yield
+            finally:
+                self._kept, self._first, self._restart = None, None, None
+
+    def why_not_evaluable(self) -> str | None:
+        """Why the module's loss cannot be had, the same on every process; None where it can.
+
+        Raises:
+            StepFailedError: ``training_step`` fails, on one process or more.
+        """
+        own = None
+        for index, batch, _ in self._first_batches():
+            try:
+                self._loss(index, batch)
+            except LossNotEvaluableError as error:
+                own = isinstance(error, StepFailedError), str(error)
+        told = [found for found in gather(own) if found is not None]
+        for failed, reason in told:
+            if failed:
+                raise StepFailedError(reason)
+        return told[0][1] if told else None
+
+    def surface(self, parameters: Sequence[Tensor] | None = None) -> LossSurface:
+        """The loss as a function of parameters; None: of all that the optimisers train.
+
+        Raises:
+            ValueError: they are not of one precision and on one device, or in less than 32 bits.
+        """
+        chosen = self._trained() if parameters is None else parameters
+        self._moving = {id(parameter) for parameter in chosen}
+        return self._surface(chosen, self._parts)
+
+    def first_surface(self, parameters: Sequence[Tensor]) -> LossSurface:
+        """The loss of the first batch of each process as a function of parameters."""
+        self._moving = {id(parameter) for parameter in parameters}
+        return self._surface(parameters, lambda: self._weighted(self._first_batches()))
+
+    def measure(self) -> Measures:
+        """The loss, its gradient and the nearest kink, in one pass; in two where batches cannot be copied.
+
+        Raises:
+            NoDerivativeError: the loss cannot be differentiated.
+            UnknownLayersError: there are kinks, and none that ``modules`` names.
+            LossNotEvaluableError: a batch gave no loss.
+        """
+        meter, trained, apart = KinkMeter(self._trained()), self._trained(), False
+        first = torch.zeros(2, dtype=torch.float64, device=trained[0].device)
+
+        def noted(weight: float, part: Callable[[], Tensor]) -> Tensor:
+            loss = part()
+            first[0] += weight * loss.detach().reshape(())
+            first[1] += weight
+            return loss
+
+        def parts() -> Iterator[tuple[float, Callable[[], Tensor]]]:
+            nonlocal apart
+            for index, batch, size in self._batches():
+                apart = apart or not (_is_known(batch) or _copied(batch) is not batch)  # and a step may change it
+                if not apart:
+                    meter.take(partial(self._trace, index, batch))
+                weight, part = self._weight(size), partial(self._part, index, batch)
+                yield weight, part if index else partial(noted, weight, part)
+
+        loss, gradient = self._surface(trained, parts).value_and_gradient()
+        self.check()
+        value, weight = self._team().sum(first).tolist()
+        kinks = self.nearest_kink() if any(gather(apart)) else self._kinks_of(meter)
+        return Measures(loss, gradient, kinks, value / weight if self._drawn else value)
+
+    def is_kept(self) -> bool:
+        """Whether the next pass is over batches in memory, on every process."""
+        return all(gather(self._kept is not None))
+
+    def check_repeats(self, first: float) -> None:
+        """Check that the loss of the first batches is still what it was, at the same weights, after other passes.
+
+        Raises:
+            LossNotEvaluableError: it is not, so that the loss is no function of the weights.
+        """
+        again = self.first_surface(self._trained()).loss()
+        eps = torch.finfo(self._trained()[0].dtype).eps
+        if abs(again - first) > eps**0.5 * max(abs(first), abs(again)) + eps**1.5:
+            raise LossNotEvaluableError(
+                f"the loss of the same batch at the same weights was {first:.6g} and, after a pass, {again:.6g}: it "
+                "depends on a state outside the module. Give the callback a loss_fn(module, batch) that does not"
+            )
+
+    def nearest_kink(self) -> KinkDistance:
+        """How far the weights are from the nearest kink of the forward passes and the loss.
+
+        Raises:
+            UnknownLayersError: there are kinks, and none that ``modules`` names.
+            LossNotEvaluableError: a batch gave no loss.
+        """
+        meter = KinkMeter(self._trained())
+
+        def own() -> None:
+            for index, batch, _ in self._batches():
+                meter.take(partial(self._trace, index, batch))
+
+        gather_results(own)
+        return self._kinks_of(meter)
+
+    def _kinks_of(self, meter: KinkMeter) -> KinkDistance:
+        """What a pass took note of, over all processes."""
+        found = meter.found(self._team())
+        parts = gather((self.met, self.smooth, self.opaque, self.left_out))
+        unions = (sorted(set().union(*names)) for names in zip(*parts, strict=True))
+        self.met, self.smooth, self.opaque, self.left_out = unions
+        self.check()
+        if not self.met and self.left_out and self._modules is not None:
+            raise UnknownLayersError(
+                f"modules={self._modules!r} matches none of the layers that {type(self._module).__name__} met: "
+                f"{', '.join(self.left_out)}"
+            )
+        return found
+
+    def reduction(self) -> Reduction:
+        """How the loss of a batch follows from its samples, as far as the first batch tells.
+
+        A batch given twice has twice the loss if that is a sum; a batch in two parts has their mean, weighted by the
+        number of samples, if it is a mean. Asked of batches whose tensors have one entry or row for each sample.
+        """
+        own, failure = Reduction.MEAN, self._failure
+        for index, batch, size in self._first_batches():
+            tensors: list[Tensor] = []
+            apply_to_collection(batch, Tensor, tensors.append, allow_frozen=True)
+            if tensors and all(tensor.ndim and len(tensor) == size for tensor in tensors):
+                with suppress(Exception):  # of a step that knows how large its batches are
+                    own = self._reduction_of(index, batch, size)
+        self._failure = failure
+        told = gather(str(own))
+        return next((kind for kind in (Reduction.SUM, Reduction.OTHER) if str(kind) in told), Reduction.MEAN)
+
+    def _reduction_of(self, index: int, batch: Any, size: int) -> Reduction:
+        def loss(change: Callable[[Tensor], Tensor]) -> float:
+            changed = apply_to_collection(batch, Tensor, change, allow_frozen=True)
+            return float(self._part(index, changed).detach())
+
+        one, two = loss(Tensor.clone), loss(lambda tensor: torch.cat([tensor, tensor]))
+        within = 1e-3 * abs(one)
+        if abs(two - 2 * one) < within:
+            return Reduction.SUM
+        if abs(two - one) >= within or size < 2:  # of a step that draws numbers, say
+            return Reduction.MEAN
+        half = size // 2
+        parts = half * loss(lambda tensor: tensor[:half]) + (size - half) * loss(lambda tensor: tensor[half:])
+        return Reduction.MEAN if abs(parts / size - one) < within else Reduction.OTHER
+
+    def notes(self) -> list[str]:
+        """What :meth:`nearest_kink` could not tell, in words."""
+        told = {
+            "kinks of {} cannot be seen": self.opaque,
+            "kinks of {} are left out": self.left_out,
+            "of smooth functions, not piecewise linear: {}": self.smooth,
+        }
+        found = [text.format(", ".join(names)) for text, names in told.items() if names]
+        if self._dropped:
+            found.append(f"the last {self._dropped} samples are left out, as many as drop_last drops from each epoch")
+        return found
+
+    def check(self) -> None:
+        """Check that each batch gave a loss; to be called by all processes after a pass.
+
+        Raises:
+            LossNotEvaluableError: one did not.
+        """
+        reason = next((reason for reason in gather(self._failure) if reason is not None), None)
+        if reason is not None:
+            raise LossNotEvaluableError(reason)
+
+    def _parts(self) -> Iterator[tuple[float, Callable[[], Tensor]]]:
+        return self._weighted(self._batches())
+
+    def _weighted(self, batches: Iterator[tuple[int, Any, int]]) -> Iterator[tuple[float, Callable[[], Tensor]]]:
+        for index, batch, size in batches:
+            yield self._weight(size), partial(self._part, index, batch)
+
+    def _weight(self, size: int) -> float:
+        """Of a batch; of drawn ones relative to the sum, which is known after a pass."""
+        return float(size) if self._counts is None else size / self._counts[0]
+
+    def _surface(
+        self, parameters: Sequence[Tensor], parts: Callable[[], Iterator[tuple[float, Callable[[], Tensor]]]]
+    ) -> LossSurface:
+        return LossSurface(parameters, parts, self._team(), normalise=self._drawn)
+
+    def _trained(self) -> list[Tensor]:
+        return trained_parameters(self._trainer, self._module)
+
+    def _part(self, index: int, batch: Any) -> Tensor:
+        self._put_back()
+        return self._loss_or_none(index, batch)
+
+    def _put_back(self) -> None:
+        assert self._restart is not None  # noqa: S101 (it is open)
+        self._restart.batch(self._moving | {id(parameter) for parameter in self._trained()})
+
+    def _loss(self, index: int, batch: Any) -> Tensor:
+        seed_generators(index)
+        return loss_on(self._module, batch, index, self._loss_fn)
+
+    def _loss_or_none(self, index: int, batch: Any) -> Tensor:
+        try:
+            return self._loss(index, batch)
+        except LossNotEvaluableError as error:  # the other processes go on, and hear of it in check
+            self._failure = str(error)
+            return 0.0 * self._trained()[0].reshape(-1)[:1].sum()  # which can be differentiated, as any loss
+
+    def _forward(self, index: int, batch: Any) -> None:
+        seed_generators(index)
+        remedy = "loss_fn(module, batch)"
+        try:
+            forward_on(self._module, batch, self._loss_fn, remedy)
+        except LossNotEvaluableError as error:
+            self._failure = str(error)
+        except SERIOUS:
+            raise
+        except Exception as error:
+            if self._loss_fn is not None:
+                raise
+            self._failure = (
+                f"{type(self._module).__name__}.forward fails on a batch of the training set: {type(error).__name__}: "
+                f"{error}. Give the callback a {remedy}, which need not return a loss"
+            )
+
+    def _trace(self, index: int, batch: Any, on_kink: Callable[[Kink], None]) -> None:
+        def look(kink: Kink) -> None:
+            if not kink.name.startswith(self._metrics or "\0"):
+                on_kink(kink)
+
+        self._put_back()
+        with KinkTrace(self._module, look, self._modules) as trace:
+            self._run(index, _copied(batch))
+        self.met = sorted({*self.met, *trace.names})
+        self.smooth, self.opaque = sorted({*self.smooth, *trace.smooth}), sorted({*self.opaque, *trace.opaque})
+        self.left_out = sorted({*self.left_out, *trace.left_out})
+
+    def _first_batches(self) -> Iterator[tuple[int, Any, int]]:
+        """This process's first batch, as :meth:`_batches` gives it, without the others; none where it has none."""
+        if self._first is None or self._kept is not None:
+            yield from islice(self._batches(most=1), 1)
+            return
+        assert self._restart is not None  # noqa: S101 (it is open)
+        self._put_back()
+        self._restart.data()
+        seed_generators(0)
+        index, batch, size = self._first
+        yield index, _copied(batch), size
+
+    def _batches(self, most: int | None = None) -> Iterator[tuple[int, Any, int]]:
+        """Index, content and number of samples of this process's batches, or of so many of them."""
+        assert self._restart is not None  # noqa: S101 (it is open)
+        self._put_back()
+        self._restart.data()
+        loader = self._trainer.train_dataloader
+        left = 0 if self._counts is None else self._counts[1]
+        kept: list[Any] | None = []
+        read = model_batches(self._trainer, self._module, most=most, read=self._read)
+        for index, batch in enumerate(self._kept or read):
+            # of a DataLoader it is known, however the samples are laid out in the batch
+            known = isinstance(loader, DataLoader) and not self._drawn
+            size = min(batch_size_of(loader), left) if known else batch_size(batch)
+            left -= size
+            if self._dropped and isinstance(loader, DataLoader) and size < (loader.batch_size or 0):
+                break  # which its module may not be able to take
+            if index == 0 and self._first is None and _is_known(batch):
+                self._first = index, _copied(batch), size
+            if kept is not None and self._kept is None:
+                kept.append(_copied(batch))
+                kept = kept if _is_known(batch) and _bytes(kept) <= _KEPT else None
+            safe_point()
+            count_batch()
+            yield index, _copied(batch) if self._kept else batch, size
+        if self._kept is None and most is None:
+            self._kept = kept
+
+    def _team(self) -> Team:
+        own = 0 if self._counts is None else self._counts[1]  # which surfaces and kinks do not ask for
+        return Team() if self._trainer.world_size == 1 else ProcessTeam(own)
+
+
+def _dropped(trainer: pl.Trainer, total: int) -> int:
+    """Samples in last batches that a loader drops; 0 where a process would be left with none."""
+    loader: Any = trainer.train_dataloader
+    if not (isinstance(loader, DataLoader) and loader.drop_last and loader.batch_size):
+        return 0
+    parts = [part_of(total, rank, trainer.world_size) for rank in range(trainer.world_size)]
+    sizes = [stop - start for start, stop in parts]
+    return 0 if min(sizes) < loader.batch_size else sum(size % loader.batch_size for size in sizes)
+
+
+def _copied(batch: Any) -> Any:
+    """A copy, as a step may work in place on what it is given; of unknown kinds that cannot be copied the same."""
+    if isinstance(batch, Tensor):
+        return batch.clone()
+    if isinstance(batch, dict) and _is_known_container(batch):
+        return type(batch)((key, _copied(part)) for key, part in batch.items())
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*map(_copied, batch))
+    if _is_known_container(batch):
+        return type(batch)(map(_copied, batch))
+    try:
+        return deepcopy(batch)
+    except Exception:  # noqa: BLE001 (of whatever its class does)
+        return batch
+
+
+def _is_known(batch: Any) -> bool:
+    """Whether a batch holds nothing but what can surely be copied: tensors, arrays, numbers, texts, in containers."""
+    if _is_known_container(batch):
+        return all(map(_is_known, _parts_of(batch)))
+    return batch is None or isinstance(batch, Tensor | np.ndarray | np.generic | str | bytes | int | float | complex)
+
+
+def _is_known_container(batch: Any) -> bool:
+    named = isinstance(batch, tuple) and hasattr(batch, "_fields")
+    return named or type(batch) in (dict, OrderedDict, list, tuple)
+
+
+def _parts_of(container: Any) -> list[Any]:
+    return list(container.values() if isinstance(container, dict) else container)
+
+
+def _bytes(batch: Any) -> int:
+    if isinstance(batch, Tensor | np.ndarray):
+        return int(batch.nbytes)
+    return sum(map(_bytes, _parts_of(batch))) if _is_known_container(batch) else 0

@@ -1,0 +1,360 @@
+"""KinkProbe: the activation patterns of any module on a fixed set of samples, as training sees them."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Mapping
+from contextlib import contextmanager
+from copy import copy
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_mnn.callbacks.evaluation.choose_pass import pass_of_training
+from lightning_mnn.callbacks.evaluation.isolation import undisturbed
+from lightning_mnn.callbacks.evaluation.run_module import (
+    as_in_training,
+    batch_size,
+    forward_on,
+    model_batches,
+    precision_context,
+)
+from lightning_mnn.callbacks.evaluation.snapshots import kept_generators, seed_generators
+from lightning_mnn.data.loaders.shards import (
+    NotEnumerableError,
+    batch_size_of,
+    draws,
+    exact_shard,
+    num_samples,
+    one_epoch,
+)
+from lightning_mnn.landscape.kinks.layers import FoundLayers, PatternRows, find_layers
+from lightning_mnn.landscape.kinks.tracing import KinkTrace, Names, PatternError
+from lightning_mnn.utilities.distributed import gather, on_first_process, part_of
+from lightning_mnn.utilities.interruption import Interrupted, alone
+from lightning_mnn.utilities.seeding import generator
+from lightning_mnn.utilities.validation import ArgumentError, MisfitError, positive_integer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    import pytorch_lightning as pl
+
+    from lightning_mnn.callbacks.evaluation.run_module import ModelFunction
+    from lightning_mnn.landscape.kinks.layers import KinkLayer
+    from lightning_mnn.landscape.pattern import PackedPattern
+
+Samples: TypeAlias = "int | Tensor | tuple[Any, ...] | list[Any] | dict[str, Any] | None"
+
+MOST_SAMPLES = 1024  # by default
+SNAPSHOTS = 3  # held at a time: the first, the last and the one that is taken
+
+
+class KinkProbe:
+    """Finds a module's kink layers before training, and their patterns on the same samples at any time in it.
+
+    Args:
+        probe: number of samples; None: min(N, 1024, what the budget allows); or a batch of them.
+        memory_budget: bytes that three snapshots of the patterns may take.
+        seed: of the choice among the training set.
+        modules: names or patterns of the layers (see :class:`KinkTrace`); None: all.
+        forward_fn: what to call instead of the module's own forward, ``forward_fn(module, batch)``.
+
+    Attributes:
+        found: what the module's passes on a few samples show; None before :meth:`prepare`.
+    """
+
+    def __init__(
+        self,
+        probe: Samples = None,
+        memory_budget: int = 2**25,
+        seed: int = 0,
+        modules: Names = None,
+        forward_fn: ModelFunction | None = None,
+    ) -> None:
+        self.probe = probe
+        self.memory_budget = memory_budget
+        self.seed = seed
+        self.modules = modules
+        self.forward_fn = forward_fn
+        self.found: FoundLayers | None = None
+        self._run = forward_fn  # None: what forward_on does
+        self._chosen = torch.empty(0, dtype=torch.int64)
+        self._data_set: Callable[[], Any] | None = None  # at the start of training; None: not looked at
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy needs: not the reference to the data, nor functions that cannot be copied."""
+        return vars(self) | {"_data_set": None}
+
+    @property
+    def layers(self) -> Mapping[str, KinkLayer]:
+        """The layers by name, in the order of the forward pass."""
+        return {} if self.found is None else self.found.layers
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that are recorded; 0 before :meth:`prepare`."""
+        return batch_size(self.probe) if self._is_batch else len(self._chosen)
+
+    @torch.no_grad()
+    def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the layers, and choose the samples. It runs the module on a few samples, on every process alike.
+
+        Raises:
+            NoKinksError: the module has no kinks, or none of those that were asked for.
+            TypeError: the samples of the training set cannot be enumerated, and the probe is no batch.
+            ValueError: the budget does not allow the probe, or which numbers belong to which sample cannot be told.
+        """
+        if not self._is_batch and draws(trainer.train_dataloader):
+            self.probe = first_batch(trainer)
+        total = self._total(trainer)
+
+        def batch(num: int = 3) -> Any:
+            return as_in_training(trainer, pl_module, self._few(trainer, [i % total for i in range(num)]))
+
+        def run(num: int) -> None:
+            with undisturbed(trainer, pl_module), _as_training(trainer):
+                forward_on(pl_module, batch(num), self._run)
+
+        if self.forward_fn is None:
+            self._run = pass_of_training(trainer, pl_module, batch, self.modules)
+        self.found = find_layers(pl_module, run, self.modules)
+        self._check_budget(trainer, total)
+        _tell(type(pl_module).__name__, self.found)
+        if not self._is_batch:
+            self._chosen = chosen_samples(total, self._size(trainer, total), self.seed)
+            self._data_set = _reference(_data_set(trainer))
+
+    @torch.no_grad()
+    def patterns(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, PackedPattern]:
+        """Pattern of every layer on the samples, in the data set's order, on every process, on the module's device.
+
+        Raises:
+            PatternError: the input of a kink is NaN, a layer is not the same in every batch, or the training set has
+                become smaller.
+        """
+        assert self.found is not None  # noqa: S101 (prepare comes first)
+        if self._is_batch:
+            return _together(lambda: self._pass(trainer, pl_module, 0, self.num_samples), trainer).patterns()
+        self._check_data(trainer)
+        low, high = part_of(self.num_samples, trainer.global_rank, trainer.world_size)
+        rows = _together(lambda: self._pass(trainer, pl_module, low, high), trainer)
+        if trainer.world_size > 1 and dist.is_initialized():
+            for bits in rows.bits.values():  # in which other processes' rows are zero
+                dist.all_reduce(bits)
+        return rows.patterns()
+
+    def _pass(self, trainer: pl.Trainer, pl_module: pl.LightningModule, low: int, high: int) -> PatternRows:
+        """Run the module on this process's samples, whose rows are those from ``low`` to ``high``."""
+        assert self.found is not None  # noqa: S101
+        rows = PatternRows(self.layers, self.num_samples, pl_module.device, low, self.found.without_samples)
+        trace = KinkTrace(pl_module, rows.take, self.modules)
+        with undisturbed(trainer, pl_module), _as_training(trainer):
+            for batch in self._batches(trainer, pl_module):
+                with trace, self._noting_partial(trainer, high - rows.row):
+                    forward_on(pl_module, batch, self._run)
+                rows.end_batch()
+            rows.check()
+        if rows.row != high:
+            raise PatternError(
+                f"{high - low} samples gave patterns of {rows.row - low}: a forward pass must give one number for each "
+                "sample and unit"
+            )
+        return rows
+
+    def _batches(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Any]:
+        if self._is_batch:
+            yield as_in_training(trainer, pl_module, self.probe)
+        else:
+            yield from model_batches(trainer, pl_module, self._chosen)
+
+    @property
+    def _is_batch(self) -> bool:
+        return not (self.probe is None or isinstance(self.probe, int))
+
+    def _total(self, trainer: pl.Trainer) -> int:
+        if self._is_batch:
+            return batch_size(self.probe)
+        try:
+            return num_samples(trainer.train_dataloader)
+        except NotEnumerableError as error:
+            told = f"{error}; or give the recorder a batch of samples itself: probe=batch"
+            raise NotEnumerableError(told) from error
+
+    def _few(self, trainer: pl.Trainer, indices: list[int]) -> Any:
+        """A collated batch of a few samples, the same on every process."""
+        if self._is_batch:
+            return _select(self.probe, torch.tensor(indices), batch_size(self.probe))
+        chosen = torch.tensor(indices)
+        (batch,) = exact_shard(trainer.train_dataloader, chosen=chosen, batch_size=len(indices))
+        return batch
+
+    def _check_data(self, trainer: pl.Trainer) -> None:
+        """Check that the samples are still there; warn once where they may be others."""
+        total = self._total(trainer)
+        if self._data_set is not None and _data_set(trainer) is not self._data_set():
+            rank_zero_warn(
+                "Activation patterns: the training set is another object than at the start of training; where its "
+                "samples are others, too, patterns change with them and not with the weights alone. A batch of "
+                "samples itself does not change: probe=batch"
+            )
+            self._data_set = None
+        if int(self._chosen.max()) >= total:
+            raise PatternError(
+                f"the training set has {total} samples now, and sample {int(self._chosen.max())} is among the recorded"
+            )
+
+    @contextmanager
+    def _noting_partial(self, trainer: pl.Trainer, left: int) -> Iterator[None]:
+        """Say of an error in a last batch that is too small for training that it is one."""
+        size = 0 if self._is_batch else _dropping(trainer)
+        try:
+            yield
+        except Exception as error:
+            if left < size:
+                error.add_note(
+                    f"It was in a last batch of {left} samples, which training leaves out (batch_size={size}, "
+                    "drop_last=True): let probe be a multiple of the batch size"
+                )
+            raise
+
+    def _size(self, trainer: pl.Trainer, total: int) -> int:
+        """Samples that are recorded of ``total``."""
+        if isinstance(self.probe, int):
+            return min(self.probe, total)
+        most = min(total, MOST_SAMPLES, self.memory_budget // self._bytes(1))
+        whole = max(1, _dropping(trainer) * trainer.world_size)
+        return most - most % whole if most >= whole else most
+
+    def _bytes(self, samples: int) -> int:
+        return SNAPSHOTS * samples * sum(layer.bytes_per_sample for layer in self.layers.values())
+
+    def _check_budget(self, trainer: pl.Trainer, total: int) -> None:
+        size = total if self._is_batch else max(1, self._size(trainer, total))
+        if self._bytes(size) > self.memory_budget:
+            one = self._bytes(1)
+            raise (ValueError if self.probe is None else MisfitError)(
+                f"the patterns of probe={size} samples take {self._bytes(size)} bytes ({SNAPSHOTS} snapshots of "
+                f"{one // SNAPSHOTS} bytes a sample), more than memory_budget={self.memory_budget}: record at most "
+                f"{self.memory_budget // one} samples, fewer layers by modules=, or raise memory_budget"
+            )
+
+
+def first_batch(trainer: pl.Trainer) -> Any:
+    """The first batch of an epoch of the training loader, as it collates it, the same on every process.
+
+    A probe of data whose samples cannot be enumerated.
+    """
+
+    def first() -> Any:
+        with kept_generators(trainer):
+            seed_generators(0)
+            return next(one_epoch(trainer))
+
+    return on_first_process(trainer, first)
+
+
+def checked_probe(probe: Any) -> Any:
+    """What a callback's argument ``probe`` is: a number of samples, a batch of them, or None.
+
+    Raises:
+        ArgumentError: a number that is no number of samples, or a text.
+    """
+    if isinstance(probe, bool | float | str):
+        raise ArgumentError("probe", probe, "must be a number of samples", "such as 32; in Python also a batch")
+    return positive_integer("probe", probe) if isinstance(probe, int) else probe
+
+
+def chosen_samples(total: int, size: int, seed: int) -> Tensor:
+    """Indices of a random subset of ``total`` samples, ascending, the same on any machine; at most all of them."""
+    return torch.randperm(total, generator=generator(seed, "probe"))[:size].sort().values
+
+
+def _dropping(trainer: pl.Trainer) -> int:
+    """Batch size of a loader that leaves out a last batch of fewer samples; 0 of another."""
+    loader = trainer.train_dataloader
+    drops = isinstance(loader, DataLoader) and getattr(loader.batch_sampler, "drop_last", False)
+    return batch_size_of(loader) if drops else 0
+
+
+def _data_set(trainer: pl.Trainer) -> Any:
+    return getattr(trainer.train_dataloader, "dataset", None)
+
+
+def _reference(thing: Any) -> Callable[[], Any]:
+    """A weak reference, where there can be one: an old training set shall not be kept in memory."""
+    try:
+        return weakref.ref(thing)
+    except TypeError:
+        return lambda: thing
+
+
+@contextmanager
+def _as_training(trainer: pl.Trainer) -> Iterator[None]:
+    """The precision of training, and no advice on gradients that nobody wants here."""
+    with warnings.catch_warnings(), precision_context(trainer, autocast=True):
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")  # of checkpointed blocks
+        yield
+
+
+def _together(work: Callable[[], PatternRows], trainer: pl.Trainer) -> PatternRows:
+    """What each process finds; an error that one of them meets is raised on all, for which none waits then."""
+    if trainer.world_size == 1:
+        return work()
+    rows: PatternRows | None = None
+    error: Exception | None = None
+    try:
+        with alone():
+            rows = work()
+    except Exception as own:  # noqa: BLE001 (of whatever kind)
+        error = own
+    except Interrupted:
+        pass  # which gather raises on all
+    for met in gather(error):
+        if met is not None:
+            raise met
+    assert rows is not None  # noqa: S101 (or there is an error)
+    return rows
+
+
+def _select(batch: Any, indices: Tensor, total: int) -> Any:
+    """Some samples of a batch of ``total``: of each tensor with so many rows the rows, of the other things all."""
+    if isinstance(batch, Tensor):
+        return batch[indices.to(batch.device)] if batch.ndim > 0 and len(batch) == total else batch
+    if isinstance(batch, Mapping):
+        selected: Any = copy(batch)
+        for key, value in batch.items():
+            selected[key] = _select(value, indices, total)
+        return selected
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_select(part, indices, total) for part in batch))
+    if isinstance(batch, list | tuple):
+        if len(batch) == total and not any(isinstance(part, Tensor | Mapping | list | tuple) for part in batch):
+            return type(batch)(batch[i] for i in indices.tolist())
+        return type(batch)(_select(part, indices, total) for part in batch)
+    return batch
+
+
+def _tell(name: str, found: FoundLayers) -> None:
+    """Say once what the patterns do not show."""
+    notes = []
+    if found.smooth:
+        notes.append(f"between its kinks {name} is not linear where it has {_listed(found.smooth)}")
+    if found.opaque:
+        notes.append(f"the kinks of {_listed(found.opaque)} cannot be seen")
+    if found.without_samples:
+        notes.append(f"{_listed(found.without_samples)} are left out, which give no number for each sample")
+    if found.mixed:
+        notes.append(f"in {_listed(found.mixed)} a sample's numbers depend on chance or on the samples beside it")
+    for note in notes:
+        rank_zero_info(f"Activation patterns: {note}")
+
+
+def _listed(names: Sequence[str], most: int = 10) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"

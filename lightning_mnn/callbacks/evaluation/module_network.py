@@ -1,0 +1,153 @@
+"""The network that a module defines: what it says itself, or what its layers are."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from weakref import WeakSet
+
+import torch
+from torch import nn
+
+from lightning_mnn.callbacks.evaluation.snapshots import kept_generators
+from lightning_mnn.landscape.network import Network
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+    from torch import Tensor
+
+
+@runtime_checkable
+class NetworkModule(Protocol):
+    """A module that says all of its network, as MNN does: beside the weights, the threshold and the replicas.
+
+    Its ``forward`` takes inputs of shape (N, d0), or (R, N, d0) of replicas with data of their own.
+
+    Attributes:
+        replicas: R networks that are trained side by side.
+        threshold: between the two labels; None where the targets are not two labels.
+    """
+
+    @property
+    def replicas(self) -> int: ...  # noqa: D102
+
+    @property
+    def threshold(self) -> float | None: ...  # noqa: D102
+
+    def network(self) -> Network:
+        """The weights, as the mathematics sees them."""
+        ...
+
+
+other_methods: WeakSet[pl.LightningModule] = WeakSet()  # modules whose method network() returns something else
+
+
+def network_of(pl_module: pl.LightningModule) -> Network | None:
+    """The piecewise-linear network of a module, or None where there is no such network.
+
+    A module may say it itself by a method ``network() -> Network``, as MNN does. Otherwise an ``nn.Sequential`` of the
+    form ``Linear, ReLU or LeakyReLU or PReLU, …, Linear → 1`` is taken where it holds all parameters and buffers of the
+    module; ``Flatten`` may stand before it. With one hidden layer its Linears may have biases. A PReLU must have a
+    single slope, which is taken as fixed: the network is judged as a function of the weights and biases alone. The
+    network's tensors are views of the module's parameters: weights that are computed from parameters (``weight_norm``
+    and other parametrisations) make no such network.
+    """
+    stated = _stated(pl_module)
+    if stated is not None:
+        return stated
+    own = {id(tensor) for tensor in (*pl_module.parameters(), *pl_module.buffers())}
+    for part in pl_module.modules():
+        if own != {id(tensor) for tensor in part.parameters()}:
+            continue
+        network = _sequential(part)
+        slopes = {id(kink.weight) for kink in part.modules() if isinstance(kink, nn.PReLU)}
+        weights = [parameter for parameter in part.parameters() if id(parameter) not in slopes]
+        if network is not None and {*map(_place, network.tensors)} == {*map(_place, weights)}:
+            return network
+    return None
+
+
+def states_network(pl_module: pl.LightningModule) -> bool:
+    """Whether a module itself says what its network is, and so that it trains that on the squared error."""
+    return _stated(pl_module) is not None
+
+
+def _stated(pl_module: pl.LightningModule) -> Network | None:
+    """What a module's method ``network()`` returns; None where there is none, or it is a method for something else."""
+    method = getattr(pl_module, "network", None)
+    if not inspect.ismethod(method) or pl_module in other_methods:
+        return None
+    ours = "Network" in str(inspect.signature(method).return_annotation)  # if it says so, its errors are told
+    found = None
+    try:
+        inspect.signature(method).bind()
+        with kept_generators():
+            found = method()
+    except Exception:
+        if ours:
+            raise
+    if isinstance(found, Network):
+        return found
+    other_methods.add(pl_module)
+    return None
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor lies in memory, and its number of entries."""
+    return tensor.data_ptr(), tensor.numel()
+
+
+def required_network(callback: pl.Callback, pl_module: pl.LightningModule) -> Network:
+    """The network of a module.
+
+    Raises:
+        TypeError: there is none that the callback could judge.
+    """
+    network = network_of(pl_module)
+    if network is None:
+        raise TypeError(
+            f"{type(callback).__name__} needs a piecewise-linear network with one output: an MNN, a module with a "
+            "method network() -> lightning_mnn.landscape.Network, or one nn.Sequential(Linear, ReLU, Linear → 1), "
+            "where ReLU may be LeakyReLU or a PReLU with one slope, with biases only where there is one hidden layer; "
+            f"{type(pl_module).__name__} has none. ActivationPatternRecorder works with any ReLU module"
+        )
+    return network
+
+
+def _sequential(module: nn.Module) -> Network | None:
+    if not isinstance(module, nn.Sequential):
+        return None
+    parts: list[Any] = [part for part in module if not isinstance(part, nn.Flatten)]
+    linear, kinks = parts[::2], parts[1::2]
+    fits = (
+        len(parts) >= 3
+        and len(linear) == len(kinks) + 1
+        and all(isinstance(part, nn.Linear) for part in linear)
+        and (len(linear) == 2 or all(part.bias is None for part in linear))
+        and linear[-1].out_features == 1
+    )
+    slopes = {_slope(kink) for kink in kinks}
+    if not fits or len(slopes) != 1 or (slope := slopes.pop()) is None:
+        return None
+    *hidden, output = (part.weight.detach() for part in linear)
+    first, last = linear[0].bias, linear[-1].bias
+    return Network(
+        tuple(hidden),
+        output[0],
+        slope,
+        unit_roundoff=torch.finfo(output.dtype).eps / 2,
+        hidden_bias=None if first is None else first.detach(),
+        output_bias=None if last is None else last.detach()[0],
+    )
+
+
+def _slope(kink: nn.Module) -> float | None:
+    """ρ of a layer that applies f to every unit; None for other layers."""
+    match kink:
+        case nn.ReLU():
+            return 0.0
+        case nn.LeakyReLU():
+            return float(kink.negative_slope)
+        case nn.PReLU(num_parameters=1):
+            return float(kink.weight.detach())
+    return None

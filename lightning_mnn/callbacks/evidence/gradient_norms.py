@@ -1,0 +1,76 @@
+"""The norms of the gradients that training follows, kept where they are made."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_mnn.utilities.distributed import gather
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import pytorch_lightning as pl
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+
+class GradientNorms:
+    """The largest norm so far of the gradients that each optimiser was about to follow.
+
+    As training takes them: of its batches, in its mode, unscaled, before any clipping. They stay on the device, so that
+    nothing waits for it in training; norms that are not finite do not count, as the steps that a gradient scaler skips.
+    """
+
+    def __init__(self) -> None:
+        self._largest: dict[int, Tensor] = {}
+        self._loaded: dict[int, float] = {}
+
+    @torch.no_grad()
+    def take(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
+        """Take note of the gradient that an optimiser is about to follow."""
+        groups = optimizer.param_groups
+        found = [numbers_of(p.grad) for group in groups for p in group["params"] if p.grad is not None]
+        if not found:
+            return
+        index = index_of(trainer, optimizer)
+        norm = _norm(found)
+        norm = torch.where(norm.isfinite(), norm, torch.zeros_like(norm))
+        before = self._largest.get(index)
+        self._largest[index] = norm if before is None else torch.maximum(before, norm.to(before.device))
+
+    def largest(self) -> float | None:
+        """√Σ of the squares over the optimisers, the largest over the processes; None before a step."""
+        own = self.state()
+        norms = [norm for norm in gather(sum(norm**2 for norm in own.values()) ** 0.5 if own else None) if norm]
+        return max(norms, default=None)
+
+    def state(self) -> dict[int, float]:
+        """The largest norm of each optimiser, in plain values."""
+        here = {index: float(norm) for index, norm in self._largest.items()}
+        known = here.keys() | self._loaded.keys()
+        return {index: max(here.get(index, 0.0), self._loaded.get(index, 0.0)) for index in sorted(known)}
+
+    def load(self, state: dict[int, float]) -> None:
+        """Take over the state of the run that goes on."""
+        self._loaded = dict(state)
+
+
+def index_of(trainer: pl.Trainer, optimizer: Any) -> int:
+    """Which of the Trainer's optimisers it is, whether Lightning wrapped it or not."""
+    own = [getattr(known, "optimizer", known) for known in trainer.optimizers]
+    return own.index(getattr(optimizer, "optimizer", optimizer))
+
+
+def _norm(gradients: Iterable[Tensor]) -> Tensor:
+    """Of all together, in 32 bits at least."""
+    norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
+    widest = max((norm.dtype for norm in norms), key=lambda dtype: dtype.itemsize)
+    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device, widest) for norm in norms]))
+    return total
+
+
+def numbers_of(gradient: Tensor) -> Tensor:
+    """A gradient's numbers but for zeros, which those of embeddings may leave out."""
+    return gradient.coalesce().values() if gradient.layout is torch.sparse_coo else gradient

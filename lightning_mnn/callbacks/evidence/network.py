@@ -1,0 +1,304 @@
+"""Evidence on a piecewise-linear network that is trained on the squared error: first-order tests, and certificates."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
+
+from lightning_mnn.callbacks.evaluation.isolation import trained_parameters
+from lightning_mnn.callbacks.evaluation.module_network import network_of, states_network
+from lightning_mnn.callbacks.evaluation.snapshots import kept_generators
+from lightning_mnn.callbacks.evaluation.training_set import input_rank, survey_training_set
+from lightning_mnn.callbacks.evidence.certification import (
+    certify_training_set,
+    move_to,
+    polish_on_training_set,
+    why_not_certified,
+)
+from lightning_mnn.callbacks.evidence.squared_error import SquaredErrorLoss, still_fits
+from lightning_mnn.callbacks.evidence.tiers import (
+    Difference,
+    Evidence,
+    Judge,
+    conditions,
+    has_weight_decay,
+    told,
+    unseen_batches,
+)
+from lightning_mnn.landscape.minima.first_order import FirstOrderVerdict, first_order_verdicts
+from lightning_mnn.landscape.minima.optimality import Kind
+from lightning_mnn.landscape.regions.statistics import Survey, rank_cap
+from lightning_mnn.utilities.interruption import time_limit
+from lightning_mnn.utilities.transfer import plain
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+    from torch import Tensor
+
+    from lightning_mnn.callbacks.evaluation.run_module import ModelFunction
+    from lightning_mnn.landscape.minima.certificate import Certificate
+    from lightning_mnn.landscape.network import Network
+
+_MINIMA = (Kind.DIFFERENTIABLE_MINIMUM, Kind.KINK_MINIMUM)
+
+
+class NotSquaredErrorError(Exception):
+    """A module's loss turned out to be another than the squared error of its network."""
+
+
+class NetworkJudge(Judge):
+    """Judges the network of a module in float64, each replica by itself.
+
+    Args:
+        max_distance: largest ‖W̃* − W̃‖/‖W̃‖ between the weights and a minimum that counts as theirs.
+        stationarity_tolerance: of the first-order tests; None: 10 spacings of floats at 1.
+        preactivation_tolerance: of the first-order tests; None: 1,000 spacings.
+        fitted: how the module's own loss was found to be the squared error; None: it is known to be.
+        loss_fn: that loss, if not the module's ``training_step``.
+
+    Attributes:
+        verdicts: the last look's first-order verdicts, one a replica.
+        certificates: the last certificates, one a replica; empty where there are none.
+        survey: the last look's pass.
+        differences: in what the mean squared error, which verdicts are about, differs from what training lowers.
+    """
+
+    def __init__(
+        self,
+        max_distance: float,
+        stationarity_tolerance: float | None,
+        preactivation_tolerance: float | None,
+        fitted: SquaredErrorLoss | None = None,
+        loss_fn: ModelFunction | None = None,
+    ) -> None:
+        self.verdicts: list[FirstOrderVerdict] = []
+        self.certificates: list[Certificate] = []
+        self.survey: Survey | None = None
+        self.fitted = fitted
+        self._loss_fn = loss_fn
+        self._max_distance = max_distance
+        self._stationarity_tolerance = stationarity_tolerance
+        self._preactivation_tolerance = preactivation_tolerance
+        self._moved: list[float] = []  # relative distances of replicas that polishing took too far; else 0
+        self._certifiable = False
+        self._not_certified: str | None = None  # why
+        self._rank_cap: Tensor | None = None
+        self.differences: list[Difference] = []
+        self._notes: list[str] = []  # on what training does beside
+
+    @property
+    @override
+    def evidence(self) -> Evidence:
+        return Evidence.CERTIFICATE if self._certifiable else Evidence.FIRST_ORDER
+
+    @property
+    @override
+    def passed(self) -> bool:
+        return all(verdict.kind is Kind.DIFFERENTIABLE_MINIMUM for verdict in self.verdicts)
+
+    @property
+    @override
+    def found_minimum(self) -> bool:
+        """Whether all replicas are at a minimum of what training lowers."""
+        return super().found_minimum and not self.differences
+
+    @property
+    @override
+    def can_conclude(self) -> bool:
+        return self._certifiable
+
+    @property
+    @override
+    def moves(self) -> bool:
+        return True
+
+    @override
+    def look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        network = _network(pl_module)
+        self.certificates = []
+        self._not_certified = why_not_certified(trainer, network)
+        self._certifiable = len(network.hidden_weights) == 1 and self._not_certified is None
+        self.differences = _differences(trainer, pl_module, network)
+        self._notes = _notes(trainer, pl_module, self.differences, fitted=self.fitted is not None)
+        with _kept(trainer, pl_module):
+            self._survey(trainer, pl_module, network)
+
+    @override
+    def conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._check_loss(trainer, pl_module)
+        with _kept(trainer, pl_module):
+            network = _network(pl_module)
+            self.certificates = certify_training_set(trainer, pl_module, network, self._max_distance)
+
+    @override
+    def conclude_the_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, polish: bool) -> bool:
+        network = _network(pl_module)
+        if polish:
+            self._check_loss(trainer, pl_module)
+            with _kept(trainer, pl_module):
+                polished = polish_on_training_set(trainer, pl_module, network, self._max_distance)
+                self.certificates = [found.certificate for found in polished]
+                self._moved = [found.distance if found.moved else 0.0 for found in polished]
+                ours = not self.differences  # or the weights would leave what training came to
+                reached = [ours and found.certificate.is_minimum and not found.moved for found in polished]
+                move_to(network, self.certificates, reached)
+                with time_limit(None):  # the weights have moved: what is said of them must be of these
+                    self._survey(trainer, pl_module, network)
+        elif not self.certificates:
+            self.conclude(trainer, pl_module)
+        else:
+            return False  # the last check did, at these weights
+        return True
+
+    @override
+    def run_out(self, why: str) -> None:
+        self.certificates, self._moved = [], []
+        self._certifiable, self._not_certified = False, f"no certificate: {why}"
+
+    @override
+    def kinds(self) -> tuple[list[str], list[str]]:
+        """Kind and reason of each replica: a certificate's where there is one."""
+        more = "".join(f"; {note}" for note in self._notes)
+        if not self.certificates:
+            more += "" if self._not_certified is None else f"; {self._not_certified}"
+            return [str(verdict.kind) for verdict in self.verdicts], [found.reason + more for found in self.verdicts]
+        kinds, reasons = [], []
+        for replica, found in enumerate(self.certificates):
+            moved = self._moved[replica] if self._moved else 0.0
+            kinds.append(str(Kind.NOT_STATIONARY if moved else found.kind))
+            to = found.kind if found.is_minimum else "no minimum yet"
+            far = f"moved: polishing led a relative distance of {moved:.1e} away, to {to}; "
+            reasons.append((far + f"max_distance = {self._max_distance:g}" if moved else found.reason) + more)
+        return kinds, reasons
+
+    @override
+    def scalars(self) -> dict[str, Any]:
+        assert self.survey is not None  # noqa: S101 (there has been a look)
+        scalars: dict[str, Any] = {
+            "minimum/mse": self.survey.mse,
+            "minimum/mce": self.survey.mce,
+            "minimum/stationarity": self.survey.stationarity,
+            "minimum/min_preactivation": self.survey.smallest_preactivation,
+            "minimum/relative_preactivation": self.survey.smallest_sine,
+            "minimum/kinks": self.survey.kinks,
+            "minimum/rank_cap": self._rank_cap,
+        }
+        if self.certificates:
+            kinds, _ = self.kinds()
+            certified = [kind in _MINIMA for kind in kinds]
+            scalars["minimum/certified"] = sum(certified) / len(certified)
+            scalars["minimum/on_kinks"] = kinds.count(Kind.KINK_MINIMUM) / len(kinds)
+            found = [c for c, yes in zip(self.certificates, certified, strict=True) if yes]
+            for name, key in _CERTIFIED.items():
+                values = [getattr(certificate, name) for certificate in found]
+                known = [value for value in values if value is not None]
+                scalars[f"minimum/{key}"] = sum(known) / len(known) if known else None
+        return scalars
+
+    @override
+    def summary(self) -> dict[str, Any]:
+        if self.survey is None:
+            return {}
+        kinds, reasons = self.kinds()
+        found = {
+            "evidence": str(self.evidence),
+            "objective": "mse",
+            "objective_differs_by": [str(difference) for difference in self.differences],
+            "mse": plain(self.survey.mse),
+            "mce": plain(self.survey.mce),
+            "wrong": plain(self.survey.wrong),
+            "kind": kinds,
+            "reason": reasons,
+            "zero_error": plain(self.survey.zero_error),
+            "rounding_bound": plain(self.survey.rounding_bound),
+            "stationarity": plain(self.survey.stationarity),
+            "min_preactivation": plain(self.survey.smallest_preactivation),
+            "relative_preactivation": plain(self.survey.smallest_sine),
+            "kinks": plain(self.survey.kinks),
+            "rank_cap": plain(self._rank_cap),
+        }
+        stood = [kind in (*_MINIMA, Kind.SADDLE) for kind in kinds]
+        for name in ("zero_error", "kinks", "rank_cap"):  # of the minimum, where there is one
+            values = found[name] if isinstance(found[name], list) else [found[name]] * len(kinds)
+            pairs = zip(self.certificates, stood, values, strict=False)
+            found[name] = [getattr(c, name) if yes else value for c, yes, value in pairs] or values
+        for name in ("mse", "mce"):
+            found[f"minimum_{name}"] = [
+                getattr(c, name) if yes else None for c, yes in zip(self.certificates, stood, strict=False)
+            ]
+        for name in ("distance", "weight_distance", "margin_ratio", "rank"):
+            found[name] = [getattr(certificate, name) for certificate in self.certificates]
+        several, differs = bool(self.survey.mse.ndim), found.pop("objective_differs_by")
+        return {key: _one(value, several=several) for key, value in found.items()} | {"objective_differs_by": differs}
+
+    @override
+    def state(self) -> dict[str, Any]:
+        return {} if self.fitted is None else {"fitted": vars(self.fitted)}
+
+    def _survey(self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network) -> None:
+        """One exact pass and its first-order tests."""
+        self.survey = survey_training_set(trainer, pl_module, ranked=len(network.hidden_weights) == 1)
+        spacing = 2 * network.unit_roundoff
+        self.verdicts = first_order_verdicts(
+            self.survey,
+            10 * spacing if self._stationarity_tolerance is None else self._stationarity_tolerance,
+            1000 * spacing if self._preactivation_tolerance is None else self._preactivation_tolerance,
+        )
+        if len(network.hidden_weights) == 1:
+            self._rank_cap = rank_cap(self.survey, input_rank(trainer, pl_module, network), network.negative_slope)
+
+    def _check_loss(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.fitted is not None and not still_fits(trainer, pl_module, self.fitted, self._loss_fn):
+            raise NotSquaredErrorError(
+                "the loss that it trains is the mean squared error of its network in places only, and not here"
+            )
+
+
+# What is logged of certified minima, and under which name.
+_CERTIFIED = {
+    "mse": "certified_mse",
+    "mce": "certified_mce",
+    "kinks": "certified_kinks",
+    "distance": "distance",
+    "margin_ratio": "margin_ratio",
+    "rank": "rank",
+}
+
+
+def _differences(trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network) -> list[Difference]:
+    found = [Difference.WEIGHT_DECAY] if has_weight_decay(trainer) else []
+    places, trained = {tensor.data_ptr() for tensor in network.tensors}, trained_parameters(trainer, pl_module)
+    own = [parameter for parameter in pl_module.parameters() if parameter.data_ptr() in places]
+    free = {id(parameter) for parameter in trained}
+    frozen = any(id(parameter) not in free for parameter in own)
+    return found + ([Difference.FROZEN_WEIGHTS] if frozen else [])
+
+
+def _notes(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, differences: list[Difference], *, fitted: bool
+) -> list[str]:
+    """What training does beside, in words."""
+    if not fitted:
+        return unseen_batches(trainer) + told(differences)
+    found = conditions(trainer, pl_module)  # weight decay among them
+    return found + [text for text in told(differences) if text not in found]
+
+
+def _network(pl_module: pl.LightningModule) -> Network:
+    network = network_of(pl_module)
+    assert network is not None  # noqa: S101 (known since setup)
+    return network
+
+
+def _kept(trainer: pl.Trainer, pl_module: pl.LightningModule) -> AbstractContextManager[None]:
+    """Of a foreign module the data may draw random numbers, and training shall not notice."""
+    return nullcontext() if states_network(pl_module) else kept_generators(trainer)
+
+
+def _one(values: Any, *, several: bool) -> Any:
+    """A list over the replicas, or the only value; None where there is none."""
+    if not isinstance(values, list):
+        return values
+    return (values or None) if several else (values[0] if values else None)

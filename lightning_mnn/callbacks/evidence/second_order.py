@@ -1,0 +1,283 @@
+"""Second-order evidence in any module: its own loss over its training set, the nearest kink, and the Hessian's ends."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from typing_extensions import override
+
+from lightning_mnn.callbacks.evaluation.float64_loss import DoubleBatch, in_double
+from lightning_mnn.callbacks.evaluation.full_batch import FullBatch, Reduction
+from lightning_mnn.callbacks.evaluation.isolation import trained_parameters
+from lightning_mnn.callbacks.evaluation.run_module import LossNotEvaluableError
+from lightning_mnn.callbacks.evidence.gradient_norms import GradientNorms
+from lightning_mnn.callbacks.evidence.tiers import Evidence, Judge, check_weights, conditions, diverged
+from lightning_mnn.data.loaders.shards import batch_size_of, draws, num_samples
+from lightning_mnn.landscape.curvature.loss_surface import NoDerivativeError
+from lightning_mnn.landscape.curvature.second_order import (
+    SecondOrderKind,
+    SecondOrderVerdict,
+    judge_curvature,
+    judge_stationarity,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import pytorch_lightning as pl
+    from torch import Tensor
+
+    from lightning_mnn.callbacks.evaluation.run_module import ModelFunction
+    from lightning_mnn.landscape.curvature.loss_surface import LossSurface
+    from lightning_mnn.landscape.kinks.distance import KinkDistance
+    from lightning_mnn.landscape.kinks.tracing import Names
+
+
+_CLOSE = 1e-6  # a kink, in units of its layer's root mean square, to which training has come rather than happened
+_ON_KINKS = "training may go to and fro across kinks, where a gradient need not vanish, as of an L1 loss or penalty"
+
+
+class SecondOrderJudge(Judge):
+    """Judges the weights by the module's own loss, in eval mode; what decides in float64, where that can be had.
+
+    Args:
+        loss_fn: ``loss_fn(module, batch)``; None: the module's ``training_step``.
+        modules: layers whose kinks count; None: all.
+        gradient_tolerance: largest ‖∇L‖, relative to the reference, of a stationary point.
+        curvature_tolerance: largest −λ_min/λ_max of a minimum.
+        max_products: Hessian–vector products of a conclusion, at most.
+        why: why there is no stronger evidence.
+
+    Attributes:
+        verdict: what is known of the weights of the last look.
+        reference: the largest norm so far of a gradient that training followed; before the first step, and where that
+            is zero up to rounding, |L|/‖θ‖.
+        norms: of the gradients that training follows.
+    """
+
+    def __init__(
+        self,
+        loss_fn: ModelFunction | None,
+        modules: Names,
+        gradient_tolerance: float,
+        curvature_tolerance: float,
+        max_products: int,
+        why: str | None = None,
+    ) -> None:
+        self.verdict: SecondOrderVerdict | None = None
+        self.reference: float | None = None
+        self.norms = GradientNorms()
+        self._loss_fn = loss_fn
+        self._modules = modules
+        self._gradient_tolerance = gradient_tolerance
+        self._curvature_tolerance = curvature_tolerance
+        self._max_products = max_products
+        self.why = why
+        self._kinks: KinkDistance | None = None
+        self._notes: list[str] = []
+        self._told: list[str] = []
+        self._concluded = False
+        self._ran_out = False
+        self._reduction: Reduction | None = None  # of the loss over samples; None: not known yet
+
+    @property
+    @override
+    def evidence(self) -> Evidence:
+        return Evidence.FIRST_ORDER if self._ran_out else Evidence.SECOND_ORDER
+
+    @property
+    @override
+    def passed(self) -> bool:
+        passing = (SecondOrderKind.UNDECIDED, SecondOrderKind.MINIMUM)
+        return self.verdict is not None and self.verdict.kind in passing
+
+    @property
+    @override
+    def can_conclude(self) -> bool:
+        return True
+
+    @override
+    def look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        check_weights(trainer, pl_module)
+        batch = self._full_batch(trainer, pl_module)
+        with batch.open():
+            surface, found = batch.surface(), batch.measure()
+            loss = found.loss if self.verdict is None else self.verdict.loss
+            self.reference = _reference(surface, loss, self.norms.largest())
+            kinks = self._kinks = found.kinks
+            again = trainer.global_step > 0 or batch.is_kept()  # before the first step the data are read once
+            self.verdict = self._stationarity(surface, (found.loss, found.gradient), compare_sides=again)
+            batch.check()
+            if self._reduction is None:
+                self._reduction = batch.reduction()
+            batch.check_repeats(found.first)
+        self._concluded = self._ran_out = False
+        if not math.isfinite(self.verdict.loss):
+            raise diverged(trainer, "the loss over the training set is")
+        self._note(trainer, pl_module, batch, kinks)
+
+    @override
+    def conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self.verdict is not None  # noqa: S101 (a look comes first)
+        self._concluded = True
+        batch = self._full_batch(trainer, pl_module)
+        try:
+            self.verdict = self._in_double(trainer, pl_module) or self._curvature(batch)
+        except (NoDerivativeError, FloatingPointError, LossNotEvaluableError) as error:
+            self._undecided(f"no eigenvalue of the Hessian: {error}")
+        except torch.OutOfMemoryError:
+            self._undecided("no eigenvalue of the Hessian: its products do not fit into memory; use smaller batches")
+
+    @override
+    def conclude_the_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, polish: bool) -> bool:
+        if self._concluded or self.verdict is None:
+            return False
+        self.conclude(trainer, pl_module)
+        return True
+
+    @override
+    def run_out(self, why: str) -> None:
+        self._ran_out = True
+        self._undecided(f"no eigenvalue of the Hessian: {why}")
+
+    @override
+    def kinds(self) -> tuple[list[str], list[str]]:
+        if self.verdict is None:
+            return [str(SecondOrderKind.UNDECIDED)], ["not looked at yet"]
+        moving, close = self.verdict.kind is SecondOrderKind.NOT_STATIONARY, self.verdict.relative_kink < _CLOSE
+        kinked = [_ON_KINKS] if moving and close and not self.verdict.kinks else []
+        return [str(self.verdict.kind)], ["; ".join([self.verdict.reason, *kinked, *self._notes])]
+
+    @override
+    def scalars(self) -> dict[str, Any]:
+        measures = self._measures()
+        return {f"minimum/{name}": value for name, value in measures.items()}
+
+    @override
+    def summary(self) -> dict[str, Any]:
+        if self.verdict is None:
+            return {}
+        (kind,), (reason,) = self.kinds()
+        found = {"evidence": str(self.evidence), "kind": kind, "reason": reason, **self._measures()}
+        return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in found.items()}
+
+    @override
+    def state(self) -> dict[str, Any]:
+        return {"norms": self.norms.state()}
+
+    @override
+    def load(self, state: dict[str, Any]) -> None:
+        self.norms.load(state.get("norms", {}))
+
+    def _measures(self) -> dict[str, Any]:
+        assert self.verdict is not None  # noqa: S101
+        found = self.verdict
+        return {
+            "loss": found.loss,
+            "gradient_norm": found.gradient_norm,
+            "relative_gradient": found.relative_gradient,
+            "min_preactivation": found.nearest_kink,
+            "relative_preactivation": found.relative_kink,
+            "kinks": found.kinks,
+            "smallest_eigenvalue": found.smallest_eigenvalue,
+            "eigenvalue_error": found.eigenvalue_error,
+            "largest_eigenvalue": found.largest_eigenvalue,
+            "newton_gain": found.newton_gain,
+        }
+
+    def _full_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> FullBatch:
+        return FullBatch(trainer, pl_module, self._loss_fn, self._modules)
+
+    def _stationarity(
+        self, surface: LossSurface, known: tuple[float, Tensor] | None = None, *, compare_sides: bool = True
+    ) -> SecondOrderVerdict:
+        assert self._kinks is not None  # noqa: S101 (met in the same look)
+        tolerance = self._gradient_tolerance  # of its jumps, too: of millions of units in float32 a few touch kinks
+        return judge_stationarity(
+            surface,
+            self._kinks,
+            self._compared,
+            gradient_tolerance=tolerance,
+            jump_tolerance=tolerance,
+            known=known,
+            compare_sides=compare_sides,
+        )
+
+    @property
+    def _compared(self) -> float:
+        """The reference as a number to divide by."""
+        return self.reference if self.reference is not None and math.isfinite(self.reference) else 1.0
+
+    def _in_double(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> SecondOrderVerdict | None:
+        """The verdict in float64, of weights of fewer digits; None where that cannot be had."""
+        assert self.verdict is not None  # noqa: S101
+        trained = trained_parameters(trainer, pl_module)
+        if trained[0].dtype == torch.float64 or self.verdict.kind is not SecondOrderKind.UNDECIDED:
+            return None
+        try:
+            with in_double(pl_module) as double:
+                batch = DoubleBatch(trainer, pl_module, double, self._loss_fn, self._modules)
+                return self._curvature(batch, double.of(trained))
+        except NoDerivativeError:
+            return None
+
+    def _curvature(self, batch: FullBatch, parameters: Sequence[Tensor] | None = None) -> SecondOrderVerdict:
+        assert self.verdict is not None  # noqa: S101
+        with batch.open():
+            surface, stationary = batch.surface(parameters), self.verdict
+            if parameters is not None:
+                stationary = self._stationarity(surface)
+            found = judge_curvature(
+                surface,
+                stationary,
+                curvature_tolerance=self._curvature_tolerance,
+                reference=self._compared,
+                max_products=self._max_products,
+            )
+            batch.check()
+        return found
+
+    def _undecided(self, why: str) -> None:
+        assert self.verdict is not None  # noqa: S101
+        if self.verdict.kind is SecondOrderKind.UNDECIDED:
+            self.verdict = replace(self.verdict, reason=f"{self.verdict.reason}; {why}")
+
+    def _note(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: FullBatch, kinks: KinkDistance) -> None:
+        """What the reader of a reason has to know beside it, which is also told once."""
+        found = [] if self.why is None else [f"no certificate: {self.why}"]
+        found += conditions(trainer, pl_module)
+        found += batch.notes()
+        loader: Any = trainer.train_dataloader
+        if self._reduction is Reduction.OTHER:
+            found.append(
+                "the loss of a batch is no mean over its samples (as one over tokens is not, of which samples have "
+                "several), and that of the training set is taken for the mean over batches by their numbers of samples"
+            )
+        if self._reduction is Reduction.SUM and (draws(loader) or num_samples(loader) % batch_size_of(loader)):
+            found.append(
+                "the loss is a sum over the samples of a batch and is taken for their mean, so that the last batch, "
+                "which is smaller, counts for less; give a loss_fn(module, batch) that returns the mean"
+            )
+        if not kinks.units:
+            found.append(
+                f"no kink depends on a weight that is trained now ({', '.join(batch.met)} depend on none)"
+                if batch.met
+                else f"{type(pl_module).__name__} met no kink: its loss is taken as smooth"
+            )
+        self._notes = found
+        for note in found:
+            if note not in self._told:
+                self._told.append(note)
+                rank_zero_info(f"LocalMinimumDetector: {note}")
+
+
+def _reference(surface: LossSurface, loss: float, largest: float | None) -> float:
+    """The largest norm of training; where that is none, or zero up to rounding, what one might be: |L|/‖θ‖."""
+    weights = math.sqrt(sum(float(p.detach().double().square().sum()) for p in surface.parameters))
+    typical = abs(loss) / (weights or 1.0)
+    least = torch.finfo(surface.dtype).eps ** 0.5 * typical
+    return largest if largest is not None and largest > least else typical or 1.0

@@ -1,0 +1,358 @@
+"""ScheduledCallback: what the callbacks that act at scheduled times have in common."""
+
+from __future__ import annotations
+
+import math
+import sys
+from abc import abstractmethod
+from pathlib import Path
+from secrets import token_hex
+from tempfile import gettempdir
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.utilities import rank_zero_warn
+from torch.nn.parameter import is_lazy
+from typing_extensions import override
+
+from lightning_mnn.callbacks.evaluation.run_module import StepFailedError
+from lightning_mnn.callbacks.evaluation.training_set import forget
+from lightning_mnn.callbacks.trainer.last_checkpoint import LastCheckpoint
+from lightning_mnn.utilities.compat.lightning_internals import trains_in_children
+from lightning_mnn.utilities.distributed import gather, share_error
+from lightning_mnn.utilities.errors import DivergenceError
+from lightning_mnn.utilities.files import read_json, write_json
+from lightning_mnn.utilities.interruption import Interrupted, stop_at_this_step, stopping
+from lightning_mnn.utilities.transfer import digests, fetched
+from lightning_mnn.utilities.validation import (
+    ArgumentError,
+    MisfitError,
+    truth_value,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from lightning_mnn.callbacks.schedule import Schedule
+
+
+class ScheduledCallback(pl.Callback):
+    """A callback that acts before training, at scheduled times, and at the end; in one process never twice at a step.
+
+    It runs in the Trainer of ``pytorch_lightning`` and in that of ``lightning.pytorch``, and is an instance of the
+    ``Callback`` of both: of the latter's, where that is imported when a callback is made or its class is looked up in
+    ``lightning_mnn.callbacks``.
+
+    Where the run is asked to stop while a callback acts, the action stops (see
+    :mod:`lightning_mnn.utilities.interruption`). At a step from which the run can go on, so that a
+    :class:`~lightning_mnn.callbacks.LastCheckpoint` saves it there, the callback's state says so, and a resumed run
+    begins with the whole action.
+
+    Where callbacks behind it change the weights at the end of training, as those do that average them, it acts once
+    more, so that its last word is of the weights that the module ends in.
+
+    A callback only looks on: where it fails, it warns once, does nothing more in that run, and training goes on.
+
+    Args:
+        schedule: when to act between the start and the end.
+        strict: let an error end the run.
+
+    Attributes:
+        completed_epochs: epochs that are done when the callback acts.
+        failure: the error after which the callback does nothing more; None: there was none.
+    """
+
+    missing = "nothing is reported"  # after a failure, as the warning says
+    remedy = ""  # what may help against one
+    ends_diverged = True  # a training, with what it says of it
+
+    def __init__(self, schedule: Schedule, *, strict: bool = False) -> None:
+        join_lightning()
+        self.schedule = schedule
+        self.strict = truth_value("strict", strict)
+        self.failure: str | None = None
+        self._weights: list[Tensor] | None = None  # which they were when it acted
+        self._of_last_fit: dict[str, Any] | None = None  # what was found, until this one begins
+        self._letter = Path(gettempdir(), f"lightning-mnn-{token_hex(8)}.json")  # from a child that trained
+        self._received: dict[str, Any] | None = None
+        self._last_step: int | None = None
+        self.completed_epochs = 0
+        self._acted = False  # by this process; a resumed run has a last step before that
+        self._owes = False  # the action at the present step, which was interrupted
+        self._waits = False  # for the first batch, to prepare
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy needs: all but the module's functions that Lightning sets, and the module with them."""
+        return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
+
+    @property
+    def acts_within_epochs(self) -> bool:
+        """Whether the callback looks at single steps."""
+        return self.schedule.unit == "step"
+
+    def epochs_until_due(self, done: int) -> float:
+        """Epochs after ``done`` of them until the callback looks at the end of one."""
+        return self.schedule.until_due(done) if self.schedule.unit == "epoch" else 1
+
+    def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find out, before the first step, what the run is of; on every process.
+
+        Raises:
+            StepFailedError: a ``training_step`` that had to run failed. The module's own hooks for the start of
+                training and of an epoch come after the callbacks', and may not have made what it needs: so at the first
+                batch this is called again, and then that error counts.
+        """
+
+    def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Act for the first time, after :meth:`prepare`; in a resumed run, where it was interrupted in an action."""
+        if self._last_step is None or self._owes:
+            self._act_once(trainer, pl_module)
+
+    @abstractmethod
+    def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Do what the callback is for, at the weights after ``trainer.global_step`` steps. Runs on every process.
+
+        Until the last safe point nothing may be logged, and what :meth:`state_dict` holds must stay as it is.
+        """
+
+    def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Act for the last time, at the end of training."""
+        self._start_late(trainer, pl_module)  # there was no batch
+        resumed = not self._acted  # where training had ended
+        if self._last_step == trainer.global_step and (resumed or not self._knows(pl_module)):
+            self.recall(trainer, pl_module)
+        self._act_once(trainer, pl_module)
+
+    def recall(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find again what :meth:`act` finds at the present step, and log nothing.
+
+        In a run that is resumed, and where another callback has changed the weights since.
+        """
+
+    def summary(self) -> dict[str, Any]:
+        """What the callback found, in plain values for ``summary.json``; per-network values are lists over replicas."""
+        return {}
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._of_last_fit = self.__getstate__()
+            self._last_step, self._acted, self._waits, self._owes = None, False, False, False
+            self.failure, self._weights, self._received = None, None, None
+            _add_last_word(trainer)
+            forget(pl_module)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.completed_epochs, self._of_last_fit = trainer.current_epoch, None
+        self.observe(lambda: self._begin(trainer, pl_module))
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._waits:
+            self.observe(lambda: self._start_late(trainer, pl_module))
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.schedule.unit == "step" and self.schedule.due(trainer.global_step):
+            self._act_or_owe(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.completed_epochs = trainer.current_epoch + 1
+        if self.schedule.unit == "epoch" and self.schedule.due(self.completed_epochs):
+            self._act_or_owe(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.observe(lambda: self.finish(trainer, pl_module))
+        self._weights = weights_of(pl_module)
+        if trainer.is_global_zero and trains_in_children(trainer):
+            write_json(self._letter, self.summary())
+
+    def received(self) -> dict[str, Any] | None:
+        """The summary of a fit that was in a child of this process, as by "ddp_spawn"; None: there was none."""
+        if self._last_step is None and self._letter.exists():
+            self._received = read_json(self._letter, (), "fit anew")
+            self._letter.unlink()
+        return self._received
+
+    def finish_again(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Finish once more, if the weights have changed since."""
+        if not self._knows(pl_module):
+            self.on_train_end(trainer, pl_module)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        kept, self._of_last_fit = self._of_last_fit, None
+        if kept is not None and kept["_last_step"] is not None:  # there was nothing left to train
+            vars(self).update(kept)
+            self._of_last_fit = None
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"last_step": self._last_step, "owes": self._owes}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._last_step, self._owes = state_dict.get("last_step"), state_dict.get("owes", False)
+
+    def observe(self, work: Callable[[], object]) -> None:
+        """Do a part of the callback's work, on every process; an error in it ends the work, and not the training.
+
+        Raises:
+            DivergenceError: training diverged.
+            ArgumentError, MisfitError: an argument of the callback does not suit the run.
+            Exception: another error, where ``strict`` is true.
+        """
+        if self.failure is not None:
+            return
+        try:
+            _together(work)
+        except (ArgumentError, MisfitError):
+            raise
+        except Exception as error:
+            if self.strict or (isinstance(error, DivergenceError) and self.ends_diverged):
+                raise
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        why = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
+        self.failure, self._waits, self._owes = why, False, False
+        remedy = f" What may help: {self.remedy}." if self.remedy else ""
+        rank_zero_warn(
+            f"{type(self).__name__} stops here, and training goes on: {self.missing}, because of {why}.{remedy} With "
+            "strict=True the error ends the run"
+        )
+
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        try:
+            self._prepare_together(trainer, pl_module)
+        except StepFailedError:
+            self._waits = True
+        else:
+            self.start(trainer, pl_module)
+
+    def _knows(self, pl_module: pl.LightningModule) -> bool:
+        """Whether the weights are those at which the callback acted last."""
+        known, now = self._weights or [], weights_of(pl_module)
+        return len(known) == len(now) and all(fetched(*(a == b for a, b in zip(known, now, strict=True))))
+
+    def _start_late(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._waits:
+            self._prepare_together(trainer, pl_module)
+            self._waits = False
+            self.start(trainer, pl_module)
+
+    def _prepare_together(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prepare; a step that fails on one process fails on all."""
+        own = None
+        try:
+            self.prepare(trainer, pl_module)
+        except StepFailedError as error:
+            own = error
+        told = [reason for reason in gather(None if own is None else str(own)) if reason is not None]
+        if told:
+            raise StepFailedError(told[0]) from own
+
+    def _act_once(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step == self._last_step:
+            return
+        before, self._last_step = self._last_step, trainer.global_step
+        try:
+            self.act(trainer, pl_module)
+        except Interrupted:
+            self._last_step = before
+            raise
+        self._acted, self._owes, self._weights = True, False, weights_of(pl_module)
+
+    def _act_or_owe(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Act at a step from which the run can go on; interrupted, leave the action to the run that is resumed."""
+        act = lambda: self._act_once(trainer, pl_module)  # noqa: E731
+        done = or_stop_here(trainer, lambda: self.observe(act))
+        self._owes = not done and self.failure is None and trainer.global_step != self._last_step
+
+
+def weights_of(pl_module: pl.LightningModule) -> list[Tensor]:
+    """What changes when a parameter of a module does; it stays where that is, so that nothing waits for it."""
+    known = [parameter for parameter in pl_module.parameters() if not is_lazy(parameter)]
+    return digests(known)
+
+
+class LastWord(pl.Callback):
+    """Lets the scheduled callbacks of a Trainer look again at what the others did at the end of training."""
+
+    def epochs_until_due(self, done: int) -> float:  # noqa: ARG002 (as of the other callbacks)
+        """Epochs after ``done`` of them until one at whose end the callback must act: none."""
+        return math.inf
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        run: Any = trainer
+        for callback in run.callbacks:
+            if isinstance(callback, ScheduledCallback):
+                callback.finish_again(trainer, pl_module)
+
+
+def _add_last_word(trainer: pl.Trainer) -> None:
+    """Add one behind all callbacks but those that save checkpoints.
+
+    The list is replaced, not changed: Lightning goes through the old one while this is called.
+    """
+    run: Any = trainer
+    others = [callback for callback in run.callbacks if not isinstance(callback, LastWord)]
+    saves = [any(kind.__name__ == "Checkpoint" for kind in type(callback).__mro__) for callback in others]
+    end = saves.index(True) if True in saves else len(others)
+    run.callbacks = [*others[:end], LastWord(), *others[end:]]
+
+
+def _together(work: Callable[[], object]) -> None:
+    """Do something on every process; an error that one of them meets is raised on all."""
+    try:
+        work()
+    except Exception as error:  # noqa: BLE001 (of whatever kind)
+        share_error(error)
+    else:
+        share_error(None)
+
+
+def join_lightning() -> None:
+    """Let the callbacks be ``lightning.pytorch``'s too, if it is imported: its LightningCLI accepts its own alone.
+
+    It is not imported here, since whoever trains with ``pytorch_lightning`` may have another release of it, or a broken
+    one, and would wait half a second.
+    """
+    other = getattr(sys.modules.get("lightning.pytorch"), "Callback", None)
+    if other is not None and not issubclass(ScheduledCallback, other):
+        ScheduledCallback.__bases__ = (*ScheduledCallback.__bases__, other)
+
+
+def or_stop_here(trainer: pl.Trainer, action: Callable[[], None]) -> bool:
+    """Do something at a step from which the run can go on; interrupted, let training stop at that step.
+
+    Returns:
+        Whether it was done; if not, a run that is resumed has to begin with it.
+
+    Raises:
+        Interrupted: nothing saves a checkpoint at this step.
+    """
+    if stopping():
+        return False
+    try:
+        action()
+    except Interrupted as stop:
+        run: Any = trainer
+        if run.fast_dev_run or not any(isinstance(callback, LastCheckpoint) for callback in run.callbacks):
+            raise
+        stop_at_this_step(stop.number)
+        return False
+    return True
+
+
+join_lightning()

@@ -1,0 +1,1 @@
+"""What the program itself adds to a Trainer."""

@@ -1,0 +1,1 @@
+"""The configuration: types of its values, objects built from it, and what is wrong with it."""

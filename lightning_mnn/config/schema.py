@@ -1,0 +1,300 @@
+"""The types of the config's values, by which Hydra refuses a wrong one when it composes a command.
+
+Each class lists the keys of a node of ``conf/`` with their types; the files there hold the values. A node may have more
+keys than its class: those are left to what the node is handed to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, AnyNode, BooleanNode, DictConfig, FloatNode, IntegerNode, ListConfig, StringNode
+
+_NODES: dict[Any, Any] = {bool: BooleanNode, int: IntegerNode, float: FloatNode, str: StringNode}
+_WORDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+_PLURALS: dict[Any, str] = {int: "whole numbers", float: "numbers", str: "texts"}
+
+
+@dataclass
+class Config:
+    """The top level."""
+
+    task: str
+    name: Any  # a number is a name, too
+    run_dir: str
+    seed: int
+    dtype: str
+    replicas: int
+    threads: int | None
+    ckpt_path: str | None
+    resume: Any  # "yes" would be true
+    folder: str | None
+    sweep: str | None
+    dry_run: bool
+    dashboard: Any
+
+
+@dataclass
+class Model:
+    """``model``: arguments of :class:`~lightning_mnn.MNN`."""
+
+    _target_: str
+    input_dim: int | None
+    hidden_dims: list[int]
+    negative_slope: float
+    replicas: int
+    optimizer: Any
+    schedule: Any
+    threshold: float | None
+    regression: bool
+    dtype: str
+    seed: int
+    default_callbacks: bool
+
+
+@dataclass
+class Gaussian:
+    """``data=gaussian``: arguments of :class:`~lightning_mnn.data.GaussianData`."""
+
+    _target_: str
+    num_samples: int
+    input_dim: int
+    labels: str
+    teacher_width: int
+    batch_size: int | None
+    shuffle: bool
+    replicas: int
+    seed: int
+    dtype: str
+
+
+@dataclass
+class Archive:
+    """``data=mnist`` and ``data=cifar10``: arguments of the classes in :mod:`lightning_mnn.data.images.vision`."""
+
+    _target_: str
+    root: str
+    part: str
+    groups: Any
+    labels: str
+    whiten: float | None
+    equal_norms: bool
+    residency: str
+    storage: str | None
+    materialise: bool
+    cache: str | None
+    buffer_bytes: int
+    download: bool
+    batch_size: int | None
+    shuffle: bool
+    replicas: int
+    seed: int
+    dtype: str
+
+
+@dataclass
+class ImageFolder:
+    """``data=image_folder``: arguments of :class:`~lightning_mnn.data.ImageFolderData`."""
+
+    _target_: str
+    root: str
+    size: int
+    colour: str
+    classes: Any
+    groups: Any
+    labels: str
+    whiten: float | None
+    equal_norms: bool
+    store: str | None
+    skip_corrupt: bool
+    workers: int | None
+    residency: str
+    storage: str | None
+    materialise: bool
+    cache: str | None
+    buffer_bytes: int
+    batch_size: int | None
+    shuffle: bool
+    replicas: int
+    seed: int
+    dtype: str
+
+
+@dataclass
+class Adam:
+    """``optimizer=adam``."""
+
+    name: str
+    lr: float
+    betas: list[float]
+    eps: float
+    fused: bool | None
+
+
+@dataclass
+class SGD:
+    """``optimizer=sgd``."""
+
+    name: str
+    lr: float
+    momentum: float
+    nesterov: bool
+
+
+@dataclass
+class LBFGS:
+    """``optimizer=lbfgs``."""
+
+    name: str
+    lr: float
+    max_iter: int
+    history_size: int
+    line_search_fn: str | None
+
+
+@dataclass
+class ExponentialTail:
+    """``schedule=exponential_tail``."""
+
+    name: str
+    hold: float
+    final_factor: float
+
+
+@dataclass
+class OneCycle:
+    """``schedule=one_cycle``."""
+
+    name: str
+    warmup: float
+    start_factor: float
+    final_factor: float
+
+
+@dataclass
+class Trainer:
+    """``trainer``: arguments of Lightning's Trainer."""
+
+    _target_: str
+    default_root_dir: str
+    max_epochs: int | None
+    accelerator: Any  # a name, or an object by its _target_, as the strategy
+    strategy: Any
+    devices: Any  # a number, a list of them, or auto
+    num_nodes: int
+    log_every_n_steps: int
+    enable_model_summary: bool
+    use_distributed_sampler: bool
+
+
+@dataclass
+class Scan:
+    """``scan``: what the task of that name does."""
+
+    input_dims: list[int]
+    hidden_layers: list[int]
+    samples_per: str
+    ratios: list[float]
+    labels: str
+    negative_slope: float
+    max_epochs: int
+    replicas_per_part: int
+    processes: int | None
+    figure: str
+
+
+@dataclass
+class Census:
+    """``census``: what the task of that name does."""
+
+    labels: str
+    negative_slopes: list[float]
+    epsilons: list[float]
+    max_nodes: int
+    scans: Any
+    splitting: Any
+    parts: int
+    processes: int | None
+
+
+# By the name that a file of conf/ has in its defaults list, as /schema/NAME.
+SCHEMAS: dict[str, type] = {
+    "config": Config,
+    "model": Model,
+    "gaussian": Gaussian,
+    "archive": Archive,
+    "image_folder": ImageFolder,
+    "adam": Adam,
+    "sgd": SGD,
+    "lbfgs": LBFGS,
+    "exponential_tail": ExponentialTail,
+    "one_cycle": OneCycle,
+    "trainer": Trainer,
+    "scan": Scan,
+    "census": Census,
+}
+
+# Nodes of the config, and what they may be; the top level is that of Config.
+_PLACES: dict[str, tuple[type, ...]] = {
+    "": (Config,),
+    "model": (Model,),
+    "data": (Gaussian, Archive, ImageFolder),
+    "optimizer": (Adam, SGD, LBFGS),
+    "schedule": (ExponentialTail, OneCycle),
+    "trainer": (Trainer,),
+    "scan": (Scan,),
+    "census": (Census,),
+}
+
+
+def schema(keys: type) -> DictConfig:
+    """A node with typed values that are missing, which may be given other keys beside them.
+
+    A structured config as OmegaConf makes it of a dataclass would refuse those also from files.
+
+    >>> schema(OneCycle)
+    {'name': '???', 'warmup': '???', 'start_factor': '???', 'final_factor': '???'}
+    """
+    return DictConfig({name: _typed(annotation) for name, annotation in get_type_hints(keys).items()})
+
+
+def needed(key: str) -> str | None:
+    """What the value of a key must be, in words; None for a key without a type.
+
+    >>> needed("optimizer.betas"), needed("threads"), needed("trainer.devices")
+    ('a list of numbers', 'a whole number or null', None)
+    """
+    node, _, name = key.rpartition(".")
+    found = [get_type_hints(keys)[name] for keys in _PLACES.get(node, ()) if name in get_type_hints(keys)]
+    if not found:
+        return None
+    kind, optional = _parts(found[0])
+    if get_origin(kind) is not list and kind not in _WORDS:
+        return None
+    words = f"a list of {_PLURALS[get_args(kind)[0]]}" if get_origin(kind) is list else _WORDS[kind]
+    return f"{words} or null" if optional else words
+
+
+def _typed(annotation: Any) -> Any:
+    kind, optional = _parts(annotation)
+    if get_origin(kind) is list:
+        return ListConfig(MISSING, element_type=get_args(kind)[0], is_optional=optional)
+    return _NODES[kind](MISSING, is_optional=optional) if kind in _NODES else AnyNode(MISSING)
+
+
+def _parts(annotation: Any) -> tuple[Any, bool]:
+    """A type without None, and whether it is optional."""
+    kinds = get_args(annotation)
+    if NoneType not in kinds:
+        return annotation, False
+    (kind,) = (one for one in kinds if one is not NoneType)
+    return kind, True
+
+
+def register() -> None:
+    """Make the types known to Hydra; the package of the configs does, so that whoever reads them has their types."""
+    for name, keys in SCHEMAS.items():
+        ConfigStore.instance().store(group="schema", name=name, node=schema(keys), provider="lightning_mnn")

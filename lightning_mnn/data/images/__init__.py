@@ -1,0 +1,1 @@
+"""Images in two groups of classes."""

@@ -1,0 +1,282 @@
+"""Images with their classes in two groups: centred, optionally whitened, scaled; in memory or streamed from a file.
+
+Shapes: N images that are trained on, d0 numbers each.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from typing_extensions import override
+
+from lightning_mnn.data.images.maps import load_map, save_map
+from lightning_mnn.data.images.samples import BLOCK_NUMBERS, ImageSamples, check_groups, digest_of, spans
+from lightning_mnn.data.loaders.exact import ExactData, ExactLoader
+from lightning_mnn.data.loaders.resident import ResidentLoader
+from lightning_mnn.data.loaders.rows import written_rows
+from lightning_mnn.data.loaders.streaming import BUFFER_BYTES, StreamedLoader
+from lightning_mnn.data.loaders.whitening import ROWS, InputMap, check_floor, input_map, moments, team_moments
+from lightning_mnn.utilities.distributed import ProcessTeam, Team, part_of
+from lightning_mnn.utilities.resources import free_memory
+from lightning_mnn.utilities.validation import one_of, positive_integer, truth_value
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from lightning_mnn.data.images.store import LabelledImages
+
+
+LABELS = ("zero_one", "plus_minus")
+
+RESIDENCIES = ("auto", "memory", "stream")
+
+STORAGES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+_MEMORY_SHARE = 0.5  # of the free memory, that mapped inputs may take
+
+
+class ImageData(ExactData):
+    """Images, flattened, with their classes in two groups; a subclass says by :meth:`source` which images.
+
+    They are centred by the mean image and scaled to mean variance 1, optionally whitened in between
+    (:func:`~lightning_mnn.data.loaders.whitening.input_map`); all of it is computed from the samples that are trained
+    on.
+
+    In memory, the mapped inputs lie on the device as one tensor. Streamed, batches are read from a file in a random
+    order that disks like (:class:`~lightning_mnn.data.loaders.streaming.StreamedLoader`) and mapped as they come, or
+    read from a file of mapped inputs that is written once. A sample is the same numbers either way: they come from the
+    same map, with whitening to the last bit as far as :meth:`InputMap.apply` says, and are rounded to ``storage``.
+    Without ``shuffle`` the batches are the same, too. With it, streamed data come in an order of their own, that
+    depends on ``buffer_bytes`` and not on ``materialise``: so a run that is resumed must find the residency that it
+    began with, which its checkpoints keep together with what tells these data from others.
+
+    Args:
+        groups: the classes of label 0 and those of label 1, each by its name, or by its index if no name reads like
+            that number; other classes are left out. None: the first half of the sorted names, and the others.
+        labels: "zero_one" or "plus_minus".
+        whiten: floor of :func:`~lightning_mnn.data.loaders.whitening.whitening_matrix`; None: no whitening.
+        equal_norms: bring every image to the norm √d0 at last, so that faint images weigh as much as
+            others. The class that a network without biases gives an image, with labels ±1, does not depend on its norm.
+        residency: "memory", "stream", or "auto": in memory where the mapped inputs take at most half of what is free,
+            on the training device, when the run begins.
+        storage: "float32", "bfloat16" or "float16", to which mapped inputs are rounded; None: ``dtype``. The network
+            computes in its own precision.
+        materialise: of streamed data, write the mapped inputs to a file in ``cache``, which may be stopped at any time
+            and goes on when started again.
+        cache: folder for files that are made once: the map of streamed data, and the mapped inputs. None:
+            ``$LIGHTNING_MNN_CACHE``, or else ``~/.cache/lightning-mnn``.
+        buffer_bytes: of streamed data, samples that are shuffled together, counted in float32 whatever they are stored
+            in; two such buffers are in memory, over all processes, in bytes a quarter of that.
+        **options: see :class:`ExactData`.
+
+    Attributes:
+        inputs: (N, d0) in memory; None of streamed data, and before setup.
+        targets: (N,); None before setup.
+
+    Raises:
+        ValueError: an argument out of its range. In setup: classes that are not there, images that are all the same.
+            Of streamed data: the full batch, and a shuffled order for each of several replicas. In load_state_dict:
+            a checkpoint of other data, or of another residency.
+    """
+
+    def __init__(
+        self,
+        *,
+        groups: Sequence[Sequence[int | str]] | None = None,
+        labels: str = "zero_one",
+        whiten: float | None = None,
+        equal_norms: bool = False,
+        residency: str = "auto",
+        storage: str | None = None,
+        materialise: bool = False,
+        cache: str | Path | None = None,
+        buffer_bytes: int = BUFFER_BYTES,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        for name, value, known in (
+            ("labels", labels, LABELS),
+            ("residency", residency, RESIDENCIES),
+            ("storage", storage, (None, *STORAGES)),
+        ):
+            one_of(name, value, known)
+        if whiten is not None:
+            check_floor(whiten)
+        self.groups = None if groups is None else check_groups(groups)
+        self.labels = labels
+        self.whiten = whiten
+        self.equal_norms = truth_value("equal_norms", equal_norms)
+        self.residency = residency
+        self.storage = self.dtype if storage is None else STORAGES[storage]
+        self.materialise = truth_value("materialise", materialise)
+        self.cache = Path(cache or os.environ.get("LIGHTNING_MNN_CACHE") or "~/.cache/lightning-mnn").expanduser()
+        self.buffer_bytes = positive_integer("buffer_bytes", buffer_bytes)
+        self.inputs: Tensor | None = None
+        self.targets: Tensor | None = None
+        self._streamed: dict[str, Any] = {}  # what StreamedLoader takes
+        self._facts: dict[str, Any] = {}  # what must stay as it is from one start of a run to the next
+        self._facts_before: dict[str, Any] = {}
+
+    @abstractmethod
+    def source(self) -> LabelledImages:
+        """All images with their classes; the files of ``prepare_data`` are there by then."""
+
+    @override
+    def prepare_data(self) -> None:
+        """Write the mapped inputs, if so asked; a subclass whose source has files to make does that before."""
+        if self.materialise and self.residency != "memory":
+            samples = ImageSamples(self.source(), self.groups)
+            if self._streams(samples, Team()):
+                self._written(samples)
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        if self.targets is not None:
+            return
+        samples = ImageSamples(self.source(), self.groups)
+        team = ProcessTeam(samples.count) if dist.is_available() and dist.is_initialized() else Team()
+        if self._streams(samples, team):
+            if self.batch_size is None:
+                raise ValueError(
+                    f"the {samples.count} images are streamed, so that the full batch is never in memory: "
+                    "set a batch_size (or residency=memory)"
+                )
+            self._streamed = self._written(samples) if self.materialise else self._on_the_fly(samples, team)
+        else:
+            self.inputs = self._mapped(samples, self._found_map(samples, team))
+        ones = torch.from_numpy(samples.ones).to(self.dtype)
+        self.targets = ones if self.labels == "zero_one" else 2 * ones - 1
+        self._facts = self._found_facts(samples)
+        self._check_facts()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"data": self._facts}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({name: value for name, value in state_dict.items() if name != "data"})
+        self._facts_before = state_dict.get("data", {})
+        self._check_facts()  # Lightning calls setup before; else that will do it
+
+    @override
+    def loader(self, device: torch.device, **options: Any) -> ExactLoader:
+        assert self.targets is not None  # noqa: S101 (for the type checker)
+        if self.inputs is not None:
+            return ResidentLoader(self.inputs.to(device), self.targets.to(device), **options)
+        mapping = self._streamed.get("mapping")
+        return StreamedLoader(
+            targets=self.targets,
+            device=device,
+            buffer_bytes=self.buffer_bytes,
+            **self._streamed | {"mapping": mapping and mapping.to(device, self._precision)},
+            **options,
+        )
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the samples are mapped: the training device, if it knows float64."""
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        return torch.device("cpu") if device.type == "mps" else device
+
+    @property
+    def _precision(self) -> torch.dtype:
+        """In which the samples are mapped."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def _streams(self, samples: ImageSamples, team: Team) -> bool:
+        """Whether the samples are to be streamed: the same answer on all processes."""
+        if self.residency != "auto":
+            return self.residency == "stream"
+        processes = 1 if self.trainer is None or self._device.type == "cuda" else self.trainer.num_devices
+        free = torch.tensor(free_memory(self._device) / processes, dtype=torch.float64, device=self._device)
+        return samples.count * samples.shape[1] * self.storage.itemsize > _MEMORY_SHARE * float(team.least(free))
+
+    def _found_facts(self, samples: ImageSamples) -> dict[str, Any]:
+        order: dict[str, Any] = {}
+        if self.shuffle and self.inputs is not None:
+            order = {"residency": "memory"}
+        elif self.shuffle:
+            order = {"residency": "stream", "buffer_bytes": self.buffer_bytes}
+        options = {"labels": self.labels, "whiten": self.whiten, "equal_norms": self.equal_norms}
+        ones = int(samples.ones.sum())
+        counts = {"samples": samples.count, "samples of label 0 and 1": [samples.count - ones, ones]}
+        return order | options | counts | {"digest of the images": samples.digest()}
+
+    def _check_facts(self) -> None:
+        """Refuse to go on from a checkpoint with other data, or with the same in another order."""
+        before, now = self._facts_before, self._facts
+        for name in (name for name in now if name in before and now[name] != before[name]):
+            remedy = "resume it on the data that it was trained on, or begin anew without it"
+            if hasattr(self, name):  # an option
+                remedy = f"set data.{name}={'null' if before[name] is None else str(before[name]).lower()}"
+            raise ValueError(
+                f"the checkpoint is of a run on other data, or on these in another order: {name} was {before[name]}, "
+                f"and is {now[name]}: {remedy}"
+            )
+
+    def _mapped(self, samples: ImageSamples, mapping: InputMap) -> Tensor:
+        mapping = mapping.to(self._device, self._precision)
+        inputs = torch.empty(samples.shape, dtype=self.storage, device=self._device)
+        for low, high in spans(0, samples.count, ROWS):
+            mapping.apply(samples.read(low, high).to(self._device), inputs[low:high])
+        return inputs
+
+    def _on_the_fly(self, samples: ImageSamples, team: Team) -> dict[str, Any]:
+        mapping = self._kept_map(samples, team)
+        return {"rows": samples.rows, "chosen": samples.chosen, "mapping": mapping, "dtype": self.storage}
+
+    def _written(self, samples: ImageSamples) -> dict[str, Any]:
+        """The file of mapped inputs; by one process at a time, so that the others find it there."""
+        content = [self._name_of_map(samples), str(self.equal_norms), str(self.storage), str(self._precision)]
+        path = self.cache / f"inputs-{digest_of(content)}.rows"
+        mapping: InputMap | None = None
+
+        def block_of(low: int, high: int) -> Tensor:
+            nonlocal mapping
+            if mapping is None:
+                mapping = self._kept_map(samples, Team()).to(self._device, self._precision)
+            out = torch.empty(high - low, samples.shape[1], dtype=self.storage, device=self._device)
+            return mapping.apply(samples.read(low, high).to(self._device), out).cpu()
+
+        return {"rows": written_rows(path, samples.shape, self.storage, block_of)}
+
+    def _kept_map(self, samples: ImageSamples, team: Team) -> InputMap:
+        """The map of streamed samples, from a file if an earlier run has found it."""
+        path = self.cache / f"{self._name_of_map(samples)}.npz"
+        kept = load_map(path) if path.exists() else None
+        known = torch.tensor(float(kept is not None), device=self._device)
+        if team.least(known) == 1 and kept is not None:
+            return replace(kept, equal_norms=self.equal_norms)
+        mapping = self._found_map(samples, team)
+        if self.trainer is None or self.trainer.local_rank == 0:
+            try:
+                save_map(path, mapping)
+            except OSError as error:
+                rank_zero_warn(
+                    f"the map of the inputs is not kept, and is found anew at the next start: {error}: "
+                    "set cache (data.cache) to a folder that can be written"
+                )
+        return mapping
+
+    def _name_of_map(self, samples: ImageSamples) -> str:
+        return f"map-{digest_of([samples.identity(), repr(self.whiten)])}"
+
+    def _found_map(self, samples: ImageSamples, team: Team) -> InputMap:
+        """The map, by a pass over the samples that the processes share."""
+        rank = dist.get_rank() if team.size > 1 else 0
+        what = "mean and variance" if self.whiten is None else f"whitening with floor {self.whiten}"
+        rank_zero_info(f"{what} of {samples.count} images of {samples.shape[1]} numbers")
+        size = max(1, BLOCK_NUMBERS // samples.shape[1])
+        blocks = (samples.read(*span) for span in spans(*part_of(samples.count, rank, team.size), size))
+        own = moments(blocks, samples.shape[1], products=self.whiten is not None, device=self._device)
+        return replace(input_map(team_moments(own, team), self.whiten), equal_norms=self.equal_norms)

@@ -1,0 +1,93 @@
+"""Any tree of labelled images, one folder a class, as a training set in two groups of classes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
+
+from lightning_mnn.data.images.image_data import ImageData
+from lightning_mnn.data.images.samples import is_list
+from lightning_mnn.data.images.store import MODES, build_store
+from lightning_mnn.utilities.validation import ArgumentError, one_of, positive_integer, truth_value
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lightning_mnn.data.images.store import LabelledImages
+
+
+class ImageFolderData(ImageData):
+    """Images ``root/<class>/**/<image>`` in one size, with the classes in two groups.
+
+    They are decoded once into a store that later runs map into memory (see
+    :func:`~lightning_mnn.data.images.store.build_store`): in ``prepare_data``, which goes on where it was after a kill.
+
+    Args:
+        root: folder with one folder a class.
+        size: pixels of a side: the square in the middle of an image is averaged down to size × size.
+        colour: "rgb" (d0 = 3 · size²) or "grey" (d0 = size²).
+        classes: names of the classes to put into the store, a number for the name that reads so; None: all.
+        store: folder of the store; None: one in ``cache`` whose name depends on root, size, colour and classes.
+        workers: threads that decode images; None: one a processor, 16 at most.
+        skip_corrupt: leave out images that cannot be read and name them in the store's ``skipped.txt``; a store that
+            lacks images is not taken without it.
+        **options: see :class:`~lightning_mnn.data.images.image_data.ImageData`.
+
+    Raises:
+        ValueError: a bad size or colour, or classes that are no list.
+        FileNotFoundError: (in prepare_data) no folder ``root``.
+        OSError: (in prepare_data) images that cannot be read; the message names the first ones.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        size: int = 32,
+        colour: str = "rgb",
+        *,
+        classes: Sequence[str] | None = None,
+        store: str | Path | None = None,
+        workers: int | None = None,
+        skip_corrupt: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if classes is not None and not is_list(classes):
+            raise ArgumentError("classes", classes, "must be a list of names, or null", "as [cat, dog]")
+        self.root = Path(root).expanduser().resolve()
+        self.size = positive_integer("size", size)
+        self.colour = one_of("colour", colour, sorted(MODES))
+        self.classes = None if classes is None else sorted(map(str, classes))
+        self.workers = None if workers is None else positive_integer("workers", workers)
+        self.skip_corrupt = truth_value("skip_corrupt", skip_corrupt)
+        self.store = self._own_folder() if store is None else Path(store).expanduser().resolve()
+
+    @property
+    @override
+    def input_dim(self) -> int:
+        return self.size**2 * len(MODES[self.colour])
+
+    @override
+    def prepare_data(self) -> None:
+        self.source()
+        super().prepare_data()
+
+    @override
+    def source(self) -> LabelledImages:
+        return build_store(
+            self.root,
+            self.store,
+            size=self.size,
+            colour=self.colour,
+            classes=self.classes,
+            workers=self.workers,
+            skip_corrupt=self.skip_corrupt,
+        )
+
+    def _own_folder(self) -> Path:
+        made_of = repr((str(self.root), self.size, self.colour, self.classes))
+        return self.cache / f"{self.root.name}-{hashlib.sha256(os.fsencode(made_of)).hexdigest()[:12]}"

@@ -1,0 +1,46 @@
+"""Maps of inputs, kept in files."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+import zlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from pytorch_lightning.utilities import rank_zero_warn
+
+from lightning_mnn.data.loaders.whitening import InputMap
+from lightning_mnn.utilities.files import naming
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def save_map(path: Path, mapping: InputMap) -> None:
+    """Write a map to a file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    numbers: dict[str, Any] = {"mean": mapping.mean.cpu().numpy(), "scale": np.float64(mapping.scale)}
+    if mapping.matrix is not None:
+        numbers["matrix"] = mapping.matrix.cpu().numpy()
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with naming(path), unfinished.open("wb") as file:
+            np.savez(file, allow_pickle=False, **numbers)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def load_map(path: Path) -> InputMap | None:
+    """The map that a file holds; None if it is damaged."""
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            matrix = torch.from_numpy(file["matrix"]) if "matrix" in file else None
+            return InputMap(torch.from_numpy(file["mean"]), matrix, float(file["scale"]))
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        rank_zero_warn(f"{path} is damaged, so the map of the inputs is found anew: {error}")
+        return None

@@ -1,0 +1,193 @@
+"""MNIST, the first row of the paper's Table 1, and CIFAR-10, with their classes in two groups."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torchvision.datasets import CIFAR10, MNIST
+from typing_extensions import override
+
+from lightning_mnn.data.images.image_data import ImageData
+from lightning_mnn.data.images.samples import group_classes
+from lightning_mnn.data.images.store import LabelledImages
+from lightning_mnn.utilities.compat.torchvision_internals import cifar10_archive, cifar10_folder, mnist_archives
+from lightning_mnn.utilities.validation import one_of, truth_value
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+PARTS = {"train": (True,), "test": (False,), "all": (True, False)}
+_DIGITS = tuple("0123456789")
+
+
+class MNISTData(ImageData):
+    """MNIST digits, flattened to 784 numbers, with the classes in two groups.
+
+    Args:
+        root: folder that holds ``MNIST/raw`` with the four archives (``train-images-idx3-ubyte.gz``, …), or their
+            unpacked files. It is only read, unless ``download`` is set.
+        part: "train" (60,000), "test" (10,000) or "all" (70,000, as in the paper).
+        groups: the digits of label 0 and those of label 1; other digits are left out. None: those below 5, and the
+            others.
+        download: fetch missing archives through torchvision.
+        **options: ``labels``, ``whiten`` and the others of :class:`~lightning_mnn.data.images.image_data.ImageData`.
+
+    Raises:
+        ValueError: an unknown part or labels, groups that overlap or are empty.
+        FileNotFoundError: (in setup) files that are missing, with what to put where.
+        OSError: (in setup) an archive whose checksum is wrong.
+    """
+
+    input_dim = 784
+
+    def __init__(
+        self,
+        root: str | Path = "data",
+        part: str = "all",
+        groups: Sequence[Sequence[int | str]] | None = None,
+        *,
+        download: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(groups=groups, **options)
+        group_classes(self.groups, _DIGITS)
+        self.root = Path(root)
+        self.part = _checked_part(part)
+        self.download = truth_value("download", download)
+
+    @override
+    def prepare_data(self) -> None:
+        if self.download and not self._archives() and not self._unpacked():
+            MNIST(str(self.root), download=True)
+        super().prepare_data()
+
+    @override
+    def source(self) -> LabelledImages:
+        if archives := self._archives():
+            for archive, md5 in archives.items():
+                _check_md5(archive, md5)
+            with tempfile.TemporaryDirectory() as folder:  # torchvision unpacks beside the archives; leave those alone
+                raw = Path(folder) / "MNIST" / "raw"
+                raw.mkdir(parents=True)
+                for archive in archives:
+                    _place(archive, raw)
+                return self._through_torchvision(folder, download=True)
+        if self._unpacked():
+            return self._through_torchvision(str(self.root), download=False)
+        names = ", ".join(mnist_archives())
+        raise FileNotFoundError(
+            f"no MNIST in {self._raw().resolve()}: put the archives {names} there, "
+            "or set data.root to the folder that holds MNIST/raw, or data.download=true"
+        )
+
+    def _through_torchvision(self, root: str, *, download: bool) -> LabelledImages:
+        sets = [MNIST(root, train=train, download=download) for train in PARTS[self.part]]
+        images = np.concatenate([s.data.flatten(1).numpy() for s in sets])
+        return LabelledImages(images, np.concatenate([s.targets.numpy() for s in sets]), _DIGITS)
+
+    def _raw(self) -> Path:
+        return self.root / "MNIST" / "raw"
+
+    def _archives(self) -> dict[Path, str]:
+        found = {self._raw() / name: md5 for name, md5 in mnist_archives().items()}
+        return found if all(path.is_file() for path in found) else {}
+
+    def _unpacked(self) -> bool:
+        return all((self._raw() / name.removesuffix(".gz")).is_file() for name in mnist_archives())
+
+
+class CIFAR10Data(ImageData):
+    """CIFAR-10 images, flattened to 3072 numbers (rows, columns, colours), with the classes in two groups.
+
+    The batches are pickles. torchvision compares each one's md5 with that of the original before it is unpickled.
+
+    Args:
+        root: folder that holds ``cifar-10-batches-py``, the unpacked batches, or ``cifar-10-python.tar.gz``, from which
+            they are then read. It is only read, unless ``download`` is set.
+        part: "train" (50,000), "test" (10,000) or "all" (60,000).
+        groups: the classes of label 0 and those of label 1, by name (airplane, …) or index; other classes are left out.
+            None: the first five (to deer), and the others.
+        download: fetch a missing archive through torchvision.
+        **options: ``labels``, ``whiten`` and the others of :class:`~lightning_mnn.data.images.image_data.ImageData`.
+
+    Raises:
+        ValueError: an unknown part or labels, groups that overlap or are empty.
+        FileNotFoundError: (in setup) files that are missing, with what to put where.
+        OSError: (in setup) an archive or batch whose checksum is wrong.
+    """
+
+    input_dim = 3072
+
+    def __init__(
+        self,
+        root: str | Path = "data",
+        part: str = "all",
+        groups: Sequence[Sequence[int | str]] | None = None,
+        *,
+        download: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(groups=groups, **options)
+        self.root = Path(root)
+        self.part = _checked_part(part)
+        self.download = truth_value("download", download)
+
+    @override
+    def prepare_data(self) -> None:
+        names = cifar10_archive()[0], cifar10_folder()[0]
+        if self.download and not any((self.root / name).exists() for name in names):
+            CIFAR10(str(self.root), download=True)
+        super().prepare_data()
+
+    @override
+    def source(self) -> LabelledImages:
+        unpacked, batches = cifar10_folder()
+        if (self.root / unpacked).is_dir():
+            for name, md5 in batches.items():
+                _check_md5(self.root / unpacked / name, md5)
+            return self._through_torchvision(str(self.root), download=False)
+        archive, md5 = cifar10_archive()
+        if (self.root / archive).is_file():
+            _check_md5(self.root / archive, md5)
+            with tempfile.TemporaryDirectory() as folder:
+                _place(self.root / archive, Path(folder))
+                return self._through_torchvision(folder, download=True)
+        raise FileNotFoundError(
+            f"no CIFAR-10 in {self.root.resolve()}: put {archive} there, or its folder {unpacked}, "
+            "or set data.root to the folder that holds them, or data.download=true"
+        )
+
+    def _through_torchvision(self, root: str, *, download: bool) -> LabelledImages:
+        sets = [CIFAR10(root, train=train, download=download) for train in PARTS[self.part]]
+        images = np.concatenate([s.data.reshape(len(s.data), -1) for s in sets])
+        return LabelledImages(images, np.concatenate([s.targets for s in sets]), tuple(sets[0].classes))
+
+
+def _checked_part(part: str) -> str:
+    checked: str = one_of("part", part, sorted(PARTS))
+    return checked
+
+
+def _place(archive: Path, folder: Path) -> None:
+    """Let an archive be in a folder too, without a copy where the system allows for that."""
+    try:
+        (folder / archive.name).symlink_to(archive.resolve())
+    except OSError:  # Windows asks for a privilege
+        shutil.copyfile(archive, folder / archive.name)
+
+
+def _check_md5(file: Path, md5: str) -> None:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: put the original file there, or set data.root or data.download")
+    with file.open("rb") as content:
+        found = hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if found != md5:
+        raise OSError(
+            f"{file} is corrupt or truncated: its md5 is not {md5}. "
+            "Replace it by the original (or delete it and set data.download=true)"
+        )

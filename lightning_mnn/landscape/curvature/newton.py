@@ -1,0 +1,278 @@
+"""What Newton's method would still gain at a point, and whether the quadratic model that it rests on holds there.
+
+Shapes: n numbers in θ.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import torch
+
+from lightning_mnn.landscape.perturbation import Jitter
+from lightning_mnn.utilities.interruption import safe_point
+from lightning_mnn.utilities.transfer import fetched
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from lightning_mnn.landscape.curvature.loss_surface import LossSurface
+
+_RESIDUAL = 1e-4  # of the gradient, that a step leaves as its model says
+_MISFIT = 0.1  # of the gradient, that the one at the end may be off: along a tail or a power it is off by 1/4 or more
+_FALL = 0.3  # of the predicted fall of the loss, by which the real one may differ
+_STEPS = 10
+_OF_WEIGHTS = 0.125  # of the gradient that all weights at a spacing of floats would have in the steepest direction
+_JITTER = 64.0  # spacings of floats, relative to the weights, between which rounding of the gradient is measured
+_ROUNDINGS = 8.0  # times its rounding, up to which a gradient is zero
+_LOSS_ROUNDINGS = 8.0  # error of a loss, in spacings of its floats
+_ZERO = 256.0  # error of predictions, in spacings of floats, whose square is a loss of zero
+
+
+class NewtonDoubt(StrEnum):
+    """Why Newton's method does not end next to a point."""
+
+    MODEL = "model"  # gradient or loss at the end of a step are not what the quadratic model says
+    FLAT = "flat"  # the gradient has a part along directions without positive curvature
+    PRODUCTS = "products"  # too few were allowed
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What numbers at a point compare with.
+
+    Attributes:
+        length: of a step: ‖θ‖, or how far a gradient of the size of the reference would lead.
+        curvature: the largest eigenvalue of the Hessian.
+        eps: spacing of floats at 1.
+    """
+
+    length: float
+    curvature: float
+    eps: float
+
+    def loss_error(self, loss: float) -> float:
+        """Rounding error of a loss: of its sum, and of predictions whose errors it squares."""
+        zero = self.eps**2 * self.curvature * self.length**2
+        return _LOSS_ROUNDINGS * (self.eps * abs(loss) + math.sqrt(abs(loss) * zero) + zero)
+
+    @property
+    def zero(self) -> float:
+        """A loss up to which it is zero: the square of what rounding makes of predictions."""
+        return (_ZERO * self.eps) ** 2 * self.curvature * self.length**2
+
+
+@dataclass(frozen=True)
+class NewtonCheck:
+    """Where Newton's method leads from a point θ.
+
+    Attributes:
+        gain: ½ gᵀH⁻¹g at θ: what the loss would fall by if it were its quadratic model.
+        step: to where it led, (n,).
+        length: ‖step‖.
+        loss: at the end.
+        gradient_norm: at the end.
+        gradient_error: rounding error of the gradient, measured.
+        misfit: largest ‖g(θ + d) − g(θ) − H d‖/‖g(θ)‖ of a step d.
+        doubt: why the end is no stationary point next to θ; None: it is one, up to rounding.
+        products: Hessian–vector products taken.
+        gradients: gradients taken.
+    """
+
+    gain: float
+    step: Tensor
+    length: float
+    loss: float
+    gradient_norm: float
+    gradient_error: float
+    misfit: float
+    doubt: NewtonDoubt | None
+    products: int
+    gradients: int
+
+
+def newton_check(
+    surface: LossSurface,
+    scales: Scales,
+    curvature_error: float,
+    *,
+    largest_misfit: float = _MISFIT,
+    max_products: int = 128,
+) -> NewtonCheck:
+    """Follow Newton's method from θ until the gradient is zero up to rounding, and check its model at each step.
+
+    Of a regular minimum the steps shrink quadratically. Along a tail of the loss, as exp(−y) has one, a step cuts the
+    gradient to 1/e and no further, and so does each that follows; along a power yᵏ, k ≥ 3, to a quarter or more. A part
+    of the gradient that is hidden by others at the first step shows at the next. Each step solves H d = −g by conjugate
+    gradients, which a GPU is waited for once a product.
+
+    Args:
+        surface: the loss at θ, which is put back.
+        scales: of the point.
+        curvature_error: rounding error of a product with a vector of length 1: less curvature counts as none.
+        largest_misfit: of the gradient, by which the one at the end of a step may differ from what its model says.
+        max_products: of all steps.
+
+    >>> from lightning_mnn.landscape import LossSurface
+    >>> theta = torch.tensor([1e-9, 9.0], dtype=torch.float64, requires_grad=True)
+    >>> tail = LossSurface([theta], lambda: [(1.0, lambda: 1 + theta[0] ** 2 + torch.exp(-theta[1]))])
+    >>> found = newton_check(tail, Scales(9.0, 2.0, 2.0**-52), 1e-15)
+    >>> str(found.doubt), 0.3 < found.misfit < 0.4
+    ('model', True)
+    """
+    run = _Run(surface, scales, curvature_error, largest_misfit, max_products)
+    doubt = run.follow()
+    return NewtonCheck(
+        run.gain,
+        run.total,
+        float(run.total.double().norm()),
+        run.loss,
+        run.norm,
+        run.error,
+        run.misfit,
+        doubt,
+        run.products,
+        run.gradients,
+    )
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A step d that lowers the quadratic model gᵀd + ½ dᵀH d.
+
+    Attributes:
+        step: d, (n,).
+        residual: g + H d, (n,).
+        products: with H.
+        flat: whether it ended at a direction without positive curvature.
+    """
+
+    step: Tensor
+    residual: Tensor
+    products: int
+    flat: bool
+
+
+def conjugate_gradients(
+    product: Callable[[Tensor], Tensor],
+    gradient: Tensor,
+    *,
+    least_curvature: float = 0.0,
+    residual: float = _RESIDUAL,
+    max_products: int = 128,
+    goes_on: Callable[[bool], bool] = bool,
+) -> Solution:
+    """Solve H d = −g by conjugate gradients, up to a residual or the first direction without positive curvature.
+
+    Args:
+        product: v ↦ H v.
+        gradient: g, (n,).
+        least_curvature: pᵀH p/‖p‖² up to which a direction counts as flat.
+        residual: ‖g + H d‖/‖g‖ at which it ends.
+        max_products: after which it ends.
+        goes_on: makes one answer of those of several processes.
+
+    >>> found = conjugate_gradients(lambda v: torch.tensor([2.0, 1.0]) * v, torch.tensor([4.0, 3.0]))
+    >>> found.step.round(decimals=4), found.products
+    (tensor([-2., -3.]), 2)
+    """
+    step, left = torch.zeros_like(gradient), gradient.clone()
+    direction, square = -left, float(left.double().square().sum())
+    goal, products = residual**2 * square, 0
+    while goes_on(square > goal and products < max_products):
+        safe_point()
+        image = product(direction)
+        products += 1
+        curvature, length = fetched((direction.double() * image.double()).sum(), direction.double().square().sum())
+        if not curvature > least_curvature * length:
+            return Solution(step, left, products, flat=True)
+        rate = square / curvature
+        step, left = step + rate * direction, left + rate * image
+        before, square = square, float(left.double().square().sum())
+        direction = -left + square / before * direction
+    return Solution(step, left, products, flat=False)
+
+
+@dataclass
+class _Run:
+    """Newton's method under way."""
+
+    surface: LossSurface
+    scales: Scales
+    curvature_error: float
+    largest_misfit: float
+    max_products: int
+    products: int = 0
+    gradients: int = 0
+    gain: float = 0.0
+    misfit: float = 0.0
+    loss: float = field(init=False)
+    norm: float = field(init=False)
+    error: float = field(init=False)
+    total: Tensor = field(init=False)
+
+    def follow(self) -> NewtonDoubt | None:
+        self.loss, gradient = self._at(None)
+        self.norm = float(gradient.double().norm())
+        self.error = max(self._rounding(gradient), self.scales.eps * self.norm, self._least_rounding())
+        self.total = torch.zeros_like(gradient)
+        for turn in range(_STEPS):
+            if self.norm <= _ROUNDINGS * self.error:
+                return None
+            with self.surface.moved(self.total):
+                solved = conjugate_gradients(
+                    self.surface.product,
+                    gradient,
+                    least_curvature=self.curvature_error,
+                    max_products=self.max_products - self.products,
+                    goes_on=lambda more: self.surface.team.any([more], self.surface.device)[0],
+                )
+            self.products += solved.products
+            left = float(solved.residual.double().norm())
+            if left > max(_MISFIT * self.norm, _ROUNDINGS * self.error):
+                return NewtonDoubt.FLAT if solved.flat else NewtonDoubt.PRODUCTS
+            predicted = -0.5 * float(((gradient + solved.residual).double() * solved.step.double()).sum())
+            if turn == 0:
+                self.gain = predicted
+            agrees, gradient = self._take(solved, predicted)
+            if not agrees:
+                return NewtonDoubt.MODEL
+        return None if self.norm <= _ROUNDINGS * self.error else NewtonDoubt.MODEL
+
+    def _take(self, solved: Solution, predicted: float) -> tuple[bool, Tensor]:
+        """Go a step; whether loss and gradient at its end are what the model says, and the gradient."""
+        before = self.loss
+        self.total = self.total + solved.step
+        self.loss, after = self._at(self.total)
+        off = float((after - solved.residual).double().norm())
+        if off > _ROUNDINGS * self.error:
+            self.misfit = max(self.misfit, off / self.norm)
+        within = _FALL / _MISFIT * self.largest_misfit * predicted + 2 * self.scales.loss_error(before)
+        agrees = off <= max(self.largest_misfit * self.norm, _ROUNDINGS * self.error)
+        self.norm = float(after.double().norm())
+        return agrees and abs(before - self.loss - predicted) <= within, after
+
+    def _at(self, step: Tensor | None) -> tuple[float, Tensor]:
+        self.gradients += 1
+        if step is None:
+            return self.surface.value_and_gradient()
+        with self.surface.moved(step):
+            return self.surface.value_and_gradient()
+
+    def _least_rounding(self) -> float:
+        """What rounding of the weights makes of a gradient, or nearly as much."""
+        weights = math.sqrt(sum(float(p.detach().double().square().sum()) for p in self.surface.parameters))
+        return _OF_WEIGHTS * self.scales.eps * self.scales.curvature * weights
+
+    def _rounding(self, gradient: Tensor) -> float:
+        """‖g(θ + s) + g(θ − s) − 2 g(θ)‖/√6 for s of some spacings of floats: what rounding makes of a gradient."""
+        jitter, ends = Jitter(self.surface.parameters), []
+        for sign in (1.0, -1.0):
+            with jitter.moved(sign * _JITTER * self.scales.eps):
+                ends.append(self._at(None)[1])
+        return float((ends[0] + ends[1] - 2 * gradient).double().norm()) / math.sqrt(6)

@@ -1,0 +1,1 @@
+"""Kinks of any torch module: where they are, and how far."""

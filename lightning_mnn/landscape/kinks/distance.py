@@ -1,0 +1,275 @@
+"""KinkDistance: how far a point of weight space is from the nearest kink of the network, over all samples."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_mnn.landscape.perturbation import COARSE_SPACING, Jitter
+from lightning_mnn.utilities.compat.precision import full_precision
+from lightning_mnn.utilities.distributed import Team
+from lightning_mnn.utilities.interruption import safe_point
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from torch import Tensor
+
+    from lightning_mnn.landscape.kinks.tracing import Kink
+
+
+_ROUNDINGS = 16.0  # spacings of floats at a layer's root mean square, within which a unit may be on its kink
+
+_WIDE = 64.0  # times that, a band in which units are counted to know how dense they lie
+
+_NAME = 256  # bytes of a layer's name that processes tell each other
+
+
+@dataclass(frozen=True)
+class KinkDistance:
+    """How far the units of a network are from their kinks, over all samples.
+
+    Units that are tied identically (on their kink at all weights nearby, as windows of zeros in a max-pooling are)
+    bend nothing, and are left out.
+
+    Attributes:
+        nearest: smallest distance of a unit, in units of its function's input; infinite without units.
+        relative: smallest distance relative to the root mean square of the layer's input.
+        layer: where ``relative`` is attained; empty without units.
+        count: units on their kink within rounding.
+        ties: units that are tied identically.
+        units: number of units looked at, tied ones included.
+        by_chance: how many units would be on their kink within rounding by chance, as dense as others lie near theirs.
+        spacing: ε of the coarsest floats in which one is; 0 where none is.
+    """
+
+    nearest: float = math.inf
+    relative: float = math.inf
+    layer: str = ""
+    count: int = 0
+    ties: int = 0
+    units: int = 0
+    by_chance: float = 0.0
+    spacing: float = 0.0
+
+
+def kink_distance(
+    passes: Iterable[Callable[[Callable[[Kink], None]], None]],
+    parameters: Sequence[Tensor],
+    team: Team | None = None,
+    *,
+    seed: int = 0,
+) -> KinkDistance:
+    """The distance of the parameters θ from the nearest kink.
+
+    A unit is on its kink within rounding if its distance is at most 16 ε times the root mean square of its layer's
+    input over the batches so far, where ε is the spacing of that dtype at 1: the error of a dot product of some hundred
+    terms, and a cautious bound for channels much smaller than the rest of their layer. Whether such a unit is tied
+    identically is seen from the same batch at θ ± s, where s is random and √ε relative to the weights of each tensor
+    (where all are zero, of the network): a kink opens on both sides, a tie stays closed on one at least. So does a
+    maximum of two zeros that ReLUs put out, one of which is about to leave. In float32 about one kink in a hundred
+    opens too little to be told from a tie. In half precision, where no step is both small and above rounding, all
+    such units count as on their kink.
+
+    The batches with such units are passed through three times, others once. Products of float32 keep all of its digits.
+    Memory is that of a number for each unit, of one batch at a time. The host waits for a GPU once a batch, and at the
+    end.
+
+    Args:
+        passes: of each batch of this process's samples a function that runs one forward pass, the same each time it is
+            called, and calls its argument with each kink call: ``with KinkTrace(module, on_kink): module(inputs)``.
+        parameters: θ; those that require a gradient are moved, and put back bit for bit.
+        team: the processes.
+        seed: of the direction of s.
+
+    >>> from torch import nn
+    >>> from lightning_mnn.landscape import KinkTrace
+    >>> net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU())
+    >>> _ = nn.init.constant_(net[0].weight, 2.0)
+    >>> def run(on_kink):
+    ...     with KinkTrace(net, on_kink):
+    ...         net(torch.tensor([[1.0], [-0.5], [0.0]]))
+    >>> found = kink_distance([run], [*net.parameters()])
+    >>> found.nearest, found.layer, found.count, found.ties, found.units
+    (1.0, '1', 0, 2, 6)
+    """
+    meter = KinkMeter(parameters, seed)
+    for run in passes:
+        safe_point()
+        meter.take(run)
+    return meter.found(team)
+
+
+class KinkMeter:
+    """What :func:`kink_distance` finds, batch by batch, for a pass that does something else beside.
+
+    Args:
+        parameters: θ; those that require a gradient are moved, and put back bit for bit.
+        seed: of the direction of s.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], seed: int = 0) -> None:
+        self._layers: dict[str, Tensor] = {}
+        self._jitter = Jitter(parameters, seed)
+
+    def take(self, run: Callable[[Callable[[Kink], None]], None]) -> None:
+        """Take note of the kinks of one batch.
+
+        Args:
+            run: runs one forward pass, as for :func:`kink_distance`.
+        """
+        with full_precision():
+            first = _FirstPass(self._layers)
+            run(first)
+            closed = first.closed_calls()
+            eps = max((call.eps for call in closed.values()), default=0.0)
+            if closed and eps < COARSE_SPACING:
+                for step in (eps**0.5, -(eps**0.5)):
+                    with self._jitter.moved(step):
+                        run(_SecondPass(closed))
+            for name, call in first.calls.items():
+                before, new = self._layers.get(name), call.measures()
+                self._layers[name] = new if before is None else _joined(before, new)
+
+    def found(self, team: Team | None = None) -> KinkDistance:
+        """The distance over the batches of all processes, each of which calls this."""
+        return _summary(_gathered(self._layers, Team() if team is None else team))
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What is known of a layer: nearest distance, ε, Σ x² and number of the x in its input, and units."""
+
+    nearest: float
+    spacing: float
+    squares: float
+    numbers: float
+    count: float
+    ties: float
+    units: float
+    near: float
+
+    @property
+    def scale(self) -> float:
+        """The root mean square of the input."""
+        return math.sqrt(self.squares / max(self.numbers, 1))
+
+    @property
+    def relative(self) -> float:
+        """The nearest distance relative to the scale."""
+        return self.nearest / self.scale if self.scale else math.inf if self.nearest else 0.0
+
+
+def _joined(a: Tensor, b: Tensor) -> Tensor:
+    """The numbers of a :class:`_Layer`, (8,), over both sets of samples."""
+    return torch.cat([torch.minimum(a[:1], b[:1]), torch.maximum(a[1:2], b[1:2]), a[2:] + b[2:]])
+
+
+class _Call:
+    """The units of one kink call, and which of them are on their kink within rounding; nothing is read from the device.
+
+    Args:
+        kink: the call.
+        before: the numbers of its layer, (8,), from the batches before; None: this is the first.
+
+    Attributes:
+        eps: ε of its floats.
+        closed: the units on their kink within rounding; those that open at a step in both directions stay in
+            ``opened``.
+    """
+
+    def __init__(self, kink: Kink, before: Tensor | None) -> None:
+        x = kink.input.detach()
+        finite = x.isfinite()
+        self._squares = torch.linalg.vector_norm(torch.where(finite, x, 0.0), dtype=torch.float64).square()
+        self._numbers = finite.sum()
+        self._distances = kink.distance().detach().flatten()
+        self.eps = torch.finfo(x.dtype).eps
+        squares, numbers = self._squares, self._numbers
+        if before is not None:
+            squares, numbers = squares + before[2], numbers + before[3]
+        self._tolerance = _ROUNDINGS * self.eps * (squares / numbers.clamp(min=1)).sqrt()
+        self.closed = self._distances <= self._tolerance
+        self.opened = self.closed
+
+    def step(self, kink: Kink) -> None:
+        """Take note of which closed units are open near θ."""
+        self.opened = self.opened & (kink.distance().detach().flatten() > self._tolerance)
+
+    def measures(self) -> Tensor:
+        """The numbers of a :class:`_Layer`, (8,): closed units that opened are on their kink, the others tied."""
+        counted = torch.where(self.closed & ~self.opened, math.inf, self._distances)
+        nearest = counted.min() if len(counted) else torch.full_like(self._squares, math.inf)
+        closed, opened = self.closed.sum(), self.opened.sum()
+        near = (self._distances <= _WIDE * self._tolerance).sum() - closed
+        units = torch.full_like(closed, len(self._distances))
+        spacing = torch.full_like(self._squares, self.eps)
+        found = (nearest, spacing, self._squares, self._numbers, opened, closed - opened, units, near)
+        return torch.stack([number.to(torch.float64) for number in found])
+
+
+class _FirstPass:
+    """Consumes the kinks of a batch at θ, given what is known of the layers from the batches before."""
+
+    def __init__(self, before: dict[str, Tensor]) -> None:
+        self._before = before
+        self.calls: dict[str, _Call] = {}
+
+    def __call__(self, kink: Kink) -> None:
+        if kink.depends_on_weights:
+            self.calls[kink.name] = _Call(kink, self._before.get(kink.name))
+
+    def closed_calls(self) -> dict[str, _Call]:
+        """The calls with units on their kink within rounding."""
+        found = _on_host([call.closed.any() for call in self.calls.values()])
+        return {name: call for (name, call), closed in zip(self.calls.items(), found, strict=True) if closed}
+
+
+class _SecondPass:
+    """Consumes the kinks of the same batch near θ, and notes which units are still closed."""
+
+    def __init__(self, closed: dict[str, _Call]) -> None:
+        self._closed = closed
+
+    def __call__(self, kink: Kink) -> None:
+        if kink.name in self._closed:
+            self._closed[kink.name].step(kink)
+
+
+def _on_host(tensors: Sequence[Tensor]) -> list[Any]:
+    """The numbers of tensors of one shape, which are fetched at once."""
+    return torch.stack([tensor.to(tensors[0].device) for tensor in tensors]).tolist() if tensors else []
+
+
+def _gathered(layers: dict[str, Tensor], team: Team) -> dict[str, _Layer]:
+    """The layers over all processes, of which each may have met others."""
+    rows = torch.zeros(len(layers), _NAME + 8, dtype=torch.float64)
+    for row, name, numbers in zip(rows, layers, _on_host(list(layers.values())), strict=True):
+        label = name.encode()[-_NAME:]
+        row[: len(label)] = torch.tensor(list(label), dtype=torch.float64)
+        row[_NAME:] = torch.tensor(numbers, dtype=torch.float64)
+    found: dict[str, Tensor] = {}
+    for row in team.join(rows):
+        name = bytes(int(byte) for byte in row[:_NAME].tolist() if byte).decode(errors="replace")
+        found[name] = _joined(found[name], row[_NAME:]) if name in found else row[_NAME:]
+    return {name: _Layer(*numbers.tolist()) for name, numbers in found.items()}
+
+
+def _summary(layers: dict[str, _Layer]) -> KinkDistance:
+    if not layers:
+        return KinkDistance()
+    name = min(layers, key=lambda name: layers[name].relative)
+    every = layers.values()
+    return KinkDistance(
+        min(layer.nearest for layer in every),
+        layers[name].relative,
+        name if layers[name].relative < math.inf else "",
+        int(sum(layer.count for layer in every)),
+        int(sum(layer.ties for layer in every)),
+        int(sum(layer.units for layer in every)),
+        sum(layer.near for layer in every) / (_WIDE - 1),
+        max((layer.spacing for layer in every if layer.count), default=0.0),
+    )

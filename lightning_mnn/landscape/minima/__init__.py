@@ -1,0 +1,1 @@
+"""Local minima: certificates, polishing, and problems whose minima are known."""

@@ -1,0 +1,470 @@
+"""Is this point a local minimum? First-order tests for any depth, exact certificates for two-layer networks.
+
+Shapes: N samples, d0 inputs, d1 hidden units, ``...`` leading axes (replicas).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from lightning_mnn.landscape.labels import infer_threshold, wrong
+from lightning_mnn.landscape.minima.optimality import Direction, Judgement, Kind, judge, step_off
+from lightning_mnn.landscape.minima.problem import HELD, Outputs, Point, Problem, Units, in_units
+from lightning_mnn.landscape.minima.stationary_point import Snap, snap
+from lightning_mnn.landscape.regions.least_squares import GRAM_LIMIT
+from lightning_mnn.landscape.regions.rank import khatri_rao_rank
+from lightning_mnn.landscape.regions.region import gram_rank
+from lightning_mnn.utilities.distributed import Team
+from lightning_mnn.utilities.interruption import safe_point
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+_NEAR = 1e-2  # |w·x|/(‖w‖‖x‖) up to which a sample may be taken to its kink
+
+_GAP = 10.0  # ratio of neighbouring ones that may divide kinks from the rest
+
+_ATTEMPTS = 4  # sets of kinks that are tried
+
+_MOST_KINKS = 5000  # in a set
+
+MINIMA = (Kind.DIFFERENTIABLE_MINIMUM, Kind.KINK_MINIMUM)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What a point of weight space is, proved up to a stated rounding error; see :func:`certify`.
+
+    Attributes:
+        kind: what the minimum (or saddle) found is, or ``not_stationary``.
+        reason: what decided, in words.
+        zero_error: whether e = 0 up to ``rounding_bound``: the paper's global minimum.
+        mse: ‖e‖²/N of the weights below.
+        mce: their fraction of misclassified samples; None where the targets are not two labels.
+        distance: ‖W̃* − W̃‖/‖W̃‖ from the point that was asked about, with rows w̃_i = z_i w_i and the biases;
+            of a point that is not stationary to the nearest stationary one that was tried.
+        weight_distance: max_i ‖w*_i − w_i‖/‖w_i‖.
+        margin_ratio: min |z_i||w_i·x_n|/|D_i·x_n| with D = W̃* − W̃, off the kinks; None where nothing moves.
+        min_preactivation: min |w_i·x_n| off the kinks.
+        kinks: number of pre-activations that are zero.
+        rank: rank of A∘X in the minimum's region; None where min(N, d0·d1) is above 6,000.
+        rank_cap: min(N − #samples that no unit activates, rank A · rank X), the first for ρ = 0.
+        stationarity: ‖G e‖/(‖G‖_F ‖y‖), on the kinks' face.
+        rounding_bound: the largest bound on the rounding error of an e_n.
+        hidden_weights: W of the minimum or saddle itself, float64 (d1, d0); of a point that is neither, its own.
+        output_weights: z, float64 (d1,).
+        hidden_bias: (d1,), or None without.
+        output_bias: or None without.
+        direction: of a saddle, a move of W and z that lowers the loss, as does every fraction of it.
+    """
+
+    kind: Kind
+    reason: str
+    zero_error: bool
+    mse: float
+    mce: float | None
+    distance: float
+    weight_distance: float
+    margin_ratio: float | None
+    min_preactivation: float
+    kinks: int
+    rank: int | None
+    rank_cap: int
+    stationarity: float
+    rounding_bound: float
+    hidden_weights: Tensor
+    output_weights: Tensor
+    hidden_bias: Tensor | None = None
+    output_bias: Tensor | None = None
+    direction: Direction | None = None
+
+    @property
+    def is_minimum(self) -> bool:
+        """Whether it certifies a local minimum."""
+        return self.kind in MINIMA
+
+
+def certify(
+    hidden_weights: Tensor,
+    output_weights: Tensor,
+    inputs: Tensor,
+    targets: Tensor,
+    negative_slope: float = 0.0,
+    *,
+    threshold: float | None = None,
+    max_distance: float = 1e-3,
+    hidden_bias: Tensor | None = None,
+    output_bias: Tensor | None = None,
+    input_rank: int | None = None,
+    team: Team | None = None,
+) -> Certificate | list[Certificate]:
+    """Certify an exact local minimum of ‖y − ŷ‖²/N at the weights of a two-layer network, or next to them.
+
+    Inside the region of the weights, differentiable minima are the solutions of G(y − Gᵀ w̃) = 0: one least-squares
+    problem leads to the nearest, and if every pre-activation keeps its sign on the way, it is a minimum. Otherwise the
+    pre-activations next to zero are taken to their kinks, the same is done on that face, and the multipliers of the
+    kinks decide (theorem: a point is a local minimum if and only if, for every unit, z_i d_i(v) ≤ 0 for all v where
+    z_i ≠ 0, and d_i = 0 where z_i = 0; d_i(v) = Σ_n e_n A_ni x_n·v, with f(x_n·v) on kinks). A certificate is of the
+    weights that it holds, in float64; it says how far they are, and no sign or zero in it is within its rounding error.
+    What floats cannot decide is ``not_stationary``, with the reason. Singular values of A∘X under 1e-11 of the largest
+    count as zero, and so do z_i whose z_i w_i is lost in the rounding of the others'.
+
+    Args:
+        hidden_weights: W, (d1, d0), or (R, d1, d0).
+        output_weights: z, (d1,), or (R, d1).
+        inputs: X, (N, d0), shared by the replicas or (R, N, d0).
+        targets: y, (N,), shared or (R, N).
+        negative_slope: ρ, any real but 1.
+        threshold: decision threshold of the MCE; None: 0.5 for labels {0, 1}, 0 for ±1, no MCE for other targets.
+        max_distance: largest relative distance to the minimum or saddle.
+        hidden_bias: (d1,) or (R, d1): a weight on an input of ones.
+        output_bias: a scalar tensor, or (R,).
+        input_rank: rank of X (with the input of ones), where the caller knows it; None: it is found.
+        team: the processes that hold the other samples; None: all are here.
+
+    Returns:
+        A certificate; with a leading replica axis a list of R.
+
+    Raises:
+        ValueError: shapes that do not agree, values that are not finite, ρ = 1, a negative ``max_distance``, or
+            targets that are all 1 without a threshold.
+
+    >>> x, y = torch.tensor([[1.0], [2.0], [-1.0]]), torch.tensor([0.5, 1.0, 1.0])
+    >>> found = certify(torch.tensor([[0.5001]]), torch.tensor([1.0]), x, y)
+    >>> found.kind, found.zero_error, round(found.mse, 6), round(float(found.hidden_weights), 9)
+    (<Kind.DIFFERENTIABLE_MINIMUM: 'differentiable_minimum'>, False, 0.333333, 0.5)
+    """
+    if not max_distance >= 0:
+        raise ValueError(f"max_distance must be at least 0, got {max_distance}")
+    cases = split_replicas(
+        hidden_weights,
+        output_weights,
+        inputs,
+        targets,
+        negative_slope,
+        hidden_bias=hidden_bias,
+        output_bias=output_bias,
+        team=team,
+    )
+    found = [
+        certificate_of(
+            case,
+            *search(case.problem, case.point, max_distance),
+            case.point,
+            label_threshold,
+            biased=hidden_bias is not None,
+            input_rank=input_rank,
+        )
+        for case, label_threshold in zip(cases, label_thresholds(cases, threshold), strict=True)
+    ]
+    return found if hidden_weights.ndim > 2 else found[0]
+
+
+class Case(NamedTuple):
+    """One network on its training set, in units of measure.
+
+    Attributes:
+        problem: the training set.
+        point: the weights.
+        units: of both.
+    """
+
+    problem: Problem
+    point: Point
+    units: Units
+
+
+def label_thresholds(cases: list[Case], threshold: float | None) -> list[float | None]:
+    """The decision threshold of each case: the one given, or the one that its labels fit; found before any work.
+
+    Raises:
+        ValueError: all targets of a case are 1, which fits both labels {0, 1} and ±1.
+    """
+    if threshold is not None:
+        return [threshold for _ in cases]
+    return [infer_threshold(problem.team.join(units.predictions(problem.targets))) for problem, _, units in cases]
+
+
+def split_replicas(
+    hidden_weights: Tensor,
+    output_weights: Tensor,
+    inputs: Tensor,
+    targets: Tensor,
+    negative_slope: float,
+    *,
+    hidden_bias: Tensor | None = None,
+    output_bias: Tensor | None = None,
+    team: Team | None = None,
+) -> list[Case]:
+    """The case of each replica, checked (see :func:`certify` for arguments and errors)."""
+    _check(hidden_weights, output_weights, inputs, targets, negative_slope)
+    _check_sizes(hidden_weights, inputs, targets)
+    _check_biases(output_weights, hidden_bias, output_bias)
+    count = hidden_weights.shape[0] if hidden_weights.ndim > 2 else None
+
+    def part(value: Tensor, ndim: int, replica: int) -> Tensor:
+        return (value[replica] if count is not None and value.ndim > ndim else value).detach().to(torch.float64)
+
+    split, shared = [], None
+    for replica in range(count or 1):
+        x, w = part(inputs, 2, replica), part(hidden_weights, 2, replica)
+        if hidden_bias is not None:
+            x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+            w = torch.cat([w, part(hidden_bias, 1, replica)[:, None]], dim=1)
+        free = x.new_ones(len(x), int(output_bias is not None))
+        b = x.new_zeros(0) if output_bias is None else part(output_bias, 0, replica).reshape(1)
+        if shared is None or inputs.ndim > 2 or targets.ndim > 1:
+            shared = in_units(Problem(x, part(targets, 1, replica), float(negative_slope), free, team or Team()))
+        problem, of_inputs, of_targets = shared
+        point = Point(w, part(output_weights, 1, replica), b)
+        units = Units.of(point, of_inputs, of_targets)
+        split.append(Case(problem, units.told(point), units))
+    return split
+
+
+def _check(w: Tensor, z: Tensor, x: Tensor, y: Tensor, slope: float) -> None:
+    if slope == 1 or not math.isfinite(slope):
+        raise ValueError(f"negative_slope must be a real number other than 1, got {slope}")
+    if w.ndim not in (2, 3) or z.shape != w.shape[:-1]:
+        raise ValueError(
+            f"hidden_weights must be (d1, d0) and output_weights (d1,), or (R, d1, d0) and (R, d1); "
+            f"got {tuple(w.shape)} and {tuple(z.shape)}"
+        )
+    if x.shape[-1] != w.shape[-1] or x.ndim not in (2, w.ndim):
+        raise ValueError(f"inputs must be (N, {w.shape[-1]}) for these hidden_weights, got {tuple(x.shape)}")
+    if y.shape[-1] != x.shape[-2] or y.ndim not in (1, w.ndim - 1):
+        raise ValueError(f"targets must be ({x.shape[-2]},) for these inputs, got {tuple(y.shape)}")
+    for name, value in (("hidden_weights", w), ("output_weights", z), ("inputs", x), ("targets", y)):
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"{name} must be finite: some are NaN or infinite")
+
+
+def _check_sizes(w: Tensor, x: Tensor, y: Tensor) -> None:
+    if not w.numel():
+        raise ValueError(f"hidden_weights must hold a unit and an input, got the shape {tuple(w.shape)}")
+    for name, value, ndim in (("inputs", x, 2), ("targets", y, 1)):
+        if value.ndim > ndim and value.shape[0] != w.shape[0]:
+            raise ValueError(f"{name} are for {value.shape[0]} replicas and hidden_weights for {w.shape[0]}")
+    if x.shape[-2] == 0:
+        raise ValueError("inputs hold no samples")
+
+
+def _check_biases(z: Tensor, hidden_bias: Tensor | None, output_bias: Tensor | None) -> None:
+    for name, bias, shape in (("hidden_bias", hidden_bias, z.shape), ("output_bias", output_bias, z.shape[:-1])):
+        shared = name == "output_bias" and bias is not None and bias.ndim == 0
+        if bias is not None and bias.shape != shape and not shared:
+            raise ValueError(f"{name} must have the shape {tuple(shape)} for these weights, got {tuple(bias.shape)}")
+        if bias is not None and not bool(bias.isfinite().all()):
+            raise ValueError(f"{name} must be finite: some are NaN or infinite")
+
+
+def search(problem: Problem, point: Point, max_distance: float) -> tuple[Judgement, Snap]:
+    """The first minimum among the candidates within reach; else a saddle; else the nearest that was tried."""
+    asked = problem.outputs(point)
+    start = _without_negligible(problem, point, asked)
+    outputs = asked if start is point else problem.outputs(start)
+    active = outputs.preactivations > 0
+    longest = max_distance * float(start.theta.norm())
+    tried = []
+    large = min(problem.num_samples, start.theta.numel()) > GRAM_LIMIT
+    on_kinks = (outputs.preactivations.abs() <= HELD * outputs.blur) & (problem.norms > 0)[:, None]
+    untried: list[Tensor | None] = [on_kinks] if bool(problem.team.most(on_kinks.any().long())) else []
+    untried.append(None)
+    while untried:
+        safe_point()
+        kinks = untried.pop(0)
+        found = snap(problem, start, active, kinks, longest)
+        found = turn_resting_units(problem, found, max_distance)
+        judgement = judge(problem, found)
+        if judgement.ends:
+            judgement, found = step_off(problem, found, judgement) or (judgement, found)
+        judgement, found = _within_reach(problem, asked, judgement, found, max_distance)
+        if judgement.kind not in MINIMA and problem.is_zero(outputs):  # whatever kinks it is on, or next to
+            found = replace(found, point=start, outputs=outputs)
+            judgement = Judgement(_zero_kind(problem, outputs), "every error is zero up to rounding")
+        if judgement.kind in MINIMA:
+            return judgement, found
+        tried.append((judgement, found))
+        if kinks is None and large and found.solution.too_long:
+            return replace(judgement, reason=f"{judgement.reason}; kinks were not tried at this size"), found
+        if kinks is None:
+            untried.extend(_candidate_kinks(problem, start, outputs)[: 1 if large else _ATTEMPTS])
+        if judgement.unclear is not None and not large and len(tried) <= _ATTEMPTS:
+            untried.insert(0, judgement.unclear if found.kinks is None else judgement.unclear | found.kinks)
+    return min(tried, key=lambda pair: (pair[0].kind is not Kind.SADDLE, pair[1].distance))
+
+
+def _within_reach(
+    problem: Problem, asked: Outputs, judgement: Judgement, found: Snap, max_distance: float
+) -> tuple[Judgement, Snap]:
+    """A judgement on a point that was asked about: what was found is near it, and its loss is no higher."""
+    if judgement.kind is Kind.NOT_STATIONARY:
+        return judgement, found
+    if not _reach(found) <= max_distance:
+        reason = f"lies at a relative distance of {_reach(found):.1e}, beyond max_distance = {max_distance:g}"
+        return Judgement(Kind.NOT_STATIONARY, f"the nearest {judgement.kind} found {reason}"), found
+    rise, blur = problem.rise(asked, found.outputs)
+    if not rise <= blur:
+        reason = "has a higher loss than the weights asked about"
+        return Judgement(Kind.NOT_STATIONARY, f"the nearest {judgement.kind} found {reason}"), found
+    if rise > 0 and problem.is_zero(asked):  # of two fits the one that is there
+        return Judgement(Kind.NOT_STATIONARY, "the weights asked about have no error"), found
+    return judgement, found
+
+
+def _zero_kind(problem: Problem, outputs: Outputs) -> Kind:
+    """Which kind of minimum weights without an error are."""
+    on_kink = (outputs.preactivations.abs() <= outputs.blur) & (problem.norms > 0)[:, None]
+    return Kind.KINK_MINIMUM if bool(problem.team.most(on_kink.any().long())) else Kind.DIFFERENTIABLE_MINIMUM
+
+
+def _reach(found: Snap) -> float:
+    """How far a snap went, of the flat weights and of the rows that rest at z_i = 0."""
+    resting = found.point.output == 0
+    moved = (found.point.hidden - found.start.hidden)[resting].norm(dim=1)
+    sizes = found.start.hidden[resting].norm(dim=1)
+    turned = torch.where(moved == 0, 0.0, moved / sizes)
+    return max(found.distance, float(turned.max()) if len(turned) else 0.0)
+
+
+def _without_negligible(problem: Problem, point: Point, outputs: Outputs) -> Point:
+    """The point with z_i = 0 where what the unit says on the samples is lost in the rounding of the rest."""
+    activated = torch.where(outputs.preactivations > 0, 1.0, abs(problem.slope)) * outputs.preactivations.abs()
+    sizes = point.output.abs() * problem.team.most(activated.amax(0))
+    lost = (sizes <= torch.finfo(torch.float64).eps / 2 * sizes.norm()) & (sizes > 0)
+    return replace(point, output=torch.where(lost, 0.0, point.output)) if bool(lost.any()) else point
+
+
+def turn_resting_units(problem: Problem, found: Snap, max_distance: float) -> Snap:
+    """Turn rows with z_i = 0 that feel a force until their gradient vanishes, where a small turn does it."""
+    point, rows = found.point, found.rows
+    hidden = point.hidden.clone()
+    resting = [unit for unit, size in enumerate(point.output.tolist()) if size == 0]
+    if not resting:
+        return found
+    for unit in resting:
+        force = rows[unit]
+        if float(force.norm()) <= float(found.noise[unit]):
+            continue
+        for _ in range(2):  # the second time for what rounding left
+            shift = (hidden[unit] @ force) / (force @ force) * force
+            if float(shift.norm()) <= max_distance * float(hidden[unit].norm()):
+                hidden[unit] -= shift
+    if torch.equal(hidden, point.hidden):
+        return found
+    turned = replace(point, hidden=hidden)
+    return replace(found, point=turned, outputs=problem.outputs(turned, found.kinks))
+
+
+def _candidate_kinks(problem: Problem, point: Point, outputs: Outputs) -> list[Tensor]:
+    """Sets of samples next to their kinks, divided from the rest by the widest gaps between |w·x|/(‖w‖‖x‖)."""
+    sizes = problem.norms[:, None] * point.sizes
+    sines = torch.where(sizes > 0, outputs.preactivations.abs() / sizes, torch.inf)
+    at_zero = (point.sizes == 0) & (problem.norms > 0)[:, None]  # rows w = 0: all their samples
+    near = problem.team.join(sines[sines < _NEAR]).sort().values
+    if not len(near):
+        return []
+    most = min(point.hidden.numel(), _MOST_KINKS)  # more constraints than weights leave nothing
+    floor = torch.cat([near, near.new_tensor([_NEAR])])[: most + 1].clamp(min=torch.finfo(torch.float64).eps)
+    ratios = floor[1:] / floor[:-1]
+    ends = [end for end in ratios.sort(descending=True).indices[:_ATTEMPTS].tolist() if float(ratios[end]) >= _GAP]
+    return [(sines <= near[end]) | at_zero for end in ends]
+
+
+def certificate_of(
+    case: Case,
+    judgement: Judgement,
+    found: Snap,
+    asked: Point,
+    threshold: float | None,
+    *,
+    biased: bool,
+    input_rank: int | None = None,
+) -> Certificate:
+    """The certificate of a judgement on a snap that set out from the weights that were asked about."""
+    problem, _, units = case
+    stands = judgement.kind is not Kind.NOT_STATIONARY
+    point = found.point if stands else asked
+    outputs = found.outputs if stands else problem.outputs(asked)
+    team, kinks = problem.team, found.kinks if stands else None
+    predictions = units.predictions(problem.targets - outputs.errors)
+    mistakes = None if threshold is None else wrong(predictions, units.predictions(problem.targets), threshold)
+    u = outputs.preactivations.abs()
+    on_kink = (problem.norms > 0)[:, None] & (u <= outputs.blur)
+    on_kink = on_kink if kinks is None else on_kink | kinks
+    off_kink = torch.where((problem.norms > 0)[:, None] & ~on_kink, units.preactivations(u), torch.inf)
+    sizes = asked.sizes
+    moved = (point.hidden - asked.hidden).norm(dim=1)
+    active = outputs.preactivations > 0
+    rank, cap = _rank(problem, active if kinks is None else torch.where(kinks, found.active, active), input_rank)
+    weights = units.untold(point)
+    width = point.hidden.shape[1] - int(biased)
+    return Certificate(
+        kind=judgement.kind,
+        reason=judgement.reason,
+        zero_error=problem.is_zero(outputs),
+        mse=units.squares(problem.squared_error(outputs.errors) / problem.num_samples),
+        mce=None if mistakes is None else float(team.sum(mistakes.sum())) / problem.num_samples,
+        distance=_reach(found) if stands else found.distance,
+        weight_distance=float(torch.where(moved == 0, 0.0, moved / sizes).max()),
+        margin_ratio=_margin_ratio(problem, found) if stands else None,
+        min_preactivation=float(team.least(off_kink.min())),
+        kinks=int(team.sum(on_kink.sum())),
+        rank=rank,
+        rank_cap=cap,
+        stationarity=_stationarity(problem, found, outputs, stands=stands),
+        rounding_bound=float(team.most(units.predictions(outputs.bounds).max())),
+        hidden_weights=weights.hidden[:, :width],
+        output_weights=weights.output,
+        hidden_bias=weights.hidden[:, -1] if biased else None,
+        output_bias=weights.free[0] if len(weights.free) else None,
+        direction=_direction(judgement.direction, point, units),
+    )
+
+
+def _direction(direction: Direction | None, point: Point, units: Units) -> Direction | None:
+    """A move itself, of one in units of measure."""
+    if direction is None:
+        return None
+    move = units.untold(Point(direction.hidden_weights, direction.output_weights, point.free))
+    return Direction(move.hidden, move.output)
+
+
+def _margin_ratio(problem: Problem, found: Snap) -> float | None:
+    """Smallest |z_i||w_i·x_n|/|D_i·x_n| over the samples off the kinks."""
+    moves = found.move[: found.point.hidden.numel()].reshape(found.point.hidden.shape)
+    if not bool(moves.any()):
+        return None
+    shifts = (problem.inputs @ moves.T).abs()
+    sizes = (problem.inputs @ found.start.hidden.T).abs() * found.start.output.abs()
+    counted = shifts > 0 if found.kinks is None else (shifts > 0) & ~found.kinks
+    least = float(problem.team.least(torch.where(counted, sizes / shifts, torch.inf).min()))
+    return least if math.isfinite(least) else None
+
+
+def _stationarity(problem: Problem, found: Snap, outputs: Outputs, *, stands: bool) -> float:
+    face = found.face
+    onto_kinks = replace(face, live=None)  # rows with z_i = 0 count: their forces make saddles
+    left = onto_kinks.project(found.forces).norm() if stands else face.correlate(outputs.errors).norm()
+    squares = problem.team.sum(
+        torch.stack([(face.slopes.norm(dim=1) * problem.norms).square().sum(), problem.targets.square().sum()])
+    )
+    scale = float(squares.prod()) ** 0.5
+    return float(left) / scale if scale else (0.0 if float(left) == 0 else math.inf)
+
+
+def _rank(problem: Problem, active: Tensor, input_rank: int | None) -> tuple[int | None, int]:
+    """Rank of A∘X where it can be had, and its cap."""
+    team, slopes, inputs = problem.team, problem.slopes(active), problem.inputs
+    if input_rank is None:
+        input_rank = int(gram_rank(team.sum(inputs.T @ inputs)))
+    lost = int(team.sum((~active.any(1)).sum())) if problem.slope == 0 else 0
+    cap = min(problem.num_samples - lost, int(gram_rank(team.sum(slopes.T @ slopes))) * input_rank)
+    if min(problem.num_samples, slopes.shape[1] * inputs.shape[1]) > GRAM_LIMIT:
+        return None, cap
+    return khatri_rao_rank(team.join(inputs), team.join(slopes)), cap

@@ -1,0 +1,68 @@
+"""First-order tests of a point of weight space, for a network of any depth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lightning_mnn.landscape.minima.optimality import Kind
+
+if TYPE_CHECKING:
+    from lightning_mnn.landscape.regions.statistics import Survey
+
+
+@dataclass(frozen=True)
+class FirstOrderVerdict:
+    """The outcome of the first-order tests at one point.
+
+    Attributes:
+        kind: ``differentiable_minimum`` where both tests hold, else ``not_stationary``.
+        reason: the test that decided, in words.
+        stationarity: ‖G e‖ / (‖G‖_F ‖y‖).
+        relative_preactivation: smallest |w·x| / (‖w‖‖x‖).
+    """
+
+    kind: Kind
+    reason: str
+    stationarity: float
+    relative_preactivation: float
+
+
+def first_order_verdicts(
+    survey: Survey, stationarity_tolerance: float, preactivation_tolerance: float
+) -> list[FirstOrderVerdict]:
+    """Test each network of a survey: G e = 0, and no sample on a kink, both within tolerances.
+
+    With one hidden layer, a point off every kink is a local minimum if and only if G e = 0 exactly. In floats this is
+    evidence, not a certificate: the tests hold near a minimum of the region, not only at it. With two hidden layers the
+    tests (G e = 0 in the last layer and no gradient in the first) are necessary only, and the reason says so.
+
+    Args:
+        survey: an exact pass over the training set, of one network or R.
+        stationarity_tolerance: largest ‖G e‖ / (‖G‖_F ‖y‖) that counts as zero.
+        preactivation_tolerance: smallest |w·x| / (‖w‖‖x‖) that counts as off the kink.
+
+    Returns:
+        A list of R verdicts (of one, without a replica axis).
+    """
+    return [
+        _verdict(float(stationarity), float(sine), stationarity_tolerance, preactivation_tolerance, len(survey.layers))
+        for stationarity, sine in zip(survey.stationarity.reshape(-1), survey.smallest_sine.reshape(-1), strict=True)
+    ]
+
+
+def _verdict(
+    stationarity: float, sine: float, stationarity_tolerance: float, sine_tolerance: float, depth: int
+) -> FirstOrderVerdict:
+    moving = not stationarity <= stationarity_tolerance  # NaN counts as moving
+    on_kink = not sine >= sine_tolerance
+    gradient = f"‖G e‖/(‖G‖‖y‖) = {stationarity:.1e}"
+    kink = f"smallest |w·x|/(‖w‖‖x‖) = {sine:.1e}"
+    if moving:
+        reason = f"{gradient}, above {stationarity_tolerance:.1e}"
+    elif on_kink:
+        reason = f"G e = 0, but {kink}, below {sine_tolerance:.1e}: at a kink, which first-order tests cannot judge"
+    else:
+        reason = f"{gradient}; {kink}" + ("; necessary conditions only, with two hidden layers" if depth > 1 else "")
+    kind = Kind.NOT_STATIONARY if moving or on_kink else Kind.DIFFERENTIABLE_MINIMUM
+    return FirstOrderVerdict(kind, reason, stationarity, sine)

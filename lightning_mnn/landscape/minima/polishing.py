@@ -1,0 +1,329 @@
+"""Polish: from any weights to an exact local minimum, by Gauss–Newton steps that see every kink on their way.
+
+Shapes: N samples, d0 inputs, d1 hidden units, ``...`` leading axes (replicas).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from lightning_mnn.landscape.minima.certificate import (
+    MINIMA,
+    Case,
+    Certificate,
+    certificate_of,
+    label_thresholds,
+    search,
+    split_replicas,
+    turn_resting_units,
+)
+from lightning_mnn.landscape.minima.optimality import Direction, Judgement, Kind, judge, step_off
+from lightning_mnn.landscape.minima.problem import Outputs, Point, Problem
+from lightning_mnn.landscape.minima.stationary_point import Snap, snap
+from lightning_mnn.landscape.regions.least_squares import GRAM_LIMIT
+from lightning_mnn.utilities.interruption import safe_point
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightning_mnn.utilities.distributed import Team
+
+_STRIDE = 0.7  # a step that leaves more of the loss than this ends the first phase
+
+_GONE = 100.0  # times max_distance, from where polishing is not expected back
+_NOTHING = 1e-9  # |w·x|/(‖w‖‖x‖) that a solution may well have lost to rounding
+
+
+@dataclass(frozen=True)
+class Polished:
+    """Where polishing led.
+
+    Attributes:
+        certificate: of the minimum (or saddle) that was reached, its distance taken from the start; ``not_stationary``
+            of the last weights where none was.
+        moved: whether it went further than ``max_distance``.
+        distance: ‖W̃* − W̃‖/‖W̃‖ of the last weights from the start.
+        steps: number of Gauss–Newton steps.
+        losses: MSE at the start and after each step; never rising.
+    """
+
+    certificate: Certificate
+    moved: bool
+    distance: float
+    steps: int
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class _State:
+    """Weights on the way: their pattern, and the kinks they are held to."""
+
+    point: Point
+    outputs: Outputs
+    active: Tensor
+    kinks: Tensor | None
+
+
+def polish(
+    hidden_weights: Tensor,
+    output_weights: Tensor,
+    inputs: Tensor,
+    targets: Tensor,
+    negative_slope: float = 0.0,
+    *,
+    threshold: float | None = None,
+    max_distance: float = math.inf,
+    max_steps: int | None = None,
+    hidden_bias: Tensor | None = None,
+    output_bias: Tensor | None = None,
+    team: Team | None = None,
+) -> Polished | list[Polished]:
+    """Go from the weights of a two-layer network to an exact local minimum of ‖y − ŷ‖²/N, downhill all the way.
+
+    Each step goes towards the nearest least-squares solution of the region (or of the face that the kinks in hand
+    leave), as far as the loss itself is smallest along it: on a ray the loss is a piecewise parabola, whose global
+    minimum is found exactly. While steps cut the loss quickly nothing else is needed: from random weights of an
+    over-parameterised network a handful of steps lead to zero error. After that a step that ends on a kink takes it in
+    hand, and at the solution of a face the kink whose multiplier is furthest out is let go: the active-set method of
+    quadratic programming, from region to region. From saddles and degenerate kinks the way down that the judgement
+    finds is taken. Output weights keep their values, but for a saddle's z_i = 0.
+
+    Args:
+        hidden_weights: W, (d1, d0), or (R, d1, d0).
+        output_weights: z, (d1,), or (R, d1).
+        inputs: X, (N, d0), shared by the replicas or (R, N, d0).
+        targets: y, (N,), shared or (R, N).
+        negative_slope: ρ, any real but 1.
+        threshold: decision threshold of the MCE; None: inferred from the labels.
+        max_distance: ‖W̃* − W̃‖/‖W̃‖ beyond which the minimum counts as another one (``moved``); a hundred times as
+            far from the start the search is given up.
+        max_steps: number of steps; None: 1,000, or 10 where a step is an iteration of its own, as no Gram matrix fits.
+        hidden_bias: (d1,) or (R, d1).
+        output_bias: a scalar tensor, or (R,).
+        team: the processes that hold the other samples; None: all are here.
+
+    Returns:
+        Where it led; with a leading replica axis a list of R.
+
+    Raises:
+        ValueError: as :func:`~lightning_mnn.landscape.minima.certificate.certify` does.
+
+    >>> torch.manual_seed(0) and None
+    >>> x, y = torch.randn(30, 10), torch.randint(2, (30,))
+    >>> polished = polish(torch.randn(10, 10), torch.randn(10), x, y)
+    >>> polished.certificate.is_minimum, polished.certificate.zero_error, polished.steps < 20
+    (True, True, True)
+    """
+    if not max_distance >= 0:
+        raise ValueError(f"max_distance must be at least 0, got {max_distance}")
+    if max_steps is not None and max_steps < 0:
+        raise ValueError(f"max_steps must be at least 0, got {max_steps}")
+    if max_steps is None and min(inputs.ndim, hidden_weights.ndim) > 1:
+        samples, parameters = inputs.shape[-2], hidden_weights.shape[-2] * hidden_weights.shape[-1]
+        max_steps = 1000 if min(samples, parameters) <= GRAM_LIMIT else 10
+    cases = split_replicas(
+        hidden_weights,
+        output_weights,
+        inputs,
+        targets,
+        negative_slope,
+        hidden_bias=hidden_bias,
+        output_bias=output_bias,
+        team=team,
+    )
+    biased = hidden_bias is not None
+    found = [
+        _polish(case, label_threshold, max_distance, max_steps or 0, biased=biased)
+        for case, label_threshold in zip(cases, label_thresholds(cases, threshold), strict=True)
+    ]
+    return found if hidden_weights.ndim > 2 else found[0]
+
+
+def _polish(case: Case, threshold: float | None, max_distance: float, max_steps: int, *, biased: bool) -> Polished:
+    problem, start, units = case
+    judgement, found = search(problem, start, max_distance)
+    state = _state(problem, found.start, None)  # without output weights that rounding loses
+    losses = [problem.squared_error(state.outputs.errors)]
+    in_hand = False  # whether kinks are taken in hand yet
+    while judgement.kind not in MINIMA and len(losses) <= max_steps:
+        safe_point()
+        found = turn_resting_units(problem, snap(problem, state.point, state.active, state.kinks), 0.0)
+        judgement = judge(problem, found)
+        if judgement.ends:
+            judgement, found = step_off(problem, found, judgement) or (judgement, found)
+        ahead = None
+        if judgement.kind in MINIMA:
+            rise, blur = problem.rise(state.outputs, found.outputs)
+            ahead = _state(problem, found.point, None) if rise <= blur else None
+            judgement = judgement if ahead else Judgement(Kind.NOT_STATIONARY, "the minimum found lies higher")
+        ahead = ahead or _next(problem, state, found, judgement, in_hand=in_hand)
+        if ahead is None:
+            break
+        state = ahead
+        losses.append(min(losses[-1], problem.squared_error(state.outputs.errors)))  # but for the rounding of the sums
+        in_hand = in_hand or not losses[-1] < _STRIDE * losses[-2]
+        if start.distance(state.point) > _GONE * max_distance:
+            break
+    if judgement.kind not in MINIMA:  # of the last weights, not of those before the last step
+        found = snap(problem, state.point, state.active, state.kinks)
+        judgement = judge(problem, found)
+        if judgement.kind in MINIMA:
+            judgement = Judgement(Kind.NOT_STATIONARY, "stopped before the step to the minimum of its region")
+        elif judgement.kind is Kind.SADDLE and not problem.rise(state.outputs, found.outputs)[0] <= 0:
+            judgement = Judgement(Kind.NOT_STATIONARY, f"next to a saddle: {judgement.reason}")
+    reached = judgement.kind in MINIMA
+    found = replace(found, start=start if reached else state.point)
+    certificate = certificate_of(case, judgement, found, found.start, threshold, biased=biased)
+    distance = certificate.distance if reached else start.distance(state.point)
+    path = tuple(units.squares(loss / problem.num_samples) for loss in losses)
+    return Polished(certificate, not distance <= max_distance, distance, len(losses) - 1, path)
+
+
+def _next(problem: Problem, state: _State, found: Snap, judgement: Judgement, *, in_hand: bool) -> _State | None:
+    """The state after one step: a kink let go, a way down from a degenerate point, or a way towards a solution."""
+    if in_hand and judgement.release is not None:
+        released = _released(problem, state, found, judgement.release)
+        if problem.rise(state.outputs, released.outputs)[0] <= 0:
+            return released
+        stayed = _state(problem, state.point, state.kinks, released.active)  # what rounding made of the solution
+        return replace(stayed, kinks=released.kinks)
+    if in_hand and judgement.unclear is not None and problem.rise(state.outputs, found.outputs)[0] <= 0:
+        kinks = judgement.unclear if found.kinks is None else judgement.unclear | found.kinks
+        return _state(problem, found.point, kinks, found.active)
+    if in_hand and judgement.direction is not None:
+        descended = _descended(problem, state, found, judgement.direction)
+        if problem.rise(state.outputs, descended.outputs)[0] < 0:
+            return descended
+    return _step(problem, state, found, in_hand=in_hand)
+
+
+def _state(problem: Problem, point: Point, kinks: Tensor | None, active: Tensor | None = None) -> _State:
+    """The state at some weights; pairs on their kink keep the side they are given."""
+    outputs = problem.outputs(point)
+    side = outputs.preactivations > 0
+    if kinks is not None and active is not None:
+        side = torch.where(kinks, active, side)
+    return _State(point, outputs, side, kinks)
+
+
+def _released(problem: Problem, state: _State, found: Snap, release: tuple[int, int, int]) -> _State:
+    """The solution of a face, with one kink let go to one side."""
+    sample, unit, side = release
+    assert state.kinks is not None  # noqa: S101 (there was one to release)
+    rows = torch.zeros(problem.num_samples, dtype=torch.bool, device=state.active.device)
+    rows[sample] = True
+    here = torch.zeros_like(state.active)
+    here[:, unit] = problem.team.own(rows)
+    kinks = state.kinks & ~here
+    left = bool(problem.team.most(kinks.any().long()))
+    active = torch.where(here, torch.full_like(state.active, side > 0), state.active)
+    return replace(_state(problem, found.point, state.kinks, active), kinks=kinks if left else None)
+
+
+def _descended(problem: Problem, state: _State, found: Snap, direction: Direction) -> _State:
+    """The solution of a face, after a move of a unit that lowers the loss there; its kinks are let go."""
+    point = replace(
+        found.point,
+        hidden=found.point.hidden + direction.hidden_weights,
+        output=found.point.output + direction.output_weights,
+    )
+    if found.kinks is None:
+        return _state(problem, point, None)
+    kinks = found.kinks & ~((direction.hidden_weights != 0).any(1) | (direction.output_weights != 0))
+    left = bool(problem.team.most(kinks.any().long()))
+    return _state(problem, point, kinks if left else None, state.active)
+
+
+def _step(problem: Problem, state: _State, found: Snap, *, in_hand: bool) -> _State | None:
+    """One step towards a solution, to the least loss on the way; None where there is no way down."""
+    target = replace(found.point, output=state.point.output)
+    rows = target.hidden - state.point.hidden
+    moves = problem.inputs @ rows.T
+    if state.kinks is not None:
+        moves = torch.where(state.kinks, 0.0, moves)
+    tiny = torch.finfo(torch.float64).tiny
+    u = state.outputs.preactivations
+    u = torch.where(state.active, u.clamp(min=tiny), u.clamp(max=-tiny))
+    shift = problem.free @ (target.free - state.point.free)
+    share, gain, crossings = least_on_ray(problem, u, moves, state.point.output, state.outputs.errors, shift)
+    kinks = state.kinks
+    if in_hand:
+        reached = crossings == share
+        if not gain > 0:  # blocked where it stands: by the crossing that comes first
+            first = problem.team.least(crossings.min())
+            reached = (crossings == first) & torch.isfinite(crossings)
+            if not bool(torch.isfinite(first)):  # or by what it cannot tell from a kink
+                sizes = problem.norms[:, None] * state.point.sizes
+                reached = (u.abs() <= _NOTHING * sizes) & (sizes > 0)
+                reached = reached if kinks is None else reached & ~kinks
+        if bool(problem.team.most(reached.any().long())):
+            kinks = reached if kinks is None else kinks | reached
+        elif not gain > 0:
+            return None
+    elif not gain > 0:
+        share = 0.0
+    point = Point(
+        state.point.hidden + share * rows, target.output, state.point.free + share * (target.free - state.point.free)
+    )
+    stepped = _state(problem, point, kinks, state.active)
+    if not problem.rise(state.outputs, stepped.outputs)[0] <= 0:  # by rounding: stay, but take what was met in hand
+        return replace(state, kinks=kinks) if kinks is not state.kinks else None if in_hand else state
+    return stepped
+
+
+def least_on_ray(
+    problem: Problem, u: Tensor, moves: Tensor, output: Tensor, errors: Tensor, shift: Tensor
+) -> tuple[float, float, Tensor]:
+    """Where the loss is least on the ray from pre-activations u along moves v, exactly.
+
+    The prediction of a sample is piecewise linear on the ray, with a bend where a unit crosses its kink, so half the
+    loss falls at the rate h(t) = Σ_n e_n(t) p_n(t), linear between crossings. All crossings are sorted once.
+
+    Args:
+        problem: slope and team.
+        u: (N, d1), none zero but where it does not move.
+        moves: (N, d1).
+        output: z, (d1,).
+        errors: e at the start, (N,).
+        shift: rate of the predictions by what knows no kinks, (N,).
+
+    Returns:
+        The place t in [0, 1]; by how much ‖e‖² is less there; and the place of each crossing, (N, d1), infinite where
+        there is none before 1.
+    """
+    slope, team = problem.slope, problem.team
+    crossings = torch.where(u * moves < 0, -u / moves, torch.inf)
+    crossings = torch.where(crossings < 1, crossings, torch.inf)
+    times, order = crossings.sort(dim=1)
+    met = torch.isfinite(times)
+    bends = torch.where(met, (output * (1 - slope) * moves.abs()).gather(1, order), 0.0)
+    rate = torch.where(u > 0, moves, slope * moves) @ output + shift
+    rates = torch.cat([rate[:, None], rate[:, None] + bends.cumsum(1)], dim=1)  # of ŷ_n on each of its pieces
+    ends = torch.where(met, times, 1.0)
+    starts = torch.cat([torch.zeros_like(rate)[:, None], ends[:, :-1]], dim=1)
+    met_errors = errors[:, None] - ((ends - starts) * rates[:, :-1]).cumsum(1)  # at each crossing
+    pieces = team.join(
+        torch.stack([times, met_errors * bends, rates[:, 1:].square() - rates[:, :-1].square()], -1)[met]
+    )
+    pieces = pieces[pieces[:, 0].argsort()]
+    fall, curvature = team.sum(torch.stack([errors @ rate, rate @ rate]))
+
+    def running(start: Tensor, steps: Tensor) -> Tensor:
+        return torch.cat([start[None], start + steps.cumsum(0)])
+
+    begin = torch.cat([pieces.new_zeros(1), pieces[:, 0]])
+    width = torch.cat([pieces[:, 0], pieces.new_ones(1)]) - begin
+    curvatures = running(curvature, pieces[:, 2]).clamp(min=0)
+    falls = running(fall, pieces[:, 1]) - running(torch.zeros_like(fall), curvatures * width)[:-1]
+    gains = running(torch.zeros_like(fall), falls * width - curvatures * width.square() / 2)[:-1]
+    stay = torch.where(curvatures > 0, falls / curvatures, torch.where(falls > 0, torch.inf, 0.0)).clamp(min=0)
+    stay = torch.minimum(stay, width)
+    totals = gains + falls * stay - curvatures * stay.square() / 2
+    end = torch.cat([begin[1:], begin.new_full((1,), torch.inf)])  # of the last piece no crossing
+    at = torch.where((stay == width) & torch.isfinite(end), end, begin + stay)
+    place, total = torch.stack([at, totals]).index_select(1, totals.argmax()[None])[:, 0].tolist()
+    return place, 2 * total, crossings

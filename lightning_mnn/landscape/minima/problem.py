@@ -1,0 +1,233 @@
+"""Problem and Point: a training set and two-layer weights as the search for minima sees them.
+
+Shapes: N samples (of this process), d0 inputs (a column of ones included, where the hidden layer has a bias), d1 hidden
+units, f free columns (one, of ones, where the output has a bias; else none). Everything is float64, one network, in
+units of measure that make inputs, targets and z_i of the size of 1: powers of two, so that nothing is rounded.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lightning_mnn.landscape.regions.linear_map import FaceMap
+from lightning_mnn.landscape.units import row_powers, times_power, unit_exponent
+from lightning_mnn.utilities.distributed import Team
+from lightning_mnn.utilities.transfer import fetched
+
+ROUNDOFF = 2.0**-53  # of float64, in which all is computed
+HELD = 8.0  # times the rounding error of a pre-activation, up to which it is on its kink
+_UNKNOWABLE = 1e-6  # rounding errors of ŷ, relative to y, that hide whether e = 0
+
+
+@dataclass(frozen=True)
+class Point:
+    """Weights of a two-layer network.
+
+    Attributes:
+        hidden: W, (d1, d0).
+        output: z, (d1,).
+        free: coefficients b of the free columns, (f,).
+    """
+
+    hidden: Tensor
+    output: Tensor
+    free: Tensor
+
+    @property
+    def theta(self) -> Tensor:
+        """The flat parameters: rows w̃_i = z_i w_i, then b."""
+        return torch.cat([(self.output[:, None] * self.hidden).reshape(-1), self.free])
+
+    @property
+    def sizes(self) -> Tensor:
+        """‖w_i‖, (d1,), also of rows whose squares are no floats."""
+        powers = row_powers(self.hidden)
+        norms: Tensor = (self.hidden * powers[:, None]).norm(dim=1)
+        return norms / powers
+
+    def distance(self, other: Point) -> float:
+        """‖W̃′ − W̃‖/‖W̃‖ to another point, biases included; infinite from zero weights."""
+        size, moved = fetched(self.theta.norm(), (other.theta - self.theta).norm())
+        return moved / size if size else math.inf if moved else 0.0
+
+    def moved(self, rows: Tensor, free: Tensor) -> Point:
+        """The point with other flat rows (d1, d0) where z_i ≠ 0, and other b."""
+        live = self.output != 0
+        hidden = torch.where(live[:, None], rows / torch.where(live, self.output, 1.0)[:, None], self.hidden)
+        return Point(hidden, self.output, free)
+
+
+@dataclass(frozen=True)
+class Units:
+    """Units of measure of a problem and a point: w_i is told in units of 1/rows_i, x in 2^inputs, y in 2^targets.
+
+    They make z_i of the size of 1, so that w_i is of the size of w̃_i.
+
+    Attributes:
+        inputs: exponent.
+        targets: exponent.
+        rows: powers of two, (d1,).
+    """
+
+    inputs: int
+    targets: int
+    rows: Tensor
+
+    @classmethod
+    def of(cls, point: Point, inputs: int, targets: int) -> Units:
+        """The units of a point, on a problem whose exponents are known."""
+        outputs = row_powers(times_power(point.output, inputs - targets)[:, None])
+        return cls(inputs, targets, torch.where(point.output == 0, row_powers(point.hidden), 1 / outputs))
+
+    @property
+    def _flat(self) -> int:
+        """The exponent of w̃ and b: what gives targets from inputs."""
+        return self.targets - self.inputs
+
+    def told(self, point: Point) -> Point:
+        """A point in these units."""
+        output = times_power(point.output / self.rows, -self._flat)
+        return Point(point.hidden * self.rows[:, None], output, times_power(point.free, -self._flat))
+
+    def untold(self, point: Point) -> Point:
+        """The point itself, of one in these units."""
+        output = times_power(point.output, self._flat) * self.rows
+        return Point(point.hidden / self.rows[:, None], output, times_power(point.free, self._flat))
+
+    def preactivations(self, told: Tensor) -> Tensor:
+        """w_i·x_n themselves, of (N, d1) in these units."""
+        return times_power(told / self.rows, self.inputs)
+
+    def predictions(self, told: Tensor) -> Tensor:
+        """Targets, predictions or errors themselves, of those in these units."""
+        return times_power(told, self.targets)
+
+    def squares(self, told: float) -> float:
+        """A squared error itself, of one in these units."""
+        return told * 2.0**self.targets * 2.0**self.targets
+
+
+def in_units(problem: Problem) -> tuple[Problem, int, int]:
+    """A problem in units that make its inputs and targets of the size of 1, and the exponents of these."""
+    sizes = torch.stack([problem.inputs.abs().max(), problem.targets.abs().max()])
+    inputs, targets = (unit_exponent(size) for size in problem.team.most(sizes).tolist())
+    told = replace(
+        problem,
+        inputs=times_power(problem.inputs, -inputs),
+        targets=times_power(problem.targets, -targets),
+        free=times_power(problem.free, -inputs),
+    )
+    return told, inputs, targets
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a point gives on the samples.
+
+    Attributes:
+        preactivations: u_ni = w_i·x_n, (N, d1).
+        errors: e = y − ŷ, (N,).
+        bounds: bounds on the rounding error of each e_n, (N,).
+        blur: bounds on the rounding errors of the pre-activations, (N, d1).
+        idle: samples whose ŷ_n is exactly 0 where the kinks in hand are, as nothing else is active, bool (N,).
+    """
+
+    preactivations: Tensor
+    errors: Tensor
+    bounds: Tensor
+    blur: Tensor
+    idle: Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A training set and a slope.
+
+    Attributes:
+        inputs: X, (N, d0).
+        targets: y, (N,).
+        slope: ρ.
+        free: columns whose coefficients no kink depends on, (N, f).
+        team: the processes that hold the other samples.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    slope: float
+    free: Tensor
+    team: Team = field(default_factory=Team)
+
+    @cached_property
+    def norms(self) -> Tensor:
+        """‖x_n‖, (N,)."""
+        norms: Tensor = self.inputs.norm(dim=1)
+        return norms
+
+    @cached_property
+    def num_samples(self) -> int:
+        """N, over all processes."""
+        return self.team.total(self.inputs.shape[0], self.inputs.device)
+
+    def slopes(self, active: Tensor) -> Tensor:
+        """A of an activation pattern, (N, d1)."""
+        return active.to(torch.float64) * (1 - self.slope) + self.slope
+
+    def map(self, active: Tensor, live: Tensor | None = None, bases: dict[int, Tensor] | None = None) -> FaceMap:
+        """The linear map of a pattern, on a face."""
+        return FaceMap(self.inputs, self.slopes(active), self.free, live, bases or {}, self.team)
+
+    def outputs(self, point: Point, kinks: Tensor | None = None) -> Outputs:
+        """Evaluate a point.
+
+        The rounding error of e_n is at most γ (|y_n| + ‖x_n‖ Σ_i s_ni |z_i| ‖w_i‖ + Σ_j |c_nj b_j|), where γ is
+        d0 + d1 + f + 7 unit roundoffs: each weight is rounded once, and the rest is that of the inner products. s_ni is
+        the size of the slope: what a ReLU does not let through is 0 in floats, too, however large it was.
+
+        Args:
+            point: the weights.
+            kinks: pairs that are held on their kink, bool (N, d1).
+        """
+        preactivations = self.inputs @ point.hidden.T
+        sizes = point.sizes
+        blur = self.norms[:, None] * ((point.hidden.shape[1] + 4) * ROUNDOFF * sizes)
+        activated = torch.where(preactivations > 0, preactivations, self.slope * preactivations)
+        steepness = torch.full_like(blur, max(1.0, abs(self.slope)))
+        steepness.masked_fill_(preactivations > blur, 1.0).masked_fill_(preactivations < -blur, abs(self.slope))
+        weights = point.output.abs() * sizes
+        errors = self.targets - activated @ point.output - self.free @ point.free
+        terms = (steepness @ weights) * self.norms + self.free.abs() @ point.free.abs()
+        gamma = (sum(point.hidden.shape) + self.free.shape[1] + 7) * ROUNDOFF
+        bounds = torch.where(terms > 0, gamma * (self.targets.abs() + terms), 0.0)
+        idle = terms == 0
+        if kinks is not None:
+            held = kinks & (preactivations.abs() <= HELD * blur)
+            bounds = bounds + HELD * ((held * steepness * blur) @ point.output.abs())
+            idle = steepness.masked_fill_(held, 0.0) @ weights == 0
+        if self.free.shape[1]:
+            idle = torch.zeros_like(idle)
+        return Outputs(preactivations, errors, bounds, blur, idle)
+
+    def is_zero(self, outputs: Outputs) -> bool:
+        """Whether e = 0 up to rounding, and the rounding is small beside the targets: large weights hide all errors."""
+        sizes = self.team.sum(torch.stack([outputs.bounds.square().sum(), self.targets.square().sum()]))
+        fits = self.team.least((outputs.errors.abs() <= outputs.bounds).all().long())
+        bounds, targets, fit = fetched(*sizes, fits)
+        return bool(fit) and bounds <= _UNKNOWABLE**2 * targets
+
+    def squared_error(self, errors: Tensor) -> float:
+        """‖e‖² over all samples."""
+        return float(self.team.sum(errors.square().sum()))
+
+    def rise(self, before: Outputs, after: Outputs) -> tuple[float, float]:
+        """How much larger ‖e‖² is after than before, without the cancellation of two sums, and the rounding in that."""
+        change = after.errors - before.errors
+        doubt = before.bounds + after.bounds
+        size = before.errors.abs() + after.errors.abs()
+        terms = torch.stack([(change * (before.errors + after.errors)).sum(), (doubt * (2 * size + doubt)).sum()])
+        rise, blur = self.team.sum(terms).tolist()
+        return rise, blur

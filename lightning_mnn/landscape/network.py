@@ -1,0 +1,120 @@
+"""Network: the weights of a piecewise-linear network, as the mathematics sees them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def smallest_sines(preactivations: Tensor, sample_norms: Tensor, weight_norms: Tensor) -> Tensor:
+    """Smallest |w_i·x_n| / (‖w_i‖‖x_n‖) over the samples, for each unit: its angle's sine to the nearest kink.
+
+    Samples x_n = 0 constrain nothing and are passed over; a row w_i = 0 lies on every kink (0).
+
+    Args:
+        preactivations: x_n·w_i, (..., N, d1).
+        sample_norms: ‖x_n‖, (..., N).
+        weight_norms: ‖w_i‖, (..., d1).
+
+    Returns:
+        Sines (..., d1); 1 where no sample constrains the unit.
+    """
+    ratios = (preactivations.abs() / sample_norms[..., None]).nan_to_num(nan=torch.inf, posinf=torch.inf).amin(dim=-2)
+    return torch.where(weight_norms > 0, ratios / weight_norms, 0.0).clamp(max=1.0)
+
+
+@dataclass(frozen=True)
+class Network:
+    """The weights of a piecewise-linear network, as mathematics sees them.
+
+    ŷ = z · f(W_L f(… f(W_1 x))), with f(u) = u where u > 0 and ρ u elsewhere. With one hidden layer there may be
+    biases, ŷ = z · f(W x + b) + b₂: b is the weight of one more input, which is always 1 (see ``rows``, ``augment``).
+
+    Attributes:
+        hidden_weights: W_l, (..., d_l, d_{l−1}), first layer first.
+        output_weights: z, (..., d_L).
+        negative_slope: ρ.
+        unit_roundoff: half the spacing of floats at 1 in the precision that the weights were trained in.
+        hidden_bias: b, (..., d1); None: no bias there.
+        output_bias: b₂, (...); None: no bias there.
+
+    Raises:
+        ValueError: a bias in a network with several hidden layers.
+    """
+
+    hidden_weights: tuple[Tensor, ...]
+    output_weights: Tensor
+    negative_slope: float
+    unit_roundoff: float = 2.0**-53
+    hidden_bias: Tensor | None = None
+    output_bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Check that only a network with one hidden layer has biases."""
+        biases = {"hidden_bias": self.hidden_bias, "output_bias": self.output_bias}
+        given = [name for name, bias in biases.items() if bias is not None]
+        if given and len(self.hidden_weights) > 1:
+            raise ValueError(
+                f"{' and '.join(given)} given with {len(self.hidden_weights)} hidden layers: biases are supported with "
+                "one hidden layer only, leave them out"
+            )
+
+    @property
+    def rows(self) -> Tensor:
+        """What the units take the inner products of augmented inputs with: rows (w_i, b_i), (..., d1, d0 + 1).
+
+        Without a hidden bias the first layer's weights themselves, (..., d1, d0).
+        """
+        weights = self.hidden_weights[0]
+        return weights if self.hidden_bias is None else torch.cat([weights, self.hidden_bias[..., None]], dim=-1)
+
+    def augment(self, inputs: Tensor) -> Tensor:
+        """Inputs (x_n, 1), (..., N, d0 + 1), where there is a hidden bias; elsewhere the inputs (..., N, d0).
+
+        >>> biased = Network((torch.eye(2),), torch.ones(2), 0.0, hidden_bias=torch.tensor([3.0, 4.0]))
+        >>> biased.augment(torch.tensor([[5.0, 6.0]])), biased.rows
+        (tensor([[5., 6., 1.]]), tensor([[1., 0., 3.],
+                [0., 1., 4.]]))
+        """
+        return inputs if self.hidden_bias is None else torch.cat([inputs, torch.ones_like(inputs[..., :1])], dim=-1)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All weights and biases."""
+        biases = (bias for bias in (self.hidden_bias, self.output_bias) if bias is not None)
+        return (*self.hidden_weights, self.output_weights, *biases)
+
+    def to(self, target: torch.device | torch.dtype) -> Network:
+        """The same network on another device or in another precision (its ``unit_roundoff`` stays)."""
+        return replace(
+            self,
+            hidden_weights=tuple(weights.to(target) for weights in self.hidden_weights),
+            output_weights=self.output_weights.to(target),
+            hidden_bias=None if self.hidden_bias is None else self.hidden_bias.to(target),
+            output_bias=None if self.output_bias is None else self.output_bias.to(target),
+        )
+
+    @property
+    def input_dim(self) -> int:
+        """d0, without the input of ones that a hidden bias stands for."""
+        return self.hidden_weights[0].shape[-1]
+
+    @property
+    def hidden_dims(self) -> tuple[int, ...]:
+        """Widths (d1, …, d_L)."""
+        return tuple(weights.shape[-2] for weights in self.hidden_weights)
+
+    def preactivations(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """Pre-activations of every layer, (..., N, d_l), for inputs (..., N, d0)."""
+        found = []
+        inputs = self.augment(inputs)
+        for weights in (self.rows, *self.hidden_weights[1:]):
+            preactivations = inputs @ weights.mT
+            found.append(preactivations)
+            inputs = torch.where(preactivations > 0, preactivations, self.negative_slope * preactivations)
+        return tuple(found)

@@ -1,0 +1,1 @@
+"""Regions: the linear model inside one activation pattern, its rank, its least squares, its minima."""

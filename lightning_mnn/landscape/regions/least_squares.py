@@ -1,0 +1,192 @@
+"""Least squares on a region or on a face of it: the smallest θ whose predictions come nearest to a right-hand side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from scipy.linalg import eigvalsh_tridiagonal
+
+from lightning_mnn.utilities.interruption import safe_point
+from lightning_mnn.utilities.transfer import fetched
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightning_mnn.landscape.regions.linear_map import FaceMap
+
+GRAM_LIMIT = 6000  # the largest Gram matrix that is formed: 0.3 GB, a second or two to factor
+_DECOMPOSED = 2e9  # operations, about a second of one core, up to which a deficient matrix itself is decomposed
+_ZERO = 1e-11  # singular values, relative to the largest, that are dropped: their solutions would be rounding errors
+_REFINEMENTS = 3
+_EPS = torch.finfo(torch.float64).eps
+_ROUNDED = 10 * _EPS  # of the matrix before projection, what rounding leaves where nothing should be left
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A least-squares solution.
+
+    Attributes:
+        theta: the smallest θ on the face that minimises ‖b − F θ‖; of an unfinished iteration the last one.
+        smallest: a lower bound on the smallest non-zero singular value of F on the face, as far as floats tell zero;
+            of conjugate gradients a tenth of an estimate; None where it is not known.
+        onto: whether F is known to reach every right-hand side: rank N.
+        method: what found it, in words.
+        finished: whether it was found, and not only approached.
+        too_long: whether the iteration was stopped as θ was seen to be longer than the caller cares for.
+    """
+
+    theta: Tensor
+    smallest: float | None
+    onto: bool
+    method: str
+    finished: bool = True
+    too_long: bool = False
+
+
+def solve(face: FaceMap, rhs: Tensor, longest: float = float("inf"), max_iterations: int = 150) -> Solution:
+    """The smallest least-squares solution of F θ = b on a face.
+
+    The Gram matrix of the smaller side, at most 6,000 wide, is factored by Cholesky where it is definite, with
+    refinement on the matrix itself. Otherwise the singular values of a matrix of moderate size decide; those of a
+    larger one are read off its Gram matrix, where they are invisible under about 1e-7 of the largest and are dropped.
+    Larger problems go to conjugate gradients on the normal equations, whose iterates never get shorter: one that is too
+    long ends the search.
+
+    Args:
+        face: the linear map F; of several processes, each with its samples.
+        rhs: b, (N,), of this process's samples.
+        longest: stop an iteration whose θ is longer than this.
+        max_iterations: of conjugate gradients.
+    """
+    dual = face.team.size == 1 and face.num_samples <= face.num_parameters
+    if (face.num_samples if dual else face.num_parameters) > GRAM_LIMIT:
+        return _iterate(face, rhs, longest, max_iterations)
+    matrix = face.gram() if dual else face.normal_matrix()
+    solution = _by_cholesky(face, matrix, rhs, dual=dual)
+    if solution is not None:
+        return solution
+    operations = face.num_samples * face.num_parameters * len(matrix)
+    if face.team.size == 1 and operations <= _DECOMPOSED:
+        return _by_singular_values(face, rhs)
+    return _by_eigenvalues(face, matrix, rhs, dual=dual)
+
+
+def _apply(face: FaceMap, factor: Tensor, residual: Tensor, *, dual: bool) -> Tensor:
+    """Pseudo-inverse of F times a residual, from the Cholesky factor of a Gram matrix."""
+    if dual:
+        return face.project(face.correlate(torch.cholesky_solve(residual[:, None], factor)[:, 0]))
+    return face.project(torch.cholesky_solve(face.project(face.correlate(residual))[:, None], factor)[:, 0])
+
+
+def _by_cholesky(face: FaceMap, matrix: Tensor, rhs: Tensor, *, dual: bool) -> Solution | None:
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    least = _smallest_eigenvalue(matrix, factor, info, _ROUNDED * face.size**2)
+    if least is None:
+        return None
+    theta = _apply(face, factor, rhs, dual=dual)
+    for _ in range(_REFINEMENTS):
+        theta = theta + _apply(face, factor, rhs - face.predict(theta), dual=dual)
+    return Solution(theta, least**0.5, onto=dual, method="Cholesky factor of the Gram matrix")
+
+
+def _smallest_eigenvalue(matrix: Tensor, factor: Tensor, info: Tensor, floor: float) -> float | None:
+    """A lower bound on the smallest eigenvalue, proved by one more Cholesky factor; None where rounding hides it.
+
+    Inverse iteration estimates it from above; a shifted matrix that still has a factor bounds it from below.
+
+    Args:
+        matrix: a positive definite matrix.
+        factor: its Cholesky factor.
+        info: whether there is a first factor at all; read with the estimate, so that a GPU is waited for once.
+        floor: the rounding that is in the matrix at least.
+    """
+    vector = torch.linspace(1, 2, len(matrix), dtype=matrix.dtype, device=matrix.device).sin()[:, None]
+    for _ in range(6):
+        vector = torch.cholesky_solve(vector / vector.norm(), factor)
+    failed, length, trace = fetched(info, vector.norm(), matrix.diagonal().sum())
+    if failed or not length > 0:
+        return None
+    estimate, noise = 1 / length, max((len(matrix) + 10) * _EPS * trace, floor)
+    for share in (0.5, 0.05):
+        shift = share * estimate
+        if shift <= 10 * noise:
+            return None
+        shifted = matrix.clone()
+        shifted.diagonal().sub_(shift + noise)
+        if not int(torch.linalg.cholesky_ex(shifted)[1]):
+            return shift
+    return None
+
+
+def _by_eigenvalues(face: FaceMap, matrix: Tensor, rhs: Tensor, *, dual: bool) -> Solution:
+    values, vectors = torch.linalg.eigh(matrix)
+    kept = values > (10 * (len(matrix) + 10) * _EPS * values[-1]).clamp(min=_ROUNDED * face.size**2)
+    inverse = torch.where(kept, 1 / values, 0.0)
+
+    def apply(residual: Tensor) -> Tensor:
+        if dual:
+            return face.project(face.correlate(vectors @ (inverse * (vectors.T @ residual))))
+        return face.project(vectors @ (inverse * (vectors.T @ face.project(face.correlate(residual)))))
+
+    theta = apply(rhs)
+    for _ in range(_REFINEMENTS):
+        theta = theta + apply(rhs - face.predict(theta))
+    smallest = float(values[kept][0]) ** 0.5 if bool(kept.any()) else None
+    return Solution(theta, smallest, onto=False, method="eigenvalues of the Gram matrix")
+
+
+def _by_singular_values(face: FaceMap, rhs: Tensor) -> Solution:
+    left, values, right = torch.linalg.svd(face.dense(), full_matrices=False)
+    kept = values > (_ZERO * values[0]).clamp(min=_ROUNDED * face.size)
+    inverse = torch.where(kept, 1 / values, 0.0)
+    theta = rhs.new_zeros(face.num_parameters)
+    for _ in range(_REFINEMENTS):
+        theta = theta + right.T @ (inverse * (left.T @ (rhs - face.predict(theta))))
+    rank = int(kept.sum())
+    smallest = float(values[rank - 1]) if rank else None
+    return Solution(face.project(theta), smallest, onto=rank == face.num_samples, method="singular values")
+
+
+def _iterate(face: FaceMap, rhs: Tensor, longest: float, max_iterations: int) -> Solution:
+    """Conjugate gradients on the normal equations (CGLS), started again once from its own end to shed rounding errors.
+
+    Only sums over samples pass between processes. The iterates' lengths never fall (Steihaug 1983), and the Ritz values
+    of the coefficients estimate the smallest singular value from above.
+    """
+    theta = torch.zeros_like(face.correlate(rhs))
+    spent, ritz = 0, float("inf")
+    finished = too_long = False
+    for _ in range(2):
+        residual = rhs - face.predict(theta)
+        gradient = face.project(face.correlate(residual))
+        goal = 4 * _EPS * face.size * float(face.team.sum(residual @ residual)) ** 0.5
+        direction, square = gradient, gradient @ gradient
+        diagonal, beside, last = [], [], (0.0, 1.0)
+        while not (finished := float(square) ** 0.5 <= goal) and spent < max_iterations and not too_long:
+            safe_point()
+            change = face.predict(direction)
+            share = float(square) / float(face.team.sum(change @ change))
+            theta, residual = theta + share * direction, residual - share * change
+            gradient = face.project(face.correlate(residual))
+            ratio, square = float(gradient @ gradient) / float(square), gradient @ gradient
+            direction = gradient + ratio * direction
+            diagonal.append(1 / share + last[0] / last[1])
+            beside.append(ratio**0.5 / share)
+            last = (ratio, share)
+            spent += 1
+            too_long = float(theta.norm()) > longest
+        if diagonal:
+            ritz = min(ritz, float(eigvalsh_tridiagonal(diagonal, beside[:-1])[0]))
+        if not finished:
+            break
+    return Solution(
+        theta=face.project(theta),
+        smallest=0.1 * ritz**0.5 if finished and 0 < ritz < float("inf") else None,
+        onto=False,
+        method=f"{spent} iterations of CG" + ("" if finished else ", not converged"),
+        finished=finished,
+        too_long=too_long,
+    )

@@ -1,0 +1,185 @@
+"""Region: the linear model inside one activation pattern.
+
+Shapes: N samples, d0 inputs, d1 hidden units, ``...`` leading axes (replicas). Notation: A is the matrix of slopes
+(1 where a unit is active, ρ elsewhere), G the linear map (G e)_i = Σ_n e_n A_ni x_n, and w̃_i = z_i w_i the rows of the
+flat weights, so that predictions are Gᵀ w̃.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+
+from lightning_mnn.landscape.regions.least_squares import solve
+from lightning_mnn.landscape.regions.linear_map import FaceMap
+from lightning_mnn.landscape.regions.rank import khatri_rao_rank
+from lightning_mnn.utilities.distributed import Team
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightning_mnn.landscape.pattern import ActivationPattern
+
+_UNSOLVED = 1e-9  # ‖G r‖/(‖G‖‖y‖) from which an iteration has not found the residual
+
+
+@dataclass(frozen=True)
+class LeastSquares:
+    """The least-squares fit of a region's linear model.
+
+    Attributes:
+        flat: the smallest flat weights that attain it, (..., d1, d0).
+        residual: y − Gᵀ w̃, (..., N).
+        gradient: ‖G r‖/(‖G‖_F ‖y‖), (...): zero up to rounding where the fit was found.
+        method: how it was found; of replicas, the last one's.
+    """
+
+    flat: Tensor
+    residual: Tensor
+    gradient: Tensor
+    method: str
+
+
+class Region:
+    """A differentiable region D_A: all weights with one activation pattern, where the network is linear in w̃.
+
+    Args:
+        inputs: X, (..., N, d0).
+        pattern: activation pattern of N samples and d1 units.
+        negative_slope: ρ, any real but 1.
+        team: the processes that hold the other samples, for products and least squares; None: all are here.
+
+    Raises:
+        ValueError: ρ = 1, or the pattern has another number of samples than the inputs.
+
+    >>> from lightning_mnn.landscape import ActivationPattern
+    >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+    >>> region = Region(x, ActivationPattern(torch.tensor([[True], [True], [False]])))
+    >>> region.predict(torch.tensor([[3.0, 1.0]]))
+    tensor([3., 2., 0.], dtype=torch.float64)
+    >>> region.rank()
+    2
+    """
+
+    def __init__(
+        self, inputs: Tensor, pattern: ActivationPattern, negative_slope: float = 0.0, *, team: Team | None = None
+    ) -> None:
+        if negative_slope == 1:
+            raise ValueError("negative_slope must not be 1: the network would be linear")
+        if inputs.shape[-2] != pattern.active.shape[-2]:
+            raise ValueError(
+                f"inputs have {inputs.shape[-2]} samples and the pattern {pattern.active.shape[-2]}: they must agree"
+            )
+        self.inputs = inputs.to(torch.float64)
+        self.pattern = pattern
+        self.negative_slope = negative_slope
+        self.team = team or Team()
+
+    @cached_property
+    def slopes(self) -> Tensor:
+        """A, float64 (..., N, d1)."""
+        return self.pattern.slopes(self.negative_slope)
+
+    def predict(self, flat: Tensor) -> Tensor:
+        """Gᵀ w̃: the outputs Σ_i A_ni x_n·w̃_i, (..., N), for flat weights w̃ (..., d1, d0)."""
+        return (self.slopes * (self.inputs @ flat.to(torch.float64).mT)).sum(-1)
+
+    def correlate(self, residual: Tensor) -> Tensor:
+        """G e: rows Σ_n e_n A_ni x_n, (..., d1, d0), for a residual e (..., N).
+
+        A differentiable point is a local minimum if and only if its residual satisfies G e = 0.
+        """
+        return self.team.sum(correlate(self.slopes, self.inputs, residual.to(torch.float64)))
+
+    def gram(self) -> Tensor:
+        """GᵀG = (A Aᵀ) ⊙ (X Xᵀ), (..., N, N): without the (N, d0·d1) matrix."""
+        return (self.slopes @ self.slopes.mT) * (self.inputs @ self.inputs.mT)
+
+    def rank(self) -> int | list[int]:
+        """Rank of A∘X, an integer; with a leading replica axis, a list of R.
+
+        It counts the singular values above max(N, d0·d1) · eps of the largest, without the (N, d0·d1) matrix.
+        """
+        ranks = [khatri_rao_rank(x, a) for x, a in self._replicas()]
+        return ranks if self._replicated else ranks[0]
+
+    def least_squares(self, targets: Tensor, *, max_iterations: int = 1000) -> LeastSquares:
+        """Fit the region's linear model: the smallest w̃ that minimises ‖y − Gᵀ w̃‖.
+
+        See :func:`~lightning_mnn.landscape.regions.least_squares.solve` for the methods.
+
+        Args:
+            targets: y, (..., N).
+            max_iterations: of conjugate gradients, which problems beyond memory go to; ``gradient`` tells how far
+                they came.
+        """
+        flats, residuals, gradients, method = [], [], [], ""
+        replicas = self._replicas()
+        targets = targets.to(torch.float64).expand(*(len(replicas),) * self._replicated, targets.shape[-1])
+        for (x, a), y in zip(replicas, targets.reshape(-1, targets.shape[-1]), strict=True):
+            face = FaceMap(x, a, x.new_zeros(len(x), 0), team=self.team)
+            solution = solve(face, y, max_iterations=max_iterations)
+            residual = y - face.predict(solution.theta)
+            squares = self.team.sum(torch.stack([(a.norm(dim=1) * x.norm(dim=1)).square().sum(), y @ y]))
+            left = face.correlate(residual).norm()
+            gradients.append(torch.where(left == 0, 0.0, left / squares.prod().sqrt()))
+            flats.append(solution.theta.reshape(face.shape))
+            residuals.append(residual)
+            method = solution.method
+        parts = (flats, residuals, gradients)
+        flat, residual, gradient = (torch.stack(part) if self._replicated else part[0] for part in parts)
+        return LeastSquares(flat, residual, gradient, method)
+
+    def residual(self, targets: Tensor) -> Tensor:
+        """e*_A = y − P y, (..., N): the residual of the least-squares fit, shared by every minimum of the region.
+
+        Raises:
+            ArithmeticError: an iterative fit of a large region did not come close enough.
+        """
+        fit = self.least_squares(targets)
+        if bool((fit.gradient > _UNSOLVED).any()):
+            raise ArithmeticError(
+                f"the least-squares fit of this region was not found by {fit.method}: "
+                f"‖G r‖/(‖G‖‖y‖) = {float(fit.gradient.max()):.1e}; "
+                "call least_squares with a larger max_iterations"
+            )
+        return fit.residual
+
+    @property
+    def _replicated(self) -> bool:
+        return max(self.inputs.ndim, self.slopes.ndim) > 2
+
+    def _replicas(self) -> list[tuple[Tensor, Tensor]]:
+        if not self._replicated:
+            return [(self.inputs, self.slopes)]
+        replicas = max(tensor.shape[0] if tensor.ndim > 2 else 1 for tensor in (self.inputs, self.slopes))
+        inputs = self.inputs.expand(replicas, *self.inputs.shape[-2:])
+        slopes = self.slopes.expand(replicas, *self.slopes.shape[-2:])
+        return list(zip(inputs, slopes, strict=True))
+
+
+def correlate(coefficients: Tensor, inputs: Tensor, residual: Tensor) -> Tensor:
+    """Cᵀ diag(e) X: rows Σ_n e_n C_ni x_n, (..., d1, d0), for coefficients C (..., N, d1); G e when C is A."""
+    return (coefficients * residual[..., None]).mT @ inputs
+
+
+def khatri_rao(slopes: Tensor, inputs: Tensor) -> Tensor:
+    """(A∘X)ᵀ: row n is a_n ⊗ x_n, (..., N, d1·d0); the dense matrix of a region's linear map."""
+    return (slopes[..., :, None] * inputs[..., None, :]).flatten(-2)
+
+
+def gram_rank(gram: Tensor) -> Tensor:
+    """Rank of a matrix from its Gram matrix (..., d, d), with columns scaled to unit length first; int64 (...).
+
+    Singular values under about √(d · eps), 1e-7, of the largest (after scaling) are invisible here.
+    """
+    scale = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    inverse = torch.where(scale > 0, 1 / scale, 0.0)
+    values = torch.linalg.eigvalsh(gram * inverse[..., :, None] * inverse[..., None, :])
+    largest = values[..., -1:].clamp(min=0)
+    threshold = gram.shape[-1] * torch.finfo(gram.dtype).eps * largest
+    rank: Tensor = (values > threshold).sum(-1)
+    return rank

@@ -1,0 +1,1 @@
+"""Hydra's launchers: device_pool and slurm."""

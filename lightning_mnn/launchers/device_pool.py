@@ -1,0 +1,268 @@
+"""``hydra/launcher=device_pool``: each job of a sweep in a process of its own, several at once over a pool of devices.
+
+Hydra finds the launcher wherever lightning_mnn is installed, for any application.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, configure_log, filter_overrides, setup_globals
+from hydra.plugins.launcher import Launcher
+from omegaconf import DictConfig, OmegaConf, open_dict
+from typing_extensions import override
+
+from lightning_mnn.launchers.jobs.records import JobState, SweepCommand
+from lightning_mnn.launchers.signals import collected_signals, told_plainly
+from lightning_mnn.utilities.compat.hydra_internals import result_of, singletons
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from hydra.types import HydraContext, TaskFunction
+
+    from lightning_mnn.launchers.jobs.devices import Devices, Request
+    from lightning_mnn.launchers.jobs.job import Job
+
+
+log = logging.getLogger(__name__)
+
+_INTERVAL = 0.1  # seconds between two looks at the jobs
+
+_GRACE = {"SIGINT": 20.0, "SIGTERM": 5.0, "SIGKILL": 5.0}  # seconds for a job to heed them, one by one
+
+
+@dataclass
+class DevicePoolConf:
+    """Config of the launcher.
+
+    Attributes:
+        n_jobs: jobs at once; null: as many as there are devices for.
+        gpus: names of the GPUs that are lent, some of those in CUDA_VISIBLE_DEVICES where that is set; null: those of
+            CUDA_VISIBLE_DEVICES, or all there are. A job sees those that are lent to it alone, one on the CPU none.
+        cpu_slots: devices that the CPU counts as; null: one a core, or ``n_jobs`` if that is more.
+        resume: leave out jobs that have finished, by the ``job.json`` in their folders; null: as the application's
+            own key ``resume`` says, if it has one that is true or false.
+        trainer_key: where in the application's config the Trainer's arguments are: ``devices``, ``accelerator``,
+            ``num_nodes``.
+    """
+
+    _target_: str = "hydra_plugins.lightning_mnn.DevicePool"
+    n_jobs: int | None = None
+    gpus: list[Any] | None = None
+    cpu_slots: int | None = None
+    resume: bool | None = None
+    trainer_key: str = "trainer"
+
+
+class DevicePool(Launcher):
+    """Runs each job of a sweep in a fresh process, several at once, each on as many devices as its Trainer asks for.
+
+    A job that fails leaves the others alone. It fails, too, if its process is ended from outside; what any of its
+    ranks has left is ended with it. Each job's folder gets ``console.log``, what it printed, and ``job.json``, what it
+    ended in. The sweep's folder gets ``sweep.json``, the command: the launcher prints the one that resumes the sweep at
+    its start, and again at the end if any job is not finished.
+
+    Args:
+        **options: see :class:`DevicePoolConf`.
+
+    Raises:
+        LaunchError: (at the launch, before any job is started) a job asks for devices that the pool does not have, or
+            for several nodes, or two jobs share a folder.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self._options = DevicePoolConf(**options)
+        self._context: tuple[HydraContext, TaskFunction, DictConfig] | None = None
+
+    @override
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self._context = (hydra_context, task_function, config)
+
+    @override
+    @told_plainly
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from lightning_mnn.launchers.jobs.calls import TaskReference  # noqa: PLC0415 (Hydra imports this module in all programs)
+        from lightning_mnn.launchers.jobs.devices import Devices  # noqa: PLC0415
+
+        assert self._context is not None  # noqa: S101 (for the type checker: Hydra calls setup first)
+        if not hasattr(os, "killpg"):
+            raise OSError(
+                "hydra/launcher=device_pool needs Linux or macOS, where it signals a job's processes together: "
+                "choose hydra/launcher=basic"
+            )
+        hydra_context, task_function, config = self._context
+        setup_globals()
+        configure_log(config.hydra.hydra_logging, config.hydra.verbose)
+        pool = Devices(self._options.gpus, self._options.cpu_slots, self._options.n_jobs)
+        common = set.intersection(*(set(one) for one in job_overrides)) if len(job_overrides) > 1 else set()
+        jobs = [self._job(number, list(one), pool, common) for number, one in enumerate(job_overrides, initial_job_idx)]
+        _require_own_folders(jobs)
+        if self._resumes(config):
+            for job in jobs:
+                job.keep_if_finished()
+        folder = Path(config.hydra.sweep.dir)
+        command = SweepCommand.of_this_process(config)
+        command.write(folder)
+        log.info("%d jobs in %s, each in a process of its own", len(jobs), folder)
+        if initial_job_idx == 0:  # a SIGKILL or a power cut leaves no time to say it
+            log.info("if it is killed, this command resumes the sweep:\n  %s", command.resumed(folder))
+        call = {
+            "hydra_context": hydra_context,
+            "task_function": TaskReference.to(task_function),
+            "singletons": singletons(),
+        }
+        with collected_signals() as received:
+            try:
+                with _shown(jobs) as say:
+                    _run(jobs, pool, call, say, received)
+            finally:  # below the table, not in it
+                _tell_end(jobs, command.resumed(folder))
+        if received:
+            raise SystemExit(128 + received[0])
+        return [job.returned for job in jobs if job.returned is not None]
+
+    def _job(self, number: int, overrides: list[str], pool: Devices, common: set[str]) -> Job:
+        from lightning_mnn.launchers.jobs.job import Job  # noqa: PLC0415
+
+        assert self._context is not None  # noqa: S101
+        hydra_context, _, config = self._context
+        composed = hydra_context.config_loader.load_sweep_config(config, overrides)
+        with open_dict(composed):
+            composed.hydra.job.id = str(number)
+            composed.hydra.job.num = number
+            composed.hydra.sweep.dir = str(config.hydra.sweep.dir)  # as it is now: it may hold the time
+        request = _request(composed, self._options.trainer_key, pool)
+        own = list(filter_overrides(overrides))
+        label = " ".join(override for override in own if override not in common)
+        return Job(number, own, label, composed, _folder(composed), request)
+
+    def _resumes(self, config: DictConfig) -> bool:
+        own = self._options.resume
+        return OmegaConf.select(config, "resume") is True if own is None else own
+
+
+def _run(
+    jobs: Sequence[Job],
+    pool: Devices,
+    call: dict[str, Any],
+    say: Callable[[Job], None],
+    received: Sequence[int],
+) -> None:
+    """Run what waits, in order, but a job that fits before one that does not; to the end of all or the first signal."""
+    for job in jobs:
+        if job.state is JobState.KEPT:
+            say(job)
+    at_work: list[Job] = []
+    try:
+        while not received and any(job.state in (JobState.WAITING, JobState.RUNNING) for job in jobs):
+            for job in jobs:
+                if job.state is JobState.WAITING and not received and (loan := pool.lend(job.request)) is not None:
+                    at_work.append(job)
+                    if job.start(loan, call):
+                        say(job)
+            time.sleep(_INTERVAL)
+            for job in [job for job in at_work if job.has_ended()]:
+                at_work.remove(job)
+                if job.loan is not None:
+                    pool.take_back(job.loan)
+                say(job)
+    finally:
+        _end(at_work, received)
+
+
+def _end(running: Sequence[Job], received: Sequence[int]) -> None:
+    """Ask the jobs to end, ever more sternly. Another signal of the user's makes the next step come at once."""
+    for name, grace in _GRACE.items():
+        number = signal.Signals[name]
+        left = [job for job in running if job.state is JobState.RUNNING]
+        for job in left:
+            if job.process is not None:
+                job.process.signal(number)
+        deadline, heard = time.monotonic() + grace, len(received)
+        while left and time.monotonic() < deadline and (len(received) == heard or number is signal.SIGKILL):
+            left = [job for job in left if not job.has_ended()]
+            time.sleep(_INTERVAL)
+
+
+@contextlib.contextmanager
+def _shown(jobs: Sequence[Job]) -> Iterator[Callable[[Job], None]]:
+    """Show the jobs: on a terminal in a table, elsewhere in a line whenever one starts or ends."""
+    from rich.console import Console  # noqa: PLC0415 (Hydra imports this module in all programs)
+
+    from lightning_mnn.launchers.jobs.table import JobTable, clock  # noqa: PLC0415
+
+    words = {JobState.FAILED: "FAILED", JobState.INTERRUPTED: "interrupted"}
+
+    def line(job: Job) -> None:
+        if job.state is JobState.RUNNING:
+            what = f"starts on {job.loan}"
+        elif job.state is JobState.KEPT:
+            what = "was done before"
+        else:
+            what = f"{words.get(job.state, 'done')} after {clock(job.seconds)}"
+        log.info("#%d %s: %s", job.number, what, job.label)
+
+    console = Console(stderr=True)
+    if sys.stderr.isatty() and not console.is_dumb_terminal:
+        with JobTable(jobs).live(console):
+            yield lambda _: None
+    else:
+        yield line
+
+
+def _tell_end(jobs: Sequence[Job], command: str) -> None:
+    from lightning_mnn.launchers.jobs.table import counts  # noqa: PLC0415 (Hydra imports this module in all programs)
+
+    log.info("%s", counts(jobs))
+    for job in jobs:
+        if job.state in (JobState.FAILED, JobState.INTERRUPTED) and job.returned is not None:
+            log.error("%s", result_of(job.returned))
+    left = sum(job.state not in (JobState.FINISHED, JobState.KEPT) for job in jobs)
+    if left:
+        log.error("%d of %d jobs are not finished; this command runs them:\n  %s", left, len(jobs), command)
+
+
+def _request(composed: DictConfig, key: str, pool: Devices) -> Request:
+    """The devices that a job asks for."""
+    nodes = OmegaConf.select(composed, f"{key}.num_nodes", default=1)
+    if nodes not in (None, 1):
+        raise ValueError(
+            f"{key}.num_nodes={nodes}: hydra/launcher=device_pool has the devices of one machine: choose "
+            "hydra/launcher=slurm"
+        )
+    if OmegaConf.select(composed, key) is None:  # a program that does not say
+        return pool.request(1, "auto")
+    return pool.request(*(OmegaConf.select(composed, f"{key}.{name}") for name in ("devices", "accelerator")))
+
+
+def _folder(composed: DictConfig) -> Path:
+    """The job's output folder, which may be named by what Hydra knows of the job only."""
+    hydra_config = HydraConfig.instance()
+    before = hydra_config.cfg
+    try:
+        hydra_config.set_config(composed)
+        return Path(str(composed.hydra.sweep.dir), str(composed.hydra.sweep.subdir)).resolve()
+    finally:
+        hydra_config.cfg = before
+
+
+def _require_own_folders(jobs: Sequence[Job]) -> None:
+    for folder, times in Counter(job.folder for job in jobs).items():
+        if times > 1:
+            numbers = [job.number for job in jobs if job.folder == folder]
+            subdir = folder.name
+            raise ValueError(
+                f"hydra.sweep.subdir={subdir}: jobs {numbers} would share the folder {folder}: choose another, such as "
+                "hydra.sweep.subdir='${hydra.job.num}'"
+            )

@@ -1,0 +1,240 @@
+"""Devices that are lent to the jobs of a sweep: GPUs by their names, or slots of the CPU with a share of its cores."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from lightning_mnn.utilities.resources import THREADS, cores
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_GPU_NAMES = ("gpu", "cuda")
+_VARIABLE = "CUDA_VISIBLE_DEVICES"
+_NAME = re.compile(r"\d+|(GPU|MIG)-.+")  # of a GPU, as CUDA understands it
+_SECONDS = 120  # for a program that says which GPUs there are
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a job asks for: ``count`` devices, GPUs or not, one for each of its ``processes``."""
+
+    gpus: bool
+    count: int
+    processes: int
+
+
+@dataclass(frozen=True)
+class Loan:
+    """What a job has got: names of GPUs, or of slots of the CPU, and the threads of each of its processes."""
+
+    request: Request
+    names: tuple[str, ...]
+    threads: int
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of the job's environment; a number of threads that the user has set stays.
+
+        A job on the CPU sees no GPU, or all of them would train on the first one.
+        """
+        shared = {name: os.environ.get(name, str(self.threads)) for name in THREADS}
+        return shared | {_VARIABLE: ",".join(self.names) if self.request.gpus else ""}
+
+    def __str__(self) -> str:
+        """As it is told to the user."""
+        names = ",".join(self.names)
+        return f"GPU {names}" if self.request.gpus else f"CPU {names}"
+
+
+class Devices:
+    """A pool of GPUs and slots of the CPU.
+
+    Args:
+        gpus: names of the GPUs, as in ``CUDA_VISIBLE_DEVICES`` (of which they must be some, where that is set); None:
+            all of :func:`visible_gpus`, which is asked when a job may take one.
+        cpu_slots: slots of the CPU; None: one a core, or ``n_jobs`` if that is more.
+        n_jobs: jobs at once; None: as many as there are devices for.
+
+    Raises:
+        ValueError: ``n_jobs`` or ``cpu_slots`` is not a positive number, or ``gpus`` names one twice, by a name that is
+            none, or one that ``CUDA_VISIBLE_DEVICES`` does not show.
+
+    >>> pool = Devices(["0", "1", "2"], cpu_slots=1)
+    >>> first, second = (pool.lend(pool.request(2, "gpu")) for _ in range(2))
+    >>> str(first), second
+    ('GPU 0,1', None)
+    >>> pool.take_back(first)
+    >>> str(pool.lend(pool.request("auto", "gpu")))
+    'GPU 0,1,2'
+    """
+
+    def __init__(
+        self, gpus: Sequence[int | str] | None = None, cpu_slots: int | None = None, n_jobs: int | None = None
+    ) -> None:
+        for key, value in (("cpu_slots", cpu_slots), ("n_jobs", n_jobs)):
+            if value is not None and value < 1:
+                raise ValueError(f"hydra.launcher.{key}={value}: must be a positive number or null")
+        self._chosen = None if gpus is None else _checked([str(gpu) for gpu in gpus])
+        self._cores = cores()
+        self._n_jobs = n_jobs
+        self._slots = [str(slot) for slot in range(cpu_slots or max(self._cores, n_jobs or 1))]
+        self._taken: set[tuple[bool, str]] = set()  # whether it is a GPU, and its name
+        self._lent = 0
+
+    def request(self, devices: Any, accelerator: Any) -> Request:
+        """What a job with these arguments of a Trainer asks for.
+
+        A job that wants more processes on the CPU than there are slots gets them all.
+
+        Raises:
+            ValueError: more GPUs than the pool has, GPUs by name, or a number of devices that is none.
+        """
+        gpus = accelerator in _GPU_NAMES or (accelerator in ("auto", None) and bool(self._gpus))
+        count = self._number(devices, gpus=gpus)
+        total = len(self._all(gpus=gpus))
+        if gpus and not total:
+            raise ValueError(
+                f"trainer.accelerator={accelerator} asks for a GPU, and the pool has none: {self._why_no_gpu()}; or "
+                "set trainer.accelerator=cpu"
+            )
+        if gpus and count > total:
+            raise ValueError(
+                f"trainer.devices={devices} asks for {count} GPUs, and the pool has {total} ({','.join(self._gpus)}): "
+                f"ask for {total} at most"
+            )
+        return Request(gpus, min(count, total), count)
+
+    def lend(self, request: Request) -> Loan | None:
+        """Devices for a job; None: not enough are free, or ``n_jobs`` run."""
+        free = [name for name in self._all(gpus=request.gpus) if (request.gpus, name) not in self._taken]
+        if len(free) < request.count or self._lent == self._n_jobs:
+            return None
+        names = tuple(free[: request.count])
+        self._taken |= {(request.gpus, name) for name in names}
+        self._lent += 1
+        return Loan(request, names, self._threads(request))
+
+    def take_back(self, loan: Loan) -> None:
+        """Have a job's devices again."""
+        self._taken -= {(loan.request.gpus, name) for name in loan.names}
+        self._lent -= 1
+
+    @cached_property
+    def _gpus(self) -> list[str]:
+        return visible_gpus() if self._chosen is None else self._chosen
+
+    def _all(self, *, gpus: bool) -> list[str]:
+        return self._gpus if gpus else self._slots
+
+    def _why_no_gpu(self) -> str:
+        """Why there is none, and what helps."""
+        if self._chosen is not None:
+            return "name some by hydra.launcher.gpus, which is empty"
+        shown = os.environ.get(_VARIABLE)
+        if shown is not None:
+            return f"{_VARIABLE}={shown} shows none, name some there"
+        return "neither nvidia-smi nor torch finds one, check the driver and that torch is a CUDA build"
+
+    def _threads(self, request: Request) -> int:
+        """An equal share of the cores; of how many jobs there are it does not depend, for it changes rounding."""
+        jobs = len(self._all(gpus=request.gpus)) // request.count
+        return max(1, self._cores // (min(jobs, self._n_jobs or jobs) * request.processes))
+
+    def _number(self, devices: Any, *, gpus: bool) -> int:
+        if isinstance(devices, str) and devices.lstrip("-").isdigit():
+            devices = int(devices)
+        if devices in ("auto", -1, None) and not isinstance(devices, bool):
+            return max(1, len(self._gpus)) if gpus else 1
+        if isinstance(devices, int) and not isinstance(devices, bool) and devices > 0:
+            return devices
+        if gpus and not isinstance(devices, int):
+            raise ValueError(
+                f"trainer.devices={devices} names GPUs, and the launcher chooses which a job gets: give their number, "
+                "and hydra.launcher.gpus=[…] for those to choose from"
+            )
+        raise ValueError(f"trainer.devices={devices}: must be a positive number, -1 or auto")
+
+
+def visible_gpus() -> list[str]:
+    """Names of the GPUs that a process here would see.
+
+    Those in ``CUDA_VISIBLE_DEVICES`` up to the first that CUDA does not know, where it stops; where that is not set,
+    all that nvidia-smi or, without it, torch knows.
+
+    Raises:
+        ValueError: a GPU is named twice there, for which CUDA shows none.
+    """
+    chosen = os.environ.get(_VARIABLE)
+    if chosen is None:
+        return _counted()
+    names: list[str] = []
+    for name in (part.strip() for part in chosen.split(",")):
+        if not _NAME.fullmatch(name):
+            break
+        names.append(name)
+    if len(set(names)) < len(names):
+        raise ValueError(f"{_VARIABLE}={chosen} names a GPU twice, for which CUDA shows none: name each once")
+    numbered = [name for name in names if name.isdigit()]
+    known = _by_nvidia_smi() if numbered else None
+    beyond = [] if known is None else [name for name in numbered if int(name) >= len(known)]
+    return names[: names.index(beyond[0])] if beyond else names
+
+
+def _checked(names: list[str]) -> list[str]:
+    """Names that a user has chosen.
+
+    Raises:
+        ValueError: see :class:`Devices`.
+    """
+    told = f"hydra.launcher.gpus=[{','.join(names)}]"
+    if len(set(names)) < len(names):
+        raise ValueError(f"{told} must name each GPU once")
+    if unknown := [name for name in names if not _NAME.fullmatch(name)]:
+        raise ValueError(f"{told} must hold names as in {_VARIABLE} (0, GPU-…, MIG-…), got {unknown[0]!r}")
+    shown = visible_gpus() if names and _VARIABLE in os.environ else names
+    if beyond := [name for name in names if name not in shown]:
+        raise ValueError(
+            f"{told} must be among the GPUs that {_VARIABLE}={os.environ[_VARIABLE]} shows, by their names there, and "
+            f"{beyond[0]} is not: leave the key out to have them all"
+        )
+    return names
+
+
+def _counted() -> list[str]:
+    """The names of all GPUs of this machine."""
+    known = _by_nvidia_smi()
+    return _by_torch() if known is None else known
+
+
+def _by_nvidia_smi() -> list[str] | None:
+    """The GPUs that nvidia-smi lists; None where it cannot be asked."""
+    tool = shutil.which("nvidia-smi")
+    said = None if tool is None else _said([tool, "--query-gpu=index", "--format=csv,noheader"])
+    return None if said is None else [word for word in said.split() if word.isdigit()]  # or "No devices were found"
+
+
+def _by_torch() -> list[str]:
+    """The GPUs that torch finds, in a process of its own: one that has used CUDA cannot start others that do."""
+    if sys.platform == "darwin" or metadata.version("torch").endswith("+cpu"):
+        return []
+    said = _said([sys.executable, "-c", "import torch; print('GPUs', torch.cuda.device_count())"])
+    found = re.search(r"^GPUs (\d+)$", said or "", re.MULTILINE)
+    return [] if found is None else [str(number) for number in range(int(found[1]))]
+
+
+def _said(command: list[str]) -> str | None:
+    """What a program prints; None where it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)  # noqa: S603 (no user's text)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None

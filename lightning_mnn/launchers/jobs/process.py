@@ -1,0 +1,122 @@
+"""One job of a sweep: what it is to do, and its process."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import InitVar, dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from hydra.core.utils import JobReturn, JobStatus
+
+from lightning_mnn.launchers.jobs import main
+from lightning_mnn.launchers.jobs.calls import write_call
+from lightning_mnn.launchers.jobs.progress import VARIABLE
+from lightning_mnn.launchers.jobs.records import read_record
+
+if TYPE_CHECKING:
+    from lightning_mnn.launchers.jobs.devices import Loan
+
+
+log = logging.getLogger(__name__)
+
+# Of a process group that this one may itself be in, and of services that another run may have started.
+_NOT_INHERITED = (
+    *("LOCAL_RANK", "GLOBAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED", "WANDB_SERVICE", "WANDB_RUN_ID"),
+)
+
+
+@dataclass
+class JobProcess:
+    """The process of a job, in a session of its own, with the folder through which it is spoken to.
+
+    Attributes:
+        loan: its devices.
+        output: where its output goes.
+        call: what Hydra's ``run_job`` is to be called with.
+        began: when it was started, in seconds since the epoch.
+        ended_by_us: whether it was told to end.
+    """
+
+    loan: Loan
+    output: IO[bytes]
+    call: InitVar[dict[str, Any]]
+    began: float = field(default_factory=time.time)
+    ended_by_us: bool = False
+
+    def __post_init__(self, call: dict[str, Any]) -> None:
+        """Start it."""
+        self._folder = Path(tempfile.mkdtemp(prefix="lightning-mnn-job-"))
+        watched, self._held = os.pipe()  # its end tells the job that the launcher is gone
+        try:
+            write_call(self._folder / "call.pickle", call, watched)
+            self._process = subprocess.Popen(  # noqa: S603 (our own file)
+                [sys.executable, str(main.__file__), str(self._folder)],
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=self.output,
+                stderr=subprocess.STDOUT,
+                pass_fds=[watched],
+                start_new_session=True,  # which Ctrl-C on the terminal does not reach, but our own signals do
+            )
+        except BaseException:
+            self._remove()
+            raise
+        finally:
+            os.close(watched)
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs; −n if signal n ended it."""
+        return self._process.poll()
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """What its Trainer has noted last."""
+        return read_record(self._folder / "progress.json")
+
+    @property
+    def seconds(self) -> float:
+        """Since its start."""
+        return time.time() - self.began
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to it and all that it has started."""
+        self.ended_by_us = True
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+    def returned(self) -> JobReturn | None:
+        """What it has left; None: it did not come to its end. An exit code of 0 is as good as a return of nothing."""
+        path = self._folder / "return.pickle"
+        if not path.exists():
+            return JobReturn(status=JobStatus.COMPLETED) if self.exit_code == 0 else None
+        with path.open("rb") as file:
+            found: JobReturn = pickle.load(file)  # noqa: S301 (written by our own process a moment ago)
+        return found
+
+    def clear_away(self) -> None:
+        """End what the process has left running, and remove its folder."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._remove()
+
+    def _remove(self) -> None:
+        os.close(self._held)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _environment(self) -> dict[str, str]:
+        own = {key: value for key, value in os.environ.items() if key not in _NOT_INHERITED}
+        if "SLURM_JOB_ID" in own:  # in an allocation: Lightning is to start its own processes, not to look for srun's
+            own["SLURM_JOB_NAME"] = "interactive"
+        return own | self.loan.environment | {VARIABLE: str(self._folder / "progress.json"), "PYTHONUNBUFFERED": "1"}

@@ -1,0 +1,97 @@
+"""Scalars, pictures, tables and histograms, handed to whichever loggers take them."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lightning_mnn.utilities.transfer import fetched, widest_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import pytorch_lightning as pl
+    from pytorch_lightning.loggers.logger import Logger
+    from torch import Tensor
+
+
+def plain_value(value: Any) -> Any:
+    """A single number as Python's own, a truth value as 0 or 1; anything else as it is."""
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic) and value.ndim == 0:
+        value = value.item()
+    return float(value) if type(value) is not int and isinstance(value, Real) else value
+
+
+def log_scalars(trainer: pl.Trainer, scalars: dict[str, Tensor | float | None]) -> None:
+    """Log values measured after ``trainer.global_step`` steps, means over replicas; None and non-finite are left out.
+
+    They go to every logger at once and to ``trainer.callback_metrics``. ``LightningModule.log`` would drop those of
+    steps that ``log_every_n_steps`` passes over, and cannot be called at the end of training.
+    """
+    given = {name: value for name, value in scalars.items() if value is not None}
+    tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+    means = fetched(*(value.to(widest_dtype(value.device)).mean() for value in tensors.values()))
+    values = given | dict(zip(tensors, means, strict=True))
+    finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
+    trainer.callback_metrics.update({name: torch.tensor(value, dtype=torch.float64) for name, value in finite.items()})
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(finite), step=trainer.global_step)
+
+
+def shows_images(logger: Logger) -> bool:
+    """Whether a logger is one that :func:`log_image` logs to, for pictures that take time to draw."""
+    return hasattr(logger, "log_image") or hasattr(getattr(logger, "experiment", None), "add_image")
+
+
+def log_image(logger: Logger, name: str, path: Path, step: int) -> bool:
+    """Log a PNG file to W&B or TensorBoard; other loggers are passed over.
+
+    Returns:
+        Whether the logger took it.
+    """
+    if hasattr(logger, "log_image"):  # W&B
+        logger.log_image(name, [str(path)], step=step)
+        return True
+    add_image = getattr(getattr(logger, "experiment", None), "add_image", None)
+    if add_image is not None:  # TensorBoard
+        from matplotlib.image import imread  # noqa: PLC0415 (slow, and only used here)
+
+        add_image(name, imread(path), step, dataformats="HWC")
+        return True
+    return False
+
+
+def log_table(logger: Logger, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> bool:
+    """Log a table to W&B; other loggers are passed over.
+
+    Returns:
+        Whether the logger took it.
+    """
+    if not hasattr(logger, "log_table"):
+        return False
+    logger.log_table(name, columns=list(columns), data=[list(row) for row in rows], step=step)
+    return True
+
+
+def log_histogram(logger: Logger, name: str, values: Tensor, step: int) -> bool:
+    """Log a histogram of values to W&B or TensorBoard; other loggers are passed over.
+
+    Returns:
+        Whether the logger took it.
+    """
+    if hasattr(logger, "log_image"):  # W&B
+        import wandb  # noqa: PLC0415 (slow, and only used with its logger)
+
+        media: dict[str, Any] = {name: wandb.Histogram(values.tolist())}
+        logger.log_metrics(media, step)  # as the scalars go, which keeps W&B's own steps in order
+        return True
+    add_histogram = getattr(getattr(logger, "experiment", None), "add_histogram", None)
+    if add_histogram is not None:  # TensorBoard
+        add_histogram(name, values, step)
+        return True
+    return False

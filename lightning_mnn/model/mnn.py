@@ -1,0 +1,389 @@
+"""MNN: the multilayer piecewise-linear network of Soudry & Hoffer (2017) as a LightningModule.
+
+Shapes: B samples of a batch, d0 inputs, d1 (d2) hidden units, R replicas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, cast
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_mnn.data.checks import check_training_set
+from lightning_mnn.data.loaders.exact import ExactData, ExactLoader
+from lightning_mnn.data.loaders.shards import flat_batch
+from lightning_mnn.landscape.labels import wrong
+from lightning_mnn.landscape.network import Network
+from lightning_mnn.loggers.media import log_scalars
+from lightning_mnn.model.bundling import epochs_at_a_time, may_bundle
+from lightning_mnn.model.gradients import SquaredErrorGradient
+from lightning_mnn.model.optim import build_optimizer, build_schedule
+from lightning_mnn.utilities.compat.lightning_internals import (
+    StepCount,
+    count_batches,
+    count_epoch,
+    load_training_data,
+    share_saved_step_count,
+    share_step_count,
+    training_data_source,
+)
+from lightning_mnn.utilities.compat.torch_internals import have_hooks
+from lightning_mnn.utilities.errors import DivergenceError
+from lightning_mnn.utilities.seeding import generator
+from lightning_mnn.utilities.transfer import fetched
+from lightning_mnn.utilities.validation import (
+    ArgumentError,
+    check_memory,
+    dtype_named,
+    is_real_number,
+    positive_integer,
+    real_number,
+    seed_number,
+    truth_value,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from pytorch_lightning.utilities.types import OptimizerLRScheduler
+
+
+_MAX_HIDDEN_LAYERS = 2
+
+_GENERATOR_BYTES = 5056  # that torch's state of a generator takes, one a replica
+
+
+class MNN(pl.LightningModule):
+    """ŷ = z · f(W x), or z · f(W₂ f(W₁ x)), without biases, trained on MSE = ‖y − ŷ‖²/N.
+
+    f(u) = u where u > 0 and ρ u elsewhere. Weights are drawn by He's rule: N(0, 2 / ((1 + ρ²) fan-in)) in every layer,
+    the output layer included. ``replicas=R`` trains R independent networks side by side as batched products; replica r
+    starts as a single network with seed ``seed + r`` does, and the loss is the sum of the replicas' MSEs, so that none
+    feels the others. Targets of shape (B, 1) are taken as (B,), and images as flat inputs.
+
+    Inputs are (B, d0), shared by all replicas, or (R, B, d0); outputs are (B,), with R > 1 replicas (R, B).
+
+    Args:
+        input_dim: d0.
+        hidden_dims: widths (d1,) or (d1, d2).
+        negative_slope: ρ, any real but 1 (0: ReLU, between 0 and 1: leaky ReLU, −1: absolute value).
+        replicas: R.
+        optimizer: ``name`` (adam, sgd, lbfgs) and the arguments of that torch optimiser.
+        schedule: ``name`` (constant, exponential_tail, one_cycle) and its arguments (see
+            :mod:`lightning_mnn.model.optim`).
+        threshold: decision threshold of the classification error; None: 0.5 for labels {0, 1}, 0 for ±1.
+        regression: targets are any real numbers, and there is no classification error.
+        dtype: "float64" or "float32", in which a minimum can hardly be told from a point near it.
+            (``Trainer(precision=...)`` has the last word.)
+        seed: seed of the weights.
+        default_callbacks: bring LocalMinimumDetector, ActivationPatternRecorder and AngularVolumeMonitor to a Trainer
+            that has none of its own.
+
+    Raises:
+        ValueError: ρ = 1, a size that is not positive, more than two hidden layers, an unknown dtype, optimiser or
+            schedule; LBFGS with several replicas or processes. Before training starts: inputs of another dimension, NaN
+            or infinity in the data, labels that are not binary.
+        DivergenceError: (in training) the loss or a weight, of any one replica, is no longer finite.
+
+    >>> MNN(input_dim=3, hidden_dims=(5,), replicas=4)(torch.zeros(7, 3)).shape
+    torch.Size([4, 7])
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dims: Sequence[int],
+        negative_slope: float = 0.0,
+        replicas: int = 1,
+        *,
+        optimizer: Mapping[str, Any] | None = None,
+        schedule: Mapping[str, Any] | None = None,
+        threshold: float | None = None,
+        regression: bool = False,
+        dtype: str = "float64",
+        seed: int = 0,
+        default_callbacks: bool = True,
+    ) -> None:
+        super().__init__()
+        optimizer = dict(optimizer or {"name": "adam", "lr": 1e-3})
+        schedule = dict(schedule or {"name": "constant"})
+        input_dim = positive_integer("input_dim", input_dim)
+        hidden_dims = _checked_widths(hidden_dims)
+        replicas = positive_integer("replicas", replicas)
+        if not is_real_number(negative_slope) or negative_slope == 1:
+            problem = "must be a real number other than 1 (the network would be linear)"
+            raise ArgumentError("negative_slope", negative_slope, problem, "choose 0 for ReLU, 0.1 for leaky ReLU")
+        if threshold is not None:
+            real_number("threshold", threshold, remedy="or choose null, with which the labels tell")
+        truth_value("regression", regression)
+        truth_value("default_callbacks", default_callbacks)
+        seed_number("seed", seed)
+        dtype_named(dtype)
+        if replicas > 1 and optimizer.get("name") == "lbfgs":
+            problem = "must be 1 with the optimizer lbfgs, whose line search couples them"
+            raise ArgumentError("replicas", replicas, problem, "or choose adam or sgd")
+        _check_size(input_dim, hidden_dims, replicas)
+        self.save_hyperparameters()  # plain values only, so that checkpoints load without executing code
+
+        self.hidden_weights = nn.ParameterList()
+        self.activation = nn.ReLU() if negative_slope == 0 else nn.LeakyReLU(negative_slope)
+        generators = [generator(seed + replica, "weights") for replica in range(replicas)]
+        for fan_in, width in zip([input_dim, *hidden_dims], hidden_dims, strict=False):
+            self.hidden_weights.append(self._draw(generators, (width, fan_in), fan_in))
+        self.output_weights = self._draw(generators, (hidden_dims[-1],), hidden_dims[-1])
+        build_optimizer(self.parameters(), optimizer)  # options that do not fit shall fail here, not in fit
+        build_schedule(torch.optim.SGD(self.parameters(), lr=1.0), schedule, total_steps=1)
+        self.threshold = threshold
+        self._gradient: SquaredErrorGradient | None = None
+        self._saved_steps_per_batch: int | None = None  # of the checkpoint that training goes on from
+
+    def _draw(self, generators: Sequence[torch.Generator], shape: tuple[int, ...], fan_in: int) -> nn.Parameter:
+        std = math.sqrt(2 / ((1 + self.hparams["negative_slope"] ** 2) * fan_in))
+        drawn = torch.stack([torch.randn(shape, generator=g, dtype=torch.float64) * std for g in generators])
+        return nn.Parameter((drawn if len(generators) > 1 else drawn[0]).to(dtype_named(self.hparams["dtype"])))
+
+    @property
+    def replicas(self) -> int:
+        """R."""
+        return int(self.hparams["replicas"])
+
+    def network(self) -> Network:
+        """The weights as the mathematics of :mod:`lightning_mnn.landscape` takes them (detached, not copied)."""
+        return Network(
+            hidden_weights=tuple(weights.detach() for weights in self.hidden_weights),
+            output_weights=self.output_weights.detach(),
+            negative_slope=float(self.hparams["negative_slope"]),
+            unit_roundoff=torch.finfo(self.output_weights.dtype).eps / 2,
+        )
+
+    @override
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = inputs.to(self.output_weights.dtype)
+        for weights in self.hidden_weights:
+            hidden = self.activation(hidden @ weights.mT)
+        return (hidden @ self.output_weights[..., None])[..., 0]
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Take several steps a Lightning batch where that is the same but for the time."""
+        if stage != "fit":
+            return
+        data = training_data_source(self.trainer)
+        bundled = (
+            isinstance(data, ExactData)
+            and type(self) is MNN
+            and self.hparams["optimizer"]["name"] != "lbfgs"
+            and may_bundle(self.trainer)
+        )
+        share_step_count(self.trainer)
+        self.automatic_optimization = not bundled
+        if isinstance(data, ExactData):
+            operations = 6.0 * sum(weights.numel() for weights in self.parameters())
+            data.operations_per_sample = operations if bundled else None
+
+    @override
+    def teardown(self, stage: str) -> None:
+        """Let the data be those of any module again, and drop what training needs."""
+        self._gradient = None
+        if stage != "fit":
+            return
+        share_step_count(self.trainer)  # which another module may ask for
+        data = training_data_source(self.trainer)
+        if isinstance(data, ExactData):
+            data.operations_per_sample = None
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        if self.automatic_optimization:
+            return self._loss(batch)
+        before = self.trainer.global_step
+        self._descend(batch)
+        if batch_idx + 1 == self.trainer.num_training_batches:
+            self._go_on_with_epochs()
+        count_batches(self.trainer, self.trainer.global_step - before - 1)  # Lightning counts one
+        return None
+
+    def _go_on_with_epochs(self) -> None:
+        """Take the epochs up to the next that something looks at, within this one of Lightning's."""
+        loader = self._exact_loader
+        for _ in range(1, min(epochs_at_a_time(self.trainer), loader.steps_per_batch // loader.num_steps)):
+            count_epoch(self.trainer)
+            loader.sampler.set_epoch(self.trainer.current_epoch)
+            self._descend(loader.batches(0, loader.num_steps, reuse=True))
+
+    @property
+    def _exact_loader(self) -> ExactLoader:
+        return cast("ExactLoader", self.trainer.train_dataloader)
+
+    def _descend(self, batches: Iterable[Any]) -> None:
+        """Take a step a batch."""
+        gradient = None if self._is_watched() else self._in_place_gradient()
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        schedule: Any = self.lr_schedulers()
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        count = StepCount(self.trainer)  # Lightning's own optimiser counts, too, and takes 30 µs a step, not 1
+        for step, (inputs, targets) in enumerate(batches, start=self.trainer.global_step + 1):
+            if gradient is None:
+                optimizer.zero_grad()
+                self._loss((inputs, targets)).backward()  # type: ignore[no-untyped-call]
+            else:
+                predictions, residual = gradient(inputs, targets)
+                if every and step % every == 0:
+                    scale = targets.shape[-1]
+                    self._log(residual.square().sum(-1) / scale, predictions, targets, scale)
+            optimizer.step()
+            count.add_one()
+            if schedule is not None:
+                schedule.step()
+
+    def _is_watched(self) -> bool:
+        """Whether something follows autograd: hooks of modules or weights, or the search for anomalies."""
+        return have_hooks(self.modules(), self.parameters()) or torch.is_anomaly_enabled()
+
+    def _in_place_gradient(self) -> SquaredErrorGradient:
+        hidden, output = list(self.hidden_weights), self.output_weights
+        if self._gradient is None or not self._gradient.is_of(hidden, output):
+            self._gradient = SquaredErrorGradient(hidden, output, float(self.hparams["negative_slope"]))
+        return self._gradient
+
+    def _loss(self, batch: Any) -> Tensor:
+        """The sum of the replicas' MSEs on a batch; logged now and then."""
+        inputs, targets = flat_batch(batch, replicated=self.replicas > 1)
+        predictions = self(inputs)
+        scale = self._samples_per_process(targets)
+        squared_errors = (predictions - targets).square().sum(-1) / scale
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (self.trainer.global_step + 1) % every == 0:
+            self._log(squared_errors, predictions, targets, scale)
+        loss: Tensor = squared_errors.sum()
+        return loss
+
+    def _samples_per_process(self, targets: Tensor) -> Tensor | float:
+        """Samples of the batch over all processes, divided by the number of processes.
+
+        Squared errors divided by it give a loss whose mean over the processes is the batch's MSE, whatever share of the
+        batch each process holds.
+        """
+        if self.trainer.world_size == 1:
+            return targets.shape[-1]
+        loader = self.trainer.train_dataloader
+        if isinstance(loader, ExactLoader):  # which knows it without asking the others
+            return loader.size_of_batch / self.trainer.world_size
+        count = self.output_weights.new_tensor(targets.shape[-1])
+        return self.trainer.strategy.reduce(count, reduce_op="mean")
+
+    def _log(self, squared_errors: Tensor, predictions: Tensor, targets: Tensor, scale: Tensor | float) -> None:
+        """Log the batch's MSE and MCE, the mean over replicas and processes, which a GPU is waited for once.
+
+        Raises:
+            DivergenceError: the MSE is not finite.
+        """
+        mse = squared_errors.detach()
+        errors = {"train/mse": mse.mean()}
+        if self.threshold is not None:
+            mistakes = wrong(predictions.detach(), targets, self.threshold).sum(-1).to(mse.dtype) / scale
+            errors["train/mce"] = mistakes.mean()
+        if self.trainer.world_size > 1:
+            errors = {name: self.trainer.strategy.reduce(value, reduce_op="mean") for name, value in errors.items()}
+        values = dict(zip(errors, fetched(*errors.values()), strict=True))
+        if not math.isfinite(values["train/mse"]):
+            lost = [replica for replica, value in enumerate(mse.reshape(-1).tolist()) if not math.isfinite(value)]
+            which = f" of replicas {lost}" if self.replicas > 1 and lost else ""
+            raise DivergenceError(
+                f"training diverged: the MSE{which} is not finite after {self.trainer.global_step} steps. "
+                "Lower the learning rate"
+            )
+        on_host = {name: torch.tensor(value, dtype=mse.dtype) for name, value in values.items()}
+        self.log_dict(on_host, prog_bar=True, logger=False)
+        log_scalars(self.trainer, dict(values))  # with the step's own number, in a bundle too
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = build_optimizer(self.parameters(), self.hparams["optimizer"])
+        total_steps = self.trainer.estimated_stepping_batches
+        if not self.automatic_optimization and math.isfinite(total_steps):
+            total_steps = (self.trainer.max_epochs or 0) * cast("ExactLoader", self.trainer.train_dataloader).num_steps
+        schedule = build_schedule(optimizer, self.hparams["schedule"], total_steps)
+        if schedule is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @override
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """The three callbacks of this package, those that the Trainer does not have yet."""
+        if not self.hparams["default_callbacks"]:
+            return []
+        from lightning_mnn import callbacks  # noqa: PLC0415 (a floor up: Lightning asks the module for its callbacks)
+
+        own = (callbacks.LocalMinimumDetector, callbacks.ActivationPatternRecorder, callbacks.AngularVolumeMonitor)
+        present = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [kind() for kind in own if not any(isinstance(callback, kind) for callback in present)]
+
+    @override
+    def on_fit_start(self) -> None:
+        """Check the training set before any work is done on it."""
+        if self.trainer.world_size > 1 and self.hparams["optimizer"]["name"] == "lbfgs":
+            raise ValueError(
+                "optimizer lbfgs runs on one process, whose line search sees the whole loss: use devices=1"
+            )
+        load_training_data(self.trainer)  # now, not after on_train_start: the callbacks' first pass comes there
+        if isinstance(loader := self.trainer.train_dataloader, ExactLoader):
+            loader.trainer = self.trainer  # which a loader without its data module does not know
+        self.threshold = check_training_set(
+            self.trainer,
+            input_dim=int(self.hparams["input_dim"]),
+            replicas=self.replicas,
+            threshold=self.hparams["threshold"],
+            regression=bool(self.hparams["regression"]),
+        )
+
+    @override
+    def on_train_start(self) -> None:
+        """Check that a run that is resumed within an epoch counts its batches as it did."""
+        saved, self._saved_steps_per_batch = self._saved_steps_per_batch, None
+        own = getattr(self.trainer.train_dataloader, "steps_per_batch", None)
+        if saved is not None and saved != own:
+            raise ValueError(
+                f"the checkpoint was saved within an epoch by a run that took {saved} steps at a time, and this one "
+                f"takes {own}: resume with the same callbacks and Trainer flags, or from the end of an epoch"
+            )
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the number of steps, whether or not they are taken in bundles now."""
+        self._saved_steps_per_batch = checkpoint.get("steps_per_batch")
+        if "loops" in checkpoint:
+            share_saved_step_count(checkpoint)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to replace a good checkpoint by one with weights that are not finite."""
+        loader = self.trainer.train_dataloader
+        if isinstance(loader, ExactLoader) and loader.state_dict()["next_batch"]:  # within an epoch
+            checkpoint["steps_per_batch"] = loader.steps_per_batch
+        finite = fetched(*(weights.isfinite().all() for weights in self.parameters()))
+        for (name, _), holds in zip(self.named_parameters(), finite, strict=True):
+            if not holds:
+                raise DivergenceError(
+                    f"training diverged: {name} is no longer finite after {self.trainer.global_step} steps, "
+                    "no checkpoint was written. Lower the learning rate"
+                )
+
+
+def _check_size(input_dim: int, hidden_dims: Sequence[int], replicas: int) -> None:
+    """Refuse more weights than there is memory to draw them, which takes two copies of them in float64."""
+    weights = sum(fan_in * width for fan_in, width in zip([input_dim, *hidden_dims], [*hidden_dims, 1], strict=True))
+    needed = replicas * (2 * 8 * weights + _GENERATOR_BYTES)
+    check_memory(needed, "the weights", {"input_dim": input_dim, "hidden_dims": hidden_dims, "replicas": replicas})
+
+
+def _checked_widths(hidden_dims: Any) -> list[int]:
+    widths = list(hidden_dims) if isinstance(hidden_dims, Iterable) and not isinstance(hidden_dims, str) else []
+    if not 1 <= len(widths) <= _MAX_HIDDEN_LAYERS:
+        raise ArgumentError("hidden_dims", hidden_dims, "must be a list of one or two widths", "as [40] or [40,20]")
+    return [positive_integer("hidden_dims", width) for width in widths]

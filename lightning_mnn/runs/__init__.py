@@ -1,0 +1,1 @@
+"""A run's folder: its name, its settings, its resumption, and what is said on the console."""

@@ -1,0 +1,177 @@
+"""Which processes a run trains in, and whether they can be started from where it was."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning_fabric.plugins.environments.lsf import LSFEnvironment
+from lightning_fabric.plugins.environments.mpi import MPIEnvironment
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from pytorch_lightning.accelerators import CUDAAccelerator, MPSAccelerator
+from pytorch_lightning.utilities import rank_zero_only
+
+from lightning_mnn.utilities.resources import cores
+from lightning_mnn.utilities.validation import ArgumentError, positive_integer, whole_number
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+# Launchers by which each job of a sweep has a process of its own, that can be started again as the job alone.
+_LAUNCHERS = (
+    *("lightning_mnn.launchers.device_pool.DevicePool", "hydra_plugins.lightning_mnn.DevicePool"),
+    *("lightning_mnn.launchers.slurm.Slurm", "hydra_plugins.lightning_mnn.Slurm"),
+    "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
+)
+_CLUSTERS = (SLURMEnvironment, TorchElasticEnvironment, LSFEnvironment, MPIEnvironment)
+_MOST_THREADS = 64  # more than these, and than processors, torch may fail to start, by a segmentation fault
+_WITHIN = ("spawn", "fork", "notebook")  # ways to start processes that go on from within this one
+
+
+def processes() -> int:
+    """Size of the process group that was really formed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def check_trainer(cfg: DictConfig) -> None:
+    """Refuse what Lightning refuses late, in other words or not at all; warn of more processes than cores.
+
+    Args:
+        cfg: the config, of which ``trainer`` and ``threads`` are looked at.
+
+    Raises:
+        ArgumentError: a length, a number of devices, nodes or threads that cannot be, or a GPU where there is none.
+    """
+    trainer = cfg.trainer
+    epochs = trainer.get("max_epochs")
+    if epochs is not None and epochs != -1 and epochs < 1:
+        problem = "must be at least 1, or -1 or null for no limit"
+        raise ArgumentError("trainer.max_epochs", epochs, problem, "for example trainer.max_epochs=2000")
+    for name, least in (("log_every_n_steps", 0), ("accumulate_grad_batches", 1), ("num_nodes", 1)):
+        if isinstance(value := trainer.get(name), int):
+            whole_number(f"trainer.{name}", value, at_least=least)
+    if trainer.get("num_nodes", 1) > 1 and not _is_started_by_a_cluster():
+        problem = "needs a cluster that starts a process on each node, or the others would be waited for"
+        raise ArgumentError("trainer.num_nodes", trainer.num_nodes, problem, "choose hydra/launcher=slurm, or 1 node")
+    if isinstance(trainer.get("accelerator"), str):
+        _check_accelerator(trainer.accelerator, trainer.get("devices", "auto"))
+    _check_threads(cfg.threads)
+
+
+def _check_accelerator(accelerator: str, devices: Any) -> None:
+    """Refuse GPUs where there are none, or fewer, and numbers of devices that are none."""
+    there = CUDAAccelerator.auto_device_count() if CUDAAccelerator.is_available() else 0
+    has_gpu = there > 0 or MPSAccelerator.is_available()
+    if accelerator in ("gpu", "cuda") and not has_gpu:
+        problem = "needs a GPU, and torch sees none"
+        raise ArgumentError("trainer.accelerator", accelerator, problem, "choose trainer=cpu")
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not has_gpu)
+    if not (on_cpu or there):  # of which Lightning knows more
+        return
+    plain = OmegaConf.to_container(devices) if isinstance(devices, ListConfig) else devices
+    count = _count(plain, on_cpu=on_cpu, there=there)
+    if count is None:
+        kinds = "a positive number or auto" if on_cpu else "a positive number, a list of GPUs, -1 or auto"
+        raise ArgumentError("trainer.devices", plain, f"must be {kinds}", "for example trainer.devices=1")
+    if on_cpu and count > cores():
+        _warn(f"trainer.devices={count}: so many processes share {cores()} cores: choose trainer.devices={cores()}")
+    if not on_cpu and count > there:
+        problem = f"asks for {count} GPUs, and there {'is' if there == 1 else 'are'} {there}"
+        raise ArgumentError("trainer.devices", plain, problem, f"choose trainer.devices={there} or auto")
+
+
+def _count(devices: Any, *, on_cpu: bool, there: int) -> int | None:
+    """How many devices are asked for; None where that is not said."""
+    number = int(devices) if isinstance(devices, str) and re.fullmatch(r"-?\d+", devices) else devices
+    if number == "auto":
+        return max(1, 1 if on_cpu else there)
+    if isinstance(number, int) and not isinstance(number, bool):
+        everything = number == -1 and not on_cpu
+        return there if everything else number if number > 0 else None
+    if on_cpu:
+        return None
+    given = devices.split(",") if isinstance(devices, str) else devices if isinstance(devices, list) else []
+    names = [str(name).strip() for name in given if str(name).strip()]
+    return len(names) if names and all(name.isdigit() for name in names) else None
+
+
+def _check_threads(threads: int | None) -> None:
+    if threads is None:
+        return
+    positive_integer("threads", threads)
+    most = max(_MOST_THREADS, os.cpu_count() or 1)
+    if threads > most:
+        remedy = f"this machine has {os.cpu_count()} processors"
+        raise ArgumentError("threads", threads, f"must be at most {most}", remedy)
+
+
+@rank_zero_only
+def _warn(line: str) -> None:
+    sys.stderr.write(f"warning: {line}\n")
+
+
+def _is_started_by_a_cluster() -> bool:
+    """Whether this process is one of several nodes' that something has started, or that say who they are."""
+    return any(environment.detect() for environment in _CLUSTERS) or "NODE_RANK" in os.environ
+
+
+def check_devices(trainer: Mapping[str, Any]) -> None:
+    """Refuse strategies whose processes cannot be started rightly, before there is any work to lose.
+
+    Args:
+        trainer: arguments of the Trainer.
+
+    Raises:
+        ValueError: the strategy trains in processes that are lost at its end with what they know; or it starts
+            processes by running the same command again, which is that of a whole sweep.
+    """
+    strategy = _strategy(trainer)
+    if any(way in strategy for way in _WITHIN):
+        raise ValueError(
+            f"trainer.strategy={strategy}: trains in processes whose callbacks and steps are lost when they end: "
+            "set trainer.strategy=ddp"
+        )
+    hydra = HydraConfig.get()
+    if hydra.mode is not RunMode.MULTIRUN or hydra.launcher["_target_"] in _LAUNCHERS or not _starts_others(trainer):
+        return
+    raise ValueError(
+        f"trainer.strategy={strategy} with trainer.devices={trainer.get('devices', 'auto')} starts its other processes "
+        "by running the same command again, and this one is a sweep, which each of them would run as a whole: "
+        "add hydra/launcher=device_pool, or on a cluster hydra/launcher=slurm"
+    )
+
+
+def _strategy(trainer: Mapping[str, Any]) -> str:
+    """The strategy's name; of one given by its class, that class, and how it starts processes."""
+    strategy = trainer.get("strategy") or "auto"
+    if isinstance(strategy, DictConfig):
+        return f"{strategy['_target_']} {strategy.get('start_method', 'popen')}"
+    return str(strategy)
+
+
+def _starts_others(trainer: Mapping[str, Any]) -> bool:
+    """Whether Lightning starts processes by the command, or, with one device, leaves variables that say it did."""
+    strategy = _strategy(trainer)
+    if strategy != "auto":
+        return "single" not in strategy.lower()
+    return trainer.get("num_nodes", 1) > 1 or _devices(trainer) > 1
+
+
+def _devices(trainer: Mapping[str, Any]) -> int:
+    """Devices of a node; what is no number of them is left for the Trainer to refuse."""
+    devices = trainer.get("devices", "auto")
+    if isinstance(devices, str) and "," in devices:
+        return len([name for name in devices.split(",") if name.strip()])
+    if str(devices) in ("auto", "-1", "None"):
+        gpus = trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda") and CUDAAccelerator.is_available()
+        return CUDAAccelerator.auto_device_count() if gpus else 1
+    if str(devices).isdigit():
+        return int(devices)
+    return len(devices) if isinstance(devices, ListConfig | list | tuple) else 1

@@ -1,0 +1,191 @@
+"""A run's place in W&B: what it is called there, which settings and which results it shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.utilities import rank_zero_only
+from rich.console import Console
+
+from lightning_mnn.loggers.media import log_table
+from lightning_mnn.loggers.wandb import ResumableWandbLogger
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+# Of a config, what says where a run is and how it was started, what is for other tasks, and what is only referred to.
+_NO_SETTINGS = ("run_dir", "logger", "resume", "folder", "sweep", "dry_run", "dashboard", "row", "table_1")
+
+# Overrides that a run's name does not tell.
+_NOT_IN_NAME = (*_NO_SETTINGS, "experiment", "name", "task", "threads", "ckpt_path", "data.root", "data.cache")
+
+_LONGEST_NAME = 120  # characters; W&B takes 128
+_LONGEST_TAG = 64
+
+
+def is_wandb(node: DictConfig) -> bool:
+    """Whether a config node is a W&B logger."""
+    return str(node["_target_"]).endswith("WandbLogger")
+
+
+def wandb_options(cfg: DictConfig, node: DictConfig, wandb_id: str) -> dict[str, Any]:
+    """What a W&B logger's node leaves open of ``id, name, group``; its ``tags`` and more; the config to show.
+
+    A run is named by its experiment and overrides; in a sweep by its job's number too, and grouped by the folder. Tags
+    are cut to what W&B takes.
+    """
+    choices = HydraConfig.get().runtime.choices
+    own = {
+        "id": None if node.get("version") else wandb_id,
+        "name": _run_name(
+            cfg.name if (job := _job()) is None else f"{cfg.name} {job}", HydraConfig.get().overrides.task
+        ),
+        "group": _group(cfg.name),
+    }
+    shown = {"run_config": settings_of(cfg, choices)} if _is_resumable(node) else {}
+    given = node.get("tags") or ()
+    tags = [*([given] if isinstance(given, str) else given), cfg.name, choices.get("data")]
+    return (
+        shown
+        | {key: value for key, value in own.items() if node.get(key) is None}
+        | {"tags": list(dict.fromkeys(_cut(str(tag), _LONGEST_TAG) for tag in tags if tag))}
+    )
+
+
+def only_known(node: DictConfig) -> DictConfig:
+    """A W&B logger's node without what its class does not know.
+
+    >>> only_known(OmegaConf.create({"_target_": "pytorch_lightning.loggers.WandbLogger", "best": {}, "project": "p"}))
+    {'_target_': 'pytorch_lightning.loggers.WandbLogger', 'project': 'p'}
+    """
+    if not is_wandb(node) or _is_resumable(node):
+        return node
+    kept = node.copy()
+    with open_dict(kept):
+        kept.pop("best", None)
+    return kept
+
+
+def _is_resumable(node: DictConfig) -> bool:
+    return str(node["_target_"]).endswith("ResumableWandbLogger")
+
+
+def settings_of(cfg: DictConfig, choices: Mapping[str, Any]) -> dict[str, Any]:
+    """The config as one sorts and filters runs by it: nested, resolved, each setting once.
+
+    Left out are classes (a group's ``name`` is the option that was chosen), paths of the run and references to a
+    top-level key of the same name, such as ``model.seed: ${seed}``.
+
+    >>> cfg = OmegaConf.create({"seed": 3, "run_dir": "a/b", "model": {"_target_": "M", "seed": "${seed}", "width": 2}})
+    >>> settings_of(cfg, {"model": "mnn"})
+    {'seed': 3, 'model': {'name': 'mnn', 'width': 2}}
+    """
+    settings: dict[str, Any] = {}
+    for key in (str(key) for key in cfg if key not in _NO_SETTINGS):
+        settings[key] = value = _plain(cfg, key, str(cfg.get("run_dir")))
+        if isinstance(value, dict) and "_target_" in cfg[key] and isinstance(choices.get(key), str):
+            settings[key] = {"name": choices[key]} | value
+    return {key: value for key, value in settings.items() if value != {}}
+
+
+def _plain(parent: DictConfig | ListConfig, key: Any, run_dir: str) -> Any:
+    """A value as plain data."""
+    node = parent[key]
+    if isinstance(node, ListConfig):
+        return [_plain(node, i, run_dir) for i in range(len(node))]
+    if not isinstance(node, DictConfig):
+        return node
+    kept = {
+        str(name): _plain(node, name, run_dir)
+        for name in node
+        if name != "_target_" and not _is_copy(node, name) and not str(node[name]).startswith(run_dir)
+    }
+    return {name: value for name, value in kept.items() if value != {}}
+
+
+def _is_copy(node: DictConfig, name: Any) -> bool:
+    written: Any = OmegaConf.to_container(node, resolve=False)
+    return bool(written[name] == f"${{{name}}}")
+
+
+def verdicts(summary: dict[str, Any], measures: Sequence[str]) -> tuple[list[str], list[list[Any]]]:
+    """A run's measures as a table with a row a replica: its columns and rows.
+
+    >>> verdicts({"replicas": 2, "seed": 5, "mse": [0.25, 0.5], "mce": None}, ["mse", "mce"])
+    (['replica', 'seed', 'mse', 'mce'], [[0, 5, 0.25, None], [1, 6, 0.5, None]])
+    """
+    several = summary["replicas"] > 1
+
+    def measured(name: str, replica: int) -> Any:
+        value = summary.get(name)
+        return value[replica] if several and isinstance(value, list) else value
+
+    rows = [[r, summary["seed"] + r, *(measured(m, r) for m in measures)] for r in range(summary["replicas"])]
+    return ["replica", "seed", *measures], rows
+
+
+@rank_zero_only
+def leave_in_wandb(loggers: Sequence[Any], summary: dict[str, Any], measures: Sequence[str]) -> None:
+    """Hand the results to W&B: the summary, without what W&B knows better, and a table of verdicts."""
+    columns, rows = verdicts(summary, measures)
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            log_table(logger, "verdict", columns, rows, summary["steps"])
+            values = {key: value for key, value in summary.items() if key != "finished"}
+            if isinstance(logger, ResumableWandbLogger):
+                logger.log_summary(values)
+            else:
+                logger.experiment.summary.update(values)
+
+
+@rank_zero_only
+def end_wandb_runs(loggers: Sequence[Any], *, failed: bool) -> None:
+    """End the W&B runs, or the next job of this process would log into them; say where those online are."""
+    for logger in loggers:
+        if isinstance(logger, ResumableWandbLogger):
+            logger.finish(int(failed))
+            if logger.url is not None:
+                Console().print(f"[bold]in W&B at[/] {logger.url}", soft_wrap=True, highlight=False)
+        elif isinstance(logger, WandbLogger):
+            import wandb  # noqa: PLC0415 (slow, and only used with its logger)
+
+            wandb.finish(exit_code=int(failed))
+
+
+def _job() -> int | None:
+    """The number of the sweep's job."""
+    hydra = HydraConfig.get()
+    return int(hydra.job.num) if hydra.mode is RunMode.MULTIRUN else None
+
+
+def _group(name: str) -> str:
+    """Of a sweep's jobs the last two parts of its folder, which tell it from one of the same name elsewhere."""
+    if _job() is None:
+        return _cut(name, _LONGEST_NAME)
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.cwd, hydra.sweep.dir).resolve()
+    return _cut(f"sweep {'/'.join(folder.parts[-2:])}", _LONGEST_NAME)
+
+
+def _run_name(name: str, overrides: Sequence[str]) -> str:
+    """The experiment and its overrides, with short keys where it would be long.
+
+    >>> _run_name("a 0", ["model.threshold=0.1", "resume=true"])
+    'a 0 model.threshold=0.1'
+    """
+    told = [override.lstrip("+~") for override in overrides]
+    told = [o for o in told if not any(o.startswith((f"{key}=", f"{key}.")) or o == key for key in _NOT_IN_NAME)]
+    if len(full := f"{name} {','.join(told)}".strip()) <= _LONGEST_NAME:
+        return full
+    pairs = [override.partition("=") for override in told]
+    short = ",".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs)
+    return _cut(f"{name} {short}".strip(), _LONGEST_NAME)
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else text[: longest - 1] + "…"

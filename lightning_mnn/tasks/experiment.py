@@ -1,0 +1,118 @@
+"""What experiments in parts have in common: checks of their settings, their command, their end by Ctrl-C."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from lightning_mnn.config.mistakes import UserError
+from lightning_mnn.tasks.parts import finish_parts
+from lightning_mnn.utilities.files import shown
+from lightning_mnn.utilities.resources import cores
+from lightning_mnn.utilities.validation import ArgumentError, positive_integer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from lightning_mnn.tasks.parts import Part
+
+
+def settings_of(cfg: DictConfig, task: str, experiment: str) -> dict[str, Any]:
+    """The task's node of the config as a dictionary.
+
+    Raises:
+        ValueError: the config has no such node.
+    """
+    if cfg.get(task) is None:
+        raise UserError(f"task={task}: has no settings: choose experiment={experiment}, which has them")
+    settings: dict[str, Any] = OmegaConf.to_container(cfg[task], resolve=True)  # type: ignore[assignment]
+    return settings
+
+
+def refuse_unused(cfg: DictConfig, task: str, unused: Mapping[str, Any]) -> None:
+    """Refuse what the task would pass over: `threads`, `ckpt_path`, and what is named.
+
+    Args:
+        cfg: the config.
+        task: its name.
+        unused: keys and groups of the config that have no part in the task, with the values that they have if nobody
+            asks for anything.
+
+    Raises:
+        ValueError: one of them has another value, or `threads` or `ckpt_path` is given.
+
+    >>> refuse_unused(OmegaConf.create({"data": None, "replicas": 1}), "census", {"data": None, "replicas": 1})
+    """
+    for key, default in {**unused, "ckpt_path": None}.items():
+        if (value := cfg.get(key, default)) == default:
+            continue
+        if (debug := _debug_choice()) is not None:
+            raise UserError(f"debug={debug}: sets {key}, which task={task} makes no use of: choose debug=limit")
+        given = key if OmegaConf.is_config(value) else f"{key}={value}"
+        remedy = f"leave {key} out, or choose {key}={'null' if default is None else default}"
+        raise UserError(f"{given}: task={task} makes no use of it: {remedy}")
+    if cfg.get("threads") is not None:
+        raise UserError(
+            f"threads={cfg.threads}: the worker processes of task={task} use one thread each: leave threads out, and "
+            f"choose their number by {task}.processes"
+        )
+
+
+def _debug_choice() -> str | None:
+    choice: str | None = HydraConfig.get().runtime.choices.get("debug") if HydraConfig.initialized() else None
+    return choice
+
+
+def different(key: str, values: Any, what: str, *, at_least: int = 1) -> list[Any]:
+    """A list without repetitions.
+
+    Raises:
+        ValueError: it is no list, has fewer entries than ``at_least``, or holds something twice, or true or false.
+
+    >>> different("census.epsilons", [0.0, 0.1], "numbers")
+    [0.0, 0.1]
+    """
+    given = isinstance(values, list) and len(values) >= at_least
+    if not given or any(isinstance(value, bool) or value in values[:n] for n, value in enumerate(values)):
+        many = f"{at_least} or more " if at_least else ""
+        raise ArgumentError(key, values, f"must be a list of {many}different {what}")
+    return list(values)
+
+
+def number_of_processes(key: str, processes: int | None) -> int:
+    """How many worker processes to use; None: one a core."""
+    if processes is None:
+        return cores()
+    return positive_integer(key, processes)
+
+
+def own_command(run_dir: Path) -> str:
+    """The command line that does, or goes on with, what the present one does."""
+    return shlex.join(own_words(run_dir))
+
+
+def own_words(run_dir: Path, more: Sequence[str] = ()) -> list[str]:
+    """The words of the present command with its folder, and with more overrides in the place of those of their keys."""
+    keys = {override.partition("=")[0] for override in (*more, "hydra.run.dir=")}
+    given = [word for word in HydraConfig.get().overrides.task if word.partition("=")[0] not in keys]
+    return ["lightning-mnn", *given, *more, f"hydra.run.dir={shown(run_dir)}"]
+
+
+def finish_experiment(parts: Sequence[Part], run_dir: Path, processes: int, command: str) -> dict[str, dict[str, Any]]:
+    """Finish the parts of an experiment, in `parts/` of its folder; on Ctrl-C say how to go on.
+
+    Returns:
+        What each part returned, by its name (see :func:`~lightning_mnn.tasks.parts.finish_parts`).
+    """
+    try:
+        return finish_parts(parts, run_dir / "parts", processes)
+    except KeyboardInterrupt:
+        Console(soft_wrap=True, highlight=False).print(
+            f"interrupted: finished parts are kept. Go on with\n  {command}", markup=False
+        )
+        raise SystemExit(130) from None

@@ -1,0 +1,504 @@
+"""The jobs of a sweep, as they lie below its folder, and the table of their summaries."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections import defaultdict
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from lightning_mnn.launchers.jobs.records import JOB_RECORD, SWEEP_RECORD, JobState, SweepCommand, hydra_value
+from lightning_mnn.runs.folders import jobs_of, sweep_record
+from lightning_mnn.runs.logs import columns_to_draw, read_logs, results_of
+from lightning_mnn.utilities.files import DamagedFileError, read_json, shown, write_csv
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+Row = dict[str, Any]
+
+_MARKS = (".hydra", JOB_RECORD, "plan.json", "summary.json")  # any of which tells a job's folder
+_LISTS = ("hidden_dims", "visits")  # of a summary that are no lists over the replicas
+_HOW_TO_START = ("resume",)  # overrides that say how a job is started, not what it is
+_WHAT_TO_DO = ("task", "experiment")  # overrides that say of which task a job is
+
+
+class Status(StrEnum):
+    """How far a job has come.
+
+    Attributes:
+        FINISHED: to its end.
+        FAILED: to an error.
+        UNFINISHED: it was started, and broke off or still runs.
+        WAITING: it was never started.
+        UNRECORDED: it was started by a launcher that keeps no record of how jobs of other programs end.
+    """
+
+    FINISHED = "finished"
+    FAILED = "failed"
+    UNFINISHED = "unfinished"
+    WAITING = "waiting"
+    UNRECORDED = "unrecorded"
+
+
+_OF_RECORD = {  # what job.json says of a job of another program
+    JobState.FINISHED: Status.FINISHED,
+    JobState.RETURNED: Status.FINISHED,
+    JobState.FAILED: Status.FAILED,
+    JobState.INTERRUPTED: Status.UNFINISHED,
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of a sweep.
+
+    Attributes:
+        folder: its place below the sweep's folder; of a job that waits, the one that it will have, or None.
+        overrides: its part of the command, as it is written.
+        status: how far it has come.
+        task: what it does; empty where its files do not say. Jobs of other programs train.
+        summary: its ``summary.json``, empty where there is none; of another program what it logged and returned.
+        error: why it failed, or what is wrong with its files, where that is known.
+        foreign: whether it is of another program.
+    """
+
+    folder: Path | None
+    overrides: tuple[str, ...]
+    status: Status
+    task: str
+    summary: dict[str, Any] | None = None
+    error: str | None = None
+    foreign: bool = False
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """What it came to: its summary, empty where it is known that it is not finished."""
+        return self.summary or {} if self.status in (Status.FINISHED, Status.UNRECORDED) else {}
+
+    @property
+    def name(self) -> str:
+        """What the user knows it by."""
+        return str(self.folder) if self.folder is not None else " ".join(self.overrides)
+
+    @property
+    def number(self) -> int | None:
+        """Hydra's number of it, where its folder has that name."""
+        return int(self.folder.name) if self.folder is not None and self.folder.name.isdigit() else None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The jobs below a folder.
+
+    Attributes:
+        folder: the folder.
+        jobs: all of them, in the order of their numbers.
+        swept: what differs between them, in the order of the command: names, and each job's value.
+        logged: columns of the table that are of other programs' logs and return values.
+        sweeps: folders of the sweeps that they are of.
+        others: jobs below it that are not of training.
+    """
+
+    folder: Path
+    jobs: tuple[Job, ...]
+    swept: dict[str, tuple[Any, ...]]
+    logged: tuple[str, ...] = ()
+    sweeps: tuple[Path, ...] = ()
+    others: tuple[Job, ...] = ()
+
+    def having(self, status: Status) -> list[Job]:
+        """The jobs that have come as far as that."""
+        return [job for job in self.jobs if job.status is status]
+
+
+def read_sweep(folder: Path) -> Sweep:
+    """Find the training jobs below a folder, at any depth, and those that their sweeps have not begun.
+
+    Raises:
+        FileNotFoundError: there are none; the message says what there is.
+    """
+    if any((folder / mark).exists() for mark in _MARKS):
+        raise FileNotFoundError(
+            f"sweep={shown(folder)} is the folder of one run or experiment, not of a sweep: give task=report "
+            f"folder={shown(folder)}, or the folder above it as sweep="
+        )
+    folders, plans = _walk(folder)
+    jobs = [_read_job(folder, place, _plan_of(place, plans)) for place in folders]
+    for sweep, hydra in plans.items():
+        jobs = _with_planned(jobs, list(_planned(folder, sweep, hydra)), sweep.relative_to(folder))
+    jobs = sorted((job if job.task else replace(job, task=_task_of(job.overrides)) for job in jobs), key=_in_order)
+    training = tuple(job for job in jobs if job.task == "train")
+    others = tuple(job for job in jobs if job.task != "train")
+    if not training:
+        raise FileNotFoundError(_nothing(folder, others))
+    logged = columns_to_draw(key for job in training if job.foreign for key in job.results)
+    return Sweep(folder, training, _swept(folder, training), tuple(logged), tuple(plans), others)
+
+
+def rows_of(sweep: Sweep) -> list[Row]:
+    """The table: a row for each job and replica; its columns are the first row's keys, None where there is nothing.
+
+    Jobs that are not finished have one row, without measures, so that means over a column are of finished ones.
+    ``job`` and ``folder``, what was swept, ``status`` and ``replica``, then the summary in its own order. What was
+    swept stands as the job was given it, so that ``seed`` is the seed of a job's first replica.
+    """
+    measures = dict.fromkeys(key for job in sweep.jobs for key in job.results if key not in sweep.swept)
+    return [
+        {"job": job.number, "folder": None if job.folder is None else str(job.folder)}
+        | {key: values[place] for key, values in sweep.swept.items()}
+        | {"status": str(job.status), "replica": replica}
+        | {key: _of_replica(job.results, key, replica) for key in measures}
+        for place, job in enumerate(sweep.jobs)
+        for replica in (range(job.results.get("replicas", 1)) if job.results else (None,))
+    ]
+
+
+def write_table(sweep: Sweep) -> list[Path]:
+    """Write ``sweep.csv``, lists as JSON, and ``sweep.parquet``, typed.
+
+    The latter's metadata hold the names of what was swept, and of the columns that another program logged.
+
+    Returns:
+        Their paths.
+    """
+    rows = rows_of(sweep)
+    text, typed = sweep.folder / "sweep.csv", sweep.folder / "sweep.parquet"
+    write_csv(text, [{key: _as_text(value) for key, value in row.items()} for row in rows])
+    columns = {key: _column([row[key] for row in rows]) for key in rows[0]}
+    names = {"swept": json.dumps(list(sweep.swept)), "logged": json.dumps(sweep.logged)}
+    table = pa.table(columns).replace_schema_metadata(names)
+    unfinished = typed.with_name(typed.name + ".tmp")
+    pq.write_table(table, unfinished)
+    unfinished.replace(typed)
+    return [text, typed]
+
+
+def resume_commands(sweep: Sweep) -> dict[Path, str | None]:
+    """Command lines that finish what is not finished, by the folders of the sweeps; None: its program is not known."""
+    done = (Status.FINISHED, Status.UNRECORDED)
+    left = [job for job in sweep.jobs if job.status not in done]
+    return {
+        folder: _command(folder)
+        for folder in sweep.sweeps
+        if any(job.folder is None or (sweep.folder / job.folder).is_relative_to(folder) for job in left)
+    }
+
+
+def is_foreign(run: Path) -> bool:
+    """Whether a run's folder is none of this program's, by what Hydra wrote there."""
+    return _main_config(_hydra_of(run / ".hydra" / "hydra.yaml")) != "lightning_mnn.conf"
+
+
+def is_finished(summary: Mapping[str, Any]) -> bool:
+    """Whether a training run came to its end; older summaries do not say, but that of one without data is of none."""
+    return bool(summary.get("finished", True)) and summary.get("num_samples") is not None
+
+
+def by_task(jobs: Sequence[Job]) -> str:
+    """The names of jobs, after what they do.
+
+    >>> by_task([Job(Path("0"), (), Status.FINISHED, "scan"), Job(Path("2"), (), Status.WAITING, "scan")])
+    'scan: 0, 2'
+    """
+    names = defaultdict(list)
+    for job in jobs:
+        names[job.task].append(job.name)
+    return "; ".join(f"{task}: {', '.join(found)}" for task, found in names.items())
+
+
+def _walk(folder: Path) -> tuple[list[Path], dict[Path, dict[str, Any]]]:
+    """Folders of jobs, none within another, and those of sweeps with Hydra's part of their record."""
+    jobs, plans = [], {}
+    for place, below, files in os.walk(folder):
+        if any(mark in below or mark in files for mark in _MARKS):
+            jobs.append(Path(place))
+            below.clear()
+            continue
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        hydra = _hydra_of(sweep_record(Path(place)))
+        if hydra or SWEEP_RECORD in files:
+            plans[Path(place)] = hydra
+    return jobs, plans
+
+
+def _plan_of(place: Path, plans: Mapping[Path, dict[str, Any]]) -> dict[str, Any]:
+    """Hydra's part of the record of the sweep that a job is of, or else of the job's own."""
+    plan = next((plans[above] for above in place.parents if above in plans), {})
+    return plan or _hydra_of(place / ".hydra" / "hydra.yaml")
+
+
+def _read_job(root: Path, place: Path, hydra: Mapping[str, Any]) -> Job:
+    record, torn_record = _read(place / JOB_RECORD)
+    summary, torn_summary = _read(place / "summary.json")
+    noted = record.get("overrides")
+    overrides = _yaml(place / ".hydra" / "overrides.yaml") or (noted if isinstance(noted, list) else ())
+    job = Job(place.relative_to(root), tuple(map(str, overrides)), Status.UNFINISHED, task="")
+    if _is_foreign(place, summary, hydra):
+        return _with_logs(job, place, record, torn_record)
+    reason = record.get("error")
+    if is_finished(summary):
+        status, error = Status.FINISHED, None
+    elif record.get("status") == JobState.FAILED or _diverged(summary):
+        status, error = Status.FAILED, str(reason or _reason(summary))
+    else:
+        status, error = Status.UNFINISHED, torn_summary or torn_record or reason
+    return replace(job, status=status, task=_task(place, summary), summary=summary, error=error)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], str | None]:
+    """The object in a file, empty where there is none, and what is wrong with the file."""
+    try:
+        return read_json(path) if path.exists() else {}, None
+    except DamagedFileError as damage:
+        return {}, str(damage)
+
+
+def _main_config(hydra: Mapping[str, Any]) -> str | None:
+    """Where the main config of a job or sweep came from, if its record says it."""
+    sources = (hydra.get("runtime") or {}).get("config_sources") or []
+    return next((source.get("path") for source in sources if source.get("provider") == "main"), None)
+
+
+def _is_foreign(place: Path, summary: Mapping[str, Any], hydra: Mapping[str, Any]) -> bool:
+    """Whether a job is of another program, by where the main config came from; if that is lost, by what it left."""
+    if _is_training(summary) or (place / "plan.json").exists():
+        return False
+    main = _main_config(hydra)
+    return main != "lightning_mnn.conf" if main else (place / JOB_RECORD).exists() and not summary
+
+
+def _with_logs(job: Job, place: Path, record: Mapping[str, Any], torn_record: str | None) -> Job:
+    """A job of another program: its status by ``job.json``, its results by that and its logs."""
+    error = torn_record or record.get("error")
+    code = record.get("status")
+    if code in [str(known) for known in _OF_RECORD]:
+        status = _OF_RECORD[JobState(code)]
+    elif record or torn_record or (place / "console.log").exists():  # of hydra/launcher=device_pool
+        status = Status.UNFINISHED
+        error = error or (f"{shown(place / JOB_RECORD)} has no known status, but {code!r}" if record else None)
+    else:
+        status = Status.UNRECORDED
+    logs, torn_logs = {}, None
+    try:
+        logs = read_logs(place)
+    except ValueError as unreadable:
+        torn_logs = str(unreadable)
+    results = results_of(record, logs)
+    return replace(job, status=status, task="train", summary=results, error=error or torn_logs, foreign=True)
+
+
+def _reason(summary: Mapping[str, Any]) -> str:
+    reasons = summary.get("reason")
+    return str(reasons[0] if isinstance(reasons, list) else reasons)
+
+
+def _diverged(summary: Mapping[str, Any]) -> bool:
+    return summary.get("finished") is False and _reason(summary).startswith("training diverged")
+
+
+def _task(place: Path, summary: Mapping[str, Any]) -> str:
+    """What a job does: by its config, or as its summary tells where there is none; empty where neither does."""
+    if _is_training(summary):
+        return "train"
+    task = _selected(_yaml(place / ".hydra" / "config.yaml"), "task")
+    return str(task) if task else "another task" if summary else ""
+
+
+def _is_training(summary: Mapping[str, Any]) -> bool:
+    return summary.keys() >= {"mse", "mce", "hidden_dims", "num_samples", "seconds"}
+
+
+def _task_of(overrides: Sequence[str]) -> str:
+    """What a job will do, by its part of the command."""
+    return _composed_task(tuple(override for override in overrides if _key(override) in _WHAT_TO_DO))
+
+
+@lru_cache(maxsize=256)
+def _composed_task(choice: tuple[str, ...]) -> str:
+    """The task of a config; training, where it cannot be composed, for that is what most jobs do.
+
+    >>> _composed_task(()), _composed_task(("experiment=figure_5_1",)), _composed_task(("task=census",))
+    ('train', 'scan', 'census')
+    """
+    running = GlobalHydra.instance().is_initialized()  # it knows the user's own configs too
+    try:
+        with nullcontext() if running else initialize_config_module("lightning_mnn.conf", version_base="1.3"):
+            return str(compose("config", list(choice)).task)
+    except (HydraException, OmegaConfBaseException):
+        return "train"
+
+
+def _with_planned(jobs: Sequence[Job], planned: Sequence[Job], where: Path) -> list[Job]:
+    """Jobs below a sweep's folder with those that it has not begun.
+
+    A job that was ended before its overrides were written is known by its folder.
+    """
+    given: dict[Path | None, tuple[str, ...]] = {job.folder: job.overrides for job in planned if job.folder}
+    jobs = [job if job.overrides else replace(job, overrides=given.get(job.folder, ())) for job in jobs]
+    begun = {
+        _settings(job.overrides)
+        for job in jobs
+        if job.status is not Status.WAITING and job.folder and job.folder.is_relative_to(where)
+    }
+    return [*jobs, *(job for job in planned if job.overrides not in begun)]
+
+
+def _planned(root: Path, sweep: Path, hydra: Mapping[str, Any]) -> Iterator[Job]:
+    """All jobs of a sweep, as Hydra's own sweeper makes them of the command; none where another one chooses them."""
+    if not hydra:
+        return
+    named = str(hydra["sweep"].get("subdir")).replace(":", ".") == "${hydra.job.num}"
+    foreign = _is_foreign(sweep, {}, hydra)
+    for number, job in enumerate(jobs_of(hydra)):
+        folder = (sweep / str(number)).relative_to(root) if named else None
+        yield Job(folder, _settings(job), Status.WAITING, task="train" if foreign else "", foreign=foreign)
+
+
+def _settings(overrides: Sequence[str]) -> tuple[str, ...]:
+    """The overrides that say what a job is."""
+    return tuple(override for override in overrides if _key(override) not in _HOW_TO_START)
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+")
+
+
+def _command(sweep: Path) -> str | None:
+    """The command that resumes a sweep; None: it is another program's, and not recorded."""
+    hydra = _hydra_of(sweep_record(sweep))
+    if not hydra or _is_foreign(sweep, {}, hydra):
+        recorded = SweepCommand.read(sweep)
+        return None if recorded is None else recorded.resumed(sweep)
+    overrides = hydra["overrides"]
+    own = ("hydra.mode=", "hydra.sweep.dir=")
+    more = [override for override in overrides["hydra"] if not override.startswith(own)]
+    where = f"hydra.sweep.dir={hydra_value(str(shown(sweep)))}"
+    return shlex.join(["lightning-mnn", "-m", *_settings(overrides["task"]), *more, where, "resume=true"])
+
+
+def _swept(root: Path, jobs: Sequence[Job]) -> dict[str, tuple[Any, ...]]:
+    """What was given to the jobs and differs between them; where a job was not given it, what its config says."""
+    given = [dict(map(_parsed, _settings(job.overrides))) for job in jobs]
+    swept = {}
+    for key in dict.fromkeys(key for values in given for key in values):
+        if len({json.dumps(values.get(key), default=str) for values in given}) == 1 and all(key in v for v in given):
+            continue
+        values = tuple(_value(root, job, key, of) for job, of in zip(jobs, given, strict=True))
+        if len({json.dumps(value, default=str) for value in values}) > 1:
+            swept[key] = values
+    return swept
+
+
+def _value(root: Path, job: Job, key: str, given: Mapping[str, Any]) -> Any:
+    """A job's value of a key: as it was given, or by its config where it was not, or was given as a reference."""
+    if key not in given:
+        return _configured(root, job, key)
+    value = given[key]
+    if "${" not in json.dumps(value, default=str):
+        return value
+    referred = _configured(root, job, key)
+    return value if referred is None else referred
+
+
+@lru_cache(maxsize=4096)
+def _parsed(override: str) -> tuple[str, Any]:
+    """Key and typed value of an override.
+
+    >>> _parsed("+model.hidden_dims=[20,'30']")
+    ('model.hidden_dims', [20, '30'])
+    """
+    parsed = OverridesParser.create().parse_override(override)
+    return parsed.key_or_group, parsed.value()
+
+
+def _configured(root: Path, job: Job, key: str) -> Any:
+    """The value of a key in a job's config, or the option of a group; None where a running job alone knows it."""
+    if job.folder is None:
+        return None
+    notes = root / job.folder / ".hydra"
+    option = _selected(_yaml(notes / "hydra.yaml"), f"hydra.runtime.choices.{key}")
+    return _selected(_yaml(notes / "config.yaml"), key) if option is None else option
+
+
+def _selected(config: Any, key: str) -> Any:
+    """A value of a config, its references resolved; None where there is none, or that cannot be done."""
+    try:
+        value = OmegaConf.select(OmegaConf.create(config or {}), key)
+        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    except OmegaConfBaseException:
+        return None
+
+
+def _in_order(job: Job) -> tuple[bool, list[tuple[int, str]]]:
+    """By numbers as numbers, jobs that have no folder yet last."""
+    parts = () if job.folder is None else job.folder.parts
+    return job.folder is None, [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+
+
+def _nothing(folder: Path, jobs: Sequence[Job]) -> str:
+    if not jobs:
+        return (
+            f"sweep={shown(folder)} holds no jobs: give the folder of a sweep (hydra.sweep.dir), or one above several"
+        )
+    return (
+        f"sweep={shown(folder)} holds no training runs, but {by_task(jobs)}: task=report folder=DIR draws the results "
+        "of each"
+    )
+
+
+def _of_replica(summary: Mapping[str, Any], key: str, replica: int | None) -> Any:
+    value = summary.get(key)
+    if replica is None or key in _LISTS or not isinstance(value, list) or summary["replicas"] == 1:
+        return value
+    return value[replica]
+
+
+def _as_text(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, list | dict) else value
+
+
+def _column(values: Sequence[Any]) -> pa.Array:
+    """A typed column; what is of several types becomes text, in quotes where it would be another value's."""
+    if len({isinstance(value, bool) for value in values if value is not None}) < 2:
+        try:
+            return pa.array(values)
+        except (pa.ArrowException, OverflowError):
+            pass
+    others = {json.dumps(value) for value in values if not isinstance(value, str)}
+    kept = [value is None or (isinstance(value, str) and value not in others) for value in values]
+    return pa.array([value if keep else json.dumps(value) for value, keep in zip(values, kept, strict=True)])
+
+
+def _yaml(path: Path) -> Any:
+    """What Hydra wrote, with references as they are written; None where there is nothing, or a kill tore it."""
+    text = path.read_text() if path.exists() else ""
+    if not text.endswith("\n"):
+        return None
+    try:
+        return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except (YAMLError, OmegaConfBaseException):
+        return None
+
+
+def _hydra_of(plan: Path) -> dict[str, Any]:
+    """Hydra's part of a ``multirun.yaml``, empty where that is not whole."""
+    found = _yaml(plan)
+    hydra = found.get("hydra") if isinstance(found, dict) else None
+    return hydra if isinstance(hydra, dict) and hydra.keys() >= {"sweep", "sweeper", "overrides", "runtime"} else {}
