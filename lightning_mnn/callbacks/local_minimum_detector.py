@@ -384,12 +384,13 @@ class LocalMinimumDetector(ScheduledCallback):
     def _without_data(self) -> Judge:
         """The judge where there is no time for the training set; with the gradients that another took note of."""
         before, why = self._judge, self._over_time
-        known = isinstance(before, FirstOrderJudge)
         if before is not None and before.why is not None:
             why = f"{before.why}; {why}"
         judge = FirstOrderJudge(self.loss_fn, self.modules, self.gradient_tolerance, why, reads=False)
-        if before is not None and known:
+        if isinstance(before, FirstOrderJudge):
             judge.load(before.state() | {"reads": False})
+        elif isinstance(before, SecondOrderJudge):
+            judge.load(before.norms.ends() | {"reads": False})
         return judge
 
     @property

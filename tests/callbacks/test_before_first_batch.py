@@ -1,6 +1,7 @@
 """How much the callbacks read before the first batch, and what they leave out where there is too little time."""
 
 import logging
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from lightning_mnn.callbacks import (
 from lightning_mnn.callbacks.evaluation import full_batch
 from lightning_mnn.callbacks.trainer import long_pass
 from lightning_mnn.utilities import interruption
+from tests.children import side_by_side
 
 _BATCH = 8
 _SAMPLES = 20 * _BATCH
@@ -248,3 +250,40 @@ def test_a_short_pass_says_nothing(make_trainer, caplog):
         trainer = make_trainer(max_epochs=1, callbacks=[LocalMinimumDetector(max_products=2)])
         trainer.fit(module, DataLoader(dataset, batch_size=_BATCH))
     assert not any("batches of the training set" in record.message for record in caplog.records)
+
+
+# Several processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["error", "time"])
+def test_what_one_process_meets_in_a_pass_is_met_by_all(tmp_path, what):
+    side_by_side(tmp_path, 2, in_two_processes, what)
+    expected = {
+        "error": "none True ZeroDivisionError: here only\n",
+        "time": "first_order True the norm of the last step's gradient, of a mini-batch, is ",
+    }
+    for rank in range(2):
+        said = (tmp_path / f"rank_{rank}" / "out.txt").read_text()
+        assert expected[what] in said
+        assert ("max_seconds=1000" in said) is (what == "time")
+
+
+def in_two_processes(what):
+    """Train where in the look at the end the second of two processes meets an error, or has no time left."""
+    module, dataset = _case("mlp")
+
+    def loss(module, batch):
+        if module.global_step and module.global_rank == 1:
+            if what == "error":
+                raise ZeroDivisionError("here only")
+            interruption.time = SimpleNamespace(monotonic=lambda: time.monotonic() + 1e6)
+        return nn.functional.cross_entropy(module(batch[0]), batch[1])
+
+    detector = LocalMinimumDetector(max_seconds=1000.0, loss_fn=loss, stop_training=False)
+    options = {"accelerator": "cpu", "devices": 2, "strategy": "ddp", "logger": False, "enable_checkpointing": False}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(max_epochs=1, callbacks=[detector], **options, **quiet)
+    trainer.fit(module, DataLoader(dataset, batch_size=_BATCH))
+    summary = detector.summary()
+    print(summary["evidence"], trainer.global_step > 0, summary["reason"])

@@ -77,7 +77,7 @@ def train(make_trainer, folder, *, resume=False, **options):
 
 CERTIFICATE = certification, "certify"
 VOLUME = cones, "region_log_volume"
-LOOK = training_set, "_batches"
+LOOK = training_set, "exact_shard"
 AT_CERTIFICATE = {"monitor": {"measure": ["certificate", "end"]}}
 STOPPING = {"detector": {"stop_training": True}, **AT_CERTIFICATE}
 

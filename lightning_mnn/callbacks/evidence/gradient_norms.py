@@ -25,6 +25,7 @@ class GradientNorms:
 
     def __init__(self) -> None:
         self._largest: dict[int, Tensor] = {}
+        self._ends: dict[int, tuple[Tensor, Tensor]] = {}  # the first and the last norm
         self._loaded: dict[int, float] = {}
 
     @torch.no_grad()
@@ -37,6 +38,7 @@ class GradientNorms:
         index = index_of(trainer, optimizer)
         norm = _norm(found)
         norm = torch.where(norm.isfinite(), norm, torch.zeros_like(norm))
+        self._ends[index] = self._ends.get(index, (norm, norm))[0], norm
         before = self._largest.get(index)
         self._largest[index] = norm if before is None else torch.maximum(before, norm.to(before.device))
 
@@ -45,6 +47,11 @@ class GradientNorms:
         own = self.state()
         norms = [norm for norm in gather(sum(norm**2 for norm in own.values()) ** 0.5 if own else None) if norm]
         return max(norms, default=None)
+
+    def ends(self) -> dict[str, dict[int, float]]:
+        """The squares of each optimiser's first and last norm, as a judge of first order notes them."""
+        found = {index: [float(norm) ** 2 for norm in both] for index, both in self._ends.items()}
+        return {name: {index: both[k] for index, both in found.items()} for k, name in enumerate(("first", "last"))}
 
     def state(self) -> dict[int, float]:
         """The largest norm of each optimiser, in plain values."""
