@@ -21,11 +21,14 @@ def terminal(monkeypatch):
     return drawn
 
 
+A_BAR = SimpleNamespace()  # that the Trainer has
+
+
 @pytest.fixture
 def work(monkeypatch):
     """Goes through 40 batches, each of which takes so many seconds, and the first 100 s more."""
 
-    def done(seconds, *, bar=SimpleNamespace(), drawn=False, **options):
+    def done(seconds, *, bar=A_BAR, drawn=False, **options):
         clock = SimpleNamespace(now=0.0)
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
         loader = iter if drawn else DataLoader(TensorDataset(torch.zeros(80)), batch_size=2)
