@@ -29,7 +29,7 @@ register_resolvers()
 def main() -> None:
     """Run the command line. A mistake in it is one line on standard error, and leaves nothing behind."""
     try:
-        with errors_told_by(_tell, _tell_usage):
+        with errors_told_by(_tell, _print_usage):
             compose_and_run()
     except Exception as error:
         if not _tell(error):
@@ -85,7 +85,7 @@ def _tell(error: Exception) -> bool:
     return True
 
 
-def _tell_usage(problem: str) -> NoReturn:
+def _print_usage(problem: str) -> NoReturn:
     say(f"{problem}: write lightning-mnn [-m] [KEY=VALUE ...]; lightning-mnn --help says more")
     sys.exit(2)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from lightning_mnn import MNN
-from lightning_mnn.callbacks.evidence import certification, network
+from lightning_mnn.callbacks.evidence import certificate, certification
 from lightning_mnn.callbacks.volumes import cones
 from lightning_mnn.runs.processes import watch
 from lightning_mnn.utilities.interruption import safe_point
@@ -34,20 +34,20 @@ def in_training():
 
 def in_certificate():
     """In a certificate between the start and the end of training."""
-    certify, certify_training_set = certification.certify, network.certify_training_set
+    certify, certify_training_set = certification.certify, certificate.certify_training_set
     steps = []
 
     def of_run(trainer, *args):
         steps.append(trainer.global_step)
         return certify_training_set(trainer, *args)
 
-    def paused(*args, team=None, **options):
+    def paused(*args, process_group=None, **options):
         while steps[-1]:
             Path("paused").touch()
-            _wait(team)
-        return certify(*args, team=team, **options)
+            _wait(process_group)
+        return certify(*args, process_group=process_group, **options)
 
-    network.certify_training_set, certification.certify = of_run, paused
+    certificate.certify_training_set, certification.certify = of_run, paused
 
 
 def on_shards():
@@ -96,8 +96,8 @@ def for_ever():
     MNN.training_step = stuck
 
 
-def _wait(team=None):
+def _wait(process_group=None):
     time.sleep(0.01)
     safe_point()
-    if team is not None:
-        team.sum(torch.zeros(1))
+    if process_group is not None:
+        process_group.sum(torch.zeros(1))

@@ -14,7 +14,7 @@ PROJECT = Path(__file__).parents[1]
 MINUTES = 15  # more than the simulator's compilation and the tests take on a busy machine
 
 
-def why_not():
+def reason():
     """Why there can be no simulated GPU here; empty where there can."""
     if not FOLDER:
         return "set LIGHTNING_MNN_SIMCUDA to the folder of the simulated GPU"
@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.simgpu,
     pytest.mark.slow,
     pytest.mark.xdist_group("simgpu"),
-    pytest.mark.skipif(bool(why_not()), reason=why_not()),
+    pytest.mark.skipif(bool(reason()), reason=reason()),
 ]
 
 

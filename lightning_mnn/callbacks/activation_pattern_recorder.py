@@ -279,7 +279,7 @@ class ActivationPatternRecorder(ScheduledCallback):
                 f"Activation patterns: those of the checkpoint are of other layers or samples ({_told(resumed)}; now "
                 f"{_told(expected)}); they are recorded anew, and flips are counted from here"
             )
-            self._begin_anew()
+            self._start_again()
 
     def _read_stored(self, trainer: pl.Trainer) -> None:
         """Read the snapshots that the checkpoint names, on the first process, and hand them to all."""
@@ -295,13 +295,13 @@ class ActivationPatternRecorder(ScheduledCallback):
                 "starts again, and flips are counted from here. To continue from them, restore the store and resume "
                 "from the checkpoint again"
             )
-            self._begin_anew()
+            self._start_again()
             return
         self._stored = self._stored | {key: named for key, (named, _) in found.items()}
         for key, (_, patterns) in found.items():
             setattr(self, f"_{key}", patterns)
 
-    def _begin_anew(self) -> None:
+    def _start_again(self) -> None:
         self._forget()
         self._last_step = None  # so that there is a snapshot at the start
 

@@ -10,7 +10,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightning_mnn.callbacks.evaluation.isolation import undisturbed
+from lightning_mnn.callbacks.evaluation.isolation import isolated
 from lightning_mnn.callbacks.evaluation.kink_probe import checked_probe
 from lightning_mnn.callbacks.evaluation.module_network import (
     NetworkModule,
@@ -18,12 +18,16 @@ from lightning_mnn.callbacks.evaluation.module_network import (
     required_network,
     states_network,
 )
-from lightning_mnn.callbacks.evaluation.training_set import survey_training_set, training_samples, why_not_surveyed
+from lightning_mnn.callbacks.evaluation.training_set import (
+    reason_not_evaluated,
+    training_samples,
+    training_set_statistics,
+)
 from lightning_mnn.callbacks.local_minimum_detector import LocalMinimumDetector
 from lightning_mnn.callbacks.schedule import Schedule
 from lightning_mnn.callbacks.scheduled import ScheduledCallback, or_stop_here, weights_of
 from lightning_mnn.callbacks.trainer.long_pass import long_pass
-from lightning_mnn.callbacks.volumes.cones import ConePlan, OverBudgetError, why_not_alone
+from lightning_mnn.callbacks.volumes.cones import ConePlan, OverBudgetError, reason_not_alone
 from lightning_mnn.callbacks.volumes.local import (
     Found,
     ProbeSettings,
@@ -51,7 +55,7 @@ if TYPE_CHECKING:
     from lightning_mnn.callbacks.volumes.cones import VolumeOrReason
     from lightning_mnn.landscape.kinks.tracing import Names
     from lightning_mnn.landscape.network import Network
-    from lightning_mnn.landscape.regions.statistics import Survey
+    from lightning_mnn.landscape.regions.statistics import NetworkStatistics
     from lightning_mnn.landscape.volumes.region_volume import RegionVolume
 
 MOMENTS = ("start", "certificate", "end")
@@ -200,7 +204,7 @@ class AngularVolumeMonitor(ScheduledCallback):
         self.local: Found | None = None
         self._checked = self.settings  # with what is run in other modules
         self._no_volume: str | None = None  # why another module has none as a whole
-        self._survey: Survey | None = None  # of the weights that all this is about
+        self._statistics: NetworkStatistics | None = None  # of the weights that all this is about
         self._moment: Any = None  # of them, in other modules
         self._measured = False  # at these weights, or tried
         self._unlogged: dict[str, Tensor | float | None] = {}  # of these weights
@@ -228,7 +232,7 @@ class AngularVolumeMonitor(ScheduledCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.log_lower_bound, self.volumes, self.reasons = None, [None], [_NOT_MEASURED]
-            self._survey, self._moment, self._measured, self._checks, self._certified = None, None, False, 0, False
+            self._statistics, self._moment, self._measured, self._checks, self._certified = None, None, False, 0, False
             self._unlogged, self._logged_step, self._resumed = {}, None, (None, False)
             self.local = None if _has_cones(pl_module) else Found()
             self._checked, self._no_volume = self.settings, None
@@ -348,7 +352,7 @@ class AngularVolumeMonitor(ScheduledCallback):
             except TypeError as error:
                 why = str(error)
         with _untouched(trainer, pl_module):
-            why = why or why_not_surveyed(trainer, network) or why_not_alone(trainer, pl_module, network)
+            why = why or reason_not_evaluated(trainer, network) or reason_not_alone(trainer, pl_module, network)
         if why is not None:
             rank_zero_info(f"AngularVolumeMonitor: the local volume is measured, and not that of the region: {why}")
         return why
@@ -365,18 +369,18 @@ class AngularVolumeMonitor(ScheduledCallback):
         network = required_network(self, pl_module)
         what = f"AngularVolumeMonitor after {trainer.global_step} steps, a bound of the volume"
         with _untouched(trainer, pl_module), long_pass(trainer, what):
-            survey = survey_training_set(trainer, pl_module)
-        if survey is self._survey:
+            statistics = training_set_statistics(trainer, pl_module)
+        if statistics is self._statistics:
             return
-        self._survey, self._measured = survey, False
-        self.log_lower_bound = log_volume_bound_from_sines(survey.layers[0].smallest_sines, network.rows.shape[-1])
+        self._statistics, self._measured = statistics, False
+        self.log_lower_bound = log_volume_bound_from_sines(statistics.layers[0].smallest_sines, network.rows.shape[-1])
         replicas = self.log_lower_bound.numel()
         self.volumes, self.reasons = [None] * replicas, [_NOT_MEASURED] * replicas
         scalars: dict[str, Tensor | float | None] = {"volume/log_lower_bound": self.log_lower_bound}
         biased = network.hidden_bias is not None or network.output_bias is not None
         if trainer.global_step == 0 and not biased:  # which the theorems do not know
             scalars |= self.theorems(
-                survey.num_samples, network.input_dim, network.hidden_dims[0], network.negative_slope
+                statistics.num_samples, network.input_dim, network.hidden_dims[0], network.negative_slope
             )
         self._unlogged = scalars
         self._recall(trainer, pl_module)
@@ -431,8 +435,8 @@ class AngularVolumeMonitor(ScheduledCallback):
         measured = [volume for volume in self.volumes if volume is not None]
         if measured:
             network = required_network(self, pl_module)
-            assert self._survey is not None  # noqa: S101 (for the type checker)
-            _log(trainer, measured, float(bounds.log_num_cells(self._survey.num_samples, network.rows.shape[-1])))
+            assert self._statistics is not None  # noqa: S101 (for the type checker)
+            _log(trainer, measured, float(bounds.log_num_cells(self._statistics.num_samples, network.rows.shape[-1])))
 
     def _find(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the volume."""
@@ -453,7 +457,7 @@ class AngularVolumeMonitor(ScheduledCallback):
     @torch.no_grad()
     def _found(self, trainer: pl.Trainer, network: Network) -> list[VolumeOrReason]:
         """The volume of each replica's region, or why there is none, by one process that reads all samples."""
-        assert self._survey is not None  # noqa: S101 (for the type checker)
+        assert self._statistics is not None  # noqa: S101 (for the type checker)
         assert self.log_lower_bound is not None  # noqa: S101 (for the type checker)
         lower_bounds = self.log_lower_bound.reshape(-1).tolist()
         width, dim = network.rows.shape[-2:]
@@ -462,7 +466,7 @@ class AngularVolumeMonitor(ScheduledCallback):
                 self.budget,
                 self.target_standard_error,
                 replicas=len(lower_bounds),
-                num_samples=self._survey.num_samples,
+                num_samples=self._statistics.num_samples,
                 width=width,
                 dim=dim,
             )
@@ -487,7 +491,7 @@ def _has_cones(pl_module: pl.LightningModule) -> bool:
 
 def _untouched(trainer: pl.Trainer, pl_module: pl.LightningModule) -> AbstractContextManager[Any]:
     """Of a foreign module the data may draw random numbers, and training shall not notice."""
-    return nullcontext() if states_network(pl_module) else undisturbed(trainer, pl_module)
+    return nullcontext() if states_network(pl_module) else isolated(trainer, pl_module)
 
 
 def _is_replicated(pl_module: pl.LightningModule) -> bool:

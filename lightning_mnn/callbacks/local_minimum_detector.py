@@ -13,9 +13,9 @@ from typing_extensions import override
 from lightning_mnn.callbacks.evaluation.full_batch import FullBatch
 from lightning_mnn.callbacks.evaluation.module_network import network_of, states_network
 from lightning_mnn.callbacks.evaluation.run_module import LossNotEvaluableError, StepFailedError
-from lightning_mnn.callbacks.evidence.first_order import FirstOrderJudge
-from lightning_mnn.callbacks.evidence.network import NetworkJudge, NotSquaredErrorError
-from lightning_mnn.callbacks.evidence.second_order import SecondOrderJudge
+from lightning_mnn.callbacks.evidence.first_order import FirstOrderTier
+from lightning_mnn.callbacks.evidence.network import CertificateTier, NotSquaredErrorError
+from lightning_mnn.callbacks.evidence.second_order import SecondOrderTier
 from lightning_mnn.callbacks.evidence.squared_error import SquaredErrorLoss, squared_error_loss
 from lightning_mnn.callbacks.evidence.tiers import Evidence
 from lightning_mnn.callbacks.schedule import Schedule
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from lightning_mnn.callbacks.evaluation.run_module import ModelFunction
-    from lightning_mnn.callbacks.evidence.tiers import Judge
+    from lightning_mnn.callbacks.evidence.tiers import Tier
     from lightning_mnn.landscape.kinks.tracing import Names
     from lightning_mnn.landscape.minima.certificate import Certificate
     from lightning_mnn.landscape.minima.first_order import FirstOrderVerdict
-    from lightning_mnn.landscape.regions.statistics import Survey
+    from lightning_mnn.landscape.regions.statistics import NetworkStatistics
 
 
 class LocalMinimumDetector(ScheduledCallback):
@@ -70,7 +70,7 @@ class LocalMinimumDetector(ScheduledCallback):
     ``differentiable_minimum`` only where Newton's method leads to a stationary point next to the weights, as its
     quadratic model says, and gains next to nothing on the way, and where the Hessian is positive, or the loss is seen
     to stay the same along its flat directions, as symmetries make it (see
-    :func:`lightning_mnn.landscape.judge_curvature`). Flat directions that lead down, as those of a tail exp(−y) or of a
+    :func:`lightning_mnn.landscape.check_curvature`). Flat directions that lead down, as those of a tail exp(−y) or of a
     saddle of fourth order, are no minimum, and stop no training. It is evidence, not a proof; and of the loss, to which
     the weight decay of an optimiser does not belong.
 
@@ -118,7 +118,7 @@ class LocalMinimumDetector(ScheduledCallback):
     Attributes:
         verdicts: of a network the last check's first-order verdicts, one a replica.
         certificates: the last certificates, one a replica; empty where there are none.
-        survey: of a network the last check's pass.
+        statistics: of a network the last check's pass.
         converged: whether training counts as converged.
 
     Raises:
@@ -176,78 +176,78 @@ class LocalMinimumDetector(ScheduledCallback):
         self.max_products = positive_integer("max_products", max_products)
         self.max_seconds = None if max_seconds is None else real_number("max_seconds", max_seconds, above=0)
         self.converged = False
-        self._judge: Judge | None = None
+        self._tier: Tier | None = None
         self._saved: dict[str, Any] = {}  # of the judge of the run that is resumed
         self._passed = 0
-        self._concluded = False  # at the last check, beyond a look
+        self._certified = False  # at the last check, beyond a look
         self._spent = (-1, 0.0)  # step of the last check, and seconds of it
 
     @property
     def verdicts(self) -> list[FirstOrderVerdict]:
         """First-order verdicts on a network, one a replica."""
-        return self._judge.verdicts if isinstance(self._judge, NetworkJudge) else []
+        return self._tier.verdicts if isinstance(self._tier, CertificateTier) else []
 
     @property
     def certificates(self) -> list[Certificate]:
         """The last certificates, one a replica."""
-        return self._judge.certificates if isinstance(self._judge, NetworkJudge) else []
+        return self._tier.certificates if isinstance(self._tier, CertificateTier) else []
 
     @property
-    def survey(self) -> Survey | None:
+    def statistics(self) -> NetworkStatistics | None:
         """The last pass over a network's training set."""
-        return self._judge.survey if isinstance(self._judge, NetworkJudge) else None
+        return self._tier.statistics if isinstance(self._tier, CertificateTier) else None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._judge, self._saved, self._passed, self.converged = None, {}, 0, False
-            self._concluded, self._spent = False, (-1, 0.0)
+            self._tier, self._saved, self._passed, self.converged = None, {}, 0, False
+            self._certified, self._spent = False, (-1, 0.0)
 
     @override
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         try:
             with self._limited(trainer), self._announced(trainer, "the preparation"):
-                self._judge = self._chosen(trainer, pl_module)
+                self._tier = self._chosen(trainer, pl_module)
         except TimeLimitError:
-            self._judge = self._without_data()
+            self._tier = self._without_data()
 
     @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        judge = self._judge
-        if isinstance(judge, SecondOrderJudge):
-            judge.norms.take(trainer, optimizer)
-        if isinstance(judge, FirstOrderJudge) and (self._may_act_next(trainer) or not judge.knows(trainer, optimizer)):
-            self.observe(lambda: judge.take_gradient(trainer, optimizer))
+        tier = self._tier
+        if isinstance(tier, SecondOrderTier):
+            tier.norms.take(trainer, optimizer)
+        if isinstance(tier, FirstOrderTier) and (self._may_act_next(trainer) or not tier.knows(trainer, optimizer)):
+            self.observe(lambda: tier.take_gradient(trainer, optimizer))
 
     @override
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        looked = judge = self._look(trainer, pl_module)
-        passed = self._passed + 1 if judge.passed else 0
+        checked = tier = self._check(trainer, pl_module)
+        passed = self._passed + 1 if tier.passed else 0
         converged = passed >= self.patience
-        concludes = judge.can_conclude and (self.polish or (converged and not self.converged))  # and again at the end
-        if concludes:
-            judge = self._conclude(trainer, pl_module)
-            converged = judge.found_minimum
-        self._passed, self._concluded = passed if judge is looked else 0, concludes
-        log_scalars(trainer, judge.scalars())
+        certifies = tier.can_certify and (self.polish or (converged and not self.converged))  # and again at the end
+        if certifies:
+            tier = self._certify(trainer, pl_module)
+            converged = tier.found_minimum
+        self._passed, self._certified = passed if tier is checked else 0, certifies
+        log_scalars(trainer, tier.scalars())
         self.converged = trainer.strategy.reduce_boolean_decision(converged, all=True)
         if self.converged and self.stop_training:
             trainer.should_stop = True
 
     @override
     def recall(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._look(trainer, pl_module)
-        if self._concluded:
-            self._conclude(trainer, pl_module)
+        self._check(trainer, pl_module)
+        if self._certified:
+            self._certify(trainer, pl_module)
 
     @override
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().finish(trainer, pl_module)
-        judge = self._conclude(trainer, pl_module, end=True)
-        for replica, (kind, reason) in enumerate(zip(*(kinds := judge.kinds()), strict=True)):
+        tier = self._certify(trainer, pl_module, end=True)
+        for replica, (kind, reason) in enumerate(zip(*(kinds := tier.kinds()), strict=True)):
             name = f" (replica {replica})" if len(kinds[0]) > 1 else ""
             rank_zero_info(f"LocalMinimumDetector{name}: {kind}: {reason}")
 
@@ -257,88 +257,88 @@ class LocalMinimumDetector(ScheduledCallback):
             return received
         if self.failure is not None:
             return {"evidence": str(Evidence.NONE), "kind": "undecided", "reason": self.failure}
-        return {} if self._judge is None else self._judge.summary()
+        return {} if self._tier is None else self._tier.summary()
 
     @override
     def state_dict(self) -> dict[str, Any]:
         own = {"passed": self._passed, "converged": self.converged, "judge": self._saved}
-        own |= {"concluded": self._concluded}
-        if self._judge is not None:
-            own["judge"] = {"name": type(self._judge).__name__, "why": self._judge.why} | self._judge.state()
+        own |= {"concluded": self._certified}
+        if self._tier is not None:
+            own["judge"] = {"name": type(self._tier).__name__, "why": self._tier.why} | self._tier.state()
         return super().state_dict() | own
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._passed, self.converged = state_dict.get("passed", 0), state_dict.get("converged", False)
-        self._saved, self._concluded = state_dict.get("judge", {}), state_dict.get("concluded", False)
+        self._saved, self._certified = state_dict.get("judge", {}), state_dict.get("concluded", False)
 
-    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Judge:
+    def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tier:
         """The cheap part; if the loss proves not to be had, by the tier below."""
-        assert self._judge is not None  # noqa: S101 (chosen at the start)
+        assert self._tier is not None  # noqa: S101 (chosen at the start)
         try:
             with self._limited(trainer), self._announced(trainer, "a look at the whole training set"):
                 return self._look_by_tiers(trainer, pl_module)
         except TimeLimitError:
-            self._judge = self._without_data()
-            self._judge.look(trainer, pl_module)
-            return self._judge
+            self._tier = self._without_data()
+            self._tier.check(trainer, pl_module)
+            return self._tier
 
-    def _look_by_tiers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Judge:
-        assert self._judge is not None  # noqa: S101 (chosen at the start)
+    def _look_by_tiers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tier:
+        assert self._tier is not None  # noqa: S101 (chosen at the start)
         try:
-            self._judge.look(trainer, pl_module)
+            self._tier.check(trainer, pl_module)
         except (NoDerivativeError, LossNotEvaluableError) as error:
-            self._judge = self._first_order(str(error))
-            self._judge.look(trainer, pl_module)
-        return self._judge
+            self._tier = self._first_order(str(error))
+            self._tier.check(trainer, pl_module)
+        return self._tier
 
-    def _conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, end: bool = False) -> Judge:
+    def _certify(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, end: bool = False) -> Tier:
         """The dear part; at the end of training, what is left of it."""
-        assert self._judge is not None  # noqa: S101
-        judge = self._judge
-        if not judge.can_conclude:
-            return judge
+        assert self._tier is not None  # noqa: S101
+        tier = self._tier
+        if not tier.can_certify:
+            return tier
         try:
             with self._limited(trainer), self._announced(trainer, "the expensive check", self.max_products):
                 if not end:
-                    judge.conclude(trainer, pl_module)
-                    return judge
-                done = judge.conclude_the_end(trainer, pl_module, polish=self.polish)
+                    tier.certify_minimum(trainer, pl_module)
+                    return tier
+                done = tier.finalize(trainer, pl_module, polish=self.polish)
         except TimeLimitError:
-            judge.run_out(self._over_time)
+            tier.run_out(self._over_time)
             done = end
         except (NotSquaredErrorError, LossNotEvaluableError) as error:
-            self._judge = self._second_order(str(error))
-            self._look(trainer, pl_module)
-            return self._conclude(trainer, pl_module, end=end)
+            self._tier = self._second_order(str(error))
+            self._check(trainer, pl_module)
+            return self._certify(trainer, pl_module, end=end)
         if done:
-            self.converged = judge.found_minimum
-            log_scalars(trainer, judge.scalars())
-        return judge
+            self.converged = tier.found_minimum
+            log_scalars(trainer, tier.scalars())
+        return tier
 
-    def _chosen(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Judge:
+    def _chosen(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tier:
         """The judge of a run, as strong as its module, loss and data allow."""
         if states_network(pl_module) and can_be_enumerated(trainer.train_dataloader):
             return self._network()
         _check_weights_are_here(trainer)
-        judge = self._resumed() if self._saved else self._strongest(trainer, pl_module)
-        if self.polish and not judge.moves:
+        tier = self._resumed() if self._saved else self._strongest(trainer, pl_module)
+        if self.polish and not tier.moves:
             raise MisfitError(
                 "polish=True needs a network that can be certified: an MNN, a module with a method network(), or one "
                 "nn.Sequential(Linear, ReLU, Linear → 1) trained on the squared error; "
-                f"{type(pl_module).__name__} has none{f': {judge.why}' if judge.why else ''}. Use polish=False"
+                f"{type(pl_module).__name__} has none{f': {tier.why}' if tier.why else ''}. Use polish=False"
             )
-        return judge
+        return tier
 
-    def _strongest(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Judge:
+    def _strongest(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tier:
         try:
             batch = FullBatch(trainer, pl_module, self.loss_fn, self.modules)
         except NotEnumerableError as error:
             return self._first_order(f"the loss over the whole training set is not to be had: {error}")
         with batch.open():
             try:
-                why = batch.why_not_evaluable()
+                why = batch.reason_not_evaluable()
             except StepFailedError as error:
                 if not self._waits:  # once more, at the first batch
                     raise
@@ -360,38 +360,38 @@ class LocalMinimumDetector(ScheduledCallback):
             return self._first_order(str(error))
         return self._network(found) if isinstance(found, SquaredErrorLoss) else self._second_order(found)
 
-    def _resumed(self) -> Judge:
+    def _resumed(self) -> Tier:
         """The judge of the run that goes on."""
         saved = dict(self._saved)
         name, why = saved.pop("name"), saved.pop("why")
-        if name == NetworkJudge.__name__:
+        if name == CertificateTier.__name__:
             return self._network(SquaredErrorLoss(**saved["fitted"]))
-        judge = self._second_order(why) if name == SecondOrderJudge.__name__ else self._first_order(why)
-        judge.load(saved)
-        return judge
+        tier = self._second_order(why) if name == SecondOrderTier.__name__ else self._first_order(why)
+        tier.load(saved)
+        return tier
 
-    def _network(self, fitted: SquaredErrorLoss | None = None) -> NetworkJudge:
+    def _network(self, fitted: SquaredErrorLoss | None = None) -> CertificateTier:
         tolerances = self.stationarity_tolerance, self.preactivation_tolerance
-        return NetworkJudge(self.max_distance, *tolerances, fitted, self.loss_fn)
+        return CertificateTier(self.max_distance, *tolerances, fitted, self.loss_fn)
 
-    def _second_order(self, why: str | None) -> Judge:
+    def _second_order(self, why: str | None) -> Tier:
         tolerances = self.gradient_tolerance, self.curvature_tolerance
-        return SecondOrderJudge(self.loss_fn, self.modules, *tolerances, self.max_products, why)
+        return SecondOrderTier(self.loss_fn, self.modules, *tolerances, self.max_products, why)
 
-    def _first_order(self, why: str) -> Judge:
-        return FirstOrderJudge(self.loss_fn, self.modules, self.gradient_tolerance, why)
+    def _first_order(self, why: str) -> Tier:
+        return FirstOrderTier(self.loss_fn, self.modules, self.gradient_tolerance, why)
 
-    def _without_data(self) -> Judge:
+    def _without_data(self) -> Tier:
         """The judge where there is no time for the training set; with the gradients that another took note of."""
-        before, why = self._judge, self._over_time
+        before, why = self._tier, self._over_time
         if before is not None and before.why is not None:
             why = f"{before.why}; {why}"
-        judge = FirstOrderJudge(self.loss_fn, self.modules, self.gradient_tolerance, why, reads=False)
-        if isinstance(before, FirstOrderJudge):
-            judge.load(before.state() | {"reads": False})
-        elif isinstance(before, SecondOrderJudge):
-            judge.load(before.norms.ends() | {"reads": False})
-        return judge
+        tier = FirstOrderTier(self.loss_fn, self.modules, self.gradient_tolerance, why, reads=False)
+        if isinstance(before, FirstOrderTier):
+            tier.load(before.state() | {"reads": False})
+        elif isinstance(before, SecondOrderTier):
+            tier.load(before.norms.ends() | {"reads": False})
+        return tier
 
     @property
     def _over_time(self) -> str:
@@ -409,7 +409,7 @@ class LocalMinimumDetector(ScheduledCallback):
             self._spent = trainer.global_step, spent + time.monotonic() - start
 
     def _announced(self, trainer: pl.Trainer, what: str, passes: int = 1) -> AbstractContextManager[None]:
-        several = passes > 1 and isinstance(self._judge, SecondOrderJudge)
+        several = passes > 1 and isinstance(self._tier, SecondOrderTier)
         sentence = f"LocalMinimumDetector after {trainer.global_step} steps, {what}"
         return long_pass(trainer, sentence, passes if several else 1, at_most=several)
 

@@ -75,12 +75,12 @@ class ScheduledCallback(pl.Callback):
         self.failure: str | None = None
         self._weights: list[Tensor] | None = None  # which they were when it acted
         self._of_last_fit: dict[str, Any] | None = None  # what was found, until this one begins
-        self._letter = Path(gettempdir(), f"lightning-mnn-{token_hex(8)}.json")  # from a child that trained
+        self._result_file = Path(gettempdir(), f"lightning-mnn-{token_hex(8)}.json")  # from a child that trained
         self._received: dict[str, Any] | None = None
         self._last_step: int | None = None
         self.completed_epochs = 0
         self._acted = False  # by this process; a resumed run has a last step before that
-        self._owes = False  # the action at the present step, which was interrupted
+        self._pending = False  # the action at the present step, which was interrupted
         self._waits = False  # for the first batch, to prepare
 
     def __getstate__(self) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class ScheduledCallback(pl.Callback):
 
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Act for the first time, after :meth:`prepare`; in a resumed run, where it was interrupted in an action."""
-        if self._last_step is None or self._owes:
+        if self._last_step is None or self._pending:
             self._act_once(trainer, pl_module)
 
     @abstractmethod
@@ -139,9 +139,9 @@ class ScheduledCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             self._of_last_fit = self.__getstate__()
-            self._last_step, self._acted, self._waits, self._owes = None, False, False, False
+            self._last_step, self._acted, self._waits, self._pending = None, False, False, False
             self.failure, self._weights, self._received = None, None, None
-            _add_last_word(trainer)
+            _add_final_check(trainer)
             forget(pl_module)
 
     @override
@@ -161,26 +161,26 @@ class ScheduledCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self.schedule.unit == "step" and self.schedule.due(trainer.global_step):
-            self._act_or_owe(trainer, pl_module)
+            self._act_or_postpone(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.completed_epochs = trainer.current_epoch + 1
         if self.schedule.unit == "epoch" and self.schedule.due(self.completed_epochs):
-            self._act_or_owe(trainer, pl_module)
+            self._act_or_postpone(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.observe(lambda: self.finish(trainer, pl_module))
         self._weights = weights_of(pl_module)
         if trainer.is_global_zero and trains_in_children(trainer):
-            write_json(self._letter, self.summary())
+            write_json(self._result_file, self.summary())
 
     def received(self) -> dict[str, Any] | None:
         """The summary of a fit that was in a child of this process, as by "ddp_spawn"; None: there was none."""
-        if self._last_step is None and self._letter.exists():
-            self._received = read_json(self._letter, (), "fit anew")
-            self._letter.unlink()
+        if self._last_step is None and self._result_file.exists():
+            self._received = read_json(self._result_file, (), "fit anew")
+            self._result_file.unlink()
         return self._received
 
     def finish_again(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -197,11 +197,11 @@ class ScheduledCallback(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"last_step": self._last_step, "owes": self._owes}
+        return {"last_step": self._last_step, "owes": self._pending}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._last_step, self._owes = state_dict.get("last_step"), state_dict.get("owes", False)
+        self._last_step, self._pending = state_dict.get("last_step"), state_dict.get("owes", False)
 
     def observe(self, work: Callable[[], object]) -> None:
         """Do a part of the callback's work, on every process; an error in it ends the work, and not the training.
@@ -224,7 +224,7 @@ class ScheduledCallback(pl.Callback):
 
     def _give_up(self, error: Exception) -> None:
         why = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
-        self.failure, self._waits, self._owes = why, False, False
+        self.failure, self._waits, self._pending = why, False, False
         remedy = f" What may help: {self.remedy}." if self.remedy else ""
         rank_zero_warn(
             f"{type(self).__name__} stops here, and training goes on: {self.missing}, because of {why}.{remedy} With "
@@ -270,13 +270,13 @@ class ScheduledCallback(pl.Callback):
         except Interrupted:
             self._last_step = before
             raise
-        self._acted, self._owes, self._weights = True, False, weights_of(pl_module)
+        self._acted, self._pending, self._weights = True, False, weights_of(pl_module)
 
-    def _act_or_owe(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _act_or_postpone(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Act at a step from which the run can go on; interrupted, leave the action to the run that is resumed."""
         act = lambda: self._act_once(trainer, pl_module)  # noqa: E731
         done = or_stop_here(trainer, lambda: self.observe(act))
-        self._owes = not done and self.failure is None and trainer.global_step != self._last_step
+        self._pending = not done and self.failure is None and trainer.global_step != self._last_step
 
 
 def weights_of(pl_module: pl.LightningModule) -> list[Tensor]:
@@ -285,7 +285,7 @@ def weights_of(pl_module: pl.LightningModule) -> list[Tensor]:
     return digests(known)
 
 
-class LastWord(pl.Callback):
+class FinalCheck(pl.Callback):
     """Lets the scheduled callbacks of a Trainer look again at what the others did at the end of training."""
 
     def epochs_until_due(self, done: int) -> float:  # noqa: ARG002 (as of the other callbacks)
@@ -300,16 +300,16 @@ class LastWord(pl.Callback):
                 callback.finish_again(trainer, pl_module)
 
 
-def _add_last_word(trainer: pl.Trainer) -> None:
+def _add_final_check(trainer: pl.Trainer) -> None:
     """Add one behind all callbacks but those that save checkpoints.
 
     The list is replaced, not changed: Lightning goes through the old one while this is called.
     """
     run: Any = trainer
-    others = [callback for callback in run.callbacks if not isinstance(callback, LastWord)]
+    others = [callback for callback in run.callbacks if not isinstance(callback, FinalCheck)]
     saves = [any(kind.__name__ == "Checkpoint" for kind in type(callback).__mro__) for callback in others]
     end = saves.index(True) if True in saves else len(others)
-    run.callbacks = [*others[:end], LastWord(), *others[end:]]
+    run.callbacks = [*others[:end], FinalCheck(), *others[end:]]
 
 
 def _together(work: Callable[[], object]) -> None:

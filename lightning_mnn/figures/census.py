@@ -112,7 +112,7 @@ def _draw_widths(ax: Axes, rows: Sequence[Row]) -> None:
         _lead(ax, f"V(L$_ε$), ε = {epsilons[0]:g}", LENIENT.color, _peak(lenient, x, LENIENT.column), 0.57)
     _lead(ax, f"V(L$_ε$), ε = {epsilons[-1]:g}", STRICT.color, _peak(strict, x, STRICT.column), 0.49)
     _say(ax, "↓ none met: upper limits", "0.3", (0.02, 0.085), coordinates="axes fraction")
-    _say_theorem_9(ax, strict[-1:], "from d0·d1 = 2 N on, ")
+    _write_theorem_9(ax, strict[-1:], "from d0·d1 = 2 N on, ")
     ax.xaxis.set_major_locator(FixedLocator([2.0**k for k in range(-3, 8)]))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.xaxis.set_minor_locator(NullLocator())
@@ -147,7 +147,7 @@ def _draw_samples(ax: Axes, rows: Sequence[Row], rare: Sequence[Row]) -> None:
     right = bool(known) and 2 * max(row[x] for row in known) < first[x] + last[x]  # where they leave room
     place, side = (0.97, "right") if right else (0.03, "left")
     _say(ax, note, STRICT.color, (place, 0.12), ha=side, coordinates="axes fraction")
-    _say_theorem_9(ax, [row for row in table if row["log_theorem_9_global"] is not None])
+    _write_theorem_9(ax, [row for row in table if row["log_theorem_9_global"] is not None])
     _tidy(ax, f"samples N   (d0 = d1, d0·d1 ≈ {table[0]['parameters_per_sample']:.0f} N)")
     ax.yaxis.set_major_locator(LogLocator(numticks=8))
 
@@ -203,7 +203,7 @@ def _draw_theorem_6(ax: Axes, rows: Sequence[Row], x: str) -> None:
     ax.plot([row[x] for row in rows], bounds, "--", color=STRICT.color, lw=1.2)
 
 
-def _say_theorem_9(ax: Axes, rows: Sequence[Row], where: str = "") -> None:
+def _write_theorem_9(ax: Axes, rows: Sequence[Row], where: str = "") -> None:
     """Theorem 9's lower bound, which no axis reaches, in the lower right corner."""
     powers = [round(row["log_theorem_9_global"] / math.log(10)) for row in rows if row["log_theorem_9_global"]]
     if powers:

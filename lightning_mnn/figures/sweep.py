@@ -125,20 +125,20 @@ def sweep_figure(folder: Path) -> Path | None:
         return None
     x_key, color_key = choose_axes(rows, swept, measures)
     x, color = _scale(rows, x_key), _scale(rows, color_key)
-    judged = any(row.get("kind") is not None for row in rows)
-    panels = len(measures) + judged
+    classified = any(row.get("kind") is not None for row in rows)
+    panels = len(measures) + classified
     columns = min(3, panels)
     lines = math.ceil(panels / columns)
     figure = Figure(figsize=(max(5.2 * columns, 8), 1.6 + 3.9 * lines), dpi=110, layout="constrained")
     figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)  # type: ignore[union-attr, call-arg]
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)
-    if judged:
+    if classified:
         _draw_kinds(axes[0], rows, x, color)
-    for ax, measure in zip(axes[judged:], measures, strict=False):
+    for ax, measure in zip(axes[classified:], measures, strict=False):
         _draw_measure(ax, rows, measure, x, color)
     for ax in axes[panels:]:
         ax.remove()
-    _legend(figure, rows, color, judged=judged)
+    _legend(figure, rows, color, classified=classified)
     figure.suptitle(plain(_title(rows, len({row["folder"] for row in jobs}), swept, x, color)), fontsize=12)
     return save(figure, folder / "figure.png")
 
@@ -424,11 +424,11 @@ def _dodge(number: int, count: int) -> float:
     return (number - (count - 1) / 2) * _share(count)
 
 
-def _legend(figure: Figure, rows: Sequence[Row], color: Scale, *, judged: bool) -> None:
+def _legend(figure: Figure, rows: Sequence[Row], color: Scale, *, classified: bool) -> None:
     """Colours of the values and of the kinds, below the panels."""
     ax = figure.axes[0]
     look: dict[str, Any] = {"frameon": False, "fontsize": 10}
-    if judged:
+    if classified:
         present = [kind for kind in KINDS if any(row["kind"] == kind for row in rows)]
         bars = [ax.bar(0, 0, color=KINDS[kind][1], label=KINDS[kind][0], alpha=0.85) for kind in present]
         figure.legend(handles=bars, loc="outside lower right", ncols=len(bars), **look)

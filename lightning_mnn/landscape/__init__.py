@@ -1,13 +1,16 @@
 """Mathematics of the loss surface on a fixed data set, in torch and scipy only."""
 
+import warnings
+from typing import Any
+
 from lightning_mnn.landscape import bounds
 from lightning_mnn.landscape.curvature.lanczos import Spectrum, extreme_eigenvalues, products_needed
 from lightning_mnn.landscape.curvature.loss_surface import LossSurface, NoDerivativeError
 from lightning_mnn.landscape.curvature.second_order import (
     SecondOrderKind,
     SecondOrderVerdict,
-    judge_curvature,
-    judge_stationarity,
+    check_curvature,
+    check_stationarity,
     second_order_verdict,
 )
 from lightning_mnn.landscape.kinks.distance import KinkDistance, kink_distance
@@ -22,7 +25,7 @@ from lightning_mnn.landscape.network import Network
 from lightning_mnn.landscape.pattern import ActivationPattern, PackedPattern, PiecePattern
 from lightning_mnn.landscape.regions.existence import ClosedBranch, Existence, check_proof, find_minimum
 from lightning_mnn.landscape.regions.region import LeastSquares, Region
-from lightning_mnn.landscape.regions.statistics import Layer, Survey, merge_surveys, survey_network
+from lightning_mnn.landscape.regions.statistics import Layer, NetworkStatistics, merge_statistics, network_statistics
 from lightning_mnn.landscape.volumes.cone import log_cone_measure
 from lightning_mnn.landscape.volumes.intervals import LogEstimate, Proportion
 from lightning_mnn.landscape.volumes.random_moves import KeepCurve, LocalVolume, local_volume
@@ -34,7 +37,7 @@ from lightning_mnn.landscape.volumes.region_volume import (
     region_log_volume,
 )
 from lightning_mnn.landscape.volumes.splitting import RareCensus, RareEvent, rare_census, rare_event
-from lightning_mnn.utilities.distributed import ProcessTeam, Team
+from lightning_mnn.utilities.distributed import DistributedGroup, ProcessGroup
 
 __all__ = [
     "ActivationPattern",
@@ -42,6 +45,7 @@ __all__ = [
     "Certificate",
     "ClosedBranch",
     "Direction",
+    "DistributedGroup",
     "Existence",
     "FirstOrderVerdict",
     "KeepCurve",
@@ -55,12 +59,13 @@ __all__ = [
     "LogEstimate",
     "LossSurface",
     "Network",
+    "NetworkStatistics",
     "NoDerivativeError",
     "PackedPattern",
     "PiecePattern",
     "Planted",
     "Polished",
-    "ProcessTeam",
+    "ProcessGroup",
     "Proportion",
     "RareCensus",
     "RareEvent",
@@ -69,26 +74,25 @@ __all__ = [
     "SecondOrderKind",
     "SecondOrderVerdict",
     "Spectrum",
-    "Survey",
-    "Team",
     "bounds",
     "census",
     "certify",
+    "check_curvature",
     "check_proof",
+    "check_stationarity",
     "classify",
     "ensemble_census",
     "extreme_eigenvalues",
     "find_minimum",
     "first_order_verdicts",
     "infer_threshold",
-    "judge_curvature",
-    "judge_stationarity",
     "kink_distance",
     "local_volume",
     "log_cap_measure",
     "log_cone_measure",
     "log_volume_lower_bound",
-    "merge_surveys",
+    "merge_statistics",
+    "network_statistics",
     "planted_kink_minimum",
     "planted_minimum",
     "planted_saddle",
@@ -98,5 +102,23 @@ __all__ = [
     "rare_event",
     "region_log_volume",
     "second_order_verdict",
-    "survey_network",
 ]
+
+_RENAMED = {
+    "ProcessTeam": "DistributedGroup",
+    "Survey": "NetworkStatistics",
+    "Team": "ProcessGroup",
+    "judge_curvature": "check_curvature",
+    "judge_stationarity": "check_stationarity",
+    "merge_surveys": "merge_statistics",
+    "survey_network": "network_statistics",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """What had another name in version 0.1."""
+    if name not in _RENAMED:
+        raise AttributeError(f"module 'lightning_mnn.landscape' has no attribute {name!r}")
+    new = _RENAMED[name]
+    warnings.warn(f"lightning_mnn.landscape.{name} is now {new}", DeprecationWarning, stacklevel=2)
+    return globals()[new]

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from typing_extensions import override
 
 from lightning_mnn.launchers.jobs.records import JobState, SweepCommand
-from lightning_mnn.launchers.signals import collected_signals, told_plainly
+from lightning_mnn.launchers.signals import collected_signals, one_line_errors
 from lightning_mnn.utilities.compat.hydra_internals import result_of, singletons
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class DevicePool(Launcher):
         self._context = (hydra_context, task_function, config)
 
     @override
-    @told_plainly
+    @one_line_errors
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from lightning_mnn.launchers.jobs.calls import TaskReference  # noqa: PLC0415 (Hydra imports this module in all programs)
         from lightning_mnn.launchers.jobs.devices import Devices  # noqa: PLC0415
@@ -127,7 +127,7 @@ class DevicePool(Launcher):
                 with _shown(jobs) as say:
                     _run(jobs, pool, call, say, received)
             finally:  # below the table, not in it
-                _tell_end(jobs, command.resumed(folder))
+                _print_end(jobs, command.resumed(folder))
         if received:
             raise SystemExit(128 + received[0])
         return [job.returned for job in jobs if job.returned is not None]
@@ -167,15 +167,19 @@ def _run(
     try:
         while not received and any(job.state in (JobState.WAITING, JobState.RUNNING) for job in jobs):
             for job in jobs:
-                if job.state is JobState.WAITING and not received and (loan := pool.lend(job.request)) is not None:
+                if (
+                    job.state is JobState.WAITING
+                    and not received
+                    and (allocation := pool.lend(job.request)) is not None
+                ):
                     at_work.append(job)
-                    if job.start(loan, call):
+                    if job.start(allocation, call):
                         say(job)
             time.sleep(_INTERVAL)
             for job in [job for job in at_work if job.has_ended()]:
                 at_work.remove(job)
-                if job.loan is not None:
-                    pool.take_back(job.loan)
+                if job.allocation is not None:
+                    pool.take_back(job.allocation)
                 say(job)
     finally:
         _end(at_work, received)
@@ -206,7 +210,7 @@ def _shown(jobs: Sequence[Job]) -> Iterator[Callable[[Job], None]]:
 
     def line(job: Job) -> None:
         if job.state is JobState.RUNNING:
-            what = f"starts on {job.loan}"
+            what = f"starts on {job.allocation}"
         elif job.state is JobState.KEPT:
             what = "was done before"
         else:
@@ -221,7 +225,7 @@ def _shown(jobs: Sequence[Job]) -> Iterator[Callable[[Job], None]]:
         yield line
 
 
-def _tell_end(jobs: Sequence[Job], command: str) -> None:
+def _print_end(jobs: Sequence[Job], command: str) -> None:
     from lightning_mnn.launchers.jobs.table import counts  # noqa: PLC0415 (Hydra imports this module in all programs)
 
     log.info("%s", counts(jobs))

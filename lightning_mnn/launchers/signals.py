@@ -23,7 +23,7 @@ class LaunchError(CompactHydraException, ValueError):
     """A sweep cannot be launched; Hydra shows the message alone."""
 
 
-def told_plainly(method: Callable[P, R]) -> Callable[P, R]:
+def one_line_errors(method: Callable[P, R]) -> Callable[P, R]:
     """Let a launcher's method raise what a user can mend as a LaunchError."""
 
     @functools.wraps(method)

@@ -15,7 +15,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf
 
 from lightning_mnn.launchers.jobs.records import SweepCommand
-from lightning_mnn.launchers.signals import collected_signals, told_plainly
+from lightning_mnn.launchers.signals import collected_signals, one_line_errors
 from lightning_mnn.utilities.compat.hydra_internals import singletons, submitit_job
 
 if TYPE_CHECKING:
@@ -99,13 +99,13 @@ class Slurm(Launcher):
         self._hydra: dict[str, Any] = {}
         self._returned: set[str] = set()  # jobs of a batch before, which the queue may still hold for a moment
 
-    @told_plainly
+    @one_line_errors
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Take what Hydra hands to a launcher."""
         _submitit()
         self._hydra = {"hydra_context": hydra_context, "task_function": task_function, "config": config}
 
-    @told_plainly
+    @one_line_errors
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Submit the jobs, those of one size together, and wait for all of them.
 
@@ -140,7 +140,7 @@ class Slurm(Launcher):
                 _wait(jobs.values(), received)
             finally:
                 if received or not submitted:
-                    _tell_left(files, command)
+                    _print_left(files, command)
                 if received:  # and whatever was raised: on a terminal Ctrl-C ends sbatch, too
                     raise SystemExit(128 + received[0])
         self._returned |= {job.job_id for job in jobs.values()}
@@ -279,7 +279,7 @@ def _require_none_queued(files: Path, *, but: Iterable[str]) -> None:
         time.sleep(_LOOK)
 
 
-def _tell_left(files: Path, command: SweepCommand) -> None:
+def _print_left(files: Path, command: SweepCommand) -> None:
     """Say which jobs go on by themselves."""
     found = _queued_from(files)
     if found is None:

@@ -230,7 +230,7 @@ class ResumableWandbLogger(WandbLogger):
         else:
             return
         _end_service()
-        warning = self._begin_anew(run, reason)
+        warning = self._start_again(run, reason)
         if warning is None:
             _end_service()
             self._experiment = self._start("disabled")
@@ -238,7 +238,7 @@ class ResumableWandbLogger(WandbLogger):
         self._next_step = local_step(self._experiment)
         rank_zero_warn(warning)
 
-    def _begin_anew(self, failed: Any, reason: str) -> str | None:
+    def _start_again(self, failed: Any, reason: str) -> str | None:
         """Begin the run anew offline, with its rows; what to warn of, or None where that fails or has failed before."""
         if self._has_failed:
             return None

@@ -68,7 +68,7 @@ def run_folder(
     if resume is not True or mode is RunMode.MULTIRUN or task in _WITHOUT_FOLDER:
         return str(new)
     asked = _essential(overrides)
-    found = next((folder for folder in _newest_first(Path(parent)) if _begun_by(folder) == asked), None)
+    found = next((folder for folder in _newest_first(Path(parent)) if _started_by(folder) == asked), None)
     if found is None:
         sys.stderr.write(f"resume=true: nothing in {parent} was begun by this command: it begins in {new}\n")
         return str(new)
@@ -101,7 +101,7 @@ def folder_option() -> str:
     return "hydra.sweep.dir" if _in_sweep() else "hydra.run.dir"
 
 
-def is_own_choice(run_dir: Path) -> bool:
+def is_user_choice(run_dir: Path) -> bool:
     """Whether the present job's folder is one that the user named, or of a single run an experiment, by no time."""
     given = HydraConfig.get().overrides.hydra if HydraConfig.initialized() else ()
     named = any(option.startswith(f"{folder_option()}=") for option in given)
@@ -121,7 +121,7 @@ def record_folder(run_dir: str | None) -> str | None:
     '.hydra'
     """
     folder = None if run_dir is None else Path(run_dir)
-    kept = folder and (folder / ".hydra" / "overrides.yaml").exists() and _has_begun(folder)
+    kept = folder and (folder / ".hydra" / "overrides.yaml").exists() and _has_started(folder)
     return None if kept else ".hydra"
 
 
@@ -148,7 +148,7 @@ def jobs_of(hydra: Mapping[str, Any]) -> list[list[str]]:
         return []
 
 
-class Beginning(Callback):
+class RunFolderCallback(Callback):
     """What is done before Hydra makes or changes any folder.
 
     Where Hydra is about to write another record into the folder of a sweep, it keeps the one by which the sweep is
@@ -214,7 +214,7 @@ def _plan(config: Any) -> list[list[str]]:
     return jobs or [_essential(hydra["overrides"]["task"])]
 
 
-def _has_begun(folder: Path) -> bool:
+def _has_started(folder: Path) -> bool:
     return any((folder / name).exists() for name in _BEGUN)
 
 
@@ -231,13 +231,13 @@ def _is_time(name: str) -> bool:
     return True
 
 
-def _begun_by(folder: Path) -> list[str] | None:
+def _started_by(folder: Path) -> list[str] | None:
     """By which command a run or a sweep was begun; None: that is not known."""
     sweep, run = sweep_record(folder), folder / ".hydra" / "overrides.yaml"
     try:
         if sweep.exists():
             return _essential(OmegaConf.select(OmegaConf.load(sweep), "hydra.overrides.task"))
-        if run.exists() or not _has_begun(folder):
+        if run.exists() or not _has_started(folder):
             return _essential(OmegaConf.load(run)) if run.exists() else None
     except _TORN:
         pass

@@ -18,7 +18,7 @@ from lightning_mnn.callbacks import PatternStore
 from lightning_mnn.loggers.csv_logs import ResumableCSVLogger
 from lightning_mnn.runs import footprint
 from lightning_mnn.runs.checkpoints import read_checkpoint
-from lightning_mnn.runs.folders import folder_option, is_own_choice
+from lightning_mnn.runs.folders import folder_option, is_user_choice
 from lightning_mnn.runs.processes.requeue import was_requeued
 from lightning_mnn.utilities.files import differences, locked_if_free, read_json, write_json
 
@@ -41,7 +41,7 @@ _RESULTS = ("metrics.csv", "summary.json", "checkpoints")
 
 
 @dataclass(frozen=True)
-class Standing:
+class RunState:
     """What an earlier process left of a run.
 
     Attributes:
@@ -54,14 +54,14 @@ class Standing:
     """
 
     plan: dict[str, Any]
-    begun: bool = False
+    started: bool = False
     checkpoint: Path | None = None
     rows: int = 0
     summary: dict[str, Any] | None = None
     wandb_id: str = field(default_factory=lambda: secrets.token_hex(4))
 
 
-def standing(cfg: DictConfig) -> Standing:
+def run_state(cfg: DictConfig) -> RunState:
     """Look at the run folder, the same on every process, and write nothing there.
 
     Where ``resume`` finds nothing to go on with, a line on standard error says so, if none did.
@@ -75,8 +75,8 @@ def standing(cfg: DictConfig) -> Standing:
     run_dir = Path(cfg.run_dir)
     asked = _plan(cfg)
     if not any((run_dir / name).exists() for name in _RESULTS):  # a plan alone is of a run that never came to train
-        if cfg.resume and is_own_choice(run_dir):
-            _tell_beginning(run_dir)
+        if cfg.resume and is_user_choice(run_dir):
+            _print_beginning(run_dir)
         return _never_trained(run_dir, asked)
     if not (cfg.resume or was_requeued()):
         raise FileExistsError(
@@ -92,7 +92,7 @@ def standing(cfg: DictConfig) -> Standing:
         plan["config"]["ckpt_path"] = asked["config"]["ckpt_path"]
     if found := differences({key: plan[key] for key in asked}, asked):
         raise FileExistsError(f"{run_dir} was begun otherwise: {found}: choose another {folder_option()}")
-    kept = Standing(asked, begun=True, summary=_finished(run_dir), wandb_id=plan["wandb_id"])
+    kept = RunState(asked, started=True, summary=_finished(run_dir), wandb_id=plan["wandb_id"])
     if kept.summary is not None or not checkpoint.exists():
         return kept
     rows = _logged_rows(checkpoint)
@@ -103,16 +103,16 @@ def standing(cfg: DictConfig) -> Standing:
 
 
 @rank_zero_only
-def _tell_beginning(run_dir: Path) -> None:
+def _print_beginning(run_dir: Path) -> None:
     sys.stderr.write(f"resume=true: nothing in {run_dir} to go on with: it begins\n")
 
 
-def _never_trained(run_dir: Path, asked: dict[str, Any]) -> Standing:
+def _never_trained(run_dir: Path, asked: dict[str, Any]) -> RunState:
     """A new run; if it is the one that was planned here, under the name that W&B may have of it already."""
     plan = _read_plan(run_dir) if (run_dir / "plan.json").exists() else {}
     if differences({key: plan.get(key) for key in asked}, asked):
-        return Standing(asked)
-    return Standing(asked, wandb_id=plan["wandb_id"])
+        return RunState(asked)
+    return RunState(asked, wandb_id=plan["wandb_id"])
 
 
 def _read_plan(run_dir: Path) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def _read_plan(run_dir: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def alone_in(run_dir: Path) -> Iterator[None]:
+def run_lock(run_dir: Path) -> Iterator[None]:
     """Keep other processes from training in a run folder meanwhile, until this one's end, be it by kill -9.
 
     Where the file system has no locks, nothing is kept.
@@ -141,10 +141,10 @@ def alone_in(run_dir: Path) -> Iterator[None]:
 
 
 @rank_zero_only
-def claim(cfg: DictConfig, found: Standing) -> None:
+def initialise(cfg: DictConfig, found: RunState) -> None:
     """Write ``plan.json``; clear away what the run will write again."""
     run_dir = Path(cfg.run_dir)
-    if not found.begun:
+    if not found.started:
         write_json(run_dir / "plan.json", {"wandb_id": found.wandb_id, **found.plan})
         footprint.keep()
         return

@@ -16,14 +16,14 @@ from lightning_mnn.landscape import bounds
 from lightning_mnn.landscape.volumes.region_census import LABELS, Case, Census, GaussianData, Outcome, tally
 from lightning_mnn.landscape.volumes.splitting import rare_census
 from lightning_mnn.tasks.experiment import (
+    command_of_run,
     different,
     finish_experiment,
     number_of_processes,
-    own_command,
     refuse_unused,
     settings_of,
 )
-from lightning_mnn.tasks.parts import Part, claim_folder
+from lightning_mnn.tasks.parts import Part, initialise_folder
 from lightning_mnn.utilities.files import shown, write_csv, write_json
 from lightning_mnn.utilities.validation import (
     ArgumentError,
@@ -189,10 +189,10 @@ def census(cfg: DictConfig) -> None:
     draws, splittings = _draws(settings, cfg.seed), _splittings(settings, cfg.seed)
     versions = {name: version(name) for name in ("lightning_mnn", "torch", "numpy", "scipy")}
     plan = {"seed": cfg.seed, "census": settings, "versions": versions}
-    claim_folder(run_dir, plan)
+    initialise_folder(run_dir, plan)
     parts = [Part(splitting.name, splitting.estimate) for splitting in splittings]
     parts += [Part(name, partial(item.count, part)) for item in draws for part, name in enumerate(item.names())]
-    command = own_command(run_dir)
+    command = command_of_run(run_dir)
     found = finish_experiment(parts, run_dir, processes, command)
     write_csv(run_dir / "census.csv", [row for item in draws for row in item.rows([found[n] for n in item.names()])])
     write_csv(run_dir / "splitting.csv", [splitting.row(found[splitting.name]) for splitting in splittings])

@@ -91,12 +91,12 @@ def number_of_processes(key: str, processes: int | None) -> int:
     return positive_integer(key, processes)
 
 
-def own_command(run_dir: Path) -> str:
+def command_of_run(run_dir: Path) -> str:
     """The command line that does, or goes on with, what the present one does."""
-    return shlex.join(own_words(run_dir))
+    return shlex.join(words_of_command(run_dir))
 
 
-def own_words(run_dir: Path, more: Sequence[str] = ()) -> list[str]:
+def words_of_command(run_dir: Path, more: Sequence[str] = ()) -> list[str]:
     """The words of the present command with its folder, and with more overrides in the place of those of their keys."""
     keys = {override.partition("=")[0] for override in (*more, "hydra.run.dir=")}
     given = [word for word in HydraConfig.get().overrides.task if word.partition("=")[0] not in keys]

@@ -40,7 +40,7 @@ class Part:
     work: Callable[[], dict[str, Any]]
 
 
-def claim_folder(run_dir: Path, plan: Mapping[str, Any]) -> None:
+def initialise_folder(run_dir: Path, plan: Mapping[str, Any]) -> None:
     """Write `plan.json`, all that the results depend on, or check that the folder was begun with the same plan.
 
     Raises:

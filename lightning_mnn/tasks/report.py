@@ -144,7 +144,7 @@ def _report_sweep(folder: Path, console: Console) -> None:
     if sweep.others:
         console.print(Text.assemble(("left out: ", "bold"), by_task(sweep.others)))
     if any(counts[status] for status in (Status.FAILED, Status.UNFINISHED, Status.WAITING)):
-        _tell_how_to_resume(sweep, console)
+        _print_how_to_resume(sweep, console)
     if any(job.foreign and job.results for job in sweep.jobs) and not has_logs(sweep.logged):
         console.print(_NO_LOGS, markup=False)
     figure = sweep_figure(folder)
@@ -167,7 +167,7 @@ def _because(job: Job) -> str:
     return f": {lines[-1] if lines[0].startswith('Traceback') else lines[0]}"
 
 
-def _tell_how_to_resume(sweep: Sweep, console: Console) -> None:
+def _print_how_to_resume(sweep: Sweep, console: Console) -> None:
     commands = resume_commands(sweep)
     if not commands:
         console.print("[bold]resume[/] by their commands, each with resume=true and hydra.run.dir=its folder")

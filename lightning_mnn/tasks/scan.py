@@ -25,14 +25,14 @@ from lightning_mnn.landscape.minima.optimality import Kind
 from lightning_mnn.model.mnn import MNN
 from lightning_mnn.runs.quiet import quieten
 from lightning_mnn.tasks.experiment import (
+    command_of_run,
     different,
     finish_experiment,
     number_of_processes,
-    own_command,
     refuse_unused,
     settings_of,
 )
-from lightning_mnn.tasks.parts import Part, claim_folder
+from lightning_mnn.tasks.parts import Part, initialise_folder
 from lightning_mnn.utilities.errors import DivergenceError
 from lightning_mnn.utilities.files import shown, write_csv, write_json
 from lightning_mnn.utilities.validation import ArgumentError, one_of, positive_integer, real_number
@@ -232,9 +232,9 @@ def scan(cfg: DictConfig) -> None:
     sizes = _sizes(settings)
     plan = _plan(cfg, settings)
     fits = _fits(cfg, settings, sizes)
-    claim_folder(run_dir, plan)
+    initialise_folder(run_dir, plan)
     longest_first = sorted(fits, key=lambda fit: fit.cost, reverse=True)
-    command = own_command(run_dir)
+    command = command_of_run(run_dir)
     found = finish_experiment([Part(fit.name, fit.train) for fit in longest_first], run_dir, processes, command)
     rows = [row for fit in fits for row in found[fit.name]["rows"]]
     seconds = {size: sum(found[fit.name]["seconds"] for fit in fits if fit.size == size) for size in sizes}

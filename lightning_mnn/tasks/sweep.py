@@ -352,12 +352,12 @@ def _with_planned(jobs: Sequence[Job], planned: Sequence[Job], where: Path) -> l
     """
     given: dict[Path | None, tuple[str, ...]] = {job.folder: job.overrides for job in planned if job.folder}
     jobs = [job if job.overrides else replace(job, overrides=given.get(job.folder, ())) for job in jobs]
-    begun = {
+    started = {
         _settings(job.overrides)
         for job in jobs
         if job.status is not Status.WAITING and job.folder and job.folder.is_relative_to(where)
     }
-    return [*jobs, *(job for job in planned if job.overrides not in begun)]
+    return [*jobs, *(job for job in planned if job.overrides not in started)]
 
 
 def _planned(root: Path, sweep: Path, hydra: Mapping[str, Any]) -> Iterator[Job]:

@@ -32,9 +32,9 @@ from lightning_mnn.runs.console import config_tree, print_config, print_verdict
 from lightning_mnn.runs.memory import check_training_memory
 from lightning_mnn.runs.processes.devices import check_devices, check_trainer, processes
 from lightning_mnn.runs.processes.signals import LostProcessError, RunSignals, interruptible
-from lightning_mnn.runs.resume import Standing, alone_in, claim, standing
+from lightning_mnn.runs.resume import RunState, initialise, run_lock, run_state
 from lightning_mnn.runs.wandb import end_wandb_runs, is_wandb, leave_in_wandb, only_known, settings_of, wandb_options
-from lightning_mnn.tasks.experiment import own_words
+from lightning_mnn.tasks.experiment import words_of_command
 from lightning_mnn.utilities.compat.lightning_internals import completed_epochs
 from lightning_mnn.utilities.errors import DivergenceError
 from lightning_mnn.utilities.files import whole_file, write_json
@@ -94,7 +94,7 @@ class Start(Callback):
         is_over: whether that is done.
     """
 
-    def __init__(self, cfg: DictConfig, found: Standing, loggers: Sequence[Any]) -> None:
+    def __init__(self, cfg: DictConfig, found: RunState, loggers: Sequence[Any]) -> None:
         self.is_over = False
         self._cfg, self._found, self._loggers = cfg, found, loggers
         self._tree = config_tree(cfg)
@@ -107,7 +107,7 @@ class Start(Callback):
         for logger in self._loggers:
             if isinstance(logger, ResumableWandbLogger):
                 logger.begin()  # which may be refused, too
-        claim(self._cfg, self._found)
+        initialise(self._cfg, self._found)
         self.is_over = True
         if self._found.checkpoint is not None:
             _go_on(self._loggers, self._found.rows)
@@ -142,7 +142,7 @@ def train(cfg: DictConfig) -> float:
             :mod:`~lightning_mnn.runs.processes.signals`).
         LostProcessError: a SystemExit with code 1, as another process of the run is gone.
     """
-    with interruptible() as signals, alone_in(Path(cfg.run_dir)):
+    with interruptible() as signals, run_lock(Path(cfg.run_dir)):
         return _train(cfg, signals)
 
 
@@ -151,9 +151,9 @@ def _train(cfg: DictConfig, signals: RunSignals) -> float:
     check_trainer(cfg)
     check_devices(cfg.trainer)
     run_dir = Path(cfg.run_dir)
-    found = standing(cfg)
+    found = run_state(cfg)
     if found.summary is not None:
-        _tell_again(cfg, found.summary)
+        _print_again(cfg, found.summary)
         return _largest(found.summary["mse"])
     loggers = _loggers(cfg, found)
     start = Start(cfg, found, loggers)
@@ -189,10 +189,10 @@ def _train(cfg: DictConfig, signals: RunSignals) -> float:
         _leave(run_dir, trainer, summary, figure=not isinstance(failure, SystemExit))
     finally:
         end_wandb_runs(loggers, failed=sys.exc_info()[0] is not None or failure is not None)
-    return _conclude(cfg, run_dir, summary, failure)
+    return _certify(cfg, run_dir, summary, failure)
 
 
-def _conclude(cfg: DictConfig, run_dir: Path, summary: dict[str, Any], failure: BaseException | None) -> float:
+def _certify(cfg: DictConfig, run_dir: Path, summary: dict[str, Any], failure: BaseException | None) -> float:
     """Print what the run ended in; raise what ended it before its time, or return its largest MSE."""
     if failure is None:
         _close(run_dir, summary)
@@ -200,15 +200,15 @@ def _conclude(cfg: DictConfig, run_dir: Path, summary: dict[str, Any], failure: 
         raise failure
     print_verdict(cfg.name, summary, run_dir, offline=any(run_dir.glob("wandb/offline-run-*")))
     if failure is not None:
-        _tell_how_to_go_on(run_dir)
+        _print_how_to_resume(run_dir)
         raise failure
     return _largest(summary["mse"])
 
 
 @rank_zero_only
-def _tell_how_to_go_on(run_dir: Path) -> None:
+def _print_how_to_resume(run_dir: Path) -> None:
     if HydraConfig.get().mode is RunMode.RUN:  # of a sweep, its launcher says it
-        command = shlex.join(own_words(run_dir, ["resume=true"]))
+        command = shlex.join(words_of_command(run_dir, ["resume=true"]))
         Console(soft_wrap=True, highlight=False).print(f"interrupted: go on with\n  {command}", markup=False)
 
 
@@ -247,7 +247,7 @@ def summarise(
     ended = None
     if failure is not None:  # what the last check found is not what the run ended in
         ended = "divergence" if isinstance(failure, DivergenceError) else "interruption"
-        reason = _reason(failure, trainer.global_step) + _told_before(found["kind"])
+        reason = _reason(failure, trainer.global_step) + _certified_before(found["kind"])
         verdict = {"kind": "not_stationary", "reason": reason, "zero_error": False}
         found |= {key: [value] * model.replicas if model.replicas > 1 else value for key, value in verdict.items()}
     return found | {
@@ -276,7 +276,7 @@ def _reason(failure: BaseException, steps: int) -> str:
     return f"interrupted after {steps} steps{lost}"
 
 
-def _told_before(kinds: Any) -> str:
+def _certified_before(kinds: Any) -> str:
     """How many replicas the last check had certified, in words."""
     listed = kinds if isinstance(kinds, list) else [kinds]
     minima = sum(kind in ("differentiable_minimum", "kink_minimum") for kind in listed)
@@ -312,7 +312,7 @@ def _callbacks(cfg: DictConfig) -> list[pl.Callback]:
     return callbacks if stops else [*callbacks, StopOnRequest()]
 
 
-def _loggers(cfg: DictConfig, found: Standing) -> list[Any]:
+def _loggers(cfg: DictConfig, found: RunState) -> list[Any]:
     built = []
     for key, node in (cfg.get("logger") or {}).items():
         if not isinstance(node, DictConfig):
@@ -372,7 +372,7 @@ def _close(run_dir: Path, summary: dict[str, Any]) -> None:
 
 
 @rank_zero_only
-def _tell_again(cfg: DictConfig, summary: dict[str, Any]) -> None:
+def _print_again(cfg: DictConfig, summary: dict[str, Any]) -> None:
     """Print a finished run's verdict; do what a kill at its very end may have left undone."""
     run_dir = Path(cfg.run_dir)
     if (run_dir / _ENDED).exists():

@@ -63,8 +63,8 @@ def gather_results(work: Callable[[], Answer]) -> list[Answer]:
             found = work()
     except Interrupted:
         pass  # which is raised on all below
-    except Exception as own:  # noqa: BLE001 (of whatever kind)
-        error = own
+    except Exception as local_part:  # noqa: BLE001 (of whatever kind)
+        error = local_part
     values, requests, errors = _exchanged(found, error)
     stop_if_any(requests)
     raise_first(errors)
@@ -125,10 +125,10 @@ def part_of(total: int, rank: int, world_size: int) -> tuple[int, int]:
 _pace = Pace(seconds=0.5)  # of questions whether a process is to stop, in work of many sums
 
 
-class Team:
+class ProcessGroup:
     """One process with all samples: nothing to agree on.
 
-    >>> Team().sum(torch.tensor([2.0]))
+    >>> ProcessGroup().sum(torch.tensor([2.0]))
     tensor([2.])
     """
 
@@ -138,11 +138,11 @@ class Team:
         """Sum over the processes."""
         return value
 
-    def least(self, value: Tensor) -> Tensor:
+    def min(self, value: Tensor) -> Tensor:
         """Smallest over the processes, element by element."""
         return value
 
-    def most(self, value: Tensor) -> Tensor:
+    def max(self, value: Tensor) -> Tensor:
         """Largest over the processes, element by element."""
         return value
 
@@ -163,12 +163,12 @@ class Team:
         """The rows of all processes, in the samples' order."""
         return rows
 
-    def own(self, rows: Tensor) -> Tensor:
+    def local_part(self, rows: Tensor) -> Tensor:
         """This process's part of joined rows."""
         return rows
 
 
-class ProcessTeam(Team):
+class DistributedGroup(ProcessGroup):
     """The processes of torch.distributed's default group, in rank order.
 
     Where one of them is asked to stop, all stop at one of these calls: about twice a second they ask one another.
@@ -188,17 +188,17 @@ class ProcessTeam(Team):
         """Sum over the processes."""
         return _reduced(value, dist.ReduceOp.SUM)
 
-    def least(self, value: Tensor) -> Tensor:
+    def min(self, value: Tensor) -> Tensor:
         """Smallest over the processes, element by element."""
         return _reduced(value, dist.ReduceOp.MIN)
 
-    def most(self, value: Tensor) -> Tensor:
+    def max(self, value: Tensor) -> Tensor:
         """Largest over the processes, element by element."""
         return _reduced(value, dist.ReduceOp.MAX)
 
     def any(self, flags: Sequence[bool], device: torch.device) -> list[bool]:
         """Which flags of the host's are set on one of the processes, which exchange them on a device."""
-        return [bool(flag) for flag in self.most(torch.tensor(flags, device=device).int()).tolist()]
+        return [bool(flag) for flag in self.max(torch.tensor(flags, device=device).int()).tolist()]
 
     def total(self, number: int, device: torch.device) -> int:
         """Sum of the host's numbers over the processes, which exchange them on a device."""
@@ -216,7 +216,7 @@ class ProcessTeam(Team):
         dist.all_gather_object(parts, rows.cpu())
         return torch.cat(parts).to(rows.device)
 
-    def own(self, rows: Tensor) -> Tensor:
+    def local_part(self, rows: Tensor) -> Tensor:
         """This process's part of joined rows."""
         return rows[self._own]
 
@@ -230,8 +230,8 @@ def _reduced(value: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
 
 
 def _stop_together(device: torch.device) -> None:
-    own = [requested(), int(is_over_time()), _pace.proposal() if dist.get_rank() == 0 else 0]
-    told = torch.tensor(own, device=device)
+    local_part = [requested(), int(is_over_time()), _pace.proposal() if dist.get_rank() == 0 else 0]
+    told = torch.tensor(local_part, device=device)
     dist.all_reduce(told, dist.ReduceOp.MAX)
     number, over_time, pause = told.tolist()
     _pace.restart(pause)

@@ -84,12 +84,12 @@ def test_patience_counts_consecutive_checks_of_all_replicas(make_trainer, monkey
     outcomes = iter([[1, 1], [1, 0], [1, 1], [0, 1], [1, 1], [1, 1], [1, 1], [1, 1]])
     real = Kind.DIFFERENTIABLE_MINIMUM, Kind.NOT_STATIONARY
 
-    def verdicts(survey, *_):
+    def verdicts(statistics, *_):
         from lightning_mnn.landscape import FirstOrderVerdict
 
         return [FirstOrderVerdict(real[0] if ok else real[1], "", 0.0, 0.0) for ok in next(outcomes)]
 
-    monkeypatch.setattr("lightning_mnn.callbacks.evidence.network.first_order_verdicts", verdicts)
+    monkeypatch.setattr("lightning_mnn.callbacks.evidence.certificate.first_order_verdicts", verdicts)
     trainer = make_trainer(max_epochs=50, callbacks=[detector])
     trainer.fit(MNN(3, (4, 4), replicas=2), GaussianData(8, 3, replicas=2))
     assert trainer.current_epoch == 5  # checks before training and after epochs 1 to 5; the last two in a row pass
@@ -215,8 +215,8 @@ def test_one_pass_serves_all_three(make_trainer, monkeypatch):
     calls = []
     from lightning_mnn.callbacks.evaluation import training_set
 
-    real = training_set.survey_network
-    monkeypatch.setattr(training_set, "survey_network", lambda *a: calls.append(1) or real(*a))
+    real = training_set.network_statistics
+    monkeypatch.setattr(training_set, "network_statistics", lambda *a: calls.append(1) or real(*a))
     schedule = Schedule(every=2)
     callbacks = [AngularVolumeMonitor(schedule), ActivationPatternRecorder(schedule), LocalMinimumDetector(schedule)]
     make_trainer(max_epochs=6, callbacks=callbacks).fit(MNN(3, (4,)), GaussianData(8, 3))
@@ -307,7 +307,7 @@ def test_a_part_of_a_module_is_not_judged_for_the_whole(make_trainer):
         Wrapped(), DataLoader(TensorDataset(x.reshape(28, 3, 4), y), batch_size=28)
     )
     assert detector.summary()["evidence"] == "second_order"
-    assert detector.survey is None
+    assert detector.statistics is None
 
 
 @pytest.mark.usefixtures("away")

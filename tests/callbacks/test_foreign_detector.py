@@ -929,7 +929,7 @@ def test_a_resumed_run_is_as_an_unbroken_one(make_trainer, tmp_path, make):
             trainer.save_checkpoint(tmp_path / "half.ckpt")
         found.append(detector.summary())
     assert found[0] == found[2]
-    measure = "mse" if isinstance(module, Plain) and detector.survey else "relative_gradient"
+    measure = "mse" if isinstance(module, Plain) and detector.statistics else "relative_gradient"
     assert found[0][measure] not in (1.0, found[1][measure])
 
 
@@ -940,7 +940,7 @@ CASES = [("Deep", 9), ("Deep", 1), ("Plain", 9), ("Plain", 1), ("Manual", 9)]  #
 def test_two_processes_agree_with_one(tmp_path):
     side_by_side(tmp_path, 2, in_two_processes, tmp_path)
     for case, two in zip(CASES, json.loads((tmp_path / "two.json").read_text()), strict=True):
-        one = judged(1, *case, tmp_path)
+        one = classified(1, *case, tmp_path)
         assert two.pop("world_size") == 2
         assert one["evidence"] == {"Deep": "second_order", "Plain": "certificate", "Manual": "first_order"}[case[0]]
         assert one.keys() - {"world_size"} == two.keys()
@@ -952,7 +952,7 @@ def test_two_processes_agree_with_one(tmp_path):
             assert two[name] == (pytest.approx(value, rel=1e-9, abs=within) if isinstance(value, float) else value)
 
 
-def judged(devices, kind, num_samples, folder):
+def classified(devices, kind, num_samples, folder):
     """What a detector finds in a module that does not move."""
     detector = LocalMinimumDetector(Schedule(every=1), stop_training=False, gradient_tolerance=10.0, patience=1)
     trainer = pl.Trainer(
@@ -978,6 +978,6 @@ def judged(devices, kind, num_samples, folder):
 
 
 def in_two_processes(folder):
-    found = [judged(2, *case, folder) for case in CASES]
+    found = [classified(2, *case, folder) for case in CASES]
     if os.environ["LOCAL_RANK"] == "0":
         (folder / "two.json").write_text(json.dumps(found))

@@ -115,8 +115,8 @@ def test_fast_dev_run(namespace, tmp_path):
 @both
 def test_a_run_resumed_has_the_numbers_of_an_unbroken_one(namespace, tmp_path):
     module, unbroken = train(namespace, tmp_path / "unbroken", max_epochs=4)
-    _, begun = train(namespace, tmp_path / "broken", max_epochs=2)
-    begun.save_checkpoint(tmp_path / "a.ckpt")
+    _, started = train(namespace, tmp_path / "broken", max_epochs=2)
+    started.save_checkpoint(tmp_path / "a.ckpt")
     again, resumed = train(
         namespace, tmp_path / "broken", max_epochs=4, ckpt_path=tmp_path / "a.ckpt", seed=1, loader=_loader(namespace)
     )

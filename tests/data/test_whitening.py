@@ -17,10 +17,10 @@ from lightning_mnn.data.loaders.whitening import (
     input_map,
     merged,
     moments,
-    team_moments,
+    moments_of_group,
     whitening_matrix,
 )
-from lightning_mnn.utilities.distributed import ProcessTeam
+from lightning_mnn.utilities.distributed import DistributedGroup
 from tests.children import side_by_side
 
 
@@ -162,7 +162,7 @@ def print_moments(folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 5
     own = [x[:20], x[20:]][rank]
-    found = [team_moments(moments([own], 4, products=p), ProcessTeam(len(own))) for p in (True, False)]
+    found = [moments_of_group(moments([own], 4, products=p), DistributedGroup(len(own))) for p in (True, False)]
     print(json.dumps([[f.count, f.mean.tolist(), f.scatter.tolist()] for f in found]))
     dist.barrier()
     dist.destroy_process_group()

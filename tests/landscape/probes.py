@@ -56,10 +56,10 @@ def lowest_change(w, z, x, y, slope, *, kinks, rng, count=2000):
         value = (change * (change - 2 * e)).sum(1)
         terms = (np.abs(change) * (np.abs(change) + 2 * np.abs(e))).sum(1)
         size = (np.abs(after) @ np.abs(z) + np.abs(base) @ np.abs(z)).max()
-        blur = 1e-15 * (n + d1 + 10) * (terms + 2 * np.abs(e).sum() * size)
-        k = int((value + blur).argmin())
-        if value[k] + blur[k] < worst:
-            worst, error = float(value[k] + blur[k]), float(blur[k])
+        uncertainty = 1e-15 * (n + d1 + 10) * (terms + 2 * np.abs(e).sum() * size)
+        k = int((value + uncertainty).argmin())
+        if value[k] + uncertainty[k] < worst:
+            worst, error = float(value[k] + uncertainty[k]), float(uncertainty[k])
     return worst, error
 
 

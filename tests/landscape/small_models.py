@@ -69,7 +69,7 @@ def batches(size, count):
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def cross_entropy_surface(model, inputs, labels, *, batch_size=5, team=None, total=None, parameters=None):
+def cross_entropy_surface(model, inputs, labels, *, batch_size=5, process_group=None, total=None, parameters=None):
     """The mean cross-entropy over the inputs (of ``total`` samples), in batches."""
     total = total or len(inputs)
 
@@ -79,7 +79,7 @@ def cross_entropy_surface(model, inputs, labels, *, batch_size=5, team=None, tot
     return LossSurface(
         list(model.parameters()) if parameters is None else parameters,
         lambda: (part(rows) for rows in batches(batch_size, len(inputs))),
-        team,
+        process_group,
     )
 
 

@@ -16,14 +16,14 @@ def test_nothing_is_lent_twice_and_every_job_gets_its_turn(sizes, n_jobs, order)
     waiting = [pool.request(count, "gpu" if gpu else "cpu") for count, gpu in sizes]
     lent = []
     while waiting or lent:
-        if waiting and (loan := pool.lend(waiting[0])) is not None:
-            assert len(loan.names) == waiting.pop(0).count
-            lent.append(loan)
+        if waiting and (allocation := pool.lend(waiting[0])) is not None:
+            assert len(allocation.names) == waiting.pop(0).count
+            lent.append(allocation)
         else:
             pool.take_back(lent.pop(order.randrange(len(lent))))  # fails where nothing is lent, and nothing can be
         assert n_jobs is None or len(lent) <= n_jobs
         for gpus, known in ((True, {f"GPU-{n}" for n in range(5)}), (False, {"0", "1", "2"})):
-            names = [name for loan in lent if loan.request.gpus == gpus for name in loan.names]
+            names = [name for allocation in lent if allocation.request.gpus == gpus for name in allocation.names]
             assert len(set(names)) == len(names)
             assert set(names) <= known
 
@@ -136,7 +136,10 @@ def test_jobs_on_the_cpu_see_no_gpu(machine):
     machine(torch=2)
     pool = Devices([], cpu_slots=2)
     loans = [pool.lend(pool.request(1, "auto")) for _ in range(2)]
-    assert [(str(loan), loan.environment["CUDA_VISIBLE_DEVICES"]) for loan in loans] == [("CPU 0", ""), ("CPU 1", "")]
+    assert [(str(allocation), allocation.environment["CUDA_VISIBLE_DEVICES"]) for allocation in loans] == [
+        ("CPU 0", ""),
+        ("CPU 1", ""),
+    ]
     both = Devices(cpu_slots=1)
     assert both.lend(both.request(1, "cpu")).environment["CUDA_VISIBLE_DEVICES"] == ""
     assert both.lend(both.request(2, "auto")).environment["CUDA_VISIBLE_DEVICES"] == "0,1"

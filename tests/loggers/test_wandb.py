@@ -27,7 +27,7 @@ from lightning_mnn.figures import read_metrics
 from lightning_mnn.loggers.csv_logs import ResumableCSVLogger
 from lightning_mnn.loggers.media import log_table
 from lightning_mnn.loggers.wandb import ResumableWandbLogger
-from lightning_mnn.runs.resume import Standing
+from lightning_mnn.runs.resume import RunState
 from lightning_mnn.runs.wandb import settings_of, wandb_options
 from lightning_mnn.tasks.train import _go_on, _loggers
 from tests.children import PATIENCE, processes, run_the_command, wait_for
@@ -318,7 +318,7 @@ def composed(tmp_path):
     HydraConfig.instance().cfg = before
 
 
-FOUND = Standing({})
+FOUND = RunState({})
 
 
 def test_long_names_and_tags_are_cut(composed):

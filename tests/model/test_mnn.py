@@ -329,4 +329,4 @@ def test_foreign_loaders_and_precision(make_trainer):
     trainer = make_trainer(max_epochs=3, precision="64-true")
     trainer.fit(MNN(3, (4,), dtype="float32"), DataLoader(TensorDataset(x.float(), y), batch_size=5, shuffle=True))
     detector = next(c for c in trainer.callbacks if isinstance(c, LocalMinimumDetector))
-    assert detector.survey.num_samples == 24
+    assert detector.statistics.num_samples == 24

@@ -12,8 +12,8 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from lightning_mnn.app import main as _  # noqa: F401 (which registers the resolvers)
-from lightning_mnn.runs.folders import Beginning, record_folder, run_folder, sweep_record
-from lightning_mnn.runs.resume import standing
+from lightning_mnn.runs.folders import RunFolderCallback, record_folder, run_folder, sweep_record
+from lightning_mnn.runs.resume import run_state
 from lightning_mnn.tasks.sweep import read_sweep
 from tests.children import command
 
@@ -98,10 +98,10 @@ def test_a_run_without_hydras_record_is_told_of(capsys):
 
 
 def test_a_given_folder_with_nothing_to_go_on_with_is_told_of(capsys):
-    standing(composed("resume=true", "run_dir=typo", mode=RunMode.RUN))
+    run_state(composed("resume=true", "run_dir=typo", mode=RunMode.RUN))
     assert capsys.readouterr().err == "resume=true: nothing in typo to go on with: it begins\n"
     for silent in (["run_dir=new"], ["resume=true", f"run_dir=runs/{TIMES[0]}"]):  # of which run_folder told
-        standing(composed(*silent, mode=RunMode.RUN))
+        run_state(composed(*silent, mode=RunMode.RUN))
         assert not capsys.readouterr().err
 
 
@@ -147,7 +147,7 @@ def begin_sweep(config, *overrides):
     """What Hydra does with the record of a sweep, and then by which command the sweep is found."""
     cfg = copy.deepcopy(config)
     cfg.hydra.overrides.task = list(overrides)
-    Beginning().on_multirun_start(cfg)
+    RunFolderCallback().on_multirun_start(cfg)
     Path("sweep").mkdir(exist_ok=True)
     OmegaConf.save(cfg, "sweep/multirun.yaml")
     return list(OmegaConf.load(sweep_record(Path("sweep"))).hydra.overrides.task)

@@ -45,7 +45,7 @@ def wandb_rows(run):
     return names, {row["_step"]: {k: v for k, v in row.items() if not k.startswith(own)} for row in rows}
 
 
-def begun(folder):
+def started(folder):
     """The folder of the one run that has come to train there, or one that is not there."""
     (run,) = [path.parent for path in folder.glob("outputs/quickstart/*/plan.json")] or [folder / "none"]
     return run
@@ -61,8 +61,8 @@ def test_killed_at_any_moment_it_ends_in_the_numbers_of_an_unbroken_run(kind, tm
     total = rows_of(tmp_path / "unbroken")
     again = (*arguments, "resume=true")  # which finds the folder
 
-    kill_when(start(tmp_path, *again), lambda: rows_of(begun(tmp_path)) > 3)
-    run = begun(tmp_path)
+    kill_when(start(tmp_path, *again), lambda: rows_of(started(tmp_path)) > 3)
+    run = started(tmp_path)
     last = run / "checkpoints" / "last.ckpt"
     kill_when(start(tmp_path, *again), lambda: last.exists() and rows_of(run) > total / 4)
     kept = torch.load(last, weights_only=True)
@@ -74,7 +74,7 @@ def test_killed_at_any_moment_it_ends_in_the_numbers_of_an_unbroken_run(kind, tm
         process.kill()
         process.join()
     command(tmp_path, *again)
-    assert run == begun(tmp_path)
+    assert run == started(tmp_path)
     assert_same_run(run, tmp_path / "unbroken")
     assert summary_of(run)[1] > kept["callbacks"]["FitTimer"]["time_elapsed"]["train"] > 0  # of several processes
 

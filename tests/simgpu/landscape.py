@@ -11,31 +11,32 @@ from torch import nn
 from lightning_mnn import landscape
 from lightning_mnn.landscape import (
     ActivationPattern,
+    DistributedGroup,
     KinkDistance,
     KinkTrace,
     LossSurface,
     Network,
     NoDerivativeError,
     PiecePattern,
-    ProcessTeam,
+    ProcessGroup,
     Region,
-    Team,
     census,
     certify,
+    check_curvature,
     check_proof,
+    check_stationarity,
     classify,
     extreme_eigenvalues,
     find_minimum,
     first_order_verdicts,
     infer_threshold,
-    judge_curvature,
-    judge_stationarity,
     kink_distance,
     local_volume,
     log_cap_measure,
     log_cone_measure,
     log_volume_lower_bound,
-    merge_surveys,
+    merge_statistics,
+    network_statistics,
     planted_kink_minimum,
     planted_minimum,
     planted_saddle,
@@ -44,7 +45,6 @@ from lightning_mnn.landscape import (
     rare_event,
     region_log_volume,
     second_order_verdict,
-    survey_network,
 )
 from lightning_mnn.landscape.volumes.splitting import suboptimal_score, unactivated_score
 from tests.simgpu.comparison import differences, placed, walk
@@ -235,26 +235,38 @@ def patterns(device):
 
 
 @case(
-    *("Network", "Survey", "Layer", "survey_network", "merge_surveys", "infer_threshold"),
+    *("Network", "NetworkStatistics", "Layer", "network_statistics", "merge_statistics", "infer_threshold"),
     *("first_order_verdicts", "FirstOrderVerdict"),
 )
 def surveys(device):
     inputs, labels, weights, output = random_data(device, 30, 5, 4)
     inner = torch.ones(3, 4, dtype=torch.float64, device=device).tril()
     network = Network((weights, inner), output[:3], 0.1)
-    halves = [survey_network(network, inputs[part], labels[part], 0.5) for part in (slice(12), slice(12, None))]
-    survey = merge_surveys(halves)
-    return survey, first_order_verdicts(survey, 1e-3, 1e-3), infer_threshold(labels), network.preactivations(inputs)
+    halves = [network_statistics(network, inputs[part], labels[part], 0.5) for part in (slice(12), slice(12, None))]
+    statistics = merge_statistics(halves)
+    return (
+        statistics,
+        first_order_verdicts(statistics, 1e-3, 1e-3),
+        infer_threshold(labels),
+        network.preactivations(inputs),
+    )
 
 
-@case("Team", "ProcessTeam")
+@case("ProcessGroup", "DistributedGroup")
 def sums_over_a_team(device):
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     inputs, *_ = random_data(device, 12, 3, 4)
-    teams = Team(), ProcessTeam(len(inputs))
+    teams = ProcessGroup(), DistributedGroup(len(inputs))
     return [
-        (t.sum(inputs), t.least(inputs), t.most(inputs), t.join(inputs), t.own(inputs), t.any([True], inputs.device))
+        (
+            t.sum(inputs),
+            t.min(inputs),
+            t.max(inputs),
+            t.join(inputs),
+            t.local_part(inputs),
+            t.any([True], inputs.device),
+        )
         for t in teams
     ]
 
@@ -272,7 +284,7 @@ def a_spectrum(device):
     return extreme_eigenvalues(lambda vector: 2 * vector, 3, device=device)
 
 
-@case("LossSurface", "second_order_verdict", "judge_stationarity", "judge_curvature", "SecondOrderVerdict")
+@case("LossSurface", "second_order_verdict", "check_stationarity", "check_curvature", "SecondOrderVerdict")
 def second_order_evidence(device):
     theta = torch.zeros(3, dtype=torch.float64, device=device, requires_grad=True)
     shape = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64, device=device)
@@ -280,8 +292,8 @@ def second_order_evidence(device):
     for signs in ([1.0, 1, 1], [1.0, 1, -1]):
         curvature = shape * torch.tensor(signs, dtype=torch.float64, device=device)
         surface = LossSurface([theta], lambda c=curvature: [(1.0, lambda: 1 + c @ theta.square())])
-        stationarity = judge_stationarity(surface, KinkDistance(), 1.0)
-        found += [judge_curvature(surface, stationarity), second_order_verdict(surface, KinkDistance(), 1.0)]
+        stationarity = check_stationarity(surface, KinkDistance(), 1.0)
+        found += [check_curvature(surface, stationarity), second_order_verdict(surface, KinkDistance(), 1.0)]
     return [(verdict, verdict.kind) for verdict in found]
 
 

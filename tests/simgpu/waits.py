@@ -25,11 +25,11 @@ from lightning_mnn.landscape import (
     kink_distance,
     local_volume,
     log_cone_measure,
+    network_statistics,
     planted_kink_minimum,
     planted_minimum,
     polish,
     rare_event,
-    survey_network,
 )
 
 
@@ -223,11 +223,11 @@ def data_of(samples, width=6):
 
 
 def test_a_survey_waits_as_often_for_any_number_of_samples():
-    def survey(samples):
+    def statistics(samples):
         weights, output, inputs, targets = data_of(samples)
-        survey_network(Network((weights,), output, 0.1), inputs, targets, 0.5)
+        network_statistics(Network((weights,), output, 0.1), inputs, targets, 0.5)
 
-    assert waits_of(survey, 1000) == waits_of(survey, 10) <= 4
+    assert waits_of(statistics, 1000) == waits_of(statistics, 10) <= 4
 
 
 @pytest.mark.parametrize(("planted", "most"), [(planted_minimum, 90), (planted_kink_minimum, 120)])

@@ -43,7 +43,7 @@ def results(folder):
     return *tables, summary
 
 
-def begun(process, folder, number):
+def started(process, folder, number):
     """Wait until that many parts are finished."""
     wait_for(lambda: len(list(folder.glob("parts/*.json"))) >= number, process)
 
@@ -97,7 +97,7 @@ def test_the_table_holds_what_the_landscape_counts(unbroken):
 def test_interrupted_then_killed_it_ends_in_the_files_of_an_unbroken_run(unbroken, tmp_path):
     folder = Path("outputs/quick/seed_4")
     process = start(tmp_path, *SMALL, "name=quick", "census.processes=2")
-    begun(process, folder, 2)
+    started(process, folder, 2)
     pids = workers(process)
     assert len(pids) >= 2
     os.kill(process.pid, signal.SIGINT)
@@ -110,7 +110,7 @@ def test_interrupted_then_killed_it_ends_in_the_files_of_an_unbroken_run(unbroke
     again = shlex.split(next(line for line in out.splitlines() if line.startswith("  lightning-mnn")))[1:]
     number = len(list(folder.glob("parts/*.json")))
     process = start(tmp_path, *again)
-    begun(process, folder, number + 2)
+    started(process, folder, number + 2)
     pids = workers(process)
     process.kill()
     process.join()

@@ -12,7 +12,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_mnn.callbacks.evaluation.isolation import undisturbed
+from lightning_mnn.callbacks.evaluation.isolation import isolated
 from lightning_mnn.callbacks.evaluation.run_module import (
     SERIOUS,
     LossNotEvaluableError,
@@ -56,7 +56,7 @@ def pass_of_training(
     Args:
         trainer: the Trainer that trains the module.
         pl_module: the module.
-        batch: gives a few samples as in training, the same each time; called within ``undisturbed``.
+        batch: gives a few samples as in training, the same each time; called within ``isolated``.
         modules: names or patterns of the layers that count; None: all.
         who: begins what is said.
 
@@ -112,11 +112,11 @@ def pass_of_training(
         )
         rank_zero_info(f"{who}: {name}.training_step {what}: the training_step is what is run; {_REMEDY}")
         return step_for_its_passes
-    _tell_forward(who, pl_module, len(parts[0]), _apart(in_forward, in_step))
+    _print_forward(who, pl_module, len(parts[0]), _apart(in_forward, in_step))
     return None
 
 
-def _tell_forward(who: str, pl_module: pl.LightningModule, taken: int, apart: list[str]) -> None:
+def _print_forward(who: str, pl_module: pl.LightningModule, taken: int, apart: list[str]) -> None:
     """Say of a module's forward, which is what is run, what may be wrong in that."""
     name = type(pl_module).__name__
     if taken > 1:
@@ -151,8 +151,8 @@ def _met(
                 found[kink.name] = kink.pieces(), kink.depends_on_weights
 
     with (
-        undisturbed(trainer, pl_module),
-        kept_parameters(pl_module),
+        isolated(trainer, pl_module),
+        restoring_parameters(pl_module),
         precision_context(trainer, autocast=True),
         warnings.catch_warnings(action="ignore"),
         KinkTrace(pl_module, take, modules),
@@ -162,7 +162,7 @@ def _met(
 
 
 @contextmanager
-def kept_parameters(pl_module: pl.LightningModule) -> Iterator[None]:
+def restoring_parameters(pl_module: pl.LightningModule) -> Iterator[None]:
     """A context after which the parameters are as before.
 
     Raises:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from lightning_mnn.callbacks.evaluation.isolation import Restart, trained_parameters, undisturbed
+from lightning_mnn.callbacks.evaluation.isolation import Restart, isolated, trained_parameters
 from lightning_mnn.callbacks.evaluation.run_module import (
     SERIOUS,
     LossNotEvaluableError,
@@ -37,7 +37,7 @@ from lightning_mnn.landscape.kinks.distance import KinkDistance, KinkMeter
 from lightning_mnn.landscape.kinks.layers import UnknownLayersError
 from lightning_mnn.landscape.kinks.tracing import Kink, KinkTrace, Names
 from lightning_mnn.utilities.compat.precision import full_precision
-from lightning_mnn.utilities.distributed import ProcessTeam, Team, gather, gather_results, part_of
+from lightning_mnn.utilities.distributed import DistributedGroup, ProcessGroup, gather, gather_results, part_of
 from lightning_mnn.utilities.interruption import safe_point
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class FullBatch:
         """Inside, the module may be run, without a trace in its training."""
         trainer = self._trainer
         with (
-            undisturbed(trainer, self._module) as restart,
+            isolated(trainer, self._module) as restart,
             precision_context(trainer, autocast=False),
             full_precision(),
             torch.enable_grad(),
@@ -151,7 +151,7 @@ class FullBatch:
             finally:
                 self._kept, self._first, self._restart = None, None, None
 
-    def why_not_evaluable(self) -> str | None:
+    def reason_not_evaluable(self) -> str | None:
         """Why the module's loss cannot be had, the same on every process; None where it can.
 
         Raises:
@@ -212,7 +212,7 @@ class FullBatch:
 
         loss, gradient = self._surface(trained, parts).value_and_gradient()
         self.check()
-        value, weight = self._team().sum(first).tolist()
+        value, weight = self._process_group().sum(first).tolist()
         kinks = self.nearest_kink() if any(gather(apart)) else self._kinks_of(meter)
         return Measures(loss, gradient, kinks, value / weight if self._drawn else value)
 
@@ -252,7 +252,7 @@ class FullBatch:
 
     def _kinks_of(self, meter: KinkMeter) -> KinkDistance:
         """What a pass took note of, over all processes."""
-        found = meter.found(self._team())
+        found = meter.found(self._process_group())
         parts = gather((self.met, self.smooth, self.opaque, self.left_out))
         unions = (sorted(set().union(*names)) for names in zip(*parts, strict=True))
         self.met, self.smooth, self.opaque, self.left_out = unions
@@ -332,7 +332,7 @@ class FullBatch:
     def _surface(
         self, parameters: Sequence[Tensor], parts: Callable[[], Iterator[tuple[float, Callable[[], Tensor]]]]
     ) -> LossSurface:
-        return LossSurface(parameters, parts, self._team(), normalise=self._drawn)
+        return LossSurface(parameters, parts, self._process_group(), normalise=self._drawn)
 
     def _trained(self) -> list[Tensor]:
         return trained_parameters(self._trainer, self._module)
@@ -424,9 +424,9 @@ class FullBatch:
         if self._kept is None and most is None:
             self._kept = kept
 
-    def _team(self) -> Team:
+    def _process_group(self) -> ProcessGroup:
         own = 0 if self._counts is None else self._counts[1]  # which surfaces and kinks do not ask for
-        return Team() if self._trainer.world_size == 1 else ProcessTeam(own)
+        return ProcessGroup() if self._trainer.world_size == 1 else DistributedGroup(own)
 
 
 def _dropped(trainer: pl.Trainer, total: int) -> int:

@@ -48,7 +48,7 @@ _MOST_OTHERS = 1 << 28  # bytes of parameters that are not trained up to which t
 
 
 @contextmanager
-def undisturbed(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Restart]:
+def isolated(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Restart]:
     """A context in which a module may be run without a trace in its training, also where the run fails.
 
     Inside, all submodules are in eval mode; ``log`` and ``log_dict`` do nothing, and each of the Trainer's loggers is a
@@ -82,7 +82,7 @@ def undisturbed(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[
         trained = trained_parameters(trainer, pl_module)
         parameters = _unique([*(p for module in modules for p in module.parameters(recurse=False)), *trained])
         afterwards.callback(_check_parameters, _sums(trained))
-        for undo in (*_kept_modes(modules), *_kept_gradients(parameters), _kept_loggers(trainer)):
+        for undo in (*_snapshot_modes(modules), *_snapshot_gradients(parameters), _snapshot_loggers(trainer)):
             afterwards.callback(undo)
         afterwards.callback(set_shared_states, shared_states())
         for module in modules:
@@ -115,7 +115,7 @@ def trained_parameters(trainer: pl.Trainer, pl_module: nn.Module) -> list[Tensor
 
 
 class Restart:
-    """Puts what a pass changed back to where it was at the start, in the midst of :func:`undisturbed`."""
+    """Puts what a pass changed back to where it was at the start, in the midst of :func:`isolated`."""
 
     def __init__(
         self, trainer: pl.Trainer, modules: list[nn.Module], parameters: list[Tensor], trained: list[Tensor]
@@ -211,9 +211,9 @@ def _silence(module: nn.Module, *, alone: bool) -> None:
     """Take away what a module tells others; its attributes are put back afterwards."""
     own = vars(module)
     if any(kind.__name__ == "LightningModule" for kind in type(module).__mro__):  # of either namespace
-        own["log"] = own["log_dict"] = _say_nothing
+        own["log"] = own["log_dict"] = _do_nothing
         if not alone:
-            own["all_gather"] = _gather_alone
+            own["all_gather"] = _gather_locally
     if isinstance(module, Metric):
         own["distributed_available_fn"] = _no_other_processes
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
@@ -227,11 +227,11 @@ def _refuse(module: nn.Module, _: Any) -> None:
     )
 
 
-def _say_nothing(*_: Any, **__: Any) -> None:
+def _do_nothing(*_: Any, **__: Any) -> None:
     """Take the place of a method that logs."""
 
 
-def _gather_alone(data: Any, *_: Any, **__: Any) -> Any:
+def _gather_locally(data: Any, *_: Any, **__: Any) -> Any:
     """Take the place of ``all_gather``, as in a group of one: processes have parts of other sizes in a pass."""
     return apply_to_collection(data, Tensor, lambda tensor: tensor[None])
 
@@ -262,7 +262,7 @@ def _check_parameters(before: list[tuple[Tensor, Tensor]]) -> None:
             )
 
 
-def _kept_loggers(trainer: pl.Trainer) -> Undo:
+def _snapshot_loggers(trainer: pl.Trainer) -> Undo:
     loggers = trainer.loggers
 
     def undo() -> None:
@@ -271,7 +271,7 @@ def _kept_loggers(trainer: pl.Trainer) -> Undo:
     return undo
 
 
-def _kept_gradients(parameters: list[Tensor]) -> Iterator[Undo]:
+def _snapshot_gradients(parameters: list[Tensor]) -> Iterator[Undo]:
     for parameter in parameters:
 
         def undo(
@@ -285,7 +285,7 @@ def _kept_gradients(parameters: list[Tensor]) -> Iterator[Undo]:
         yield undo
 
 
-def _kept_modes(modules: list[nn.Module]) -> Iterator[Undo]:
+def _snapshot_modes(modules: list[nn.Module]) -> Iterator[Undo]:
     """How to put back modes, and what silence takes away."""
     for module in modules:
         yield partial(_set_mode, module, module.training)  # that of a scripted module is none of its attributes

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_mnn.callbacks.evaluation.choose_pass import pass_of_training
-from lightning_mnn.callbacks.evaluation.isolation import undisturbed
+from lightning_mnn.callbacks.evaluation.isolation import isolated
 from lightning_mnn.callbacks.evaluation.run_module import (
     as_in_training,
     batch_size,
@@ -24,7 +24,7 @@ from lightning_mnn.callbacks.evaluation.run_module import (
     model_batches,
     precision_context,
 )
-from lightning_mnn.callbacks.evaluation.snapshots import kept_generators, seed_generators
+from lightning_mnn.callbacks.evaluation.snapshots import restoring_generators, seed_generators
 from lightning_mnn.data.loaders.shards import (
     NotEnumerableError,
     batch_size_of,
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 Samples: TypeAlias = "int | Tensor | tuple[Any, ...] | list[Any] | dict[str, Any] | None"
 
-MOST_SAMPLES = 1024  # by default
+MAX_SAMPLES = 1024  # by default
 SNAPSHOTS = 3  # held at a time: the first, the last and the one that is taken
 
 
@@ -118,7 +118,7 @@ class KinkProbe:
             return as_in_training(trainer, pl_module, self._few(trainer, [i % total for i in range(num)]))
 
         def run(num: int) -> None:
-            with undisturbed(trainer, pl_module), _as_training(trainer):
+            with isolated(trainer, pl_module), _as_training(trainer):
                 forward_on(pl_module, batch(num), self._run)
 
         if self.forward_fn is None:
@@ -154,7 +154,7 @@ class KinkProbe:
         assert self.found is not None  # noqa: S101
         rows = PatternRows(self.layers, self.num_samples, pl_module.device, low, self.found.without_samples)
         trace = KinkTrace(pl_module, rows.take, self.modules)
-        with undisturbed(trainer, pl_module), _as_training(trainer):
+        with isolated(trainer, pl_module), _as_training(trainer):
             for batch in self._batches(trainer, pl_module):
                 with trace, self._noting_partial(trainer, high - rows.row):
                     forward_on(pl_module, batch, self._run)
@@ -227,7 +227,7 @@ class KinkProbe:
         """Samples that are recorded of ``total``."""
         if isinstance(self.probe, int):
             return min(self.probe, total)
-        most = min(total, MOST_SAMPLES, self.memory_budget // self._bytes(1))
+        most = min(total, MAX_SAMPLES, self.memory_budget // self._bytes(1))
         whole = max(1, _dropping(trainer) * trainer.world_size)
         return most - most % whole if most >= whole else most
 
@@ -252,7 +252,7 @@ def first_batch(trainer: pl.Trainer) -> Any:
     """
 
     def first() -> Any:
-        with kept_generators(trainer):
+        with restoring_generators(trainer):
             seed_generators(0)
             return next(one_epoch(trainer))
 

@@ -9,7 +9,7 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from lightning_mnn.callbacks.evaluation.snapshots import kept_generators
+from lightning_mnn.callbacks.evaluation.snapshots import restoring_generators
 from lightning_mnn.landscape.network import Network
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _stated(pl_module: pl.LightningModule) -> Network | None:
     found = None
     try:
         inspect.signature(method).bind()
-        with kept_generators():
+        with restoring_generators():
             found = method()
     except Exception:
         if ours:

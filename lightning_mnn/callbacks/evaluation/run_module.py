@@ -1,6 +1,6 @@
 """How to run any LightningModule on its training set: batches, forward passes, losses.
 
-Use them within :func:`lightning_mnn.callbacks.evaluation.isolation.undisturbed`.
+Use them within :func:`lightning_mnn.callbacks.evaluation.isolation.isolated`.
 """
 
 from __future__ import annotations

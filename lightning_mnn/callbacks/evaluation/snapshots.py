@@ -105,7 +105,7 @@ def _is_of(packages: tuple[str, ...], *kinds: type) -> bool:
     return any(kind.__module__.partition(".")[0] in packages for kind in kinds)
 
 
-def _is_own(value: Any) -> bool:
+def _is_user_object(value: Any) -> bool:
     """Whether an object is of a class of its user's: not a function, and of no class of a library with hidden state."""
     return (
         _has_attributes(value)
@@ -127,7 +127,7 @@ def _snapshot(value: Any, known: set[int], within: int = 0) -> Iterator[Undo]:
         parts = list(value.values() if isinstance(value, dict) else value)
         for part in parts if len(parts) <= _MANY else ():
             yield from _snapshot(part, known, within)
-    elif undo is None and within < _WITHIN and _is_own(value):
+    elif undo is None and within < _WITHIN and _is_user_object(value):
         yield from _snapshot(vars(value), known, within + 1)
     if undo is not None:
         yield undo
@@ -203,7 +203,7 @@ def is_odd(tensor: Tensor) -> bool:
 
 
 @contextmanager
-def kept_generators(trainer: pl.Trainer | None = None) -> Iterator[None]:
+def restoring_generators(trainer: pl.Trainer | None = None) -> Iterator[None]:
     """A context after which the generators that a program shares are as before, and those of a Trainer's data."""
     with ExitStack() as afterwards:
         afterwards.callback(set_shared_states, shared_states())
@@ -213,7 +213,7 @@ def kept_generators(trainer: pl.Trainer | None = None) -> Iterator[None]:
 
 
 def seed_generators(seed: int) -> None:
-    """Let the generators of torch, numpy and random start anew; for use within :func:`undisturbed`."""
+    """Let the generators of torch, numpy and random start anew; for use within :func:`isolated`."""
     # torch.manual_seed would also seed, when it is first used, a GPU that is not in use yet
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed)  # noqa: NPY002

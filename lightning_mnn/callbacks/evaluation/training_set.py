@@ -10,14 +10,20 @@ from weakref import WeakKeyDictionary
 import torch
 
 from lightning_mnn.callbacks.evaluation.module_network import NetworkModule, network_of, other_methods
-from lightning_mnn.callbacks.evaluation.snapshots import kept_generators
+from lightning_mnn.callbacks.evaluation.snapshots import restoring_generators
 from lightning_mnn.callbacks.trainer.long_pass import count_batch
 from lightning_mnn.data.checks import find_threshold, the_threshold
 from lightning_mnn.data.loaders.shards import exact_shard, flat_batch, num_samples
 from lightning_mnn.landscape.labels import fitting_thresholds
 from lightning_mnn.landscape.pattern import PackedPattern
 from lightning_mnn.landscape.regions.region import gram_rank
-from lightning_mnn.landscape.regions.statistics import Survey, exact_patterns, merge_surveys, on_cpu, survey_network
+from lightning_mnn.landscape.regions.statistics import (
+    NetworkStatistics,
+    exact_patterns,
+    merge_statistics,
+    network_statistics,
+    on_cpu,
+)
 from lightning_mnn.utilities.distributed import gather, gather_results
 from lightning_mnn.utilities.errors import DivergenceError
 from lightning_mnn.utilities.transfer import digests, fetched, to_host
@@ -37,7 +43,7 @@ _LABELS: tuple[float | None, ...] = (0.5, 0.0)  # thresholds of labels {0, 1} an
 
 _MOST_WORK = 1e12  # multiplications for the rank of the inputs, which is worth a minute
 
-_surveys: WeakKeyDictionary[pl.LightningModule, tuple[Any, Survey]] = WeakKeyDictionary()
+_statistics_of_module: WeakKeyDictionary[pl.LightningModule, tuple[Any, NetworkStatistics]] = WeakKeyDictionary()
 
 _input_ranks: WeakKeyDictionary[pl.LightningModule, Tensor] = WeakKeyDictionary()
 
@@ -46,12 +52,14 @@ _thresholds: WeakKeyDictionary[pl.LightningModule, float | None] = WeakKeyDictio
 
 def forget(pl_module: pl.LightningModule) -> None:
     """Drop what is known of an earlier fit of a module, which may have had other data."""
-    for known in (_surveys, _input_ranks, _thresholds):
+    for known in (_statistics_of_module, _input_ranks, _thresholds):
         known.pop(pl_module, None)
     other_methods.discard(pl_module)
 
 
-def survey_training_set(trainer: pl.Trainer, pl_module: pl.LightningModule, *, ranked: bool = False) -> Survey:
+def training_set_statistics(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, *, ranked: bool = False
+) -> NetworkStatistics:
     """Survey the module's network on the whole training set: every sample once, in float64, on every process.
 
     The survey of the last weights is kept, so callbacks that act at one step share one pass. Inputs are first rounded
@@ -71,10 +79,10 @@ def survey_training_set(trainer: pl.Trainer, pl_module: pl.LightningModule, *, r
     if network is None:
         raise TypeError(f"{type(pl_module).__name__} has no piecewise-linear network with one output")
     moment = _moment(trainer, network)
-    if pl_module in _surveys and _surveys[pl_module][0] == moment:
-        return _surveys[pl_module][1]
+    if pl_module in _statistics_of_module and _statistics_of_module[pl_module][0] == moment:
+        return _statistics_of_module[pl_module][1]
     _check_weights(trainer, network)
-    reader = survey_reader(trainer, pl_module, network, ranked=ranked)
+    reader = statistics_reader(trainer, pl_module, network, ranked=ranked)
 
     def own() -> SurveyPart:
         for batch in exact_shard(trainer.train_dataloader, trainer.global_rank, trainer.world_size):
@@ -85,28 +93,28 @@ def survey_training_set(trainer: pl.Trainer, pl_module: pl.LightningModule, *, r
     return keep_survey(trainer, pl_module, network, gather_results(own))
 
 
-def survey_reader(
+def statistics_reader(
     trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network, *, ranked: bool
-) -> SurveyReader:
-    """What takes a pass over a module's training set for :func:`survey_training_set`, which may serve others, too."""
+) -> StatisticsReader:
+    """A reader of batches for :func:`training_set_statistics`, for a pass over the training set that has other readers."""
     stated = isinstance(pl_module, NetworkModule) or pl_module in _thresholds
     thresholds = [threshold_of(trainer, pl_module)] if stated else _LABELS
     small = _work_of_rank(trainer, network) <= _MOST_WORK
     gram = ranked and small and pl_module not in _input_ranks
-    return SurveyReader(network, network.output_weights.dtype, thresholds, gram=gram)
+    return StatisticsReader(network, network.output_weights.dtype, thresholds, gram=gram)
 
 
 def keep_survey(
     trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network, parts: list[SurveyPart]
-) -> Survey:
+) -> NetworkStatistics:
     """The survey of a module's training set from those of all processes, kept for the next that asks for it."""
-    survey, threshold, gram = merged_parts(parts)
+    statistics, threshold, gram = merged_parts(parts)
     if not isinstance(pl_module, NetworkModule):
         _thresholds[pl_module] = threshold
     if gram is not None:
         _input_ranks[pl_module] = gram_rank(gram)
-    _surveys[pl_module] = _moment(trainer, network), survey
-    return survey
+    _statistics_of_module[pl_module] = _moment(trainer, network), statistics
+    return statistics
 
 
 @dataclass(frozen=True)
@@ -119,12 +127,12 @@ class SurveyPart:
         gram: XᵀX of its inputs, where that was asked for.
     """
 
-    surveys: dict[float | None, Survey]
+    surveys: dict[float | None, NetworkStatistics]
     thresholds: set[float | None]
     gram: Tensor | None
 
 
-class SurveyReader:
+class StatisticsReader:
     """Surveys a network on the training set batch by batch, rounded to a precision.
 
     Args:
@@ -145,7 +153,7 @@ class SurveyReader:
         self._network, self._dtype = network, dtype
         self._open = len(thresholds) > 1  # the labels choose
         self._fitting = set(thresholds)
-        self._blocks: list[dict[float | None, Survey]] = []
+        self._blocks: list[dict[float | None, NetworkStatistics]] = []
         self._wants_gram = gram
         self._gram: Tensor | None = None
 
@@ -167,7 +175,7 @@ class SurveyReader:
             targets.to(device, self._dtype),
         )
         fitting = self._fitting or {None}
-        self._blocks.append({label: survey_network(network, inputs, targets, label) for label in fitting})
+        self._blocks.append({label: network_statistics(network, inputs, targets, label) for label in fitting})
         if self._wants_gram:
             wide = network.augment(inputs.to(torch.float64))
             self._gram = wide.mT @ wide if self._gram is None else self._gram + wide.mT @ wide
@@ -176,37 +184,37 @@ class SurveyReader:
         """What was found, on the CPU."""
         fitting = (self._fitting or {None}) if self._blocks else set()
         surveys = {
-            label: on_cpu(merge_surveys([_labelled(block, label) for block in self._blocks])) for label in fitting
+            label: on_cpu(merge_statistics([_labelled(block, label) for block in self._blocks])) for label in fitting
         }
         return SurveyPart(surveys, self._fitting, None if self._gram is None else self._gram.cpu())
 
 
-def merged_parts(parts: list[SurveyPart]) -> tuple[Survey, float | None, Tensor | None]:
+def merged_parts(parts: list[SurveyPart]) -> tuple[NetworkStatistics, float | None, Tensor | None]:
     """The survey of all samples, the threshold of their labels, and XᵀX of their inputs, if that was asked for."""
     threshold = the_threshold(set.intersection(*(part.thresholds for part in parts)))
-    survey = merge_surveys([_labelled(part.surveys, threshold) for part in parts if part.surveys])
+    statistics = merge_statistics([_labelled(part.surveys, threshold) for part in parts if part.surveys])
     grams = [part.gram for part in parts if part.gram is not None]
-    return survey, threshold, sum(grams[1:], grams[0]) if grams else None
+    return statistics, threshold, sum(grams[1:], grams[0]) if grams else None
 
 
-def _labelled(surveys: dict[float | None, Survey], threshold: float | None) -> Survey:
+def _labelled(surveys: dict[float | None, NetworkStatistics], threshold: float | None) -> NetworkStatistics:
     """The survey with a threshold; with None that without a classification error."""
     if threshold in surveys:
         return surveys[threshold]
     return replace(next(iter(surveys.values())), wrong=None)
 
 
-def why_not_surveyed(trainer: pl.Trainer, network: Network) -> str | None:
+def reason_not_evaluated(trainer: pl.Trainer, network: Network) -> str | None:
     """Why a network cannot be judged by itself on the training set, the same on every process; None where it can.
 
     A few samples tell, read twice: they must be pairs (inputs, targets) of the network's sizes, the same each time.
     """
-    with kept_generators(trainer):
-        own = _why_not_read(trainer, network)
+    with restoring_generators(trainer):
+        own = _reason_not_read(trainer, network)
     return next((reason for reason in gather(own) if reason is not None), None)
 
 
-def _why_not_read(trainer: pl.Trainer, network: Network) -> str | None:
+def _reason_not_read(trainer: pl.Trainer, network: Network) -> str | None:
     few = torch.arange(min(_FEW, num_samples(trainer.train_dataloader)))
     read = []
     for _ in range(2):
@@ -227,8 +235,8 @@ def patterns_of_training_set(trainer: pl.Trainer, pl_module: pl.LightningModule)
     They are those of the survey, where there is one of these weights; else only the pre-activations are formed.
     """
     network = cast("Network", network_of(pl_module))
-    if pl_module in _surveys and _surveys[pl_module][0] == _moment(trainer, network):
-        return [layer.pattern for layer in _surveys[pl_module][1].layers]
+    if pl_module in _statistics_of_module and _statistics_of_module[pl_module][0] == _moment(trainer, network):
+        return [layer.pattern for layer in _statistics_of_module[pl_module][1].layers]
     _check_weights(trainer, network)
 
     def own() -> list[Tensor]:

@@ -11,7 +11,7 @@ from lightning_mnn.callbacks.evaluation.training_set import input_rank, threshol
 from lightning_mnn.data.loaders.shards import num_samples
 from lightning_mnn.landscape.minima.certificate import Certificate, certify
 from lightning_mnn.landscape.minima.polishing import Polished, polish
-from lightning_mnn.utilities.distributed import ProcessTeam, on_first_process
+from lightning_mnn.utilities.distributed import DistributedGroup, on_first_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,7 +24,7 @@ _WHOLE = 1 << 24  # numbers of inputs up to which one process takes all samples:
 _MOST = 1 << 28  # numbers of inputs that a process certifies on: they, a copy in float64 and blocks take 6 GiB
 
 
-def why_not_certified(trainer: pl.Trainer, network: Network) -> str | None:
+def reason_not_certified(trainer: pl.Trainer, network: Network) -> str | None:
     """Why the training set is too large to certify a network on, or None where it is not."""
     numbers = num_samples(trainer.train_dataloader) * network.input_dim // trainer.world_size
     if numbers <= _MOST:
@@ -88,7 +88,7 @@ def _on_training_set(
             max_distance=max_distance,
             hidden_bias=wide.hidden_bias,
             output_bias=wide.output_bias,
-            team=None if whole else ProcessTeam(inputs.shape[-2]),
+            process_group=None if whole else DistributedGroup(inputs.shape[-2]),
         )
         return result if isinstance(result, list) else [result]
 

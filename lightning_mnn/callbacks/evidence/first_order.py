@@ -12,7 +12,7 @@ from typing_extensions import override
 from lightning_mnn.callbacks.evaluation.full_batch import FullBatch
 from lightning_mnn.callbacks.evaluation.run_module import LossNotEvaluableError
 from lightning_mnn.callbacks.evidence.gradient_norms import index_of, numbers_of
-from lightning_mnn.callbacks.evidence.tiers import Evidence, Judge, check_weights, conditions
+from lightning_mnn.callbacks.evidence.tiers import Evidence, Tier, check_weights, conditions
 from lightning_mnn.data.loaders.shards import NotEnumerableError
 from lightning_mnn.utilities.distributed import gather
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lightning_mnn.landscape.kinks.tracing import Names
 
 
-class FirstOrderJudge(Judge):
+class FirstOrderTier(Tier):
     """Reports the norm of the last step's gradient and the nearest kink; it never tells of a minimum.
 
     The kind is ``not_stationary`` where training takes the full batch in each step and the norm of its gradient is
@@ -90,7 +90,7 @@ class FirstOrderJudge(Judge):
         self._first.setdefault(index, self._last[index])
 
     @override
-    def look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         check_weights(trainer, pl_module)
         if self._last:
             self.gradient_norm, self.reference = _mean_norm(self._last), _mean_norm(self._first)

@@ -15,14 +15,14 @@ from lightning_mnn.callbacks.evaluation.full_batch import FullBatch, Reduction
 from lightning_mnn.callbacks.evaluation.isolation import trained_parameters
 from lightning_mnn.callbacks.evaluation.run_module import LossNotEvaluableError
 from lightning_mnn.callbacks.evidence.gradient_norms import GradientNorms
-from lightning_mnn.callbacks.evidence.tiers import Evidence, Judge, check_weights, conditions, diverged
+from lightning_mnn.callbacks.evidence.tiers import Evidence, Tier, check_weights, conditions, diverged
 from lightning_mnn.data.loaders.shards import batch_size_of, draws, num_samples
 from lightning_mnn.landscape.curvature.loss_surface import NoDerivativeError
 from lightning_mnn.landscape.curvature.second_order import (
     SecondOrderKind,
     SecondOrderVerdict,
-    judge_curvature,
-    judge_stationarity,
+    check_curvature,
+    check_stationarity,
 )
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ _CLOSE = 1e-6  # a kink, in units of its layer's root mean square, to which trai
 _ON_KINKS = "training may go to and fro across kinks, where a gradient need not vanish, as of an L1 loss or penalty"
 
 
-class SecondOrderJudge(Judge):
+class SecondOrderTier(Tier):
     """Judges the weights by the module's own loss, in eval mode; what decides in float64, where that can be had.
 
     Args:
@@ -80,7 +80,7 @@ class SecondOrderJudge(Judge):
         self._kinks: KinkDistance | None = None
         self._notes: list[str] = []
         self._told: list[str] = []
-        self._concluded = False
+        self._certified = False
         self._ran_out = False
         self._reduction: Reduction | None = None  # of the loss over samples; None: not known yet
 
@@ -97,11 +97,11 @@ class SecondOrderJudge(Judge):
 
     @property
     @override
-    def can_conclude(self) -> bool:
+    def can_certify(self) -> bool:
         return True
 
     @override
-    def look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         check_weights(trainer, pl_module)
         batch = self._full_batch(trainer, pl_module)
         with batch.open():
@@ -115,15 +115,15 @@ class SecondOrderJudge(Judge):
             if self._reduction is None:
                 self._reduction = batch.reduction()
             batch.check_repeats(found.first)
-        self._concluded = self._ran_out = False
+        self._certified = self._ran_out = False
         if not math.isfinite(self.verdict.loss):
             raise diverged(trainer, "the loss over the training set is")
         self._note(trainer, pl_module, batch, kinks)
 
     @override
-    def conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def certify_minimum(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self.verdict is not None  # noqa: S101 (a look comes first)
-        self._concluded = True
+        self._certified = True
         batch = self._full_batch(trainer, pl_module)
         try:
             self.verdict = self._in_double(trainer, pl_module) or self._curvature(batch)
@@ -133,10 +133,10 @@ class SecondOrderJudge(Judge):
             self._undecided("no eigenvalue of the Hessian: its products do not fit into memory; use smaller batches")
 
     @override
-    def conclude_the_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, polish: bool) -> bool:
-        if self._concluded or self.verdict is None:
+    def finalize(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, polish: bool) -> bool:
+        if self._certified or self.verdict is None:
             return False
-        self.conclude(trainer, pl_module)
+        self.certify_minimum(trainer, pl_module)
         return True
 
     @override
@@ -197,7 +197,7 @@ class SecondOrderJudge(Judge):
     ) -> SecondOrderVerdict:
         assert self._kinks is not None  # noqa: S101 (met in the same look)
         tolerance = self._gradient_tolerance  # of its jumps, too: of millions of units in float32 a few touch kinks
-        return judge_stationarity(
+        return check_stationarity(
             surface,
             self._kinks,
             self._compared,
@@ -231,7 +231,7 @@ class SecondOrderJudge(Judge):
             surface, stationary = batch.surface(parameters), self.verdict
             if parameters is not None:
                 stationary = self._stationarity(surface)
-            found = judge_curvature(
+            found = check_curvature(
                 surface,
                 stationary,
                 curvature_tolerance=self._curvature_tolerance,

@@ -10,11 +10,11 @@ import torch
 from lightning_mnn.callbacks.evaluation.float64_loss import DoubleBatch, in_double
 from lightning_mnn.callbacks.evaluation.module_network import network_of
 from lightning_mnn.callbacks.evaluation.training_set import (
-    SurveyReader,
+    StatisticsReader,
     keep_survey,
     merged_parts,
-    survey_reader,
-    why_not_surveyed,
+    reason_not_evaluated,
+    statistics_reader,
 )
 from lightning_mnn.landscape.curvature.loss_surface import NoDerivativeError
 from lightning_mnn.utilities.distributed import gather_results
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from lightning_mnn.callbacks.evaluation.run_module import ModelFunction
     from lightning_mnn.landscape.network import Network
-    from lightning_mnn.landscape.regions.statistics import Survey
+    from lightning_mnn.landscape.regions.statistics import NetworkStatistics
 
 _FAR = 0.1  # of the weights, relative to their size: a step to where no gradient vanishes by chance
 _NEAR = 1e-6  # a step off the kinks that the weights may lie on
@@ -70,7 +70,7 @@ def squared_error_loss(
     are formed in float64, in which a penalty of 1e-9 would be seen. That they are parallel there, in as many directions
     as there are weights, and that losses and gradients agree where a certificate is asked for (:func:`still_fits`), is
     taken to mean that they agree between. The first batches tell of most other losses; the pass over all batches that
-    the others need serves :func:`~lightning_mnn.callbacks.evaluation.training_set.survey_training_set`, too.
+    the others need serves :func:`~lightning_mnn.callbacks.evaluation.training_set.training_set_statistics`, too.
 
     Raises:
         LossNotEvaluableError: the loss cannot be had.
@@ -135,7 +135,7 @@ def still_fits(
 def _why_not_compared(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
     network = network_of(pl_module)
     assert network is not None  # noqa: S101 (the caller found it)
-    why = why_not_surveyed(trainer, network)
+    why = reason_not_evaluated(trainer, network)
     return None if why is None else f"its loss cannot be compared with the squared error: {why}"
 
 
@@ -157,9 +157,9 @@ def _compared(
     with in_double(pl_module) as double:
         network = network_of(pl_module)
         assert network is not None  # noqa: S101
-        readers = [SurveyReader(network, present.output_weights.dtype)]
+        readers = [StatisticsReader(network, present.output_weights.dtype)]
         if not first:
-            readers.append(survey_reader(trainer, pl_module, present, ranked=True))
+            readers.append(statistics_reader(trainer, pl_module, present, ranked=True))
         batch = DoubleBatch(
             trainer, pl_module, double, loss_fn, read=lambda read: [reader.take(read) for reader in readers]
         )
@@ -173,12 +173,12 @@ def _compared(
                     batch.check()
                     return f"its loss cannot be compared with the squared error: {error}"
                 parts = gather_results(lambda: [reader.part() for reader in readers])
-                survey = merged_parts([own[0] for own in parts])[0]
-                expected = torch.cat([_gradient_of(network, survey)[p.data_ptr()].flatten() for p in parameters])
+                statistics = merged_parts([own[0] for own in parts])[0]
+                expected = torch.cat([_gradient_of(network, statistics)[p.data_ptr()].flatten() for p in parameters])
             batch.check()
     if not first:
         keep_survey(trainer, pl_module, present, [own[1] for own in parts])
-    return _Comparison(loss, float(survey.mse), gradient.cpu(), expected.cpu())
+    return _Comparison(loss, float(statistics.mse), gradient.cpu(), expected.cpu())
 
 
 def _parameters(pl_module: pl.LightningModule, network: Network) -> list[nn.Parameter]:
@@ -187,9 +187,9 @@ def _parameters(pl_module: pl.LightningModule, network: Network) -> list[nn.Para
     return [parameter for parameter in pl_module.parameters() if parameter.data_ptr() in known]
 
 
-def _gradient_of(network: Network, survey: Survey) -> dict[int, Tensor]:
+def _gradient_of(network: Network, statistics: NetworkStatistics) -> dict[int, Tensor]:
     """Gradient of the mean squared error by each tensor of a two-layer network, by the tensor's place in memory."""
-    correlation, scale = survey.layers[0].correlation, -2.0 / survey.num_samples
+    correlation, scale = statistics.layers[0].correlation, -2.0 / statistics.num_samples
     rows, output = network.rows.cpu().double(), network.output_weights.cpu().double()
     hidden = scale * output[:, None] * correlation.cpu()
     found = {
@@ -198,8 +198,8 @@ def _gradient_of(network: Network, survey: Survey) -> dict[int, Tensor]:
     }
     if network.hidden_bias is not None:
         found[network.hidden_bias.data_ptr()] = hidden[:, -1]
-    if network.output_bias is not None and survey.error_sum is not None:
-        found[network.output_bias.data_ptr()] = scale * survey.error_sum.cpu()
+    if network.output_bias is not None and statistics.error_sum is not None:
+        found[network.output_bias.data_ptr()] = scale * statistics.error_sum.cpu()
     return found
 
 

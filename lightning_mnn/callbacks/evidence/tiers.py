@@ -67,7 +67,7 @@ def has_weight_decay(trainer: pl.Trainer) -> bool:
     return any(group.get("weight_decay", 0) for own in trainer.optimizers for group in own.param_groups)
 
 
-class Judge(ABC):
+class Tier(ABC):
     """Gathers the evidence of one tier; a :class:`LocalMinimumDetector` says when.
 
     Every process calls the same methods in the same order, and gets the same answers.
@@ -89,7 +89,7 @@ class Judge(ABC):
         """Whether the last look found nothing that speaks against a minimum."""
 
     @property
-    def can_conclude(self) -> bool:
+    def can_certify(self) -> bool:
         """Whether there is a dear part, which can decide."""
         return False
 
@@ -99,14 +99,14 @@ class Judge(ABC):
         return False
 
     @abstractmethod
-    def look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The cheap part, at each check."""
 
-    def conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def certify_minimum(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The dear part, after a look at the same weights, where there is one."""
         del trainer, pl_module
 
-    def conclude_the_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, polish: bool) -> bool:
+    def finalize(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, polish: bool) -> bool:
         """The dear part at the end of training, unless it was done at these weights; whether anything was done."""
         del trainer, pl_module, polish
         return False

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lightning_mnn.callbacks.evaluation.choose_pass import kept_parameters
-from lightning_mnn.callbacks.evaluation.isolation import undisturbed
+from lightning_mnn.callbacks.evaluation.choose_pass import restoring_parameters
+from lightning_mnn.callbacks.evaluation.isolation import isolated
 from lightning_mnn.callbacks.evaluation.run_module import as_in_training, forward_on, forward_parts, step_for_its_passes
 from lightning_mnn.data.loaders.shards import exact_shard, flat_batch, num_samples
 from lightning_mnn.landscape.pattern import ActivationPattern
@@ -102,7 +102,7 @@ def is_plain_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear and parameters.keys() <= {"weight", "bias"} and "forward" not in vars(module)
 
 
-def why_not_alone(trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network) -> str | None:
+def reason_not_alone(trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network) -> str | None:
     """Why a module's regions are not those of its network on the training inputs; None where they are.
 
     The network is that of an ``nn.Sequential`` in the module, whose layers must run once in a pass, one after the
@@ -118,20 +118,20 @@ def why_not_alone(trainer: pl.Trainer, pl_module: pl.LightningModule, network: N
         return "its nn.Sequential has layers with forward hooks, which may change what these give"
     few = torch.arange(min(_FEW, num_samples(trainer.train_dataloader)))
 
-    def why_not(run: ModelFunction) -> str | None:
-        with undisturbed(trainer, pl_module), kept_parameters(pl_module), warnings.catch_warnings(action="ignore"):
+    def reason(run: ModelFunction) -> str | None:
+        with isolated(trainer, pl_module), restoring_parameters(pl_module), warnings.catch_warnings(action="ignore"):
             (batch,) = exact_shard(trainer.train_dataloader, chosen=few, batch_size=len(few))
             inputs = flat_batch(batch)[0].clone()
             calls = _calls(layers, lambda: run(pl_module, as_in_training(trainer, pl_module, batch)))
-            return _why_not_plain(calls, layers, inputs)
+            return _reason_not_plain(calls, layers, inputs)
 
     reasons: dict[str, str | None] = {}
     with torch.no_grad():
         if forward_parts(pl_module, [None, None]) is not None:
             with ignored_errors():  # of a wrong guess of what it takes
-                reasons["forward"] = why_not(forward_on)
+                reasons["forward"] = reason(forward_on)
         with ignored_errors():  # what cannot be run in eval mode, or by itself
-            reasons["training_step"] = why_not(step_for_its_passes)
+            reasons["training_step"] = reason(step_for_its_passes)
     told = [f"its {what} {why}" for what, why in reasons.items() if why is not None]
     if not reasons:
         told = ["neither its forward nor its training_step can be run by itself"]
@@ -160,7 +160,9 @@ def _calls(layers: Sequence[nn.Module], run: Callable[[], Any]) -> list[tuple[nn
     return calls
 
 
-def _why_not_plain(calls: list[tuple[nn.Module, Any, Any]], layers: Sequence[nn.Module], inputs: Tensor) -> str | None:
+def _reason_not_plain(
+    calls: list[tuple[nn.Module, Any, Any]], layers: Sequence[nn.Module], inputs: Tensor
+) -> str | None:
     """Why calls of layers are not one chain that begins with the inputs (n, d0); None where they are."""
     times = sum(layer is layers[0] for layer, _, _ in calls)
     if times != 1:

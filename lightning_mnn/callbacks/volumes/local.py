@@ -16,7 +16,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import nn
 
 from lightning_mnn.callbacks.evaluation.choose_pass import pass_of_training
-from lightning_mnn.callbacks.evaluation.isolation import undisturbed
+from lightning_mnn.callbacks.evaluation.isolation import isolated
 from lightning_mnn.callbacks.evaluation.kink_probe import chosen_samples, first_batch
 from lightning_mnn.callbacks.evaluation.module_network import NetworkModule
 from lightning_mnn.callbacks.evaluation.run_module import as_in_training, forward_on, precision_context
@@ -139,7 +139,7 @@ def check_kinks(trainer: pl.Trainer, pl_module: pl.LightningModule, settings: Pr
 
         chosen = pass_of_training(trainer, pl_module, batch, settings.modules, "AngularVolumeMonitor")
         settings = replace(settings, forward_fn=chosen)
-    with undisturbed(trainer, pl_module):
+    with isolated(trainer, pl_module):
         _Passes(trainer, pl_module, settings).look()
     return settings
 
@@ -158,7 +158,7 @@ def measure_local_volume(trainer: pl.Trainer, pl_module: pl.LightningModule, set
         NoKinksError: see :func:`check_kinks`.
         TypeError: see :func:`check_kinks`.
     """
-    with undisturbed(trainer, pl_module):
+    with isolated(trainer, pl_module):
         passes = _Passes(trainer, pl_module, settings)
         look = passes.look()
         volume, reason = _keep_probabilities(trainer, settings, passes, look)
@@ -245,7 +245,7 @@ class _Look:
 
 
 class _Passes:
-    """Passes of a module over its probe, all alike; for use within ``undisturbed``."""
+    """Passes of a module over its probe, all alike; for use within ``isolated``."""
 
     def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule, settings: ProbeSettings) -> None:
         self._trainer, self._module, self._settings = trainer, pl_module, settings

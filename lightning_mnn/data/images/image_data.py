@@ -22,8 +22,8 @@ from lightning_mnn.data.loaders.exact import ExactData, ExactLoader
 from lightning_mnn.data.loaders.resident import ResidentLoader
 from lightning_mnn.data.loaders.rows import written_rows
 from lightning_mnn.data.loaders.streaming import BUFFER_BYTES, StreamedLoader
-from lightning_mnn.data.loaders.whitening import ROWS, InputMap, check_floor, input_map, moments, team_moments
-from lightning_mnn.utilities.distributed import ProcessTeam, Team, part_of
+from lightning_mnn.data.loaders.whitening import ROWS, InputMap, check_floor, input_map, moments, moments_of_group
+from lightning_mnn.utilities.distributed import DistributedGroup, ProcessGroup, part_of
 from lightning_mnn.utilities.resources import free_memory
 from lightning_mnn.utilities.validation import one_of, positive_integer, truth_value
 
@@ -135,7 +135,7 @@ class ImageData(ExactData):
         """Write the mapped inputs, if so asked; a subclass whose source has files to make does that before."""
         if self.materialise and self.residency != "memory":
             samples = ImageSamples(self.source(), self.groups)
-            if self._streams(samples, Team()):
+            if self._streams(samples, ProcessGroup()):
                 self._written(samples)
 
     @override
@@ -143,16 +143,18 @@ class ImageData(ExactData):
         if self.targets is not None:
             return
         samples = ImageSamples(self.source(), self.groups)
-        team = ProcessTeam(samples.count) if dist.is_available() and dist.is_initialized() else Team()
-        if self._streams(samples, team):
+        process_group = (
+            DistributedGroup(samples.count) if dist.is_available() and dist.is_initialized() else ProcessGroup()
+        )
+        if self._streams(samples, process_group):
             if self.batch_size is None:
                 raise ValueError(
                     f"the {samples.count} images are streamed, so that the full batch is never in memory: "
                     "set a batch_size (or residency=memory)"
                 )
-            self._streamed = self._written(samples) if self.materialise else self._on_the_fly(samples, team)
+            self._streamed = self._written(samples) if self.materialise else self._on_the_fly(samples, process_group)
         else:
-            self.inputs = self._mapped(samples, self._found_map(samples, team))
+            self.inputs = self._mapped(samples, self._found_map(samples, process_group))
         ones = torch.from_numpy(samples.ones).to(self.dtype)
         self.targets = ones if self.labels == "zero_one" else 2 * ones - 1
         self._facts = self._found_facts(samples)
@@ -193,13 +195,13 @@ class ImageData(ExactData):
         """In which the samples are mapped."""
         return torch.promote_types(self.dtype, torch.float32)
 
-    def _streams(self, samples: ImageSamples, team: Team) -> bool:
+    def _streams(self, samples: ImageSamples, process_group: ProcessGroup) -> bool:
         """Whether the samples are to be streamed: the same answer on all processes."""
         if self.residency != "auto":
             return self.residency == "stream"
         processes = 1 if self.trainer is None or self._device.type == "cuda" else self.trainer.num_devices
         free = torch.tensor(free_memory(self._device) / processes, dtype=torch.float64, device=self._device)
-        return samples.count * samples.shape[1] * self.storage.itemsize > _MEMORY_SHARE * float(team.least(free))
+        return samples.count * samples.shape[1] * self.storage.itemsize > _MEMORY_SHARE * float(process_group.min(free))
 
     def _found_facts(self, samples: ImageSamples) -> dict[str, Any]:
         order: dict[str, Any] = {}
@@ -231,8 +233,8 @@ class ImageData(ExactData):
             mapping.apply(samples.read(low, high).to(self._device), inputs[low:high])
         return inputs
 
-    def _on_the_fly(self, samples: ImageSamples, team: Team) -> dict[str, Any]:
-        mapping = self._kept_map(samples, team)
+    def _on_the_fly(self, samples: ImageSamples, process_group: ProcessGroup) -> dict[str, Any]:
+        mapping = self._stored_map(samples, process_group)
         return {"rows": samples.rows, "chosen": samples.chosen, "mapping": mapping, "dtype": self.storage}
 
     def _written(self, samples: ImageSamples) -> dict[str, Any]:
@@ -244,20 +246,20 @@ class ImageData(ExactData):
         def block_of(low: int, high: int) -> Tensor:
             nonlocal mapping
             if mapping is None:
-                mapping = self._kept_map(samples, Team()).to(self._device, self._precision)
+                mapping = self._stored_map(samples, ProcessGroup()).to(self._device, self._precision)
             out = torch.empty(high - low, samples.shape[1], dtype=self.storage, device=self._device)
             return mapping.apply(samples.read(low, high).to(self._device), out).cpu()
 
         return {"rows": written_rows(path, samples.shape, self.storage, block_of)}
 
-    def _kept_map(self, samples: ImageSamples, team: Team) -> InputMap:
+    def _stored_map(self, samples: ImageSamples, process_group: ProcessGroup) -> InputMap:
         """The map of streamed samples, from a file if an earlier run has found it."""
         path = self.cache / f"{self._name_of_map(samples)}.npz"
         kept = load_map(path) if path.exists() else None
         known = torch.tensor(float(kept is not None), device=self._device)
-        if team.least(known) == 1 and kept is not None:
+        if process_group.min(known) == 1 and kept is not None:
             return replace(kept, equal_norms=self.equal_norms)
-        mapping = self._found_map(samples, team)
+        mapping = self._found_map(samples, process_group)
         if self.trainer is None or self.trainer.local_rank == 0:
             try:
                 save_map(path, mapping)
@@ -271,12 +273,12 @@ class ImageData(ExactData):
     def _name_of_map(self, samples: ImageSamples) -> str:
         return f"map-{digest_of([samples.identity(), repr(self.whiten)])}"
 
-    def _found_map(self, samples: ImageSamples, team: Team) -> InputMap:
+    def _found_map(self, samples: ImageSamples, process_group: ProcessGroup) -> InputMap:
         """The map, by a pass over the samples that the processes share."""
-        rank = dist.get_rank() if team.size > 1 else 0
+        rank = dist.get_rank() if process_group.size > 1 else 0
         what = "mean and variance" if self.whiten is None else f"whitening with floor {self.whiten}"
         rank_zero_info(f"{what} of {samples.count} images of {samples.shape[1]} numbers")
         size = max(1, BLOCK_NUMBERS // samples.shape[1])
-        blocks = (samples.read(*span) for span in spans(*part_of(samples.count, rank, team.size), size))
+        blocks = (samples.read(*span) for span in spans(*part_of(samples.count, rank, process_group.size), size))
         own = moments(blocks, samples.shape[1], products=self.whiten is not None, device=self._device)
-        return replace(input_map(team_moments(own, team), self.whiten), equal_norms=self.equal_norms)
+        return replace(input_map(moments_of_group(own, process_group), self.whiten), equal_norms=self.equal_norms)

@@ -17,7 +17,7 @@ from lightning_mnn.utilities.validation import ArgumentError, is_real_number
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from lightning_mnn.utilities.distributed import Team
+    from lightning_mnn.utilities.distributed import ProcessGroup
 
 ROWS = 256  # that are mapped at a time
 
@@ -98,17 +98,17 @@ def merged(parts: Sequence[Moments]) -> Moments:
     return Moments(count, mean, scatter)
 
 
-def team_moments(own: Moments, team: Team) -> Moments:
+def moments_of_group(own: Moments, process_group: ProcessGroup) -> Moments:
     """Moments of the samples of all processes, the same on each of them: what :func:`merged` gives, to rounding.
 
     Collective: every process of the team must call it. The scatter of ``own`` is written over.
     """
-    if team.size == 1:
+    if process_group.size == 1:
         return own
-    count = int(team.sum(torch.tensor(own.count, device=own.mean.device)))
-    mean = team.sum(own.mean * (own.count / count))
+    count = int(process_group.sum(torch.tensor(own.count, device=own.mean.device)))
+    mean = process_group.sum(own.mean * (own.count / count))
     _add_shift(own.scatter, own.mean - mean, own.count)
-    return Moments(count, mean, team.sum(own.scatter))
+    return Moments(count, mean, process_group.sum(own.scatter))
 
 
 def _add_shift(scatter: Tensor, shift: Tensor, weight: float) -> None:

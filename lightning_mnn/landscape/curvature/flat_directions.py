@@ -135,7 +135,7 @@ def _across(surface: LossSurface, step: Tensor, vector: Tensor) -> tuple[Tensor,
             lambda v: within(surface.product(v)),
             gradient,
             max_products=_PRODUCTS,
-            goes_on=lambda more: surface.team.any([more], surface.device)[0],
+            goes_on=lambda more: surface.process_group.any([more], surface.device)[0],
         )
     return solved.step, solved.products + 1
 
@@ -321,10 +321,10 @@ class _Flat:
         solved = conjugate_gradients(
             self._surface.product,
             -image,
-            least_curvature=self._curvature_error,
+            smallest_curvature=self._curvature_error,
             residual=max(_FLAT, self._curvature_error * size / float(image.double().norm())),
             max_products=self._max_products,
-            goes_on=lambda more: self._surface.team.any([more], self._surface.device)[0],
+            goes_on=lambda more: self._surface.process_group.any([more], self._surface.device)[0],
         )
         self.products += solved.products
         left = vector - solved.step

@@ -140,7 +140,7 @@ def extreme_eigenvalues(
     >>> found.products < 120 and found.smallest_error < 0.005
     True
     """
-    steps = _most_steps(n, dtype, max_products, failure, memory_budget)
+    steps = _max_steps(n, dtype, max_products, failure, memory_budget)
     lanczos = _Lanczos(n, steps, dtype, device, seed, failure)
     ends = lanczos.step(matvec)
     while lanczos.taken < steps and not (_done(ends, tolerance) if enough is None else enough(ends)):
@@ -178,7 +178,7 @@ def products_needed(n: int, relative_error: float, failure: float = 1e-3) -> int
     """
     if not 0 < relative_error < 1:
         raise ValueError(f"relative_error must lie between 0 and 1, got {relative_error}")
-    angle = math.acosh(math.exp(-_log_least_part(n, failure)))
+    angle = math.acosh(math.exp(-_log_smallest_part(n, failure)))
     return min(n, math.ceil((angle / math.atanh(math.sqrt(relative_error)) + 1) / 2))
 
 
@@ -203,7 +203,7 @@ class _Lanczos:
     ) -> None:
         self.n = n
         self.taken = 0
-        self._log_part = _log_least_part(n, failure)
+        self._log_part = _log_smallest_part(n, failure)
         self._random = seeded(seed)
         self._basis = torch.empty(steps, n, dtype=dtype, device=device)
         self._blocks = [_Block()]
@@ -307,7 +307,7 @@ def _beyond(distances: Array, log_product: float) -> float:
     return math.exp(root) * (1 + 1e-6)
 
 
-def _log_least_part(n: int, failure: float) -> float:
+def _log_smallest_part(n: int, failure: float) -> float:
     """Logarithm of what a unit vector's part along a given direction exceeds with the probability 1 − failure."""
     return 0.0 if n == 1 else 0.5 * math.log(float(betaincinv(0.5, (n - 1) / 2, failure)))
 
@@ -330,7 +330,7 @@ def _check(finite: float) -> None:
         raise FloatingPointError("a product with the operator is not finite: the loss overflows, or has no curvature")
 
 
-def _most_steps(n: int, dtype: torch.dtype, max_products: int, failure: float, memory_budget: int) -> int:
+def _max_steps(n: int, dtype: torch.dtype, max_products: int, failure: float, memory_budget: int) -> int:
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     if max_products < 1:

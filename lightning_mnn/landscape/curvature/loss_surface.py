@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_mnn.utilities.compat.precision import full_precision
 from lightning_mnn.utilities.compat.torch_internals import without_derivative
-from lightning_mnn.utilities.distributed import Team
+from lightning_mnn.utilities.distributed import ProcessGroup
 from lightning_mnn.utilities.interruption import Interrupted, alone
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class LossSurface:
         parameters: θ, of one dtype (float32 or float64) and on one device; flat vectors are in this order.
         parts: returns the pairs (c_b, L_b), L_b() being the loss of a part, a tensor of one number. It is called anew
             for each gradient and product, and must give the same loss each time.
-        team: the processes; each calls the same methods in the same order.
+        process_group: the processes; each calls the same methods in the same order.
         normalise: take c_b relative to their sum, which need not be known before a pass.
 
     Raises:
@@ -56,7 +56,12 @@ class LossSurface:
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], parts: Parts, team: Team | None = None, *, normalise: bool = False
+        self,
+        parameters: Sequence[Tensor],
+        parts: Parts,
+        process_group: ProcessGroup | None = None,
+        *,
+        normalise: bool = False,
     ) -> None:
         self.parameters = list(parameters)
         if not self.parameters:
@@ -70,7 +75,7 @@ class LossSurface:
         if self.dtype not in {torch.float32, torch.float64}:
             raise ValueError(f"parameters must be float32 or float64, got {self.dtype}")
         self.size = sum(parameter.numel() for parameter in self.parameters)
-        self.team = Team() if team is None else team
+        self.process_group = ProcessGroup() if process_group is None else process_group
         self._parts = parts
         self._normalise = normalise
         self._free = [parameter for parameter in self.parameters if parameter.requires_grad]
@@ -150,7 +155,7 @@ class LossSurface:
                         slot.add_(gradient.detach(), alpha=weight)
 
         self._together(own)
-        if not self.team.any([depends], self.device)[0]:
+        if not self.process_group.any([depends], self.device)[0]:
             raise NoDerivativeError(
                 "the loss depends on none of the parameters: it must be returned with its graph, not detached"
             )
@@ -165,13 +170,13 @@ class LossSurface:
                 own()
         except (Exception, Interrupted) as error:  # noqa: BLE001 (of whatever kind)
             failure = error
-        (failed,) = self.team.any([failure is not None], self.device)
+        (failed,) = self.process_group.any([failure is not None], self.device)
         if failed:
-            self.team.raise_any(failure)
+            self.process_group.raise_any(failure)
 
     def _over_all(self, total: Tensor) -> Tensor:
         """The sums of all processes but the last, which is that of the weights c_b, and divides the others."""
-        total = self.team.sum(total)
+        total = self.process_group.sum(total)
         return total[:-1] / total[-1] if self._normalise else total[:-1]
 
     def _differentiate(self, loss: Tensor) -> Sequence[Tensor | None]:

@@ -162,7 +162,7 @@ def conjugate_gradients(
     product: Callable[[Tensor], Tensor],
     gradient: Tensor,
     *,
-    least_curvature: float = 0.0,
+    smallest_curvature: float = 0.0,
     residual: float = _RESIDUAL,
     max_products: int = 128,
     goes_on: Callable[[bool], bool] = bool,
@@ -172,7 +172,7 @@ def conjugate_gradients(
     Args:
         product: v ↦ H v.
         gradient: g, (n,).
-        least_curvature: pᵀH p/‖p‖² up to which a direction counts as flat.
+        smallest_curvature: pᵀH p/‖p‖² up to which a direction counts as flat.
         residual: ‖g + H d‖/‖g‖ at which it ends.
         max_products: after which it ends.
         goes_on: makes one answer of those of several processes.
@@ -189,7 +189,7 @@ def conjugate_gradients(
         image = product(direction)
         products += 1
         curvature, length = fetched((direction.double() * image.double()).sum(), direction.double().square().sum())
-        if not curvature > least_curvature * length:
+        if not curvature > smallest_curvature * length:
             return Solution(step, left, products, flat=True)
         rate = square / curvature
         step, left = step + rate * direction, left + rate * image
@@ -219,7 +219,7 @@ class _Run:
     def follow(self) -> NewtonDoubt | None:
         self.loss, gradient = self._at(None)
         self.norm = float(gradient.double().norm())
-        self.error = max(self._rounding(gradient), self.scales.eps * self.norm, self._least_rounding())
+        self.error = max(self._rounding(gradient), self.scales.eps * self.norm, self._smallest_rounding())
         self.total = torch.zeros_like(gradient)
         for turn in range(_STEPS):
             if self.norm <= _ROUNDINGS * self.error:
@@ -228,9 +228,9 @@ class _Run:
                 solved = conjugate_gradients(
                     self.surface.product,
                     gradient,
-                    least_curvature=self.curvature_error,
+                    smallest_curvature=self.curvature_error,
                     max_products=self.max_products - self.products,
-                    goes_on=lambda more: self.surface.team.any([more], self.surface.device)[0],
+                    goes_on=lambda more: self.surface.process_group.any([more], self.surface.device)[0],
                 )
             self.products += solved.products
             left = float(solved.residual.double().norm())
@@ -264,7 +264,7 @@ class _Run:
         with self.surface.moved(step):
             return self.surface.value_and_gradient()
 
-    def _least_rounding(self) -> float:
+    def _smallest_rounding(self) -> float:
         """What rounding of the weights makes of a gradient, or nearly as much."""
         weights = math.sqrt(sum(float(p.detach().double().square().sum()) for p in self.surface.parameters))
         return _OF_WEIGHTS * self.scales.eps * self.scales.curvature * weights

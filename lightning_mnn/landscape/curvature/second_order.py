@@ -1,7 +1,7 @@
 """Second-order evidence: is a stationary point off the kinks a local minimum, by the spectrum of its Hessian?
 
 Between kinks the loss is as smooth as its smooth parts, so its gradient and Hessian say what a point is up to second
-order. ``judge_stationarity`` is the cheap part and ``judge_curvature`` the dear one, which only what passed the first
+order. ``check_stationarity`` is the cheap part and ``check_curvature`` the dear one, which only what passed the first
 calls for.
 """
 
@@ -97,7 +97,7 @@ class SecondOrderVerdict:
     gradients: int = 0
 
 
-def judge_stationarity(
+def check_stationarity(
     surface: LossSurface,
     kinks: KinkDistance,
     reference: float,
@@ -116,7 +116,7 @@ def judge_stationarity(
     pass. Where the gradient exceeds its tolerance, and no more than twice as many units are on kinks as would be by
     chance, that is left out. The kind is ``not_stationary`` where ‖∇L‖ exceeds the tolerance times the reference (and
     twice its change over kinks, as far as that was formed, so that −∇L leads downhill on all their sides), and
-    otherwise ``undecided``: for :func:`judge_curvature` to decide.
+    otherwise ``undecided``: for :func:`check_curvature` to decide.
 
     Args:
         surface: the loss at the parameters θ.
@@ -173,7 +173,7 @@ def judge_stationarity(
     return SecondOrderVerdict(kind, reason, loss, norm, relative, kinks.nearest, kinks.relative, kinks.count, jump)
 
 
-def judge_curvature(
+def check_curvature(
     surface: LossSurface,
     stationary: SecondOrderVerdict,
     *,
@@ -212,9 +212,9 @@ def judge_curvature(
 
     Args:
         surface: the loss at the parameters θ.
-        stationary: what :func:`judge_stationarity` said; if that is not ``undecided``, it is returned.
+        stationary: what :func:`check_stationarity` said; if that is not ``undecided``, it is returned.
         curvature_tolerance: the largest −λ_min/λ_max that a minimum may have, as far as products tell.
-        reference: as for :func:`judge_stationarity`, by which the size of steps is known where all weights are zero.
+        reference: as for :func:`check_stationarity`, by which the size of steps is known where all weights are zero.
         max_products: of each of the stages (λ_min; Newton's method; each move in flat directions), after which it
             stays undecided.
         failure: probability with which the lower bound of λ_min may fail.
@@ -238,7 +238,7 @@ def judge_curvature(
         bounded = _is_bounded(low, error, high, curvature_tolerance)
         flat_or_strict = low <= _FLAT * high or low > error  # a small eigenvalue that is none shows with more products
         decided = ends.exhausted or (negative and known) or (bounded and flat_or_strict)
-        (goes_on,) = surface.team.any([not decided], surface.device)
+        (goes_on,) = surface.process_group.any([not decided], surface.device)
         return not goes_on  # all stop, or none
 
     spectrum = extreme_eigenvalues(
@@ -262,7 +262,7 @@ def judge_curvature(
     kind, reason = _judge(surface, stationary.gradient_norm, spectrum, curvature_tolerance)
     found = replace(found, kind=kind, reason=reason)
     if kind is SecondOrderKind.MINIMUM:
-        found = _Minimum(surface, spectrum, found, reference, max_products, seed).judged()
+        found = _Minimum(surface, spectrum, found, reference, max_products, seed).classified()
     return replace(found, reason=f"{found.reason}; {stationary.reason}. Evidence of second order, not a proof")
 
 
@@ -279,7 +279,7 @@ def second_order_verdict(
     memory_budget: int = 2**31,
     seed: int = 0,
 ) -> SecondOrderVerdict:
-    """:func:`judge_stationarity`, then :func:`judge_curvature` where the first does not decide.
+    """:func:`check_stationarity`, then :func:`check_curvature` where the first does not decide.
 
     >>> import torch
     >>> from lightning_mnn.landscape import KinkDistance, LossSurface
@@ -289,10 +289,10 @@ def second_order_verdict(
     >>> str(verdict.kind), abs(verdict.smallest_eigenvalue + 2) < verdict.eigenvalue_error
     ('saddle', True)
     """
-    stationary = judge_stationarity(
+    stationary = check_stationarity(
         surface, kinks, reference, gradient_tolerance=gradient_tolerance, jump_tolerance=jump_tolerance
     )
-    return judge_curvature(
+    return check_curvature(
         surface,
         stationary,
         curvature_tolerance=curvature_tolerance,
@@ -346,8 +346,8 @@ def _judge(surface: LossSurface, norm: float, spectrum: Spectrum, tolerance: flo
     if max(high, -low) <= spectrum.rounding:
         return SecondOrderKind.UNDECIDED, f"the Hessian is zero up to rounding: λ_min = {ends}"
     norm = norm if norm > spectrum.rounding * _size(surface) else 0.0  # what rounding made of zero feigns nothing
-    feigned = _FEIGNED * norm / _local_size(surface, spectrum.vector) if norm else 0.0
-    fall = _verified_fall(surface, spectrum.vector, low) if -low > spectrum.rounding + feigned else None
+    explained_curvature = _FEIGNED * norm / _local_size(surface, spectrum.vector) if norm else 0.0
+    fall = _verified_fall(surface, spectrum.vector, low) if -low > spectrum.rounding + explained_curvature else None
     if fall is not None:
         length, lower = fall
         return SecondOrderKind.SADDLE, f"the loss falls by {lower:.1e} at {length:.1e} along v: λ_min = {ends}"
@@ -355,8 +355,8 @@ def _judge(surface: LossSurface, norm: float, spectrum: Spectrum, tolerance: flo
         return SecondOrderKind.MINIMUM, f"λ_min = {ends}"
     if _is_negative(low, high, spectrum.largest_error, tolerance):
         doubt = (
-            f"no more than what is left of the gradient could feign ({feigned:.1e}): train on"
-            if -low <= spectrum.rounding + feigned
+            f"no more than what is left of the gradient could feign ({explained_curvature:.1e}): train on"
+            if -low <= spectrum.rounding + explained_curvature
             else "but along its direction the loss does not fall as that predicts, beyond rounding and before a kink"
         )
         return SecondOrderKind.UNDECIDED, f"negative curvature, {doubt}: λ_min = {ends}"
@@ -419,20 +419,20 @@ class _Minimum:
         length = max(_size(surface), reference / spectrum.largest) or 1.0
         self._scales = Scales(length, spectrum.largest, torch.finfo(surface.dtype).eps)
 
-    def judged(self) -> SecondOrderVerdict:
+    def classified(self) -> SecondOrderVerdict:
         """The verdict."""
         check = newton_check(self._surface, self._scales, self._spectrum.rounding, max_products=self._max_products)
         self._verdict = replace(
             self._verdict, newton_gain=check.gain, newton_distance=check.length / self._scales.length
         )
         self._count(check.products, check.gradients)
-        doubt = self._why_not_next_to_one(check)
+        doubt = self._reason_not_near_minimum(check)
         if doubt is not None:
             return self._told(SecondOrderKind.UNDECIDED, doubt)
         with self._surface.moved(check.step):
-            return self._judged_there(check)
+            return self._verdict_there(check)
 
-    def _why_not_next_to_one(self, check: NewtonCheck) -> str | None:
+    def _reason_not_near_minimum(self, check: NewtonCheck) -> str | None:
         """Why Newton's method leads to no stationary point, or to one that is not θ's."""
         told = f"a Newton step would gain {check.gain:.1e} of the loss of {self._verdict.loss:.1e}"
         if check.doubt is NewtonDoubt.FLAT:
@@ -448,7 +448,7 @@ class _Minimum:
             return f"{told}, at a distance of {far:.1e} of the weights: train on"
         return None
 
-    def _judged_there(self, check: NewtonCheck) -> SecondOrderVerdict:
+    def _verdict_there(self, check: NewtonCheck) -> SecondOrderVerdict:
         """The verdict, at the stationary point."""
         if self._spectrum.smallest > self._spectrum.smallest_error:
             return self._of_bowl(check)

@@ -10,7 +10,7 @@ import torch
 
 from lightning_mnn.landscape.perturbation import COARSE_SPACING, Jitter
 from lightning_mnn.utilities.compat.precision import full_precision
-from lightning_mnn.utilities.distributed import Team
+from lightning_mnn.utilities.distributed import ProcessGroup
 from lightning_mnn.utilities.interruption import safe_point
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class KinkDistance:
 def kink_distance(
     passes: Iterable[Callable[[Callable[[Kink], None]], None]],
     parameters: Sequence[Tensor],
-    team: Team | None = None,
+    process_group: ProcessGroup | None = None,
     *,
     seed: int = 0,
 ) -> KinkDistance:
@@ -82,7 +82,7 @@ def kink_distance(
         passes: of each batch of this process's samples a function that runs one forward pass, the same each time it is
             called, and calls its argument with each kink call: ``with KinkTrace(module, on_kink): module(inputs)``.
         parameters: θ; those that require a gradient are moved, and put back bit for bit.
-        team: the processes.
+        process_group: the processes.
         seed: of the direction of s.
 
     >>> from torch import nn
@@ -100,7 +100,7 @@ def kink_distance(
     for run in passes:
         safe_point()
         meter.take(run)
-    return meter.found(team)
+    return meter.found(process_group)
 
 
 class KinkMeter:
@@ -134,9 +134,9 @@ class KinkMeter:
                 before, new = self._layers.get(name), call.measures()
                 self._layers[name] = new if before is None else _joined(before, new)
 
-    def found(self, team: Team | None = None) -> KinkDistance:
+    def found(self, process_group: ProcessGroup | None = None) -> KinkDistance:
         """The distance over the batches of all processes, each of which calls this."""
-        return _summary(_gathered(self._layers, Team() if team is None else team))
+        return _summary(_gathered(self._layers, ProcessGroup() if process_group is None else process_group))
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def _on_host(tensors: Sequence[Tensor]) -> list[Any]:
     return torch.stack([tensor.to(tensors[0].device) for tensor in tensors]).tolist() if tensors else []
 
 
-def _gathered(layers: dict[str, Tensor], team: Team) -> dict[str, _Layer]:
+def _gathered(layers: dict[str, Tensor], process_group: ProcessGroup) -> dict[str, _Layer]:
     """The layers over all processes, of which each may have met others."""
     rows = torch.zeros(len(layers), _NAME + 8, dtype=torch.float64)
     for row, name, numbers in zip(rows, layers, _on_host(list(layers.values())), strict=True):
@@ -252,7 +252,7 @@ def _gathered(layers: dict[str, Tensor], team: Team) -> dict[str, _Layer]:
         row[: len(label)] = torch.tensor(list(label), dtype=torch.float64)
         row[_NAME:] = torch.tensor(numbers, dtype=torch.float64)
     found: dict[str, Tensor] = {}
-    for row in team.join(rows):
+    for row in process_group.join(rows):
         name = bytes(int(byte) for byte in row[:_NAME].tolist() if byte).decode(errors="replace")
         found[name] = _joined(found[name], row[_NAME:]) if name in found else row[_NAME:]
     return {name: _Layer(*numbers.tolist()) for name, numbers in found.items()}

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from lightning_mnn.landscape.labels import infer_threshold, wrong
-from lightning_mnn.landscape.minima.optimality import Direction, Judgement, Kind, judge, step_off
+from lightning_mnn.landscape.minima.optimality import Direction, Kind, Optimality, judge, leave_kinks
 from lightning_mnn.landscape.minima.problem import HELD, Outputs, Point, Problem, Units, in_units
-from lightning_mnn.landscape.minima.stationary_point import Snap, snap
+from lightning_mnn.landscape.minima.stationary_point import FaceSolution, solve_on_face
 from lightning_mnn.landscape.regions.least_squares import GRAM_LIMIT
 from lightning_mnn.landscape.regions.rank import khatri_rao_rank
 from lightning_mnn.landscape.regions.region import gram_rank
-from lightning_mnn.utilities.distributed import Team
+from lightning_mnn.utilities.distributed import ProcessGroup
 from lightning_mnn.utilities.interruption import safe_point
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def certify(
     hidden_bias: Tensor | None = None,
     output_bias: Tensor | None = None,
     input_rank: int | None = None,
-    team: Team | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Certificate | list[Certificate]:
     """Certify an exact local minimum of ‖y − ŷ‖²/N at the weights of a two-layer network, or next to them.
 
@@ -125,7 +125,7 @@ def certify(
         hidden_bias: (d1,) or (R, d1): a weight on an input of ones.
         output_bias: a scalar tensor, or (R,).
         input_rank: rank of X (with the input of ones), where the caller knows it; None: it is found.
-        team: the processes that hold the other samples; None: all are here.
+        process_group: the processes that hold the other samples; None: all are here.
 
     Returns:
         A certificate; with a leading replica axis a list of R.
@@ -149,7 +149,7 @@ def certify(
         negative_slope,
         hidden_bias=hidden_bias,
         output_bias=output_bias,
-        team=team,
+        process_group=process_group,
     )
     found = [
         certificate_of(
@@ -187,7 +187,9 @@ def label_thresholds(cases: list[Case], threshold: float | None) -> list[float |
     """
     if threshold is not None:
         return [threshold for _ in cases]
-    return [infer_threshold(problem.team.join(units.predictions(problem.targets))) for problem, _, units in cases]
+    return [
+        infer_threshold(problem.process_group.join(units.predictions(problem.targets))) for problem, _, units in cases
+    ]
 
 
 def split_replicas(
@@ -199,7 +201,7 @@ def split_replicas(
     *,
     hidden_bias: Tensor | None = None,
     output_bias: Tensor | None = None,
-    team: Team | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> list[Case]:
     """The case of each replica, checked (see :func:`certify` for arguments and errors)."""
     _check(hidden_weights, output_weights, inputs, targets, negative_slope)
@@ -219,7 +221,9 @@ def split_replicas(
         free = x.new_ones(len(x), int(output_bias is not None))
         b = x.new_zeros(0) if output_bias is None else part(output_bias, 0, replica).reshape(1)
         if shared is None or inputs.ndim > 2 or targets.ndim > 1:
-            shared = in_units(Problem(x, part(targets, 1, replica), float(negative_slope), free, team or Team()))
+            shared = in_units(
+                Problem(x, part(targets, 1, replica), float(negative_slope), free, process_group or ProcessGroup())
+            )
         problem, of_inputs, of_targets = shared
         point = Point(w, part(output_weights, 1, replica), b)
         units = Units.of(point, of_inputs, of_targets)
@@ -263,7 +267,7 @@ def _check_biases(z: Tensor, hidden_bias: Tensor | None, output_bias: Tensor | N
             raise ValueError(f"{name} must be finite: some are NaN or infinite")
 
 
-def search(problem: Problem, point: Point, max_distance: float) -> tuple[Judgement, Snap]:
+def search(problem: Problem, point: Point, max_distance: float) -> tuple[Optimality, FaceSolution]:
     """The first minimum among the candidates within reach; else a saddle; else the nearest that was tried."""
     asked = problem.outputs(point)
     start = _without_negligible(problem, point, asked)
@@ -272,58 +276,58 @@ def search(problem: Problem, point: Point, max_distance: float) -> tuple[Judgeme
     longest = max_distance * float(start.theta.norm())
     tried = []
     large = min(problem.num_samples, start.theta.numel()) > GRAM_LIMIT
-    on_kinks = (outputs.preactivations.abs() <= HELD * outputs.blur) & (problem.norms > 0)[:, None]
-    untried: list[Tensor | None] = [on_kinks] if bool(problem.team.most(on_kinks.any().long())) else []
+    on_kinks = (outputs.preactivations.abs() <= HELD * outputs.uncertainty) & (problem.norms > 0)[:, None]
+    untried: list[Tensor | None] = [on_kinks] if bool(problem.process_group.max(on_kinks.any().long())) else []
     untried.append(None)
     while untried:
         safe_point()
         kinks = untried.pop(0)
-        found = snap(problem, start, active, kinks, longest)
-        found = turn_resting_units(problem, found, max_distance)
-        judgement = judge(problem, found)
-        if judgement.ends:
-            judgement, found = step_off(problem, found, judgement) or (judgement, found)
-        judgement, found = _within_reach(problem, asked, judgement, found, max_distance)
-        if judgement.kind not in MINIMA and problem.is_zero(outputs):  # whatever kinks it is on, or next to
+        found = solve_on_face(problem, start, active, kinks, longest)
+        found = turn_inactive_units(problem, found, max_distance)
+        optimality = judge(problem, found)
+        if optimality.ends:
+            optimality, found = leave_kinks(problem, found, optimality) or (optimality, found)
+        optimality, found = _within_reach(problem, asked, optimality, found, max_distance)
+        if optimality.kind not in MINIMA and problem.is_zero(outputs):  # whatever kinks it is on, or next to
             found = replace(found, point=start, outputs=outputs)
-            judgement = Judgement(_zero_kind(problem, outputs), "every error is zero up to rounding")
-        if judgement.kind in MINIMA:
-            return judgement, found
-        tried.append((judgement, found))
+            optimality = Optimality(_zero_kind(problem, outputs), "every error is zero up to rounding")
+        if optimality.kind in MINIMA:
+            return optimality, found
+        tried.append((optimality, found))
         if kinks is None and large and found.solution.too_long:
-            return replace(judgement, reason=f"{judgement.reason}; kinks were not tried at this size"), found
+            return replace(optimality, reason=f"{optimality.reason}; kinks were not tried at this size"), found
         if kinks is None:
             untried.extend(_candidate_kinks(problem, start, outputs)[: 1 if large else _ATTEMPTS])
-        if judgement.unclear is not None and not large and len(tried) <= _ATTEMPTS:
-            untried.insert(0, judgement.unclear if found.kinks is None else judgement.unclear | found.kinks)
+        if optimality.unclear is not None and not large and len(tried) <= _ATTEMPTS:
+            untried.insert(0, optimality.unclear if found.kinks is None else optimality.unclear | found.kinks)
     return min(tried, key=lambda pair: (pair[0].kind is not Kind.SADDLE, pair[1].distance))
 
 
 def _within_reach(
-    problem: Problem, asked: Outputs, judgement: Judgement, found: Snap, max_distance: float
-) -> tuple[Judgement, Snap]:
+    problem: Problem, asked: Outputs, optimality: Optimality, found: FaceSolution, max_distance: float
+) -> tuple[Optimality, FaceSolution]:
     """A judgement on a point that was asked about: what was found is near it, and its loss is no higher."""
-    if judgement.kind is Kind.NOT_STATIONARY:
-        return judgement, found
+    if optimality.kind is Kind.NOT_STATIONARY:
+        return optimality, found
     if not _reach(found) <= max_distance:
         reason = f"lies at a relative distance of {_reach(found):.1e}, beyond max_distance = {max_distance:g}"
-        return Judgement(Kind.NOT_STATIONARY, f"the nearest {judgement.kind} found {reason}"), found
-    rise, blur = problem.rise(asked, found.outputs)
-    if not rise <= blur:
+        return Optimality(Kind.NOT_STATIONARY, f"the nearest {optimality.kind} found {reason}"), found
+    rise, uncertainty = problem.rise(asked, found.outputs)
+    if not rise <= uncertainty:
         reason = "has a higher loss than the weights asked about"
-        return Judgement(Kind.NOT_STATIONARY, f"the nearest {judgement.kind} found {reason}"), found
+        return Optimality(Kind.NOT_STATIONARY, f"the nearest {optimality.kind} found {reason}"), found
     if rise > 0 and problem.is_zero(asked):  # of two fits the one that is there
-        return Judgement(Kind.NOT_STATIONARY, "the weights asked about have no error"), found
-    return judgement, found
+        return Optimality(Kind.NOT_STATIONARY, "the weights asked about have no error"), found
+    return optimality, found
 
 
 def _zero_kind(problem: Problem, outputs: Outputs) -> Kind:
     """Which kind of minimum weights without an error are."""
-    on_kink = (outputs.preactivations.abs() <= outputs.blur) & (problem.norms > 0)[:, None]
-    return Kind.KINK_MINIMUM if bool(problem.team.most(on_kink.any().long())) else Kind.DIFFERENTIABLE_MINIMUM
+    on_kink = (outputs.preactivations.abs() <= outputs.uncertainty) & (problem.norms > 0)[:, None]
+    return Kind.KINK_MINIMUM if bool(problem.process_group.max(on_kink.any().long())) else Kind.DIFFERENTIABLE_MINIMUM
 
 
-def _reach(found: Snap) -> float:
+def _reach(found: FaceSolution) -> float:
     """How far a snap went, of the flat weights and of the rows that rest at z_i = 0."""
     resting = found.point.output == 0
     moved = (found.point.hidden - found.start.hidden)[resting].norm(dim=1)
@@ -335,12 +339,12 @@ def _reach(found: Snap) -> float:
 def _without_negligible(problem: Problem, point: Point, outputs: Outputs) -> Point:
     """The point with z_i = 0 where what the unit says on the samples is lost in the rounding of the rest."""
     activated = torch.where(outputs.preactivations > 0, 1.0, abs(problem.slope)) * outputs.preactivations.abs()
-    sizes = point.output.abs() * problem.team.most(activated.amax(0))
+    sizes = point.output.abs() * problem.process_group.max(activated.amax(0))
     lost = (sizes <= torch.finfo(torch.float64).eps / 2 * sizes.norm()) & (sizes > 0)
     return replace(point, output=torch.where(lost, 0.0, point.output)) if bool(lost.any()) else point
 
 
-def turn_resting_units(problem: Problem, found: Snap, max_distance: float) -> Snap:
+def turn_inactive_units(problem: Problem, found: FaceSolution, max_distance: float) -> FaceSolution:
     """Turn rows with z_i = 0 that feel a force until their gradient vanishes, where a small turn does it."""
     point, rows = found.point, found.rows
     hidden = point.hidden.clone()
@@ -366,7 +370,7 @@ def _candidate_kinks(problem: Problem, point: Point, outputs: Outputs) -> list[T
     sizes = problem.norms[:, None] * point.sizes
     sines = torch.where(sizes > 0, outputs.preactivations.abs() / sizes, torch.inf)
     at_zero = (point.sizes == 0) & (problem.norms > 0)[:, None]  # rows w = 0: all their samples
-    near = problem.team.join(sines[sines < _NEAR]).sort().values
+    near = problem.process_group.join(sines[sines < _NEAR]).sort().values
     if not len(near):
         return []
     most = min(point.hidden.numel(), _MOST_KINKS)  # more constraints than weights leave nothing
@@ -378,8 +382,8 @@ def _candidate_kinks(problem: Problem, point: Point, outputs: Outputs) -> list[T
 
 def certificate_of(
     case: Case,
-    judgement: Judgement,
-    found: Snap,
+    optimality: Optimality,
+    found: FaceSolution,
     asked: Point,
     threshold: float | None,
     *,
@@ -388,14 +392,14 @@ def certificate_of(
 ) -> Certificate:
     """The certificate of a judgement on a snap that set out from the weights that were asked about."""
     problem, _, units = case
-    stands = judgement.kind is not Kind.NOT_STATIONARY
+    stands = optimality.kind is not Kind.NOT_STATIONARY
     point = found.point if stands else asked
     outputs = found.outputs if stands else problem.outputs(asked)
-    team, kinks = problem.team, found.kinks if stands else None
+    process_group, kinks = problem.process_group, found.kinks if stands else None
     predictions = units.predictions(problem.targets - outputs.errors)
     mistakes = None if threshold is None else wrong(predictions, units.predictions(problem.targets), threshold)
     u = outputs.preactivations.abs()
-    on_kink = (problem.norms > 0)[:, None] & (u <= outputs.blur)
+    on_kink = (problem.norms > 0)[:, None] & (u <= outputs.uncertainty)
     on_kink = on_kink if kinks is None else on_kink | kinks
     off_kink = torch.where((problem.norms > 0)[:, None] & ~on_kink, units.preactivations(u), torch.inf)
     sizes = asked.sizes
@@ -405,25 +409,25 @@ def certificate_of(
     weights = units.untold(point)
     width = point.hidden.shape[1] - int(biased)
     return Certificate(
-        kind=judgement.kind,
-        reason=judgement.reason,
+        kind=optimality.kind,
+        reason=optimality.reason,
         zero_error=problem.is_zero(outputs),
         mse=units.squares(problem.squared_error(outputs.errors) / problem.num_samples),
-        mce=None if mistakes is None else float(team.sum(mistakes.sum())) / problem.num_samples,
+        mce=None if mistakes is None else float(process_group.sum(mistakes.sum())) / problem.num_samples,
         distance=_reach(found) if stands else found.distance,
         weight_distance=float(torch.where(moved == 0, 0.0, moved / sizes).max()),
         margin_ratio=_margin_ratio(problem, found) if stands else None,
-        min_preactivation=float(team.least(off_kink.min())),
-        kinks=int(team.sum(on_kink.sum())),
+        min_preactivation=float(process_group.min(off_kink.min())),
+        kinks=int(process_group.sum(on_kink.sum())),
         rank=rank,
         rank_cap=cap,
         stationarity=_stationarity(problem, found, outputs, stands=stands),
-        rounding_bound=float(team.most(units.predictions(outputs.bounds).max())),
+        rounding_bound=float(process_group.max(units.predictions(outputs.bounds).max())),
         hidden_weights=weights.hidden[:, :width],
         output_weights=weights.output,
         hidden_bias=weights.hidden[:, -1] if biased else None,
         output_bias=weights.free[0] if len(weights.free) else None,
-        direction=_direction(judgement.direction, point, units),
+        direction=_direction(optimality.direction, point, units),
     )
 
 
@@ -435,7 +439,7 @@ def _direction(direction: Direction | None, point: Point, units: Units) -> Direc
     return Direction(move.hidden, move.output)
 
 
-def _margin_ratio(problem: Problem, found: Snap) -> float | None:
+def _margin_ratio(problem: Problem, found: FaceSolution) -> float | None:
     """Smallest |z_i||w_i·x_n|/|D_i·x_n| over the samples off the kinks."""
     moves = found.move[: found.point.hidden.numel()].reshape(found.point.hidden.shape)
     if not bool(moves.any()):
@@ -443,15 +447,15 @@ def _margin_ratio(problem: Problem, found: Snap) -> float | None:
     shifts = (problem.inputs @ moves.T).abs()
     sizes = (problem.inputs @ found.start.hidden.T).abs() * found.start.output.abs()
     counted = shifts > 0 if found.kinks is None else (shifts > 0) & ~found.kinks
-    least = float(problem.team.least(torch.where(counted, sizes / shifts, torch.inf).min()))
+    least = float(problem.process_group.min(torch.where(counted, sizes / shifts, torch.inf).min()))
     return least if math.isfinite(least) else None
 
 
-def _stationarity(problem: Problem, found: Snap, outputs: Outputs, *, stands: bool) -> float:
+def _stationarity(problem: Problem, found: FaceSolution, outputs: Outputs, *, stands: bool) -> float:
     face = found.face
     onto_kinks = replace(face, live=None)  # rows with z_i = 0 count: their forces make saddles
     left = onto_kinks.project(found.forces).norm() if stands else face.correlate(outputs.errors).norm()
-    squares = problem.team.sum(
+    squares = problem.process_group.sum(
         torch.stack([(face.slopes.norm(dim=1) * problem.norms).square().sum(), problem.targets.square().sum()])
     )
     scale = float(squares.prod()) ** 0.5
@@ -460,11 +464,11 @@ def _stationarity(problem: Problem, found: Snap, outputs: Outputs, *, stands: bo
 
 def _rank(problem: Problem, active: Tensor, input_rank: int | None) -> tuple[int | None, int]:
     """Rank of A∘X where it can be had, and its cap."""
-    team, slopes, inputs = problem.team, problem.slopes(active), problem.inputs
+    process_group, slopes, inputs = problem.process_group, problem.slopes(active), problem.inputs
     if input_rank is None:
-        input_rank = int(gram_rank(team.sum(inputs.T @ inputs)))
-    lost = int(team.sum((~active.any(1)).sum())) if problem.slope == 0 else 0
-    cap = min(problem.num_samples - lost, int(gram_rank(team.sum(slopes.T @ slopes))) * input_rank)
+        input_rank = int(gram_rank(process_group.sum(inputs.T @ inputs)))
+    lost = int(process_group.sum((~active.any(1)).sum())) if problem.slope == 0 else 0
+    cap = min(problem.num_samples - lost, int(gram_rank(process_group.sum(slopes.T @ slopes))) * input_rank)
     if min(problem.num_samples, slopes.shape[1] * inputs.shape[1]) > GRAM_LIMIT:
         return None, cap
-    return khatri_rao_rank(team.join(inputs), team.join(slopes)), cap
+    return khatri_rao_rank(process_group.join(inputs), process_group.join(slopes)), cap

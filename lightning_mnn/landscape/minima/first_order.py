@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lightning_mnn.landscape.minima.optimality import Kind
 
 if TYPE_CHECKING:
-    from lightning_mnn.landscape.regions.statistics import Survey
+    from lightning_mnn.landscape.regions.statistics import NetworkStatistics
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class FirstOrderVerdict:
 
 
 def first_order_verdicts(
-    survey: Survey, stationarity_tolerance: float, preactivation_tolerance: float
+    statistics: NetworkStatistics, stationarity_tolerance: float, preactivation_tolerance: float
 ) -> list[FirstOrderVerdict]:
     """Test each network of a survey: G e = 0, and no sample on a kink, both within tolerances.
 
@@ -38,7 +38,7 @@ def first_order_verdicts(
     tests (G e = 0 in the last layer and no gradient in the first) are necessary only, and the reason says so.
 
     Args:
-        survey: an exact pass over the training set, of one network or R.
+        statistics: an exact pass over the training set, of one network or R.
         stationarity_tolerance: largest ‖G e‖ / (‖G‖_F ‖y‖) that counts as zero.
         preactivation_tolerance: smallest |w·x| / (‖w‖‖x‖) that counts as off the kink.
 
@@ -46,8 +46,12 @@ def first_order_verdicts(
         A list of R verdicts (of one, without a replica axis).
     """
     return [
-        _verdict(float(stationarity), float(sine), stationarity_tolerance, preactivation_tolerance, len(survey.layers))
-        for stationarity, sine in zip(survey.stationarity.reshape(-1), survey.smallest_sine.reshape(-1), strict=True)
+        _verdict(
+            float(stationarity), float(sine), stationarity_tolerance, preactivation_tolerance, len(statistics.layers)
+        )
+        for stationarity, sine in zip(
+            statistics.stationarity.reshape(-1), statistics.smallest_sine.reshape(-1), strict=True
+        )
     ]
 
 

@@ -59,7 +59,7 @@ class _Pull:
         ahead: multipliers of samples that leave to the positive side, z e_n ‖x_n‖, (b,).
         behind: of samples that leave to the negative side, ρ times as much, (b,).
         noise: bound on the rounding error of ‖force‖.
-        blur: bounds on the rounding errors of both multipliers, (b,); 0 where they are known exactly.
+        uncertainty: bounds on the rounding errors of both multipliers, (b,); 0 where they are known exactly.
     """
 
     inputs: Array
@@ -67,7 +67,7 @@ class _Pull:
     ahead: Array
     behind: Array
     noise: float
-    blur: Array
+    uncertainty: Array
 
     def gain(self, steps: Array) -> Array:
         """What steps (…, d0) win, to first order."""
@@ -80,8 +80,8 @@ class _Pull:
         return float(1e-9 * (np.abs(self.force).max() + np.abs(self.ahead).max()))
 
 
-def judge_kinks(
-    inputs: Array, errors: Array, g: Array, z: float, slope: float, noise: float, *, blur: Array | None = None
+def check_multipliers(
+    inputs: Array, errors: Array, g: Array, z: float, slope: float, noise: float, *, uncertainty: Array | None = None
 ) -> KinkVerdict:
     """Test the kinks of one unit whose output weight is not zero.
 
@@ -97,12 +97,12 @@ def judge_kinks(
         g: Σ_{n∉B} e_n A_n x_n, (d0,).
         z: output weight, not 0.
         slope: ρ.
-        noise: bound on the rounding error of ‖g‖; without ``blur`` also of the e_n ‖x_n‖.
-        blur: bounds on the rounding errors of the e_n, (b,); 0 where e_n is known exactly.
+        noise: bound on the rounding error of ‖g‖; without ``uncertainty`` also of the e_n ‖x_n‖.
+        uncertainty: bounds on the rounding errors of the e_n, (b,); 0 where e_n is known exactly.
     """
     norms = np.linalg.norm(inputs, axis=1)
     pull = np.sign(z) * errors * norms
-    blurs = np.full(len(norms), noise) if blur is None else blur * norms
+    blurs = np.full(len(norms), noise) if uncertainty is None else uncertainty * norms
     kinks = _Pull(
         inputs / norms[:, None], np.sign(z) * g, pull, slope * pull, noise, max(1.0, abs(slope)) * blurs
     )  # fmt: skip
@@ -128,13 +128,13 @@ def _independent(kinks: _Pull, smallest: float, flatter: int) -> KinkVerdict:
     if np.linalg.norm(left) > 2 * kinks.noise + 1e-12 * np.linalg.norm(force):
         return KinkVerdict(holds=False, reason="a force along the kinks", stationary=False, step=left)
     summing = sum(kinks.inputs.shape) * _EPS * (np.linalg.norm(force) + np.abs(multipliers).sum())
-    blur = kinks.blur + (kinks.noise + summing) / smallest + np.linalg.norm(inverse.T @ left)
+    uncertainty = kinks.uncertainty + (kinks.noise + summing) / smallest + np.linalg.norm(inverse.T @ left)
     gains = np.stack([ahead - multipliers, multipliers - behind])  # what leaving to either side wins
-    hull = np.minimum(ahead, behind) - blur <= multipliers
-    stationary = bool((hull & (multipliers <= np.maximum(ahead, behind) + blur)).all())
-    inert = (ahead == 0) & (behind == 0) & (multipliers == 0) & (kinks.blur == 0) & (kinks.noise == 0)
-    clear = np.where(inert, -1.0, gains - np.sign(gains) * blur)  # beyond rounding, or of the other sign
-    open_ends = ~inert & (np.abs(gains) <= blur)
+    hull = np.minimum(ahead, behind) - uncertainty <= multipliers
+    stationary = bool((hull & (multipliers <= np.maximum(ahead, behind) + uncertainty)).all())
+    inert = (ahead == 0) & (behind == 0) & (multipliers == 0) & (kinks.uncertainty == 0) & (kinks.noise == 0)
+    clear = np.where(inert, -1.0, gains - np.sign(gains) * uncertainty)  # beyond rounding, or of the other sign
+    open_ends = ~inert & (np.abs(gains) <= uncertainty)
     side, sample = np.unravel_index(int(np.where(open_ends, -np.inf, clear).argmax()), gains.shape)
     if not open_ends[side, sample] and clear[side, sample] > 0:
         sign = 1 if side == 0 else -1
@@ -159,7 +159,7 @@ def _dependent(kinks: _Pull) -> KinkVerdict:
     times the smallest singular value of the inputs of S times ‖v‖ on their span, and what rounding adds. Kinks whose
     two sides rounding does not tell apart are no part of S: as far as they are told, they are a part of the force.
     """
-    told = np.abs(kinks.ahead - kinks.behind) > 4 * kinks.blur
+    told = np.abs(kinks.ahead - kinks.behind) > 4 * kinks.uncertainty
     upward = told & (kinks.ahead > kinks.behind)
     step = _tried_step(kinks)
     if upward.sum() > _CELLS:
@@ -196,7 +196,7 @@ def _held(kinks: _Pull, told: NDArray[np.bool_]) -> tuple[_Pull, float]:
     The noise is infinite where one of the others is not in their span, as nothing outweighs it there.
     """
     half = np.abs(kinks.ahead - kinks.behind) / 2
-    others = np.where((kinks.ahead == 0) & (kinks.blur == 0), 0.0, half + kinks.blur)
+    others = np.where((kinks.ahead == 0) & (kinks.uncertainty == 0), 0.0, half + kinks.uncertainty)
     _, values, right = np.linalg.svd(kinks.inputs[told], full_matrices=False)
     span = right[values > _INDEPENDENT * values[0]]
     loose = kinks.inputs[~told & (others > 0)]
@@ -206,7 +206,7 @@ def _held(kinks: _Pull, told: NDArray[np.bool_]) -> tuple[_Pull, float]:
         force=kinks.force + (kinks.ahead + kinks.behind)[~told] / 2 @ kinks.inputs[~told],
         ahead=kinks.ahead[told],
         behind=kinks.behind[told],
-        blur=kinks.blur[told],
+        uncertainty=kinks.uncertainty[told],
         noise=np.inf if beyond else kinks.noise + float(others[~told].sum()),
     )
     return held, float(values[len(span) - 1])
@@ -214,7 +214,10 @@ def _held(kinks: _Pull, told: NDArray[np.bool_]) -> tuple[_Pull, float]:
 
 def _untold(kinks: _Pull, step: Array | None) -> KinkVerdict:
     """The verdict where rounding hides what each kink does, unless it is known that none does anything."""
-    if not (kinks.ahead.any() or kinks.behind.any() or kinks.force.any() or kinks.blur.any()) and kinks.noise == 0:
+    if (
+        not (kinks.ahead.any() or kinks.behind.any() or kinks.force.any() or kinks.uncertainty.any())
+        and kinks.noise == 0
+    ):
         return KinkVerdict(holds=True, reason="the kinks are of samples without an error")
     if step is not None:
         return KinkVerdict(holds=False, reason="a step off dependent kinks was found", stationary=False, step=step)
@@ -253,7 +256,7 @@ def _widest(kinks: _Pull, lower: Array, upper: Array) -> tuple[float | None, flo
     multipliers = multipliers - np.linalg.pinv(kinks.inputs.T) @ (kinks.force + kinks.inputs.T @ multipliers)
     left = float(np.linalg.norm(kinks.force + kinks.inputs.T @ multipliers))
     summing = sum(kinks.inputs.shape) * _EPS * (np.linalg.norm(kinks.force) + np.abs(multipliers).sum())
-    inside = np.minimum(multipliers - lower, upper - multipliers) - kinks.blur
+    inside = np.minimum(multipliers - lower, upper - multipliers) - kinks.uncertainty
     return float(inside.min()), left + float(summing)
 
 
@@ -264,7 +267,7 @@ def _tried_step(kinks: _Pull) -> Array | None:
     steps = steps / np.linalg.norm(steps, axis=1, keepdims=True).clip(min=1e-300)
     gains = kinks.gain(steps)
     best = int(gains.argmax())
-    return np.asarray(steps[best]) if gains[best] > kinks.scale + kinks.noise + kinks.blur.sum() else None
+    return np.asarray(steps[best]) if gains[best] > kinks.scale + kinks.noise + kinks.uncertainty.sum() else None
 
 
 def _best_in_cells(kinks: _Pull, upward: NDArray[np.bool_]) -> Array | None:
@@ -289,7 +292,7 @@ def _best_in_cells(kinks: _Pull, upward: NDArray[np.bool_]) -> Array | None:
         if found.x is None:
             continue
         step = _in_span(found.x[: kinks.inputs.shape[1]], np.vstack([kinks.inputs, kinks.force]))
-        if kinks.gain(step) > kinks.scale + (kinks.noise + kinks.blur.sum()) * np.linalg.norm(step):
+        if kinks.gain(step) > kinks.scale + (kinks.noise + kinks.uncertainty.sum()) * np.linalg.norm(step):
             return step
     return None
 

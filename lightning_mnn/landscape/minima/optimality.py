@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from scipy.optimize import linprog
 
-from lightning_mnn.landscape.minima.kink_multipliers import judge_kinks
+from lightning_mnn.landscape.minima.kink_multipliers import check_multipliers
 from lightning_mnn.landscape.minima.problem import HELD, ROUNDOFF, Problem
-from lightning_mnn.landscape.minima.stationary_point import DEPENDENT_KINKS, Snap, bases_of_kinks, snap
+from lightning_mnn.landscape.minima.stationary_point import DEPENDENT_KINKS, FaceSolution, bases_of_kinks, solve_on_face
 from lightning_mnn.utilities.interruption import safe_point
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Direction(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Optimality:
     """What a point is.
 
     Attributes:
@@ -76,7 +76,7 @@ class Judgement:
     unclear: Tensor | None = None
 
 
-def judge(problem: Problem, found: Snap) -> Judgement:
+def judge(problem: Problem, found: FaceSolution) -> Optimality:
     """Say what the weights of a snap are.
 
     They are a local minimum when they lie in their region (or on their face), G e = 0 there, the multipliers of the
@@ -88,18 +88,18 @@ def judge(problem: Problem, found: Snap) -> Judgement:
     flips, doubts, off, unclear = _signs(problem, found)
     if problem.is_zero(found.outputs):  # in whichever region
         kind = Kind.KINK_MINIMUM if doubts or found.kinks is not None else Kind.DIFFERENTIABLE_MINIMUM
-        return Judgement(kind, "every error is zero up to rounding")
+        return Optimality(kind, "every error is zero up to rounding")
     if flips:
         return _undecided(f"the nearest stationary point lies outside the region: {flips} activations differ there")
     if doubts:
         reason = f"{doubts} pre-activations of the nearest stationary point are within rounding of a kink"
-        return Judgement(Kind.NOT_STATIONARY, reason, unclear=unclear)
+        return Optimality(Kind.NOT_STATIONARY, reason, unclear=unclear)
     if off:
         return _undecided(f"{off} samples could not be held on their kinks, as inputs there are nearly dependent")
-    return _judge_forces(problem, found) or _judge_units(problem, found)
+    return _check_forces(problem, found) or _check_units(problem, found)
 
 
-def _unsolved(found: Snap) -> str:
+def _unsolved(found: FaceSolution) -> str:
     """Why there is no solution to judge."""
     if found.solution.too_long:
         return (
@@ -110,10 +110,10 @@ def _unsolved(found: Snap) -> str:
     return f"least squares not solved by {found.solution.method}: ‖G e‖ = {left:.1e} is left"
 
 
-def _judge_forces(problem: Problem, found: Snap) -> Judgement | None:
+def _check_forces(problem: Problem, found: FaceSolution) -> Optimality | None:
     """None where G e = 0 on the face, up to rounding, of units that may move."""
     size_of_e = problem.squared_error(found.outputs.errors) ** 0.5
-    squares = problem.team.sum((found.face.slopes * problem.norms[:, None]).square().sum(0))
+    squares = problem.process_group.sum((found.face.slopes * problem.norms[:, None]).square().sum(0))
     hidden = found.noise[:-1] > _UNKNOWABLE * size_of_e * squares.sqrt()
     if not found.drift <= _UNKNOWABLE * size_of_e or bool(hidden[squares > 0].any()):
         return _undecided("weights so large, or equations so ill-conditioned, that rounding hides whether G e = 0")
@@ -128,7 +128,7 @@ def _judge_forces(problem: Problem, found: Snap) -> Judgement | None:
     return None
 
 
-def _is_felt_along_an_input(problem: Problem, found: Snap) -> bool:
+def _is_felt_along_an_input(problem: Problem, found: FaceSolution) -> bool:
     """Whether a number of G e of a unit without kinks is beyond what rounding may add up to in that number alone.
 
     Where all active samples have next to nothing in one input, its part is lost in the length of G e, and a long move
@@ -142,111 +142,114 @@ def _is_felt_along_an_input(problem: Problem, found: Snap) -> bool:
         noise += coefficients[part].T @ (problem.inputs[part].abs() * spread[part, None])
     free = found.point.output != 0
     if found.kinks is not None:
-        free &= problem.team.most(found.kinks.any(0).long()) == 0
-    return bool(((found.rows.abs() > problem.team.sum(noise)) & free[:, None]).any())
+        free &= problem.process_group.max(found.kinks.any(0).long()) == 0
+    return bool(((found.rows.abs() > problem.process_group.sum(noise)) & free[:, None]).any())
 
 
-def _judge_units(problem: Problem, found: Snap) -> Judgement:
+def _check_units(problem: Problem, found: FaceSolution) -> Optimality:
     """Test the kinks of each unit, and the forces on units with z_i = 0."""
     failures = []
     outputs = found.point.output.tolist()
-    held = [0] * len(outputs) if found.kinks is None else problem.team.most(found.kinks.any(0).long()).tolist()
+    held = [0] * len(outputs) if found.kinks is None else problem.process_group.max(found.kinks.any(0).long()).tolist()
     for unit, output in enumerate(outputs):
         safe_point()
         kinks = found.kinks[:, unit] if found.kinks is not None and held[unit] else None
         if output == 0:
-            judgement = _judge_resting_unit(problem, found, unit, kinks)
+            optimality = _check_inactive_unit(problem, found, unit, kinks)
         else:
-            judgement = None if kinks is None else _judge_kinks(problem, found, unit, kinks)
-        if judgement is not None:
-            failures.append(judgement)
+            optimality = None if kinks is None else _check_unit_kinks(problem, found, unit, kinks)
+        if optimality is not None:
+            failures.append(optimality)
     if not failures:
         kind = Kind.DIFFERENTIABLE_MINIMUM if found.kinks is None else Kind.KINK_MINIMUM
-        return Judgement(kind, _praise(found))
+        return Optimality(kind, _certified_reason(found))
     moving = [failure for failure in failures if failure.kind is not Kind.SADDLE and not failure.ends]
     saddles = [failure for failure in failures if failure.kind is Kind.SADDLE]
     worst = min(moving or saddles or failures, key=lambda failure: not failure.release)
     return replace(worst, ends=sum((failure.ends for failure in failures), ())) if worst.ends else worst
 
 
-def _praise(found: Snap) -> str:
+def _certified_reason(found: FaceSolution) -> str:
     held = "no sample on a kink" if found.kinks is None else "the multipliers of all kinks are inside their intervals"
     return f"G e = 0 up to rounding, by {found.solution.method}; {held}"
 
 
-def _undecided(reason: str) -> Judgement:
-    return Judgement(Kind.NOT_STATIONARY, reason)
+def _undecided(reason: str) -> Optimality:
+    return Optimality(Kind.NOT_STATIONARY, reason)
 
 
-def _signs(problem: Problem, found: Snap) -> tuple[int, int, int, Tensor]:
+def _signs(problem: Problem, found: FaceSolution) -> tuple[int, int, int, Tensor]:
     """How many pre-activations off the kinks changed their sign; how many may, up to rounding; how many left a kink.
 
     The last are those that may, bool (N, d1).
     """
-    point, u, blur = found.point, found.outputs.preactivations, found.outputs.blur
+    point, u, uncertainty = found.point, found.outputs.preactivations, found.outputs.uncertainty
     live = point.output != 0
     drift = torch.where(live, found.error / torch.where(live, point.output.abs(), 1.0), 0.0)
     counted = (problem.norms > 0)[:, None]
     if found.kinks is not None:
         counted = counted & ~found.kinks
-    flipped = counted & ((u > 0) != found.active) & (u.abs() > blur)
-    unclear = counted & ~flipped & ~(u.abs() > blur + problem.norms[:, None] * drift)
+    flipped = counted & ((u > 0) != found.active) & (u.abs() > uncertainty)
+    unclear = counted & ~flipped & ~(u.abs() > uncertainty + problem.norms[:, None] * drift)
     off = torch.zeros_like(unclear)
     if found.kinks is not None:
-        off = found.kinks & (u.abs() > HELD * blur)
-    flips, doubts, lost = problem.team.sum(torch.stack([flipped.sum(), unclear.sum(), off.sum()])).tolist()
+        off = found.kinks & (u.abs() > HELD * uncertainty)
+    flips, doubts, lost = problem.process_group.sum(torch.stack([flipped.sum(), unclear.sum(), off.sum()])).tolist()
     return int(flips), int(doubts), int(lost), unclear
 
 
-def _judge_kinks(problem: Problem, found: Snap, unit: int, kinks: Tensor) -> Judgement | None:
+def _check_unit_kinks(problem: Problem, found: FaceSolution, unit: int, kinks: Tensor) -> Optimality | None:
     """Judge a unit with z_i ≠ 0 on kinks: None if no step off them lowers the loss."""
-    inputs = problem.team.join(problem.inputs[kinks])
-    errors = problem.team.join(_residuals(problem, found)[kinks])
-    square = problem.team.sum((found.face.slopes[:, unit] * problem.norms).square().sum())
-    verdict = judge_kinks(
+    inputs = problem.process_group.join(problem.inputs[kinks])
+    errors = problem.process_group.join(_residuals(problem, found)[kinks])
+    square = problem.process_group.sum((found.face.slopes[:, unit] * problem.norms).square().sum())
+    verdict = check_multipliers(
         inputs.cpu().numpy(),
         errors.cpu().numpy(),
         found.rows[unit].cpu().numpy(),
         float(found.point.output[unit]),
         problem.slope,
         float(found.noise[unit]) + float(square) ** 0.5 * found.drift,
-        blur=problem.team.join(_blur(found)[kinks]).cpu().numpy(),
+        uncertainty=problem.process_group.join(_uncertainty(found)[kinks]).cpu().numpy(),
     )
     if verdict.holds:
         return None
-    samples = problem.team.join(kinks).nonzero()[:, 0].tolist()
+    samples = problem.process_group.join(kinks).nonzero()[:, 0].tolist()
     if verdict.holds is None:
         ends = tuple((samples[position], unit, side) for position, side in verdict.ends)
-        return Judgement(Kind.NOT_STATIONARY, f"kinks of unit {unit} undecided: {verdict.reason}", ends=ends)
+        return Optimality(Kind.NOT_STATIONARY, f"kinks of unit {unit} undecided: {verdict.reason}", ends=ends)
     release = None if verdict.worst is None else (samples[verdict.worst[0]], unit, verdict.worst[1])
     reason = f"unit {unit} would leave a kink: {verdict.reason}"
     step = torch.as_tensor(verdict.step, dtype=torch.float64, device=problem.inputs.device)
     direction = _descent(problem, found, unit, step, turn=0.0)
     if direction is None:
-        return Judgement(Kind.NOT_STATIONARY, f"{reason}, by less than rounding shows", release=release)
+        return Optimality(Kind.NOT_STATIONARY, f"{reason}, by less than rounding shows", release=release)
     kind = Kind.SADDLE if verdict.stationary else Kind.NOT_STATIONARY
-    return Judgement(kind, reason, direction, release)
+    return Optimality(kind, reason, direction, release)
 
 
-def _blur(found: Snap) -> Tensor:
+def _uncertainty(found: FaceSolution) -> Tensor:
     """Bounds on how far each e_n may be from that of the exact solution, where idle samples have e_n = y_n."""
     return torch.where(found.outputs.idle, 0.0, found.outputs.bounds + found.drift)
 
 
-def _residuals(problem: Problem, found: Snap) -> Tensor:
+def _residuals(problem: Problem, found: FaceSolution) -> Tensor:
     """The residual on the face: without what rounding leaves on kinks, where that is all there is."""
     return torch.where(found.outputs.idle, problem.targets, found.outputs.errors)
 
 
-def _judge_resting_unit(problem: Problem, found: Snap, unit: int, kinks: Tensor | None) -> Judgement | None:
+def _check_inactive_unit(problem: Problem, found: FaceSolution, unit: int, kinks: Tensor | None) -> Optimality | None:
     """Judge a unit with z_i = 0: None if it feels no force; else a saddle if its gradient vanishes."""
     noise = float(found.noise[unit])
     force = found.rows[unit]
     steps = force[None]
     if kinks is not None:
-        inputs, errors = problem.team.join(problem.inputs[kinks]), problem.team.join(_residuals(problem, found)[kinks])
-        blur = float(problem.team.join(found.outputs.bounds[kinks]).max())
-        exact = not bool(problem.team.join(_blur(found)[kinks]).any())
+        inputs, errors = (
+            problem.process_group.join(problem.inputs[kinks]),
+            problem.process_group.join(_residuals(problem, found)[kinks]),
+        )
+        uncertainty = float(problem.process_group.join(found.outputs.bounds[kinks]).max())
+        exact = not bool(problem.process_group.join(_uncertainty(found)[kinks]).any())
         if float(force.norm()) <= noise and exact and not bool(errors.any()):
             return None
         inverse = torch.linalg.pinv(inputs)
@@ -255,7 +258,7 @@ def _judge_resting_unit(problem: Problem, found: Snap, unit: int, kinks: Tensor 
         pulls = steps @ force + torch.where(moves > 0, moves, problem.slope * moves) @ errors
         best = int((pulls.abs() / steps.norm(dim=1).clamp(min=torch.finfo(pulls.dtype).tiny)).argmax())
         step, pull = steps[best], float(pulls[best])
-        noise = noise + blur * float(inputs.norm())
+        noise = noise + uncertainty * float(inputs.norm())
     elif float(force.norm()) <= noise:
         return None
     else:
@@ -263,7 +266,7 @@ def _judge_resting_unit(problem: Problem, found: Snap, unit: int, kinks: Tensor 
     if abs(pull) <= noise * float(step.norm()):
         return _undecided(f"unit {unit} with z = 0: forces of its kinks within rounding, or in balance")
     slope = float(
-        problem.team.sum(
+        problem.process_group.sum(
             (_activated(found.outputs.preactivations[:, unit], problem.slope) * found.outputs.errors).sum()
         )
     )
@@ -274,14 +277,14 @@ def _judge_resting_unit(problem: Problem, found: Snap, unit: int, kinks: Tensor 
     direction = _descent(problem, found, unit, step, turn=math.copysign(1.0, pull))
     if direction is None:
         return _undecided(f"{reason}, by less than rounding shows")
-    return Judgement(Kind.SADDLE, reason, direction)
+    return Optimality(Kind.SADDLE, reason, direction)
 
 
 def _activated(u: Tensor, slope: float) -> Tensor:
     return torch.where(u > 0, u, slope * u)
 
 
-def _descent(problem: Problem, found: Snap, unit: int, step: Tensor, turn: float) -> Direction | None:
+def _descent(problem: Problem, found: FaceSolution, unit: int, step: Tensor, turn: float) -> Direction | None:
     """A move of one unit, along a step of its weights and, by the sign ``turn``, of z, that is seen to lower the loss.
 
     It ends where the loss along it is least, or half-way to the next kink, whichever comes first.
@@ -291,54 +294,60 @@ def _descent(problem: Problem, found: Snap, unit: int, step: Tensor, turn: float
     if found.kinks is not None:
         u = torch.where(found.kinks[:, unit], 0.0, u)
     ahead = torch.where((u != 0) & (moves != 0), (u / moves).abs(), torch.inf)
-    reach = 0.5 * float(problem.team.least(ahead.amin() if len(ahead) else ahead.new_tensor(torch.inf)))
+    reach = 0.5 * float(problem.process_group.min(ahead.amin() if len(ahead) else ahead.new_tensor(torch.inf)))
     size = float(point.hidden[unit].norm()) / float(step.norm())
     reach = min(reach, size if size > 0 else 1 / float(step.norm()))
     rest, z = _activated(u, problem.slope), float(point.output[unit])
     after = _activated(u + reach * moves, problem.slope)
     if turn:
-        pull, square = problem.team.sum(torch.stack([outputs.errors @ after, after @ after + rest @ rest])).tolist()
+        pull, square = problem.process_group.sum(
+            torch.stack([outputs.errors @ after, after @ after + rest @ rest])
+        ).tolist()
         turn = abs(pull) / square * turn if square else 0.0
     change = z * (after - rest) + turn * after
     if not turn:  # the loss along the step is a parabola: go to its end
-        pull, square = problem.team.sum(torch.stack([outputs.errors @ change, change @ change])).tolist()
+        pull, square = problem.process_group.sum(torch.stack([outputs.errors @ change, change @ change])).tolist()
         share = min(1.0, pull / square) if square else 0.0
         reach, change = share * reach, share * change
-    gained = problem.team.sum((change * (2 * outputs.errors - change)).sum())
+    gained = problem.process_group.sum((change * (2 * outputs.errors - change)).sum())
     count = (problem.num_samples + 10) * ROUNDOFF
-    blur = problem.team.sum((change.abs() * (2 * outputs.bounds + count * (outputs.errors.abs() + change.abs()))).sum())
-    if not float(gained) > float(blur):
+    uncertainty = problem.process_group.sum(
+        (change.abs() * (2 * outputs.bounds + count * (outputs.errors.abs() + change.abs()))).sum()
+    )
+    if not float(gained) > float(uncertainty):
         return None
     hidden, output = torch.zeros_like(point.hidden), torch.zeros_like(point.output)
     hidden[unit], output[unit] = reach * step, turn
     return Direction(hidden, output)
 
 
-def step_off(problem: Problem, found: Snap, judgement: Judgement) -> tuple[Judgement, Snap] | None:
+def leave_kinks(
+    problem: Problem, found: FaceSolution, optimality: Optimality
+) -> tuple[Optimality, FaceSolution] | None:
     """Leave kinks that nothing holds a solution to, along solutions, and judge again; None where that cannot be done.
 
     Two units with one pattern and opposite z are the usual case: their rows may move together, and no prediction
     changes. The step is the one that leaves all those kinks fastest (a linear program), up to half the way to the next.
     """
     assert found.kinks is not None  # noqa: S101 (they are what is left)
-    team = problem.team
+    process_group = problem.process_group
     if problem.num_samples * found.point.theta.numel() > _STEP_OFF_LIMIT or not bool(found.point.output.any()):
         return None
     width = len(found.point.output)
-    let_go = _pairs(problem, width, judgement.ends)
-    positive = _pairs(problem, width, tuple(end for end in judgement.ends if end[2] > 0))
+    let_go = _pairs(problem, width, optimality.ends)
+    positive = _pairs(problem, width, tuple(end for end in optimality.ends if end[2] > 0))
     active, kinks = torch.where(let_go, positive, found.active), found.kinks & ~let_go
-    left = kinks if bool(team.most(kinks.any().long())) else None
+    left = kinks if bool(process_group.max(kinks.any().long())) else None
     live = found.point.output != 0
     face = problem.map(
         active, None if bool(live.all()) else live, {} if left is None else bases_of_kinks(problem, left)
     )
-    _, values, right = torch.linalg.svd(team.join(face.dense()), full_matrices=True)
+    _, values, right = torch.linalg.svd(process_group.join(face.dense()), full_matrices=True)
     rank = int((values > 1e-10 * values[0]).sum())
     still = face.project(right[rank:])  # rows: moves that change no prediction; those off the face are gone
-    outward = torch.zeros(len(judgement.ends), face.num_parameters, dtype=torch.float64)
-    dim, inputs = found.point.hidden.shape[1], team.join(problem.inputs)
-    for row, (sample, unit, side) in enumerate(judgement.ends):
+    outward = torch.zeros(len(optimality.ends), face.num_parameters, dtype=torch.float64)
+    dim, inputs = found.point.hidden.shape[1], process_group.join(problem.inputs)
+    for row, (sample, unit, side) in enumerate(optimality.ends):
         sign = side * float(found.point.output[unit].sign())
         outward[row, unit * dim : (unit + 1) * dim] = (sign * inputs[sample] / inputs[sample].norm()).cpu()
     rates = (outward @ still.T.cpu()).numpy()
@@ -362,10 +371,10 @@ def step_off(problem: Problem, found: Snap, judgement: Judgement) -> tuple[Judge
     rates_of_u = torch.where(live, 1 / torch.where(live, found.point.output, 1.0), 0.0) * (problem.inputs @ rows.T)
     still_there = found.kinks | (rates_of_u == 0)
     ahead = torch.where(still_there, torch.inf, (found.outputs.preactivations / rates_of_u).abs())
-    share = min(0.5 * float(team.least(ahead.min())), _STEP_OFF * float(theta.norm()) / float(move.norm()))
+    share = min(0.5 * float(process_group.min(ahead.min())), _STEP_OFF * float(theta.norm()) / float(move.norm()))
     theta = theta + share * move
     near = found.point.moved(theta[:size].reshape(rows.shape), theta[size:])
-    again = snap(problem, near, active, left)
+    again = solve_on_face(problem, near, active, left)
     again = replace(again, start=found.start)
     return judge(problem, again), again
 
@@ -382,4 +391,4 @@ def _pairs(problem: Problem, width: int, pairs: tuple[tuple[int, int, int], ...]
     marked = torch.zeros(problem.num_samples, width, dtype=torch.bool, device=problem.inputs.device)
     for sample, unit, _ in pairs:
         marked[sample, unit] = True
-    return problem.team.own(marked)
+    return problem.process_group.local_part(marked)

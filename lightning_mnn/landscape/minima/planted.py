@@ -113,11 +113,11 @@ def planted_minimum(
     >>> bool(((a * planted.residual) @ planted.inputs).abs().max() < 1e-11), planted.mse > 0.01
     (True, True)
     """
-    _check_sizes(num_samples, input_dim, width, negative_slope, least_width=2)
+    _check_sizes(num_samples, input_dim, width, negative_slope, smallest_width=2)
     given_inputs = _given("inputs", inputs, (num_samples, input_dim))
     given_targets = _given("targets", targets, (num_samples,))
     rng = np.random.default_rng(seed)
-    best, least_cost = None, _WORST_COST
+    best, smallest_cost = None, _WORST_COST
     for _ in range(_ATTEMPTS):
         x = rng.standard_normal((num_samples, input_dim)) if given_inputs is None else given_inputs
         y = _random_labels(rng, num_samples, labels) if given_targets is None else given_targets
@@ -129,8 +129,8 @@ def planted_minimum(
         residual = y - features @ u
         t = 2.0 ** math.ceil(math.log2(max(2 * _largest_ratio(x @ u, x @ w), 1.0)))
         cost = t * float(np.linalg.norm(x @ w)) / max(float(np.linalg.norm(residual)), 1e-300)
-        if cost < least_cost:
-            best, least_cost = (x, y, w, u, t), cost
+        if cost < smallest_cost:
+            best, smallest_cost = (x, y, w, u, t), cost
         if cost <= _COST:
             break
     if best is None:
@@ -185,15 +185,15 @@ def planted_kink_minimum(
     >>> int(planted.kinks.sum()), planted.mse > 0.1
     (8, True)
     """
-    _check_sizes(num_samples, input_dim, width, negative_slope, least_width=1)
+    _check_sizes(num_samples, input_dim, width, negative_slope, smallest_width=1)
     if not 1 <= kinks_per_unit < input_dim:
         raise ValueError(f"kinks_per_unit must be at least 1 and less than input_dim={input_dim}, got {kinks_per_unit}")
     if not 0 < margin < 1:
         raise ValueError(f"margin must lie between 0 and 1, got {margin}")
     rng = np.random.default_rng(seed)
-    most_groups = min(width, num_samples // (3 * input_dim))
+    max_groups = min(width, num_samples // (3 * input_dim))
     for attempt in range(_ATTEMPTS):
-        num_groups = max(1, most_groups >> (attempt // 8))  # fewer equations, after several draws in vain
+        num_groups = max(1, max_groups >> (attempt // 8))  # fewer equations, after several draws in vain
         x = rng.standard_normal((num_samples, input_dim))
         kinks = rng.permutation(num_samples)[: num_groups * kinks_per_unit].reshape(num_groups, kinks_per_unit)
         directions = np.stack([_clear_direction(rng, x, on_kink) for on_kink in kinks])
@@ -204,7 +204,7 @@ def planted_kink_minimum(
             multipliers[rng.integers(2)][wrong] *= -1
         slopes = _slopes(x @ directions.T, negative_slope)
         residual = _residual_on_face(rng, x, slopes, kinks, signs[:, None] * multipliers, negative_slope)
-        clear = min(_least_sine(x, w, on_kink) for w, on_kink in zip(directions, kinks, strict=True)) >= _LEAST_SINE
+        clear = min(_smallest_sine(x, w, on_kink) for w, on_kink in zip(directions, kinks, strict=True)) >= _LEAST_SINE
         if residual is not None and clear:
             break
     else:
@@ -247,7 +247,7 @@ def planted_saddle(
     >>> bool(force.norm() > 0.1), bool((planted.hidden_weights[2] @ force).abs() < 1e-11)
     (True, True)
     """
-    _check_sizes(num_samples, input_dim, width, negative_slope, least_width=3)
+    _check_sizes(num_samples, input_dim, width, negative_slope, smallest_width=3)
     if input_dim < 2:
         raise ValueError(f"input_dim must be at least 2, got {input_dim}: on a line a row cannot be turned")
     for start in np.random.SeedSequence(seed).generate_state(_ATTEMPTS):
@@ -261,14 +261,14 @@ def planted_saddle(
     raise ValueError(f"no saddle found at num_samples={num_samples}, input_dim={input_dim}: give more samples")
 
 
-def _check_sizes(num_samples: int, input_dim: int, width: int, negative_slope: float, *, least_width: int) -> None:
+def _check_sizes(num_samples: int, input_dim: int, width: int, negative_slope: float, *, smallest_width: int) -> None:
     if input_dim < 1 or num_samples < input_dim + 2:
         raise ValueError(
             f"num_samples must be at least input_dim + 2 for an error to remain, and input_dim at least 1: "
             f"got num_samples={num_samples}, input_dim={input_dim}"
         )
-    if width < least_width:
-        raise ValueError(f"width must be at least {least_width}, got {width}")
+    if width < smallest_width:
+        raise ValueError(f"width must be at least {smallest_width}, got {width}")
     if not math.isfinite(negative_slope) or negative_slope == 1:
         raise ValueError(f"negative_slope must be a real number other than 1, got {negative_slope}")
 
@@ -299,11 +299,11 @@ def _clear_direction(rng: np.random.Generator, inputs: Array, on_kink: NDArray[n
     if on_kink is not None:
         drawn = _orthogonal(drawn, inputs[on_kink])
     drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
-    chosen: Array = drawn[np.argmax(_least_sine(inputs, drawn.T, on_kink))]
+    chosen: Array = drawn[np.argmax(_smallest_sine(inputs, drawn.T, on_kink))]
     return chosen
 
 
-def _least_sine(inputs: Array, directions: Array, on_kink: NDArray[np.int64] | None = None) -> Array:
+def _smallest_sine(inputs: Array, directions: Array, on_kink: NDArray[np.int64] | None = None) -> Array:
     """The smallest |w·x_n|/‖x_n‖ off the given kinks, for each column w of the directions; 1 without samples."""
     norms = np.linalg.norm(inputs, axis=1)
     off = norms > 0
@@ -409,7 +409,7 @@ def _turned_row(rng: np.random.Generator, inputs: Array, residual: Array, negati
     scale = float(np.linalg.norm(residual[:, None] * inputs))
     force = gradient(rows)
     fits = (np.linalg.norm(force, axis=1) >= _LEAST_FORCE * scale) & (np.abs(height(rows)) <= 1e-14 * scale)
-    sines = np.where(fits, _least_sine(inputs, rows.T), 0.0)
+    sines = np.where(fits, _smallest_sine(inputs, rows.T), 0.0)
     chosen = int(sines.argmax())
     return rows[chosen] if sines[chosen] >= _LEAST_SINE else None
 

@@ -19,18 +19,18 @@ from lightning_mnn.landscape.minima.certificate import (
     label_thresholds,
     search,
     split_replicas,
-    turn_resting_units,
+    turn_inactive_units,
 )
-from lightning_mnn.landscape.minima.optimality import Direction, Judgement, Kind, judge, step_off
+from lightning_mnn.landscape.minima.optimality import Direction, Kind, Optimality, judge, leave_kinks
 from lightning_mnn.landscape.minima.problem import Outputs, Point, Problem
-from lightning_mnn.landscape.minima.stationary_point import Snap, snap
+from lightning_mnn.landscape.minima.stationary_point import FaceSolution, solve_on_face
 from lightning_mnn.landscape.regions.least_squares import GRAM_LIMIT
 from lightning_mnn.utilities.interruption import safe_point
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lightning_mnn.utilities.distributed import Team
+    from lightning_mnn.utilities.distributed import ProcessGroup
 
 _STRIDE = 0.7  # a step that leaves more of the loss than this ends the first phase
 
@@ -80,7 +80,7 @@ def polish(
     max_steps: int | None = None,
     hidden_bias: Tensor | None = None,
     output_bias: Tensor | None = None,
-    team: Team | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Polished | list[Polished]:
     """Go from the weights of a two-layer network to an exact local minimum of ‖y − ŷ‖²/N, downhill all the way.
 
@@ -104,7 +104,7 @@ def polish(
         max_steps: number of steps; None: 1,000, or 10 where a step is an iteration of its own, as no Gram matrix fits.
         hidden_bias: (d1,) or (R, d1).
         output_bias: a scalar tensor, or (R,).
-        team: the processes that hold the other samples; None: all are here.
+        process_group: the processes that hold the other samples; None: all are here.
 
     Returns:
         Where it led; with a leading replica axis a list of R.
@@ -133,7 +133,7 @@ def polish(
         negative_slope,
         hidden_bias=hidden_bias,
         output_bias=output_bias,
-        team=team,
+        process_group=process_group,
     )
     biased = hidden_bias is not None
     found = [
@@ -145,22 +145,22 @@ def polish(
 
 def _polish(case: Case, threshold: float | None, max_distance: float, max_steps: int, *, biased: bool) -> Polished:
     problem, start, units = case
-    judgement, found = search(problem, start, max_distance)
+    optimality, found = search(problem, start, max_distance)
     state = _state(problem, found.start, None)  # without output weights that rounding loses
     losses = [problem.squared_error(state.outputs.errors)]
     in_hand = False  # whether kinks are taken in hand yet
-    while judgement.kind not in MINIMA and len(losses) <= max_steps:
+    while optimality.kind not in MINIMA and len(losses) <= max_steps:
         safe_point()
-        found = turn_resting_units(problem, snap(problem, state.point, state.active, state.kinks), 0.0)
-        judgement = judge(problem, found)
-        if judgement.ends:
-            judgement, found = step_off(problem, found, judgement) or (judgement, found)
+        found = turn_inactive_units(problem, solve_on_face(problem, state.point, state.active, state.kinks), 0.0)
+        optimality = judge(problem, found)
+        if optimality.ends:
+            optimality, found = leave_kinks(problem, found, optimality) or (optimality, found)
         ahead = None
-        if judgement.kind in MINIMA:
-            rise, blur = problem.rise(state.outputs, found.outputs)
-            ahead = _state(problem, found.point, None) if rise <= blur else None
-            judgement = judgement if ahead else Judgement(Kind.NOT_STATIONARY, "the minimum found lies higher")
-        ahead = ahead or _next(problem, state, found, judgement, in_hand=in_hand)
+        if optimality.kind in MINIMA:
+            rise, uncertainty = problem.rise(state.outputs, found.outputs)
+            ahead = _state(problem, found.point, None) if rise <= uncertainty else None
+            optimality = optimality if ahead else Optimality(Kind.NOT_STATIONARY, "the minimum found lies higher")
+        ahead = ahead or _next(problem, state, found, optimality, in_hand=in_hand)
         if ahead is None:
             break
         state = ahead
@@ -168,34 +168,36 @@ def _polish(case: Case, threshold: float | None, max_distance: float, max_steps:
         in_hand = in_hand or not losses[-1] < _STRIDE * losses[-2]
         if start.distance(state.point) > _GONE * max_distance:
             break
-    if judgement.kind not in MINIMA:  # of the last weights, not of those before the last step
-        found = snap(problem, state.point, state.active, state.kinks)
-        judgement = judge(problem, found)
-        if judgement.kind in MINIMA:
-            judgement = Judgement(Kind.NOT_STATIONARY, "stopped before the step to the minimum of its region")
-        elif judgement.kind is Kind.SADDLE and not problem.rise(state.outputs, found.outputs)[0] <= 0:
-            judgement = Judgement(Kind.NOT_STATIONARY, f"next to a saddle: {judgement.reason}")
-    reached = judgement.kind in MINIMA
+    if optimality.kind not in MINIMA:  # of the last weights, not of those before the last step
+        found = solve_on_face(problem, state.point, state.active, state.kinks)
+        optimality = judge(problem, found)
+        if optimality.kind in MINIMA:
+            optimality = Optimality(Kind.NOT_STATIONARY, "stopped before the step to the minimum of its region")
+        elif optimality.kind is Kind.SADDLE and not problem.rise(state.outputs, found.outputs)[0] <= 0:
+            optimality = Optimality(Kind.NOT_STATIONARY, f"next to a saddle: {optimality.reason}")
+    reached = optimality.kind in MINIMA
     found = replace(found, start=start if reached else state.point)
-    certificate = certificate_of(case, judgement, found, found.start, threshold, biased=biased)
+    certificate = certificate_of(case, optimality, found, found.start, threshold, biased=biased)
     distance = certificate.distance if reached else start.distance(state.point)
     path = tuple(units.squares(loss / problem.num_samples) for loss in losses)
     return Polished(certificate, not distance <= max_distance, distance, len(losses) - 1, path)
 
 
-def _next(problem: Problem, state: _State, found: Snap, judgement: Judgement, *, in_hand: bool) -> _State | None:
+def _next(
+    problem: Problem, state: _State, found: FaceSolution, optimality: Optimality, *, in_hand: bool
+) -> _State | None:
     """The state after one step: a kink let go, a way down from a degenerate point, or a way towards a solution."""
-    if in_hand and judgement.release is not None:
-        released = _released(problem, state, found, judgement.release)
+    if in_hand and optimality.release is not None:
+        released = _released(problem, state, found, optimality.release)
         if problem.rise(state.outputs, released.outputs)[0] <= 0:
             return released
         stayed = _state(problem, state.point, state.kinks, released.active)  # what rounding made of the solution
         return replace(stayed, kinks=released.kinks)
-    if in_hand and judgement.unclear is not None and problem.rise(state.outputs, found.outputs)[0] <= 0:
-        kinks = judgement.unclear if found.kinks is None else judgement.unclear | found.kinks
+    if in_hand and optimality.unclear is not None and problem.rise(state.outputs, found.outputs)[0] <= 0:
+        kinks = optimality.unclear if found.kinks is None else optimality.unclear | found.kinks
         return _state(problem, found.point, kinks, found.active)
-    if in_hand and judgement.direction is not None:
-        descended = _descended(problem, state, found, judgement.direction)
+    if in_hand and optimality.direction is not None:
+        descended = _descended(problem, state, found, optimality.direction)
         if problem.rise(state.outputs, descended.outputs)[0] < 0:
             return descended
     return _step(problem, state, found, in_hand=in_hand)
@@ -210,21 +212,21 @@ def _state(problem: Problem, point: Point, kinks: Tensor | None, active: Tensor 
     return _State(point, outputs, side, kinks)
 
 
-def _released(problem: Problem, state: _State, found: Snap, release: tuple[int, int, int]) -> _State:
+def _released(problem: Problem, state: _State, found: FaceSolution, release: tuple[int, int, int]) -> _State:
     """The solution of a face, with one kink let go to one side."""
     sample, unit, side = release
     assert state.kinks is not None  # noqa: S101 (there was one to release)
     rows = torch.zeros(problem.num_samples, dtype=torch.bool, device=state.active.device)
     rows[sample] = True
     here = torch.zeros_like(state.active)
-    here[:, unit] = problem.team.own(rows)
+    here[:, unit] = problem.process_group.local_part(rows)
     kinks = state.kinks & ~here
-    left = bool(problem.team.most(kinks.any().long()))
+    left = bool(problem.process_group.max(kinks.any().long()))
     active = torch.where(here, torch.full_like(state.active, side > 0), state.active)
     return replace(_state(problem, found.point, state.kinks, active), kinks=kinks if left else None)
 
 
-def _descended(problem: Problem, state: _State, found: Snap, direction: Direction) -> _State:
+def _descended(problem: Problem, state: _State, found: FaceSolution, direction: Direction) -> _State:
     """The solution of a face, after a move of a unit that lowers the loss there; its kinks are let go."""
     point = replace(
         found.point,
@@ -234,11 +236,11 @@ def _descended(problem: Problem, state: _State, found: Snap, direction: Directio
     if found.kinks is None:
         return _state(problem, point, None)
     kinks = found.kinks & ~((direction.hidden_weights != 0).any(1) | (direction.output_weights != 0))
-    left = bool(problem.team.most(kinks.any().long()))
+    left = bool(problem.process_group.max(kinks.any().long()))
     return _state(problem, point, kinks if left else None, state.active)
 
 
-def _step(problem: Problem, state: _State, found: Snap, *, in_hand: bool) -> _State | None:
+def _step(problem: Problem, state: _State, found: FaceSolution, *, in_hand: bool) -> _State | None:
     """One step towards a solution, to the least loss on the way; None where there is no way down."""
     target = replace(found.point, output=state.point.output)
     rows = target.hidden - state.point.hidden
@@ -249,18 +251,18 @@ def _step(problem: Problem, state: _State, found: Snap, *, in_hand: bool) -> _St
     u = state.outputs.preactivations
     u = torch.where(state.active, u.clamp(min=tiny), u.clamp(max=-tiny))
     shift = problem.free @ (target.free - state.point.free)
-    share, gain, crossings = least_on_ray(problem, u, moves, state.point.output, state.outputs.errors, shift)
+    share, gain, crossings = minimum_on_ray(problem, u, moves, state.point.output, state.outputs.errors, shift)
     kinks = state.kinks
     if in_hand:
         reached = crossings == share
         if not gain > 0:  # blocked where it stands: by the crossing that comes first
-            first = problem.team.least(crossings.min())
+            first = problem.process_group.min(crossings.min())
             reached = (crossings == first) & torch.isfinite(crossings)
             if not bool(torch.isfinite(first)):  # or by what it cannot tell from a kink
                 sizes = problem.norms[:, None] * state.point.sizes
                 reached = (u.abs() <= _NOTHING * sizes) & (sizes > 0)
                 reached = reached if kinks is None else reached & ~kinks
-        if bool(problem.team.most(reached.any().long())):
+        if bool(problem.process_group.max(reached.any().long())):
             kinks = reached if kinks is None else kinks | reached
         elif not gain > 0:
             return None
@@ -275,7 +277,7 @@ def _step(problem: Problem, state: _State, found: Snap, *, in_hand: bool) -> _St
     return stepped
 
 
-def least_on_ray(
+def minimum_on_ray(
     problem: Problem, u: Tensor, moves: Tensor, output: Tensor, errors: Tensor, shift: Tensor
 ) -> tuple[float, float, Tensor]:
     """Where the loss is least on the ray from pre-activations u along moves v, exactly.
@@ -295,7 +297,7 @@ def least_on_ray(
         The place t in [0, 1]; by how much ‖e‖² is less there; and the place of each crossing, (N, d1), infinite where
         there is none before 1.
     """
-    slope, team = problem.slope, problem.team
+    slope, process_group = problem.slope, problem.process_group
     crossings = torch.where(u * moves < 0, -u / moves, torch.inf)
     crossings = torch.where(crossings < 1, crossings, torch.inf)
     times, order = crossings.sort(dim=1)
@@ -306,11 +308,11 @@ def least_on_ray(
     ends = torch.where(met, times, 1.0)
     starts = torch.cat([torch.zeros_like(rate)[:, None], ends[:, :-1]], dim=1)
     met_errors = errors[:, None] - ((ends - starts) * rates[:, :-1]).cumsum(1)  # at each crossing
-    pieces = team.join(
+    pieces = process_group.join(
         torch.stack([times, met_errors * bends, rates[:, 1:].square() - rates[:, :-1].square()], -1)[met]
     )
     pieces = pieces[pieces[:, 0].argsort()]
-    fall, curvature = team.sum(torch.stack([errors @ rate, rate @ rate]))
+    fall, curvature = process_group.sum(torch.stack([errors @ rate, rate @ rate]))
 
     def running(start: Tensor, steps: Tensor) -> Tensor:
         return torch.cat([start[None], start + steps.cumsum(0)])

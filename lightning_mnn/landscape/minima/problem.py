@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_mnn.landscape.regions.linear_map import FaceMap
 from lightning_mnn.landscape.units import row_powers, times_power, unit_exponent
-from lightning_mnn.utilities.distributed import Team
+from lightning_mnn.utilities.distributed import ProcessGroup
 from lightning_mnn.utilities.transfer import fetched
 
 ROUNDOFF = 2.0**-53  # of float64, in which all is computed
@@ -115,7 +115,7 @@ class Units:
 def in_units(problem: Problem) -> tuple[Problem, int, int]:
     """A problem in units that make its inputs and targets of the size of 1, and the exponents of these."""
     sizes = torch.stack([problem.inputs.abs().max(), problem.targets.abs().max()])
-    inputs, targets = (unit_exponent(size) for size in problem.team.most(sizes).tolist())
+    inputs, targets = (unit_exponent(size) for size in problem.process_group.max(sizes).tolist())
     told = replace(
         problem,
         inputs=times_power(problem.inputs, -inputs),
@@ -133,14 +133,14 @@ class Outputs:
         preactivations: u_ni = w_i·x_n, (N, d1).
         errors: e = y − ŷ, (N,).
         bounds: bounds on the rounding error of each e_n, (N,).
-        blur: bounds on the rounding errors of the pre-activations, (N, d1).
+        uncertainty: bounds on the rounding errors of the pre-activations, (N, d1).
         idle: samples whose ŷ_n is exactly 0 where the kinks in hand are, as nothing else is active, bool (N,).
     """
 
     preactivations: Tensor
     errors: Tensor
     bounds: Tensor
-    blur: Tensor
+    uncertainty: Tensor
     idle: Tensor
 
 
@@ -153,14 +153,14 @@ class Problem:
         targets: y, (N,).
         slope: ρ.
         free: columns whose coefficients no kink depends on, (N, f).
-        team: the processes that hold the other samples.
+        process_group: the processes that hold the other samples.
     """
 
     inputs: Tensor
     targets: Tensor
     slope: float
     free: Tensor
-    team: Team = field(default_factory=Team)
+    process_group: ProcessGroup = field(default_factory=ProcessGroup)
 
     @cached_property
     def norms(self) -> Tensor:
@@ -171,7 +171,7 @@ class Problem:
     @cached_property
     def num_samples(self) -> int:
         """N, over all processes."""
-        return self.team.total(self.inputs.shape[0], self.inputs.device)
+        return self.process_group.total(self.inputs.shape[0], self.inputs.device)
 
     def slopes(self, active: Tensor) -> Tensor:
         """A of an activation pattern, (N, d1)."""
@@ -179,7 +179,7 @@ class Problem:
 
     def map(self, active: Tensor, live: Tensor | None = None, bases: dict[int, Tensor] | None = None) -> FaceMap:
         """The linear map of a pattern, on a face."""
-        return FaceMap(self.inputs, self.slopes(active), self.free, live, bases or {}, self.team)
+        return FaceMap(self.inputs, self.slopes(active), self.free, live, bases or {}, self.process_group)
 
     def outputs(self, point: Point, kinks: Tensor | None = None) -> Outputs:
         """Evaluate a point.
@@ -194,10 +194,12 @@ class Problem:
         """
         preactivations = self.inputs @ point.hidden.T
         sizes = point.sizes
-        blur = self.norms[:, None] * ((point.hidden.shape[1] + 4) * ROUNDOFF * sizes)
+        uncertainty = self.norms[:, None] * ((point.hidden.shape[1] + 4) * ROUNDOFF * sizes)
         activated = torch.where(preactivations > 0, preactivations, self.slope * preactivations)
-        steepness = torch.full_like(blur, max(1.0, abs(self.slope)))
-        steepness.masked_fill_(preactivations > blur, 1.0).masked_fill_(preactivations < -blur, abs(self.slope))
+        steepness = torch.full_like(uncertainty, max(1.0, abs(self.slope)))
+        steepness.masked_fill_(preactivations > uncertainty, 1.0).masked_fill_(
+            preactivations < -uncertainty, abs(self.slope)
+        )
         weights = point.output.abs() * sizes
         errors = self.targets - activated @ point.output - self.free @ point.free
         terms = (steepness @ weights) * self.norms + self.free.abs() @ point.free.abs()
@@ -205,23 +207,23 @@ class Problem:
         bounds = torch.where(terms > 0, gamma * (self.targets.abs() + terms), 0.0)
         idle = terms == 0
         if kinks is not None:
-            held = kinks & (preactivations.abs() <= HELD * blur)
-            bounds = bounds + HELD * ((held * steepness * blur) @ point.output.abs())
+            held = kinks & (preactivations.abs() <= HELD * uncertainty)
+            bounds = bounds + HELD * ((held * steepness * uncertainty) @ point.output.abs())
             idle = steepness.masked_fill_(held, 0.0) @ weights == 0
         if self.free.shape[1]:
             idle = torch.zeros_like(idle)
-        return Outputs(preactivations, errors, bounds, blur, idle)
+        return Outputs(preactivations, errors, bounds, uncertainty, idle)
 
     def is_zero(self, outputs: Outputs) -> bool:
         """Whether e = 0 up to rounding, and the rounding is small beside the targets: large weights hide all errors."""
-        sizes = self.team.sum(torch.stack([outputs.bounds.square().sum(), self.targets.square().sum()]))
-        fits = self.team.least((outputs.errors.abs() <= outputs.bounds).all().long())
+        sizes = self.process_group.sum(torch.stack([outputs.bounds.square().sum(), self.targets.square().sum()]))
+        fits = self.process_group.min((outputs.errors.abs() <= outputs.bounds).all().long())
         bounds, targets, fit = fetched(*sizes, fits)
         return bool(fit) and bounds <= _UNKNOWABLE**2 * targets
 
     def squared_error(self, errors: Tensor) -> float:
         """‖e‖² over all samples."""
-        return float(self.team.sum(errors.square().sum()))
+        return float(self.process_group.sum(errors.square().sum()))
 
     def rise(self, before: Outputs, after: Outputs) -> tuple[float, float]:
         """How much larger ‖e‖² is after than before, without the cancellation of two sums, and the rounding in that."""
@@ -229,5 +231,5 @@ class Problem:
         doubt = before.bounds + after.bounds
         size = before.errors.abs() + after.errors.abs()
         terms = torch.stack([(change * (before.errors + after.errors)).sum(), (doubt * (2 * size + doubt)).sum()])
-        rise, blur = self.team.sum(terms).tolist()
-        return rise, blur
+        rise, uncertainty = self.process_group.sum(terms).tolist()
+        return rise, uncertainty

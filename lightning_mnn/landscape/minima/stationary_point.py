@@ -24,7 +24,7 @@ DEPENDENT_KINKS = 1e-10  # singular values of kinks' inputs, relative to the lar
 
 
 @dataclass(frozen=True)
-class Snap:
+class FaceSolution:
     """Weights that solve the least-squares problem of a region, or of a face of it.
 
     Attributes:
@@ -69,7 +69,9 @@ class Snap:
         return self.forces[: self.point.hidden.numel()].reshape(self.point.hidden.shape)
 
 
-def snap(problem: Problem, start: Point, active: Tensor, kinks: Tensor | None, longest: float = math.inf) -> Snap:
+def solve_on_face(
+    problem: Problem, start: Point, active: Tensor, kinks: Tensor | None, longest: float = math.inf
+) -> FaceSolution:
     """Go to the nearest least-squares solution of the region, on the face where the kinks' pre-activations are zero.
 
     Rows with z_i = 0 stay, but for being taken to their kinks.
@@ -102,24 +104,24 @@ def snap(problem: Problem, start: Point, active: Tensor, kinks: Tensor | None, l
     forces = replace(face, slopes=coefficients).correlate(outputs.errors)
     noises = [_noise(problem, coefficients, spread) for spread in (summing, summing + outputs.bounds)]
     error, drift = _errors(problem, face, solution, outputs, forces, noises[0])
-    return Snap(start, point, active, kinks, outputs, face, solution, forces, noises[1], error, drift)
+    return FaceSolution(start, point, active, kinks, outputs, face, solution, forces, noises[1], error, drift)
 
 
 def _noise(problem: Problem, coefficients: Tensor, spread: Tensor) -> Tensor:
     """What errors (N,) of the terms may add up to in each force, (d1 + 1,)."""
     rows = coefficients.abs().T @ (problem.norms * spread)
-    return problem.team.sum(torch.cat([rows, (spread @ problem.free.abs()).sum()[None]]))
+    return problem.process_group.sum(torch.cat([rows, (spread @ problem.free.abs()).sum()[None]]))
 
 
 def bases_of_kinks(problem: Problem, kinks: Tensor) -> dict[int, Tensor]:
     """Orthonormal bases of the inputs on each unit's kink."""
     counts = kinks.sum(0)
-    here, everywhere = torch.stack([counts, problem.team.sum(counts)]).tolist()
+    here, everywhere = torch.stack([counts, problem.process_group.sum(counts)]).tolist()
     samples = torch.split(kinks.T.nonzero()[:, 1], here)
     found = {}
     for unit, count in enumerate(everywhere):
         if count:
-            inputs = problem.team.join(problem.inputs[samples[unit]])
+            inputs = problem.process_group.join(problem.inputs[samples[unit]])
             _, values, right = torch.linalg.svd(inputs / inputs.norm(dim=1, keepdim=True), full_matrices=False)
             found[unit] = right, (values > DEPENDENT_KINKS * values[0]).sum()
     ranks = fetched(*(rank for _, rank in found.values()))
@@ -148,7 +150,7 @@ def _errors(
     bounds, summed = outputs.bounds.square().sum(), torch.where(live, summing, 0.0).norm()
     left = face.project(forces).norm() + summed
     whole = (outputs.errors.abs() + outputs.bounds).square().sum()
-    bounds, whole, left = torch.stack([*problem.team.sum(torch.stack([bounds, whole])).sqrt(), left]).tolist()
+    bounds, whole, left = torch.stack([*problem.process_group.sum(torch.stack([bounds, whole])).sqrt(), left]).tolist()
     if solution.smallest is None:
         return (0.0, bounds) if left == 0 else (math.inf, math.inf)
     drift = bounds + left / solution.smallest

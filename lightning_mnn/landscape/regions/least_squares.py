@@ -61,7 +61,7 @@ def solve(face: FaceMap, rhs: Tensor, longest: float = float("inf"), max_iterati
         longest: stop an iteration whose θ is longer than this.
         max_iterations: of conjugate gradients.
     """
-    dual = face.team.size == 1 and face.num_samples <= face.num_parameters
+    dual = face.process_group.size == 1 and face.num_samples <= face.num_parameters
     if (face.num_samples if dual else face.num_parameters) > GRAM_LIMIT:
         return _iterate(face, rhs, longest, max_iterations)
     matrix = face.gram() if dual else face.normal_matrix()
@@ -69,7 +69,7 @@ def solve(face: FaceMap, rhs: Tensor, longest: float = float("inf"), max_iterati
     if solution is not None:
         return solution
     operations = face.num_samples * face.num_parameters * len(matrix)
-    if face.team.size == 1 and operations <= _DECOMPOSED:
+    if face.process_group.size == 1 and operations <= _DECOMPOSED:
         return _by_singular_values(face, rhs)
     return _by_eigenvalues(face, matrix, rhs, dual=dual)
 
@@ -162,13 +162,13 @@ def _iterate(face: FaceMap, rhs: Tensor, longest: float, max_iterations: int) ->
     for _ in range(2):
         residual = rhs - face.predict(theta)
         gradient = face.project(face.correlate(residual))
-        goal = 4 * _EPS * face.size * float(face.team.sum(residual @ residual)) ** 0.5
+        goal = 4 * _EPS * face.size * float(face.process_group.sum(residual @ residual)) ** 0.5
         direction, square = gradient, gradient @ gradient
         diagonal, beside, last = [], [], (0.0, 1.0)
         while not (finished := float(square) ** 0.5 <= goal) and spent < max_iterations and not too_long:
             safe_point()
             change = face.predict(direction)
-            share = float(square) / float(face.team.sum(change @ change))
+            share = float(square) / float(face.process_group.sum(change @ change))
             theta, residual = theta + share * direction, residual - share * change
             gradient = face.project(face.correlate(residual))
             ratio, square = float(gradient @ gradient) / float(square), gradient @ gradient

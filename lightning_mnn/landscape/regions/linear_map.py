@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_mnn.utilities.distributed import Team
+from lightning_mnn.utilities.distributed import ProcessGroup
 
 _BLOCK = 2048  # samples whose features are formed at a time
 
@@ -28,7 +28,7 @@ class FaceMap:
         free: columns c whose coefficients b no kink depends on, float64 (N, f); an output bias is one of ones.
         live: units whose rows may move, bool (d1,); None: all.
         bases: unit → orthonormal columns (d0, b) that its row is orthogonal to.
-        team: the processes that hold the other samples.
+        process_group: the processes that hold the other samples.
     """
 
     inputs: Tensor
@@ -36,7 +36,7 @@ class FaceMap:
     free: Tensor
     live: Tensor | None = None
     bases: dict[int, Tensor] = field(default_factory=dict)
-    team: Team = field(default_factory=Team)
+    process_group: ProcessGroup = field(default_factory=ProcessGroup)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -46,7 +46,7 @@ class FaceMap:
     @cached_property
     def num_samples(self) -> int:
         """N, over all processes."""
-        return self.team.total(self.inputs.shape[0], self.inputs.device)
+        return self.process_group.total(self.inputs.shape[0], self.inputs.device)
 
     @property
     def num_parameters(self) -> int:
@@ -57,7 +57,7 @@ class FaceMap:
     def size(self) -> float:
         """Frobenius norm of the matrix before projection: what rounding in it is relative to."""
         squares = (self.slopes.norm(dim=1) * self.inputs.norm(dim=1)).square().sum() + self.free.square().sum()
-        return math.sqrt(float(self.team.sum(squares)))
+        return math.sqrt(float(self.process_group.sum(squares)))
 
     def predict(self, theta: Tensor) -> Tensor:
         """Predictions (N,) for parameters θ, as they are: two products of matrices, none of them large."""
@@ -68,7 +68,7 @@ class FaceMap:
     def correlate(self, residual: Tensor) -> Tensor:
         """The adjoint: (Σ_n e_n A_ni x_n)_i and Σ_n e_n c_n, summed over all processes, before projection."""
         rows = (self.slopes * residual[:, None]).T @ self.inputs
-        return self.team.sum(torch.cat([rows.reshape(-1), residual @ self.free]))
+        return self.process_group.sum(torch.cat([rows.reshape(-1), residual @ self.free]))
 
     def project(self, theta: Tensor) -> Tensor:
         """The nearest parameters on the face, for θ (..., d1·d0 + f)."""
@@ -110,7 +110,7 @@ class FaceMap:
             features = (self.slopes[block, :, None] * self.inputs[block, None, :]).flatten(1)
             features = torch.cat([features, self.free[block]], 1)
             total.addmm_(features.T, features)
-        total = self.team.sum(total)
+        total = self.process_group.sum(total)
         if self.live is None and not self.bases:
             return total
         scale = total.diagonal().mean().clamp(min=torch.finfo(total.dtype).tiny)

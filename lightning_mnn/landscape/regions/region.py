@@ -16,7 +16,7 @@ import torch
 from lightning_mnn.landscape.regions.least_squares import solve
 from lightning_mnn.landscape.regions.linear_map import FaceMap
 from lightning_mnn.landscape.regions.rank import khatri_rao_rank
-from lightning_mnn.utilities.distributed import Team
+from lightning_mnn.utilities.distributed import ProcessGroup
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +50,7 @@ class Region:
         inputs: X, (..., N, d0).
         pattern: activation pattern of N samples and d1 units.
         negative_slope: ρ, any real but 1.
-        team: the processes that hold the other samples, for products and least squares; None: all are here.
+        process_group: the processes that hold the other samples, for products and least squares; None: all are here.
 
     Raises:
         ValueError: ρ = 1, or the pattern has another number of samples than the inputs.
@@ -65,7 +65,12 @@ class Region:
     """
 
     def __init__(
-        self, inputs: Tensor, pattern: ActivationPattern, negative_slope: float = 0.0, *, team: Team | None = None
+        self,
+        inputs: Tensor,
+        pattern: ActivationPattern,
+        negative_slope: float = 0.0,
+        *,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         if negative_slope == 1:
             raise ValueError("negative_slope must not be 1: the network would be linear")
@@ -76,7 +81,7 @@ class Region:
         self.inputs = inputs.to(torch.float64)
         self.pattern = pattern
         self.negative_slope = negative_slope
-        self.team = team or Team()
+        self.process_group = process_group or ProcessGroup()
 
     @cached_property
     def slopes(self) -> Tensor:
@@ -92,7 +97,7 @@ class Region:
 
         A differentiable point is a local minimum if and only if its residual satisfies G e = 0.
         """
-        return self.team.sum(correlate(self.slopes, self.inputs, residual.to(torch.float64)))
+        return self.process_group.sum(correlate(self.slopes, self.inputs, residual.to(torch.float64)))
 
     def gram(self) -> Tensor:
         """GᵀG = (A Aᵀ) ⊙ (X Xᵀ), (..., N, N): without the (N, d0·d1) matrix."""
@@ -120,10 +125,10 @@ class Region:
         replicas = self._replicas()
         targets = targets.to(torch.float64).expand(*(len(replicas),) * self._replicated, targets.shape[-1])
         for (x, a), y in zip(replicas, targets.reshape(-1, targets.shape[-1]), strict=True):
-            face = FaceMap(x, a, x.new_zeros(len(x), 0), team=self.team)
+            face = FaceMap(x, a, x.new_zeros(len(x), 0), process_group=self.process_group)
             solution = solve(face, y, max_iterations=max_iterations)
             residual = y - face.predict(solution.theta)
-            squares = self.team.sum(torch.stack([(a.norm(dim=1) * x.norm(dim=1)).square().sum(), y @ y]))
+            squares = self.process_group.sum(torch.stack([(a.norm(dim=1) * x.norm(dim=1)).square().sum(), y @ y]))
             left = face.correlate(residual).norm()
             gradients.append(torch.where(left == 0, 0.0, left / squares.prod().sqrt()))
             flats.append(solution.theta.reshape(face.shape))

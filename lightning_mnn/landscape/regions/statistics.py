@@ -74,7 +74,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Survey:
+class NetworkStatistics:
     """What one exact pass over a data set finds at given weights.
 
     Attributes:
@@ -143,7 +143,9 @@ class Survey:
         return reduce(torch.add, [layer.kinks for layer in self.layers])
 
 
-def survey_network(network: Network, inputs: Tensor, targets: Tensor, threshold: float | None = None) -> Survey:
+def network_statistics(
+    network: Network, inputs: Tensor, targets: Tensor, threshold: float | None = None
+) -> NetworkStatistics:
     """Survey a network on one block of samples.
 
     The rounding-error bound of e_n is γ (|y_n| + |b₂| + s^L ‖x_n‖ |z| |W_L| … |W_2| r), where r are the row norms of
@@ -161,7 +163,7 @@ def survey_network(network: Network, inputs: Tensor, targets: Tensor, threshold:
         ValueError: inputs of another dimension than the network's.
 
     >>> net = Network((torch.tensor([[1.0, 0.0], [0.0, 1.0]]),), torch.tensor([1.0, 1.0]), negative_slope=0.0)
-    >>> found = survey_network(net, torch.tensor([[1.0, -2.0], [3.0, 4.0]]), torch.tensor([1.0, 0.0]))
+    >>> found = network_statistics(net, torch.tensor([[1.0, -2.0], [3.0, 4.0]]), torch.tensor([1.0, 0.0]))
     >>> found.mse, found.layers[0].correlation.tolist()
     (tensor(24.5000, dtype=torch.float64), [[-21.0, -28.0], [-21.0, -28.0]])
     """
@@ -188,7 +190,7 @@ def survey_network(network: Network, inputs: Tensor, targets: Tensor, threshold:
             coefficients.insert(0, derivative)
 
     bound = _rounding_bound(network, layer_inputs[0], targets)
-    return Survey(
+    return NetworkStatistics(
         num_samples=inputs.shape[-2],
         squared_error=residual.square().sum(-1),
         squared_target=targets.square().sum(-1).expand(residual.shape[:-1]),
@@ -196,7 +198,7 @@ def survey_network(network: Network, inputs: Tensor, targets: Tensor, threshold:
         error_excess=torch.where(residual == 0, 0.0, residual.abs() / bound).amax(-1),
         rounding_bound=bound.amax(-1),
         layers=tuple(
-            _survey_layer(weights, u, c, h, residual=residual, network=network)
+            _layer_statistics(weights, u, c, h, residual=residual, network=network)
             for weights, u, c, h in zip(hidden, preactivations, coefficients, layer_inputs, strict=False)
         ),
         error_sum=None if network.output_bias is None else residual.sum(-1),
@@ -229,7 +231,7 @@ def exact_patterns(network: Network, inputs: Tensor) -> tuple[ActivationPattern,
     return (ActivationPattern(active),)
 
 
-def merge_surveys(parts: Sequence[Survey]) -> Survey:
+def merge_statistics(parts: Sequence[NetworkStatistics]) -> NetworkStatistics:
     """The survey of all samples from surveys of parts of them, in the samples' order.
 
     Sums are taken in the order given, so the same parts give the same bits.
@@ -237,42 +239,44 @@ def merge_surveys(parts: Sequence[Survey]) -> Survey:
     if len(parts) == 1:
         return parts[0]
     layers = tuple(Layer(**_merged(layer)) for layer in zip(*(part.layers for part in parts), strict=True))
-    return Survey(**_merged(parts) | {"num_samples": sum(part.num_samples for part in parts), "layers": layers})
+    return NetworkStatistics(
+        **_merged(parts) | {"num_samples": sum(part.num_samples for part in parts), "layers": layers}
+    )
 
 
-def on_cpu(survey: Survey) -> Survey:
+def on_cpu(statistics: NetworkStatistics) -> NetworkStatistics:
     """The same survey with its tensors on the CPU, where those of several processes can meet."""
-    measured: list[Survey | Layer] = [survey, *survey.layers]
+    measured: list[NetworkStatistics | Layer] = [statistics, *statistics.layers]
     parts = [_measures(part) for part in measured]
     moved = iter(to_host([value for part in parts for value in part.values() if value is not None]))
     found: list[dict[str, Any]] = [
         {name: None if value is None else next(moved) for name, value in part.items()} for part in parts
     ]
     layers = tuple(Layer(**layer) for layer in found[1:])
-    return Survey(**found[0] | {"num_samples": survey.num_samples, "layers": layers})
+    return NetworkStatistics(**found[0] | {"num_samples": statistics.num_samples, "layers": layers})
 
 
-def rank_cap(survey: Survey, input_rank: Tensor, negative_slope: float) -> Tensor:
+def rank_cap(statistics: NetworkStatistics, input_rank: Tensor, negative_slope: float) -> Tensor:
     """Upper bound on rank(A∘X) of a two-layer network: min(N − #samples without an active unit, rank A · rank X).
 
     A sample that no unit is active on is a zero column for the ReLU, and costs nothing for other slopes. With a hidden
     bias X is the augmented one; an output bias is no part of A∘X.
 
     Args:
-        survey: an exact pass, of one network or R.
+        statistics: an exact pass, of one network or R.
         input_rank: rank of X, int64 (...).
         negative_slope: ρ.
 
     Returns:
         int64 (...).
     """
-    layer = survey.layers[-1]
+    layer = statistics.layers[-1]
     lost = layer.unactivated if negative_slope == 0 else torch.zeros_like(layer.unactivated)
     products = gram_rank(layer.slopes_gram) * input_rank.to(layer.slopes_gram.device)
-    return torch.minimum(survey.num_samples - lost, products)
+    return torch.minimum(statistics.num_samples - lost, products)
 
 
-def _survey_layer(
+def _layer_statistics(
     weights: Tensor, u: Tensor, coefficients: Tensor, inputs: Tensor, *, residual: Tensor, network: Network
 ) -> Layer:
     pattern = ActivationPattern.from_preactivations(u)
@@ -309,11 +313,11 @@ def _rounding_bound(network: Network, inputs: Tensor, targets: Tensor) -> Tensor
     return gamma * size
 
 
-def _measures(part: Survey | Layer) -> dict[str, Tensor | None]:
+def _measures(part: NetworkStatistics | Layer) -> dict[str, Tensor | None]:
     return {item.name: getattr(part, item.name) for item in fields(part) if "merge" in item.metadata}
 
 
-def _merged(parts: Sequence[Survey] | Sequence[Layer]) -> dict[str, Any]:
+def _merged(parts: Sequence[NetworkStatistics] | Sequence[Layer]) -> dict[str, Any]:
     rules = {item.name: item.metadata["merge"] for item in fields(parts[0]) if "merge" in item.metadata}
     values = {name: [getattr(part, name) for part in parts] for name in rules}
     return {name: None if values[name][0] is None else rule(values[name]) for name, rule in rules.items()}

@@ -200,7 +200,7 @@ def rare_census(
     case = Case(data, width, negative_slope, epsilon=epsilon, seed=seed, max_nodes=max_nodes)
     regions = min(positive_integer("regions", regions), particles)
     score = suboptimal_score(data.inputs, data.targets, negative_slope, threshold=data.threshold)
-    shape, level = (width, data.inputs.shape[1]), least_wrong(len(data.targets), epsilon)
+    shape, level = (width, data.inputs.shape[1]), fewest_wrong(len(data.targets), epsilon)
     residual = rare_event(score, shape, level, particles=particles, runs=runs, steps=steps, seed=seed)
     verdicts = [[case.outcome_at(weights, data).exists for weights in run[:regions]] for run in residual.population]
     found = torch.tensor([[exists is True for exists in run] for run in verdicts]).reshape(-1, regions)
@@ -265,10 +265,10 @@ def suboptimal_score(
     return score
 
 
-def least_wrong(num_samples: int, epsilon: float) -> int:
+def fewest_wrong(num_samples: int, epsilon: float) -> int:
     """The smallest number of samples that is more than a fraction ε of all N.
 
-    >>> least_wrong(20, 0.0), least_wrong(20, 0.1)
+    >>> fewest_wrong(20, 0.0), fewest_wrong(20, 0.1)
     (1, 3)
     """
     return next(number for number in range(1, num_samples + 1) if number / num_samples > epsilon)
@@ -288,13 +288,13 @@ def _score_regions(data: DataSet, negative_slope: float, weights: Tensor) -> Ten
     wrongs = wrong(targets, targets, threshold).sum().double().repeat(len(weights))
     wrongs[doubtful] = _count_wrong(khatri_rao(slopes[doubtful], inputs), targets, threshold)
     if negative_slope == 0:
-        lead = _least_activation(inputs, preactivations, wrongs.long())
+        lead = _smallest_activation(inputs, preactivations, wrongs.long())
     else:
         lead = _ridge_lead(gram, targets, threshold, wrongs.long())
     return wrongs + lead.clamp(max=_BELOW_ONE)
 
 
-def _least_activation(inputs: Tensor, preactivations: Tensor, skipped: Tensor) -> Tensor:
+def _smallest_activation(inputs: Tensor, preactivations: Tensor, skipped: Tensor) -> Tensor:
     """How nearly one sample more than those `skipped`, (B,), activates no unit: from 0 to 1, (B,).
 
     It is Φ(−max_i w_i·x_n/‖x_n‖) of the sample that is next, for pre-activations (B, N, d1).

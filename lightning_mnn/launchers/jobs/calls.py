@@ -33,7 +33,7 @@ class TaskReference:
     def to(cls, function: Callable[..., Any]) -> TaskReference:
         """A reference to a function."""
         module, name = (getattr(function, key, "") for key in ("__module__", "__qualname__"))
-        found, depth = _look_up(module, name), 0
+        found, depth = _find_by_name(module, name), 0
         while found is not None and found is not function:
             found, depth = getattr(found, "__wrapped__", None), depth + 1
         return cls(module, name, depth, function if found is None else None)
@@ -43,7 +43,7 @@ class TaskReference:
         found = self.value
         if found is None:
             __import__(self.module)
-            found = _look_up(self.module, self.name)
+            found = _find_by_name(self.module, self.name)
             for _ in range(self.depth):
                 found = found.__wrapped__
         return found
@@ -54,7 +54,11 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 
     @override
     def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, type) and obj.__module__ == "__main__" and _look_up("__main__", obj.__qualname__) is obj:
+        if (
+            isinstance(obj, type)
+            and obj.__module__ == "__main__"
+            and _find_by_name("__main__", obj.__qualname__) is obj
+        ):
             return obj.__qualname__
         return super().reducer_override(obj)
 
@@ -78,7 +82,7 @@ def _is_imported_by_jobs() -> bool:
     return path is not None if spec is None else spec.name.rpartition(".")[2] != "__main__"
 
 
-def _look_up(module: str, name: str) -> Any:
+def _find_by_name(module: str, name: str) -> Any:
     if module == "__main__" and not _is_imported_by_jobs():
         return None
     found: Any = sys.modules.get(module)

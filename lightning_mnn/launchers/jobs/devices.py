@@ -33,7 +33,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Loan:
+class Allocation:
     """What a job has got: names of GPUs, or of slots of the CPU, and the threads of each of its processes."""
 
     request: Request
@@ -88,7 +88,7 @@ class Devices:
         self._n_jobs = n_jobs
         self._slots = [str(slot) for slot in range(cpu_slots or max(self._cores, n_jobs or 1))]
         self._taken: set[tuple[bool, str]] = set()  # whether it is a GPU, and its name
-        self._lent = 0
+        self._allocated = 0
 
     def request(self, devices: Any, accelerator: Any) -> Request:
         """What a job with these arguments of a Trainer asks for.
@@ -113,20 +113,20 @@ class Devices:
             )
         return Request(gpus, min(count, total), count)
 
-    def lend(self, request: Request) -> Loan | None:
+    def lend(self, request: Request) -> Allocation | None:
         """Devices for a job; None: not enough are free, or ``n_jobs`` run."""
         free = [name for name in self._all(gpus=request.gpus) if (request.gpus, name) not in self._taken]
-        if len(free) < request.count or self._lent == self._n_jobs:
+        if len(free) < request.count or self._allocated == self._n_jobs:
             return None
         names = tuple(free[: request.count])
         self._taken |= {(request.gpus, name) for name in names}
-        self._lent += 1
-        return Loan(request, names, self._threads(request))
+        self._allocated += 1
+        return Allocation(request, names, self._threads(request))
 
-    def take_back(self, loan: Loan) -> None:
+    def take_back(self, allocation: Allocation) -> None:
         """Have a job's devices again."""
-        self._taken -= {(loan.request.gpus, name) for name in loan.names}
-        self._lent -= 1
+        self._taken -= {(allocation.request.gpus, name) for name in allocation.names}
+        self._allocated -= 1
 
     @cached_property
     def _gpus(self) -> list[str]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
-    from lightning_mnn.launchers.jobs.devices import Loan, Request
+    from lightning_mnn.launchers.jobs.devices import Allocation, Request
 
 
 _LONGEST = 300  # characters of what a job failed with
@@ -50,7 +50,7 @@ class Job:
         folder: its output folder.
         request: devices that it asks for.
         state: how far it is.
-        loan: devices that it got.
+        allocation: devices that it got.
         returned: what it has come to.
         process: that runs it, once it is started.
         seconds: since its start, or that it took.
@@ -64,7 +64,7 @@ class Job:
     folder: Path
     request: Request
     state: JobState = JobState.WAITING
-    loan: Loan | None = None
+    allocation: Allocation | None = None
     returned: JobReturn | None = None
     process: JobProcess | None = None
     seconds: float = 0.0
@@ -82,19 +82,19 @@ class Job:
             self.state = JobState.KEPT
             self.returned = self._return(JobStatus.COMPLETED, returned(record.get("return_value")))
 
-    def start(self, loan: Loan, call: dict[str, Any]) -> bool:
+    def start(self, allocation: Allocation, call: dict[str, Any]) -> bool:
         """Start the job's process on lent devices; where that cannot be, the job has failed.
 
         Returns:
             Whether it runs.
         """
-        self.loan = loan
+        self.allocation = allocation
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self.log.open("ab") as output:
                 _lock(output, self.folder)
                 (self.folder / JOB_RECORD).unlink(missing_ok=True)
-                self.process = JobProcess(loan, output, call | {"config": self.config})
+                self.process = JobProcess(allocation, output, call | {"config": self.config})
             self.state = JobState.RUNNING
         except Exception as error:  # noqa: BLE001 (the other jobs are to go on)
             self._end(self._return(JobStatus.FAILED, f"cannot be started: {type(error).__name__}: {error}"))
@@ -158,7 +158,7 @@ class Job:
             "error": None if finished else str(value),
             "return_value": None,
             "minimum": self.progress.get("minimum"),
-            "devices": str(self.loan),
+            "devices": str(self.allocation),
             "seconds": self.seconds,
             "seconds_to_training": None if started is None or self.process is None else started - self.process.began,
         }

@@ -24,7 +24,7 @@ from lightning_mnn.launchers.jobs.progress import VARIABLE
 from lightning_mnn.launchers.jobs.records import read_record
 
 if TYPE_CHECKING:
-    from lightning_mnn.launchers.jobs.devices import Loan
+    from lightning_mnn.launchers.jobs.devices import Allocation
 
 
 log = logging.getLogger(__name__)
@@ -41,14 +41,14 @@ class JobProcess:
     """The process of a job, in a session of its own, with the folder through which it is spoken to.
 
     Attributes:
-        loan: its devices.
+        allocation: its devices.
         output: where its output goes.
         call: what Hydra's ``run_job`` is to be called with.
         began: when it was started, in seconds since the epoch.
         ended_by_us: whether it was told to end.
     """
 
-    loan: Loan
+    allocation: Allocation
     output: IO[bytes]
     call: InitVar[dict[str, Any]]
     began: float = field(default_factory=time.time)
@@ -119,4 +119,6 @@ class JobProcess:
         own = {key: value for key, value in os.environ.items() if key not in _NOT_INHERITED}
         if "SLURM_JOB_ID" in own:  # in an allocation: Lightning is to start its own processes, not to look for srun's
             own["SLURM_JOB_NAME"] = "interactive"
-        return own | self.loan.environment | {VARIABLE: str(self._folder / "progress.json"), "PYTHONUNBUFFERED": "1"}
+        return (
+            own | self.allocation.environment | {VARIABLE: str(self._folder / "progress.json"), "PYTHONUNBUFFERED": "1"}
+        )

@@ -88,7 +88,7 @@ def clock(seconds: float) -> str:
 def _row(job: Job) -> tuple[Any, ...]:
     label = Text(job.label, no_wrap=True, overflow="ellipsis")
     state = Text(_WORDS.get(job.state, job.state), style=_STYLES[job.state])
-    if job.loan is None:
+    if job.allocation is None:
         return str(job.number), label, state, "", "", "", ""
     seen = job.progress
     limit = seen.get("max_epochs")
@@ -96,4 +96,4 @@ def _row(job: Job) -> tuple[Any, ...]:
     loss = "" if seen.get("loss") is None else f"{seen['loss']:.3g}"
     if job.state is JobState.RUNNING and not epochs:
         state = Text("starting", style="cyan")
-    return str(job.number), label, state, str(job.loan), epochs, loss, clock(job.seconds)
+    return str(job.number), label, state, str(job.allocation), epochs, loss, clock(job.seconds)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset, WeightedRandomSampler
 
-from lightning_mnn.callbacks.evaluation.isolation import undisturbed
+from lightning_mnn.callbacks.evaluation.isolation import isolated
 from lightning_mnn.callbacks.evaluation.run_module import (
     LossNotEvaluableError,
     StepFailedError,
@@ -150,7 +150,7 @@ def test_batches_come_as_in_training(make_trainer, precision):
     def act(trainer, module):
         found = []
         for _ in range(2):
-            with undisturbed(trainer, module):
+            with isolated(trainer, module):
                 found.append([batch[0] for batch in model_batches(trainer, module)])
             torch.rand(1)
         first, again = (torch.cat(part) for part in found)
@@ -158,7 +158,7 @@ def test_batches_come_as_in_training(make_trainer, precision):
         assert [len(part) for part in found[0]] == [4, 3]
         assert first.dtype is (torch.float64 if precision == "64-true" else torch.float32)
         assert ((first - (x + 1) * 2) < 1).all()
-        with undisturbed(trainer, module):
+        with isolated(trainer, module):
             (few,) = model_batches(trainer, module, torch.tensor([2, 5]))
         assert torch.equal(few[0].floor(), (x[[2, 5]].to(few[0].dtype) + 1) * 2)
         for autocast, expected in ((True, torch.bfloat16), (False, torch.float32)):

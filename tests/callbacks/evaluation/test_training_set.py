@@ -12,7 +12,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_mnn import MNN
 from lightning_mnn.callbacks import AngularVolumeMonitor, LocalMinimumDetector
 from lightning_mnn.callbacks.evaluation.module_network import network_of, required_network
-from lightning_mnn.callbacks.evaluation.training_set import input_rank, patterns_of_training_set, survey_training_set
+from lightning_mnn.callbacks.evaluation.training_set import (
+    input_rank,
+    patterns_of_training_set,
+    training_set_statistics,
+)
 from lightning_mnn.utilities.errors import DivergenceError
 
 
@@ -65,7 +69,7 @@ def test_a_sequential_is_surveyed_with_its_biases(make_trainer, kink, slope, bia
     x, y = data()
 
     def check(trainer, pl_module):
-        found = survey_training_set(trainer, pl_module)
+        found = training_set_statistics(trainer, pl_module)
         prediction = module.net(x)[:, 0].detach()
         torch.testing.assert_close(found.mse, (y - prediction).square().mean())
         assert int(found.wrong) == int(((prediction - 0.5) * (y - 0.5) <= 1e-12).sum())
@@ -157,11 +161,11 @@ def test_a_change_of_a_bias_or_slope_is_noticed(make_trainer, name):
         parameter = dict(module.named_parameters())[name]
         for value in (0.1, 0.2):
             parameter.fill_(value)
-            errors.append(float(survey_training_set(trainer, pl_module).mse))
+            errors.append(float(training_set_statistics(trainer, pl_module).mse))
             assert errors[-1] == pytest.approx(float((module.net(data()[0])[:, 0] - data()[1]).square().mean()))
         parameter.fill_(math.nan)
         with pytest.raises(DivergenceError, match="not finite"):
-            survey_training_set(trainer, pl_module)
+            training_set_statistics(trainer, pl_module)
 
     fit(make_trainer, module, check, epochs=1)
     assert errors[0] != errors[1]

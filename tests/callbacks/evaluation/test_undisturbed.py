@@ -13,7 +13,7 @@ from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_mnn.callbacks.evaluation.isolation import undisturbed
+from lightning_mnn.callbacks.evaluation.isolation import isolated
 
 pytestmark = pytest.mark.filterwarnings("ignore:Found 1 module.* in eval mode at the start of training:UserWarning")
 
@@ -79,7 +79,7 @@ class Passes(pl.Callback):
         tensors = {name: t.clone() for name, t in pl_module.state_dict().items()}
         modes = [module.training for module in pl_module.modules()]
         try:
-            with undisturbed(trainer, pl_module):
+            with isolated(trainer, pl_module):
                 assert not any(module.training for module in pl_module.modules())
                 pl_module.log("anything", 1.0)
                 loss = pl_module.training_step(batch, batch_idx)
@@ -154,7 +154,7 @@ def test_each_pass_draws_the_same_numbers_and_gradients_are_put_back(make_traine
         losses = []
         for _ in range(2):
             torch.rand(1)
-            with undisturbed(trainer, module):
+            with isolated(trainer, module):
                 module.net[0].bias.requires_grad_(True)  # noqa: FBT003
                 losses.append(module.training_step(batch, 0))
                 losses[-1].backward()
@@ -172,9 +172,9 @@ def test_each_pass_draws_the_same_numbers_and_gradients_are_put_back(make_traine
 def test_a_changed_parameter_is_told(make_trainer, tmp_path):
     def act(trainer, module):
         told = pytest.raises(RuntimeError, match=r"changed a parameter, of shape \(5, 4\)")
-        with told, torch.no_grad(), undisturbed(trainer, module):
+        with told, torch.no_grad(), isolated(trainer, module):
             module.net[0].weight.mul_(2)
-        with undisturbed(trainer, module):
+        with isolated(trainer, module):
             module.net[0].weight.data = torch.zeros(5, 4)
         assert module.net[0].weight.abs().sum() > 0
         found.append(True)
@@ -189,17 +189,17 @@ def test_what_is_large_is_not_copied_but_checked(make_trainer, tmp_path, monkeyp
         module.backbone = nn.Linear(50, 50).requires_grad_(False)  # noqa: FBT003
         module.memory = deque(torch.zeros(2) for _ in range(5000))
         first = module.memory[0]
-        with undisturbed(trainer, module) as restart:
+        with isolated(trainer, module) as restart:
             assert not restart._checked
             module.memory.popleft()
             module.memory.append(torch.ones(2))
         assert len(module.memory) == 5000
         assert module.memory[0] is first
         monkeypatch.setattr("lightning_mnn.callbacks.evaluation.isolation._MOST_OTHERS", 1000)
-        with undisturbed(trainer, module):
+        with isolated(trainer, module):
             pass
         with pytest.raises(RuntimeError, match=r"changed a parameter, of shape \(50, 50\)"), torch.no_grad():  # noqa: SIM117
-            with undisturbed(trainer, module):
+            with isolated(trainer, module):
                 module.backbone.weight.add_(1)
         monkeypatch.undo()
         found.append(True)
@@ -216,7 +216,7 @@ def test_processes_gather_alone(make_trainer, tmp_path):
         own = module.all_gather
         with monkeypatch.context() as patched:
             patched.setattr(type(trainer), "world_size", 2)
-            with undisturbed(trainer, module):
+            with isolated(trainer, module):
                 assert module.all_gather({"z": torch.zeros(3)})["z"].shape == (1, 3)
         assert module.all_gather == own
         found.append(True)
@@ -236,7 +236,7 @@ def test_tensors_of_odd_kinds_and_compiled_modules(make_trainer, tmp_path):
         module.lazy = nn.LazyBatchNorm1d()
         module.script = torch.jit.script(nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2)))
         compiled = torch.compile(lambda x: graphs.append(torch.compiler.is_compiling()) or x + 1, backend="eager")
-        with undisturbed(trainer, module):
+        with isolated(trainer, module):
             assert not module.script.training
             compiled(torch.zeros(1))
         assert module.script.training
@@ -251,7 +251,7 @@ def test_a_restart_puts_the_module_back_but_for_what_moves(make_trainer, tmp_pat
     def act(trainer, module):
         teacher, trained = module.teacher.weight, module.net[0].weight
         before, kept = teacher.clone(), trained.clone()
-        with undisturbed(trainer, module) as restart:
+        with isolated(trainer, module) as restart:
             for moving in ((), {id(teacher)}):
                 module.count += 1
                 module.queue += 1

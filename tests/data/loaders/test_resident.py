@@ -214,7 +214,7 @@ def test_gaussian_data_are_standard_and_balanced():
 
 
 def test_teacher_targets_have_a_zero_error_point():
-    from lightning_mnn.landscape import Network, survey_network
+    from lightning_mnn.landscape import Network, network_statistics
     from lightning_mnn.utilities.seeding import generator
 
     data = GaussianData(30, 4, labels="teacher", teacher_width=3, seed=2)
@@ -222,7 +222,7 @@ def test_teacher_targets_have_a_zero_error_point():
     draw = generator(2, "teacher")
     w = torch.randn(3, 4, generator=draw, dtype=torch.float64)
     z = torch.randn(3, generator=draw, dtype=torch.float64) * (2 / 12) ** 0.5
-    assert bool(survey_network(Network((w,), z, 0.0), x, y).zero_error)
+    assert bool(network_statistics(Network((w,), z, 0.0), x, y).zero_error)
 
 
 @pytest.mark.parametrize(

@@ -265,10 +265,10 @@ def test_written_rows_go_on_after_a_kill(tmp_path, monkeypatch):
 
 
 def test_a_file_is_written_by_one_at_a_time(tmp_path):
-    begun, go_on, asked = threading.Event(), threading.Event(), []
+    started, go_on, asked = threading.Event(), threading.Event(), []
 
     def slow(low, high):
-        begun.set()
+        started.set()
         assert go_on.wait(PATIENCE)
         return blocks(low, high)
 
@@ -281,7 +281,7 @@ def test_a_file_is_written_by_one_at_a_time(tmp_path):
 
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(write, slow)
-        assert begun.wait(PATIENCE)
+        assert started.wait(PATIENCE)
         second = threads.submit(write, watched)
         time.sleep(0.2)  # in which it would ask, if it did not wait
         waited = not second.done() and not asked
@@ -292,17 +292,17 @@ def test_a_file_is_written_by_one_at_a_time(tmp_path):
 
 
 def test_a_closed_pass_reads_no_more():
-    begun, read = threading.Event(), []
+    started, read = threading.Event(), []
 
     def slow(samples, out):
-        begun.set()
+        started.set()
         time.sleep(0.2)
         read.append(len(samples))
         return torch.arange(len(samples))
 
     sampler = BufferedShuffle(10, [0], chunk=2, buffer=5)
     current = _Pass(sampler, np.arange(10), [0, 5, 10], slow, [torch.empty(5, DIM) for _ in range(2)])
-    assert begun.wait(PATIENCE)
+    assert started.wait(PATIENCE)
     current.close()
     assert read == [5]
 

@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 
 from lightning_mnn.landscape import (
+    DistributedGroup,
     LossSurface,
     NoDerivativeError,
-    ProcessTeam,
     kink_distance,
     planted_minimum,
     second_order_verdict,
@@ -24,15 +24,15 @@ def work(store):
     inputs[:, :, :2] = 0  # ties
     parameters = list(model.parameters())
     own = slice(0, 4) if rank == 0 else slice(4, 12)
-    team = ProcessTeam(own.stop - own.start)
-    shared = cross_entropy_surface(model, inputs[own], labels[own], team=team, total=12)
+    process_group = DistributedGroup(own.stop - own.start)
+    shared = cross_entropy_surface(model, inputs[own], labels[own], process_group=process_group, total=12)
     alone = cross_entropy_surface(model, inputs, labels)
     (value, gradient), (exact_value, exact_gradient) = shared.value_and_gradient(), alone.value_and_gradient()
     assert abs(value - exact_value) <= 1e-14
     assert torch.allclose(gradient, exact_gradient, rtol=0, atol=1e-14)
     vector = torch.randn(shared.size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     assert torch.allclose(shared.product(vector), alone.product(vector), rtol=0, atol=1e-13)
-    kinks = kink_distance(kink_passes(model, inputs[own]), parameters, team)
+    kinks = kink_distance(kink_passes(model, inputs[own]), parameters, process_group)
     exact_kinks = kink_distance(kink_passes(model, inputs), parameters)
     assert same(kinks, exact_kinks)
     assert kinks.ties > 0
@@ -42,12 +42,12 @@ def work(store):
     # One of them may have taken a product more: of both the eigenvalue lies in [smallest − error, smallest].
     error = max(verdict.eigenvalue_error, exact_verdict.eigenvalue_error)
     assert abs(verdict.smallest_eigenvalue - exact_verdict.smallest_eigenvalue) <= error
-    everything = kink_distance([] if rank else kink_passes(model, inputs), parameters, team)
+    everything = kink_distance([] if rank else kink_passes(model, inputs), parameters, process_group)
     assert same(everything, exact_kinks)
 
     flat_minimum(rank)
 
-    detached = LossSurface(parameters, lambda: [(1.0, lambda: model(inputs).sum())] if rank else [], team)
+    detached = LossSurface(parameters, lambda: [(1.0, lambda: model(inputs).sum())] if rank else [], process_group)
     detached.value_and_gradient()  # one process holds nothing
 
     def failing():
@@ -57,7 +57,7 @@ def work(store):
         return loss
 
     try:
-        LossSurface(parameters, lambda: [(1.0, failing)], team).value_and_gradient()
+        LossSurface(parameters, lambda: [(1.0, failing)], process_group).value_and_gradient()
     except NoDerivativeError as error:
         assert "no gradient here" in str(error)  # noqa: PT017 (of the other process, on rank 0)
         print("same")
@@ -78,9 +78,9 @@ def flat_minimum(rank):
     def part():
         return (model(inputs)[:, 0] - targets).square().mean()
 
-    team = ProcessTeam(own.stop - own.start)
-    surface = LossSurface(list(model.parameters()), lambda: [(len(targets) / 40, part)], team)
-    kinks = kink_distance(kink_passes(model, inputs), list(model.parameters()), team)
+    process_group = DistributedGroup(own.stop - own.start)
+    surface = LossSurface(list(model.parameters()), lambda: [(len(targets) / 40, part)], process_group)
+    kinks = kink_distance(kink_passes(model, inputs), list(model.parameters()), process_group)
     found = second_order_verdict(surface, kinks, 1.0)
     everywhere = [None, None]
     dist.all_gather_object(everywhere, found)

@@ -10,8 +10,8 @@ from lightning_mnn.landscape import (
     KinkDistance,
     LossSurface,
     SecondOrderKind,
-    judge_curvature,
-    judge_stationarity,
+    check_curvature,
+    check_stationarity,
     kink_distance,
     planted_kink_minimum,
     planted_minimum,
@@ -88,7 +88,7 @@ def test_a_kink_minimum_is_on_a_kink():
     assert (verdict.smallest_eigenvalue, verdict.products) == (None, 0)
     assert "one side" in verdict.reason
     assert verdict.relative_jump > 1e-3
-    assert judge_stationarity(surface, kinks, 1.0, jump_tolerance=1e-3).kind is SecondOrderKind.ON_KINK
+    assert check_stationarity(surface, kinks, 1.0, jump_tolerance=1e-3).kind is SecondOrderKind.ON_KINK
 
 
 def test_kinks_that_matter_little_may_pass():
@@ -120,7 +120,7 @@ def test_a_slope_on_all_sides_of_a_kink_is_no_stationary_point():
     for case, kind in ((planted, SecondOrderKind.ON_KINK), (tilted, SecondOrderKind.NOT_STATIONARY)):
         _, surface, kinks = network(case)
         assert kinks.count > 0
-        verdict = judge_stationarity(surface, kinks, 1.0)
+        verdict = check_stationarity(surface, kinks, 1.0)
         assert verdict.kind is kind
         gradient = surface.value_and_gradient()[1]
         with surface.moved(-1e-9 * gradient / gradient.norm()):
@@ -137,7 +137,7 @@ def test_far_from_stationary():
         assert verdict.kind is SecondOrderKind.NOT_STATIONARY
         assert verdict.relative_gradient == verdict.gradient_norm > 1e-3
         assert verdict.smallest_eigenvalue is None
-        assert judge_stationarity(surface, kinks, verdict.gradient_norm * 1e4).kind is SecondOrderKind.UNDECIDED
+        assert check_stationarity(surface, kinks, verdict.gradient_norm * 1e4).kind is SecondOrderKind.UNDECIDED
 
 
 def quadratic(diagonal, *, offset=1.0, other=None):
@@ -156,12 +156,12 @@ def test_kinks_as_many_as_by_chance_cost_gradients_only_where_they_decide():
     parts, surface._parts = surface._parts, lambda: (passes.append(1), parts())[1]  # counts them
     by_chance = KinkDistance(0.0, 0.0, "1", count=12, units=10**6, by_chance=9.0, spacing=2.0**-52)
     with surface.moved(torch.ones(5, dtype=torch.float64)):
-        far = judge_stationarity(surface, by_chance, 1.0)
+        far = check_stationarity(surface, by_chance, 1.0)
         assert (far.kind, far.relative_jump, far.kinks, len(passes)) == (SecondOrderKind.NOT_STATIONARY, None, 12, 1)
         assert "12 of 1000000 units are on a kink within rounding (9 would be by chance" in far.reason
-        many = judge_stationarity(surface, replace(by_chance, count=30), 1.0)
+        many = check_stationarity(surface, replace(by_chance, count=30), 1.0)
         assert many.relative_jump is not None
-    assert judge_stationarity(surface, by_chance, 1.0).relative_jump is not None  # stationary
+    assert check_stationarity(surface, by_chance, 1.0).relative_jump is not None  # stationary
 
 
 def test_a_strict_minimum():
@@ -233,12 +233,12 @@ def test_not_finite():
 def test_bad_arguments():
     surface = quadratic(torch.ones(2))
     with pytest.raises(ValueError, match="reference must be a positive number, got 0"):
-        judge_stationarity(surface, KinkDistance(), 0.0)
+        check_stationarity(surface, KinkDistance(), 0.0)
     with pytest.raises(ValueError, match="jump_tolerance must not be negative"):
-        judge_stationarity(surface, KinkDistance(), 1.0, jump_tolerance=-1.0)
-    stationary = judge_stationarity(surface, KinkDistance(), 1.0)
+        check_stationarity(surface, KinkDistance(), 1.0, jump_tolerance=-1.0)
+    stationary = check_stationarity(surface, KinkDistance(), 1.0)
     with pytest.raises(ValueError, match="curvature_tolerance must be positive"):
-        judge_curvature(surface, stationary, curvature_tolerance=0.0)
+        check_curvature(surface, stationary, curvature_tolerance=0.0)
 
 
 # Points that are no minima though λ_min is not below zero, and minima that are flat

@@ -51,8 +51,8 @@ def check(found, asked, rng, count=2000):
         sizes = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(w_star, axis=1)
         kinks = (np.abs(x @ w_star.T) <= 1e-13 * sizes) & (np.linalg.norm(x, axis=1) > 0)[:, None]
         assert (kinks.sum() > 0) == (found.kind == "kink_minimum")
-        lowest, blur = lowest_change(w_star, z_star, x, y, slope, kinks=kinks, rng=rng, count=count)
-        assert lowest >= 0, (lowest, blur, found)
+        lowest, uncertainty = lowest_change(w_star, z_star, x, y, slope, kinks=kinks, rng=rng, count=count)
+        assert lowest >= 0, (lowest, uncertainty, found)
     if found.kind == "saddle":
         for share in (1.0, 0.5, 0.1, 0.01):
             moved = outputs(

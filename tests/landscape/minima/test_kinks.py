@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from lightning_mnn.landscape.minima.kink_multipliers import judge_kinks
+from lightning_mnn.landscape.minima.kink_multipliers import check_multipliers
 
 
 def largest_gain(x, e, g, z, slope):
@@ -38,7 +38,7 @@ def test_agrees_with_all_cells_of_the_arrangement(seed):
         e = -np.sign(z * (1 - slope)) * np.abs(e)
     multipliers = z * e * (slope + (1 - slope) * rng.uniform(0.05, 0.95, count))
     g = -multipliers @ x / z + (rng.standard_normal(d0) if rng.random() < 0.4 else 0)
-    verdict = judge_kinks(x, e, g, z, slope, 1e-13)
+    verdict = check_multipliers(x, e, g, z, slope, 1e-13)
     best = largest_gain(x, e, g, z, slope)
     if verdict.holds is None:
         return
@@ -51,14 +51,14 @@ def test_three_kinks_that_a_linear_program_alone_gets_wrong():
     angles = np.deg2rad([0, 120, 240])
     x = np.stack([np.cos(angles), np.sin(angles)], 1)
     e = np.array([0.1, -1.0, -1.0])
-    verdict = judge_kinks(x, e, np.array([-0.5, 0.0]), 1.0, 0.0, 1e-13)
+    verdict = check_multipliers(x, e, np.array([-0.5, 0.0]), 1.0, 0.0, 1e-13)
     assert verdict.holds == (largest_gain(x, e, np.array([-0.5, 0.0]), 1.0, 0.0) <= 1e-9)
     assert verdict.holds is not None
 
 
 @pytest.mark.parametrize("shift", [0.0, 1e-15])
 def test_a_multiplier_at_its_end_is_not_decided(shift):
-    verdict = judge_kinks(np.eye(2)[:1], np.array([-1.0]), np.array([1.0 + shift, 0.0]), 1.0, 0.0, 1e-13)
+    verdict = check_multipliers(np.eye(2)[:1], np.array([-1.0]), np.array([1.0 + shift, 0.0]), 1.0, 0.0, 1e-13)
     assert verdict.holds is None
     assert verdict.ends == ((0, 1),)
 
@@ -67,5 +67,5 @@ def test_many_kinks_that_bend_upwards_are_left_undecided():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((30, 2))
     e = np.full(30, 1e-3)
-    verdict = judge_kinks(x, np.where(np.arange(30) < 12, e, -1.0), np.array([0.0, 0.0]), 1.0, 0.9, 1e-13)
+    verdict = check_multipliers(x, np.where(np.arange(30) < 12, e, -1.0), np.array([0.0, 0.0]), 1.0, 0.9, 1e-13)
     assert verdict.holds is not True

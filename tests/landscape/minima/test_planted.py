@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_mnn.landscape import survey_network
+from lightning_mnn.landscape import network_statistics
 from lightning_mnn.landscape.minima.planted import planted_kink_minimum, planted_minimum, planted_saddle
 from tests import naive
 
@@ -12,11 +12,11 @@ SLOPES = [0.0, 0.01, 0.3, -1.0]
 
 
 @st.composite
-def sizes(draw, least_dim=2, samples_per_input=1, least_width=2, largest=(400, 60, 20)):
+def sizes(draw, least_dim=2, samples_per_input=1, smallest_width=2, largest=(400, 60, 20)):
     """(N, d0, d1) and ρ."""
     dim = draw(st.integers(least_dim, largest[1]))
     num_samples = draw(st.integers(max(dim + 2, samples_per_input * dim), largest[0]))
-    return num_samples, dim, draw(st.integers(least_width, largest[2])), draw(st.sampled_from(SLOPES))
+    return num_samples, dim, draw(st.integers(smallest_width, largest[2])), draw(st.sampled_from(SLOPES))
 
 
 seeds = st.integers(0, 2**32 - 1)
@@ -96,7 +96,7 @@ def test_planted_minimum_takes_data():
 @st.composite
 def kink_problems(draw, *, violated=False):
     """A planted point on kinks, and a generator."""
-    *shape, slope = draw(sizes(samples_per_input=4, least_width=1, largest=(150, 15, 8)))
+    *shape, slope = draw(sizes(samples_per_input=4, smallest_width=1, largest=(150, 15, 8)))
     count = draw(st.integers(1, min(4, shape[1] - 1)))
     seed = draw(seeds)
     planted = planted_kink_minimum(*shape, slope, kinks_per_unit=count, violated=violated, seed=seed)
@@ -187,7 +187,7 @@ def test_planted_kink_minima_have_both_signs_and_patterns_of_their_own():
 
 
 @settings(max_examples=40)
-@given(sizes(samples_per_input=2, least_width=3, largest=(200, 20, 8)), seeds)
+@given(sizes(samples_per_input=2, smallest_width=3, largest=(200, 20, 8)), seeds)
 def test_planted_saddle_has_no_gradient_and_a_way_down(size, seed):
     *shape, slope = size
     planted = planted_saddle(*shape, slope, seed=seed)
@@ -224,7 +224,7 @@ def test_the_same_seed_plants_the_same():
 def test_the_survey_agrees():
     for plant in (planted_minimum, planted_kink_minimum, planted_saddle):
         planted = plant(40, 4, 3, 0.1)
-        found = survey_network(planted.network, planted.inputs, planted.targets)
+        found = network_statistics(planted.network, planted.inputs, planted.targets)
         assert float(found.mse) == pytest.approx(planted.mse)
         assert int(found.kinks) == int(planted.kinks.sum())
     planted = planted_minimum(40, 4, 3, 0.1)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_mnn.landscape import certify, polish
-from lightning_mnn.landscape.minima.polishing import least_on_ray
+from lightning_mnn.landscape.minima.polishing import minimum_on_ray
 from lightning_mnn.landscape.minima.problem import Problem
 from tests.landscape.probes import activate
 
@@ -29,7 +29,7 @@ def test_the_least_loss_on_a_ray_is_the_least_on_a_fine_grid(seed, slope):
     v *= rng.choice([0.5, 3.0])
     shift = rng.standard_normal(n) * rng.choice([0.0, 1.0])
     problem = Problem(torch.zeros(n, 1).double(), torch.zeros(n).double(), slope, torch.zeros(n, 0).double())
-    place, gain, crossings = least_on_ray(problem, *(torch.from_numpy(value) for value in (u, v, z, e, shift)))
+    place, gain, crossings = minimum_on_ray(problem, *(torch.from_numpy(value) for value in (u, v, z, e, shift)))
     grid = np.linspace(0, 1, 4001)
     base = activate(u, slope) @ z
     losses = np.array([np.sum((e - (activate(u + t * v, slope) @ z + t * shift - base)) ** 2) for t in (*grid, place)])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_mnn.landscape import Network, infer_threshold, merge_surveys, survey_network
+from lightning_mnn.landscape import Network, infer_threshold, merge_statistics, network_statistics
 from lightning_mnn.landscape.labels import wrong
 from lightning_mnn.landscape.regions.statistics import exact_patterns, on_cpu, rank_cap
 from tests import naive
@@ -24,7 +24,7 @@ def replicas_of(problem):
 
 @given(naive.problems())
 def test_survey_agrees_with_loops(problem):
-    found = survey_network(problem.network, problem.inputs, problem.targets, threshold=0.5)
+    found = network_statistics(problem.network, problem.inputs, problem.targets, threshold=0.5)
     for single, pick in replicas_of(problem):
         layers, outputs = naive.forward(single)
         errors = single.targets.numpy() - np.array(outputs)
@@ -51,7 +51,7 @@ def test_survey_agrees_with_loops(problem):
 
 @given(naive.problems())
 def test_correlation_is_g_e_and_the_gradient(problem):
-    found = survey_network(problem.network, problem.inputs, problem.targets)
+    found = network_statistics(problem.network, problem.inputs, problem.targets)
     for single, pick in replicas_of(problem):
         scale = 1 + float(single.inputs.norm()) ** 3
         naive_g_e = naive.last_correlation(single)
@@ -66,7 +66,7 @@ def test_correlation_is_g_e_and_the_gradient(problem):
 
 @given(naive.problems(max_layers=1))
 def test_sines_and_stationarity_agree_with_loops(problem):
-    found = survey_network(problem.network, problem.inputs, problem.targets)
+    found = network_statistics(problem.network, problem.inputs, problem.targets)
     for single, pick in replicas_of(problem):
         weights, inputs = single.network.hidden_weights[0].numpy(), single.inputs.numpy()
         sines = [min(abs(w @ x) / np.linalg.norm(w) / np.linalg.norm(x) for x in inputs) for w in weights]
@@ -86,10 +86,10 @@ def test_merged_parts_equal_the_whole(problem, data):
     cuts = sorted(data.draw(st.sets(st.integers(1, count - 1), max_size=3))) if count > 1 else []
     edges = [0, *cuts, count]
     parts = [
-        survey_network(problem.network, problem.inputs[..., a:b, :], problem.targets[..., a:b], 0.5)
+        network_statistics(problem.network, problem.inputs[..., a:b, :], problem.targets[..., a:b], 0.5)
         for a, b in itertools.pairwise(edges)
     ]
-    whole, merged = survey_network(problem.network, problem.inputs, problem.targets, 0.5), merge_surveys(parts)
+    whole, merged = network_statistics(problem.network, problem.inputs, problem.targets, 0.5), merge_statistics(parts)
     assert merged.num_samples == whole.num_samples
     for name in ("squared_error", "squared_target", "wrong", "error_excess", "rounding_bound", "stationarity"):
         torch.testing.assert_close(getattr(merged, name), getattr(whole, name), rtol=1e-10, atol=1e-13)
@@ -118,8 +118,8 @@ def biased_problems(draw):
 def test_a_hidden_bias_is_an_input_of_ones(problems):
     biased, problem, plain = problems
     shift = 0 if biased.output_bias is None else biased.output_bias[..., None]
-    found = survey_network(biased, problem.inputs, problem.targets)
-    expected = survey_network(plain.network, plain.inputs, plain.targets - shift)
+    found = network_statistics(biased, problem.inputs, problem.targets)
+    expected = network_statistics(plain.network, plain.inputs, plain.targets - shift)
     assert torch.equal(biased.augment(problem.inputs), plain.inputs)
     assert torch.equal(biased.rows, plain.network.hidden_weights[0])
     assert biased.input_dim == problem.inputs.shape[-1]
@@ -145,11 +145,11 @@ def test_a_hidden_bias_is_an_input_of_ones(problems):
 def test_surveys_of_biased_parts_merge(problems):
     biased, problem, _ = problems
     cut = problem.inputs.shape[-2] // 2
-    whole = survey_network(biased, problem.inputs, problem.targets)
+    whole = network_statistics(biased, problem.inputs, problem.targets)
     if cut:
         halves = (slice(0, cut), slice(cut, None))
-        parts = [survey_network(biased, problem.inputs[..., h, :], problem.targets[..., h]) for h in halves]
-        merged = on_cpu(merge_surveys(parts))
+        parts = [network_statistics(biased, problem.inputs[..., h, :], problem.targets[..., h]) for h in halves]
+        merged = on_cpu(merge_statistics(parts))
         torch.testing.assert_close(merged.error_sum, whole.error_sum, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(merged.stationarity, whole.stationarity, rtol=1e-10, atol=1e-12)
 
@@ -170,7 +170,7 @@ def test_survey_of_torchs_own_layers(kink, slope, biases):
         hidden_bias=first.bias.detach() if biases[0] else None,
         output_bias=last.bias.detach()[0] if biases[1] else None,
     )
-    found = survey_network(network, x, y, 0.5)
+    found = network_statistics(network, x, y, 0.5)
     torch.testing.assert_close(found.mse, residual.detach().square().mean())
     gradient = -2 / 30 * network.output_weights[:, None] * found.layers[0].correlation
     torch.testing.assert_close(gradient[:, :5], first.weight.grad)
@@ -184,7 +184,7 @@ def test_rounding_bound_covers_biases():
     w, z = torch.ones(1, 1), torch.ones(1)
     x, y = torch.zeros(1, 1), torch.zeros(1)
     bounds = [
-        float(survey_network(Network((w,), z, 0.0, **biases), x, y).rounding_bound)
+        float(network_statistics(Network((w,), z, 0.0, **biases), x, y).rounding_bound)
         for biases in ({}, {"hidden_bias": torch.tensor([1e6])}, {"output_bias": torch.tensor(-1e6)})
     ]
     assert bounds[0] == 0
@@ -193,7 +193,7 @@ def test_rounding_bound_covers_biases():
 
 def test_a_sample_at_the_origin_can_be_on_a_kink_where_there_is_a_bias():
     network = Network((torch.ones(1, 1),), torch.ones(1), 0.0, hidden_bias=torch.zeros(1))
-    assert int(survey_network(network, torch.zeros(1, 1), torch.zeros(1)).kinks) == 1
+    assert int(network_statistics(network, torch.zeros(1, 1), torch.zeros(1)).kinks) == 1
 
 
 def test_biases_of_deep_networks_are_refused():
@@ -214,7 +214,7 @@ def test_a_network_on_another_device_or_in_another_precision_keeps_its_biases():
 def test_rounding_bound_holds(problem, exponent):
     """The float64 residual differs from the one in extended precision by no more than the bound."""
     scaled = problem.inputs * 10**exponent
-    found = survey_network(problem.network, scaled, problem.targets)
+    found = network_statistics(problem.network, scaled, problem.targets)
     hidden = scaled.numpy().astype(np.longdouble)
     for weights in problem.network.hidden_weights:
         u = hidden @ weights.numpy().astype(np.longdouble).T
@@ -234,7 +234,7 @@ def test_rounding_bound_covers_weights_rounded_to_single_precision(problem):
     exact = problem.network
     hidden = tuple(w.float().double() for w in exact.hidden_weights)
     rounded = Network(hidden, exact.output_weights.float().double(), exact.negative_slope, 2.0**-24)
-    bound = float(survey_network(rounded, problem.inputs, problem.targets).rounding_bound)
+    bound = float(network_statistics(rounded, problem.inputs, problem.targets).rounding_bound)
     outputs = [naive.forward(naive.Problem(n, problem.inputs, problem.targets))[1] for n in (exact, rounded)]
     assert max(abs(a - b) for a, b in zip(*outputs, strict=True)) <= bound
 
@@ -244,15 +244,15 @@ def test_zero_error_at_a_fitted_point_and_not_beside_it():
     w, z = torch.eye(8, dtype=torch.float64), torch.linspace(-1, 1, 8, dtype=torch.float64)
     y = torch.relu(x @ w.T) @ z
     network = Network((w,), z, 0.0)
-    assert bool(survey_network(network, x, y).zero_error)
-    assert not bool(survey_network(network, x, y + 1e-10).zero_error)
-    assert bool(survey_network(Network((w,), z, 0.0, unit_roundoff=2.0**-24), x, y + 1e-10).zero_error)
+    assert bool(network_statistics(network, x, y).zero_error)
+    assert not bool(network_statistics(network, x, y + 1e-10).zero_error)
+    assert bool(network_statistics(Network((w,), z, 0.0, unit_roundoff=2.0**-24), x, y + 1e-10).zero_error)
 
 
 def test_zero_inputs_and_zero_rows():
     w = torch.tensor([[0.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
     x = torch.tensor([[0.0, 0.0], [2.0, 1.0]], dtype=torch.float64)
-    layer = survey_network(Network((w,), torch.ones(2), 0.0), x, torch.zeros(2)).layers[0]
+    layer = network_statistics(Network((w,), torch.ones(2), 0.0), x, torch.zeros(2)).layers[0]
     assert layer.smallest_sines.tolist() == [0.0, 2 / np.sqrt(5)]  # a zero row is on a kink, a zero input is not
     assert int(layer.kinks) == 1
     assert float(layer.smallest_preactivation) == 0.0
@@ -263,7 +263,7 @@ def test_rank_cap_is_an_upper_bound(problem):
     from lightning_mnn.landscape import Region
     from lightning_mnn.landscape.regions.region import gram_rank
 
-    found = survey_network(problem.network, problem.inputs, problem.targets)
+    found = network_statistics(problem.network, problem.inputs, problem.targets)
     slope = problem.network.negative_slope
     rank = Region(problem.inputs, found.layers[0].pattern.unpack(), slope).rank()
     cap = rank_cap(found, gram_rank(problem.inputs.T @ problem.inputs), slope)
@@ -276,7 +276,7 @@ def test_patterns_alone_are_those_of_the_survey(problem, dtype):
     network = Network(hidden, problem.network.output_weights.to(dtype), problem.network.negative_slope)
     inputs = problem.inputs.to(dtype)
     patterns = exact_patterns(network, inputs)
-    for pattern, layer in zip(patterns, survey_network(network, inputs, problem.targets).layers, strict=True):
+    for pattern, layer in zip(patterns, network_statistics(network, inputs, problem.targets).layers, strict=True):
         assert torch.equal(pattern.active, layer.pattern.unpack().active)
 
 
@@ -310,7 +310,7 @@ def test_patterns_are_formed_in_all_digits(float32_precisions):
 
 def test_wrong_dimension_is_named():
     with pytest.raises(ValueError, match="inputs have 3 features and the network takes 2"):
-        survey_network(Network((torch.ones(4, 2),), torch.ones(4), 0.0), torch.ones(5, 3), torch.ones(5))
+        network_statistics(Network((torch.ones(4, 2),), torch.ones(4), 0.0), torch.ones(5, 3), torch.ones(5))
 
 
 @pytest.mark.parametrize("size", [1e-200, 1e-7, 1.0, 1e7, 1e200])

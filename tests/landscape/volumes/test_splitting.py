@@ -9,7 +9,7 @@ from lightning_mnn.landscape import ActivationPattern, Region, find_minimum
 from lightning_mnn.landscape.volumes.intervals import Estimate, Proportion
 from lightning_mnn.landscape.volumes.region_census import Case, DataSet, GaussianData, census
 from lightning_mnn.landscape.volumes.splitting import (
-    least_wrong,
+    fewest_wrong,
     rare_census,
     rare_event,
     suboptimal_score,
@@ -136,7 +136,7 @@ def test_score_counts_what_the_census_counts(num_samples, dim, width, slope):
         assert math.floor(score(weights[None])) == round(found.mce * num_samples)
         for epsilon in (0.0, 0.25, 0.3):
             outcome = Case(data, width, slope, epsilon=epsilon, max_nodes=0).outcome_at(weights, data)
-            assert outcome.suboptimal == bool(score(weights[None]) >= least_wrong(num_samples, epsilon))
+            assert outcome.suboptimal == bool(score(weights[None]) >= fewest_wrong(num_samples, epsilon))
 
 
 def test_score_does_not_depend_on_its_batch(monkeypatch):
@@ -162,7 +162,7 @@ def test_samples_of_zero_activate_no_unit():
     ("epsilon", "expected"), [(0.0, 1), (0.1, 3), (0.0999, 2), (0.3, 7), (0.7, 15), (0.15, 4), (0.99, 20)]
 )
 def test_least_wrong_is_more_than_epsilon(epsilon, expected):
-    assert least_wrong(20, epsilon) == expected
+    assert fewest_wrong(20, epsilon) == expected
     assert expected / 20 > epsilon >= (expected - 1) / 20
 
 
@@ -173,7 +173,7 @@ def test_least_wrong_is_more_than_epsilon(epsilon, expected):
 )
 def test_agrees_with_direct_draws(num_samples, dim, width, slope, epsilon):
     data = GaussianData(num_samples, dim).draw(0, 0)
-    score, level = suboptimal_score(data.inputs, data.targets, slope), least_wrong(num_samples, epsilon)
+    score, level = suboptimal_score(data.inputs, data.targets, slope), fewest_wrong(num_samples, epsilon)
     found = rare_event(score, (width, dim), level, particles=300)
     drawn = direct(score, (width, dim), level, 60_000)
     assert drawn.hits > 5

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from lightning_mnn.launchers.jobs.devices import Loan, Request
+from lightning_mnn.launchers.jobs.devices import Allocation, Request
 from lightning_mnn.launchers.jobs.job import Job
 from lightning_mnn.launchers.jobs.records import JobState
 from lightning_mnn.launchers.jobs.table import JobTable, counts
@@ -19,9 +19,9 @@ STATES = [
 
 def job(number, state):
     started = state in (JobState.FINISHED, JobState.FAILED, JobState.RUNNING)
-    loan = Loan(REQUEST, ("0", "3"), 1) if started else None
+    allocation = Allocation(REQUEST, ("0", "3"), 1) if started else None
     progress = {"epochs": 1200, "max_epochs": 2000, "loss": 0.0123456} if number == 6 else {}
-    return Job(number, [], f"seed={number}", None, Path(), REQUEST, state, loan, seconds=83.0, progress=progress)
+    return Job(number, [], f"seed={number}", None, Path(), REQUEST, state, allocation, seconds=83.0, progress=progress)
 
 
 def screen(jobs, height, width=100):

@@ -9,19 +9,19 @@ from typing_extensions import override
 
 from lightning_mnn.callbacks.evaluation.isolation import trained_parameters
 from lightning_mnn.callbacks.evaluation.module_network import network_of, states_network
-from lightning_mnn.callbacks.evaluation.snapshots import kept_generators
-from lightning_mnn.callbacks.evaluation.training_set import input_rank, survey_training_set
+from lightning_mnn.callbacks.evaluation.snapshots import restoring_generators
+from lightning_mnn.callbacks.evaluation.training_set import input_rank, training_set_statistics
 from lightning_mnn.callbacks.evidence.certification import (
     certify_training_set,
     move_to,
     polish_on_training_set,
-    why_not_certified,
+    reason_not_certified,
 )
 from lightning_mnn.callbacks.evidence.squared_error import SquaredErrorLoss, still_fits
 from lightning_mnn.callbacks.evidence.tiers import (
     Difference,
     Evidence,
-    Judge,
+    Tier,
     conditions,
     has_weight_decay,
     told,
@@ -29,7 +29,7 @@ from lightning_mnn.callbacks.evidence.tiers import (
 )
 from lightning_mnn.landscape.minima.first_order import FirstOrderVerdict, first_order_verdicts
 from lightning_mnn.landscape.minima.optimality import Kind
-from lightning_mnn.landscape.regions.statistics import Survey, rank_cap
+from lightning_mnn.landscape.regions.statistics import NetworkStatistics, rank_cap
 from lightning_mnn.utilities.interruption import time_limit
 from lightning_mnn.utilities.transfer import plain
 
@@ -48,7 +48,7 @@ class NotSquaredErrorError(Exception):
     """A module's loss turned out to be another than the squared error of its network."""
 
 
-class NetworkJudge(Judge):
+class CertificateTier(Tier):
     """Judges the network of a module in float64, each replica by itself.
 
     Args:
@@ -61,7 +61,7 @@ class NetworkJudge(Judge):
     Attributes:
         verdicts: the last look's first-order verdicts, one a replica.
         certificates: the last certificates, one a replica; empty where there are none.
-        survey: the last look's pass.
+        statistics: the last look's pass.
         differences: in what the mean squared error, which verdicts are about, differs from what training lowers.
     """
 
@@ -75,7 +75,7 @@ class NetworkJudge(Judge):
     ) -> None:
         self.verdicts: list[FirstOrderVerdict] = []
         self.certificates: list[Certificate] = []
-        self.survey: Survey | None = None
+        self.statistics: NetworkStatistics | None = None
         self.fitted = fitted
         self._loss_fn = loss_fn
         self._max_distance = max_distance
@@ -106,7 +106,7 @@ class NetworkJudge(Judge):
 
     @property
     @override
-    def can_conclude(self) -> bool:
+    def can_certify(self) -> bool:
         return self._certifiable
 
     @property
@@ -115,25 +115,25 @@ class NetworkJudge(Judge):
         return True
 
     @override
-    def look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         network = _network(pl_module)
         self.certificates = []
-        self._not_certified = why_not_certified(trainer, network)
+        self._not_certified = reason_not_certified(trainer, network)
         self._certifiable = len(network.hidden_weights) == 1 and self._not_certified is None
         self.differences = _differences(trainer, pl_module, network)
         self._notes = _notes(trainer, pl_module, self.differences, fitted=self.fitted is not None)
         with _kept(trainer, pl_module):
-            self._survey(trainer, pl_module, network)
+            self._statistics(trainer, pl_module, network)
 
     @override
-    def conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def certify_minimum(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._check_loss(trainer, pl_module)
         with _kept(trainer, pl_module):
             network = _network(pl_module)
             self.certificates = certify_training_set(trainer, pl_module, network, self._max_distance)
 
     @override
-    def conclude_the_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, polish: bool) -> bool:
+    def finalize(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, polish: bool) -> bool:
         network = _network(pl_module)
         if polish:
             self._check_loss(trainer, pl_module)
@@ -145,9 +145,9 @@ class NetworkJudge(Judge):
                 reached = [ours and found.certificate.is_minimum and not found.moved for found in polished]
                 move_to(network, self.certificates, reached)
                 with time_limit(None):  # the weights have moved: what is said of them must be of these
-                    self._survey(trainer, pl_module, network)
+                    self._statistics(trainer, pl_module, network)
         elif not self.certificates:
-            self.conclude(trainer, pl_module)
+            self.certify_minimum(trainer, pl_module)
         else:
             return False  # the last check did, at these weights
         return True
@@ -175,14 +175,14 @@ class NetworkJudge(Judge):
 
     @override
     def scalars(self) -> dict[str, Any]:
-        assert self.survey is not None  # noqa: S101 (there has been a look)
+        assert self.statistics is not None  # noqa: S101 (there has been a look)
         scalars: dict[str, Any] = {
-            "minimum/mse": self.survey.mse,
-            "minimum/mce": self.survey.mce,
-            "minimum/stationarity": self.survey.stationarity,
-            "minimum/min_preactivation": self.survey.smallest_preactivation,
-            "minimum/relative_preactivation": self.survey.smallest_sine,
-            "minimum/kinks": self.survey.kinks,
+            "minimum/mse": self.statistics.mse,
+            "minimum/mce": self.statistics.mce,
+            "minimum/stationarity": self.statistics.stationarity,
+            "minimum/min_preactivation": self.statistics.smallest_preactivation,
+            "minimum/relative_preactivation": self.statistics.smallest_sine,
+            "minimum/kinks": self.statistics.kinks,
             "minimum/rank_cap": self._rank_cap,
         }
         if self.certificates:
@@ -199,24 +199,24 @@ class NetworkJudge(Judge):
 
     @override
     def summary(self) -> dict[str, Any]:
-        if self.survey is None:
+        if self.statistics is None:
             return {}
         kinds, reasons = self.kinds()
         found = {
             "evidence": str(self.evidence),
             "objective": "mse",
             "objective_differs_by": [str(difference) for difference in self.differences],
-            "mse": plain(self.survey.mse),
-            "mce": plain(self.survey.mce),
-            "wrong": plain(self.survey.wrong),
+            "mse": plain(self.statistics.mse),
+            "mce": plain(self.statistics.mce),
+            "wrong": plain(self.statistics.wrong),
             "kind": kinds,
             "reason": reasons,
-            "zero_error": plain(self.survey.zero_error),
-            "rounding_bound": plain(self.survey.rounding_bound),
-            "stationarity": plain(self.survey.stationarity),
-            "min_preactivation": plain(self.survey.smallest_preactivation),
-            "relative_preactivation": plain(self.survey.smallest_sine),
-            "kinks": plain(self.survey.kinks),
+            "zero_error": plain(self.statistics.zero_error),
+            "rounding_bound": plain(self.statistics.rounding_bound),
+            "stationarity": plain(self.statistics.stationarity),
+            "min_preactivation": plain(self.statistics.smallest_preactivation),
+            "relative_preactivation": plain(self.statistics.smallest_sine),
+            "kinks": plain(self.statistics.kinks),
             "rank_cap": plain(self._rank_cap),
         }
         stood = [kind in (*_MINIMA, Kind.SADDLE) for kind in kinds]
@@ -230,24 +230,24 @@ class NetworkJudge(Judge):
             ]
         for name in ("distance", "weight_distance", "margin_ratio", "rank"):
             found[name] = [getattr(certificate, name) for certificate in self.certificates]
-        several, differs = bool(self.survey.mse.ndim), found.pop("objective_differs_by")
+        several, differs = bool(self.statistics.mse.ndim), found.pop("objective_differs_by")
         return {key: _one(value, several=several) for key, value in found.items()} | {"objective_differs_by": differs}
 
     @override
     def state(self) -> dict[str, Any]:
         return {} if self.fitted is None else {"fitted": vars(self.fitted)}
 
-    def _survey(self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network) -> None:
+    def _statistics(self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network) -> None:
         """One exact pass and its first-order tests."""
-        self.survey = survey_training_set(trainer, pl_module, ranked=len(network.hidden_weights) == 1)
+        self.statistics = training_set_statistics(trainer, pl_module, ranked=len(network.hidden_weights) == 1)
         spacing = 2 * network.unit_roundoff
         self.verdicts = first_order_verdicts(
-            self.survey,
+            self.statistics,
             10 * spacing if self._stationarity_tolerance is None else self._stationarity_tolerance,
             1000 * spacing if self._preactivation_tolerance is None else self._preactivation_tolerance,
         )
         if len(network.hidden_weights) == 1:
-            self._rank_cap = rank_cap(self.survey, input_rank(trainer, pl_module, network), network.negative_slope)
+            self._rank_cap = rank_cap(self.statistics, input_rank(trainer, pl_module, network), network.negative_slope)
 
     def _check_loss(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.fitted is not None and not still_fits(trainer, pl_module, self.fitted, self._loss_fn):
@@ -294,7 +294,7 @@ def _network(pl_module: pl.LightningModule) -> Network:
 
 def _kept(trainer: pl.Trainer, pl_module: pl.LightningModule) -> AbstractContextManager[None]:
     """Of a foreign module the data may draw random numbers, and training shall not notice."""
-    return nullcontext() if states_network(pl_module) else kept_generators(trainer)
+    return nullcontext() if states_network(pl_module) else restoring_generators(trainer)
 
 
 def _one(values: Any, *, several: bool) -> Any:
