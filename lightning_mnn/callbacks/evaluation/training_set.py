@@ -96,7 +96,7 @@ def training_set_statistics(
 def statistics_reader(
     trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network, *, ranked: bool
 ) -> StatisticsReader:
-    """A reader of batches for :func:`training_set_statistics`, for a pass over the training set that has other readers."""
+    """A reader of batches for :func:`training_set_statistics`, for a pass that may have other readers, too."""
     stated = isinstance(pl_module, NetworkModule) or pl_module in _thresholds
     thresholds = [threshold_of(trainer, pl_module)] if stated else _LABELS
     small = _work_of_rank(trainer, network) <= _MOST_WORK
