@@ -13,8 +13,8 @@ from typing_extensions import override
 from lightning_mnn.callbacks.evaluation.full_batch import FullBatch
 from lightning_mnn.callbacks.evaluation.module_network import network_of, states_network
 from lightning_mnn.callbacks.evaluation.run_module import LossNotEvaluableError, StepFailedError
+from lightning_mnn.callbacks.evidence.certificate import CertificateTier, NotSquaredErrorError
 from lightning_mnn.callbacks.evidence.first_order import FirstOrderTier
-from lightning_mnn.callbacks.evidence.network import CertificateTier, NotSquaredErrorError
 from lightning_mnn.callbacks.evidence.second_order import SecondOrderTier
 from lightning_mnn.callbacks.evidence.squared_error import SquaredErrorLoss, squared_error_loss
 from lightning_mnn.callbacks.evidence.tiers import Evidence
@@ -39,6 +39,18 @@ if TYPE_CHECKING:
     from lightning_mnn.landscape.minima.certificate import Certificate
     from lightning_mnn.landscape.minima.first_order import FirstOrderVerdict
     from lightning_mnn.landscape.regions.statistics import NetworkStatistics
+
+
+_TIERS: dict[type[Tier], Evidence] = {  # by which checkpoints name them
+    CertificateTier: Evidence.CERTIFICATE,
+    SecondOrderTier: Evidence.SECOND_ORDER,
+    FirstOrderTier: Evidence.FIRST_ORDER,
+}
+_OF_VERSION_0_1 = {  # whose checkpoints named classes
+    "NetworkJudge": Evidence.CERTIFICATE,
+    "SecondOrderJudge": Evidence.SECOND_ORDER,
+    "FirstOrderJudge": Evidence.FIRST_ORDER,
+}
 
 
 class LocalMinimumDetector(ScheduledCallback):
@@ -264,7 +276,7 @@ class LocalMinimumDetector(ScheduledCallback):
         own = {"passed": self._passed, "converged": self.converged, "judge": self._saved}
         own |= {"concluded": self._certified}
         if self._tier is not None:
-            own["judge"] = {"name": type(self._tier).__name__, "why": self._tier.why} | self._tier.state()
+            own["judge"] = {"tier": str(_TIERS[type(self._tier)]), "why": self._tier.why} | self._tier.state()
         return super().state_dict() | own
 
     @override
@@ -363,10 +375,10 @@ class LocalMinimumDetector(ScheduledCallback):
     def _resumed(self) -> Tier:
         """The judge of the run that goes on."""
         saved = dict(self._saved)
-        name, why = saved.pop("name"), saved.pop("why")
-        if name == CertificateTier.__name__:
+        tier_of_run, why = saved.pop("tier", None) or _OF_VERSION_0_1[saved.pop("name")], saved.pop("why")
+        if tier_of_run == Evidence.CERTIFICATE:
             return self._network(SquaredErrorLoss(**saved["fitted"]))
-        tier = self._second_order(why) if name == SecondOrderTier.__name__ else self._first_order(why)
+        tier = self._second_order(why) if tier_of_run == Evidence.SECOND_ORDER else self._first_order(why)
         tier.load(saved)
         return tier
 

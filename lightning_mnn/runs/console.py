@@ -13,6 +13,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.tree import Tree
 
+from lightning_mnn.utilities.errors import EarlyEnd
+
 KINDS = {
     "differentiable_minimum": "a differentiable local minimum",
     "kink_minimum": "a local minimum on kinks",
@@ -53,7 +55,7 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     counts = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds) if kind is not None}
     several = len(kinds) > 1
     converged = "; ".join(f"{n} × {KINDS[k]}" if several else KINDS[k] for k, n in counts.items()) or "not tested"
-    if summary.get("ended_by") == "interruption":
+    if summary.get("ended_by") == EarlyEnd.INTERRUPTION:
         converged = "nothing yet: it was interrupted"
     reason = summary.get("reason")
     if isinstance(reason, list) and len(set(reason)) == 1:

@@ -26,6 +26,7 @@ from yaml import YAMLError
 from lightning_mnn.launchers.jobs.records import JOB_RECORD, SWEEP_RECORD, JobState, SweepCommand, hydra_value
 from lightning_mnn.runs.folders import jobs_of, sweep_record
 from lightning_mnn.runs.logs import columns_to_draw, read_logs, results_of
+from lightning_mnn.utilities.errors import EarlyEnd
 from lightning_mnn.utilities.files import DamagedFileError, read_json, shown, write_csv
 
 if TYPE_CHECKING:
@@ -310,7 +311,9 @@ def _reason(summary: Mapping[str, Any]) -> str:
 
 
 def _diverged(summary: Mapping[str, Any]) -> bool:
-    return summary.get("finished") is False and _reason(summary).startswith("training diverged")
+    if "ended_by" in summary:
+        return bool(summary["ended_by"] == EarlyEnd.DIVERGENCE)
+    return summary.get("finished") is False and _reason(summary).startswith("training diverged")  # of version 0.1
 
 
 def _task(place: Path, summary: Mapping[str, Any]) -> str:

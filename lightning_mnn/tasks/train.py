@@ -36,7 +36,7 @@ from lightning_mnn.runs.resume import RunState, initialise, run_lock, run_state
 from lightning_mnn.runs.wandb import end_wandb_runs, is_wandb, leave_in_wandb, only_known, settings_of, wandb_options
 from lightning_mnn.tasks.experiment import words_of_command
 from lightning_mnn.utilities.compat.lightning_internals import completed_epochs
-from lightning_mnn.utilities.errors import DivergenceError
+from lightning_mnn.utilities.errors import DivergenceError, EarlyEnd
 from lightning_mnn.utilities.files import whole_file, write_json
 from lightning_mnn.utilities.validation import ArgumentError
 
@@ -246,7 +246,7 @@ def summarise(
             found |= callback.summary()
     ended = None
     if failure is not None:  # what the last check found is not what the run ended in
-        ended = "divergence" if isinstance(failure, DivergenceError) else "interruption"
+        ended = EarlyEnd.DIVERGENCE if isinstance(failure, DivergenceError) else EarlyEnd.INTERRUPTION
         reason = _reason(failure, trainer.global_step) + _certified_before(found["kind"])
         verdict = {"kind": "not_stationary", "reason": reason, "zero_error": False}
         found |= {key: [value] * model.replicas if model.replicas > 1 else value for key, value in verdict.items()}

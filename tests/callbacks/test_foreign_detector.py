@@ -17,6 +17,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_mnn import MNN
 from lightning_mnn.callbacks import ActivationPatternRecorder, AngularVolumeMonitor, LocalMinimumDetector, Schedule
+from lightning_mnn.callbacks.evidence.certificate import CertificateTier
+from lightning_mnn.callbacks.evidence.first_order import FirstOrderTier
+from lightning_mnn.callbacks.evidence.second_order import SecondOrderTier
 from lightning_mnn.data import GaussianData
 from lightning_mnn.landscape.kinks.layers import NoKinksError
 from lightning_mnn.utilities.errors import DivergenceError
@@ -931,6 +934,27 @@ def test_a_resumed_run_is_as_an_unbroken_one(make_trainer, tmp_path, make):
     assert found[0] == found[2]
     measure = "mse" if isinstance(module, Plain) and detector.statistics else "relative_gradient"
     assert found[0][measure] not in (1.0, found[1][measure])
+
+
+FITTED = dict.fromkeys(("factor", "offset", "scale", "gradient_scale"), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "tier", "state"),
+    [
+        (
+            "NetworkJudge",
+            CertificateTier,
+            {"fitted": FITTED},
+        ),
+        ("SecondOrderJudge", SecondOrderTier, {}),
+        ("FirstOrderJudge", FirstOrderTier, {}),
+    ],
+)
+def test_checkpoints_of_version_0_1_are_understood(name, tier, state):
+    detector = LocalMinimumDetector()
+    detector.load_state_dict({"judge": {"name": name, "why": "no reason"} | state})
+    assert type(detector._resumed()) is tier
 
 
 CASES = [("Deep", 9), ("Deep", 1), ("Plain", 9), ("Plain", 1), ("Manual", 9)]  # of one sample one process has none

@@ -142,12 +142,16 @@ def test_columns_are_typed_in_the_order_of_the_command_with_a_row_for_each_repli
     assert json.loads(typed.schema.metadata[b"swept"]) == ["optimizer", "model.negative_slope"]
 
 
-def test_what_ended_badly_is_named_with_its_reason(capsys, monkeypatch):
+@pytest.mark.parametrize("recorded", [True, False])  # as version 0.1 did not
+def test_what_ended_badly_is_named_with_its_reason(capsys, monkeypatch, recorded):
+    diverged, interrupted = ({"ended_by": ended} if recorded else {} for ended in ("divergence", "interruption"))
     monkeypatch.setenv("COLUMNS", "80")
     folder = Path("outputs/sweep")
     write_job(folder / "0", ["seed=1"])
-    write_job(folder / "1", ["seed=2"], finished=False, reason="training diverged: lower the rate", num_samples=9)
-    write_job(folder / "2", ["seed=3"], finished=False, reason="interrupted after 3 steps")
+    write_job(
+        folder / "1", ["seed=2"], finished=False, reason="training diverged: lower the rate", num_samples=9, **diverged
+    )
+    write_job(folder / "2", ["seed=3"], finished=False, reason="interrupted after 3 steps", **interrupted)
     (folder / "3").mkdir()
     note = {"overrides": ["seed=4"], "status": "failed", "error": "Traceback …\nValueError: [no] such"}
     (folder / "3" / "job.json").write_text(json.dumps(note))
