@@ -116,6 +116,6 @@ def _console(trainer: pl.Trainer) -> Console | None:
     shown: Any = trainer.progress_bar_callback
     if shown is None or not trainer.is_global_zero:
         return None
-    live = getattr(shown, "_progress", None) or getattr(shown, "progress", None)  # RunProgress, RichProgressBar
+    live = getattr(shown, "progress", None)  # of RunProgress and of RichProgressBar
     console = Console(stderr=True)
     return console if console.is_terminal and live is None else None

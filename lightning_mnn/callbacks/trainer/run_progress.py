@@ -22,13 +22,16 @@ class RunProgress(ProgressBar):
 
     Args:
         console: where to draw; None: standard error.
+
+    Attributes:
+        progress: the bar while it is drawn, as Lightning's ``RichProgressBar`` has it; None: there is none.
     """
 
     def __init__(self, console: Console | None = None) -> None:
         super().__init__()
         self._console = console
         self._enabled = True
-        self._progress: Progress | None = None
+        self.progress: Progress | None = None
         self._drawn = 0  # epochs
 
     @override
@@ -54,20 +57,20 @@ class RunProgress(ProgressBar):
             TimeRemainingColumn(),
             TextColumn("{task.fields[metrics]}"),
         )
-        self._progress = Progress(*columns, console=console)
+        self.progress = Progress(*columns, console=console)
         total = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
-        self._progress.add_task("training", total=total, completed=trainer.current_epoch, metrics="")
-        self._progress.start()
+        self.progress.add_task("training", total=total, completed=trainer.current_epoch, metrics="")
+        self.progress.start()
         self._drawn = trainer.current_epoch
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._progress is None:
+        if self.progress is None:
             return
         done = trainer.current_epoch + 1
         if done >= self._drawn + max(1, (trainer.max_epochs or 1) // 1000):
             self._drawn = done
-            self._progress.update(self._progress.task_ids[0], completed=done, metrics=_metrics(trainer))
+            self.progress.update(self.progress.task_ids[0], completed=done, metrics=_metrics(trainer))
 
     def epochs_until_due(self, done: int) -> float:
         """Any number: the bar moves when it can."""
@@ -76,9 +79,9 @@ class RunProgress(ProgressBar):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._progress is not None:
+        if self.progress is not None:
             completed = trainer.current_epoch
-            self._progress.update(self._progress.task_ids[0], completed=completed, metrics=_metrics(trainer))
+            self.progress.update(self.progress.task_ids[0], completed=completed, metrics=_metrics(trainer))
         self._stop()
 
     @override
@@ -90,9 +93,9 @@ class RunProgress(ProgressBar):
         self._stop()
 
     def _stop(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
 
 
 def _metrics(trainer: pl.Trainer) -> str:
