@@ -13,7 +13,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from lightning_mnn.config.mistakes import UserError, explained, nearest, one_line, say
+from lightning_mnn.config.mistakes import UserError, explained, nearest, one_line, print_error
 from lightning_mnn.runs import footprint
 from lightning_mnn.runs.folders import check_names, register_resolvers
 from lightning_mnn.runs.quiet import quieten
@@ -27,12 +27,12 @@ register_resolvers()
 
 
 def main() -> None:
-    """Run the command line. A mistake in it is one line on standard error, and leaves nothing behind."""
+    """Run the command line. A user's mistake gives one line on standard error and leaves no files behind."""
     try:
-        with errors_told_by(_tell, _print_usage):
+        with errors_told_by(_print_mistake, _print_usage):
             compose_and_run()
     except Exception as error:
-        if not _tell(error):
+        if not _print_mistake(error):
             raise
         sys.exit(1)
     finally:
@@ -43,29 +43,29 @@ def main() -> None:
 
 @hydra.main(version_base="1.3", config_path="pkg://lightning_mnn.conf", config_name="config")
 def compose_and_run(cfg: DictConfig) -> float | None:
-    """Run the task of a composed config; a sweeper optimises what it returns."""
+    """Run the task of a composed config and return its objective, which a sweeper can optimise."""
     quieten()
-    atexit.register(gc.freeze)  # or the interpreter ends by a search of all modules for garbage, which takes 1.5 s
+    atexit.register(gc.freeze)  # else garbage collection at exit takes 1.5 s
     try:
         return run(cfg)
     except Exception as error:
         in_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
         line = explained(error, cfg, HydraConfig.get().overrides.task)
-        if line is None and not (in_sweep or footprint.is_kept()):  # nothing was computed: it was asked wrongly
-            line = f"{type(error).__name__}: {one_line(str(error))} (HYDRA_FULL_ERROR=1 shows where)"
+        if line is None and not (in_sweep or footprint.is_kept()):  # no work was done yet: the command is wrong
+            line = f"{type(error).__name__}: {one_line(str(error))} (HYDRA_FULL_ERROR=1 shows the traceback)"
         if line is None or _wants_traceback():
             raise
-        if in_sweep:  # Hydra and the launchers note which job failed
+        if in_sweep:  # Hydra and the launchers report which job failed
             raise UserError(line) from error
-        say(line)
-        sys.exit(1)  # which, unlike an exception, Hydra does not comment on
+        print_error(line)
+        sys.exit(1)  # Hydra prints a comment after an exception, but not after this
 
 
 def run(cfg: DictConfig) -> float | None:
     """Run ``cfg.task``: the function of that name in :mod:`lightning_mnn.tasks`.
 
     Raises:
-        ValueError: there is no such task, or ``resume`` or ``name`` is no value for them.
+        ValueError: there is no such task, or ``resume`` or ``name`` has an invalid value.
     """
     check_names(cfg)
     if cfg.task not in TASKS:
@@ -76,17 +76,17 @@ def run(cfg: DictConfig) -> float | None:
     return objective
 
 
-def _tell(error: Exception) -> bool:
-    """Say in one line what is wrong, if that is a mistake of the user's."""
+def _print_mistake(error: Exception) -> bool:
+    """Print one line for an error that is a user's mistake; return whether it was one and should have no traceback."""
     line = explained(error, command=sys.argv[1:])
     if line is None or _wants_traceback():
         return False
-    say(line)
+    print_error(line)
     return True
 
 
 def _print_usage(problem: str) -> NoReturn:
-    say(f"{problem}: write lightning-mnn [-m] [KEY=VALUE ...]; lightning-mnn --help says more")
+    print_error(f"{problem}: write lightning-mnn [-m] [KEY=VALUE ...]; see lightning-mnn --help")
     sys.exit(2)
 
 

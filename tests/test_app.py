@@ -87,7 +87,7 @@ def test_every_trial_runs(experiment, tmp_path, request):
         options.append(f"data.root={request.getfixturevalue('mnist_root')}")
 
     said, run = trial(tmp_path, *options, "debug=fast", *(["data.part=test"] if experiment == "mnist" else []))
-    assert "all went well in 1 step(s) of a fast_dev_run, of which nothing is kept" in said
+    assert "no errors in 1 step(s) of a fast_dev_run; nothing is saved" in said
     assert {path.name for path in run.iterdir()} == {".hydra", f"{experiment}.log"}
 
     _, run = trial(tmp_path, *options, "debug=limit")
@@ -114,7 +114,7 @@ def test_every_trial_runs(experiment, tmp_path, request):
 
 def test_experiments_in_parts_have_a_small_form(tmp_path):
     said = command(tmp_path, "experiment=census", "debug=fast", expect=1)
-    assert "error: debug=fast: sets trainer, which task=census makes no use of: choose debug=limit\n" in said
+    assert "error: debug=fast: sets trainer, which task=census does not use: choose debug=limit\n" in said
     _, run = trial(tmp_path, "experiment=figure_5_1", "debug=limit", "scan.processes=1")
     assert summary_of(run)["networks"] == 2 * 2 * 3 * 3
     assert (run / "figure.png").exists()
@@ -126,15 +126,15 @@ def test_experiments_in_parts_have_a_small_form(tmp_path):
         (
             "census",
             "ckpt_path=a",
-            "ckpt_path=a: task=census makes no use of it: leave ckpt_path out, or choose ckpt_path=null",
+            "ckpt_path=a: task=census does not use it: leave ckpt_path out, or choose ckpt_path=null",
         ),
         (
             "census",
             "replicas=2",
-            "replicas=2: task=census makes no use of it: leave replicas out, or choose replicas=1",
+            "replicas=2: task=census does not use it: leave replicas out, or choose replicas=1",
         ),
-        ("census", "dtype=float32", "dtype=float32: task=census makes no use of it: leave dtype out"),
-        ("figure_5_2", "ckpt_path=a", "ckpt_path=a: task=scan makes no use of it"),
+        ("census", "dtype=float32", "dtype=float32: task=census does not use it: leave dtype out"),
+        ("figure_5_2", "ckpt_path=a", "ckpt_path=a: task=scan does not use it"),
     ],
 )
 def test_what_an_experiment_in_parts_would_pass_over_is_refused(experiment, override, message):

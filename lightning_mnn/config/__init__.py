@@ -1,1 +1,1 @@
-"""The configuration: types of its values, objects built from it, and what is wrong with it."""
+"""The configuration: the types of its values, the objects built from it, and the errors in it."""

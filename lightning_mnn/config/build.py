@@ -1,4 +1,4 @@
-"""Objects from the config, by Hydra; what is wrong with a node is said before its class is called."""
+"""Build objects from the config with Hydra; report what is wrong with a node before its class is called."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ _PLAIN = {int: "a whole number", float: "a number", str: "a text", bool: "true o
 
 
 def build(cfg: DictConfig, key: str, node: DictConfig | None = None, **overrides: Any) -> Any:
-    """The object that a node of the config describes.
+    """Build the object that a node of the config describes.
 
     Args:
         cfg: the whole config.
-        key: of the node in it.
-        node: what takes the node's place, if anything.
-        **overrides: arguments beside those of the node.
+        key: key of the node in the config.
+        node: a node to use in place of the one at ``key``.
+        **overrides: arguments in addition to those of the node.
 
     Raises:
-        UserError: the node names no class, or one that cannot be imported, or an argument that it does not have.
-        ArgumentError: from the class.
+        UserError: the node names no class, or one that cannot be imported, or an argument that the class does not have.
+        ArgumentError: raised by the class.
     """
     own = OmegaConf.select(cfg, key) if node is None else node
     if not isinstance(own, DictConfig) or "_target_" not in own:
         example = f"{key}={{_target_: package.Class, argument: value}}"
-        raise UserError(f"{key}={shown(own)}: has no _target_: say of which class it is, as in {example}")
+        raise UserError(f"{key}={shown(own)}: has no _target_: name its class, as in {example}")
     for place, content in _targets(own, key):
-        target = _found(place, content)
+        target = _import_target(place, content)
         _check_names(place, target, content)
         if target is pl.Trainer:
             _check_types(place, target, content)
@@ -55,17 +55,17 @@ def build(cfg: DictConfig, key: str, node: DictConfig | None = None, **overrides
 
 
 def _reason(error: BaseException) -> str:
-    """What a constructor raised, in a line."""
+    """The error of a constructor, in one line."""
     details = getattr(error, "errors", None)  # pydantic's
     if callable(details):
         first = details()[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    said = explained(error) or one_line(str(error))
-    return f"{type(error).__name__}: {said}" if isinstance(error, KeyError) else said
+    message = explained(error) or one_line(str(error))
+    return f"{type(error).__name__}: {message}" if isinstance(error, KeyError) else message
 
 
 def _targets(node: DictConfig, key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The nodes that are objects, with their keys: this one and those below it."""
+    """The nodes that describe objects, with their keys: this node and those below it."""
     content: Any = OmegaConf.to_container(node, resolve=False)
     waiting = [(key, content)]
     while waiting:
@@ -77,7 +77,7 @@ def _targets(node: DictConfig, key: str) -> Iterator[tuple[str, Mapping[str, Any
         waiting += [(f"{place}.{name}", item) for name, item in value.items()]
 
 
-def _found(key: str, node: Mapping[str, Any]) -> Any:
+def _import_target(key: str, node: Mapping[str, Any]) -> Any:
     """The class or function that a node names."""
     name = str(node["_target_"])
     try:
@@ -101,7 +101,7 @@ def _check_names(key: str, target: Any, node: Mapping[str, Any]) -> None:
 
 
 def _check_types(key: str, target: Any, node: Mapping[str, Any]) -> None:
-    """Refuse an argument that is not of one of the plain types that its annotation asks for."""
+    """Refuse an argument whose value has none of the plain types that its annotation allows."""
     for name, annotation in get_type_hints(target.__init__).items():
         value = node.get(name)
         kinds = get_args(annotation) if get_origin(annotation) in _UNIONS else (annotation,)
@@ -110,18 +110,18 @@ def _check_types(key: str, target: Any, node: Mapping[str, Any]) -> None:
         fits = isinstance(value, kinds) or (isinstance(value, int) and float in kinds)
         if not fits:
             wanted = " or ".join(_PLAIN[kind] for kind in dict.fromkeys(kinds) if kind is not NoneType)
-            raise UserError(f"{key}.{name}={shown(value)}: must be {wanted}: leave it out for Lightning's own choice")
+            raise UserError(f"{key}.{name}={shown(value)}: must be {wanted}: leave it out to use Lightning's default")
 
 
 def _parameters(target: Any) -> set[str] | None:
-    """Names of the arguments that a class or function takes; None where it takes any."""
+    """Names of the arguments of a class or function; None if it accepts any name."""
     bases = target.__mro__ if inspect.isclass(target) else ()
     calls = [vars(base)["__init__"] for base in bases if "__init__" in vars(base)] if bases else [target]
     names: set[str] = set()
     for call in calls:
         try:
             parameters = inspect.signature(call).parameters.values()
-        except (TypeError, ValueError):  # of a class in C
+        except (TypeError, ValueError):  # of a class written in C
             return None
         names |= {one.name for one in parameters}
         if all(one.kind is not inspect.Parameter.VAR_KEYWORD for one in parameters):

@@ -1,4 +1,4 @@
-"""What a user's command has wrong, in one line: KEY=VALUE, what is wrong with it, and what to do."""
+"""The one-line message for a mistake in a user's command: KEY=VALUE, what is wrong, and what to do."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from lightning_mnn.utilities.validation import ArgumentError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-_FIRST_SPEAKS = 5.0  # seconds in which the first of several processes ends the others, if it failed as they did
+_DELAY_OF_OTHER_RANKS_S = 5.0  # before they print: the first process, if it failed too, prints and ends them by then
 _LONGEST_VALUE = 100  # characters of a value that are shown
 
-_OF_USERS = (ValueError, OSError, ArithmeticError, ImportError)
-_OF_USERS_BY_NAME = ("MisconfigurationException",)  # Lightning's, which takes seconds to import
+_MISTAKES = (ValueError, OSError, ArithmeticError, ImportError)
+_MISTAKES_BY_NAME = ("MisconfigurationException",)  # Lightning's; by name because its import takes seconds
 
-# What to do about files that cannot be read or written.
+# Remedies for files that cannot be read or written.
 _REMEDIES = {
     errno.ENOSPC: "make room there, or choose another folder",
     errno.EDQUOT: "make room there, or choose another folder",
@@ -44,7 +44,7 @@ _REMEDIES = {
     errno.EACCES: "change its permissions, or choose another",
     errno.EPERM: "change its permissions, or choose another",
     errno.ENOENT: "check the path",
-    errno.ENOTDIR: "choose a path on which no file is in the place of a folder",
+    errno.ENOTDIR: "choose a path in which every parent is a folder, not a file",
     errno.EEXIST: "choose another, or move what is there",
     errno.EISDIR: "give a file, not a folder",
     errno.EFBIG: "allow larger files (ulimit -f), or choose another folder",
@@ -52,15 +52,15 @@ _REMEDIES = {
 
 
 class UserError(CompactHydraException, ValueError):
-    """A command cannot be carried out; its message is the one line that says why."""
+    """A command cannot be carried out; the message is one line with the reason."""
 
 
 def explained(error: BaseException, cfg: DictConfig | None = None, command: Sequence[str] = ()) -> str | None:
-    """The line for an error; None for one that is no user's mistake, so that its traceback is needed.
+    """The one-line message for an error; None for an error that is not a user's mistake and needs its traceback.
 
     Args:
         error: what was raised.
-        cfg: the config, once it is composed: it has the keys of arguments.
+        cfg: the composed config, if there is one; the keys of arguments are looked up in it.
         command: the arguments of the command line.
     """
     if isinstance(error, ArgumentError):
@@ -69,26 +69,26 @@ def explained(error: BaseException, cfg: DictConfig | None = None, command: Sequ
         return _of_composition(error, command)
     if isinstance(error, OSError) and error.filename is not None:
         return of_file(error)
-    said = one_line(str(error)) or type(error).__name__
+    message = one_line(str(error)) or type(error).__name__
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
-        return f"not enough memory ({said}): choose a smaller network, data set or batch, or fewer replicas"
-    return said if isinstance(error, _OF_USERS) or type(error).__name__ in _OF_USERS_BY_NAME else None
+        return f"not enough memory ({message}): choose a smaller network, data set or batch, or fewer replicas"
+    return message if isinstance(error, _MISTAKES) or type(error).__name__ in _MISTAKES_BY_NAME else None
 
 
-def say(line: str) -> None:
-    """Write the line to standard error. Where the first of several processes failed in the same way, it alone does."""
+def print_error(line: str) -> None:
+    """Print the line on standard error. If the first of several processes fails in the same way, only it prints."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(_FIRST_SPEAKS)
+        time.sleep(_DELAY_OF_OTHER_RANKS_S)
     sys.stderr.write(f"error: {line}\n")
 
 
 def one_line(text: str) -> str:
-    """A text without line breaks."""
+    """The text on one line, its lines joined by semicolons."""
     return "; ".join(line.strip().rstrip(":") for line in text.strip().splitlines() if line.strip())
 
 
 def shown(value: Any) -> str:
-    """A value as it is written on the command line, shortened.
+    """A value as it is written on the command line, shortened if it is long.
 
     >>> shown([0.9, None, True]), shown("a b")
     ('[0.9,null,true]', "'a b'")
@@ -100,7 +100,7 @@ def shown(value: Any) -> str:
 def key_of(cfg: DictConfig | None, name: str, value: Any) -> str:
     """The shortest key of a config that ends in an argument's name and has its value.
 
-    Without one it is a key that ends in the name, if it is the only one, or else the name.
+    If no key has the value: the key that ends in the name, if there is exactly one, else the name itself.
 
     >>> cfg = OmegaConf.create({"seed": -1, "model": {"seed": "${seed}"}, "data": {"seed": 0}})
     >>> key_of(cfg, "seed", -1), key_of(cfg, "seed", 0), key_of(cfg, "width", 0)
@@ -113,7 +113,7 @@ def key_of(cfg: DictConfig | None, name: str, value: Any) -> str:
 
 
 def mentioned(cfg: DictConfig, key: str, message: str) -> str:
-    """KEY=VALUE of the argument that a message names or quotes, of those below a key; the key alone where none is.
+    """KEY=VALUE of the argument, below a key, whose name or value a message contains; the key alone if there is none.
 
     >>> cfg = OmegaConf.create({"trainer": {"max_steps": 3, "precision": "abc"}})
     >>> mentioned(cfg, "trainer", "Precision 'abc' is invalid")
@@ -121,7 +121,7 @@ def mentioned(cfg: DictConfig, key: str, message: str) -> str:
     """
     below = {name.rpartition(".")[2].lower(): f"{key}.{name}" for name in _keys(OmegaConf.select(cfg, key))}
     paths = [below[word] for word in re.findall(r"\w+", message.lower()) if word in below]
-    found = max(paths, key=lambda path: path.count("."), default=None)  # the first of the deepest
+    found = max(paths, key=lambda path: path.count("."), default=None)  # the deepest; of equally deep ones the first
     if found is None:
         texts = {path: OmegaConf.select(cfg, path) for path in below.values()}
         found = next((path for path, text in texts.items() if isinstance(text, str) and repr(text) in message), None)
@@ -129,13 +129,13 @@ def mentioned(cfg: DictConfig, key: str, message: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """Those of the known words that are most like a word, or the first ones where none is."""
+    """The known words most similar to a word, at most ``count``; if none is similar, the first eight."""
     names = sorted(known)
     return difflib.get_close_matches(word, names, count, cutoff=0.5) or names[:8]
 
 
 def of_file(error: OSError) -> str:
-    """The line for a file that cannot be read or written."""
+    """The message for a file that cannot be read or written."""
     remedy = _REMEDIES.get(error.errno or 0, "check it, or choose another")
     return _line(str(shown_path(Path(os.fsdecode(error.filename)))), str(error.strerror), remedy)
 
@@ -147,7 +147,7 @@ def _of_argument(error: ArgumentError, cfg: DictConfig | None, command: Sequence
 
 
 def _of_composition(error: HydraException | OmegaConfBaseException, command: Sequence[str]) -> str:
-    """The line for what Hydra cannot compose."""
+    """The message for an error of Hydra's when it composes the config."""
     if isinstance(error, OverrideParseException):
         return _of_grammar(error)
     if isinstance(error, MissingConfigException):
@@ -160,23 +160,23 @@ def _of_composition(error: HydraException | OmegaConfBaseException, command: Seq
         return _of_missing_value(cause)
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and not isinstance(cause, InterpolationKeyError):
         return _of_unknown_key(cause, key, command)
-    said = one_line(str(error)) or one_line(str(cause))
-    return _of_type(cause, key.partition("[")[0], command) if isinstance(cause, ValidationError) and key else said
+    message = one_line(str(error)) or one_line(str(cause))
+    return _of_type(cause, key.partition("[")[0], command) if isinstance(cause, ValidationError) and key else message
 
 
 def _of_grammar(error: OverrideParseException) -> str:
-    """The line for an override that Hydra cannot read."""
+    """The message for an override that Hydra cannot parse."""
     given = error.override
     key, equals, value = given.partition("=")
     if not equals:
-        return _line(shlex.quote(given), "is no override", f"write {given or 'KEY'}=VALUE; --help lists the keys")
+        return _line(shlex.quote(given), "is not an override", f"write {given or 'KEY'}=VALUE; --help lists the keys")
     reason = error.message.splitlines()[0]
     why = "cannot be read" if given in reason else f"cannot be read ({reason})"
-    return _line(given, why, f"quote what is special in it, as in \"{key}='{value.strip('=')}'\"")
+    return _line(given, why, f"quote special characters, as in \"{key}='{value.strip('=')}'\"")
 
 
 def _of_missing_option(error: MissingConfigException) -> str:
-    """The line for an option that its group does not have."""
+    """The message for an option that its group does not have."""
     missing, options = error.missing_cfg_file or "", list(error.options or ())
     group, _, option = missing.rpartition("/")
     if not group or not options:
@@ -192,7 +192,7 @@ def _of_missing_value(error: OmegaConfBaseException) -> str:
 
 
 def _of_unknown_key(error: OmegaConfBaseException, key: str, command: Sequence[str]) -> str:
-    """The line for a key that the config does not have."""
+    """The message for a key that the config does not have."""
     above, _, name = key.rpartition(".")
     siblings = [str(sibling) for sibling in error.parent_node] if isinstance(error.parent_node, DictConfig) else []
     near = ", ".join(f"{above}.{one}".lstrip(".") for one in nearest(name, siblings))
@@ -202,7 +202,7 @@ def _of_unknown_key(error: OmegaConfBaseException, key: str, command: Sequence[s
 
 
 def _of_type(error: OmegaConfBaseException, key: str, command: Sequence[str]) -> str:
-    """The line for a value that is not of its key's type."""
+    """The message for a value that does not have its key's type."""
     given = _given(key, command) or f"{key}={shown(error.value)}"
     words = needed(key)
     problem = f"must be {words}" if words else str(error.msg).splitlines()[0]
@@ -212,7 +212,7 @@ def _of_type(error: OmegaConfBaseException, key: str, command: Sequence[str]) ->
 
 
 def _given(key: str, command: Sequence[str]) -> str | None:
-    """The override of a key, as it is written in a command; of several the last counts."""
+    """The override of a key, as it is written in a command; the last one, if there are several."""
     return next((one for one in reversed(command) if one.partition("=")[0].lstrip("+~") == key), None)
 
 
@@ -234,7 +234,7 @@ def _written(value: Any) -> str:
 
 
 def _keys(node: Any, above: str = "") -> Iterator[str]:
-    """All keys below a node, dotted, without those behind references."""
+    """All keys below a node, dotted; references are not followed."""
     content = OmegaConf.to_container(node, resolve=False) if OmegaConf.is_config(node) else node
     if isinstance(content, dict):
         for key, item in content.items():

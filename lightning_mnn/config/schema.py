@@ -1,7 +1,7 @@
-"""The types of the config's values, by which Hydra refuses a wrong one when it composes a command.
+"""The types of the config's values. Hydra uses them to refuse a wrong value when it composes a command.
 
-Each class lists the keys of a node of ``conf/`` with their types; the files there hold the values. A node may have more
-keys than its class: those are left to what the node is handed to.
+Each class lists the keys of a node of ``conf/`` with their types; the files there contain the values. A node may have
+more keys than its class; the object that is built from the node checks those.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class Config:
     """The top level."""
 
     task: str
-    name: Any  # a number is a name, too
+    name: Any  # a name may be a number
     run_dir: str
     seed: int
     dtype: str
     replicas: int
     threads: int | None
     ckpt_path: str | None
-    resume: Any  # "yes" would be true
+    resume: Any  # not bool: Hydra would accept "yes" as true
     folder: str | None
     sweep: str | None
     dry_run: bool
@@ -181,7 +181,7 @@ class Trainer:
     _target_: str
     default_root_dir: str
     max_epochs: int | None
-    accelerator: Any  # a name, or an object by its _target_, as the strategy
+    accelerator: Any  # a name, or an object by its _target_; so is the strategy
     strategy: Any
     devices: Any  # a number, a list of them, or auto
     num_nodes: int
@@ -192,7 +192,7 @@ class Trainer:
 
 @dataclass
 class Scan:
-    """``scan``: what the task of that name does."""
+    """``scan``: settings of the task ``scan``."""
 
     input_dims: list[int]
     hidden_layers: list[int]
@@ -208,7 +208,7 @@ class Scan:
 
 @dataclass
 class Census:
-    """``census``: what the task of that name does."""
+    """``census``: settings of the task ``census``."""
 
     labels: str
     negative_slopes: list[float]
@@ -220,7 +220,7 @@ class Census:
     processes: int | None
 
 
-# By the name that a file of conf/ has in its defaults list, as /schema/NAME.
+# By the name that the defaults lists in conf/ use, as /schema/NAME.
 SCHEMAS: dict[str, type] = {
     "config": Config,
     "model": Model,
@@ -237,7 +237,7 @@ SCHEMAS: dict[str, type] = {
     "census": Census,
 }
 
-# Nodes of the config, and what they may be; the top level is that of Config.
+# Nodes of the config, and the classes that each may have; "" is the top level.
 _PLACES: dict[str, tuple[type, ...]] = {
     "": (Config,),
     "model": (Model,),
@@ -251,9 +251,9 @@ _PLACES: dict[str, tuple[type, ...]] = {
 
 
 def schema(keys: type) -> DictConfig:
-    """A node with typed values that are missing, which may be given other keys beside them.
+    """A node with typed missing values, to which other keys can be added.
 
-    A structured config as OmegaConf makes it of a dataclass would refuse those also from files.
+    The structured config that OmegaConf makes of a dataclass would refuse other keys, also from files.
 
     >>> schema(OneCycle)
     {'name': '???', 'warmup': '???', 'start_factor': '???', 'final_factor': '???'}
@@ -262,7 +262,7 @@ def schema(keys: type) -> DictConfig:
 
 
 def needed(key: str) -> str | None:
-    """What the value of a key must be, in words; None for a key without a type.
+    """The type that a key's value must have, in words; None for a key without a type.
 
     >>> needed("optimizer.betas"), needed("threads"), needed("trainer.devices")
     ('a list of numbers', 'a whole number or null', None)
@@ -295,6 +295,6 @@ def _parts(annotation: Any) -> tuple[Any, bool]:
 
 
 def register() -> None:
-    """Make the types known to Hydra; the package of the configs does, so that whoever reads them has their types."""
+    """Register the types with Hydra. The package of the configs calls this, so that all its users have the types."""
     for name, keys in SCHEMAS.items():
         ConfigStore.instance().store(group="schema", name=name, node=schema(keys), provider="lightning_mnn")

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
 from yaml import YAMLError
 
-from lightning_mnn.config.mistakes import UserError, explained, say, shown
+from lightning_mnn.config.mistakes import UserError, explained, print_error, shown
 from lightning_mnn.runs import footprint
 from lightning_mnn.utilities.compat.hydra_internals import split_sweep
 
@@ -203,7 +203,7 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except (UserError, OmegaConfBaseException) as error:
-        say(explained(error) or str(error))
+        print_error(explained(error) or str(error))
         sys.exit(1)
 
 

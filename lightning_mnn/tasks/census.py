@@ -1,4 +1,4 @@
-"""What do the regions of random weights contain? A table of proportions beside the theorems, and its picture."""
+"""Count what the regions of random weights contain: a table of proportions beside theoretical bounds, and a figure."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ if TYPE_CHECKING:
 
     from lightning_mnn.landscape.volumes.intervals import Estimate
 
-# Which draws a proportion is taken over: of a region's rank and residual all is known without a search for a minimum.
+# The draws that a proportion is over: rank and residual of a region are known without a search for a minimum.
 _OF_ALL = ("rank_deficient", "suboptimal_residual", "suboptimal_minimum")
 _OF_SEARCHED = ("any_minimum", "global_minimum", "undecided")
 
-# What of the config has no part in it, and how it is if left alone: nothing is trained.
+# Parts of the config that the task does not use, with their defaults: nothing is trained.
 _UNUSED = dict.fromkeys(("data", "model", "optimizer", "schedule", "trainer", "callbacks", "logger")) | {
     "replicas": 1,
     "dtype": "float64",
@@ -58,10 +58,10 @@ class Draws:
 
     Attributes:
         scan: name of the scan that they belong to.
-        cases: equal but for ε, which rises.
+        cases: equal except for ε, which increases.
         num_regions: regions that are searched for a minimum.
-        num_screened: more regions, which are searched only where their residual is sub-optimal.
-        parts: among how many parts they are shared out.
+        num_screened: further regions, searched only if their residual is sub-optimal.
+        parts: number of parts among which they are divided.
     """
 
     scan: str
@@ -75,7 +75,7 @@ class Draws:
         return [f"{self.scan}_{_label(self.cases[0])}_{part}" for part in range(self.parts)]
 
     def count(self, part: int) -> dict[str, Any]:
-        """What the regions of a part contain: a tally of the searched and one of the screened for each case."""
+        """What the regions of a part contain: for each case a tally of the searched regions and one of the screened."""
         total = self.num_regions + self.num_screened
         searched: list[list[Outcome]] = [[] for _ in self.cases]
         screened: list[list[Outcome]] = [[] for _ in self.cases]
@@ -108,7 +108,7 @@ class Draws:
         """What region number `index` contains, for each ε in turn."""
         outcome: Outcome | None = None
         for case in self.cases:
-            # A region that is not sub-optimal at one ε is not at a greater one, and nothing else depends on ε.
+            # A region that is not sub-optimal at one ε is not sub-optimal at a greater ε; nothing else depends on ε.
             if outcome is None or outcome.suboptimal:
                 outcome = case.outcome(index) if search else _screen(case, index)
             yield outcome
@@ -120,11 +120,11 @@ class Splitting:
 
     Attributes:
         case: with Gaussian data.
-        data_set: the number of the data set among the case's draws.
-        particles: P, and the others, of :func:`~lightning_mnn.landscape.volumes.splitting.rare_census`.
+        data_set: number of the data set among the case's draws.
+        particles: P; this and the following as in :func:`~lightning_mnn.landscape.volumes.splitting.rare_census`.
         runs: R.
         steps: moves of every particle at each level.
-        regions: of each run that are searched for a minimum.
+        regions: number of regions of each run that are searched for a minimum.
     """
 
     case: Case
@@ -165,7 +165,7 @@ class Splitting:
         }
 
     def row(self, part: Mapping[str, Any]) -> dict[str, Any]:
-        """Row of the table of splitting; −inf is left empty."""
+        """Row of the table of splitting; −inf becomes an empty field."""
         return {**_sizes(self.case), "data_set": self.data_set, **_theorems(self.case), **part}
 
 
@@ -173,16 +173,17 @@ def census(cfg: DictConfig) -> None:
     """Count what random regions contain, at all sizes, slopes and ε of ``cfg.census``.
 
     The run folder gets ``census.csv``, a row for each size, slope and ε, ``splitting.csv``, a row for each data set on
-    which a volume was estimated by multilevel splitting, ``figure.png`` and ``summary.json``; volumes in ``log_…``
-    columns are natural logarithms, seconds are one processor's.
+    which a volume was estimated by multilevel splitting, ``figure.png`` and ``summary.json``. Volumes in ``log_…``
+    columns are natural logarithms; seconds are processor seconds.
 
-    ``plan.json`` holds all that the results depend on, ``parts/`` the counts of every finished part, which is not drawn
-    again. Killed at any time and given again, the command goes on, and ends in the files of an unbroken run but for the
-    seconds: the experiment's folder is named by ``name`` and ``seed``, not by the time. Other settings need another.
+    ``plan.json`` contains all that the results depend on, ``parts/`` the counts of every finished part, which is not
+    drawn again. If the command is killed, at any time, and run again, it resumes and writes the same files as an
+    uninterrupted run, except for the seconds: the name of the experiment's folder contains ``name`` and ``seed``, not
+    the time. Other settings need another folder.
 
     Raises:
         ValueError: a value of the config is out of its range; the message names its key.
-        FileExistsError: the folder holds another run, or a census with another plan.
+        FileExistsError: the folder contains another run, or a census with another plan.
     """
     run_dir, settings = Path(cfg.run_dir), _settings(cfg)
     processes = number_of_processes("census.processes", settings.pop("processes"))
@@ -214,7 +215,7 @@ def census(cfg: DictConfig) -> None:
 def _settings(cfg: DictConfig) -> dict[str, Any]:
     """The node ``census`` as a dictionary, its lists and counts checked.
 
-    What the sizes mean is checked where they are used.
+    The sizes are checked where they are used.
     """
     settings = settings_of(cfg, "census", "census")
     refuse_unused(cfg, "census", _UNUSED)
@@ -238,10 +239,12 @@ def _settings(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _entries(key: str, entries: Any, names: str) -> list[Any]:
-    """A list of entries with so many numbers each as they have names."""
+    """A list of entries, each with one number for every name in ``names``."""
     for entry in different(key, entries, "entries", at_least=0):
         if not isinstance(entry, list) or len(entry) != len(names.split(", ")):
-            raise ArgumentError(key, entry, "must hold one number for each name in every entry", f"they are [{names}]")
+            raise ArgumentError(
+                key, entry, "must contain one number for each name in each entry", f"they are [{names}]"
+            )
     return list(entries)
 
 
@@ -270,7 +273,7 @@ def _splittings(settings: dict[str, Any], seed: int) -> list[Splitting]:
 
 
 def _case(key: str, entry: Any, epsilon: float, settings: Mapping[str, Any], seed: int) -> Case:
-    """The case of an entry [N, d0, d1, ρ]; an error names the config's key."""
+    """The case of an entry [N, d0, d1, ρ]; errors name the config's key."""
     try:
         num_samples, input_dim, width, slope = entry
         data = GaussianData(num_samples, input_dim, settings["labels"])
@@ -280,7 +283,7 @@ def _case(key: str, entry: Any, epsilon: float, settings: Mapping[str, Any], see
 
 
 def _screen(case: Case, index: int) -> Outcome:
-    """What a region contains, searched for a minimum only where its residual is sub-optimal."""
+    """What a region contains; it is searched for a minimum only if its residual is sub-optimal."""
     outcome = replace(case, max_nodes=0).outcome(index)
     return case.outcome(index) if outcome.suboptimal else outcome
 
@@ -293,7 +296,7 @@ def _label(case: Case) -> str:
 def _sizes(case: Case) -> dict[str, Any]:
     data = case.data
     if not isinstance(data, GaussianData):
-        raise TypeError("the sizes are those of Gaussian data")
+        raise TypeError("sizes are defined for Gaussian data only")
     return {
         "num_samples": data.num_samples,
         "input_dim": data.input_dim,
@@ -305,7 +308,7 @@ def _sizes(case: Case) -> dict[str, Any]:
 
 
 def _theorems(case: Case) -> dict[str, float | None]:
-    """Theorem 6's upper bound on log E V(L_ε) and Theorem 9's lower bound on log V(G), where d1 ≥ 2N/d0."""
+    """Theorem 6's upper bound on log E V(L_ε), and Theorem 9's lower bound on log V(G) if d1 ≥ 2N/d0."""
     sizes = _sizes(case)
     samples, inputs, width = (sizes[name] for name in ("num_samples", "input_dim", "width"))
     suboptimal = bounds.suboptimal_log_volume(samples, inputs, width, case.epsilon, case.negative_slope)

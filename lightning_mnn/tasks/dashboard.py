@@ -1,4 +1,4 @@
-"""Build a W&B workspace of what runs log: their curves, and their ends across a sweep."""
+"""Build a W&B workspace for the logs of runs: their curves, and a comparison of the final values across a sweep."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _STEP = "trainer/global_step"
 
-# Beside the panels of a run's own figure; a panel's section is that of its first curve.
+# Panels in addition to those of a run's own figure; a panel is in the section of its first curve.
 MORE = (
     Panel(
         "Certified",
@@ -47,7 +47,7 @@ MORE = (
 
 SECTIONS = {"training": "train/", "minima": "minimum/", "patterns": "pattern/", "volumes": "volume/"}
 
-# Of the comparison: keys of the config, and of the summary (with whether they span decades).
+# For the comparison: keys of the config, and keys of the summary (True: logarithmic axis).
 CONFIGURED = ("data.num_samples", "model.negative_slope", "optimizer.lr", "seed")
 ENDS = {"mse": True, "mce": False, "rank": False, "regions_visited": False, "log_volume": False, "steps": True}
 COLUMNS = ("kind", *ENDS, "seconds")  # of the table of runs
@@ -57,13 +57,13 @@ PICTURE = "figure"
 def dashboard(cfg: DictConfig) -> None:
     """Save a workspace to W&B and print its address; with ``cfg.dry_run`` print it as JSON, without an account.
 
-    Its sections are training, minima, patterns, volumes, and the comparison of runs. Each call saves another one. The
-    folder that Hydra makes for the job goes again.
+    Its sections are training, minima, patterns, volumes, and the comparison of runs. Each call saves a new workspace.
+    The folder that Hydra makes for the job is removed again.
 
     Raises:
         ValueError: the package wandb-workspaces is missing, or there is no project to save to.
-        PermissionError: W&B knows of no account.
-        ConnectionError: W&B did not take the workspace.
+        PermissionError: W&B is not logged in to any account.
+        ConnectionError: W&B did not accept the workspace.
     """
     remove_job_folder(Path(cfg.run_dir))
     entity, project, name = (cfg.dashboard[key] for key in ("entity", "project", "name"))
@@ -103,7 +103,7 @@ def workspace(entity: str, project: str, name: str) -> Any:
 
 
 def to_json(built: Any) -> str:
-    """A workspace as W&B keeps it."""
+    """A workspace as JSON, in the form in which W&B stores it."""
     return json.dumps(workspace_content(built), indent=2, ensure_ascii=False, allow_nan=False)
 
 
@@ -120,7 +120,7 @@ def _curves(panel: Panel) -> Any:
 
 
 def _comparison() -> list[Any]:
-    """How a sweep's runs ended: against their settings and each other."""
+    """Panels of the final values of a sweep's runs: against their settings and against each other."""
     wr = _package("reports.v2")
 
     def end(key: str) -> Any:
@@ -164,31 +164,31 @@ def _package(part: str) -> Any:
 
 
 def _save(entity: str | None, project: str, name: str) -> str:
-    """Save the workspace; without an entity, in the account's own.
+    """Save the workspace; without an entity, save it in the account's default entity.
 
     Returns:
         Its address.
 
     Raises:
         PermissionError: there is no account.
-        ConnectionError: W&B did not take the workspace.
+        ConnectionError: W&B did not accept the workspace.
     """
     import wandb  # noqa: PLC0415 (slow)
 
     forget_foreign_service()
     wandb.setup(wandb.Settings(silent=True))
     try:
-        known = wandb.login(prompt=False)
-        if known:
+        logged_in = wandb.login(prompt=False)
+        if logged_in:
             return str(workspace(entity or str(wandb.Api().default_entity), project, name).save().url)
-    except Exception as error:  # noqa: BLE001 (of many kinds, and none tells the user what to do)
-        raise ConnectionError(_trouble(error)) from None
-    raise PermissionError("W&B knows of no account: run wandb login, or give dry_run=true to print the workspace")
+    except Exception as error:  # noqa: BLE001 (of many types, and none has a remedy for the user)
+        raise ConnectionError(_save_error(error)) from None
+    raise PermissionError("W&B has no account here: run wandb login, or give dry_run=true to print the workspace")
 
 
-def _trouble(error: BaseException) -> str:
+def _save_error(error: BaseException) -> str:
     first = (str(error) or type(error).__name__).splitlines()[0]
     return (
-        f"W&B did not take the workspace ({first}): see wandb login, dashboard.entity and dashboard.project; "
+        f"W&B did not accept the workspace ({first}): check wandb login, dashboard.entity and dashboard.project; "
         "dry_run=true prints it instead"
     )

@@ -1,4 +1,4 @@
-"""What experiments in parts have in common: checks of their settings, their command, their end by Ctrl-C."""
+"""What experiments in parts have in common: checks of their settings, the command that resumes them, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -35,13 +35,12 @@ def settings_of(cfg: DictConfig, task: str, experiment: str) -> dict[str, Any]:
 
 
 def refuse_unused(cfg: DictConfig, task: str, unused: Mapping[str, Any]) -> None:
-    """Refuse what the task would pass over: `threads`, `ckpt_path`, and what is named.
+    """Refuse settings that the task would ignore: `threads`, `ckpt_path`, and those in ``unused``.
 
     Args:
         cfg: the config.
-        task: its name.
-        unused: keys and groups of the config that have no part in the task, with the values that they have if nobody
-            asks for anything.
+        task: name of the task.
+        unused: keys and groups of the config that the task does not use, with their default values.
 
     Raises:
         ValueError: one of them has another value, or `threads` or `ckpt_path` is given.
@@ -52,14 +51,14 @@ def refuse_unused(cfg: DictConfig, task: str, unused: Mapping[str, Any]) -> None
         if (value := cfg.get(key, default)) == default:
             continue
         if (debug := _debug_choice()) is not None:
-            raise UserError(f"debug={debug}: sets {key}, which task={task} makes no use of: choose debug=limit")
+            raise UserError(f"debug={debug}: sets {key}, which task={task} does not use: choose debug=limit")
         given = key if OmegaConf.is_config(value) else f"{key}={value}"
         remedy = f"leave {key} out, or choose {key}={'null' if default is None else default}"
-        raise UserError(f"{given}: task={task} makes no use of it: {remedy}")
+        raise UserError(f"{given}: task={task} does not use it: {remedy}")
     if cfg.get("threads") is not None:
         raise UserError(
-            f"threads={cfg.threads}: the worker processes of task={task} use one thread each: leave threads out, and "
-            f"choose their number by {task}.processes"
+            f"threads={cfg.threads}: each worker process of task={task} uses one thread: leave threads out, and "
+            f"choose the number of workers by {task}.processes"
         )
 
 
@@ -72,7 +71,7 @@ def different(key: str, values: Any, what: str, *, at_least: int = 1) -> list[An
     """A list without repetitions.
 
     Raises:
-        ValueError: it is no list, has fewer entries than ``at_least``, or holds something twice, or true or false.
+        ValueError: it is not a list, has fewer than ``at_least`` entries, or contains an entry twice, or true or false.
 
     >>> different("census.epsilons", [0.0, 0.1], "numbers")
     [0.0, 0.1]
@@ -85,26 +84,26 @@ def different(key: str, values: Any, what: str, *, at_least: int = 1) -> list[An
 
 
 def number_of_processes(key: str, processes: int | None) -> int:
-    """How many worker processes to use; None: one a core."""
+    """The number of worker processes; for None, one per core."""
     if processes is None:
         return cores()
     return positive_integer(key, processes)
 
 
 def command_of_run(run_dir: Path) -> str:
-    """The command line that does, or goes on with, what the present one does."""
+    """The command line that repeats or resumes the present command."""
     return shlex.join(words_of_command(run_dir))
 
 
 def words_of_command(run_dir: Path, more: Sequence[str] = ()) -> list[str]:
-    """The words of the present command with its folder, and with more overrides in the place of those of their keys."""
+    """The words of the present command with its folder; ``more`` overrides replace those with the same keys."""
     keys = {override.partition("=")[0] for override in (*more, "hydra.run.dir=")}
     given = [word for word in HydraConfig.get().overrides.task if word.partition("=")[0] not in keys]
     return ["lightning-mnn", *given, *more, f"hydra.run.dir={shown(run_dir)}"]
 
 
 def finish_experiment(parts: Sequence[Part], run_dir: Path, processes: int, command: str) -> dict[str, dict[str, Any]]:
-    """Finish the parts of an experiment, in `parts/` of its folder; on Ctrl-C say how to go on.
+    """Finish the parts of an experiment, in `parts/` of its folder; on Ctrl-C print the command that resumes it.
 
     Returns:
         What each part returned, by its name (see :func:`~lightning_mnn.tasks.parts.finish_parts`).
@@ -113,6 +112,6 @@ def finish_experiment(parts: Sequence[Part], run_dir: Path, processes: int, comm
         return finish_parts(parts, run_dir / "parts", processes)
     except KeyboardInterrupt:
         Console(soft_wrap=True, highlight=False).print(
-            f"interrupted: finished parts are kept. Go on with\n  {command}", markup=False
+            f"interrupted: finished parts are kept. Resume with\n  {command}", markup=False
         )
         raise SystemExit(130) from None

@@ -1,4 +1,4 @@
-"""Draw the figure of saved results again, or tabulate the runs below a folder or the jobs of a sweep."""
+"""Draw the figure of saved results again, or make a table of the runs below a folder or of the jobs of a sweep."""
 
 from __future__ import annotations
 
@@ -23,39 +23,39 @@ if TYPE_CHECKING:
 
     from lightning_mnn.tasks.sweep import Job, Sweep
 
-# What a figure is drawn from tells whose it is; summary.json is written last, when all else is there.
+# The data file of a figure determines its kind; summary.json is written last, after everything else.
 _FIGURES: dict[str, Callable[[Path], Path]] = {
     "scan.csv": scan_figure,
     "census.csv": census_figure,
     "metrics.csv": run_figure,
 }
 _NO_LOGS = (
-    "no metrics: the folders of the jobs hold no metrics.csv: give the program a CSVLogger with "
+    "no metrics: the folders of the jobs contain no metrics.csv: give the program a CSVLogger with "
     "save_dir=${hydra:runtime.output_dir}"
 )
 
 
 def report(cfg: DictConfig) -> None:
-    """Draw ``figure.png`` in ``cfg.folder`` from what a scan, a census or a training run has left there.
+    """Draw ``figure.png`` in ``cfg.folder`` from the results of a scan, a census or a training run there.
 
-    In a folder whose subfolders hold training runs, write ``table_1.csv`` instead, a row for each network, and print
-    it: its first column is the subfolder. Runs that diverged or were interrupted are left out, and named.
+    If the folder's subfolders contain training runs, write ``table_1.csv`` instead, a row for each network, and print
+    it; its first column is the subfolder. Runs that diverged or were interrupted are left out, and their names printed.
 
     With ``cfg.sweep`` instead, write one table of all jobs below that folder, ``sweep.csv`` and ``sweep.parquet``, and
-    draw ``figure.png`` of the finished ones, grouped by what was swept. Jobs that failed, broke off or have not begun
-    are in the table without measures and are named, with the command that runs them. Jobs of other tasks are named
-    alone. In a sweep of another program the measures are what its ``CSVLogger`` wrote and what its jobs returned (see
-    :func:`lightning_mnn.runs.logs.results_of`).
+    draw ``figure.png`` of the finished ones, grouped by what was swept. Jobs that failed, were stopped or have not
+    started are in the table without measures, and their names are printed with the command that runs them. Of jobs of
+    other tasks only the names are printed. In a sweep of another program the measures are what its ``CSVLogger`` wrote
+    and what its jobs returned (see :func:`lightning_mnn.runs.logs.results_of`).
 
-    Of another program's run, a log folder of Lightning's ``CSVLogger`` that the three callbacks logged to, the figure
-    shows what they found (see :func:`lightning_mnn.figures.model_figure`).
+    If the folder is a log folder of another program, written by Lightning's ``CSVLogger``, and the three callbacks
+    logged to it, the figure shows their results (see :func:`lightning_mnn.figures.model_figure`).
 
-    Nothing else is written: the folder that Hydra makes for a job goes again.
+    Nothing else is written: the folder that Hydra makes for a job is removed again.
 
     Raises:
         ValueError: no folder is given, or both are.
-        FileNotFoundError: the folder does not exist, or holds nothing that can be drawn, no finished run or no training
-            job; the message says what to do.
+        FileNotFoundError: the folder does not exist, or contains nothing that can be drawn, no finished run or no
+            training job; the message says what to do.
     """
     remove_job_folder(Path(cfg.run_dir))
     given = {key: cfg.get(key) for key in ("folder", "sweep") if cfg.get(key) is not None}
@@ -63,40 +63,40 @@ def report(cfg: DictConfig) -> None:
         raise ValueError(f"folder={cfg.folder} and sweep={cfg.sweep} are two reports: give one of them")
     console = Console(soft_wrap=True, highlight=False)
     if "sweep" in given:
-        _report_sweep(_existing("sweep", cfg.sweep), console)
+        _report_sweep(_existing_folder("sweep", cfg.sweep), console)
     else:
-        _report_folder(_existing("folder", cfg.get("folder")), console)
+        _report_folder(_existing_folder("folder", cfg.get("folder")), console)
 
 
 def _report_folder(folder: Path, console: Console) -> None:
-    """Draw one figure, or tabulate the runs below a folder."""
+    """Draw one figure, or make a table of the runs below a folder."""
     if _is_of_another_program(folder):
         console.print(f"[bold]drawn:[/] {shown(model_figure(folder))}")
         return
     for name, draw in _FIGURES.items():
         if (folder / name).exists():
             _require_summary(folder)
-            console.print(f"[bold]drawn anew:[/] {shown(draw(folder))}")
+            console.print(f"[bold]drawn again:[/] {shown(draw(folder))}")
             return
     runs = _runs(folder)
     if not runs:
-        raise FileNotFoundError(_nothing(folder))
+        raise FileNotFoundError(_nothing_to_report(folder))
     finished = {run: summary for run, summary in runs.items() if summary and is_finished(summary)}
     left_out = ", ".join(str(run) for run in runs if run not in finished)
     if not finished:
         raise FileNotFoundError(
-            f"{folder} holds no finished training run, only {left_out}: give a command again with resume=true to go on"
+            f"{folder} contains no finished training run, only {left_out}: run a command again with resume=true"
         )
     rows = [row for run, summary in finished.items() for row in table_rows(run, summary)]
     write_csv(folder / "table_1.csv", rows)
     console.print(_table(rows))
     if left_out:
-        console.print(Text.assemble(("left out, for they are not finished: ", "bold"), left_out))
+        console.print(Text.assemble(("left out because they are not finished: ", "bold"), left_out))
     console.print(f"[bold]written:[/] {shown(folder / 'table_1.csv')}")
 
 
 def table_rows(run: Path, summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Rows of Table 1 from a run's place below a folder and its summary, one for each replica; parameters: all weights.
+    """Rows of Table 1, one for each replica, from a run's path below a folder and its summary; parameters: all weights.
 
     >>> summary = {"input_dim": 3, "hidden_dims": [4], "num_samples": 32, "replicas": 1, "seed": 5, "seconds": 1.0}
     >>> summary |= {"mce": 0.25, "wrong": 8, "mse": 0.1, "kind": "saddle"}
@@ -129,7 +129,7 @@ def table_rows(run: Path, summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _report_sweep(folder: Path, console: Console) -> None:
-    """Write the table of a sweep's jobs and draw its figure; say which jobs are not finished, and what runs them."""
+    """Write the table of a sweep's jobs and draw its figure; print unfinished jobs and the command that runs them."""
     sweep = read_sweep(folder)
     written = write_table(sweep)
     counts = {status: len(sweep.having(status)) for status in Status}
@@ -137,10 +137,10 @@ def _report_sweep(folder: Path, console: Console) -> None:
     console.print(f"[bold]swept:[/] {', '.join(sweep.swept) or 'nothing'}")
     for job in sorted(sweep.jobs, key=lambda job: list(Status).index(job.status)):
         if job.error or job.status in (Status.FAILED, Status.UNFINISHED, Status.WAITING):
-            line = f"{job.name}{_settings(sweep, job)}{_because(job)}"
+            line = f"{job.name}{_swept_values(sweep, job)}{_error_line(job)}"
             console.print(Text.assemble((f"{job.status}: ", "bold"), line))
     if counts[Status.UNRECORDED]:
-        console.print("[bold]unrecorded:[/] whether a job is finished is recorded by hydra/launcher=device_pool alone")
+        console.print("[bold]unrecorded:[/] only hydra/launcher=device_pool records whether a job is finished")
     if sweep.others:
         console.print(Text.assemble(("left out: ", "bold"), by_task(sweep.others)))
     if any(counts[status] for status in (Status.FAILED, Status.UNFINISHED, Status.WAITING)):
@@ -152,15 +152,15 @@ def _report_sweep(folder: Path, console: Console) -> None:
         console.print(f"[bold]written:[/] {shown(path)}")
 
 
-def _settings(sweep: Sweep, job: Job) -> str:
-    """What was swept, with the job's values."""
+def _swept_values(sweep: Sweep, job: Job) -> str:
+    """The job's values of what was swept, as text."""
     place = sweep.jobs.index(job)
     values = " ".join(f"{key}={values[place]}" for key, values in sweep.swept.items())
     return f" ({values})" if values and job.folder is not None else ""
 
 
-def _because(job: Job) -> str:
-    """The line of a failed job's error that says what it was: the first, or the last of a traceback."""
+def _error_line(job: Job) -> str:
+    """The line of a failed job's error that names the error: the first line, or the last line of a traceback."""
     lines = str(job.error or "").strip().splitlines()
     if not lines:
         return ""
@@ -170,7 +170,7 @@ def _because(job: Job) -> str:
 def _print_how_to_resume(sweep: Sweep, console: Console) -> None:
     commands = resume_commands(sweep)
     if not commands:
-        console.print("[bold]resume[/] by their commands, each with resume=true and hydra.run.dir=its folder")
+        console.print("[bold]resume[/] each job by its own command, with resume=true and hydra.run.dir=its folder")
     known = [command for command in commands.values() if command is not None]
     if known:
         console.print("[bold]resume[/] (finished jobs stay as they are) [bold]with[/]")
@@ -179,12 +179,12 @@ def _print_how_to_resume(sweep: Sweep, console: Console) -> None:
     for folder in (folder for folder, command in commands.items() if command is None):
         console.print(
             f"{shown(folder)} has no sweep.json, in which hydra/launcher=device_pool records the command: run its own "
-            "program again for what is left",
+            "program again for the unfinished jobs",
             markup=False,
         )
 
 
-def _existing(key: str, folder: str | None) -> Path:
+def _existing_folder(key: str, folder: str | None) -> Path:
     if folder is None:
         raise ValueError("task=report needs saved results: give folder=DIR, or sweep=DIR for all jobs of a sweep")
     path = Path(folder).absolute()
@@ -194,7 +194,7 @@ def _existing(key: str, folder: str | None) -> Path:
 
 
 def _is_of_another_program(folder: Path) -> bool:
-    """Whether it is a log folder of Lightning's ``CSVLogger``, in which no run of this program began."""
+    """Whether this is a log folder of Lightning's ``CSVLogger`` in which no run of this program was started."""
     own = any((folder / name).exists() for name in ("summary.json", "plan.json"))
     return (folder / "metrics.csv").exists() and not own and is_foreign(folder)
 
@@ -202,13 +202,13 @@ def _is_of_another_program(folder: Path) -> bool:
 def _require_summary(folder: Path) -> None:
     if not (folder / "summary.json").exists():
         raise FileNotFoundError(
-            f"{folder} holds no summary.json, which is written at the end: give its run's command again to finish it "
-            "(with resume=true, for a training run)"
+            f"{folder} contains no summary.json, which is written at the end: run its command again to finish it "
+            "(for a training run, with resume=true)"
         )
 
 
 def _runs(folder: Path) -> dict[Path, dict[str, Any]]:
-    """Summaries of training runs at any depth below, by their places there; empty ones where they are unreadable."""
+    """Summaries of training runs at any depth below a folder, by their relative paths; unreadable ones are empty."""
     paths = sorted(path.parent for path in folder.rglob("summary.json") if path.parent != folder)
     found = {path.relative_to(folder): _summary(path) for path in paths}
     return {run: summary for run, summary in found.items() if not summary or _is_training_run(summary)}
@@ -225,16 +225,16 @@ def _is_training_run(summary: dict[str, Any]) -> bool:
     return {"mse", "mce", "hidden_dims", "num_samples", "seconds"} <= summary.keys()
 
 
-def _nothing(folder: Path) -> str:
+def _nothing_to_report(folder: Path) -> str:
     if (folder / "plan.json").exists():
-        return f"{folder} holds an experiment that is not finished: give its command again, which goes on with it"
+        return f"{folder} contains an experiment that is not finished: run its command again, which resumes it"
     logs = sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/metrics.csv"))
     if logs:
-        return f"{folder} holds log folders: give one of them, such as folder={logs[-1]}"
+        return f"{folder} contains log folders: give one of them, such as folder={logs[-1]}"
     if any(folder.glob("events.out.tfevents.*")):
-        return f"{folder} holds the log of TensorBoard alone, which is not drawn here: add a CSVLogger to the Trainer"
+        return f"{folder} contains only a log of TensorBoard, which is not drawn here: add a CSVLogger to the Trainer"
     return (
-        f"{folder} holds no scan.csv, census.csv or metrics.csv to draw, and no training runs with a summary.json "
+        f"{folder} contains no scan.csv, census.csv or metrics.csv to draw, and no training runs with a summary.json "
         "below it: give the folder of a run or experiment, or one with runs in it"
     )
 
@@ -254,6 +254,6 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
             f"{row['num_samples']:,}",
             f"{row['parameters_per_sample']:.3f}",
             f"{row['seconds']:,.0f}",
-            str(row["kind"] or "not judged").replace("_", " "),
+            str(row["kind"] or "not classified").replace("_", " "),
         )
     return table

@@ -1,4 +1,4 @@
-"""What does training converge to, from size to size? Many small networks on Gaussian data, a table and its picture."""
+"""Train many small networks on Gaussian data at several sizes; write a table and a figure of what they converged to."""
 
 from __future__ import annotations
 
@@ -42,29 +42,29 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
-THRESHOLDS = {"plus_minus": 0.0, "zero_one": 0.5}  # by the labels; a teacher's outputs have no classification error
+THRESHOLDS = {"plus_minus": 0.0, "zero_one": 0.5}  # by labels; teacher labels have no classification error
 
-# What N is a multiple of, and the settings that no trained network depends on.
+# The reference size that N is a multiple of, and the settings on which no trained network depends.
 _REFERENCES = ("square", "parameter")
 _INDIFFERENT = ("input_dims", "hidden_layers", "samples_per", "ratios")
 
-# Groups of the config that have no part in it: a network and its data follow from the settings.
+# Groups of the config that the task does not use: the settings of scan define each network and its data.
 _UNUSED = dict.fromkeys(("data", "model", "trainer", "callbacks", "logger"))
 
-# Columns that are found by the detector: of the trained weights, and of the minimum next to them.
+# Columns that the detector computes: of the trained weights, and of the minimum next to them.
 _MEASURES = (
     *("mse", "mce", "wrong", "min_preactivation", "relative_preactivation", "stationarity"),
     *("kind", "zero_error", "distance", "margin_ratio", "minimum_mse", "minimum_mce", "kinks", "rank"),
     "reason",
 )
 
-# Kinds in the printed table; None: two hidden layers, and the necessary conditions hold.
-_SAID: dict[str | None, str] = {
+# Kinds in the printed table; None: two hidden layers, and the necessary conditions are satisfied.
+_KIND_LABELS: dict[str | None, str] = {
     Kind.DIFFERENTIABLE_MINIMUM: "differentiable",
     Kind.KINK_MINIMUM: "on kinks",
     Kind.SADDLE: "saddle",
     Kind.NOT_STATIONARY: "not stationary",
-    None: "not judged",
+    None: "not classified",
 }
 
 
@@ -98,7 +98,7 @@ class Size:
 
     @property
     def columns(self) -> dict[str, Any]:
-        """What the tables say of it."""
+        """Its columns in the tables."""
         return {
             "num_samples": self.num_samples,
             "input_dim": self.input_dim,
@@ -111,16 +111,16 @@ class Size:
 
 @dataclass(frozen=True)
 class Fit:
-    """A few networks of one size, trained side by side, each on data of its own.
+    """A few networks of one size, trained side by side, each on its own data.
 
     Attributes:
         size: N and the widths.
         first: number of the first network.
         replicas: R.
-        seed: of network 0; network r has seed + r, for its weights and its data.
+        seed: seed of network 0; network r uses seed + r, for its weights and its data.
         optimizer, schedule, dtype, negative_slope: see :class:`~lightning_mnn.MNN`.
         labels: see :class:`~lightning_mnn.data.GaussianData`.
-        max_epochs: of one step each, for batches are full.
+        max_epochs: number of epochs; each is one step, because batches are full.
     """
 
     size: Size
@@ -172,7 +172,7 @@ class Fit:
         )
 
     def train(self) -> dict[str, Any]:
-        """Train them and certify what they converged to: a row for each.
+        """Train the networks and certify what they converged to; return a row for each.
 
         Raises:
             DivergenceError: the MSE of any of them is no longer finite.
@@ -183,7 +183,7 @@ class Fit:
             accelerator="cpu",
             devices=1,
             max_epochs=self.max_epochs,
-            log_every_n_steps=min(50, self.max_epochs),  # which is when divergence is noticed
+            log_every_n_steps=min(50, self.max_epochs),  # divergence is detected at these steps
             callbacks=[detector],
             logger=False,
             enable_checkpointing=False,
@@ -204,27 +204,27 @@ class Fit:
         number = self.first + replica
         values = {name: found[name][replica] if isinstance(found[name], list) else found[name] for name in _MEASURES}
         if self.size.hidden_layers > 1 and values["kind"] != Kind.NOT_STATIONARY:
-            values["kind"] = None  # no more than necessary conditions hold, as the reason says
+            values["kind"] = None  # only necessary conditions were tested, as the reason says
         return {**self.size.columns, "replica": number, "seed": self.seed + number, "epochs": epochs, **values}
 
 
 def scan(cfg: DictConfig) -> None:
-    """Train networks at all sizes of ``cfg.scan``, ``cfg.replicas`` at each, and say what every one converged to.
+    """Train ``cfg.replicas`` networks at each size of ``cfg.scan``, and report what each of them converged to.
 
     The run folder gets ``scan.csv``, a row for each network, ``summary.json``, with means and counts for each size, and
     ``figure.png``. In the table ``mse``, ``mce``, ``wrong``, ``min_preactivation``, ``relative_preactivation`` and
-    ``stationarity`` are of the trained weights as they are; ``kind`` and all after it are of the minimum next to them,
-    where there is one. With two hidden layers there are necessary conditions only: ``kind`` is empty where they hold.
-    Seconds are one processor's.
+    ``stationarity`` describe the trained weights as they are; ``kind`` and all columns after it describe the minimum
+    next to them, if there is one. With two hidden layers only necessary conditions are tested: ``kind`` is empty if
+    they are satisfied. Seconds are processor seconds.
 
-    ``plan.json`` holds all that a network's training depends on, ``parts/`` the finished parts, which are not trained
-    again. Killed at any time and given again, the command goes on, and ends in the files of an unbroken run but for the
-    seconds. More sizes, more replicas or another figure may be asked of the same folder later; other settings need
-    another.
+    ``plan.json`` contains all that a network's training depends on, ``parts/`` the finished parts, which are not
+    trained again. If the command is killed, at any time, and run again, it resumes and writes the same files as an
+    uninterrupted run, except for the seconds. The same folder can later be used with more sizes, more replicas or
+    another figure; other settings need another folder.
 
     Raises:
         ValueError: a value of the config is out of its range; the message names its key.
-        FileExistsError: the folder holds another run, or a scan with another plan.
+        FileExistsError: the folder contains another run, or a scan with another plan.
         DivergenceError: the MSE of a network is no longer finite.
     """
     run_dir, settings = Path(cfg.run_dir), _settings(cfg)
@@ -257,7 +257,7 @@ def scan(cfg: DictConfig) -> None:
         },
     )
     scan_figure(run_dir)
-    _tell(summaries, run_dir)
+    _print_table(summaries, run_dir)
 
 
 def summarise(size: Size, rows: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
@@ -282,7 +282,7 @@ def _kinds(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
 
 
 def _settings(cfg: DictConfig) -> dict[str, Any]:
-    """The node ``scan`` as a dictionary, all of it checked but what Fit's model and data check."""
+    """The node ``scan`` as a dictionary, checked except for what the model and data of :class:`Fit` check."""
     settings = settings_of(cfg, "scan", "figure_5_1|figure_5_2")
     refuse_unused(cfg, "scan", _UNUSED)
     for key, what in (("input_dims", "widths"), ("hidden_layers", "numbers of layers"), ("ratios", "numbers")):
@@ -308,14 +308,14 @@ def _sizes(settings: dict[str, Any]) -> list[Size]:
         size = Size(math.floor(Fraction(str(ratio)) * reference), width, layers)  # exact, as the ratio is written
         if size.num_samples < 1 or size in sizes:
             how = "no sample" if size.num_samples < 1 else f"N = {size.num_samples} a second time"
-            problem = f"must not hold {ratio}, which gives {how} at d = {width}"
-            raise ArgumentError("scan.ratios", settings["ratios"], problem, "leave it out, or take wider networks")
+            problem = f"must not contain {ratio}, which gives {how} at d = {width}"
+            raise ArgumentError("scan.ratios", settings["ratios"], problem, "leave it out, or use wider networks")
         sizes.append(size)
     return sizes
 
 
 def _plan(cfg: DictConfig, settings: dict[str, Any]) -> dict[str, Any]:
-    """All that the networks' training depends on, but for their sizes and numbers, which their parts are named by."""
+    """All that the training depends on, except the sizes and numbers of networks, which are in the names of the parts."""
     names = ("lightning_mnn", "pytorch_lightning", "torch", "numpy", "scipy")
     return {
         "seed": cfg.seed,
@@ -327,7 +327,10 @@ def _plan(cfg: DictConfig, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fits(cfg: DictConfig, settings: dict[str, Any], sizes: Sequence[Size]) -> list[Fit]:
-    """The parts, size by size; what their networks and data object to is said now, before any work."""
+    """The parts, size by size.
+
+    One model and one data set are built here, so that errors in the settings are reported before any work.
+    """
     options: dict[str, Any] = {key: OmegaConf.to_container(cfg[key], resolve=True) for key in ("optimizer", "schedule")}
     options |= {key: settings[key] for key in ("labels", "negative_slope", "max_epochs")}
     options |= {"seed": cfg.seed, "dtype": cfg.dtype}
@@ -341,12 +344,12 @@ def _fits(cfg: DictConfig, settings: dict[str, Any], sizes: Sequence[Size]) -> l
     return fits
 
 
-def _tell(summaries: Sequence[dict[str, Any]], run_dir: Path) -> None:
+def _print_table(summaries: Sequence[dict[str, Any]], run_dir: Path) -> None:
     """Print a line for each size."""
     table = Table("hidden", "N", "MCE %", "MSE", "min |w·x|", "converged to", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for size in summaries:
         spread = "" if size["mce_std"] is None else f" ± {100 * size['mce_std']:.3g}"
-        kinds = ", ".join(f"{count} {_SAID[kind]}" for kind, count in size["kinds"].items())
+        kinds = ", ".join(f"{count} {_KIND_LABELS[kind]}" for kind, count in size["kinds"].items())
         table.add_row(
             size["hidden_dims"],
             f"{size['num_samples']:,}",

@@ -1,4 +1,4 @@
-"""Train a network, say what it converged to, and leave everything in the run folder."""
+"""Train a network, report what it converged to, and save all results in the run folder."""
 
 from __future__ import annotations
 
@@ -49,21 +49,21 @@ if TYPE_CHECKING:
     from lightning_mnn.model.mnn import MNN
 
 
-# What the callbacks measure; null where a callback is off.
+# What the callbacks measure; null if a callback is off.
 MEASURES = (
     *("mse", "mce", "wrong", "kind", "zero_error", "distance", "margin_ratio", "min_preactivation", "kinks"),
     *("rank", "rank_cap", "log_volume", "log_volume_standard_error", "log_volume_lower_bound", "regions_visited"),
 )
 
-_ENDED = Path("checkpoints", "ended.ckpt")  # the end of training, until the run is finished
+_ENDED = Path("checkpoints", "ended.ckpt")  # the final checkpoint, until the run is finished
 
 
 class FitTimer(Timer):
-    """Time from the start of training to the end of the callbacks' last work."""
+    """Measures the time from the start of training to the end of the callbacks' last work."""
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go on: the other callbacks' last pass comes now."""
+        """Keep running: the other callbacks still do their last pass."""
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -71,7 +71,7 @@ class FitTimer(Timer):
 
 
 def _timer(duration: Any) -> FitTimer:
-    """The run's clock, which ends it after ``trainer.max_time``, for Lightning lets a Trainer have one Timer."""
+    """The run's timer, which stops the run after ``trainer.max_time``: Lightning allows a Trainer only one Timer."""
     try:
         return FitTimer(duration)
     except MisconfigurationException:
@@ -80,18 +80,18 @@ def _timer(duration: Any) -> FitTimer:
 
 
 class Start(Callback):
-    """Claims the run folder, and lets the loggers begin or go on, when nothing is left to be refused.
+    """Initialises the run folder and starts or resumes the loggers, once nothing can be refused any more.
 
-    By then data, weights and checkpoint are loaded. It is to be the first callback, and until it acts no logger of this
-    package writes.
+    By then data, weights and checkpoint are loaded. This must be the first callback; before it acts, no logger of this
+    package writes anything.
 
     Args:
         cfg: the config.
-        found: what there is of the run.
-        loggers: of the Trainer.
+        found: the state of the run.
+        loggers: loggers of the Trainer.
 
     Attributes:
-        is_over: whether that is done.
+        is_over: whether the folder is initialised.
     """
 
     def __init__(self, cfg: DictConfig, found: RunState, loggers: Sequence[Any]) -> None:
@@ -106,54 +106,54 @@ class Start(Callback):
             return
         for logger in self._loggers:
             if isinstance(logger, ResumableWandbLogger):
-                logger.begin()  # which may be refused, too
+                logger.begin()  # this too may be refused
         initialise(self._cfg, self._found)
         self.is_over = True
         if self._found.checkpoint is not None:
-            _go_on(self._loggers, self._found.rows)
+            _resume_loggers(self._loggers, self._found.rows)
         for logger in self._loggers:
             logger.log_hyperparams(settings_of(self._cfg, HydraConfig.get().runtime.choices))
 
 
 def train(cfg: DictConfig) -> float:
-    """Train as the config says.
+    """Train as the config specifies.
 
     The run folder gets ``summary.json``, ``metrics.csv``, ``figure.png``, ``patterns.zarr``, ``checkpoints/``,
-    ``plan.json`` and, by Hydra, ``.hydra/``. A run that diverges or is interrupted leaves what it had, with a summary
-    that says so: its ``finished`` is false.
+    ``plan.json`` and, by Hydra, ``.hydra/``. A run that diverges or is interrupted keeps what it has computed so far;
+    in its summary ``finished`` is false.
 
-    A ``trainer.fast_dev_run`` leaves nothing but ``.hydra/``: it is to show that nothing fails.
+    With ``trainer.fast_dev_run`` only ``.hydra/`` is written: such a run only checks that nothing fails.
 
-    With ``cfg.resume`` a run that was killed or interrupted, at whatever moment, goes on from its last checkpoint and
-    ends in the numbers of an unbroken run; without a checkpoint it begins anew; a finished one stays as it is. So it
-    does, whatever ``cfg.resume``, in a SLURM job that was requeued.
+    With ``cfg.resume`` a run that was killed or interrupted, at any moment, continues from its last checkpoint and
+    gives the same numbers as an uninterrupted run. Without a checkpoint it starts again from the beginning; a finished
+    run is left as it is. In a SLURM job that was requeued, the run resumes whatever ``cfg.resume`` is.
 
     Returns:
-        The final MSE, the largest of the replicas'.
+        The final MSE; with replicas, the largest.
 
     Raises:
-        ValueError: ``resume`` together with ``ckpt_path``, the experiment has no settings for the data set, or the
-            Trainer's processes cannot be started rightly (see
+        ValueError: ``resume`` is set together with ``ckpt_path``, the experiment has no settings for the data set, or
+            the Trainer's processes cannot be started correctly (see
             :func:`~lightning_mnn.runs.processes.devices.check_devices`).
-        FileExistsError: the run folder already holds a run, and ``resume`` is false or the run was begun otherwise; or
-            another process trains there.
+        FileExistsError: the run folder already contains a run, and ``resume`` is false or that run was started with a
+            different configuration; or another process is training there.
         DivergenceError: training reached values that are not finite.
         Interrupted: a SystemExit with code 143 after a SIGTERM, and 130 after Ctrl-C (see
             :mod:`~lightning_mnn.runs.processes.signals`).
-        LostProcessError: a SystemExit with code 1, as another process of the run is gone.
+        LostProcessError: a SystemExit with code 1, because another process of the run is gone.
     """
     with interruptible() as signals, run_lock(Path(cfg.run_dir)):
         return _train(cfg, signals)
 
 
 def _train(cfg: DictConfig, signals: RunSignals) -> float:
-    _require_row(cfg)
+    _require_settings(cfg)
     check_trainer(cfg)
     check_devices(cfg.trainer)
     run_dir = Path(cfg.run_dir)
     found = run_state(cfg)
     if found.summary is not None:
-        _print_again(cfg, found.summary)
+        _print_finished(cfg, found.summary)
         return _largest(found.summary["mse"])
     loggers = _loggers(cfg, found)
     start = Start(cfg, found, loggers)
@@ -169,33 +169,33 @@ def _train(cfg: DictConfig, signals: RunSignals) -> float:
     if cfg.ckpt_path is not None:
         check_fits(cfg.ckpt_path, model)
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
-        return _try_out(trainer, model, datamodule, cfg.ckpt_path)
+        return _fast_dev_run(trainer, model, datamodule, cfg.ckpt_path)
     failure: BaseException | None = None
 
     def summary_of(failure: BaseException | None, callbacks: Sequence[pl.Callback]) -> dict[str, Any]:
         seconds = timer.time_elapsed("train")
         return summarise(trainer, model, datamodule, seconds, cfg.seed, failure, callbacks=callbacks)
 
-    def leave_last_words() -> None:
+    def save_last_summary() -> None:
         if start.is_over:
-            _leave_last_words(run_dir, summary_of(signals.cause(), callbacks=()))
+            _save_last_summary(run_dir, summary_of(signals.cause(), callbacks=()))
 
-    signals.watch.last_words = leave_last_words
+    signals.watch.on_forced_end = save_last_summary
     try:
         failure = _fit(signals, trainer, model, datamodule, found.checkpoint or cfg.ckpt_path, run_dir)
         if failure is not None and not start.is_over:
             raise failure
         summary = summary_of(failure, callbacks=trainer.callbacks)  # type: ignore[attr-defined]
-        _leave(run_dir, trainer, summary, figure=not isinstance(failure, SystemExit))
+        _save_results(run_dir, trainer, summary, figure=not isinstance(failure, SystemExit))
     finally:
         end_wandb_runs(loggers, failed=sys.exc_info()[0] is not None or failure is not None)
-    return _certify(cfg, run_dir, summary, failure)
+    return _finish(cfg, run_dir, summary, failure)
 
 
-def _certify(cfg: DictConfig, run_dir: Path, summary: dict[str, Any], failure: BaseException | None) -> float:
-    """Print what the run ended in; raise what ended it before its time, or return its largest MSE."""
+def _finish(cfg: DictConfig, run_dir: Path, summary: dict[str, Any], failure: BaseException | None) -> float:
+    """Print the result of the run; raise the error that ended it early, or return its largest MSE."""
     if failure is None:
-        _close(run_dir, summary)
+        _mark_finished(run_dir, summary)
     if isinstance(failure, DivergenceError):
         raise failure
     print_verdict(cfg.name, summary, run_dir, offline=any(run_dir.glob("wandb/offline-run-*")))
@@ -207,19 +207,19 @@ def _certify(cfg: DictConfig, run_dir: Path, summary: dict[str, Any], failure: B
 
 @rank_zero_only
 def _print_how_to_resume(run_dir: Path) -> None:
-    if HydraConfig.get().mode is RunMode.RUN:  # of a sweep, its launcher says it
+    if HydraConfig.get().mode is RunMode.RUN:  # in a sweep the launcher prints this
         command = shlex.join(words_of_command(run_dir, ["resume=true"]))
-        Console(soft_wrap=True, highlight=False).print(f"interrupted: go on with\n  {command}", markup=False)
+        Console(soft_wrap=True, highlight=False).print(f"interrupted: resume with\n  {command}", markup=False)
 
 
 def _fit(
     signals: RunSignals, trainer: pl.Trainer, model: MNN, datamodule: ExactData, checkpoint: Any, run_dir: Path
 ) -> BaseException | None:
-    """Train, and save the end of it; what ended training before: divergence, a signal or the loss of a process."""
+    """Train and save the final checkpoint; return what ended training early: divergence, a signal or a lost process."""
     try:
         trainer.fit(model, datamodule, ckpt_path=checkpoint, weights_only=True)
         with whole_file(run_dir / _ENDED, writes=trainer.is_global_zero) as unfinished:
-            trainer.save_checkpoint(unfinished, weights_only=False)  # optimiser too
+            trainer.save_checkpoint(unfinished, weights_only=False)  # with the optimiser's state
     except BaseException as error:
         cause = signals.end_training(error)
         if isinstance(cause, DivergenceError | KeyboardInterrupt | SystemExit):
@@ -239,24 +239,24 @@ def summarise(
     *,
     callbacks: Sequence[pl.Callback],
 ) -> dict[str, Any]:
-    """The run's ``summary.json``: what the callbacks found, and the run's sizes; measures are lists over R."""
+    """The content of ``summary.json``: results of the callbacks, sizes of the run; measures are lists over replicas."""
     found: dict[str, Any] = dict.fromkeys(MEASURES)
     for callback in callbacks:
         if isinstance(callback, ScheduledCallback):
             found |= callback.summary()
     ended = None
-    if failure is not None:  # what the last check found is not what the run ended in
+    if failure is not None:  # the last check does not describe the final weights
         ended = EarlyEnd.DIVERGENCE if isinstance(failure, DivergenceError) else EarlyEnd.INTERRUPTION
         reason = _reason(failure, trainer.global_step) + _certified_before(found["kind"])
         verdict = {"kind": "not_stationary", "reason": reason, "zero_error": False}
         found |= {key: [value] * model.replicas if model.replicas > 1 else value for key, value in verdict.items()}
     return found | {
-        "finished": False,  # until all else is written
+        "finished": False,  # until everything else is written
         "ended_by": ended,
         "epochs": completed_epochs(trainer),
         "steps": trainer.global_step,
         "processes": processes(),
-        # A process that failed does not wait for the others' counts.
+        # A process that failed cannot wait for the others' counts.
         "visits": datamodule.visits() if failure is None or trainer.world_size == 1 else None,
         "seconds": seconds,
         "num_samples": None if datamodule.exact_loader is None else datamodule.exact_loader.num_samples,
@@ -277,36 +277,36 @@ def _reason(failure: BaseException, steps: int) -> str:
 
 
 def _certified_before(kinds: Any) -> str:
-    """How many replicas the last check had certified, in words."""
+    """How many replicas were certified at the last check, in words."""
     listed = kinds if isinstance(kinds, list) else [kinds]
     minima = sum(kind in ("differentiable_minimum", "kink_minimum") for kind in listed)
     return f"; {minima} of {len(listed)} were at certified minima at the last check" if len(listed) > 1 else ""
 
 
-def _try_out(trainer: pl.Trainer, model: MNN, datamodule: ExactData, checkpoint: str | None) -> float:
-    """Train as long as ``fast_dev_run`` says; nothing is kept of it."""
+def _fast_dev_run(trainer: pl.Trainer, model: MNN, datamodule: ExactData, checkpoint: str | None) -> float:
+    """Train for the steps of ``fast_dev_run``; save nothing."""
     trainer.fit(model, datamodule, ckpt_path=checkpoint, weights_only=True)
     if trainer.is_global_zero:
         Console(soft_wrap=True, highlight=False).print(
-            f"all went well in {trainer.global_step} step(s) of a fast_dev_run, of which nothing is kept: "
+            f"no errors in {trainer.global_step} step(s) of a fast_dev_run; nothing is saved: "
             "no summary, figure, checkpoint or log"
         )
     return float(trainer.callback_metrics.get("train/mse", "nan"))
 
 
-def _require_row(cfg: DictConfig) -> None:
-    """Say what to choose where Table 1 has no row for the data set."""
+def _require_settings(cfg: DictConfig) -> None:
+    """Refuse a data set for which Table 1 has no settings; the message lists those that have."""
     if "table_1" not in cfg:
         return
     try:
-        cfg.get("row")  # which refers to the data set's settings
+        cfg.get("row")  # a reference to the data set's settings
     except InterpolationKeyError:
         data, known = HydraConfig.get().runtime.choices.get("data"), "|".join(map(str, cfg.table_1))
         raise UserError(f"data={data}: experiment=table_1 has no settings for it: choose data={known}") from None
 
 
 def _callbacks(cfg: DictConfig) -> list[pl.Callback]:
-    """The config's callbacks, one of which stops training on request."""
+    """The config's callbacks, one of which stops training on request (see :class:`StopOnRequest`)."""
     callbacks = [build(cfg, f"callbacks.{key}") for key, node in cfg.callbacks.items() if node]
     stops = any(isinstance(callback, LastCheckpoint) for callback in callbacks)
     return callbacks if stops else [*callbacks, StopOnRequest()]
@@ -326,8 +326,8 @@ def _loggers(cfg: DictConfig, found: RunState) -> list[Any]:
 
 
 @rank_zero_only
-def _go_on(loggers: Sequence[Any], rows: int) -> None:
-    """Let the loggers that can go on from the row at which the checkpoint was written."""
+def _resume_loggers(loggers: Sequence[Any], rows: int) -> None:
+    """Let the loggers that can resume continue from the row at which the checkpoint was written."""
     before: list[tuple[dict[str, float], int]] | None = None
     for table in loggers:
         if isinstance(table, ResumableCSVLogger):
@@ -335,15 +335,15 @@ def _go_on(loggers: Sequence[Any], rows: int) -> None:
             before = table.read()
     for logger in loggers:
         if isinstance(logger, ResumableWandbLogger):
-            if before is None:  # no table; the rows are in the folder of the process that was killed
+            if before is None:  # no CSV log: the rows are in the folder of the process that was killed
                 logger.rows = rows
             else:
                 logger.resume(before)
 
 
 @rank_zero_only
-def _leave(run_dir: Path, trainer: pl.Trainer, summary: dict[str, Any], *, figure: bool) -> None:
-    """Write summary and figure, and hand both to the loggers; a run that is to end soon does without a figure."""
+def _save_results(run_dir: Path, trainer: pl.Trainer, summary: dict[str, Any], *, figure: bool) -> None:
+    """Write summary and figure, and pass both to the loggers; ``figure`` is false for a run that must end soon."""
     write_json(run_dir / "summary.json", summary)
     for logger in trainer.loggers:
         logger.save()
@@ -354,30 +354,31 @@ def _leave(run_dir: Path, trainer: pl.Trainer, summary: dict[str, Any], *, figur
             log_image(logger, "figure", picture, trainer.global_step)
 
 
-def _leave_last_words(run_dir: Path, summary: dict[str, Any]) -> None:
-    """Write the summary of a run whose main thread is not there to do so."""
+def _save_last_summary(run_dir: Path, summary: dict[str, Any]) -> None:
+    """Write the summary of a run whose main thread cannot write it any more."""
     write_json(run_dir / "summary.json", summary)
     last = run_dir / "checkpoints" / "last.ckpt"
     sys.stderr.write(
-        f"{summary['reason']}, in the middle of something that could not be stopped in time: resume=true goes on from "
+        f"{summary['reason']}, during a step that could not be stopped in time: resume=true continues from "
         f"{last if last.exists() else 'the beginning'}\n"
     )
 
 
 @rank_zero_only
-def _close(run_dir: Path, summary: dict[str, Any]) -> None:
-    """Say that the run is finished; then only put the end in the place of the checkpoint to go on from."""
+def _mark_finished(run_dir: Path, summary: dict[str, Any]) -> None:
+    """Mark the run as finished in its summary; only then replace the last checkpoint by the final one."""
     write_json(run_dir / "summary.json", summary | {"finished": True})
     (run_dir / _ENDED).replace(run_dir / "checkpoints" / "last.ckpt")
 
 
 @rank_zero_only
-def _print_again(cfg: DictConfig, summary: dict[str, Any]) -> None:
-    """Print a finished run's verdict; do what a kill at its very end may have left undone."""
+def _print_finished(cfg: DictConfig, summary: dict[str, Any]) -> None:
+    """Print the verdict of a finished run; complete what a kill at its very end may have left undone."""
     run_dir = Path(cfg.run_dir)
     if (run_dir / _ENDED).exists():
-        _close(run_dir, summary)
-    Console().print(f"{run_dir} holds this run, finished: there is nothing left to do", soft_wrap=True, highlight=False)
+        _mark_finished(run_dir, summary)
+    line = f"{run_dir} contains this run, finished: there is nothing left to do"
+    Console().print(line, soft_wrap=True, highlight=False)
     print_verdict(cfg.name, summary, run_dir, offline=any(run_dir.glob("wandb/offline-run-*")))
 
 

@@ -341,7 +341,7 @@ def test_loggers_of_others_and_none_at_all(composed):
     (_, other) = _loggers(composed(lightnings, "logger.wandb.mode=disabled"), FOUND)
     other.log_metrics({"a": 1.0}, step=0)
     assert _loggers(composed("~logger"), FOUND) == []
-    with pytest.raises(ValueError, match=r"logger\.board=\{save_dir:a\}: has no _target_: say of which class"):
+    with pytest.raises(ValueError, match=r"logger\.board=\{save_dir:a\}: has no _target_: name its class"):
         _loggers(composed("+logger.board={save_dir: a}"), FOUND)
 
 

@@ -196,7 +196,7 @@ def test_the_same_command_goes_on_where_it_was_and_another_begins_anew(tmp_path)
     assert f"resume=true goes on in {run.relative_to(tmp_path)}\n" in said
     assert "finished: there is nothing left to do" in said
     said = command(tmp_path, *TINY, "seed=2", "resume=true", f"hydra.run.dir={run}", expect=1)
-    assert "was begun otherwise: config.seed is 0, not 2" in said
+    assert "was started with a different configuration: config.seed is 0, not 2" in said
     assert {path: path.read_bytes() for path in before} == before
     assert list(runs.iterdir()) == [run]
     said = command(tmp_path, *TINY, "resume=true", "seed=2")
@@ -209,7 +209,7 @@ def test_a_sweep_goes_on_in_its_own_folder(tmp_path):
     command(tmp_path, *sweep)
     (folder,) = (tmp_path / "outputs" / "quickstart" / "multirun").iterdir()
     said = command(tmp_path, "-m", *TINY, "seed=2,1", "resume=true", f"hydra.sweep.dir={folder}", expect=1)
-    assert "was begun otherwise: config.seed is 1, not 2: choose another hydra.sweep.dir" in said
+    assert "was started with a different configuration: config.seed is 1, not 2: choose another hydra.sweep.dir" in said
     (folder / "1" / "summary.json").unlink()
     (folder / "1" / "checkpoints" / "last.ckpt").unlink()
     said = command(tmp_path, *sweep, "resume=true")

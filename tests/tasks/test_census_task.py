@@ -140,7 +140,7 @@ def test_another_plan_is_refused(unbroken):
 
 def test_a_folder_with_another_run_is_refused():
     Path("summary.json").write_text("{}")
-    with pytest.raises(FileExistsError, match="already holds a run"):
+    with pytest.raises(FileExistsError, match="already contains a run"):
         census(settings())
 
 
@@ -148,7 +148,7 @@ def test_a_folder_with_another_run_is_refused():
     ("override", "message"),
     [
         ("census.scans.width.sizes=[[20,5,0]]", r"width.sizes, .*\[20, 5, 0, 0.0\].*width must be at least 1"),
-        ("census.scans.width.sizes=[[20,5]]", r"width.sizes must hold .*\[20, 5\]: they are \[N, d0, d1\]"),
+        ("census.scans.width.sizes=[[20,5]]", r"width.sizes must contain .*\[20, 5\]: they are \[N, d0, d1\]"),
         ("census.scans.width.sizes=[[9,3,3],[9,3,3]]", "census.scans.width.sizes must be a list of different entries"),
         ("census.scans.samples.num_regions=0", "census.scans.samples.num_regions must be at least 1"),
         ("census.scans.samples.num_screened=-1", "census.scans.samples.num_screened must be at least"),
@@ -159,9 +159,9 @@ def test_a_folder_with_another_run_is_refused():
         ("census.splitting.runs=1", "census.splitting.runs must be at least 2"),
         ("census.splitting.cases=[[20,5,8,1.0,9]]", "census.splitting.cases, .*negative_slope must not be 1"),
         ("census.splitting.cases=[[20,5,8,0.0,0]]", "census.splitting.cases: particles, .* must be at least 1"),
-        ("data=mnist", "data: task=census makes no use of it: leave data out"),
-        ("optimizer=sgd", "optimizer: task=census makes no use of it"),
-        ("schedule=constant", "schedule: task=census makes no use of it"),
+        ("data=mnist", "data: task=census does not use it: leave data out"),
+        ("optimizer=sgd", "optimizer: task=census does not use it"),
+        ("schedule=constant", "schedule: task=census does not use it"),
         ("threads=2", "threads=2: the worker processes of task=census use one thread each: .* by census.processes"),
         ("census.parts=0", "census.parts must be at least 1"),
         ("census.processes=0", "census.processes must be at least 1"),

@@ -151,7 +151,7 @@ def test_it_is_saved_where_the_runs_go_and_its_address_is_printed(server, monkey
         return done
 
     refused = run(expect=1)
-    assert refused.stderr.startswith("error: W&B knows of no account: run wandb login, or give dry_run=true")
+    assert refused.stderr.startswith("error: W&B has no account here: run wandb login, or give dry_run=true")
     assert "Traceback" not in refused.stderr
     assert not server
 

@@ -53,7 +53,7 @@ def test_the_command_draws_anew_and_leaves_nothing_else():
         capture_output=True, text=True, timeout=PATIENCE, check=False, env=os.environ | {"COLUMNS": "120"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "drawn anew: results/scan/figure.png" in done.stdout
+    assert "drawn again: results/scan/figure.png" in done.stdout
     assert is_png(folder / "figure.png")
     assert tree(folder) == before
     assert [path.name for path in Path().iterdir()] == ["results"]
@@ -117,7 +117,7 @@ def test_runs_below_a_folder_make_a_table(capsys, monkeypatch):
     assert [row["mce_percent"] for row in rows] == ["0.0", "50.0", "0.2", ""]
     assert [(row["d1"], row["d2"], row["kind"]) for row in rows[1:3]] == [("4", "3", "saddle"), ("89", "", RUN["kind"])]
     said = capsys.readouterr().out
-    for words in ("mnist/a", "0.2", "70,000", "0.998", "not stationary", "not judged", "table_1.csv"):
+    for words in ("mnist/a", "0.2", "70,000", "0.998", "not stationary", "not classified", "table_1.csv"):
         assert words in said, words
     assert not list(folder.rglob("figure.png"))
 
@@ -146,13 +146,13 @@ def test_unfinished_runs_are_left_out_and_named(capsys, monkeypatch):
     [
         (None, "null", "give folder=DIR"),
         (None, "nowhere", "folder=nowhere: there is no such folder"),
-        (None, ".", "holds no scan.csv, census.csv or metrics.csv .* no training runs"),
-        ("version_0/metrics.csv", ".", "holds log folders: .* folder=.*version_0"),
-        ("csv/version_3/metrics.csv", ".", "holds log folders: .* folder=.*csv/version_3"),
+        (None, ".", "contains no scan.csv, census.csv or metrics.csv .* no training runs"),
+        ("version_0/metrics.csv", ".", "contains log folders: .* folder=.*version_0"),
+        ("csv/version_3/metrics.csv", ".", "contains log folders: .* folder=.*csv/version_3"),
         ("events.out.tfevents.1", ".", "TensorBoard alone.*add a CSVLogger"),
-        ("plan.json", ".", "an experiment that is not finished: give its command again"),
+        ("plan.json", ".", "an experiment that is not finished: run its command again"),
         ("metrics.csv", ".", "holds none of minimum"),
-        ("scan.csv", ".", "holds no summary.json, .*resume=true"),
+        ("scan.csv", ".", "contains no summary.json, .*resume=true"),
     ],
 )
 def test_what_cannot_be_drawn_is_said(prepare, folder, message):

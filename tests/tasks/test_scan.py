@@ -99,7 +99,7 @@ def test_begun_with_fewer_sizes_and_interrupted_it_ends_in_the_files_of_an_unbro
     out, err = (Path(f"{name}.txt").read_text() for name in ("out", "err"))
     assert process.exitcode == 130, err
     assert "Traceback" not in err
-    assert "Go on with\n  lightning-mnn experiment=figure_5_1" in out
+    assert "Resume with\n  lightning-mnn experiment=figure_5_1" in out
     wait_for(lambda: all_ended(pids))
 
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("parts/*.json")}
@@ -126,7 +126,7 @@ def test_another_plan_is_refused(unbroken):
 
 def test_a_folder_with_another_run_is_refused():
     Path("summary.json").write_text("{}")
-    with pytest.raises(FileExistsError, match="already holds a run"):
+    with pytest.raises(FileExistsError, match="already contains a run"):
         scan(settings())
 
 
@@ -137,15 +137,15 @@ def test_a_folder_with_another_run_is_refused():
         ("scan.input_dims=[0]", "scan.input_dims must be at least 1"),
         ("scan.input_dims=[5,5]", "scan.input_dims must be a list .* different"),
         ("scan.hidden_layers=[3]", "scan.hidden_layers must be"),
-        ("data=mnist", "data: task=scan makes no use of it: leave data out"),
-        ("model=mnn", "model: task=scan makes no use of it"),
-        ("trainer=cpu", "trainer: task=scan makes no use of it"),
-        ("callbacks=mnn", "callbacks: task=scan makes no use of it"),
-        ("logger=default", "logger: task=scan makes no use of it"),
+        ("data=mnist", "data: task=scan does not use it: leave data out"),
+        ("model=mnn", "model: task=scan does not use it"),
+        ("trainer=cpu", "trainer: task=scan does not use it"),
+        ("callbacks=mnn", "callbacks: task=scan does not use it"),
+        ("logger=default", "logger: task=scan does not use it"),
         ("threads=4", "threads=4: the worker processes of task=scan use one thread each: .* by scan.processes"),
         ("scan.ratios=[-1]", "scan.ratios must be a number, above 0"),
-        ("scan.ratios=[0.001]", "scan.ratios must not hold 0.001, which gives no sample at d = 10"),
-        ("scan.ratios=[0.5,0.501]", "scan.ratios must not hold 0.501, which gives N = 55 a second time at d = 10"),
+        ("scan.ratios=[0.001]", "scan.ratios must not contain 0.001, which gives no sample at d = 10"),
+        ("scan.ratios=[0.5,0.501]", "scan.ratios must not contain 0.501, which gives N = 55 a second time at d = 10"),
         ("scan.samples_per=cube", "scan.samples_per must be one of"),
         ("scan.labels=teacher", "scan.labels must be one of"),
         ("scan.figure=map", "scan.figure must be one of"),

@@ -212,7 +212,7 @@ def test_a_summary_that_cannot_be_read_is_named_and_its_job_is_not_finished(caps
     for seed in (1, 2, 3, 4):
         assert f"unfinished: {seed} (seed={seed}): sweep/{seed}/summary.json is damaged" in said
     report(settings("folder=sweep"))
-    assert "left out, for they are not finished: 1, 2, 3, 4\n" in capsys.readouterr().out
+    assert "left out because they are not finished: 1, 2, 3, 4\n" in capsys.readouterr().out
 
 
 def write_foreign_sweep(folder, *records):

@@ -194,7 +194,7 @@ def test_max_time_ends_a_run_that_has_no_other_end():
 
 def test_fast_dev_run_ends_well():
     said = command(*SMALL, "+trainer.fast_dev_run=true", "hydra.run.dir=run")
-    assert "all went well in 1 step(s) of a fast_dev_run, of which nothing is kept" in said
+    assert "no errors in 1 step(s) of a fast_dev_run; nothing is saved" in said
     assert not [*Path("run").rglob("*.json"), *Path("run").rglob("*.ckpt")]
 
 
@@ -229,7 +229,7 @@ def test_a_run_folder_is_not_overwritten():
     command(*SMALL, "trainer.max_epochs=2", "logger.mode=disabled", "hydra.run.dir=here")
     before = Path("here/summary.json").read_bytes()
     said = command(*SMALL, "trainer.max_epochs=2", "logger.mode=disabled", "hydra.run.dir=here", expect=1)
-    assert "already holds a run" in said
+    assert "already contains a run" in said
     assert Path("here/summary.json").read_bytes() == before
 
 

@@ -54,7 +54,7 @@ class Watch(threading.Thread):
         lost: rank of a process that is gone; None: none is.
         children: processes that this one has started, which end with it.
         requeue: what answers another signal than SIGTERM and SIGINT where training does not.
-        last_words: what is done when the run ends without the first process's main thread.
+        on_forced_end: what is done when the run ends without the first process's main thread.
     """
 
     def __init__(self, parent: int | None = None) -> None:
@@ -64,7 +64,7 @@ class Watch(threading.Thread):
         self.lost: int | None = None
         self.children: list[subprocess.Popen[bytes]] = []
         self.requeue: Callable[[], None] | None = None
-        self.last_words: Callable[[], None] | None = None
+        self.on_forced_end: Callable[[], None] | None = None
         self._receiver, self._sender = socket.socketpair()
         self._receiver.settimeout(0.0)
         self._sender.settimeout(0.0)
@@ -201,9 +201,9 @@ class Watch(threading.Thread):
             with suppress(Exception, SystemExit):
                 self.requeue()
             return
-        if self.phase is Phase.TRAINING and self._rank == 0 and self.last_words is not None:
+        if self.phase is Phase.TRAINING and self._rank == 0 and self.on_forced_end is not None:
             with suppress(Exception):  # of what the main thread is doing
-                self.last_words()
+                self.on_forced_end()
         self._end(128 + self.number if self.number else 1)
 
     def _end(self, code: int) -> None:

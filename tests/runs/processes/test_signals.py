@@ -113,7 +113,7 @@ def test_where_no_step_comes_the_run_ends_all_the_same(count, target, tmp_path):
     send(processes, SIGTERM, target)
     assert ended(processes) == [128 + SIGTERM] * count
     assert summary_of(tmp_path / "run")["reason"] == "interrupted after 0 steps"
-    assert "resume=true goes on from the beginning" in (tmp_path / "err.txt").read_text()
+    assert "resume=true continues from the beginning" in (tmp_path / "err.txt").read_text()
 
 
 def test_a_second_signal_ends_all_processes_at_once(tmp_path):
