@@ -151,9 +151,9 @@ def test_what_an_experiment_in_parts_would_pass_over_is_refused(experiment, over
         (["resume=yes"], "resume=yes: must be true or false"),
         (["-m", "resume=1", "seed=1,2"], "resume=1: must be true or false"),
         (["resume=null"], "resume=null: must be true or false"),
-        (["name=a/b"], "name=a/b: must be that of one folder in outputs, without a slash"),
-        (["name=null", "hydra.run.dir=run"], "name=null: must be that of one folder in outputs, without a slash"),
-        (["-m", "name=..", "seed=1,2"], "name=..: must be that of one folder in outputs, without a slash"),
+        (["name=a/b"], "name=a/b: must be the name of one folder in outputs, without a slash"),
+        (["name=null", "hydra.run.dir=run"], "name=null: must be the name of one folder in outputs, without a slash"),
+        (["-m", "name=..", "seed=1,2"], "name=..: must be the name of one folder in outputs, without a slash"),
     ],
 )
 def test_what_would_be_misunderstood_is_refused_before_there_is_a_folder(arguments, message, monkeypatch, capsys):

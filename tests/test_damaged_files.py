@@ -131,7 +131,7 @@ RESUMED = [
     (flipped(LAST), "run/checkpoints/last.ckpt is damaged (the checksum of", "delete it"),
     (
         saved(LAST, {"a": 1}),
-        "run/checkpoints/last.ckpt is damaged (it is no checkpoint of a Trainer: it lacks",
+        "run/checkpoints/last.ckpt is damaged (it is not a checkpoint of a Trainer: it lacks",
         "delete",
     ),
     (saved(LAST, Code()), "run/checkpoints/last.ckpt is damaged (it cannot be loaded as plain weights", "delete it"),
@@ -146,7 +146,7 @@ def test_a_run_does_not_go_on_from_a_damaged_file(damage, message, remedy, refus
 
 
 BEGUN = [
-    ("ckpt_path=nowhere.ckpt", lambda: None, "ckpt_path=nowhere.ckpt: is no file: give the path of a checkpoint"),
+    ("ckpt_path=nowhere.ckpt", lambda: None, "ckpt_path=nowhere.ckpt: is not a file: give the path of a checkpoint"),
     ("ckpt_path=run", lambda: None, "ckpt_path=run: is a folder, not a file: give the path of a checkpoint"),
     (f"ckpt_path={LAST}", cut(LAST, 0.9), "run/checkpoints/last.ckpt is damaged (it is no checkpoint of torch, or was"),
     (f"ckpt_path={LAST}", flipped(LAST), "run/checkpoints/last.ckpt is damaged (the checksum of"),
@@ -164,9 +164,13 @@ BEGUN = [
     (
         f"ckpt_path={LAST} model.hidden_dims=[9]",
         lambda: None,
-        f"ckpt_path={LAST}: is of another network: hidden_weights.0",
+        f"ckpt_path={LAST}: belongs to another network:  hidden_weights.0",
     ),
-    (f"ckpt_path={LAST} replicas=2", lambda: None, f"ckpt_path={LAST}: is of another network: hidden_weights.0 is 8×6"),
+    (
+        f"ckpt_path={LAST} replicas=2",
+        lambda: None,
+        f"ckpt_path={LAST}: belongs to another network:  hidden_weights.0 is 8×6",
+    ),
     (f"ckpt_path={LAST} optimizer=sgd", lambda: None, f"ckpt_path={LAST}: is of a run with optimizer=adam"),
 ]
 

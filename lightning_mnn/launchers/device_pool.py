@@ -1,6 +1,6 @@
-"""``hydra/launcher=device_pool``: each job of a sweep in a process of its own, several at once over a pool of devices.
+"""``hydra/launcher=device_pool``: each job of a sweep in its own process, several at once over a pool of devices.
 
-Hydra finds the launcher wherever lightning_mnn is installed, for any application.
+Hydra finds the launcher in every environment with lightning_mnn, for any application.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_INTERVAL = 0.1  # seconds between two looks at the jobs
+_INTERVAL = 0.1  # seconds between two checks of the jobs
 
-_GRACE = {"SIGINT": 20.0, "SIGTERM": 5.0, "SIGKILL": 5.0}  # seconds for a job to heed them, one by one
+_GRACE = {"SIGINT": 20.0, "SIGTERM": 5.0, "SIGKILL": 5.0}  # seconds for a job to end after each signal
 
 
 @dataclass
@@ -47,13 +47,14 @@ class DevicePoolConf:
     """Config of the launcher.
 
     Attributes:
-        n_jobs: jobs at once; null: as many as there are devices for.
-        gpus: names of the GPUs that are lent, some of those in CUDA_VISIBLE_DEVICES where that is set; null: those of
-            CUDA_VISIBLE_DEVICES, or all there are. A job sees those that are lent to it alone, one on the CPU none.
-        cpu_slots: devices that the CPU counts as; null: one a core, or ``n_jobs`` if that is more.
-        resume: leave out jobs that have finished, by the ``job.json`` in their folders; null: as the application's
-            own key ``resume`` says, if it has one that is true or false.
-        trainer_key: where in the application's config the Trainer's arguments are: ``devices``, ``accelerator``,
+        n_jobs: number of jobs at once; null: as many as there are devices for.
+        gpus: names of the GPUs to allocate, a subset of CUDA_VISIBLE_DEVICES if that is set; null: all in
+            CUDA_VISIBLE_DEVICES, or all of the machine. A job sees only the GPUs allocated to it; a job on the CPU sees
+            none.
+        cpu_slots: number of devices that the CPU counts as; null: one per core, or ``n_jobs`` if that is more.
+        resume: leave out jobs that have finished, by the ``job.json`` in their folders; null: the value of the
+            application's own key ``resume``, if it has one that is true or false.
+        trainer_key: key of the Trainer's arguments in the application's config: ``devices``, ``accelerator``,
             ``num_nodes``.
     """
 
@@ -68,10 +69,10 @@ class DevicePoolConf:
 class DevicePool(Launcher):
     """Runs each job of a sweep in a fresh process, several at once, each on as many devices as its Trainer asks for.
 
-    A job that fails leaves the others alone. It fails, too, if its process is ended from outside; what any of its
-    ranks has left is ended with it. Each job's folder gets ``console.log``, what it printed, and ``job.json``, what it
-    ended in. The sweep's folder gets ``sweep.json``, the command: the launcher prints the one that resumes the sweep at
-    its start, and again at the end if any job is not finished.
+    A job that fails does not affect the others. A job also fails if its process is ended from outside; processes that
+    its ranks leave behind are ended too. Each job's folder gets ``console.log``, its output, and ``job.json``, its
+    result. The sweep's folder gets ``sweep.json``, the command. The launcher prints the command that resumes the sweep
+    at the start, and again at the end if any job is not finished.
 
     Args:
         **options: see :class:`DevicePoolConf`.
@@ -98,7 +99,7 @@ class DevicePool(Launcher):
         assert self._context is not None  # noqa: S101 (for the type checker: Hydra calls setup first)
         if not hasattr(os, "killpg"):
             raise OSError(
-                "hydra/launcher=device_pool needs Linux or macOS, where it signals a job's processes together: "
+                "hydra/launcher=device_pool needs Linux or macOS, where it can signal all processes of a job: "
                 "choose hydra/launcher=basic"
             )
         hydra_context, task_function, config = self._context
@@ -114,8 +115,8 @@ class DevicePool(Launcher):
         folder = Path(config.hydra.sweep.dir)
         command = SweepCommand.of_this_process(config)
         command.write(folder)
-        log.info("%d jobs in %s, each in a process of its own", len(jobs), folder)
-        if initial_job_idx == 0:  # a SIGKILL or a power cut leaves no time to say it
+        log.info("%d jobs in %s, each in its own process", len(jobs), folder)
+        if initial_job_idx == 0:  # now, because a SIGKILL or a power cut leaves no time to print it
             log.info("if it is killed, this command resumes the sweep:\n  %s", command.resumed(folder))
         call = {
             "hydra_context": hydra_context,
@@ -124,8 +125,8 @@ class DevicePool(Launcher):
         }
         with collected_signals() as received:
             try:
-                with _shown(jobs) as say:
-                    _run(jobs, pool, call, say, received)
+                with _display(jobs) as show:
+                    _run(jobs, pool, call, show, received)
             finally:  # below the table, not in it
                 _print_end(jobs, command.resumed(folder))
         if received:
@@ -141,7 +142,7 @@ class DevicePool(Launcher):
         with open_dict(composed):
             composed.hydra.job.id = str(number)
             composed.hydra.job.num = number
-            composed.hydra.sweep.dir = str(config.hydra.sweep.dir)  # as it is now: it may hold the time
+            composed.hydra.sweep.dir = str(config.hydra.sweep.dir)  # resolved now: it may contain the time
         request = _request(composed, self._options.trainer_key, pool)
         own = list(filter_overrides(overrides))
         label = " ".join(override for override in own if override not in common)
@@ -156,52 +157,55 @@ def _run(
     jobs: Sequence[Job],
     pool: Devices,
     call: dict[str, Any],
-    say: Callable[[Job], None],
+    show: Callable[[Job], None],
     received: Sequence[int],
 ) -> None:
-    """Run what waits, in order, but a job that fits before one that does not; to the end of all or the first signal."""
+    """Run the waiting jobs, until all have ended or a signal is received.
+
+    They start in order, but a job whose devices are free may start before one whose devices are not.
+    """
     for job in jobs:
         if job.state is JobState.KEPT:
-            say(job)
-    at_work: list[Job] = []
+            show(job)
+    running: list[Job] = []
     try:
         while not received and any(job.state in (JobState.WAITING, JobState.RUNNING) for job in jobs):
             for job in jobs:
                 if (
                     job.state is JobState.WAITING
                     and not received
-                    and (allocation := pool.lend(job.request)) is not None
+                    and (allocation := pool.allocate(job.request)) is not None
                 ):
-                    at_work.append(job)
+                    running.append(job)
                     if job.start(allocation, call):
-                        say(job)
+                        show(job)
             time.sleep(_INTERVAL)
-            for job in [job for job in at_work if job.has_ended()]:
-                at_work.remove(job)
+            for job in [job for job in running if job.has_ended()]:
+                running.remove(job)
                 if job.allocation is not None:
-                    pool.take_back(job.allocation)
-                say(job)
+                    pool.release(job.allocation)
+                show(job)
     finally:
-        _end(at_work, received)
+        _end(running, received)
 
 
 def _end(running: Sequence[Job], received: Sequence[int]) -> None:
-    """Ask the jobs to end, ever more sternly. Another signal of the user's makes the next step come at once."""
+    """Ask the jobs to end, by ever stronger signals. A further signal from the user triggers the next step at once."""
     for name, grace in _GRACE.items():
         number = signal.Signals[name]
         left = [job for job in running if job.state is JobState.RUNNING]
         for job in left:
             if job.process is not None:
                 job.process.signal(number)
-        deadline, heard = time.monotonic() + grace, len(received)
-        while left and time.monotonic() < deadline and (len(received) == heard or number is signal.SIGKILL):
+        deadline, before = time.monotonic() + grace, len(received)
+        while left and time.monotonic() < deadline and (len(received) == before or number is signal.SIGKILL):
             left = [job for job in left if not job.has_ended()]
             time.sleep(_INTERVAL)
 
 
 @contextlib.contextmanager
-def _shown(jobs: Sequence[Job]) -> Iterator[Callable[[Job], None]]:
-    """Show the jobs: on a terminal in a table, elsewhere in a line whenever one starts or ends."""
+def _display(jobs: Sequence[Job]) -> Iterator[Callable[[Job], None]]:
+    """Show the jobs: on a terminal in a table, elsewhere by a line for each start and end."""
     from rich.console import Console  # noqa: PLC0415 (Hydra imports this module in all programs)
 
     from lightning_mnn.launchers.jobs.table import JobTable, clock  # noqa: PLC0415
@@ -242,16 +246,16 @@ def _request(composed: DictConfig, key: str, pool: Devices) -> Request:
     nodes = OmegaConf.select(composed, f"{key}.num_nodes", default=1)
     if nodes not in (None, 1):
         raise ValueError(
-            f"{key}.num_nodes={nodes}: hydra/launcher=device_pool has the devices of one machine: choose "
+            f"{key}.num_nodes={nodes}: hydra/launcher=device_pool has only the devices of one machine: choose "
             "hydra/launcher=slurm"
         )
-    if OmegaConf.select(composed, key) is None:  # a program that does not say
+    if OmegaConf.select(composed, key) is None:  # a program without such a key
         return pool.request(1, "auto")
     return pool.request(*(OmegaConf.select(composed, f"{key}.{name}") for name in ("devices", "accelerator")))
 
 
 def _folder(composed: DictConfig) -> Path:
-    """The job's output folder, which may be named by what Hydra knows of the job only."""
+    """The job's output folder, resolved with what Hydra knows only for this job."""
     hydra_config = HydraConfig.instance()
     before = hydra_config.cfg
     try:

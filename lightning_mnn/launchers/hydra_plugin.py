@@ -1,6 +1,6 @@
-"""Where Hydra looks for plugins: installed as ``hydra_plugins/lightning_mnn.py`` (see ``pyproject.toml``).
+"""Hydra finds the launchers here: the module is installed as ``hydra_plugins/lightning_mnn.py`` by ``pyproject.toml``.
 
-Hydra may run this module again in one process, when it looks for plugins again.
+Hydra may run it more than once in a process, each time it looks for plugins.
 """
 
 from hydra.core.config_store import ConfigStore
@@ -9,11 +9,11 @@ from lightning_mnn.launchers import device_pool, slurm
 
 
 class DevicePool(device_pool.DevicePool):
-    """The launcher by the only sort of name that Hydra takes."""
+    """The launcher under a name that Hydra accepts: a class defined in ``hydra_plugins``."""
 
 
 class Slurm(slurm.Slurm):
-    """The same of the other launcher."""
+    """The SLURM launcher, likewise under a name that Hydra accepts."""
 
 
 ConfigStore.instance().store(

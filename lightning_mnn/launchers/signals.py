@@ -1,4 +1,4 @@
-"""What the launchers have in common: errors told in a line, and signals collected while jobs run."""
+"""What the launchers have in common: one-line error messages, and signals collected while jobs run."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ class LaunchError(CompactHydraException, ValueError):
 
 
 def one_line_errors(method: Callable[P, R]) -> Callable[P, R]:
-    """Let a launcher's method raise what a user can mend as a LaunchError."""
+    """Let a launcher's method raise errors that the user can fix as LaunchError."""
 
     @functools.wraps(method)
-    def told(*args: P.args, **kwargs: P.kwargs) -> R:
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return method(*args, **kwargs)
         except (ValueError, OSError, ImportError) as error:
             raise LaunchError(str(error)) from error
 
-    return told
+    return wrapped
 
 
 @contextlib.contextmanager
 def collected_signals() -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM meanwhile, instead of dying of them."""
+    """Collect Ctrl-C and SIGTERM within the context, instead of ending."""
     received: list[int] = []
 
-    def hear(number: int, _: FrameType | None) -> None:
+    def collect(number: int, _: FrameType | None) -> None:
         received.append(number)
 
     try:
-        before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread, which alone hears signals
+        before = {number: signal.signal(number, collect) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread, the only one that receives signals
         before = {}
     try:
         yield received

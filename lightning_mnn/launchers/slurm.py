@@ -1,4 +1,4 @@
-"""``hydra/launcher=slurm``: each job of a sweep is one of a SLURM cluster, with the nodes and tasks that it needs."""
+"""``hydra/launcher=slurm``: each job of a sweep as a SLURM job, with the nodes and tasks that it needs."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SIZES = ("num_nodes", "devices", "accelerator")
-_OF_ANY_CLUSTER = ("name", "timeout_min", "mem_gb", "cpus_per_task", *("nodes", "tasks_per_node", "gpus_per_node"))
-_LOOK = 1.0  # seconds between looks at what jobs have left
-_ASK = 10.0  # seconds between questions to SLURM
-_GRACE = 30.0  # seconds in which what a job has left may become visible here when SLURM knows it no more
-_LEAVING = 40.0  # seconds in which a job that ends should have left the queue: SLURM gives its processes 30 to end
+_GENERIC_OPTIONS = ("name", "timeout_min", "mem_gb", "cpus_per_task", *("nodes", "tasks_per_node", "gpus_per_node"))
+_FILES_INTERVAL = 1.0  # seconds between two checks for results of jobs
+_QUEUE_INTERVAL = 10.0  # seconds between two queries to SLURM
+_GRACE = 30.0  # seconds for a job's results to become visible here after it left the queue
+_LEAVING = 40.0  # seconds for an ending job to leave the queue: SLURM gives its processes 30 to end
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """What SLURM is asked for: ``nodes``, ``tasks_per_node`` (processes, one a device), and ``gpus_per_node``."""
+    """A request to SLURM: ``nodes``, ``tasks_per_node`` (processes, one per device), and ``gpus_per_node``."""
 
     nodes: int
     tasks_per_node: int
@@ -47,8 +47,8 @@ def allocation(trainer: Mapping[str, Any]) -> Allocation:
     """What a job needs whose Trainer has these arguments: a task for each device of each of its nodes.
 
     Raises:
-        ValueError: ``devices`` is no number (a list must count from 0), ``num_nodes`` is none, or ``accelerator``
-            leaves open whether there are to be GPUs.
+        ValueError: ``devices`` is not a number (a list must count from 0), ``num_nodes`` is not one, or ``accelerator``
+            does not determine whether GPUs are needed.
 
     >>> allocation({"accelerator": "gpu", "devices": 4, "num_nodes": 2})
     Allocation(nodes=2, tasks_per_node=4, gpus_per_node=4)
@@ -61,7 +61,7 @@ def allocation(trainer: Mapping[str, Any]) -> Allocation:
     accelerator = trainer.get("accelerator", "auto")
     if accelerator not in ("cpu", "gpu", "cuda"):
         raise ValueError(
-            f"trainer.accelerator={accelerator} does not say what to ask SLURM for: "
+            f"trainer.accelerator={accelerator} does not determine what to request from SLURM: "
             "choose trainer.accelerator=cpu or trainer.accelerator=gpu"
         )
     return Allocation(nodes, devices, None if accelerator == "cpu" else devices)
@@ -71,37 +71,38 @@ def _number(devices: Any) -> int:
     names = list(devices) if isinstance(devices, list | tuple) else None
     if isinstance(devices, str) and devices.isdigit():
         devices = int(devices)
-    if names and names == list(range(len(names))):  # a job sees the GPUs that it gets as 0, 1, …
+    if names and names == list(range(len(names))):  # a job sees its GPUs as 0, 1, …
         return len(names)
     if not isinstance(devices, int) or isinstance(devices, bool) or devices < 1:
         raise ValueError(
-            f"trainer.devices={devices} does not say how many devices of a node to ask SLURM for: "
+            f"trainer.devices={devices} does not determine how many devices of a node to request from SLURM: "
             "give a number, such as trainer.devices=2"
         )
     return devices
 
 
 class Slurm(Launcher):
-    """Hands each job of a sweep to SLURM, by submitit, and waits for what they return.
+    """Submits each job of a sweep to SLURM, by submitit, and waits for what the jobs return.
 
-    A job's size is that of its own Trainer (see :func:`allocation`), so that a sweep may be over sizes too. A job that
-    fails, or that SLURM ends, leaves the others alone. What the jobs say and return is in ``.submitit`` of the sweep's
-    folder. Ctrl-C and SIGTERM end the waiting and leave the jobs to SLURM.
+    A job's size is that of its own Trainer (see :func:`allocation`), so a sweep may also be over sizes. A job that
+    fails, or that SLURM ends, does not affect the others. Output and return values of the jobs are in ``.submitit`` in
+    the sweep's folder. Ctrl-C and SIGTERM end only the waiting; the jobs continue in SLURM.
 
     Args:
         max_num_timeout: how often a job may run out of time and be requeued.
-        **options: of submitit's executor for SLURM: ``partition``, ``timeout_min``, …; None: the cluster's default.
+        **options: options of submitit's executor for SLURM: ``partition``, ``timeout_min``, …; None: the cluster's
+            default.
     """
 
     def __init__(self, *, max_num_timeout: int, **options: Any) -> None:
         self._max_num_timeout = max_num_timeout
         self._options = {key: _plain(value) for key, value in options.items() if value is not None}
         self._hydra: dict[str, Any] = {}
-        self._returned: set[str] = set()  # jobs of a batch before, which the queue may still hold for a moment
+        self._returned: set[str] = set()  # jobs of an earlier batch, which may still be in the queue
 
     @one_line_errors
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Take what Hydra hands to a launcher."""
+        """Store what Hydra passes to a launcher."""
         _submitit()
         self._hydra = {"hydra_context": hydra_context, "task_function": task_function, "config": config}
 
@@ -110,18 +111,18 @@ class Slurm(Launcher):
         """Submit the jobs, those of one size together, and wait for all of them.
 
         Returns:
-            What each job's first process returned; of one that failed in any of its processes, that failure.
+            What each job's first process returned; for a job that failed in any of its processes, that failure.
 
         Raises:
-            LaunchError: a job's Trainer does not say what to ask for, SLURM would not take the sweep's folder as it is,
-                or jobs of that folder are in the queue; nothing has been submitted.
-            SystemExit: a signal came; the jobs go on.
+            LaunchError: a job's Trainer does not determine what to request, SLURM would not accept the sweep's folder
+                name, or jobs of that folder are in the queue; nothing has been submitted.
+            SystemExit: a signal was received; the jobs continue.
         """
         groups: dict[Allocation, list[int]] = {}
         for index, overrides in enumerate(job_overrides):
             groups.setdefault(self._allocation(overrides), []).append(index)
         config = self._hydra["config"]
-        files = _files_of(str(config.hydra.sweep.dir))  # as it is now: it may hold the time
+        files = _files_of(str(config.hydra.sweep.dir))  # resolved now: it may contain the time
         _require_none_queued(files, but=self._returned)
         files.mkdir(parents=True, exist_ok=True)
         command = SweepCommand.of_this_process(config)
@@ -140,8 +141,8 @@ class Slurm(Launcher):
                 _wait(jobs.values(), received)
             finally:
                 if received or not submitted:
-                    _print_left(files, command)
-                if received:  # and whatever was raised: on a terminal Ctrl-C ends sbatch, too
+                    _print_running_jobs(files, command)
+                if received:  # whatever was raised: on a terminal Ctrl-C also ends sbatch
                     raise SystemExit(128 + received[0])
         self._returned |= {job.job_id for job in jobs.values()}
         found = [_returned(jobs[index]) for index in range(len(job_overrides))]
@@ -150,7 +151,7 @@ class Slurm(Launcher):
             if result.status == JobStatus.FAILED:
                 log.error("#%d failed: %s", initial_job_idx + index, jobs[index].paths.stderr)
         if any(result.status == JobStatus.FAILED for result in found):
-            log.error("this command goes on with the sweep:\n  %s", command.resumed(files.parent))
+            log.error("this command resumes the sweep:\n  %s", command.resumed(files.parent))
         return found
 
     def _allocation(self, overrides: Sequence[str]) -> Allocation:
@@ -164,11 +165,11 @@ class Slurm(Launcher):
     def _submit(self, files: Path, size: Allocation, jobs: Sequence[tuple[int, Sequence[str]]]) -> list[Any]:
         executor_class, call_class = _submitit()
         executor = executor_class(folder=files / "%j", cluster="slurm", slurm_max_num_timeout=self._max_num_timeout)
-        # A rank that is killed ends its job; and srun would forget the CPUs that sbatch was asked for.
+        # A killed rank ends its job; and srun does not inherit the number of CPUs requested from sbatch.
         srun = ["--kill-on-bad-exit=1", *(f"--cpus-per-task={n}" for n in [self._options.get("cpus_per_task")] if n)]
         options = self._options | {key: value for key, value in asdict(size).items() if value} | {"srun_args": srun}
-        executor.update_parameters(**{k if k in _OF_ANY_CLUSTER else f"slurm_{k}": v for k, v in options.items()})
-        call = call_class()  # itself a launcher, but one that waits for SLURM's accounting, and has one size for all
+        executor.update_parameters(**{k if k in _GENERIC_OPTIONS else f"slurm_{k}": v for k, v in options.items()})
+        call = call_class()  # a launcher too, but it waits for SLURM's accounting and has one size for all jobs
         call.setup(**self._hydra)
         state = singletons()
         folder = str(files.parent).replace("'", r"\'")
@@ -183,7 +184,7 @@ def _plain(value: Any) -> Any:
 
 
 def _submitit() -> tuple[Any, Any]:
-    """Submitit's executor, and what runs one job of a sweep in the process that submitit starts."""
+    """Submitit's executor, and the callable that runs one job of a sweep in the process that submitit starts."""
     try:
         from submitit import AutoExecutor  # noqa: PLC0415 (optional)
 
@@ -202,31 +203,31 @@ def _complete(job: Any) -> bool:
 
 
 def _wait(jobs: Iterable[Any], received: Sequence[int]) -> None:
-    """Until each job has left what its processes return, or SLURM has long not known it, or a signal was received.
+    """Wait until each job has left its results or has long been missing in the queue, or until a signal is received.
 
-    SLURM's accounting, which not every cluster has, is not asked; a job that was requeued is in the queue.
+    SLURM's accounting is not queried, because not every cluster has it. A requeued job is in the queue.
     """
     waiting = list(jobs)
     asked = time.monotonic()
     seen = {job.job_id: asked for job in waiting}
     while waiting := [job for job in waiting if not _complete(job) and asked - seen[job.job_id] < _GRACE]:
-        time.sleep(_LOOK)
+        time.sleep(_FILES_INTERVAL)
         if received:
             return
-        if time.monotonic() - asked >= _ASK and (queue := _queue()) is not None:
+        if time.monotonic() - asked >= _QUEUE_INTERVAL and (queue := _queue()) is not None:
             asked = time.monotonic()
             seen |= dict.fromkeys(queue, asked)
 
 
 class _Queued(NamedTuple):
-    """A job in the queue: its state in SLURM's words, and the script that was submitted."""
+    """A job in the queue: its state, as SLURM names it, and the submitted script."""
 
     state: str
     script: Path
 
 
 def _queue() -> dict[str, _Queued] | None:
-    """This user's jobs that run or wait, by their numbers; None: SLURM does not answer."""
+    """This user's running and waiting jobs, by their numbers; None: SLURM does not answer."""
     query = ["squeue", "--noheader", "--array", "--format=%i|%T|%o", f"--user={os.getuid()}"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, check=False)  # noqa: S603 (no user's text)
@@ -237,34 +238,36 @@ def _queue() -> dict[str, _Queued] | None:
 
 
 def _queued_from(files: Path) -> dict[str, str] | None:
-    """The states of those jobs in the queue whose scripts submitit has written here; None: SLURM does not answer."""
+    """States of the queued jobs whose scripts submitit wrote in this folder; None: SLURM does not answer."""
     queue = _queue()
     here = files.resolve()
     return None if queue is None else {k: job.state for k, job in queue.items() if job.script.parent.resolve() == here}
 
 
 def _files_of(sweep_dir: str) -> Path:
-    """Where submitit keeps the files of a sweep."""
+    """The folder in which submitit keeps the files of a sweep."""
     folder = Path(sweep_dir).absolute()
     if any(sign in str(folder) for sign in "%\\"):
         raise ValueError(
-            f"hydra.sweep.dir={folder}: SLURM gives % and \\ a meaning in names of files: choose another, without"
+            f"hydra.sweep.dir={folder}: SLURM interprets % and \\ in file names: choose a folder without them"
         )
     return folder / ".submitit"
 
 
 def _require_none_queued(files: Path, *, but: Iterable[str]) -> None:
-    """What leaves the queue just now is waited for.
+    """Require that no jobs of a folder are in the queue; wait for jobs that are just leaving it.
 
     Raises:
         FileExistsError: jobs of the same folder run or wait.
-        RuntimeError: whether they do, SLURM does not say.
+        RuntimeError: SLURM does not answer whether they do.
     """
     deadline = time.monotonic() + _LEAVING
     while files.exists():
         queue = _queued_from(files)
         if queue is None:
-            raise RuntimeError(f"squeue does not say whether jobs of {files.parent} are in the queue: try again later")
+            raise RuntimeError(
+                f"squeue does not answer whether jobs of {files.parent} are in the queue: try again later"
+            )
         found = {number: state for number, state in queue.items() if number not in but}
         if not found:
             return
@@ -274,28 +277,30 @@ def _require_none_queued(files: Path, *, but: Iterable[str]) -> None:
         if not all(leaving) or time.monotonic() > deadline:
             raise FileExistsError(
                 f"hydra.sweep.dir={files.parent}: jobs of this folder are in SLURM's queue ({len(found)}): "
-                f"wait until they have ended, or end them by: scancel {_scancelled(found)}"
+                f"wait until they have ended, or end them by: scancel {_scancel_arguments(found)}"
             )
-        time.sleep(_LOOK)
+        time.sleep(_FILES_INTERVAL)
 
 
-def _print_left(files: Path, command: SweepCommand) -> None:
-    """Say which jobs go on by themselves."""
+def _print_running_jobs(files: Path, command: SweepCommand) -> None:
+    """Print which jobs continue by themselves."""
     found = _queued_from(files)
     if found is None:
-        log.warning("squeue does not say which jobs of %s go on", files.parent)
+        log.warning("squeue does not answer which jobs of %s continue", files.parent)
     elif found:
-        log.warning("jobs that go on in the cluster: %d; to end them: scancel %s", len(found), _scancelled(found))
-        log.warning("when they have ended, go on with what is not done by\n  %s", command.resumed(files.parent))
+        log.warning(
+            "jobs that continue in the cluster: %d; to end them: scancel %s", len(found), _scancel_arguments(found)
+        )
+        log.warning("when they have ended, finish the sweep with\n  %s", command.resumed(files.parent))
 
 
-def _scancelled(numbers: Iterable[str]) -> str:
-    """Numbers for scancel, that of an array standing for its jobs."""
+def _scancel_arguments(numbers: Iterable[str]) -> str:
+    """Job numbers for scancel; the jobs of an array are replaced by the number of the array."""
     return " ".join(dict.fromkeys(number.partition("_")[0] for number in numbers))
 
 
 def _returned(job: Any) -> JobReturn:
-    """What the first process returned, or the first failure of any."""
+    """What the first process returned, or the first failure of any process."""
     first: JobReturn | None = None
     for process in _processes(job):
         if not process.paths.result_pickle.exists():

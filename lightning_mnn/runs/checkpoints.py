@@ -1,4 +1,4 @@
-"""Checkpoints that a run begins or goes on from, read before there is any work to lose."""
+"""Checkpoints from which a run starts or resumes, checked before there is any work to lose."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from lightning_mnn.utilities.validation import ArgumentError
 if TYPE_CHECKING:
     from lightning_mnn.model.mnn import MNN
 
-_OF_LIGHTNING = ("best", "last", "hpc")  # words that Lightning takes for a checkpoint
+_LIGHTNING_WORDS = ("best", "last", "hpc")  # words that Lightning accepts in place of a path
 _NEEDS = ("state_dict", "loops", "optimizer_states", "lr_schedulers")
 
 
 def read_checkpoint(path: Path, remedy: str) -> dict[str, Any]:
-    """What Lightning saved in a file, its checksums compared, and no code of it run.
+    """What Lightning saved in a file, with its checksums verified, without running code from it.
 
     Raises:
-        DamagedFileError: the file was cut or changed, or is no checkpoint of Lightning's.
+        DamagedFileError: the file was cut or changed, or is not a checkpoint of Lightning's.
     """
     check_archive(path, remedy)
     try:
@@ -32,38 +32,40 @@ def read_checkpoint(path: Path, remedy: str) -> dict[str, Any]:
         raise DamagedFileError(path, reason, remedy) from error
     missing = [key for key in _NEEDS if not isinstance(state, dict) or key not in state]
     if missing:
-        raise DamagedFileError(path, f"it is no checkpoint of a Trainer: it lacks {', '.join(missing)}", remedy)
+        raise DamagedFileError(path, f"it is not a checkpoint of a Trainer: it lacks {', '.join(missing)}", remedy)
     checked: dict[str, Any] = state
     return checked
 
 
 def check_fits(given: str, model: MNN) -> None:
-    """Check that a network can begin from a checkpoint.
+    """Check that a network can start from a checkpoint.
 
     Args:
-        given: ``ckpt_path``; what is no local file is left to Lightning.
+        given: ``ckpt_path``; anything but a local path is left to Lightning.
         model: the network.
 
     Raises:
-        ArgumentError: there is no such file, or it is of another network or optimiser.
+        ArgumentError: there is no such file, or it belongs to another network or optimiser.
         DamagedFileError: see :func:`read_checkpoint`.
     """
-    if given in _OF_LIGHTNING or given.startswith("registry") or "://" in given:
+    if given in _LIGHTNING_WORDS or given.startswith("registry") or "://" in given:
         return
     path = Path(given)
     if not path.is_file():
-        problem = "is a folder, not a file" if path.is_dir() else "is no file"
+        problem = "is a folder, not a file" if path.is_dir() else "is not a file"
         raise ArgumentError("ckpt_path", given, problem, "give the path of a checkpoint, as RUN/checkpoints/last.ckpt")
     state = read_checkpoint(path, "choose another ckpt_path")
     saved, own = (_shapes(weights) for weights in (state["state_dict"], model.state_dict()))
     for name in sorted(saved | own):
         if saved.get(name) != own.get(name):
-            problem = f"is of another network: {name} is {_told(saved.get(name))}, not {_told(own.get(name))}"
-            raise ArgumentError("ckpt_path", given, problem, "choose widths, replicas and data as that run did")
+            problem = (
+                f"belongs to another network: {name} is {_as_text(saved.get(name))}, not {_as_text(own.get(name))}"
+            )
+            raise ArgumentError("ckpt_path", given, problem, "choose widths, replicas and data as in that run")
     before = ((state.get("hyper_parameters") or {}).get("optimizer") or {}).get("name")
     now = model.hparams["optimizer"]["name"]
     if before not in (None, now):
-        problem = f"is of a run with optimizer={before}, whose state {now} cannot go on with"
+        problem = f"belongs to a run with optimizer={before}, whose state {now} cannot use"
         raise ArgumentError("ckpt_path", given, problem, f"choose optimizer={before}")
 
 
@@ -71,5 +73,5 @@ def _shapes(weights: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in weights.items() if isinstance(value, torch.Tensor)}
 
 
-def _told(shape: tuple[int, ...] | None) -> str:
+def _as_text(shape: tuple[int, ...] | None) -> str:
     return "missing" if shape is None else "×".join(map(str, shape)) or "a number"

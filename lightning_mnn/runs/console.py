@@ -1,4 +1,4 @@
-"""What the train task says on the console."""
+"""What the train task prints on the console."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ KINDS = {
     "differentiable_minimum": "a differentiable local minimum",
     "kink_minimum": "a local minimum on kinks",
     "saddle": "a saddle point",
-    "not_stationary": "no local minimum that could be told",
+    "not_stationary": "not a local minimum, as far as could be verified",
 }
 
 
 def config_tree(cfg: DictConfig) -> Tree:
-    """The composed config as a tree, as it is now: Hydra puts values in the place of some references as it builds."""
+    """The composed config as a tree, as it is now: Hydra replaces some references by values when it builds objects."""
     tree = Tree("[bold]config")
     _grow(tree, cfg)
     return tree
@@ -38,7 +38,7 @@ def print_config(tree: Tree) -> None:
 
 @rank_zero_only
 def print_verdict(name: str, summary: dict[str, Any], run_dir: Path, *, offline: bool) -> None:
-    """Print what the run converged to, a line a fact; over replicas the range of each value."""
+    """Print what the run converged to, one line per fact; for replicas the range of each value."""
     table = Table.grid(padding=(0, 2))
     for label, value in _facts(summary):
         table.add_row(f"[bold]{label}", escape(value))
@@ -56,7 +56,7 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     several = len(kinds) > 1
     converged = "; ".join(f"{n} × {KINDS[k]}" if several else KINDS[k] for k, n in counts.items()) or "not tested"
     if summary.get("ended_by") == EarlyEnd.INTERRUPTION:
-        converged = "nothing yet: it was interrupted"
+        converged = "nothing yet: the run was interrupted"
     reason = summary.get("reason")
     if isinstance(reason, list) and len(set(reason)) == 1:
         reason = reason[0]
@@ -66,9 +66,9 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("zero error", _span(summary.get("zero_error"))),
         ("MSE", _span(summary["mse"], ".3g")),
         ("MCE", _errors(summary)),
-        ("distance to that minimum", _span(_found(summary, "distance"), ".1e")),
+        ("distance to that minimum", _span(_of_certified(summary, "distance"), ".1e")),
         ("its MSE", _span(summary.get("minimum_mse"), ".3g")),
-        ("margin of its region", _span(_found(summary, "margin_ratio"), ".3g")),
+        ("margin of its region", _span(_of_certified(summary, "margin_ratio"), ".3g")),
         ("smallest |w·x|", _span(summary.get("min_preactivation"), ".2g")),
         ("relative to ‖w‖‖x‖", _span(summary.get("relative_preactivation"), ".2g")),
         ("samples on kinks", _span(summary.get("kinks"))),
@@ -80,8 +80,8 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return [(label, value) for label, value in facts if value is not None]
 
 
-def _found(summary: dict[str, Any], key: str) -> Any:
-    """A measure of the replicas that are certified; None where none is."""
+def _of_certified(summary: dict[str, Any], key: str) -> Any:
+    """A measure of the certified replicas; None if there are none."""
     kinds, values = summary["kind"], summary.get(key)
     if not isinstance(kinds, list):
         return None if kinds == "not_stationary" else values

@@ -1,4 +1,4 @@
-"""In which folder a command works: a new one, or with `resume=true` the newest that the same command began."""
+"""The folder in which a command works: a new one, or with `resume=true` the newest that the same command started."""
 
 from __future__ import annotations
 
@@ -29,21 +29,30 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-_TIME = "%Y-%m-%d_%H-%M-%S-%f"  # of the beginning: a folder's name; names sort as times do
+_TIME = "%Y-%m-%d_%H-%M-%S-%f"  # start time, the name of a folder; names sort in the order of time
 
-_BEGUN = ("metrics.csv", "checkpoints", "summary.json", "parts")  # any of which tells a folder with results
+_RESULTS = ("metrics.csv", "checkpoints", "summary.json", "parts")  # a folder that contains any of these has results
 
-# Raised by what a kill has torn as Hydra wrote it.
-_TORN = (YAMLError, HydraException, OmegaConfBaseException, OSError, TypeError, ValueError, LookupError, AttributeError)
+# Errors when reading a file that a kill interrupted Hydra in writing.
+_INCOMPLETE = (
+    YAMLError,
+    HydraException,
+    OmegaConfBaseException,
+    OSError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+)
 
-_WITHOUT_FOLDER = ("report", "dashboard")  # tasks that remove it at once
+_WITHOUT_FOLDER = ("report", "dashboard")  # tasks that remove their folder at once
 
 
 def register_resolvers() -> None:
-    """Let configs say ``${run_folder:…}`` and ``${record_folder:…}``.
+    """Register the resolvers ``${run_folder:…}`` and ``${record_folder:…}`` for configs.
 
-    A config, its copies and those of a sweep's jobs keep what ``run_folder`` answered first, as they do of Hydra's
-    ``now``: nobody looks again when the folder is there.
+    A config, its copies and those of a sweep's jobs keep the first result of ``run_folder``, as with Hydra's ``now``:
+    it is not evaluated again when the folder exists.
     """
     OmegaConf.register_new_resolver("run_folder", run_folder, use_cache=True, replace=True)
     OmegaConf.register_new_resolver("record_folder", record_folder, replace=True)
@@ -52,57 +61,58 @@ def register_resolvers() -> None:
 def run_folder(
     parent: str, resume: object, overrides: Sequence[str], mode: RunMode | None = None, task: str | None = None
 ) -> str:
-    """The folder of a run or a sweep, named by the time at which it was begun; it need not exist.
+    """The folder of a run or a sweep, named by its start time; it need not exist.
 
     Args:
-        parent: of all such folders.
-        resume: True: the newest that the same command began, if there is one; on standard error a line says which.
-        overrides: the command but for ``hydra.…``, as Hydra keeps it.
-        mode: MULTIRUN where a single run's folder is asked for in a sweep, which makes no use of it.
-        task: what is to be done there; some tasks leave nothing that could be gone on with.
+        parent: parent of all such folders.
+        resume: True: use the newest folder that the same command started, if there is one; a line on standard error
+            names it.
+        overrides: the command without its ``hydra.…`` overrides, as Hydra stores it.
+        mode: MULTIRUN if a sweep evaluates a single run's folder, which it does not use.
+        task: the task; some tasks leave nothing that could be resumed.
 
     >>> Path(run_folder("outputs/quickstart", resume=False, overrides=["seed=1"])).parent.as_posix()
     'outputs/quickstart'
     """
-    new = Path(parent, datetime.now().strftime(_TIME))  # noqa: DTZ005 (the clock on the wall, as of Hydra's folders)
+    new = Path(parent, datetime.now().strftime(_TIME))  # noqa: DTZ005 (local time, as in Hydra's folders)
     if resume is not True or mode is RunMode.MULTIRUN or task in _WITHOUT_FOLDER:
         return str(new)
-    asked = _essential(overrides)
-    found = next((folder for folder in _newest_first(Path(parent)) if _started_by(folder) == asked), None)
+    command = _essential(overrides)
+    found = next((folder for folder in _newest_first(Path(parent)) if _started_by(folder) == command), None)
     if found is None:
-        sys.stderr.write(f"resume=true: nothing in {parent} was begun by this command: it begins in {new}\n")
+        sys.stderr.write(f"resume=true: nothing in {parent} was started by this command: starting a new run in {new}\n")
         return str(new)
-    sys.stderr.write(f"resume=true goes on in {found}\n")
+    sys.stderr.write(f"resume=true continues in {found}\n")
     return str(found)
 
 
 def check_names(cfg: DictConfig) -> None:
-    """Refuse what would be taken for something else, or could not be written.
+    """Refuse values that would be misinterpreted or could not be written.
 
     Raises:
-        UserError: ``resume`` is neither true nor false, or together with ``ckpt_path``; or ``name`` cannot be the name
-            of a folder.
+        UserError: ``resume`` is neither true nor false, or is set together with ``ckpt_path``; or ``name`` cannot be
+            the name of a folder.
     """
     if not isinstance(cfg.resume, bool):
         raise UserError(f"resume={shown(cfg.resume)}: must be true or false: choose resume=true or leave it out")
     if cfg.resume and cfg.ckpt_path is not None:
-        problem = "is where a new run begins, and resume=true goes on from the run folder's own checkpoint"
+        problem = "starts a new run, but resume=true continues from the run folder's own checkpoint"
         raise UserError(f"ckpt_path={cfg.ckpt_path}: {problem}: leave one of them out")
     name = "" if cfg.name is None else str(cfg.name)
     if name in ("", "..") or Path(name).name != name:
         raise UserError(
-            f"name={shown(cfg.name)}: must be that of one folder in outputs, without a slash: choose another, or give "
-            "the whole path by hydra.run.dir"
+            f"name={shown(cfg.name)}: must be the name of one folder in outputs, without a slash: choose another, or "
+            "set the whole path by hydra.run.dir"
         )
 
 
 def folder_option() -> str:
-    """The override that gives the present job another folder."""
+    """The override that sets the present job's folder."""
     return "hydra.sweep.dir" if _in_sweep() else "hydra.run.dir"
 
 
 def is_user_choice(run_dir: Path) -> bool:
-    """Whether the present job's folder is one that the user named, or of a single run an experiment, by no time."""
+    """Whether the present job's folder was named by the user or, for a single run, by the experiment; not by a time."""
     given = HydraConfig.get().overrides.hydra if HydraConfig.initialized() else ()
     named = any(option.startswith(f"{folder_option()}=") for option in given)
     return named or not (_in_sweep() or _is_time(run_dir.name))
@@ -113,9 +123,10 @@ def _in_sweep() -> bool:
 
 
 def record_folder(run_dir: str | None) -> str | None:
-    """The folder, in that of a run, of what Hydra writes of the command; None: the record there is to stay.
+    """The subfolder of a run folder for Hydra's record of the command; None: keep the record that is there.
 
-    Where work has begun, it says by which command: another one may be refused, and a kill may tear what is written.
+    If work has started in the folder, the record there identifies the command of that work: the present command may
+    still be refused, and a kill may interrupt the writing.
 
     >>> record_folder(None)
     '.hydra'
@@ -126,18 +137,19 @@ def record_folder(run_dir: str | None) -> str | None:
 
 
 def sweep_record(folder: Path) -> Path:
-    """The file that says by which command a sweep was begun; it need not exist."""
+    """The file with the command that started a sweep; it need not exist."""
     first = folder / "multirun.first.yaml"
     return first if first.exists() else folder / "multirun.yaml"
 
 
 def jobs_of(hydra: Mapping[str, Any]) -> list[list[str]]:
-    """The overrides of each job of a sweep, as Hydra's own sweeper makes them of the command.
+    """The overrides of each job of a sweep, as Hydra's own sweeper makes them from the command.
 
-    Empty where another sweeper chooses them, or the command does not say: ``glob(*)`` needs the configs of the program.
+    Empty if another sweeper chooses them, or the command does not determine them: ``glob(*)`` needs the program's
+    configs.
 
     Args:
-        hydra: the node ``hydra`` of a config, with references as they are written.
+        hydra: the node ``hydra`` of a config, with references unresolved.
     """
     if not str(hydra["sweeper"]["_target_"]).endswith("BasicSweeper"):
         return []
@@ -149,11 +161,11 @@ def jobs_of(hydra: Mapping[str, Any]) -> list[list[str]]:
 
 
 class RunFolderCallback(Callback):
-    """What is done before Hydra makes or changes any folder.
+    """Runs before Hydra makes or changes any folder: checks the names, and keeps the record by which a sweep is found.
 
-    Where Hydra is about to write another record into the folder of a sweep, it keeps the one by which the sweep is
-    found. That may change as long as no job has begun, and as jobs are added at the end; otherwise ``multirun.yaml``
-    is kept as ``multirun.first.yaml``: the new command's jobs may all be refused.
+    When Hydra is about to write another record into the folder of a sweep, the existing record may be replaced only if
+    no job has started, or if jobs are only added at the end. Otherwise ``multirun.yaml`` is kept as
+    ``multirun.first.yaml``, because all jobs of the new command may be refused.
 
     Raises:
         SystemExit: a value is refused by :func:`check_names`.
@@ -175,19 +187,19 @@ class RunFolderCallback(Callback):
             if not record.exists():
                 return
             before, now = _plan(OmegaConf.load(record)), _plan(config)
-        except _TORN:  # or what Hydra meets next, and tells
+        except _INCOMPLETE:  # or an error that Hydra meets next, and reports
             return
         if now[: len(before)] == before:
             if record.name != "multirun.yaml":
                 record.replace(record.with_name("multirun.yaml"))
-        elif record.name == "multirun.yaml" and any(path.name in _BEGUN for path in record.parent.rglob("*")):
+        elif record.name == "multirun.yaml" and any(path.name in _RESULTS for path in record.parent.rglob("*")):
             unfinished = record.with_name("multirun.first.yaml.tmp")
             shutil.copyfile(record, unfinished)
             unfinished.replace(record.with_name("multirun.first.yaml"))
 
 
 def _resolved(config: DictConfig, key: str) -> Path:
-    """A path of Hydra's own node, which may depend on what Hydra knows of the run."""
+    """A path in Hydra's own node, resolved with what Hydra knows of the run."""
     hydra_config = HydraConfig.instance()
     before = hydra_config.cfg
     try:
@@ -199,7 +211,7 @@ def _resolved(config: DictConfig, key: str) -> Path:
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """End the process with a line where a command is refused: Hydra makes warnings of a callback's exceptions."""
+    """End the process with one line if a command is refused: Hydra turns exceptions of a callback into warnings."""
     try:
         yield
     except (UserError, OmegaConfBaseException) as error:
@@ -208,14 +220,14 @@ def _refusals() -> Iterator[None]:
 
 
 def _plan(config: Any) -> list[list[str]]:
-    """What each job of a sweep is known by; where that cannot be told what the command is, as if it were one job."""
+    """The essential overrides of each job of a sweep; if the jobs cannot be determined, of the command as one job."""
     hydra: dict[str, Any] = OmegaConf.to_container(config.hydra, resolve=False)  # type: ignore[assignment]
     jobs = [sorted(one for one in job if one.split("=", 1)[0].lstrip("+") != "resume") for job in jobs_of(hydra)]
     return jobs or [_essential(hydra["overrides"]["task"])]
 
 
 def _has_started(folder: Path) -> bool:
-    return any((folder / name).exists() for name in _BEGUN)
+    return any((folder / name).exists() for name in _RESULTS)
 
 
 def _newest_first(parent: Path) -> Iterable[Path]:
@@ -225,31 +237,32 @@ def _newest_first(parent: Path) -> Iterable[Path]:
 
 def _is_time(name: str) -> bool:
     try:
-        datetime.strptime(name, _TIME)  # noqa: DTZ007 (read, and not used)
+        datetime.strptime(name, _TIME)  # noqa: DTZ007 (the time is only parsed)
     except ValueError:
         return False
     return True
 
 
 def _started_by(folder: Path) -> list[str] | None:
-    """By which command a run or a sweep was begun; None: that is not known."""
+    """The command that started a run or a sweep; None: it is not known."""
     sweep, run = sweep_record(folder), folder / ".hydra" / "overrides.yaml"
     try:
         if sweep.exists():
             return _essential(OmegaConf.select(OmegaConf.load(sweep), "hydra.overrides.task"))
         if run.exists() or not _has_started(folder):
             return _essential(OmegaConf.load(run)) if run.exists() else None
-    except _TORN:
+    except _INCOMPLETE:
         pass
     option = "hydra.sweep.dir" if sweep.exists() else "hydra.run.dir"
-    sys.stderr.write(f"{folder} does not say which command began it: {option}={folder} goes on there\n")
+    sys.stderr.write(f"{folder} does not record which command started it: resume it with {option}={folder}\n")
     return None
 
 
 def _essential(overrides: Any) -> list[str]:
-    """Those that a command is known by, as they are written: without ``resume``, in one order.
+    """The overrides that identify a command, as they are written: without ``resume``, sorted by key.
 
-    What is swept stays in the order that numbers the jobs, and what is given for a key again, where the last counts.
+    Swept overrides keep their order, which numbers the jobs, and so do repeated overrides of a key, of which the last
+    counts.
     """
     written = OmegaConf.to_container(overrides, resolve=False) if OmegaConf.is_config(overrides) else overrides
     parsed = OverridesParser.create().parse_overrides([str(one) for one in written])  # type: ignore[union-attr]
@@ -260,18 +273,18 @@ def _essential(overrides: Any) -> list[str]:
 
 
 def remove_job_folder(run_dir: Path) -> None:
-    """Remove the folder that Hydra made for this job, and empty ones above it, unless anything else is in it."""
+    """Remove the folder that Hydra made for this job, and empty folders above it, unless anything else is in it."""
     if not HydraConfig.initialized():
         return
     config = HydraConfig.get()
-    notes, log = run_dir / (config.output_subdir or ""), run_dir / f"{config.job.name}.log"
-    own = {log, *(notes / f"{name}.yaml" for name in ("config", "hydra", "overrides"))}
-    if set(run_dir.rglob("*")) - own - {notes} or (log.exists() and log.stat().st_size):
+    record, log = run_dir / (config.output_subdir or ""), run_dir / f"{config.job.name}.log"
+    own = {log, *(record / f"{name}.yaml" for name in ("config", "hydra", "overrides"))}
+    if set(run_dir.rglob("*")) - own - {record} or (log.exists() and log.stat().st_size):
         return
     for path in own:
         path.unlink(missing_ok=True)
     above = [parent for parent in run_dir.parents if parent.is_relative_to(Path.cwd())]
-    for empty in dict.fromkeys((notes, run_dir, *above)):
+    for empty in dict.fromkeys((record, run_dir, *above)):
         if empty == Path.cwd() or any(empty.iterdir()):
             return
         empty.rmdir()

@@ -1,4 +1,4 @@
-"""What a command adds to its folder, so that one that is refused leaves nothing behind."""
+"""What a command adds to its folder, so that a refused command leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ if TYPE_CHECKING:
 
 LOCK = "run.lock"  # in a folder while a process trains there
 
-# What Hydra and the launchers write of a command before any of its jobs begins.
+# Files of Hydra and the launchers, written before any job of a command starts.
 _RECORDS = (".hydra", "multirun.yaml", "multirun.first.yaml", "sweep.json")
 
-_RANKS = ("LOCAL_RANK", "NODE_RANK", "RANK", "SLURM_PROCID")  # of which each is 0 in the first process
+_RANKS = ("LOCAL_RANK", "NODE_RANK", "RANK", "SLURM_PROCID")  # each is 0 in the first process
 
 
 class Footprint:
     """A folder as it is before a command works in it; it need not exist.
 
     Args:
-        folder: of a run or a sweep.
-        is_sweep: whether several jobs are to have folders in it.
+        folder: folder of a run or a sweep.
+        is_sweep: whether the folder is for several jobs, with a folder each.
     """
 
     def __init__(self, folder: Path, *, is_sweep: bool = False) -> None:
@@ -34,13 +34,13 @@ class Footprint:
         self._records = {path: path.read_bytes() for path in _records(self.folder)}
 
     def remove(self) -> None:
-        """Leave the folder as it was; of a sweep only if none of its jobs has written more than Hydra's record.
+        """Restore the folder; for a sweep only if no job has written more than Hydra's record.
 
-        Where another process works in the folder, all stays.
+        If another process works in the folder, nothing is removed.
         """
         if not self.folder.is_dir() or (self.folder / LOCK).exists():
             return
-        if self.is_sweep and not self._holds_records_alone():
+        if self.is_sweep and not self._contains_only_records():
             return
         for path in set(self._entries()) - self._before:
             if path.is_dir() and not path.is_symlink():
@@ -54,13 +54,13 @@ class Footprint:
                 path.rmdir()
 
     def _entries(self) -> list[Path]:
-        """What the command may have added: in a folder that held something, Hydra's record and what W&B writes."""
+        """What the command may have added; in a folder that was not empty, only Hydra's record and W&B's files."""
         if self._was_empty:
             return _inside(self.folder)
         own = [path for path in (self.folder / ".hydra", self.folder / "wandb") if path.exists()]
         return [*own, *(path for folder in own for path in _inside(folder)), *self.folder.glob("*.log")]
 
-    def _holds_records_alone(self) -> bool:
+    def _contains_only_records(self) -> bool:
         files = (path for path in self.folder.rglob("*") if path.is_file())
         return all(
             path.suffix == ".log" or any(part in _RECORDS for part in path.relative_to(self.folder).parts)
@@ -80,25 +80,25 @@ _current: Footprint | None = None
 
 
 def begin(folder: Path, *, is_sweep: bool) -> None:
-    """Note how a folder is before the present command works in it; of several processes of a run the first does."""
+    """Store the state of a folder before the present command works in it; only the first process of a run does this."""
     global _current  # noqa: PLW0603 (a process has one command)
     if all(os.environ.get(variable, "0") == "0" for variable in _RANKS):
         _current = Footprint(folder, is_sweep=is_sweep)
 
 
 def keep() -> None:
-    """The command's work has begun: what it writes from now on is to stay, and what it has written."""
+    """Keep what the command has written and will write: its work has started."""
     global _current  # noqa: PLW0603
     _current = None
 
 
 def is_kept() -> bool:
-    """Whether the command's work has begun."""
+    """Whether the command's work has started."""
     return _current is None
 
 
 def remove() -> None:
-    """Leave the folder as it was, unless the command's work has begun."""
+    """Restore the folder, unless the command's work has started."""
     if _current is not None:
         _current.remove()
     keep()

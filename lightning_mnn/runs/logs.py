@@ -1,4 +1,4 @@
-"""What a program other than this one logged and returned in a job: Lightning's ``metrics.csv``, ``job.json``."""
+"""What another program logged and returned in a job: Lightning's ``metrics.csv``, ``job.json``."""
 
 from __future__ import annotations
 
@@ -18,49 +18,58 @@ if TYPE_CHECKING:
     Points = dict[int, float]  # a value for each step
 
 _VERSION = re.compile(r"version_(\d+)")
-_OWN = ("minimum/", "pattern/", "volume/")  # of our callbacks: the last value is the result
-_PLACES = ("step", "epoch")
-_NOT_DRAWN = ("kind", "evidence", "replicas", *_PLACES)
-_TAKEN = ("job", "folder", "status", "replica", "kind", "evidence", "seconds", *_PLACES)  # columns of the table
+_OWN_METRICS = ("minimum/", "pattern/", "volume/")  # of our callbacks: their result is the last value
+_STEP_COLUMNS = ("step", "epoch")
+_NOT_DRAWN = ("kind", "evidence", "replicas", *_STEP_COLUMNS)
+_RESERVED = (
+    "job",
+    "folder",
+    "status",
+    "replica",
+    "kind",
+    "evidence",
+    "seconds",
+    *_STEP_COLUMNS,
+)  # columns of the table
 
 
 def results_of(record: Mapping[str, Any], logs: Mapping[str, Points]) -> dict[str, Any]:
-    """What a job of another program ended in: columns of the table of its sweep.
+    """The results of a job of another program, as columns of the table of its sweep.
 
-    ``kind`` and ``evidence``, where a LocalMinimumDetector was in its Trainer; ``return_value``, or one column for each
-    of its entries; for each logged metric the last value, and ``.min`` and ``.max`` over training; the last ``epoch``
-    and ``step``; ``seconds`` since the job's start.
+    ``kind`` and ``evidence``, if its Trainer had a LocalMinimumDetector; ``return_value``, or one column for each of
+    its entries; for each logged metric the last value, and ``.min`` and ``.max`` over training; the last ``epoch`` and
+    ``step``; ``seconds`` since the job's start.
 
     Args:
         record: its ``job.json``.
-        logs: its metrics, by :func:`read_logs`.
+        logs: its metrics, as from :func:`read_logs`.
 
     >>> results_of({"return_value": 0.5, "seconds": 9.0}, {"loss": {0: 3.0, 1: 1.0, 2: 2.0}})
     {'return_value': 0.5, 'loss': 2.0, 'loss.min': 1.0, 'loss.max': 3.0, 'seconds': 9.0}
     """
     found = _verdict(record.get("minimum"))
     found |= dict(_entries("return_value", returned(record.get("return_value"))))
-    for name in sorted(logs.keys() - set(_PLACES), key=lambda name: (_urgency(name), name)):
+    for name in sorted(logs.keys() - set(_STEP_COLUMNS), key=lambda name: (_rank(name), name)):
         values = list(logs[name].values())
-        column = f"logged.{name}" if name in _TAKEN else name
+        column = f"logged.{name}" if name in _RESERVED else name
         found[column] = values[-1]
         finite = [value for value in values if math.isfinite(value)]
-        if len(values) > 1 and not name.startswith(_OWN):
+        if len(values) > 1 and not name.startswith(_OWN_METRICS):
             found |= {f"{column}.min": min(finite, default=None), f"{column}.max": max(finite, default=None)}
-    lasts = {name: list(logs[name].values())[-1] for name in _PLACES if name in logs}
+    lasts = {name: list(logs[name].values())[-1] for name in _STEP_COLUMNS if name in logs}
     found |= {name: int(last) for name, last in lasts.items() if math.isfinite(last)}
     return found | {"seconds": record.get("seconds")}
 
 
 def columns_to_draw(results: Iterable[str]) -> list[str]:
-    """Columns that a figure shows, those first that most jobs are run for: the return value, validation, test.
+    """Columns that a figure shows, the most important first: the return value, then validation, then test.
 
     >>> columns_to_draw(["kind", "pattern/flips", "loss", "loss.min", "val/loss", "seconds", "return_value"])
     ['return_value', 'val/loss', 'loss', 'pattern/flips', 'seconds']
     """
     known = dict.fromkeys(results)
     extremes = {f"{name}{end}" for name in known for end in (".min", ".max")}
-    return sorted((name for name in known if name not in extremes and name not in _NOT_DRAWN), key=_urgency)
+    return sorted((name for name in known if name not in extremes and name not in _NOT_DRAWN), key=_rank)
 
 
 def has_logs(columns: Iterable[str]) -> bool:
@@ -72,13 +81,13 @@ def has_logs(columns: Iterable[str]) -> bool:
     return any(name != "seconds" and not name.startswith("return_value") for name in columns)
 
 
-def _urgency(name: str) -> int:
-    firsts = {"return_value": 0, "val": 1, "test": 2} | dict.fromkeys(_OWN, 4) | {"seconds": 5}
+def _rank(name: str) -> int:
+    firsts = {"return_value": 0, "val": 1, "test": 2} | dict.fromkeys(_OWN_METRICS, 4) | {"seconds": 5}
     return next((place for first, place in firsts.items() if name.startswith(first)), 3)
 
 
 def _verdict(minimum: Any) -> dict[str, Any]:
-    """Kind and evidence that a LocalMinimumDetector came to; a list of kinds is one of replicas."""
+    """Kind and evidence of a LocalMinimumDetector; a list of kinds is over replicas."""
     if not isinstance(minimum, dict) or "kind" not in minimum:
         return {}
     kinds = minimum["kind"]
@@ -89,11 +98,11 @@ def _verdict(minimum: Any) -> dict[str, Any]:
 
 
 def read_logs(folder: Path) -> dict[str, Points]:
-    """The metrics in all ``metrics.csv`` below a folder: the values of each by its step, in the order of the steps.
+    """The metrics in all ``metrics.csv`` below a folder: the values of each metric by step, in the order of steps.
 
-    A job that was run again has a ``version_1`` beside its ``version_0``: the newest counts, and what an earlier one
-    logged at steps before the newest one's first, from where that was resumed. Of several logs with one metric, that
-    counts which was written last.
+    A job that was run again has a ``version_1`` beside its ``version_0``. The newest version counts, and from earlier
+    versions the steps before the newest one's first step, at which it resumed. If several logs contain the same metric,
+    the one written last counts.
 
     Raises:
         ValueError: a file cannot be read; the message names it.
@@ -109,7 +118,7 @@ def read_logs(folder: Path) -> dict[str, Points]:
 
 
 def _paths(folder: Path) -> Iterable[Path]:
-    """All logs below a folder, without a look into stores and what is hidden."""
+    """All logs below a folder; stores and hidden folders are skipped."""
     for place, below, files in os.walk(folder):
         below[:] = [name for name in below if not name.startswith(".") and not name.endswith(".zarr")]
         if "metrics.csv" in files:
@@ -122,7 +131,7 @@ def _number(path: Path) -> int:
 
 
 def _joined(versions: Iterable[Path]) -> dict[str, Points]:
-    """The log of a job that was run several times, from its versions in their order."""
+    """The log of a job that was run several times, from its versions in order."""
     joined: dict[str, Points] = {}
     for path in versions:
         log = _read(path)
@@ -135,7 +144,7 @@ def _joined(versions: Iterable[Path]) -> dict[str, Points]:
 
 
 def _read(path: Path) -> dict[str, Points]:
-    """The metrics in one file, but for a last line that a kill has torn."""
+    """The metrics in one file, without an incomplete last line that a kill may have left."""
     try:
         whole, _, _ = path.read_text().rpartition("\n")
         rows = list(csv.DictReader(whole.splitlines()))
@@ -160,7 +169,7 @@ def _float(text: Any) -> float | None:
 
 
 def _entries(name: str, value: Any) -> Iterable[tuple[str, Any]]:
-    """A value, or each of its entries, with a name."""
+    """A value, or each of its entries, with its name."""
     if isinstance(value, dict | list):
         for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _entries(f"{name}.{key}", entry)

@@ -1,4 +1,4 @@
-"""Whether a training fits into memory, asked before it begins."""
+"""Whether a training fits into memory, checked before it starts."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ if TYPE_CHECKING:
 
     from lightning_mnn.data import ExactData
 
-# Tensors of the size of the weights that an optimiser keeps, at least.
+# Tensors of the weights' size that an optimiser keeps, at least.
 _STATES = {"adam": 2, "sgd": 0, "lbfgs": 2}
 
 
 def check_training_memory(trainer: pl.Trainer, model: DictConfig, input_dim: int, datamodule: ExactData) -> None:
-    """Check what a step takes at the least: weights, gradients and the optimiser's state, and twice the activations.
+    """Check the least memory for a step: weights, gradients, the optimiser's state, and twice the activations.
 
     Args:
-        trainer: whose device it is about.
-        model: the model's config; sizes in it that are none are left to the model.
+        trainer: determines the device.
+        model: the model's config; invalid sizes in it are left for the model to refuse.
         input_dim: d0.
-        datamodule: which says how many samples a batch has.
+        datamodule: determines the number of samples in a batch.
 
     Raises:
-        ArgumentError: less is free.
+        ArgumentError: less memory is free.
     """
     widths, replicas, optimizer = model.hidden_dims, model.replicas, model.optimizer
     if not isinstance(widths, Sequence) or not all(isinstance(size, int) for size in (*widths, replicas, input_dim)):
         return
     device = trainer.strategy.root_device
-    on_cpu = device.type == "cpu"  # whose memory the processes share
+    on_cpu = device.type == "cpu"  # the processes share its memory
     name, samples = _batch(datamodule)
     states = _STATES.get(optimizer.name, 0) * int(optimizer.get("history_size", 1))
     layers = (input_dim, *widths, 1)
@@ -47,7 +47,7 @@ def check_training_memory(trainer: pl.Trainer, model: DictConfig, input_dim: int
 
 
 def _batch(datamodule: ExactData) -> tuple[str, int]:
-    """The argument that says how many samples a batch has, and how many; one where that is not known yet."""
+    """The argument that determines the number of samples in a batch, and that number; 1 if it is not known yet."""
     known = getattr(datamodule, "num_samples", None)
     if datamodule.batch_size is not None:
         return "batch_size", min(datamodule.batch_size, known or datamodule.batch_size)

@@ -1,4 +1,4 @@
-"""Leave out what Lightning says of itself."""
+"""Suppress Lightning's remarks about itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lightning_mnn.utilities.compat.lightning_internals import loggers_of_remark
 
 
 def quieten() -> None:
-    """Silence Lightning's remarks on its own workings; the run's own words come at its end."""
+    """Suppress Lightning's remarks about its own operation; the run prints its results at its end."""
     for name in loggers_of_remarks():
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=r"The number of training batches \(\d+\) is smaller than the logging")

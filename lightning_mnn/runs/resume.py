@@ -1,4 +1,4 @@
-"""Where a run stands: what an earlier process left of it in its folder, and what a new one does with that."""
+"""The state of a run: what an earlier process left in its folder, and how a new process uses it."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
-# Keys that change no result, or that say where a run is and how it was started.
+# Keys that change no result, or only determine a run's place and start.
 _INDIFFERENT = ("resume", "run_dir", "threads", "logger")
 
-# Callbacks that change no result but by their class: one that is to see every step changes how steps are computed
-# together, and with it their rounding.
+# Callbacks that change results only by their class: a callback that must see every step changes how steps are bundled,
+# and thus their rounding.
 _CLASS_ALONE = ("checkpoint", "progress")
 
-# Of the data, where files are kept that can be made anew, and how fast they are.
+# Keys of the data that determine only where reproducible files are kept, and how fast they are read.
 _INDIFFERENT_DATA = ("cache", "workers")
 
-_RESULTS = ("metrics.csv", "summary.json", "checkpoints")
+_RUN_FILES = ("metrics.csv", "summary.json", "checkpoints")
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class RunState:
     """What an earlier process left of a run.
 
     Attributes:
-        plan: all that the run's results depend on, as it is asked for now.
-        begun: whether there was one.
-        checkpoint: from which to go on; None: from the beginning.
-        rows: that were logged up to the checkpoint.
-        summary: of a run that is finished.
+        plan: all that the results of the present command depend on.
+        started: whether an earlier process started the run.
+        checkpoint: the checkpoint from which to continue; None: start from the beginning.
+        rows: number of rows that were logged up to the checkpoint.
+        summary: the summary, if the run is finished.
         wandb_id: the run's name in W&B.
     """
 
@@ -62,37 +62,39 @@ class RunState:
 
 
 def run_state(cfg: DictConfig) -> RunState:
-    """Look at the run folder, the same on every process, and write nothing there.
+    """Read the state of a run from its folder, the same on every process; write nothing there.
 
-    Where ``resume`` finds nothing to go on with, a line on standard error says so, if none did.
+    If ``resume`` finds nothing to resume, a line on standard error says so, unless :func:`run_folder` did.
 
     Raises:
-        ValueError: a checkpoint that another callback wrote.
-        DamagedFileError: a file that the run goes on with was cut or changed.
-        FileExistsError: the folder holds a run and ``resume`` is false, or one that was begun otherwise, or something
-            else; the message names what differs.
+        ValueError: the checkpoint was written by another callback.
+        DamagedFileError: a file that is needed to resume was cut or changed.
+        FileExistsError: the folder contains a run and ``resume`` is false, or a run that was started with a different
+            configuration, or something else; the message names what differs.
     """
     run_dir = Path(cfg.run_dir)
-    asked = _plan(cfg)
-    if not any((run_dir / name).exists() for name in _RESULTS):  # a plan alone is of a run that never came to train
+    plan_now = _plan(cfg)
+    if not any((run_dir / name).exists() for name in _RUN_FILES):  # plan.json alone: the run never started to train
         if cfg.resume and is_user_choice(run_dir):
-            _print_beginning(run_dir)
-        return _never_trained(run_dir, asked)
+            _print_new_run(run_dir)
+        return _never_trained(run_dir, plan_now)
     if not (cfg.resume or was_requeued()):
         raise FileExistsError(
-            f"{run_dir} already holds a run: choose another {folder_option()}, or go on with this one by resume=true"
+            f"{run_dir} already contains a run: choose another {folder_option()}, or continue it by resume=true"
         )
     if not (run_dir / "plan.json").exists():
         raise FileExistsError(
-            f"{run_dir} holds a run without plan.json, which cannot be gone on with: choose another {folder_option()}"
+            f"{run_dir} contains a run without plan.json, which cannot be resumed: choose another {folder_option()}"
         )
     plan = _read_plan(run_dir)
     checkpoint = run_dir / "checkpoints" / "last.ckpt"
-    if checkpoint.exists():  # what the run began with is past
-        plan["config"]["ckpt_path"] = asked["config"]["ckpt_path"]
-    if found := differences({key: plan[key] for key in asked}, asked):
-        raise FileExistsError(f"{run_dir} was begun otherwise: {found}: choose another {folder_option()}")
-    kept = RunState(asked, started=True, summary=_finished(run_dir), wandb_id=plan["wandb_id"])
+    if checkpoint.exists():  # the checkpoint from which the run started no longer matters
+        plan["config"]["ckpt_path"] = plan_now["config"]["ckpt_path"]
+    if found := differences({key: plan[key] for key in plan_now}, plan_now):
+        raise FileExistsError(
+            f"{run_dir} was started with a different configuration: {found}: choose another {folder_option()}"
+        )
+    kept = RunState(plan_now, started=True, summary=_finished(run_dir), wandb_id=plan["wandb_id"])
     if kept.summary is not None or not checkpoint.exists():
         return kept
     rows = _logged_rows(checkpoint)
@@ -103,16 +105,16 @@ def run_state(cfg: DictConfig) -> RunState:
 
 
 @rank_zero_only
-def _print_beginning(run_dir: Path) -> None:
-    sys.stderr.write(f"resume=true: nothing in {run_dir} to go on with: it begins\n")
+def _print_new_run(run_dir: Path) -> None:
+    sys.stderr.write(f"resume=true: nothing to resume in {run_dir}: starting a new run\n")
 
 
-def _never_trained(run_dir: Path, asked: dict[str, Any]) -> RunState:
-    """A new run; if it is the one that was planned here, under the name that W&B may have of it already."""
+def _never_trained(run_dir: Path, plan_now: dict[str, Any]) -> RunState:
+    """A new run; if its plan is the one in the folder, with the W&B name from there, which W&B may already have."""
     plan = _read_plan(run_dir) if (run_dir / "plan.json").exists() else {}
-    if differences({key: plan.get(key) for key in asked}, asked):
-        return RunState(asked)
-    return RunState(asked, wandb_id=plan["wandb_id"])
+    if differences({key: plan.get(key) for key in plan_now}, plan_now):
+        return RunState(plan_now)
+    return RunState(plan_now, wandb_id=plan["wandb_id"])
 
 
 def _read_plan(run_dir: Path) -> dict[str, Any]:
@@ -122,27 +124,27 @@ def _read_plan(run_dir: Path) -> dict[str, Any]:
 
 @contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
-    """Keep other processes from training in a run folder meanwhile, until this one's end, be it by kill -9.
+    """Keep other processes from training in a run folder until this process ends, even by kill -9.
 
-    Where the file system has no locks, nothing is kept.
+    On a file system without locks, nothing is locked.
 
     Raises:
-        FileExistsError: one is at it.
+        FileExistsError: another process trains there.
     """
     if getattr(rank_zero_only, "rank", 0) != 0 or not run_dir.is_dir():
         yield
         return
-    with locked_if_free(run_dir / footprint.LOCK) as alone:
-        if not alone:
+    with locked_if_free(run_dir / footprint.LOCK) as acquired:
+        if not acquired:
             raise FileExistsError(
-                f"another process trains in {run_dir}: await its end, or choose another {folder_option()}"
+                f"another process trains in {run_dir}: wait until it ends, or choose another {folder_option()}"
             )
         yield
 
 
 @rank_zero_only
 def initialise(cfg: DictConfig, found: RunState) -> None:
-    """Write ``plan.json``; clear away what the run will write again."""
+    """Write ``plan.json``; remove files that the run will write again."""
     run_dir = Path(cfg.run_dir)
     if not found.started:
         write_json(run_dir / "plan.json", {"wandb_id": found.wandb_id, **found.plan})
@@ -157,9 +159,9 @@ def initialise(cfg: DictConfig, found: RunState) -> None:
 
 
 def _plan(cfg: DictConfig) -> dict[str, Any]:
-    """The config, with references as they are written, and the versions of what computes.
+    """The config, with references unresolved, and the versions of the packages that compute.
 
-    It is asked for before anything is built: Hydra puts values in the place of some references as it builds.
+    It must be called before anything is built: while Hydra builds objects, it replaces some references by values.
     """
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=False)  # type: ignore[assignment]
     config = {key: value for key, value in config.items() if key not in _INDIFFERENT}
@@ -175,16 +177,16 @@ def _plan(cfg: DictConfig) -> dict[str, Any]:
 
 def _finished(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / "summary.json"
-    remedy = "delete it, and resume=true goes on from the last checkpoint"
+    remedy = "delete it, and resume=true continues from the last checkpoint"
     summary = read_json(path, ("finished", "mse"), remedy) if path.exists() else {}
     return summary if summary.get("finished") else None
 
 
 def _logged_rows(checkpoint: Path) -> int:
-    state = read_checkpoint(checkpoint, f"delete it to begin anew, or choose another {folder_option()}")
+    state = read_checkpoint(checkpoint, f"delete it to start again, or choose another {folder_option()}")
     if "logged_rows" not in state:
         raise ValueError(
-            f"{checkpoint} does not say what was logged: resume=true goes on from checkpoints of "
-            f"lightning_mnn.callbacks.LastCheckpoint; begin from this one in another {folder_option()} by ckpt_path="
+            f"{checkpoint} does not record what was logged: resume=true needs a checkpoint of "
+            f"lightning_mnn.callbacks.LastCheckpoint; start from this one in another {folder_option()} by ckpt_path="
         )
     return int(state["logged_rows"])

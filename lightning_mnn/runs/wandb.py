@@ -1,4 +1,4 @@
-"""A run's place in W&B: what it is called there, which settings and which results it shows."""
+"""A run in W&B: its name, its settings and its results there."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lightning_mnn.loggers.wandb import ResumableWandbLogger
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-# Of a config, what says where a run is and how it was started, what is for other tasks, and what is only referred to.
+# Keys for a run's place and start, for other tasks, and those that other keys only refer to.
 _NO_SETTINGS = ("run_dir", "logger", "resume", "folder", "sweep", "dry_run", "dashboard", "row", "table_1")
 
-# Overrides that a run's name does not tell.
+# Overrides that a run's name leaves out.
 _NOT_IN_NAME = (*_NO_SETTINGS, "experiment", "name", "task", "threads", "ckpt_path", "data.root", "data.cache")
 
-_LONGEST_NAME = 120  # characters; W&B takes 128
+_LONGEST_NAME = 120  # characters; W&B accepts 128
 _LONGEST_TAG = 64
 
 
@@ -34,10 +34,10 @@ def is_wandb(node: DictConfig) -> bool:
 
 
 def wandb_options(cfg: DictConfig, node: DictConfig, wandb_id: str) -> dict[str, Any]:
-    """What a W&B logger's node leaves open of ``id, name, group``; its ``tags`` and more; the config to show.
+    """Missing options of a W&B logger's node: ``id``, ``name``, ``group``; additional ``tags``; the config to show.
 
-    A run is named by its experiment and overrides; in a sweep by its job's number too, and grouped by the folder. Tags
-    are cut to what W&B takes.
+    A run is named by its experiment and overrides; in a sweep also by its job's number, and it is grouped by the
+    sweep's folder. Tags are cut to the length that W&B accepts.
     """
     choices = HydraConfig.get().runtime.choices
     own = {
@@ -58,7 +58,7 @@ def wandb_options(cfg: DictConfig, node: DictConfig, wandb_id: str) -> dict[str,
 
 
 def only_known(node: DictConfig) -> DictConfig:
-    """A W&B logger's node without what its class does not know.
+    """A W&B logger's node without arguments that its class does not have.
 
     >>> only_known(OmegaConf.create({"_target_": "pytorch_lightning.loggers.WandbLogger", "best": {}, "project": "p"}))
     {'_target_': 'pytorch_lightning.loggers.WandbLogger', 'project': 'p'}
@@ -76,9 +76,9 @@ def _is_resumable(node: DictConfig) -> bool:
 
 
 def settings_of(cfg: DictConfig, choices: Mapping[str, Any]) -> dict[str, Any]:
-    """The config as one sorts and filters runs by it: nested, resolved, each setting once.
+    """The config in a form for sorting and filtering runs: nested, resolved, each setting once.
 
-    Left out are classes (a group's ``name`` is the option that was chosen), paths of the run and references to a
+    Left out are classes (the ``name`` of a group is the chosen option), paths in the run folder, and references to a
     top-level key of the same name, such as ``model.seed: ${seed}``.
 
     >>> cfg = OmegaConf.create({"seed": 3, "run_dir": "a/b", "model": {"_target_": "M", "seed": "${seed}", "width": 2}})
@@ -114,7 +114,7 @@ def _is_copy(node: DictConfig, name: Any) -> bool:
 
 
 def verdicts(summary: dict[str, Any], measures: Sequence[str]) -> tuple[list[str], list[list[Any]]]:
-    """A run's measures as a table with a row a replica: its columns and rows.
+    """A run's measures as a table with a row per replica: its columns and rows.
 
     >>> verdicts({"replicas": 2, "seed": 5, "mse": [0.25, 0.5], "mce": None}, ["mse", "mce"])
     (['replica', 'seed', 'mse', 'mce'], [[0, 5, 0.25, None], [1, 6, 0.5, None]])
@@ -131,7 +131,7 @@ def verdicts(summary: dict[str, Any], measures: Sequence[str]) -> tuple[list[str
 
 @rank_zero_only
 def leave_in_wandb(loggers: Sequence[Any], summary: dict[str, Any], measures: Sequence[str]) -> None:
-    """Hand the results to W&B: the summary, without what W&B knows better, and a table of verdicts."""
+    """Pass the results to W&B: the summary, without ``finished``, which W&B records itself, and a table of verdicts."""
     columns, rows = verdicts(summary, measures)
     for logger in loggers:
         if isinstance(logger, WandbLogger):
@@ -145,7 +145,7 @@ def leave_in_wandb(loggers: Sequence[Any], summary: dict[str, Any], measures: Se
 
 @rank_zero_only
 def end_wandb_runs(loggers: Sequence[Any], *, failed: bool) -> None:
-    """End the W&B runs, or the next job of this process would log into them; say where those online are."""
+    """End the W&B runs, so that the next job of this process does not log into them; print the address if online."""
     for logger in loggers:
         if isinstance(logger, ResumableWandbLogger):
             logger.finish(int(failed))
@@ -164,7 +164,7 @@ def _job() -> int | None:
 
 
 def _group(name: str) -> str:
-    """Of a sweep's jobs the last two parts of its folder, which tell it from one of the same name elsewhere."""
+    """The group of a sweep's jobs: the last two parts of its folder, to distinguish sweeps of the same name."""
     if _job() is None:
         return _cut(name, _LONGEST_NAME)
     hydra = HydraConfig.get()
@@ -173,16 +173,16 @@ def _group(name: str) -> str:
 
 
 def _run_name(name: str, overrides: Sequence[str]) -> str:
-    """The experiment and its overrides, with short keys where it would be long.
+    """The experiment and its overrides, with shortened keys if the name would be too long.
 
     >>> _run_name("a 0", ["model.threshold=0.1", "resume=true"])
     'a 0 model.threshold=0.1'
     """
-    told = [override.lstrip("+~") for override in overrides]
-    told = [o for o in told if not any(o.startswith((f"{key}=", f"{key}.")) or o == key for key in _NOT_IN_NAME)]
-    if len(full := f"{name} {','.join(told)}".strip()) <= _LONGEST_NAME:
+    shown = [override.lstrip("+~") for override in overrides]
+    shown = [o for o in shown if not any(o.startswith((f"{key}=", f"{key}.")) or o == key for key in _NOT_IN_NAME)]
+    if len(full := f"{name} {','.join(shown)}".strip()) <= _LONGEST_NAME:
         return full
-    pairs = [override.partition("=") for override in told]
+    pairs = [override.partition("=") for override in shown]
     short = ",".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs)
     return _cut(f"{name} {short}".strip(), _LONGEST_NAME)
 

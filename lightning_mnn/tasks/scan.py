@@ -315,7 +315,7 @@ def _sizes(settings: dict[str, Any]) -> list[Size]:
 
 
 def _plan(cfg: DictConfig, settings: dict[str, Any]) -> dict[str, Any]:
-    """All that the training depends on, except the sizes and numbers of networks, which are in the names of the parts."""
+    """All that the training depends on, except the sizes and numbers of networks; part names contain those."""
     names = ("lightning_mnn", "pytorch_lightning", "torch", "numpy", "scipy")
     return {
         "seed": cfg.seed,

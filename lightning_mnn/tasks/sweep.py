@@ -1,4 +1,4 @@
-"""The jobs of a sweep, as they lie below its folder, and the table of their summaries."""
+"""Read the jobs of a sweep from its folder, and make the table of their summaries."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-_MARKS = (".hydra", JOB_RECORD, "plan.json", "summary.json")  # any of which tells a job's folder
-_LISTS = ("hidden_dims", "visits")  # of a summary that are no lists over the replicas
-_HOW_TO_START = ("resume",)  # overrides that say how a job is started, not what it is
-_WHAT_TO_DO = ("task", "experiment")  # overrides that say of which task a job is
+_MARKS = (".hydra", JOB_RECORD, "plan.json", "summary.json")  # a folder that contains any of these is a job's
+_LISTS = ("hidden_dims", "visits")  # values of a summary that are lists, but not over replicas
+_START_OVERRIDES = ("resume",)  # overrides that determine how a job is started, not what it computes
+_TASK_OVERRIDES = ("task", "experiment")  # overrides that determine a job's task
 
 
 class Status(StrEnum):
-    """How far a job has come.
+    """State of a job.
 
     Attributes:
-        FINISHED: to its end.
-        FAILED: to an error.
-        UNFINISHED: it was started, and broke off or still runs.
+        FINISHED: it ran to its end.
+        FAILED: it ended with an error.
+        UNFINISHED: it was started, and was stopped or is still running.
         WAITING: it was never started.
-        UNRECORDED: it was started by a launcher that keeps no record of how jobs of other programs end.
+        UNRECORDED: it was started by a launcher that does not record how jobs of other programs end.
     """
 
     FINISHED = "finished"
@@ -58,7 +58,7 @@ class Status(StrEnum):
     UNRECORDED = "unrecorded"
 
 
-_OF_RECORD = {  # what job.json says of a job of another program
+_STATUS_OF_RECORD = {  # status of a job of another program, from its job.json
     JobState.FINISHED: Status.FINISHED,
     JobState.RETURNED: Status.FINISHED,
     JobState.FAILED: Status.FAILED,
@@ -71,13 +71,13 @@ class Job:
     """One job of a sweep.
 
     Attributes:
-        folder: its place below the sweep's folder; of a job that waits, the one that it will have, or None.
+        folder: path below the sweep's folder; of a waiting job, the folder that it will have, or None.
         overrides: its part of the command, as it is written.
-        status: how far it has come.
-        task: what it does; empty where its files do not say. Jobs of other programs train.
-        summary: its ``summary.json``, empty where there is none; of another program what it logged and returned.
-        error: why it failed, or what is wrong with its files, where that is known.
-        foreign: whether it is of another program.
+        status: its state.
+        task: its task; empty if its files do not say. Jobs of other programs count as training.
+        summary: its ``summary.json``, empty if there is none; for another program, what it logged and returned.
+        error: why it failed, or what is wrong with its files, if known.
+        foreign: whether it belongs to another program.
     """
 
     folder: Path | None
@@ -90,17 +90,17 @@ class Job:
 
     @property
     def results(self) -> dict[str, Any]:
-        """What it came to: its summary, empty where it is known that it is not finished."""
+        """Its results: the summary; empty if the job is known not to be finished."""
         return self.summary or {} if self.status in (Status.FINISHED, Status.UNRECORDED) else {}
 
     @property
     def name(self) -> str:
-        """What the user knows it by."""
+        """Its name for the user: the folder, else the overrides."""
         return str(self.folder) if self.folder is not None else " ".join(self.overrides)
 
     @property
     def number(self) -> int | None:
-        """Hydra's number of it, where its folder has that name."""
+        """Hydra's number of the job, if its folder is named by it."""
         return int(self.folder.name) if self.folder is not None and self.folder.name.isdigit() else None
 
 
@@ -110,11 +110,11 @@ class Sweep:
 
     Attributes:
         folder: the folder.
-        jobs: all of them, in the order of their numbers.
-        swept: what differs between them, in the order of the command: names, and each job's value.
-        logged: columns of the table that are of other programs' logs and return values.
-        sweeps: folders of the sweeps that they are of.
-        others: jobs below it that are not of training.
+        jobs: all training jobs, in the order of their numbers.
+        swept: names of what differs between the jobs, in the order of the command, and each job's value.
+        logged: columns of the table that come from other programs' logs and return values.
+        sweeps: folders of the sweeps to which the jobs belong.
+        others: jobs below the folder that are not training.
     """
 
     folder: Path
@@ -125,20 +125,20 @@ class Sweep:
     others: tuple[Job, ...] = ()
 
     def having(self, status: Status) -> list[Job]:
-        """The jobs that have come as far as that."""
+        """The jobs with this status."""
         return [job for job in self.jobs if job.status is status]
 
 
 def read_sweep(folder: Path) -> Sweep:
-    """Find the training jobs below a folder, at any depth, and those that their sweeps have not begun.
+    """Find the training jobs below a folder, at any depth, and those that their sweeps have not started.
 
     Raises:
         FileNotFoundError: there are none; the message says what there is.
     """
     if any((folder / mark).exists() for mark in _MARKS):
         raise FileNotFoundError(
-            f"sweep={shown(folder)} is the folder of one run or experiment, not of a sweep: give task=report "
-            f"folder={shown(folder)}, or the folder above it as sweep="
+            f"sweep={shown(folder)} is the folder of one run or experiment, not of a sweep: use task=report "
+            f"folder={shown(folder)}, or give the folder above it as sweep="
         )
     folders, plans = _walk(folder)
     jobs = [_read_job(folder, place, _plan_of(place, plans)) for place in folders]
@@ -148,17 +148,17 @@ def read_sweep(folder: Path) -> Sweep:
     training = tuple(job for job in jobs if job.task == "train")
     others = tuple(job for job in jobs if job.task != "train")
     if not training:
-        raise FileNotFoundError(_nothing(folder, others))
+        raise FileNotFoundError(_no_training(folder, others))
     logged = columns_to_draw(key for job in training if job.foreign for key in job.results)
     return Sweep(folder, training, _swept(folder, training), tuple(logged), tuple(plans), others)
 
 
 def rows_of(sweep: Sweep) -> list[Row]:
-    """The table: a row for each job and replica; its columns are the first row's keys, None where there is nothing.
+    """The table: a row for each job and replica; its columns are the first row's keys, missing values are None.
 
-    Jobs that are not finished have one row, without measures, so that means over a column are of finished ones.
-    ``job`` and ``folder``, what was swept, ``status`` and ``replica``, then the summary in its own order. What was
-    swept stands as the job was given it, so that ``seed`` is the seed of a job's first replica.
+    A job that is not finished has one row without measures, so that means over a column are over finished jobs only.
+    The columns are ``job`` and ``folder``, what was swept, ``status`` and ``replica``, then the summary in its own
+    order. What was swept is shown as it was given to the job: ``seed`` is the seed of a job's first replica.
     """
     measures = dict.fromkeys(key for job in sweep.jobs for key in job.results if key not in sweep.swept)
     return [
@@ -172,9 +172,10 @@ def rows_of(sweep: Sweep) -> list[Row]:
 
 
 def write_table(sweep: Sweep) -> list[Path]:
-    """Write ``sweep.csv``, lists as JSON, and ``sweep.parquet``, typed.
+    """Write ``sweep.csv``, with lists as JSON, and ``sweep.parquet``, with types.
 
-    The latter's metadata hold the names of what was swept, and of the columns that another program logged.
+    The metadata of ``sweep.parquet`` contain the names of what was swept, and of the columns that another program
+    logged.
 
     Returns:
         Their paths.
@@ -192,7 +193,7 @@ def write_table(sweep: Sweep) -> list[Path]:
 
 
 def resume_commands(sweep: Sweep) -> dict[Path, str | None]:
-    """Command lines that finish what is not finished, by the folders of the sweeps; None: its program is not known."""
+    """Commands that finish the unfinished jobs, by the folders of their sweeps; None: the program is not known."""
     done = (Status.FINISHED, Status.UNRECORDED)
     left = [job for job in sweep.jobs if job.status not in done]
     return {
@@ -203,17 +204,20 @@ def resume_commands(sweep: Sweep) -> dict[Path, str | None]:
 
 
 def is_foreign(run: Path) -> bool:
-    """Whether a run's folder is none of this program's, by what Hydra wrote there."""
+    """Whether a run's folder belongs to another program, by the record that Hydra wrote there."""
     return _main_config(_hydra_of(run / ".hydra" / "hydra.yaml")) != "lightning_mnn.conf"
 
 
 def is_finished(summary: Mapping[str, Any]) -> bool:
-    """Whether a training run came to its end; older summaries do not say, but that of one without data is of none."""
+    """Whether a training run reached its end.
+
+    Older summaries have no ``finished``; they count as finished, except a summary without data.
+    """
     return bool(summary.get("finished", True)) and summary.get("num_samples") is not None
 
 
 def by_task(jobs: Sequence[Job]) -> str:
-    """The names of jobs, after what they do.
+    """The names of jobs, grouped by their tasks.
 
     >>> by_task([Job(Path("0"), (), Status.FINISHED, "scan"), Job(Path("2"), (), Status.WAITING, "scan")])
     'scan: 0, 2'
@@ -225,7 +229,7 @@ def by_task(jobs: Sequence[Job]) -> str:
 
 
 def _walk(folder: Path) -> tuple[list[Path], dict[Path, dict[str, Any]]]:
-    """Folders of jobs, none within another, and those of sweeps with Hydra's part of their record."""
+    """Folders of jobs, none inside another, and folders of sweeps with Hydra's part of their record."""
     jobs, plans = [], {}
     for place, below, files in os.walk(folder):
         if any(mark in below or mark in files for mark in _MARKS):
@@ -240,7 +244,7 @@ def _walk(folder: Path) -> tuple[list[Path], dict[Path, dict[str, Any]]]:
 
 
 def _plan_of(place: Path, plans: Mapping[Path, dict[str, Any]]) -> dict[str, Any]:
-    """Hydra's part of the record of the sweep that a job is of, or else of the job's own."""
+    """Hydra's part of the record of the sweep to which a job belongs, else of the job's own record."""
     plan = next((plans[above] for above in place.parents if above in plans), {})
     return plan or _hydra_of(place / ".hydra" / "hydra.yaml")
 
@@ -248,8 +252,8 @@ def _plan_of(place: Path, plans: Mapping[Path, dict[str, Any]]) -> dict[str, Any
 def _read_job(root: Path, place: Path, hydra: Mapping[str, Any]) -> Job:
     record, torn_record = _read(place / JOB_RECORD)
     summary, torn_summary = _read(place / "summary.json")
-    noted = record.get("overrides")
-    overrides = _yaml(place / ".hydra" / "overrides.yaml") or (noted if isinstance(noted, list) else ())
+    recorded = record.get("overrides")
+    overrides = _yaml(place / ".hydra" / "overrides.yaml") or (recorded if isinstance(recorded, list) else ())
     job = Job(place.relative_to(root), tuple(map(str, overrides)), Status.UNFINISHED, task="")
     if _is_foreign(place, summary, hydra):
         return _with_logs(job, place, record, torn_record)
@@ -264,7 +268,7 @@ def _read_job(root: Path, place: Path, hydra: Mapping[str, Any]) -> Job:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], str | None]:
-    """The object in a file, empty where there is none, and what is wrong with the file."""
+    """The object in a file, empty if there is no file, and what is wrong with the file, if anything."""
     try:
         return read_json(path) if path.exists() else {}, None
     except DamagedFileError as damage:
@@ -272,13 +276,13 @@ def _read(path: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def _main_config(hydra: Mapping[str, Any]) -> str | None:
-    """Where the main config of a job or sweep came from, if its record says it."""
+    """The source of the main config of a job or sweep, if its record contains it."""
     sources = (hydra.get("runtime") or {}).get("config_sources") or []
     return next((source.get("path") for source in sources if source.get("provider") == "main"), None)
 
 
 def _is_foreign(place: Path, summary: Mapping[str, Any], hydra: Mapping[str, Any]) -> bool:
-    """Whether a job is of another program, by where the main config came from; if that is lost, by what it left."""
+    """Whether a job belongs to another program, by the source of its main config; if that is lost, by its files."""
     if _is_training(summary) or (place / "plan.json").exists():
         return False
     main = _main_config(hydra)
@@ -286,14 +290,14 @@ def _is_foreign(place: Path, summary: Mapping[str, Any], hydra: Mapping[str, Any
 
 
 def _with_logs(job: Job, place: Path, record: Mapping[str, Any], torn_record: str | None) -> Job:
-    """A job of another program: its status by ``job.json``, its results by that and its logs."""
+    """A job of another program: its status from ``job.json``, its results from ``job.json`` and its logs."""
     error = torn_record or record.get("error")
     code = record.get("status")
-    if code in [str(known) for known in _OF_RECORD]:
-        status = _OF_RECORD[JobState(code)]
+    if code in [str(known) for known in _STATUS_OF_RECORD]:
+        status = _STATUS_OF_RECORD[JobState(code)]
     elif record or torn_record or (place / "console.log").exists():  # of hydra/launcher=device_pool
         status = Status.UNFINISHED
-        error = error or (f"{shown(place / JOB_RECORD)} has no known status, but {code!r}" if record else None)
+        error = error or (f"{shown(place / JOB_RECORD)} has an unknown status, {code!r}" if record else None)
     else:
         status = Status.UNRECORDED
     logs, torn_logs = {}, None
@@ -317,7 +321,7 @@ def _diverged(summary: Mapping[str, Any]) -> bool:
 
 
 def _task(place: Path, summary: Mapping[str, Any]) -> str:
-    """What a job does: by its config, or as its summary tells where there is none; empty where neither does."""
+    """A job's task, from its summary or its config; empty if neither determines it."""
     if _is_training(summary):
         return "train"
     task = _selected(_yaml(place / ".hydra" / "config.yaml"), "task")
@@ -329,18 +333,18 @@ def _is_training(summary: Mapping[str, Any]) -> bool:
 
 
 def _task_of(overrides: Sequence[str]) -> str:
-    """What a job will do, by its part of the command."""
-    return _composed_task(tuple(override for override in overrides if _key(override) in _WHAT_TO_DO))
+    """A job's task, from its part of the command."""
+    return _composed_task(tuple(override for override in overrides if _key(override) in _TASK_OVERRIDES))
 
 
 @lru_cache(maxsize=256)
 def _composed_task(choice: tuple[str, ...]) -> str:
-    """The task of a config; training, where it cannot be composed, for that is what most jobs do.
+    """The task of a config; training if the config cannot be composed, because most jobs are training.
 
     >>> _composed_task(()), _composed_task(("experiment=figure_5_1",)), _composed_task(("task=census",))
     ('train', 'scan', 'census')
     """
-    running = GlobalHydra.instance().is_initialized()  # it knows the user's own configs too
+    running = GlobalHydra.instance().is_initialized()  # then the user's own configs are found too
     try:
         with nullcontext() if running else initialize_config_module("lightning_mnn.conf", version_base="1.3"):
             return str(compose("config", list(choice)).task)
@@ -349,9 +353,9 @@ def _composed_task(choice: tuple[str, ...]) -> str:
 
 
 def _with_planned(jobs: Sequence[Job], planned: Sequence[Job], where: Path) -> list[Job]:
-    """Jobs below a sweep's folder with those that it has not begun.
+    """The jobs below a sweep's folder, and those that the sweep has not started.
 
-    A job that was ended before its overrides were written is known by its folder.
+    A job that was killed before its overrides were written is recognised by its folder.
     """
     given: dict[Path | None, tuple[str, ...]] = {job.folder: job.overrides for job in planned if job.folder}
     jobs = [job if job.overrides else replace(job, overrides=given.get(job.folder, ())) for job in jobs]
@@ -364,7 +368,7 @@ def _with_planned(jobs: Sequence[Job], planned: Sequence[Job], where: Path) -> l
 
 
 def _planned(root: Path, sweep: Path, hydra: Mapping[str, Any]) -> Iterator[Job]:
-    """All jobs of a sweep, as Hydra's own sweeper makes them of the command; none where another one chooses them."""
+    """All jobs of a sweep, as Hydra's own sweeper makes them from the command; none if another sweeper chooses them."""
     if not hydra:
         return
     named = str(hydra["sweep"].get("subdir")).replace(":", ".") == "${hydra.job.num}"
@@ -375,8 +379,8 @@ def _planned(root: Path, sweep: Path, hydra: Mapping[str, Any]) -> Iterator[Job]
 
 
 def _settings(overrides: Sequence[str]) -> tuple[str, ...]:
-    """The overrides that say what a job is."""
-    return tuple(override for override in overrides if _key(override) not in _HOW_TO_START)
+    """The overrides that determine what a job computes."""
+    return tuple(override for override in overrides if _key(override) not in _START_OVERRIDES)
 
 
 def _key(override: str) -> str:
@@ -384,7 +388,7 @@ def _key(override: str) -> str:
 
 
 def _command(sweep: Path) -> str | None:
-    """The command that resumes a sweep; None: it is another program's, and not recorded."""
+    """The command that resumes a sweep; None: it belongs to another program and is not recorded."""
     hydra = _hydra_of(sweep_record(sweep))
     if not hydra or _is_foreign(sweep, {}, hydra):
         recorded = SweepCommand.read(sweep)
@@ -397,7 +401,7 @@ def _command(sweep: Path) -> str | None:
 
 
 def _swept(root: Path, jobs: Sequence[Job]) -> dict[str, tuple[Any, ...]]:
-    """What was given to the jobs and differs between them; where a job was not given it, what its config says."""
+    """What was given to the jobs and differs between them; for a job without it, the value in its config."""
     given = [dict(map(_parsed, _settings(job.overrides))) for job in jobs]
     swept = {}
     for key in dict.fromkeys(key for values in given for key in values):
@@ -410,7 +414,7 @@ def _swept(root: Path, jobs: Sequence[Job]) -> dict[str, tuple[Any, ...]]:
 
 
 def _value(root: Path, job: Job, key: str, given: Mapping[str, Any]) -> Any:
-    """A job's value of a key: as it was given, or by its config where it was not, or was given as a reference."""
+    """A job's value of a key: as given; from its config, if it was not given or given as a reference."""
     if key not in given:
         return _configured(root, job, key)
     value = given[key]
@@ -432,16 +436,16 @@ def _parsed(override: str) -> tuple[str, Any]:
 
 
 def _configured(root: Path, job: Job, key: str) -> Any:
-    """The value of a key in a job's config, or the option of a group; None where a running job alone knows it."""
+    """The value of a key in a job's config, or the option of a group; None if only a running job can resolve it."""
     if job.folder is None:
         return None
-    notes = root / job.folder / ".hydra"
-    option = _selected(_yaml(notes / "hydra.yaml"), f"hydra.runtime.choices.{key}")
-    return _selected(_yaml(notes / "config.yaml"), key) if option is None else option
+    record = root / job.folder / ".hydra"
+    option = _selected(_yaml(record / "hydra.yaml"), f"hydra.runtime.choices.{key}")
+    return _selected(_yaml(record / "config.yaml"), key) if option is None else option
 
 
 def _selected(config: Any, key: str) -> Any:
-    """A value of a config, its references resolved; None where there is none, or that cannot be done."""
+    """A value of a config, its references resolved; None if there is none, or it cannot be resolved."""
     try:
         value = OmegaConf.select(OmegaConf.create(config or {}), key)
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
@@ -450,19 +454,17 @@ def _selected(config: Any, key: str) -> Any:
 
 
 def _in_order(job: Job) -> tuple[bool, list[tuple[int, str]]]:
-    """By numbers as numbers, jobs that have no folder yet last."""
+    """Sort key: numbers as numbers; jobs without a folder last."""
     parts = () if job.folder is None else job.folder.parts
     return job.folder is None, [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
 
-def _nothing(folder: Path, jobs: Sequence[Job]) -> str:
+def _no_training(folder: Path, jobs: Sequence[Job]) -> str:
     if not jobs:
-        return (
-            f"sweep={shown(folder)} holds no jobs: give the folder of a sweep (hydra.sweep.dir), or one above several"
-        )
+        return f"sweep={shown(folder)} contains no jobs: give the folder of a sweep (hydra.sweep.dir), or one above"
     return (
-        f"sweep={shown(folder)} holds no training runs, but {by_task(jobs)}: task=report folder=DIR draws the results "
-        "of each"
+        f"sweep={shown(folder)} contains no training runs, but {by_task(jobs)}: task=report folder=DIR draws the "
+        "results of each"
     )
 
 
@@ -478,7 +480,7 @@ def _as_text(value: Any) -> Any:
 
 
 def _column(values: Sequence[Any]) -> pa.Array:
-    """A typed column; what is of several types becomes text, in quotes where it would be another value's."""
+    """A typed column; values of several types become text, in quotes if a text looks like another value."""
     if len({isinstance(value, bool) for value in values if value is not None}) < 2:
         try:
             return pa.array(values)
@@ -490,7 +492,7 @@ def _column(values: Sequence[Any]) -> pa.Array:
 
 
 def _yaml(path: Path) -> Any:
-    """What Hydra wrote, with references as they are written; None where there is nothing, or a kill tore it."""
+    """The content of a file that Hydra wrote, references unresolved; None if there is no file or a kill cut it off."""
     text = path.read_text() if path.exists() else ""
     if not text.endswith("\n"):
         return None
@@ -501,7 +503,7 @@ def _yaml(path: Path) -> Any:
 
 
 def _hydra_of(plan: Path) -> dict[str, Any]:
-    """Hydra's part of a ``multirun.yaml``, empty where that is not whole."""
+    """Hydra's part of a ``multirun.yaml``, empty if that is not complete."""
     found = _yaml(plan)
     hydra = found.get("hydra") if isinstance(found, dict) else None
     return hydra if isinstance(hydra, dict) and hydra.keys() >= {"sweep", "sweeper", "overrides", "runtime"} else {}

@@ -223,7 +223,7 @@ def test_what_finished_with_another_config_runs_again(app):
 def test_what_is_interrupted_is_not_finished_whatever_it_returns(app):
     launcher = subprocess.Popen([*app, "do=catch"], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
     wait_for(Path("sweep/0/pids").exists)
-    assert "another process is at work in" in say([*app, "do=catch", "resume=true"], expect=1)
+    assert "another process is working in" in say([*app, "do=catch", "resume=true"], expect=1)
     launcher.send_signal(signal.SIGTERM)
     said, _ = launcher.communicate(timeout=PATIENCE)
     assert launcher.returncode == 128 + signal.SIGTERM

@@ -16,11 +16,11 @@ def test_nothing_is_lent_twice_and_every_job_gets_its_turn(sizes, n_jobs, order)
     waiting = [pool.request(count, "gpu" if gpu else "cpu") for count, gpu in sizes]
     lent = []
     while waiting or lent:
-        if waiting and (allocation := pool.lend(waiting[0])) is not None:
+        if waiting and (allocation := pool.allocate(waiting[0])) is not None:
             assert len(allocation.names) == waiting.pop(0).count
             lent.append(allocation)
         else:
-            pool.take_back(lent.pop(order.randrange(len(lent))))  # fails where nothing is lent, and nothing can be
+            pool.release(lent.pop(order.randrange(len(lent))))  # fails where nothing is lent, and nothing can be
         assert n_jobs is None or len(lent) <= n_jobs
         for gpus, known in ((True, {f"GPU-{n}" for n in range(5)}), (False, {"0", "1", "2"})):
             names = [name for allocation in lent if allocation.request.gpus == gpus for name in allocation.names]
@@ -57,7 +57,7 @@ def test_the_cores_are_shared_whatever_the_number_of_jobs(monkeypatch):
 
     def threads(n_jobs, processes):
         pool = Devices([], n_jobs=n_jobs)
-        return pool.lend(pool.request(processes, "cpu")).environment["OMP_NUM_THREADS"]
+        return pool.allocate(pool.request(processes, "cpu")).environment["OMP_NUM_THREADS"]
 
     assert [threads(n_jobs, 1) for n_jobs in (None, 1, 2, 4, 40)] == ["1", "16", "8", "4", "1"]
     assert [threads(n_jobs, 4) for n_jobs in (None, 1, 2, 40)] == ["1", "4", "2", "1"]
@@ -135,14 +135,14 @@ def test_chosen_gpus_stay_within_those_that_are_visible(machine):
 def test_jobs_on_the_cpu_see_no_gpu(machine):
     machine(torch=2)
     pool = Devices([], cpu_slots=2)
-    loans = [pool.lend(pool.request(1, "auto")) for _ in range(2)]
+    loans = [pool.allocate(pool.request(1, "auto")) for _ in range(2)]
     assert [(str(allocation), allocation.environment["CUDA_VISIBLE_DEVICES"]) for allocation in loans] == [
         ("CPU 0", ""),
         ("CPU 1", ""),
     ]
     both = Devices(cpu_slots=1)
-    assert both.lend(both.request(1, "cpu")).environment["CUDA_VISIBLE_DEVICES"] == ""
-    assert both.lend(both.request(2, "auto")).environment["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert both.allocate(both.request(1, "cpu")).environment["CUDA_VISIBLE_DEVICES"] == ""
+    assert both.allocate(both.request(2, "auto")).environment["CUDA_VISIBLE_DEVICES"] == "0,1"
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_a_job_gets_a_task_for_each_device_of_each_node(trainer, expected):
     ("wrong", "said"),
     [
         ({"devices": "auto"}, r"trainer.devices=auto .* such as trainer.devices=2"),
-        ({"devices": -1}, r"trainer.devices=-1 does not say how many"),
+        ({"devices": -1}, r"trainer.devices=-1 does not determine how many"),
         ({"devices": [2, 3]}, r"trainer.devices=\[2, 3\]"),
         ({"devices": True}, "trainer.devices=True"),
         ({"num_nodes": 0}, "trainer.num_nodes must be a positive number, got 0"),
@@ -56,7 +56,7 @@ def test_a_sweep_whose_size_is_open_is_refused_before_anything_is_submitted(tmp_
     arguments = ("hydra/launcher=slurm", "trainer=ddp", "trainer.num_nodes=2", "trainer.devices=2,auto")
     done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "trainer.devices=auto does not say how many devices of a node to ask SLURM for" in done.stderr
+    assert "trainer.devices=auto does not determine how many devices of a node to request from SLURM" in done.stderr
     assert not list(tmp_path.rglob("*submission*"))
 
 
@@ -200,7 +200,7 @@ def test_each_job_has_its_own_size_and_one_that_slurm_ends_fails_alone(sweeps):
     assert sweeps.codes["cut"] == 1
     assert f"SLURM's job {sweeps.cancelled} ended early" in sweeps.said("cut")
     assert "#1 failed: " in sweeps.said("cut")
-    (_, command) = sweeps.said("cut").split("this command goes on with the sweep:\n  ")
+    (_, command) = sweeps.said("cut").split("this command resumes the sweep:\n  ")
     assert command.splitlines()[0].endswith("resume=true hydra.sweep.dir=cut")
 
 
@@ -219,7 +219,7 @@ def test_a_command_that_is_ended_leaves_its_jobs_to_slurm_and_none_is_submitted_
             sweeps.signal("left", number)
             assert sweeps.end("left") == 128 + number
             assert [state_of(job) for job in jobs] == ["PENDING 1", "PENDING 1"]
-            assert f"jobs that go on in the cluster: 2; to end them: scancel {names[-1]}\n" in sweeps.said("left")
+            assert f"jobs that continue in the cluster: 2; to end them: scancel {names[-1]}\n" in sweeps.said("left")
             assert "resume=true hydra.sweep.dir=left\n" in sweeps.said("left")
             assert "Traceback" not in sweeps.said("left")
             if number == signal.SIGINT:

@@ -30,6 +30,6 @@ def test_an_interrupted_run_says_so(replicas):
     found = {"kind": "not_stationary", "reason": "interrupted after 2 steps", "rank": None, "rank_cap": 4}
     found = {key: [value] * replicas if replicas > 1 else value for key, value in found.items()}
     said = dict(_facts(RUN | found | {"ended_by": "interruption"}))
-    assert said["converged to"] == "nothing yet: it was interrupted"
+    assert said["converged to"] == "nothing yet: the run was interrupted"
     assert said["because"] == "interrupted after 2 steps"
     assert said["rank of A∘X"] == "not computed, at most 4, of 4 samples"

@@ -43,14 +43,17 @@ def found(*overrides, mode=None):
 def test_the_newest_folder_of_the_same_command_is_found(capsys):
     runs = Path("runs")
     assert found("seed=1") is None
-    assert "resume=true: nothing in runs was begun by this command: it begins in runs/20" in capsys.readouterr().err
+    assert (
+        "resume=true: nothing in runs was started by this command: starting a new run in runs/20"
+        in capsys.readouterr().err
+    )
     for time, overrides in zip(
         TIMES, (["seed=1"], ["a=2", "+resume=true", "seed=1"], ["seed=1"], ["seed=2"]), strict=False
     ):
         record(runs / time, *overrides)
     record(runs / "mine", "seed=1")  # was begun with hydra.run.dir=runs/mine
     assert found("seed=1", "resume=true") == TIMES[2]
-    assert capsys.readouterr().err == f"resume=true goes on in runs/{TIMES[2]}\n"
+    assert capsys.readouterr().err == f"resume=true continues in runs/{TIMES[2]}\n"
     assert found("resume=true", "seed=1", "a=2") == TIMES[1]
     assert found("a=2") is None
     assert found("~seed=1") is None
@@ -93,13 +96,13 @@ def test_a_run_without_hydras_record_is_told_of(capsys):
     assert found("seed=1") is None
     folder = Path("runs", TIMES[1])
     said = capsys.readouterr().err.splitlines()
-    assert said[0] == f"{folder} does not say which command began it: hydra.run.dir={folder} goes on there"
+    assert said[0] == f"{folder} does not record which command started it: resume it with hydra.run.dir={folder}"
     assert len(said) == 2
 
 
 def test_a_given_folder_with_nothing_to_go_on_with_is_told_of(capsys):
     run_state(composed("resume=true", "run_dir=typo", mode=RunMode.RUN))
-    assert capsys.readouterr().err == "resume=true: nothing in typo to go on with: it begins\n"
+    assert capsys.readouterr().err == "resume=true: nothing to resume in typo: starting a new run\n"
     for silent in (["run_dir=new"], ["resume=true", f"run_dir=runs/{TIMES[0]}"]):  # of which run_folder told
         run_state(composed(*silent, mode=RunMode.RUN))
         assert not capsys.readouterr().err
@@ -130,7 +133,7 @@ def test_a_record_that_a_kill_has_torn_is_passed_over(torn, capsys):
     said = capsys.readouterr().err
     option = "hydra.sweep.dir" if torn.startswith("h") else "hydra.run.dir"
     if torn:
-        assert f"does not say which command began it: {option}=runs/{TIMES[1]} goes on there\n" in said
+        assert f"does not record which command started it: resume it with {option}=runs/{TIMES[1]}\n" in said
 
 
 @pytest.mark.parametrize("mark", ["metrics.csv", "parts"])
@@ -193,14 +196,16 @@ def test_the_same_command_goes_on_where_it_was_and_another_begins_anew(tmp_path)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.suffix != ".log"}
     assert ".hydra/overrides.yaml" in {str(path.relative_to(run)) for path in before}
     said = command(tmp_path, "resume=true", *reversed(TINY))
-    assert f"resume=true goes on in {run.relative_to(tmp_path)}\n" in said
+    assert f"resume=true continues in {run.relative_to(tmp_path)}\n" in said
     assert "finished: there is nothing left to do" in said
     said = command(tmp_path, *TINY, "seed=2", "resume=true", f"hydra.run.dir={run}", expect=1)
     assert "was started with a different configuration: config.seed is 0, not 2" in said
     assert {path: path.read_bytes() for path in before} == before
     assert list(runs.iterdir()) == [run]
     said = command(tmp_path, *TINY, "resume=true", "seed=2")
-    assert "nothing in outputs/quickstart was begun by this command: it begins in outputs/quickstart/20" in said
+    assert (
+        "nothing in outputs/quickstart was started by this command: starting a new run in outputs/quickstart/20" in said
+    )
     assert len(list(runs.iterdir())) == 2
 
 
@@ -213,7 +218,7 @@ def test_a_sweep_goes_on_in_its_own_folder(tmp_path):
     (folder / "1" / "summary.json").unlink()
     (folder / "1" / "checkpoints" / "last.ckpt").unlink()
     said = command(tmp_path, *sweep, "resume=true")
-    assert said.count(f"resume=true goes on in {folder.relative_to(tmp_path)}\n") == 1
+    assert said.count(f"resume=true continues in {folder.relative_to(tmp_path)}\n") == 1
     assert said.count("finished: there is nothing left to do") == 1
     assert [path.name for path in sorted(folder.iterdir())] == ["0", "1", "multirun.yaml"]
     assert (folder / "1" / "summary.json").exists()

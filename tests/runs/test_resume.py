@@ -113,7 +113,7 @@ def test_a_finished_run_is_told_again_and_another_is_refused(tmp_path):
     assert "finished: there is nothing left to do" in said
     assert "3 epochs, 3 steps" in said
     for arguments, message in (
-        ((), "already contains a run: choose another hydra.run.dir, or go on with this one by resume=true"),
+        ((), "already contains a run: choose another hydra.run.dir, or continue it by resume=true"),
         (
             ("resume=true", "seed=2", "data.labels=zero_one"),
             "data.labels is plus_minus, not zero_one; config.seed is 1",
@@ -150,7 +150,7 @@ def test_a_finished_run_is_told_again_and_another_is_refused(tmp_path):
     assert not list(run.glob("patterns-v*"))
 
     (tmp_path / "run" / "plan.json").unlink()
-    assert "holds a run without plan.json" in command(tmp_path, *tiny, "resume=true", expect=1)
+    assert "contains a run without plan.json" in command(tmp_path, *tiny, "resume=true", expect=1)
 
 
 def test_a_table_goes_on_after_the_rows_that_are_asked_for(tmp_path):

@@ -309,11 +309,11 @@ def test_several_sweeps_in_one_folder_make_one_table():
         ({}, ["sweep=nowhere"], FileNotFoundError, "sweep=nowhere: there is no such folder"),
         ({}, ["sweep=.", "folder=."], ValueError, "give one of them"),
         ({}, [], ValueError, "give folder=DIR, or sweep=DIR"),
-        ({}, ["sweep=."], FileNotFoundError, "holds no jobs: give the folder of a sweep"),
+        ({}, ["sweep=."], FileNotFoundError, "contains no jobs: give the folder of a sweep"),
         ({"summary.json": SUMMARY}, ["sweep=."], FileNotFoundError, "of one run or experiment"),
         (
             {"0/summary.json": {"figure": "minima"}, "1/summary.json": {"regions_searched": 3}},
-            ["sweep=."], FileNotFoundError, "holds no training runs, but another task: 0, 1: task=report folder=DIR",
+            ["sweep=."], FileNotFoundError, "contains no training runs, but another task: 0, 1: task=report folder=DIR",
         ),
     ],
 )  # fmt: skip

@@ -1,1 +1,1 @@
-"""Jobs of a sweep: processes of their own, the devices that they are lent, and what is shown of them."""
+"""Jobs of a sweep: their processes, the devices allocated to them, and their display."""

@@ -1,4 +1,4 @@
-"""What a job's process is told: written by the launcher, read by :mod:`lightning_mnn.launchers.jobs.main`."""
+"""What a job's process has to do: written by the launcher, read by :mod:`lightning_mnn.launchers.jobs.main`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TaskReference:
-    """A function by the place where it is defined, below so many decorators; or, where it has none, by its value.
+    """A function by its module, qualified name and number of decorators; one without these by its value.
 
-    The job imports the module, or the script that was started, anew: what it registers there is there in the job.
+    The job imports the module, or the script that was started, again: what that registers is registered in the job too.
     """
 
     module: str
@@ -50,7 +50,7 @@ class TaskReference:
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """Pickles classes of the script that was started by name: the job imports it, and must not have them twice."""
+    """Pickles classes of the started script by name: the job imports the script, and must not get its classes twice."""
 
     @override
     def reducer_override(self, obj: Any) -> Any:
@@ -64,12 +64,12 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 
 
 def write_call(path: Path, call: dict[str, Any], watched: int) -> None:
-    """Write what a job is to do, after how its process is to be prepared.
+    """Write what a job has to do, after what its process needs first.
 
     Args:
-        path: of the file.
-        call: what Hydra's ``run_job`` is to be called with.
-        watched: file descriptor, in the job's process, that ends with the launcher.
+        path: path of the file.
+        call: arguments for Hydra's ``run_job``.
+        watched: file descriptor, in the job's process, that reaches its end when the launcher ends.
     """
     with path.open("wb") as file:
         pickle.dump(preparation() | {"watched": watched}, file)
@@ -77,7 +77,7 @@ def write_call(path: Path, call: dict[str, Any], watched: int) -> None:
 
 
 def _is_imported_by_jobs() -> bool:
-    """Whether jobs import the program that was started: not a package's `__main__`, nor what was typed at a prompt."""
+    """Whether jobs import the program that was started; not a package's `__main__` or an interactive session."""
     spec, path = (getattr(sys.modules["__main__"], key, None) for key in ("__spec__", "__file__"))
     return path is not None if spec is None else spec.name.rpartition(".")[2] != "__main__"
 

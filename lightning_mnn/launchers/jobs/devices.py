@@ -1,4 +1,4 @@
-"""Devices that are lent to the jobs of a sweep: GPUs by their names, or slots of the CPU with a share of its cores."""
+"""Devices that are allocated to the jobs of a sweep: GPUs by name, or slots of the CPU with a share of its cores."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 _GPU_NAMES = ("gpu", "cuda")
 _VARIABLE = "CUDA_VISIBLE_DEVICES"
-_NAME = re.compile(r"\d+|(GPU|MIG)-.+")  # of a GPU, as CUDA understands it
-_SECONDS = 120  # for a program that says which GPUs there are
+_NAME = re.compile(r"\d+|(GPU|MIG)-.+")  # of a GPU, as CUDA accepts it
+_SECONDS = 120  # time limit of a program that lists the GPUs
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a job asks for: ``count`` devices, GPUs or not, one for each of its ``processes``."""
+    """A job's request: ``count`` devices, GPUs or not, one for each of its ``processes``."""
 
     gpus: bool
     count: int
@@ -34,7 +34,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Allocation:
-    """What a job has got: names of GPUs, or of slots of the CPU, and the threads of each of its processes."""
+    """A job's devices: names of GPUs or of slots of the CPU, and the number of threads of each of its processes."""
 
     request: Request
     names: tuple[str, ...]
@@ -42,15 +42,15 @@ class Allocation:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables of the job's environment; a number of threads that the user has set stays.
+        """Variables of the job's environment; a number of threads that the user has set is kept.
 
-        A job on the CPU sees no GPU, or all of them would train on the first one.
+        A job on the CPU sees no GPU; otherwise all such jobs would train on the first one.
         """
         shared = {name: os.environ.get(name, str(self.threads)) for name in THREADS}
         return shared | {_VARIABLE: ",".join(self.names) if self.request.gpus else ""}
 
     def __str__(self) -> str:
-        """As it is told to the user."""
+        """The devices, as they are printed for the user."""
         names = ",".join(self.names)
         return f"GPU {names}" if self.request.gpus else f"CPU {names}"
 
@@ -59,21 +59,21 @@ class Devices:
     """A pool of GPUs and slots of the CPU.
 
     Args:
-        gpus: names of the GPUs, as in ``CUDA_VISIBLE_DEVICES`` (of which they must be some, where that is set); None:
-            all of :func:`visible_gpus`, which is asked when a job may take one.
-        cpu_slots: slots of the CPU; None: one a core, or ``n_jobs`` if that is more.
-        n_jobs: jobs at once; None: as many as there are devices for.
+        gpus: names of the GPUs, as in ``CUDA_VISIBLE_DEVICES`` (a subset of it, if that is set); None: all of
+            :func:`visible_gpus`, which is called when the first job may need a GPU.
+        cpu_slots: slots of the CPU; None: one per core, or ``n_jobs`` if that is more.
+        n_jobs: number of jobs at once; None: as many as there are devices for.
 
     Raises:
-        ValueError: ``n_jobs`` or ``cpu_slots`` is not a positive number, or ``gpus`` names one twice, by a name that is
-            none, or one that ``CUDA_VISIBLE_DEVICES`` does not show.
+        ValueError: ``n_jobs`` or ``cpu_slots`` is not a positive number, or ``gpus`` contains a name twice, an invalid
+            name, or a GPU that ``CUDA_VISIBLE_DEVICES`` does not show.
 
     >>> pool = Devices(["0", "1", "2"], cpu_slots=1)
-    >>> first, second = (pool.lend(pool.request(2, "gpu")) for _ in range(2))
+    >>> first, second = (pool.allocate(pool.request(2, "gpu")) for _ in range(2))
     >>> str(first), second
     ('GPU 0,1', None)
-    >>> pool.take_back(first)
-    >>> str(pool.lend(pool.request("auto", "gpu")))
+    >>> pool.release(first)
+    >>> str(pool.allocate(pool.request("auto", "gpu")))
     'GPU 0,1,2'
     """
 
@@ -87,23 +87,23 @@ class Devices:
         self._cores = cores()
         self._n_jobs = n_jobs
         self._slots = [str(slot) for slot in range(cpu_slots or max(self._cores, n_jobs or 1))]
-        self._taken: set[tuple[bool, str]] = set()  # whether it is a GPU, and its name
-        self._allocated = 0
+        self._in_use: set[tuple[bool, str]] = set()  # whether it is a GPU, and its name
+        self._running = 0
 
     def request(self, devices: Any, accelerator: Any) -> Request:
-        """What a job with these arguments of a Trainer asks for.
+        """The request of a job whose Trainer has these arguments.
 
-        A job that wants more processes on the CPU than there are slots gets them all.
+        A job that asks for more processes on the CPU than there are slots gets all slots.
 
         Raises:
-            ValueError: more GPUs than the pool has, GPUs by name, or a number of devices that is none.
+            ValueError: more GPUs than the pool has, GPUs by name, or an invalid number of devices.
         """
         gpus = accelerator in _GPU_NAMES or (accelerator in ("auto", None) and bool(self._gpus))
         count = self._number(devices, gpus=gpus)
         total = len(self._all(gpus=gpus))
         if gpus and not total:
             raise ValueError(
-                f"trainer.accelerator={accelerator} asks for a GPU, and the pool has none: {self._why_no_gpu()}; or "
+                f"trainer.accelerator={accelerator} asks for a GPU, and the pool has none: {self._no_gpu_remedy()}; or "
                 "set trainer.accelerator=cpu"
             )
         if gpus and count > total:
@@ -113,20 +113,20 @@ class Devices:
             )
         return Request(gpus, min(count, total), count)
 
-    def lend(self, request: Request) -> Allocation | None:
-        """Devices for a job; None: not enough are free, or ``n_jobs`` run."""
-        free = [name for name in self._all(gpus=request.gpus) if (request.gpus, name) not in self._taken]
-        if len(free) < request.count or self._allocated == self._n_jobs:
+    def allocate(self, request: Request) -> Allocation | None:
+        """Allocate devices to a job; None: not enough are free, or ``n_jobs`` jobs run."""
+        free = [name for name in self._all(gpus=request.gpus) if (request.gpus, name) not in self._in_use]
+        if len(free) < request.count or self._running == self._n_jobs:
             return None
         names = tuple(free[: request.count])
-        self._taken |= {(request.gpus, name) for name in names}
-        self._allocated += 1
+        self._in_use |= {(request.gpus, name) for name in names}
+        self._running += 1
         return Allocation(request, names, self._threads(request))
 
-    def take_back(self, allocation: Allocation) -> None:
-        """Have a job's devices again."""
-        self._taken -= {(allocation.request.gpus, name) for name in allocation.names}
-        self._allocated -= 1
+    def release(self, allocation: Allocation) -> None:
+        """Return a job's devices to the pool."""
+        self._in_use -= {(allocation.request.gpus, name) for name in allocation.names}
+        self._running -= 1
 
     @cached_property
     def _gpus(self) -> list[str]:
@@ -135,8 +135,8 @@ class Devices:
     def _all(self, *, gpus: bool) -> list[str]:
         return self._gpus if gpus else self._slots
 
-    def _why_no_gpu(self) -> str:
-        """Why there is none, and what helps."""
+    def _no_gpu_remedy(self) -> str:
+        """Why the pool has no GPU, and what to do."""
         if self._chosen is not None:
             return "name some by hydra.launcher.gpus, which is empty"
         shown = os.environ.get(_VARIABLE)
@@ -145,7 +145,7 @@ class Devices:
         return "neither nvidia-smi nor torch finds one, check the driver and that torch is a CUDA build"
 
     def _threads(self, request: Request) -> int:
-        """An equal share of the cores; of how many jobs there are it does not depend, for it changes rounding."""
+        """An equal share of the cores, independent of the number of jobs: the number of threads changes rounding."""
         jobs = len(self._all(gpus=request.gpus)) // request.count
         return max(1, self._cores // (min(jobs, self._n_jobs or jobs) * request.processes))
 
@@ -158,7 +158,7 @@ class Devices:
             return devices
         if gpus and not isinstance(devices, int):
             raise ValueError(
-                f"trainer.devices={devices} names GPUs, and the launcher chooses which a job gets: give their number, "
+                f"trainer.devices={devices} names GPUs, but the launcher chooses which a job gets: give their number, "
                 "and hydra.launcher.gpus=[…] for those to choose from"
             )
         raise ValueError(f"trainer.devices={devices}: must be a positive number, -1 or auto")
@@ -167,22 +167,22 @@ class Devices:
 def visible_gpus() -> list[str]:
     """Names of the GPUs that a process here would see.
 
-    Those in ``CUDA_VISIBLE_DEVICES`` up to the first that CUDA does not know, where it stops; where that is not set,
-    all that nvidia-smi or, without it, torch knows.
+    These are the ones in ``CUDA_VISIBLE_DEVICES``, up to the first that CUDA does not know, as in CUDA itself; if it is
+    not set, all that nvidia-smi or, without it, torch finds.
 
     Raises:
-        ValueError: a GPU is named twice there, for which CUDA shows none.
+        ValueError: it names a GPU twice, in which case CUDA shows none.
     """
     chosen = os.environ.get(_VARIABLE)
     if chosen is None:
-        return _counted()
+        return _all_gpus()
     names: list[str] = []
     for name in (part.strip() for part in chosen.split(",")):
         if not _NAME.fullmatch(name):
             break
         names.append(name)
     if len(set(names)) < len(names):
-        raise ValueError(f"{_VARIABLE}={chosen} names a GPU twice, for which CUDA shows none: name each once")
+        raise ValueError(f"{_VARIABLE}={chosen} names a GPU twice, in which case CUDA shows none: name each once")
     numbered = [name for name in names if name.isdigit()]
     known = _by_nvidia_smi() if numbered else None
     beyond = [] if known is None else [name for name in numbered if int(name) >= len(known)]
@@ -190,49 +190,49 @@ def visible_gpus() -> list[str]:
 
 
 def _checked(names: list[str]) -> list[str]:
-    """Names that a user has chosen.
+    """The names that a user has chosen, checked.
 
     Raises:
         ValueError: see :class:`Devices`.
     """
-    told = f"hydra.launcher.gpus=[{','.join(names)}]"
+    argument = f"hydra.launcher.gpus=[{','.join(names)}]"
     if len(set(names)) < len(names):
-        raise ValueError(f"{told} must name each GPU once")
+        raise ValueError(f"{argument} must name each GPU once")
     if unknown := [name for name in names if not _NAME.fullmatch(name)]:
-        raise ValueError(f"{told} must hold names as in {_VARIABLE} (0, GPU-…, MIG-…), got {unknown[0]!r}")
+        raise ValueError(f"{argument} must contain names as in {_VARIABLE} (0, GPU-…, MIG-…), got {unknown[0]!r}")
     shown = visible_gpus() if names and _VARIABLE in os.environ else names
     if beyond := [name for name in names if name not in shown]:
         raise ValueError(
-            f"{told} must be among the GPUs that {_VARIABLE}={os.environ[_VARIABLE]} shows, by their names there, and "
-            f"{beyond[0]} is not: leave the key out to have them all"
+            f"{argument} must be among the GPUs that {_VARIABLE}={os.environ[_VARIABLE]} shows, by their names there, "
+            f"and {beyond[0]} is not: leave the key out to use all of them"
         )
     return names
 
 
-def _counted() -> list[str]:
+def _all_gpus() -> list[str]:
     """The names of all GPUs of this machine."""
     known = _by_nvidia_smi()
     return _by_torch() if known is None else known
 
 
 def _by_nvidia_smi() -> list[str] | None:
-    """The GPUs that nvidia-smi lists; None where it cannot be asked."""
+    """The GPUs that nvidia-smi lists; None if it is missing or fails."""
     tool = shutil.which("nvidia-smi")
-    said = None if tool is None else _said([tool, "--query-gpu=index", "--format=csv,noheader"])
-    return None if said is None else [word for word in said.split() if word.isdigit()]  # or "No devices were found"
+    text = None if tool is None else _output([tool, "--query-gpu=index", "--format=csv,noheader"])
+    return None if text is None else [word for word in text.split() if word.isdigit()]  # or "No devices were found"
 
 
 def _by_torch() -> list[str]:
-    """The GPUs that torch finds, in a process of its own: one that has used CUDA cannot start others that do."""
+    """The GPUs that torch finds, in a separate process: one that has used CUDA cannot start others that use it."""
     if sys.platform == "darwin" or metadata.version("torch").endswith("+cpu"):
         return []
-    said = _said([sys.executable, "-c", "import torch; print('GPUs', torch.cuda.device_count())"])
-    found = re.search(r"^GPUs (\d+)$", said or "", re.MULTILINE)
+    text = _output([sys.executable, "-c", "import torch; print('GPUs', torch.cuda.device_count())"])
+    found = re.search(r"^GPUs (\d+)$", text or "", re.MULTILINE)
     return [] if found is None else [str(number) for number in range(int(found[1]))]
 
 
-def _said(command: list[str]) -> str | None:
-    """What a program prints; None where it fails."""
+def _output(command: list[str]) -> str | None:
+    """The output of a program; None if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)  # noqa: S603 (no user's text)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""One job of a sweep: what it is to do, and what is known of it."""
+"""One job of a sweep: its config, state and result."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from lightning_mnn.launchers.jobs.devices import Allocation, Request
 
 
-_LONGEST = 300  # characters of what a job failed with
+_LONGEST_ERROR = 300  # characters of a job's error message
 
-_HINT = "Set the environment variable HYDRA_FULL_ERROR"  # Hydra's, below the error
+_HINT = "Set the environment variable HYDRA_FULL_ERROR"  # Hydra prints it below the error
 
-_LAST_WORDS = 4096  # bytes of a log that are searched for why a job failed
+_LOG_TAIL = 4096  # bytes at the end of a log that are searched for the error
 
-_ERROR = re.compile(r"(\[rank\d+\]: )?[\w.]*(Error|Exception|Interrupt)\b")  # as a traceback ends
+_ERROR = re.compile(r"(\[rank\d+\]: )?[\w.]*(Error|Exception|Interrupt)\b")  # the last line of a traceback
 
 
 class JobError(CompactHydraException):
@@ -43,18 +43,18 @@ class Job:
     """One job of a sweep.
 
     Attributes:
-        number: its place in the sweep.
-        overrides: of the application's config.
-        label: those that set it apart.
-        config: composed, with Hydra's node.
+        number: its number in the sweep.
+        overrides: overrides of the application's config.
+        label: the overrides that distinguish it from the other jobs.
+        config: the composed config, with Hydra's node.
         folder: its output folder.
-        request: devices that it asks for.
-        state: how far it is.
-        allocation: devices that it got.
-        returned: what it has come to.
-        process: that runs it, once it is started.
-        seconds: since its start, or that it took.
-        progress: what its Trainer has noted last (see :mod:`lightning_mnn.launchers.jobs.progress`).
+        request: the devices that it asks for.
+        state: its state.
+        allocation: the devices that it got.
+        returned: its result.
+        process: its process, once it is started.
+        seconds: seconds since its start; at the end, its duration.
+        progress: what its Trainer reported last (see :mod:`lightning_mnn.launchers.jobs.progress`).
     """
 
     number: int
@@ -72,18 +72,18 @@ class Job:
 
     @property
     def log(self) -> Path:
-        """What the job prints."""
+        """The file with the job's output."""
         return self.folder / "console.log"
 
     def keep_if_finished(self) -> None:
-        """Take over what the job came to when it was run before, if it had finished, with the same config."""
+        """Use the result of an earlier run of the job, if that finished and had the same config."""
         record = read_record(self.folder / JOB_RECORD)
         if record.get("status") == JobState.FINISHED and record.get("config") == self._digest():
             self.state = JobState.KEPT
             self.returned = self._return(JobStatus.COMPLETED, returned(record.get("return_value")))
 
     def start(self, allocation: Allocation, call: dict[str, Any]) -> bool:
-        """Start the job's process on lent devices; where that cannot be, the job has failed.
+        """Start the job's process on allocated devices; if that is impossible, the job has failed.
 
         Returns:
             Whether it runs.
@@ -96,12 +96,12 @@ class Job:
                 (self.folder / JOB_RECORD).unlink(missing_ok=True)
                 self.process = JobProcess(allocation, output, call | {"config": self.config})
             self.state = JobState.RUNNING
-        except Exception as error:  # noqa: BLE001 (the other jobs are to go on)
+        except Exception as error:  # noqa: BLE001 (the other jobs must continue)
             self._end(self._return(JobStatus.FAILED, f"cannot be started: {type(error).__name__}: {error}"))
         return self.state is JobState.RUNNING
 
     def has_ended(self) -> bool:
-        """Look at the process: whether it has ended. The first time this is so, the job's record is written."""
+        """Check whether the process has ended; the first time that it has, write the job's record."""
         if self.state is not JobState.RUNNING or self.process is None:
             return self.state is not JobState.WAITING
         self.seconds, self.progress = self.process.seconds, self.process.progress
@@ -109,13 +109,13 @@ class Job:
             return False
         try:
             found = self.process.returned() or self._return(JobStatus.FAILED, None)
-        except Exception as error:  # noqa: BLE001 (what a job returned may raise anything when it is loaded)
-            found = self._return(JobStatus.FAILED, f"what it returned cannot be read: {type(error).__name__}: {error}")
-        if self.process.ended_by_us:  # whatever it made of that
+        except Exception as error:  # noqa: BLE001 (unpickling a job's return may raise anything)
+            found = self._return(JobStatus.FAILED, f"its return value cannot be read: {type(error).__name__}: {error}")
+        if self.process.ended_by_us:  # whatever it returned
             self._end(self._return(JobStatus.FAILED, None), JobState.INTERRUPTED)
         else:
             self._end(found)
-        self.process.clear_away()
+        self.process.clean_up()
         return True
 
     def _end(self, found: JobReturn, failure: JobState = JobState.FAILED) -> None:
@@ -123,7 +123,7 @@ class Job:
         if self.state is not JobState.FINISHED:
             found.return_value = self._error(result_of(found))
         self.returned = found
-        if self.process is None:  # not started, maybe for another one is at work in the folder
+        if self.process is None:  # not started, maybe because another process is working in the folder
             return
         try:
             write_json(self.folder / JOB_RECORD, self._record())
@@ -138,8 +138,8 @@ class Job:
             how = str(words)
         else:
             how = f"was ended by {_signal_name(-code)}" if code < 0 else f"failed with exit code {code}"
-            how += f": {shortened}" if (shortened := _printable(words or _last_words(self.log))) else ""
-        return JobError(f"job #{self.number} ({self.label}) {how}\n  all it said is in {self.log}")
+            how += f": {shortened}" if (shortened := _printable(words or _last_error(self.log))) else ""
+        return JobError(f"job #{self.number} ({self.label}) {how}\n  its output is in {self.log}")
 
     def _return(self, status: JobStatus, value: Any) -> JobReturn:
         returned = JobReturn(overrides=list(self.overrides), working_dir=str(self.folder), status=status)
@@ -166,37 +166,37 @@ class Job:
             return record
         try:
             return record | {"return_value": recorded(value)}
-        except TypeError:  # it cannot be given again later, so that the job would have to run anew
+        except TypeError:  # it cannot be restored later, so a resumed sweep must run the job again
             return record | {"status": str(JobState.RETURNED), "return_value": repr(value)}
 
     def _digest(self) -> str:
-        """Of the application's config, as it is written, but for whether it resumes."""
+        """Digest of the application's config, with references unresolved and without ``resume``."""
         content: Any = OmegaConf.to_container(self.config, resolve=False)
         shown = {key: value for key, value in content.items() if key not in ("hydra", "resume")}
         return hashlib.sha256(repr(_sorted(shown)).encode()).hexdigest()
 
 
 def _lock(output: IO[bytes], folder: Path) -> None:
-    """Lock the log of a job; the lock is its process's, too, and lasts as long as anything may write to it.
+    """Lock the log of a job; the lock lasts as long as any process of the job may write to the log.
 
-    It is one of the open file itself, which all processes of the job inherit as their output: it holds when the
-    launcher is gone, and until the last of them is. (A lock of ``filelock`` is its own process's alone.)
+    The lock belongs to the open file itself, which all processes of the job inherit as their output: it remains when
+    the launcher is gone, until the last of them has ended. (A lock of ``filelock`` belongs to one process only.)
 
     Raises:
         RuntimeError: it is locked.
     """
-    import fcntl  # noqa: PLC0415 (Windows has none, nor has it this launcher)
+    import fcntl  # noqa: PLC0415 (not on Windows, where this launcher does not run)
 
     try:
         fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise RuntimeError(f"another process is at work in {folder}: wait for its end") from None
-    except OSError:  # as of some network file systems
+        raise RuntimeError(f"another process is working in {folder}: wait until it ends") from None
+    except OSError:  # some network file systems have no locks
         pass
 
 
 def _sorted(value: Any) -> Any:
-    """A value with the keys of its mappings in one order."""
+    """A value with the keys of its mappings sorted."""
     if isinstance(value, dict):
         return sorted(((str(key), _sorted(item)) for key, item in value.items()), key=lambda pair: pair[0])
     return [_sorted(item) for item in value] if isinstance(value, list) else value
@@ -210,15 +210,15 @@ def _signal_name(number: int) -> str:
 
 
 def _printable(words: str) -> str:
-    """Words that a terminal can be given, and not too many."""
-    return "".join(c if c.isprintable() else " " for c in words)[:_LONGEST]
+    """Text without characters that a terminal cannot print, shortened."""
+    return "".join(c if c.isprintable() else " " for c in words)[:_LONGEST_ERROR]
 
 
-def _last_words(log: Path) -> str:
-    """What a log ends in: the error that is named last, or else the last line."""
+def _last_error(log: Path) -> str:
+    """The last error that is named at the end of a log, else the last line."""
     try:
         with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - _LAST_WORDS))
+            file.seek(max(0, log.stat().st_size - _LOG_TAIL))
             lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
     except OSError:
         return ""

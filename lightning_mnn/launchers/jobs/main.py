@@ -1,7 +1,7 @@
-"""The process of one job: run by this file's path, with the folder that holds the job's call.
+"""The process of one job: run by this file's path, with the folder that contains the job's call.
 
-Lightning starts DDP's other ranks by giving the command of this process again, with a LOCAL_RANK: they run the same job
-and keep what comes of it to themselves.
+Lightning starts DDP's other ranks with the same command and a LOCAL_RANK: they run the same job, but do not report its
+result.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import sys
 
 if sys.path and sys.path[0] == os.path.dirname(__file__):  # noqa: PTH120 (pathlib is yet to be imported)
-    del sys.path[0]  # this script's neighbours would hide modules of the user's with their names
+    del sys.path[0]  # modules beside this script would hide the user's modules of the same name
 
 import contextlib
 import pickle
@@ -26,11 +26,11 @@ _UNGUARDED = (
     "the program calls its main function when it is imported, as each job imports it: put the call under "
     'if __name__ == "__main__":'
 )
-_GRACE = 10  # seconds between asking a process to end and ending it
+_GRACE = 10  # seconds between SIGTERM and SIGKILL
 
 
 def main() -> int:
-    """Run the job; put its JobReturn beside its call, with an error in words."""
+    """Run the job; write its JobReturn beside its call, with an error as text."""
     folder = Path(sys.argv[1])
     leads = os.environ.get("LOCAL_RANK", "0") == "0"
     with (folder / "call.pickle").open("rb") as file:  # written by the launcher a moment ago
@@ -38,19 +38,21 @@ def main() -> int:
         if leads:
             threading.Thread(target=_end_with_launcher, args=(prepared["watched"], folder), daemon=True).start()
         sys.path = prepared["sys_path"]
-        from lightning_mnn.utilities.compat import hydra_internals, python_internals  # noqa: PLC0415 (it may lie there)
+        from lightning_mnn.utilities.compat import hydra_internals, python_internals  # noqa: PLC0415 (it may be on that path)
 
         try:
             python_internals.prepare(prepared)
-        except SystemExit:  # of Hydra, which finds the job's arguments and not the program's
+        except SystemExit:  # raised by Hydra, which sees the job's arguments instead of the program's
             raise RuntimeError(_UNGUARDED) from None
-        sys.modules["__main__"].__spec__ = None  # by which Lightning tells that a script is to be given again
+        sys.modules[
+            "__main__"
+        ].__spec__ = None  # Lightning reads it to decide that the command to run again is a script
         call = pickle.load(file)  # noqa: S301
     found = _run(call, leads=leads)
     failed = found.status.name == "FAILED"
     if failed:
         error = hydra_internals.result_of(found)
-        for number in _signals_of_children():  # one of DDP's ranks, of which the error tells nothing
+        for number in _signals_of_children():  # one of DDP's ranks; the error does not mention it
             error.add_note(f"a process that the job had started was ended by {number.name}")
         traceback.print_exception(error)
         words = [*getattr(error, "__notes__", []), f"{type(error).__name__}: {error}"]
@@ -69,7 +71,7 @@ def _run(call: dict[str, Any], *, leads: bool) -> Any:
     set_singletons(call["singletons"])
     setup_globals()
     config = call["config"]
-    if not leads:  # as Lightning has it for single runs
+    if not leads:  # as Lightning does for single runs
         with read_write(config.hydra), open_dict(config.hydra):
             config.hydra.output_subdir = None
             config.hydra.job.name = f"train_ddp_process_{os.environ['LOCAL_RANK']}"
@@ -87,8 +89,8 @@ def _write_return(folder: Path, found: Any) -> None:
 
     try:
         content = cloudpickle.dumps(found)
-    except Exception as error:  # noqa: BLE001 (whatever hinders it)
-        print(f"what the job returned cannot be handed to the sweeper, which gets None: {error}", file=sys.stderr)  # noqa: T201
+    except Exception as error:  # noqa: BLE001 (pickling may raise anything)
+        print(f"the job's return value cannot be passed to the sweeper, which gets None: {error}", file=sys.stderr)  # noqa: T201
         found.return_value = None
         content = cloudpickle.dumps(found)
     unfinished = folder / "return.tmp"
@@ -98,7 +100,7 @@ def _write_return(folder: Path, found: Any) -> None:
 
 
 def _signals_of_children() -> list[signal.Signals]:
-    """Signals that have ended processes which this one had started, and which nothing has asked after yet."""
+    """Signals that ended child processes of this one for which nothing has waited yet."""
     found = []
     with contextlib.suppress(ChildProcessError):  # there are no children
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
@@ -108,11 +110,11 @@ def _signals_of_children() -> list[signal.Signals]:
 
 
 def _end_with_launcher(watched: int, folder: Path) -> None:
-    """End the job's processes when the launcher is gone, which holds the other end of a pipe."""
+    """End the job's processes when the launcher is gone; it keeps the other end of a pipe open while it runs."""
     while os.read(watched, 1):
         pass
     shutil.rmtree(folder, ignore_errors=True)
-    group = os.getpgid(0)  # of which this process is one: another has to see to the end
+    group = os.getpgid(0)  # includes this process, so another one must send the signals
     end = f"kill -s TERM -- -{group}; sleep {_GRACE}; kill -s KILL -- -{group}"
     subprocess.Popen(["/bin/sh", "-c", end], start_new_session=True)  # noqa: S603 (no user's text)
 

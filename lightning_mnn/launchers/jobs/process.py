@@ -1,4 +1,4 @@
-"""One job of a sweep: what it is to do, and its process."""
+"""The process of one job of a sweep."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Of a process group that this one may itself be in, and of services that another run may have started.
+# Variables of a process group to which this process may belong, and of services that another run may have started.
 _NOT_INHERITED = (
     *("LOCAL_RANK", "GLOBAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
     *("MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED", "WANDB_SERVICE", "WANDB_RUN_ID"),
@@ -38,14 +38,14 @@ _NOT_INHERITED = (
 
 @dataclass
 class JobProcess:
-    """The process of a job, in a session of its own, with the folder through which it is spoken to.
+    """The process of a job, in its own session, with the folder through which launcher and job communicate.
 
     Attributes:
         allocation: its devices.
-        output: where its output goes.
-        call: what Hydra's ``run_job`` is to be called with.
+        output: file for its output.
+        call: arguments for Hydra's ``run_job``.
         began: when it was started, in seconds since the epoch.
-        ended_by_us: whether it was told to end.
+        ended_by_us: whether the launcher has sent it a signal to end.
     """
 
     allocation: Allocation
@@ -55,9 +55,9 @@ class JobProcess:
     ended_by_us: bool = False
 
     def __post_init__(self, call: dict[str, Any]) -> None:
-        """Start it."""
+        """Start the process."""
         self._folder = Path(tempfile.mkdtemp(prefix="lightning-mnn-job-"))
-        watched, self._held = os.pipe()  # its end tells the job that the launcher is gone
+        watched, self._launcher_end = os.pipe()  # end of file means to the job that the launcher is gone
         try:
             write_call(self._folder / "call.pickle", call, watched)
             self._process = subprocess.Popen(  # noqa: S603 (our own file)
@@ -67,7 +67,7 @@ class JobProcess:
                 stdout=self.output,
                 stderr=subprocess.STDOUT,
                 pass_fds=[watched],
-                start_new_session=True,  # which Ctrl-C on the terminal does not reach, but our own signals do
+                start_new_session=True,  # Ctrl-C on the terminal does not reach it; our own signals do
             )
         except BaseException:
             self._remove()
@@ -82,22 +82,22 @@ class JobProcess:
 
     @property
     def progress(self) -> dict[str, Any]:
-        """What its Trainer has noted last."""
+        """What its Trainer reported last."""
         return read_record(self._folder / "progress.json")
 
     @property
     def seconds(self) -> float:
-        """Since its start."""
+        """Seconds since its start."""
         return time.time() - self.began
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to it and all that it has started."""
+        """Send a signal to the process and to all that it has started."""
         self.ended_by_us = True
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
 
     def returned(self) -> JobReturn | None:
-        """What it has left; None: it did not come to its end. An exit code of 0 is as good as a return of nothing."""
+        """Its return; None: it did not finish. An exit code of 0 without a return counts as completed."""
         path = self._folder / "return.pickle"
         if not path.exists():
             return JobReturn(status=JobStatus.COMPLETED) if self.exit_code == 0 else None
@@ -105,19 +105,19 @@ class JobProcess:
             found: JobReturn = pickle.load(file)  # noqa: S301 (written by our own process a moment ago)
         return found
 
-    def clear_away(self) -> None:
-        """End what the process has left running, and remove its folder."""
+    def clean_up(self) -> None:
+        """End processes that it has left running, and remove its folder."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._remove()
 
     def _remove(self) -> None:
-        os.close(self._held)
+        os.close(self._launcher_end)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _environment(self) -> dict[str, str]:
         own = {key: value for key, value in os.environ.items() if key not in _NOT_INHERITED}
-        if "SLURM_JOB_ID" in own:  # in an allocation: Lightning is to start its own processes, not to look for srun's
+        if "SLURM_JOB_ID" in own:  # in an allocation: Lightning must start its own processes, not expect srun's
             own["SLURM_JOB_NAME"] = "interactive"
         return (
             own | self.allocation.environment | {VARIABLE: str(self._folder / "progress.json"), "PYTHONUNBUFFERED": "1"}

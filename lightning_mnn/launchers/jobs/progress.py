@@ -1,6 +1,6 @@
-"""JobProgress: lets the launcher of a sweep see how far a job's training is, in any Lightning application.
+"""JobProgress: reports the progress of a job's training to the launcher of a sweep, in any Lightning application.
 
-Lightning adds it to each Trainer by the entry point ``callbacks_factory``, where the launcher asks for it.
+Lightning adds it to each Trainer by the entry point ``callbacks_factory``, if the launcher requests it.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VARIABLE = "LIGHTNING_MNN_PROGRESS"  # the file that a job writes
-_SECONDS = 0.5  # between two notes
+VARIABLE = "LIGHTNING_MNN_PROGRESS"  # path of the file that a job writes
+_SECONDS = 0.5  # between two reports
 
 
 def factory() -> list[pl.Callback]:
-    """The callback, if the process is a job of a sweep; otherwise none."""
+    """The callback, if the process is a job of a sweep; otherwise an empty list."""
     path = os.environ.get(VARIABLE)
     return [] if path is None else [_job_progress(Path(path))]
 
@@ -38,9 +38,9 @@ def _job_progress(path: Path) -> pl.Callback:
     import pytorch_lightning as pl  # noqa: PLC0415 (the entry point is loaded by all Trainers of an environment)
 
     class JobProgress(pl.Callback):
-        """Notes the epoch and the loss twice a second at most, and at the end what a LocalMinimumDetector found.
+        """Reports the epoch and the loss at most twice a second, and at the end the result of a LocalMinimumDetector.
 
-        The first process does, and asks the others nothing.
+        Only the first process reports; it does not communicate with the others.
         """
 
         def __init__(self) -> None:
@@ -49,7 +49,7 @@ def _job_progress(path: Path) -> pl.Callback:
 
         def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
             self._started = time.time()
-            self._note(trainer)
+            self._report(trainer)
 
         def on_train_batch_end(
             self,
@@ -60,49 +60,49 @@ def _job_progress(path: Path) -> pl.Callback:
             batch_idx: int,  # noqa: ARG002
         ) -> None:
             if time.monotonic() >= self._due:
-                self._note(trainer, outputs)
+                self._report(trainer, outputs)
 
         def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
-            self._note(trainer)
+            self._report(trainer)
 
         def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
-            _when_next(path, trainer, lambda: {"minimum": _verdict(trainer)})  # after all callbacks' on_train_end
+            _write_report(path, trainer, lambda: {"minimum": _verdict(trainer)})  # after all callbacks' on_train_end
 
-        def epochs_until_due(self, done: int) -> float:  # noqa: ARG002 (as of the other callbacks)
-            return math.inf  # whenever it can
+        def epochs_until_due(self, done: int) -> float:  # noqa: ARG002 (as in the other callbacks)
+            return math.inf  # it never requires a particular epoch
 
-        def _note(self, trainer: pl.Trainer, outputs: Any = None) -> None:
+        def _report(self, trainer: pl.Trainer, outputs: Any = None) -> None:
             if self._due < math.inf:
-                self._due = _when_next(path, trainer, lambda: _training(trainer, outputs, self._started))
+                self._due = _write_report(path, trainer, lambda: _training(trainer, outputs, self._started))
 
     return JobProgress()
 
 
-def _when_next(path: Path, trainer: pl.Trainer, content: Callable[[], dict[str, Any]]) -> float:
-    """Add to the note, if that is possible; the time of the next one."""
+def _write_report(path: Path, trainer: pl.Trainer, content: Callable[[], dict[str, Any]]) -> float:
+    """Add to the report, if possible; return the time of the next one."""
     try:
         if trainer.is_global_zero:
             known = {key: value for key, value in content().items() if value is not None}
-            unfinished = path.with_name(path.name + ".tmp")  # which need not be on disk
+            unfinished = path.with_name(path.name + ".tmp")  # need not be flushed to disk
             unfinished.write_text(json_text(read_record(path) | known), encoding="utf-8")
             unfinished.replace(path)
-    except OSError:  # as of a full disk: the next note may be possible
+    except OSError:  # such as a full disk: the next report may succeed
         pass
-    except Exception as error:  # noqa: BLE001 (a sweep's table is no reason to end a training)
+    except Exception as error:  # noqa: BLE001 (a training must not end because of a sweep's table)
         log.warning("the progress of this job is not shown: %s: %s", type(error).__name__, error)
         return math.inf
     return time.monotonic() + _SECONDS
 
 
 def _training(trainer: pl.Trainer, outputs: Any, started: float) -> dict[str, Any]:
-    """How far the training is."""
+    """The progress of the training."""
     limit = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
     loss = _loss(trainer, outputs)
     return {"epochs": trainer.current_epoch, "max_epochs": limit, "loss": loss, "started": started}
 
 
 def _verdict(trainer: pl.Trainer) -> dict[str, Any] | None:
-    """Evidence, kind and reason that a LocalMinimumDetector of the Trainer came to; None: there is none."""
+    """Evidence, kind and reason of the Trainer's LocalMinimumDetector; None: there is none."""
     module: Any = sys.modules.get("lightning_mnn.callbacks.local_minimum_detector")
     if module is None:
         return None
@@ -113,9 +113,9 @@ def _verdict(trainer: pl.Trainer) -> dict[str, Any] | None:
 
 
 def _loss(trainer: pl.Trainer, outputs: Any) -> float | None:
-    """MNN's error, or else the loss of a batch, or else what was logged with "loss" in its name.
+    """MNN's error, else the loss of a batch, else a logged value with "loss" in its name.
 
-    Of what is logged only that counts which Lightning has computed already: to compute may take all processes.
+    Only values that Lightning has already computed are used, because computing one may need all processes.
     """
     logged = computed_metrics(trainer)
     loss = outputs.get("loss") if isinstance(outputs, dict) else outputs

@@ -1,4 +1,4 @@
-"""What the launcher writes of a sweep: ``sweep.json``, its command, and ``job.json``, what a job ended in."""
+"""The launcher's records of a sweep: ``sweep.json``, its command, and ``job.json``, a job's result."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ _PLAIN_VALUE = re.compile(r"(?!(null|true|false|inf|nan)$)[a-z/][\w./-]*", re.AS
 
 
 class JobState(StrEnum):
-    """How far a job is.
+    """State of a job.
 
     Attributes:
         WAITING: not started.
         RUNNING: its process runs.
         FINISHED: it returned.
-        RETURNED: (in ``job.json`` alone) it returned what JSON cannot hold, so that a resumed sweep runs it again.
-        FAILED: it raised an error, or its process was ended by something else than the launcher.
+        RETURNED: (in ``job.json`` only) it returned a value that JSON cannot represent, so a resumed sweep runs it
+            again.
+        FAILED: it raised an error, or something other than the launcher ended its process.
         INTERRUPTED: the launcher ended it, on Ctrl-C or SIGTERM.
         KEPT: it had finished when the sweep was resumed.
     """
@@ -55,10 +56,10 @@ class SweepCommand:
 
     Attributes:
         program: the words that start the program, such as ``("python", "src/train.py")``.
-        arguments: all others.
-        folder: in which it was given.
-        resume: the override by which a sweep of this program is resumed; empty: it runs all its jobs again.
-        environment: variables that change what the jobs do.
+        arguments: all other words.
+        folder: the folder in which the command was run.
+        resume: the override that resumes a sweep of this program; empty: all jobs run again.
+        environment: environment variables that change what the jobs do.
     """
 
     program: tuple[str, ...]
@@ -70,7 +71,7 @@ class SweepCommand:
     @classmethod
     def of_this_process(cls, config: DictConfig) -> SweepCommand:
         """The command that started this process, whose sweep has this config."""
-        if isinstance(OmegaConf.select(config, "resume"), bool):  # the program has such a key, and hands it on
+        if isinstance(OmegaConf.select(config, "resume"), bool):  # the program has such a key, which the launcher reads
             resume = "resume=true"
         else:
             launcher = OmegaConf.select(config, "hydra.launcher")
@@ -80,7 +81,7 @@ class SweepCommand:
 
     @classmethod
     def read(cls, sweep: Path) -> SweepCommand | None:
-        """The command that is recorded in a sweep's folder; None: there is none that can be read."""
+        """The command that is recorded in a sweep's folder; None: there is none, or it cannot be read."""
         found = read_record(sweep / SWEEP_RECORD)
         try:
             words = {key: tuple(map(str, found[key])) for key in ("program", "arguments")}
@@ -90,7 +91,7 @@ class SweepCommand:
             return None
 
     def write(self, sweep: Path) -> None:
-        """Record it in the sweep's folder."""
+        """Write the command to the sweep's folder."""
         sweep.mkdir(parents=True, exist_ok=True)
         write_json(sweep / SWEEP_RECORD, asdict(self))
 
@@ -104,8 +105,8 @@ class SweepCommand:
         path, here = sweep.absolute(), Path(self.folder)
         given = path.relative_to(here) if path.is_relative_to(here) else path
         where = f"hydra.sweep.dir={hydra_value(str(given))}"
-        renewed = {override.partition("=")[0] for override in (self.resume, where)} | {"hydra.launcher.resume"}
-        arguments = [word for word in self.arguments if word.partition("=")[0].lstrip("+") not in renewed]
+        replaced = {override.partition("=")[0] for override in (self.resume, where)} | {"hydra.launcher.resume"}
+        arguments = [word for word in self.arguments if word.partition("=")[0].lstrip("+") not in replaced]
         words = [*self.program, *arguments, *([self.resume] if self.resume else []), where]
         variables = [f"{name}={shlex.quote(value)} " for name, value in self.environment.items()]
         elsewhere = "" if here == Path.cwd() else f"cd {shlex.quote(self.folder)} && "
@@ -113,7 +114,7 @@ class SweepCommand:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; {} where there is none yet, or nothing that a record would be."""
+    """The JSON object in a file; {} if there is no file yet, or its content is not a JSON object."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -122,7 +123,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def hydra_value(text: str) -> str:
-    """Text as the value of an override, quoted where Hydra would take it for something else.
+    """Text as the value of an override, quoted if Hydra would interpret it differently.
 
     >>> print(hydra_value("outputs/a-1"), hydra_value("1e5"), hydra_value("a, b"))
     outputs/a-1 '1e5' 'a, b'
@@ -133,13 +134,13 @@ def hydra_value(text: str) -> str:
 
 
 def recorded(value: Any) -> Any:
-    """What a job returned, as JSON holds it: tensors and tuples as numbers and lists, nan and inf as text.
+    """A job's return value in a form for JSON: tensors and tuples as numbers and lists, nan and inf as text.
 
     >>> recorded({"loss": float("nan"), "sizes": (1, 2)})
     {'loss': 'nan', 'sizes': [1, 2]}
 
     Raises:
-        TypeError: JSON cannot hold it.
+        TypeError: JSON cannot represent it.
     """
     if hasattr(value, "shape") and hasattr(value, "tolist"):
         value = value.tolist()
@@ -151,11 +152,11 @@ def recorded(value: Any) -> Any:
         return value if math.isfinite(value) else str(float(value))
     if value is None or isinstance(value, bool | int | str):
         return value
-    raise TypeError(f"JSON holds no {type(value).__name__}")
+    raise TypeError(f"JSON cannot represent a {type(value).__name__}")
 
 
 def returned(recorded_value: Any) -> Any:
-    """What a job returned, by what :func:`recorded` made of it.
+    """A job's return value, restored from what :func:`recorded` made of it.
 
     >>> returned(["inf", "word", 2])
     [inf, 'word', 2]
@@ -169,7 +170,7 @@ def returned(recorded_value: Any) -> Any:
 
 def _key(key: Any) -> str:
     if not isinstance(key, str):
-        raise TypeError(f"JSON holds no key that is a {type(key).__name__}")
+        raise TypeError(f"JSON cannot represent a key that is a {type(key).__name__}")
     return key
 
 
@@ -177,7 +178,7 @@ def _program() -> tuple[str, ...]:
     """The words that started this program, up to its arguments."""
     given = sys.argv[1:]
     words = sys.orig_argv[: len(sys.orig_argv) - len(given)]
-    if [*words, *given] != sys.orig_argv:  # something else started it
+    if [*words, *given] != sys.orig_argv:  # the arguments were changed after the start
         words = [sys.executable, sys.argv[0]]
     script = Path(words[-1])
     installed = shutil.which(script.name)

@@ -1,4 +1,4 @@
-"""The jobs of a sweep on a terminal: a table that is drawn anew as they go on."""
+"""The jobs of a sweep on a terminal: a table that is redrawn as they progress."""
 
 from __future__ import annotations
 
@@ -28,41 +28,41 @@ _STYLES = {
     JobState.INTERRUPTED: "bold yellow",
 }
 _WORDS = {JobState.FINISHED: "done", JobState.KEPT: "done before"}
-_FIRST_SHOWN = (
+_DISPLAY_PRIORITY = (
     *(JobState.RUNNING, JobState.FAILED, JobState.INTERRUPTED),
     *(JobState.WAITING, JobState.FINISHED, JobState.KEPT),
 )
-_AROUND = 6  # lines of the screen beside the rows
+_OTHER_LINES = 6  # lines of the screen that are not rows
 
 
 class JobTable:
-    """A rich renderable: a row a job, those that run first to stay where the screen is too small for all."""
+    """A rich renderable with a row per job; if the screen is too small for all, running jobs are shown first."""
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self._jobs = jobs
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """The table, no higher than the screen, and below it how many jobs are in which state."""
+        """The table, no higher than the screen, and below it the number of jobs in each state."""
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=False)
         table.add_column("#", justify="right")
-        table.add_column("job", min_width=12)  # which gives way where the screen is narrow
+        table.add_column("job", min_width=12)  # the only column that shrinks on a narrow screen
         table.add_column("state", no_wrap=True)
         table.add_column("on", no_wrap=True)
         for name in ("epoch", "loss", "time"):
             table.add_column(name, justify="right", no_wrap=True)
-        rows = max(1, (options.height or console.height) - _AROUND)
-        urgent = sorted(self._jobs, key=lambda job: _FIRST_SHOWN.index(job.state))[:rows]
+        rows = max(1, (options.height or console.height) - _OTHER_LINES)
+        urgent = sorted(self._jobs, key=lambda job: _DISPLAY_PRIORITY.index(job.state))[:rows]
         for job in sorted(urgent, key=lambda job: job.number):
             table.add_row(*_row(job))
         yield Group(table, Text(f"  {counts(self._jobs)}"))
 
     def live(self, console: Console) -> Live:
-        """The table drawn on a terminal, four times a second."""
+        """The table on a terminal, redrawn four times a second."""
         return Live(self, console=console, refresh_per_second=4, redirect_stdout=False, redirect_stderr=False)
 
 
 def counts(jobs: Sequence[Job]) -> str:
-    """How many jobs are in which state.
+    """The number of jobs in each state.
 
     >>> counts([])
     'no jobs'
@@ -90,10 +90,10 @@ def _row(job: Job) -> tuple[Any, ...]:
     state = Text(_WORDS.get(job.state, job.state), style=_STYLES[job.state])
     if job.allocation is None:
         return str(job.number), label, state, "", "", "", ""
-    seen = job.progress
-    limit = seen.get("max_epochs")
-    epochs = "" if "epochs" not in seen else f"{seen['epochs']:,}" + (f"/{limit:,}" if limit else "")
-    loss = "" if seen.get("loss") is None else f"{seen['loss']:.3g}"
+    progress = job.progress
+    limit = progress.get("max_epochs")
+    epochs = "" if "epochs" not in progress else f"{progress['epochs']:,}" + (f"/{limit:,}" if limit else "")
+    loss = "" if progress.get("loss") is None else f"{progress['loss']:.3g}"
     if job.state is JobState.RUNNING and not epochs:
         state = Text("starting", style="cyan")
     return str(job.number), label, state, str(job.allocation), epochs, loss, clock(job.seconds)

@@ -1,4 +1,4 @@
-"""Which processes a run trains in, and whether they can be started from where it was."""
+"""The processes in which a run trains, and whether they can be started."""
 
 from __future__ import annotations
 
@@ -24,30 +24,31 @@ from lightning_mnn.utilities.validation import ArgumentError, positive_integer, 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# Launchers by which each job of a sweep has a process of its own, that can be started again as the job alone.
+# Launchers that run each job of a sweep in its own process, whose command, run again, starts only that job.
 _LAUNCHERS = (
     *("lightning_mnn.launchers.device_pool.DevicePool", "hydra_plugins.lightning_mnn.DevicePool"),
     *("lightning_mnn.launchers.slurm.Slurm", "hydra_plugins.lightning_mnn.Slurm"),
     "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
 )
 _CLUSTERS = (SLURMEnvironment, TorchElasticEnvironment, LSFEnvironment, MPIEnvironment)
-_MOST_THREADS = 64  # more than these, and than processors, torch may fail to start, by a segmentation fault
-_WITHIN = ("spawn", "fork", "notebook")  # ways to start processes that go on from within this one
+_MOST_THREADS = 64  # with more threads than this and than processors, torch may crash at the start
+_WITHIN = ("spawn", "fork", "notebook")  # ways to start processes from within this one
 
 
 def processes() -> int:
-    """Size of the process group that was really formed."""
+    """Size of the process group that was actually formed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def check_trainer(cfg: DictConfig) -> None:
-    """Refuse what Lightning refuses late, in other words or not at all; warn of more processes than cores.
+    """Refuse values that Lightning refuses late, unclearly or not at all; warn of more processes than cores.
 
     Args:
-        cfg: the config, of which ``trainer`` and ``threads`` are looked at.
+        cfg: the config, of which ``trainer`` and ``threads`` are checked.
 
     Raises:
-        ArgumentError: a length, a number of devices, nodes or threads that cannot be, or a GPU where there is none.
+        ArgumentError: an impossible training length or number of devices, nodes or threads; or a GPU where there is
+            none.
     """
     trainer = cfg.trainer
     epochs = trainer.get("max_epochs")
@@ -58,7 +59,7 @@ def check_trainer(cfg: DictConfig) -> None:
         if isinstance(value := trainer.get(name), int):
             whole_number(f"trainer.{name}", value, at_least=least)
     if trainer.get("num_nodes", 1) > 1 and not _is_started_by_a_cluster():
-        problem = "needs a cluster that starts a process on each node, or the others would be waited for"
+        problem = "needs a cluster that starts a process on each node; otherwise this one would wait for the others"
         raise ArgumentError("trainer.num_nodes", trainer.num_nodes, problem, "choose hydra/launcher=slurm, or 1 node")
     if isinstance(trainer.get("accelerator"), str):
         _check_accelerator(trainer.accelerator, trainer.get("devices", "auto"))
@@ -66,35 +67,35 @@ def check_trainer(cfg: DictConfig) -> None:
 
 
 def _check_accelerator(accelerator: str, devices: Any) -> None:
-    """Refuse GPUs where there are none, or fewer, and numbers of devices that are none."""
-    there = CUDAAccelerator.auto_device_count() if CUDAAccelerator.is_available() else 0
-    has_gpu = there > 0 or MPSAccelerator.is_available()
+    """Refuse GPUs if there are none or not enough, and invalid numbers of devices."""
+    available = CUDAAccelerator.auto_device_count() if CUDAAccelerator.is_available() else 0
+    has_gpu = available > 0 or MPSAccelerator.is_available()
     if accelerator in ("gpu", "cuda") and not has_gpu:
         problem = "needs a GPU, and torch sees none"
         raise ArgumentError("trainer.accelerator", accelerator, problem, "choose trainer=cpu")
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not has_gpu)
-    if not (on_cpu or there):  # of which Lightning knows more
+    if not (on_cpu or available):  # other accelerators are left to Lightning
         return
     plain = OmegaConf.to_container(devices) if isinstance(devices, ListConfig) else devices
-    count = _count(plain, on_cpu=on_cpu, there=there)
+    count = _count(plain, on_cpu=on_cpu, available=available)
     if count is None:
         kinds = "a positive number or auto" if on_cpu else "a positive number, a list of GPUs, -1 or auto"
         raise ArgumentError("trainer.devices", plain, f"must be {kinds}", "for example trainer.devices=1")
     if on_cpu and count > cores():
-        _warn(f"trainer.devices={count}: so many processes share {cores()} cores: choose trainer.devices={cores()}")
-    if not on_cpu and count > there:
-        problem = f"asks for {count} GPUs, and there {'is' if there == 1 else 'are'} {there}"
-        raise ArgumentError("trainer.devices", plain, problem, f"choose trainer.devices={there} or auto")
+        _warn(f"trainer.devices={count}: {count} processes share {cores()} cores: choose trainer.devices={cores()}")
+    if not on_cpu and count > available:
+        problem = f"asks for {count} GPUs, and there {'is' if available == 1 else 'are'} {available}"
+        raise ArgumentError("trainer.devices", plain, problem, f"choose trainer.devices={available} or auto")
 
 
-def _count(devices: Any, *, on_cpu: bool, there: int) -> int | None:
-    """How many devices are asked for; None where that is not said."""
+def _count(devices: Any, *, on_cpu: bool, available: int) -> int | None:
+    """The number of devices that is asked for; None if the value does not determine one."""
     number = int(devices) if isinstance(devices, str) and re.fullmatch(r"-?\d+", devices) else devices
     if number == "auto":
-        return max(1, 1 if on_cpu else there)
+        return max(1, 1 if on_cpu else available)
     if isinstance(number, int) and not isinstance(number, bool):
         everything = number == -1 and not on_cpu
-        return there if everything else number if number > 0 else None
+        return available if everything else number if number > 0 else None
     if on_cpu:
         return None
     given = devices.split(",") if isinstance(devices, str) else devices if isinstance(devices, list) else []
@@ -118,19 +119,19 @@ def _warn(line: str) -> None:
 
 
 def _is_started_by_a_cluster() -> bool:
-    """Whether this process is one of several nodes' that something has started, or that say who they are."""
+    """Whether a cluster or launcher started this process as one of several nodes' processes, or `NODE_RANK` says so."""
     return any(environment.detect() for environment in _CLUSTERS) or "NODE_RANK" in os.environ
 
 
 def check_devices(trainer: Mapping[str, Any]) -> None:
-    """Refuse strategies whose processes cannot be started rightly, before there is any work to lose.
+    """Refuse strategies whose processes cannot be started correctly, before there is any work to lose.
 
     Args:
         trainer: arguments of the Trainer.
 
     Raises:
-        ValueError: the strategy trains in processes that are lost at its end with what they know; or it starts
-            processes by running the same command again, which is that of a whole sweep.
+        ValueError: the strategy trains in processes whose state is lost when they end; or it starts processes by
+            running the same command again, and that command is a whole sweep.
     """
     strategy = _strategy(trainer)
     if any(way in strategy for way in _WITHIN):
@@ -149,7 +150,7 @@ def check_devices(trainer: Mapping[str, Any]) -> None:
 
 
 def _strategy(trainer: Mapping[str, Any]) -> str:
-    """The strategy's name; of one given by its class, that class, and how it starts processes."""
+    """The strategy's name; for one given by its class, the class and how it starts processes."""
     strategy = trainer.get("strategy") or "auto"
     if isinstance(strategy, DictConfig):
         return f"{strategy['_target_']} {strategy.get('start_method', 'popen')}"
@@ -157,7 +158,7 @@ def _strategy(trainer: Mapping[str, Any]) -> str:
 
 
 def _starts_others(trainer: Mapping[str, Any]) -> bool:
-    """Whether Lightning starts processes by the command, or, with one device, leaves variables that say it did."""
+    """Whether Lightning starts processes by the command, or, with one device, sets the variables of a process group."""
     strategy = _strategy(trainer)
     if strategy != "auto":
         return "single" not in strategy.lower()
@@ -165,7 +166,7 @@ def _starts_others(trainer: Mapping[str, Any]) -> bool:
 
 
 def _devices(trainer: Mapping[str, Any]) -> int:
-    """Devices of a node; what is no number of them is left for the Trainer to refuse."""
+    """Number of devices per node; invalid values are left for the Trainer to refuse."""
     devices = trainer.get("devices", "auto")
     if isinstance(devices, str) and "," in devices:
         return len([name for name in devices.split(",") if name.strip()])

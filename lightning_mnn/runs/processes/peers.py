@@ -1,7 +1,7 @@
-"""Connections between the processes of one run: each hears at once of a signal to another, and of another's death.
+"""Connections between the processes of a run: each learns at once of a signal to another, or of another's death.
 
-Collectives cannot tell: a process that waits in one runs no signal handler, and where another has died it may wait for
-minutes or for ever. So all processes connect to the first one, whose end of a connection closes with the process.
+Collectives cannot provide this: a process that waits in one runs no signal handler, and if another has died it may wait
+for minutes or forever. So all processes connect to the first one: when a process dies, its connection closes.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from pytorch_lightning.utilities import rank_zero_warn
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
-_MESSAGE = struct.Struct("!BI")  # what, and a number
-_GREETING = struct.Struct("!16sII")  # the run's secret, the rank, the process id
-_SECONDS = 30.0  # for all to connect
+_MESSAGE = struct.Struct("!BI")  # kind of message, and a number
+_HANDSHAKE = struct.Struct("!16sII")  # the run's secret, rank, process id
+_SECONDS = 30.0  # time limit for all to connect
 
 
 class News(IntEnum):
-    """What a process tells another, with a number."""
+    """A message from one process to another, with a number."""
 
-    STOP = 1  # it got a signal of this number
-    STOP_NOW = 2  # it got one for the second time
+    STOP = 1  # the sender got the signal with this number
+    STOP_NOW = 2  # the sender got a second signal
     LOST = 3  # the process of this rank is gone
-    FAREWELL = 4  # it has left training in good order
+    FAREWELL = 4  # the sender has ended training without an error
 
 
 @dataclass(eq=False)
@@ -43,12 +43,12 @@ class Peer:
     pid: int
     connection: socket.socket
 
-    def tell(self, news: News, number: int = 0) -> None:
-        """Send a message, or nothing to a process that is gone."""
+    def send(self, news: News, number: int = 0) -> None:
+        """Send a message; do nothing if the process is gone."""
         with suppress(OSError):
             self.connection.sendall(_MESSAGE.pack(news, number))
 
-    def hear(self) -> tuple[News, int] | None:
+    def receive(self) -> tuple[News, int] | None:
         """The next message; None: the process is gone."""
         content = _received(self.connection, _MESSAGE.size)
         if content is None:
@@ -58,11 +58,11 @@ class Peer:
 
 
 def connect(trainer: pl.Trainer) -> list[Peer]:
-    """Connect all processes of a run to the first one; each calls this.
+    """Connect all processes of a run to the first one; every process calls this.
 
     Returns:
-        For the first process all others, for another the first one. Where connections cannot be made, a warning says
-        so, and the list lacks them.
+        For the first process all others, for another process the first one. If connections cannot be made, a warning
+        says so, and the list lacks them.
     """
     if trainer.world_size == 1:
         return []
@@ -73,7 +73,7 @@ def connect(trainer: pl.Trainer) -> list[Peer]:
         host, port, secret, pid = trainer.strategy.broadcast(place)
         try:
             if trainer.is_global_zero:
-                return _welcome(server, secret, trainer.world_size - 1)
+                return _accept(server, secret, trainer.world_size - 1)
             connection = socket.create_connection((host, port), timeout=_SECONDS)
         except OSError as error:
             rank_zero_warn(
@@ -82,24 +82,24 @@ def connect(trainer: pl.Trainer) -> list[Peer]:
             )
             return []
         connection.settimeout(None)
-        connection.sendall(_GREETING.pack(secret, trainer.global_rank, os.getpid()))
+        connection.sendall(_HANDSHAKE.pack(secret, trainer.global_rank, os.getpid()))
         return [Peer(0, pid, connection)]
 
 
-def _welcome(server: socket.socket, secret: bytes, count: int) -> list[Peer]:
-    """The processes that connect and know the secret."""
+def _accept(server: socket.socket, secret: bytes, count: int) -> list[Peer]:
+    """The processes that connect and send the secret."""
     peers: list[Peer] = []
     deadline = time.monotonic() + _SECONDS
     while len(peers) < count:
         server.settimeout(max(deadline - time.monotonic(), 0.001))
         connection, _ = server.accept()
         connection.settimeout(_SECONDS)
-        content = _received(connection, _GREETING.size)
+        content = _received(connection, _HANDSHAKE.size)
         if content is None or not secrets.compare_digest(content[:16], secret):
             connection.close()
             continue
         connection.settimeout(None)
-        _, rank, pid = _GREETING.unpack(content)
+        _, rank, pid = _HANDSHAKE.unpack(content)
         peers.append(Peer(rank, pid, connection))
     return peers
 

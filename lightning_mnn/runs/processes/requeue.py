@@ -1,7 +1,7 @@
-"""Giving way on a SLURM cluster: a job that is told to go saves a checkpoint and is put back into the queue.
+"""Requeueing on a SLURM cluster: a job that is pre-empted or out of time saves a checkpoint and is requeued.
 
-Of those who could answer the signal only one does: while a run is under way neither submitit's handler, which would
-requeue at once, nor Lightning's, which would save at a moment from which a run cannot go on exactly.
+During a run only this module's caller answers the signal. Submitit's handler would requeue at once, and Lightning's
+would save at a moment from which a run cannot continue exactly.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-# Lightning's and submitit's, for time-outs and pre-emption. Windows has none.
+# The signals that Lightning and submitit use for time-outs and pre-emption. Windows does not have them.
 SIGNALS = tuple(signal.Signals[name] for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name))
 
 
 def was_requeued() -> bool:
-    """Whether this is a job that SLURM has put back into its queue, after a signal, a time-out or a node's failure."""
+    """Whether SLURM has requeued this job, after a signal, a time-out or a node's failure."""
     return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
 def requeue_by(handlers: Mapping[int, Any]) -> Callable[[], None] | None:
-    """How a job is put back into the queue: by submitit's handler where it runs the job, for it counts time-outs.
+    """How to requeue the job: by submitit's handler if submitit runs the job, because the handler counts time-outs.
 
     Args:
-        handlers: what answered the signals before the run.
+        handlers: the signals' handlers before the run.
 
     Returns:
-        A function that does it; None: this is no job of SLURM's.
+        A function that requeues the job; None: this is not a SLURM job.
     """
     if "SLURM_PROCID" not in os.environ:
         return None

@@ -1,7 +1,7 @@
-"""How signals end a run, on all of its processes: SIGTERM and Ctrl-C, and those by which SLURM wants a job back.
+"""How signals end a run, on all of its processes: SIGTERM, Ctrl-C, and SLURM's signals for time-outs and pre-emption.
 
-The first signal is a request: training ends at the next step from which it can go on (see
-:mod:`lightning_mnn.utilities.interruption`), in the middle of a callback's long computation too. A second SIGTERM or
+The first signal is a request: training ends at the next step from which it can continue (see
+:mod:`lightning_mnn.utilities.interruption`), even in the middle of a callback's long computation. A second SIGTERM or
 Ctrl-C ends all processes at once.
 """
 
@@ -28,17 +28,17 @@ from lightning_mnn.utilities.interruption import Interrupted, forget, request
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_PARENT = "LIGHTNING_MNN_PARENT"  # the first process, for those that Lightning starts beside it
-_NEWS_LATE = 2.0  # seconds by which an error may come before the news of the death that is its cause
+_PARENT = "LIGHTNING_MNN_PARENT"  # id of the first process, for the processes that Lightning starts
+_NEWS_DELAY = 2.0  # seconds by which the news of another process's death may follow the error that the death causes
 
 _open: list[RunSignals] = []  # of this process
 
 
 class LostProcessError(SystemExit):
-    """The end, with exit code 1, of a run one of whose processes is gone; that was said already.
+    """Ends a run, with exit code 1, because one of its processes is gone; the message was printed before.
 
     Args:
-        rank: of the process.
+        rank: rank of that process.
     """
 
     def __init__(self, rank: int) -> None:
@@ -48,12 +48,13 @@ class LostProcessError(SystemExit):
 
 @contextmanager
 def interruptible() -> Iterator[RunSignals]:
-    """Within: a run's signals are handled by what this gives, which is to be the first of its Trainer's callbacks.
+    """Handle a run's signals within the context; it yields the handler, which must be the Trainer's first callback.
 
     Raises:
-        Interrupted: (from within) the run was ended by SIGTERM or Ctrl-C; or, at the end, it was finished all the same.
-        SystemExit: with code 0, a job of SLURM's was ended and put back into the queue.
-        UncompletedJobError: (submitit's) it would have been, but has run out of time too often.
+        Interrupted: (from within) SIGTERM or Ctrl-C ended the run; or, at the end, one was received but the run
+            finished.
+        SystemExit: with code 0, a SLURM job was ended and requeued.
+        UncompletedJobError: (submitit's) the job would have been requeued, but has run out of time too often.
     """
     signals = RunSignals()
     signals.open()
@@ -77,12 +78,12 @@ class RunSignals(pl.Callback):
     """Handles the signals of a run.
 
     Attributes:
-        watch: the thread that sees to it.
-        requeue: puts the job back into SLURM's queue; None: it is none.
+        watch: the thread that watches for signals and for the death of other processes.
+        requeue: requeues the SLURM job; None: it is not a SLURM job.
     """
 
     def __init__(self) -> None:
-        in_main = threading.current_thread() is threading.main_thread()  # which alone gets signals
+        in_main = threading.current_thread() is threading.main_thread()  # the only thread that receives signals
         before: dict[int, Any] = {number: signal.getsignal(number) for number in (*STOPPING, *requeue.SIGNALS)}
         self.requeue = requeue.requeue_by(before)
         numbers = STOPPING if self.requeue is None else (*STOPPING, *requeue.SIGNALS)
@@ -96,16 +97,19 @@ class RunSignals(pl.Callback):
             os.environ[_PARENT] = str(os.getpid())
 
     def open(self) -> None:
-        """Take the signals."""
+        """Install the signal handlers."""
         forget()
         self.watch.start()
         if self._before:
             self._wakeup_before = signal.set_wakeup_fd(self.watch.wakeup_fd, warn_on_full_buffer=False)
-        self._take()
+        self._install_handlers()
         _open.append(self)
 
     def close(self, *, ignore_requeue: bool) -> None:
-        """Give them back; the signals of SLURM may be ignored, which may reach one process later than another."""
+        """Restore the previous handlers.
+
+        With ``ignore_requeue`` SLURM's signals are ignored instead: they may reach one process later than another.
+        """
         _open.remove(self)
         for number, handler in self._before.items():
             ignored = ignore_requeue and number in requeue.SIGNALS
@@ -124,20 +128,20 @@ class RunSignals(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.watch.phase = Phase.TRAINING
-        self._take()  # from Lightning, whose handler waits for the other processes
+        self._install_handlers()  # from Lightning, whose handler waits for the other processes
 
     def end_training(self, error: BaseException | None = None) -> BaseException | None:
-        """Take note that training has ended; from now on signals are no requests any more.
+        """Record that training has ended; from now on signals are no longer requests.
 
         Args:
-            error: by which it has ended; None: it has come to its end.
+            error: the error that ended it; None: it ended normally.
 
         Returns:
-            The error or, where that is only its effect, a signal or the loss of another process.
+            The error or, if that is only a consequence, the signal or lost process that caused it.
         """
         cause = self.cause()
-        if isinstance(error, RuntimeError) and self.watch.has_peers:  # as of a collective
-            deadline = time.monotonic() + _NEWS_LATE
+        if isinstance(error, RuntimeError) and self.watch.has_peers:  # a failed collective, for example
+            deadline = time.monotonic() + _NEWS_DELAY
             while (cause := self.cause()) is None and time.monotonic() < deadline:
                 time.sleep(0.02)
         self.watch.end_training(failed=error is not None and not isinstance(error, Interrupted))
@@ -148,7 +152,7 @@ class RunSignals(pl.Callback):
         return error
 
     def cause(self) -> BaseException | None:
-        """Why training has to end: a signal or the loss of another process; None: it has not."""
+        """Why training has to end: a signal or the loss of another process; None: it need not end."""
         if self.watch.number:
             return Interrupted(self.watch.number)
         return None if self.watch.lost is None else LostProcessError(self.watch.lost)
@@ -161,12 +165,12 @@ class RunSignals(pl.Callback):
             for number in self._before:
                 signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
 
-    def _take(self) -> None:
+    def _install_handlers(self) -> None:
         for number in self._before:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _: Any) -> None:
-        """What the main thread does on a signal; the other thread sees it, too."""
+        """Handle a signal in the main thread; the watch thread sees it too."""
         if self.watch.phase is Phase.BEFORE and not self._raised:
             self._raised = True
             raise Interrupted(number)
@@ -175,7 +179,7 @@ class RunSignals(pl.Callback):
 
 
 def _in_forked_child() -> None:
-    """A worker of a data loader is no process of the run: Ctrl-C is for its parent, which ends it."""
+    """Release the handlers in a data loader's worker: Ctrl-C is for its parent, which ends it."""
     for signals in _open:
         signals.release_after_fork()
     _open.clear()

@@ -1,4 +1,4 @@
-"""A thread that sees signals and the death of other processes, also while the main thread waits in a collective."""
+"""A thread that notices signals and the death of other processes, even while the main thread waits in a collective."""
 
 from __future__ import annotations
 
@@ -23,38 +23,38 @@ if TYPE_CHECKING:
     from lightning_mnn.runs.processes.peers import Peer
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
-_AGAIN = 1.0  # seconds after a signal before which another is the same one: `timeout`, for one, sends each twice
+_AGAIN = 1.0  # seconds within which a second signal counts as the same one: `timeout` sends each twice
 _PATIENCE = 8.0  # seconds for training to end on a request
-_PATIENCE_BEFORE = 2.0  # the same for what comes before training
-_PATIENCE_REQUEUE = 30.0  # the same where a SLURM job is to be requeued: SLURM's own notice is of minutes
+_PATIENCE_BEFORE = 2.0  # the same before training
+_PATIENCE_REQUEUE = 30.0  # the same for requeueing a SLURM job: SLURM itself gives minutes
 _GRACE = 5.0  # seconds for the main thread to fail by itself when another process is gone
-_LOOK = 1.0  # seconds from one look at the parent process to the next
+_PARENT_INTERVAL = 1.0  # seconds between two checks of the parent process
 
 
 class Phase(Enum):
-    """How far a run is."""
+    """Phase of a run."""
 
-    BEFORE = auto()  # training: a request ends the main thread by an exception
-    TRAINING = auto()  # it ends at a step
-    AFTER = auto()  # training: what is left is finished
+    BEFORE = auto()  # before training: a request raises an exception in the main thread
+    TRAINING = auto()  # a request ends training at a step
+    AFTER = auto()  # after training: the remaining work is finished
 
 
 class Watch(threading.Thread):
-    """Notes requests to stop, passes them on to the run's other processes, and sees that they are answered.
+    """Records requests to stop, forwards them to the run's other processes, and checks that they are answered.
 
-    A second signal ends the process at once. It also ends without its main thread where that answers no request in
-    time, or neither fails nor ends when another process of the run is gone.
+    A second signal ends the process at once. The thread also ends the process without its main thread if that does not
+    answer a request in time, or if another process of the run is gone and the main thread neither fails nor ends.
 
     Args:
-        parent: the process whose death ends this one; None: none.
+        parent: id of the process whose death ends this one; None: none.
 
     Attributes:
-        phase: how far the run is.
-        number: of the first signal that reached any process of the run; 0: none did.
+        phase: phase of the run.
+        number: number of the first signal that reached any process of the run; 0: none did.
         lost: rank of a process that is gone; None: none is.
-        children: processes that this one has started, which end with it.
-        requeue: what answers another signal than SIGTERM and SIGINT where training does not.
-        on_forced_end: what is done when the run ends without the first process's main thread.
+        children: processes that this one has started; they end with it.
+        requeue: called for a signal other than SIGTERM and SIGINT if training does not answer it.
+        on_forced_end: called when the run ends without the main thread of the first process.
     """
 
     def __init__(self, parent: int | None = None) -> None:
@@ -71,7 +71,7 @@ class Watch(threading.Thread):
         self._parent = parent
         self._peers: list[Peer] = []
         self._rank = 0
-        self._since = 0.0  # when the first signal came
+        self._since = 0.0  # time of the first signal
         self._deadline: float | None = None
         self._closed = False
         self._lock = threading.RLock()
@@ -80,7 +80,7 @@ class Watch(threading.Thread):
 
     @property
     def wakeup_fd(self) -> int:
-        """Where Python is to write the signals that come."""
+        """File descriptor to which Python writes the numbers of signals."""
         return self._sender.fileno()
 
     @property
@@ -94,20 +94,20 @@ class Watch(threading.Thread):
             self._rank, self._peers, self.children = rank, list(peers), list(children)
             for peer in peers:
                 self._selector.register(peer.connection, selectors.EVENT_READ, peer)
-            if self.number:  # from before
-                self._tell(News.STOP, self.number)
+            if self.number:  # it came before the connections
+                self._broadcast(News.STOP, self.number)
 
     def end_training(self, *, failed: bool) -> None:
-        """Let requests that are answered rest, and take leave of the other processes; a failure tells them nothing."""
+        """Cancel pending requests and say farewell to the other processes; after a failure they get no message."""
         with self._lock:
             self.phase, self._deadline = Phase.AFTER, None
             if not failed:
-                self._tell(News.FAREWELL)
+                self._broadcast(News.FAREWELL)
             for peer in list(self._peers):
                 self._drop(peer)
 
     def close(self) -> None:
-        """End the thread, and then the processes that this one has started, if they do not by themselves."""
+        """End the thread, then the processes that this one has started, if they do not end by themselves."""
         self._closed = True
         with suppress(OSError):
             self._sender.send(b"\0")
@@ -121,7 +121,7 @@ class Watch(threading.Thread):
             child.kill()
 
     def release_after_fork(self) -> None:
-        """Let go of all connections, in a child that was forked: they must end with this process."""
+        """Close all connections in a forked child: they must end with this process."""
         for peer in self._peers:
             peer.connection.close()
         for end in (self._receiver, self._sender):
@@ -135,74 +135,76 @@ class Watch(threading.Thread):
                 for key, _ in events:
                     if key.data is None:
                         for number in self._receiver.recv(4096):
-                            self._signalled(number)
-                    elif key.data in self._peers:  # and has not been dropped meanwhile
-                        self._hear(key.data)
+                            self._handle_signal(number)
+                    elif key.data in self._peers:  # unless it was dropped meanwhile
+                        self._receive(key.data)
                 if self._parent is not None and os.getppid() != self._parent:
                     self._parent = None
-                    self._lose(0)
+                    self._handle_loss(0)
                 if self._deadline is not None and time.monotonic() >= self._deadline:
                     self._deadline = None
-                    self._give_up()
+                    self._force_end()
 
     def _timeout(self) -> float | None:
-        looks = [_LOOK] if self._parent is not None else []
+        waits = [_PARENT_INTERVAL] if self._parent is not None else []
         deadline = self._deadline
-        return min([*looks, *([max(deadline - time.monotonic(), 0.0)] if deadline is not None else [])], default=None)
+        return min([*waits, *([max(deadline - time.monotonic(), 0.0)] if deadline is not None else [])], default=None)
 
-    def _signalled(self, number: int, source: Peer | None = None) -> None:
-        """Take note of a signal to this process, or of news of one to another."""
+    def _handle_signal(self, number: int, source: Peer | None = None) -> None:
+        """Record a signal to this process, or a message about a signal to another."""
         if number not in STOPPING and (number == 0 or self.requeue is None):
-            return  # to wake the thread, or for another handler
+            return  # only wakes the thread, or is for another handler
         now = time.monotonic()
         if self.number == 0:
             self.number, self._since = number, now
             if self.phase is not Phase.AFTER:
                 request(number)
-            self._tell(News.STOP, number, source)
+            self._broadcast(News.STOP, number, source)
             patience = _PATIENCE_BEFORE if self.phase is Phase.BEFORE else _PATIENCE
             self._deadline = now + (patience if number in STOPPING else _PATIENCE_REQUEUE)
             if self._rank == 0 and self.phase is Phase.TRAINING and number in STOPPING:
-                _say(f"{_name(number)}: the run ends at its next step; a second signal ends it at once")
+                _print(f"{_name(number)}: the run ends at its next step; a second signal ends it at once")
         elif now - self._since >= _AGAIN and number in STOPPING and self.number in STOPPING:
-            self._tell(News.STOP_NOW, number, source)
+            self._broadcast(News.STOP_NOW, number, source)
             self._end(128 + number)
 
-    def _hear(self, peer: Peer) -> None:
-        told = peer.hear()
-        if told is None:
+    def _receive(self, peer: Peer) -> None:
+        message = peer.receive()
+        if message is None:
             self._drop(peer)
-            self._lose(peer.rank)
+            self._handle_loss(peer.rank)
             return
-        news, number = told
+        news, number = message
         if news is News.STOP:
-            self._signalled(number, peer)
+            self._handle_signal(number, peer)
         elif news is News.STOP_NOW:
-            self._tell(News.STOP_NOW, number, peer)
+            self._broadcast(News.STOP_NOW, number, peer)
             self._end(128 + number)
         elif news is News.LOST:
-            self._lose(number)
+            self._handle_loss(number)
         elif news is News.FAREWELL:
             self._drop(peer)
 
-    def _lose(self, rank: int) -> None:
-        """Another process is gone without a farewell: this one cannot go on."""
+    def _handle_loss(self, rank: int) -> None:
+        """Another process is gone without a farewell: this one cannot continue."""
         if self.lost is not None or self.phase is Phase.AFTER:
             return
         self.lost = rank
-        self._tell(News.LOST, rank)
+        self._broadcast(News.LOST, rank)
         self._deadline = time.monotonic() + _GRACE
         if not self.number and 0 in (rank, self._rank):
-            _say(f"error: process {rank} of the run is gone (an error, kill -9, no memory): process {self._rank} ends")
+            _print(
+                f"error: process {rank} of the run is gone (an error, kill -9, no memory): process {self._rank} ends"
+            )
 
-    def _give_up(self) -> None:
+    def _force_end(self) -> None:
         """End without the main thread."""
         if self.requeue is not None and self.number not in (0, *STOPPING):
             with suppress(Exception, SystemExit):
                 self.requeue()
             return
         if self.phase is Phase.TRAINING and self._rank == 0 and self.on_forced_end is not None:
-            with suppress(Exception):  # of what the main thread is doing
+            with suppress(Exception):  # any error: the main thread is still running
                 self.on_forced_end()
         self._end(128 + self.number if self.number else 1)
 
@@ -215,10 +217,10 @@ class Watch(threading.Thread):
                 stream.flush()
         os._exit(code)
 
-    def _tell(self, news: News, number: int = 0, source: Peer | None = None) -> None:
+    def _broadcast(self, news: News, number: int = 0, source: Peer | None = None) -> None:
         for peer in self._peers:
             if peer is not source:
-                peer.tell(news, number)
+                peer.send(news, number)
 
     def _drop(self, peer: Peer) -> None:
         self._peers.remove(peer)
@@ -226,7 +228,7 @@ class Watch(threading.Thread):
         peer.connection.close()
 
 
-def _say(words: str) -> None:
+def _print(words: str) -> None:
     with suppress(OSError, ValueError):
         sys.stderr.write(f"{words}\n")
         sys.stderr.flush()

@@ -92,5 +92,5 @@ def test_what_a_job_returned_is_given_again(value, expected):
 
 @pytest.mark.parametrize("value", [object(), {1: 2}, {"a": print}])
 def test_what_json_cannot_hold_is_refused(value):
-    with pytest.raises(TypeError, match="JSON holds no"):
+    with pytest.raises(TypeError, match="JSON cannot represent"):
         recorded(value)
