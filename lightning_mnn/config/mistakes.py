@@ -64,9 +64,9 @@ def explained(error: BaseException, cfg: DictConfig | None = None, command: Sequ
         command: the arguments of the command line.
     """
     if isinstance(error, ArgumentError):
-        return _of_argument(error, cfg, command)
+        return _argument_error(error, cfg, command)
     if isinstance(error, HydraException | OmegaConfBaseException) and not isinstance(error, UserError):
-        return _of_composition(error, command)
+        return _composition_error(error, command)
     if isinstance(error, OSError) and error.filename is not None:
         return of_file(error)
     message = one_line(str(error)) or type(error).__name__
@@ -140,31 +140,31 @@ def of_file(error: OSError) -> str:
     return _line(str(shown_path(Path(os.fsdecode(error.filename)))), str(error.strerror), remedy)
 
 
-def _of_argument(error: ArgumentError, cfg: DictConfig | None, command: Sequence[str]) -> str:
+def _argument_error(error: ArgumentError, cfg: DictConfig | None, command: Sequence[str]) -> str:
     key = key_of(cfg, error.name, error.value)
     given = _given(key, command)
     return _line(given.lstrip("+") if given else f"{key}={shown(error.value)}", error.problem, error.remedy)
 
 
-def _of_composition(error: HydraException | OmegaConfBaseException, command: Sequence[str]) -> str:
+def _composition_error(error: HydraException | OmegaConfBaseException, command: Sequence[str]) -> str:
     """The message for an error of Hydra's when it composes the config."""
     if isinstance(error, OverrideParseException):
-        return _of_grammar(error)
+        return _grammar_error(error)
     if isinstance(error, MissingConfigException):
-        return _of_missing_option(error)
+        return _missing_option(error)
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if not isinstance(cause, OmegaConfBaseException):
         return one_line(str(error))
     key = str(cause.full_key or "")
     if isinstance(cause, MissingMandatoryValue):
-        return _of_missing_value(cause)
+        return _missing_value(cause)
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and not isinstance(cause, InterpolationKeyError):
-        return _of_unknown_key(cause, key, command)
+        return _unknown_key(cause, key, command)
     message = one_line(str(error)) or one_line(str(cause))
-    return _of_type(cause, key.partition("[")[0], command) if isinstance(cause, ValidationError) and key else message
+    return _type_error(cause, key.partition("[")[0], command) if isinstance(cause, ValidationError) and key else message
 
 
-def _of_grammar(error: OverrideParseException) -> str:
+def _grammar_error(error: OverrideParseException) -> str:
     """The message for an override that Hydra cannot parse."""
     given = error.override
     key, equals, value = given.partition("=")
@@ -175,7 +175,7 @@ def _of_grammar(error: OverrideParseException) -> str:
     return _line(given, why, f"quote special characters, as in \"{key}='{value.strip('=')}'\"")
 
 
-def _of_missing_option(error: MissingConfigException) -> str:
+def _missing_option(error: MissingConfigException) -> str:
     """The message for an option that its group does not have."""
     missing, options = error.missing_cfg_file or "", list(error.options or ())
     group, _, option = missing.rpartition("/")
@@ -186,12 +186,12 @@ def _of_missing_option(error: MissingConfigException) -> str:
     return _line(f"{group}={option}", "there is no such option", f"choose {group}={'|'.join(first)}")
 
 
-def _of_missing_value(error: OmegaConfBaseException) -> str:
+def _missing_value(error: OmegaConfBaseException) -> str:
     key = str(error.full_key or str(error).splitlines()[0].rpartition(" ")[2])
     return _line(f"{key}=???", "has no value", f"give {key}=VALUE")
 
 
-def _of_unknown_key(error: OmegaConfBaseException, key: str, command: Sequence[str]) -> str:
+def _unknown_key(error: OmegaConfBaseException, key: str, command: Sequence[str]) -> str:
     """The message for a key that the config does not have."""
     above, _, name = key.rpartition(".")
     siblings = [str(sibling) for sibling in error.parent_node] if isinstance(error.parent_node, DictConfig) else []
@@ -201,7 +201,7 @@ def _of_unknown_key(error: OmegaConfBaseException, key: str, command: Sequence[s
     return _line(given, f"there is no key {key}", f"did you mean {near}? A new key needs a +, as +{given.lstrip('+~')}")
 
 
-def _of_type(error: OmegaConfBaseException, key: str, command: Sequence[str]) -> str:
+def _type_error(error: OmegaConfBaseException, key: str, command: Sequence[str]) -> str:
     """The message for a value that does not have its key's type."""
     given = _given(key, command) or f"{key}={shown(error.value)}"
     words = needed(key)

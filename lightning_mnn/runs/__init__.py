@@ -1,1 +1,1 @@
-"""A run's folder: its name, its settings, its resumption, and what is said on the console."""
+"""The folder of a run: its name, its settings, how it is resumed, and the console output."""

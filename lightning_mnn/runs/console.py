@@ -19,7 +19,7 @@ KINDS = {
     "differentiable_minimum": "a differentiable local minimum",
     "kink_minimum": "a local minimum on kinks",
     "saddle": "a saddle point",
-    "not_stationary": "not a local minimum, as far as could be verified",
+    "not_stationary": "no verified local minimum",
 }
 
 

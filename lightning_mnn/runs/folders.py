@@ -33,7 +33,7 @@ _TIME = "%Y-%m-%d_%H-%M-%S-%f"  # start time, the name of a folder; names sort i
 
 _RESULTS = ("metrics.csv", "checkpoints", "summary.json", "parts")  # a folder that contains any of these has results
 
-# Errors when reading a file that a kill interrupted Hydra in writing.
+# Errors from reading a file that Hydra was writing when it was killed.
 _INCOMPLETE = (
     YAMLError,
     HydraException,
@@ -261,8 +261,8 @@ def _started_by(folder: Path) -> list[str] | None:
 def _essential(overrides: Any) -> list[str]:
     """The overrides that identify a command, as they are written: without ``resume``, sorted by key.
 
-    Swept overrides keep their order, which numbers the jobs, and so do repeated overrides of a key, of which the last
-    counts.
+    Swept overrides keep their order, because it numbers the jobs. Repeated overrides of a key keep theirs, because the
+    last one counts.
     """
     written = OmegaConf.to_container(overrides, resolve=False) if OmegaConf.is_config(overrides) else overrides
     parsed = OverridesParser.create().parse_overrides([str(one) for one in written])  # type: ignore[union-attr]

@@ -49,7 +49,7 @@ def results_of(record: Mapping[str, Any], logs: Mapping[str, Points]) -> dict[st
     """
     found = _verdict(record.get("minimum"))
     found |= dict(_entries("return_value", returned(record.get("return_value"))))
-    for name in sorted(logs.keys() - set(_STEP_COLUMNS), key=lambda name: (_rank(name), name)):
+    for name in sorted(logs.keys() - set(_STEP_COLUMNS), key=lambda name: (_priority(name), name)):
         values = list(logs[name].values())
         column = f"logged.{name}" if name in _RESERVED else name
         found[column] = values[-1]
@@ -69,7 +69,7 @@ def columns_to_draw(results: Iterable[str]) -> list[str]:
     """
     known = dict.fromkeys(results)
     extremes = {f"{name}{end}" for name in known for end in (".min", ".max")}
-    return sorted((name for name in known if name not in extremes and name not in _NOT_DRAWN), key=_rank)
+    return sorted((name for name in known if name not in extremes and name not in _NOT_DRAWN), key=_priority)
 
 
 def has_logs(columns: Iterable[str]) -> bool:
@@ -81,7 +81,7 @@ def has_logs(columns: Iterable[str]) -> bool:
     return any(name != "seconds" and not name.startswith("return_value") for name in columns)
 
 
-def _rank(name: str) -> int:
+def _priority(name: str) -> int:
     firsts = {"return_value": 0, "val": 1, "test": 2} | dict.fromkeys(_OWN_METRICS, 4) | {"seconds": 5}
     return next((place for first, place in firsts.items() if name.startswith(first)), 3)
 

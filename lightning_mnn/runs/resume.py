@@ -32,7 +32,7 @@ _INDIFFERENT = ("resume", "run_dir", "threads", "logger")
 
 # Callbacks that change results only by their class: a callback that must see every step changes how steps are bundled,
 # and thus their rounding.
-_CLASS_ALONE = ("checkpoint", "progress")
+_CLASS_ONLY = ("checkpoint", "progress")
 
 # Keys of the data that determine only where reproducible files are kept, and how fast they are read.
 _INDIFFERENT_DATA = ("cache", "workers")
@@ -166,7 +166,7 @@ def _plan(cfg: DictConfig) -> dict[str, Any]:
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=False)  # type: ignore[assignment]
     config = {key: value for key, value in config.items() if key not in _INDIFFERENT}
     callbacks = config.get("callbacks") or {}
-    classes = {key: {"_target_": (callbacks.get(key) or {}).get("_target_")} for key in _CLASS_ALONE}
+    classes = {key: {"_target_": (callbacks.get(key) or {}).get("_target_")} for key in _CLASS_ONLY}
     config["callbacks"] = callbacks | classes
     config["data"] = {key: value for key, value in (config.get("data") or {}).items() if key not in _INDIFFERENT_DATA}
     return {

@@ -461,7 +461,10 @@ def _in_order(job: Job) -> tuple[bool, list[tuple[int, str]]]:
 
 def _no_training(folder: Path, jobs: Sequence[Job]) -> str:
     if not jobs:
-        return f"sweep={shown(folder)} contains no jobs: give the folder of a sweep (hydra.sweep.dir), or one above"
+        return (
+            f"sweep={shown(folder)} contains no jobs: give the folder of a sweep (hydra.sweep.dir), or a folder above "
+            "several sweeps"
+        )
     return (
         f"sweep={shown(folder)} contains no training runs, but {by_task(jobs)}: task=report folder=DIR draws the "
         "results of each"

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 _UNGUARDED = (
-    "the program calls its main function when it is imported, as each job imports it: put the call under "
+    "the program calls its main function when it is imported, and each job imports it: put the call under "
     'if __name__ == "__main__":'
 )
 _GRACE = 10  # seconds between SIGTERM and SIGKILL

@@ -144,7 +144,7 @@ def check_devices(trainer: Mapping[str, Any]) -> None:
         return
     raise ValueError(
         f"trainer.strategy={strategy} with trainer.devices={trainer.get('devices', 'auto')} starts its other processes "
-        "by running the same command again, and this one is a sweep, which each of them would run as a whole: "
+        "by running the same command again, but this command is a sweep, and each of them would run all of it: "
         "add hydra/launcher=device_pool, or on a cluster hydra/launcher=slurm"
     )
 

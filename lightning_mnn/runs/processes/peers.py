@@ -78,7 +78,7 @@ def connect(trainer: pl.Trainer) -> list[Peer]:
         except OSError as error:
             rank_zero_warn(
                 f"The processes of this run cannot connect to one another at {host}:{port} ({error}): a signal to one "
-                "reaches the others at a step only, and where one dies, the others end when their collectives fail"
+                "reaches the others only at a step, and if one dies, the others end when their collectives fail"
             )
             return []
         connection.settimeout(None)

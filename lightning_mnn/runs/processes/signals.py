@@ -128,7 +128,7 @@ class RunSignals(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.watch.phase = Phase.TRAINING
-        self._install_handlers()  # from Lightning, whose handler waits for the other processes
+        self._install_handlers()  # again: Lightning has installed one that waits for the other processes
 
     def end_training(self, error: BaseException | None = None) -> BaseException | None:
         """Record that training has ended; from now on signals are no longer requests.

@@ -194,7 +194,7 @@ class Watch(threading.Thread):
         self._deadline = time.monotonic() + _GRACE
         if not self.number and 0 in (rank, self._rank):
             _print(
-                f"error: process {rank} of the run is gone (an error, kill -9, no memory): process {self._rank} ends"
+                f"error: process {rank} of the run is gone (error, kill -9, out of memory): process {self._rank} ends"
             )
 
     def _force_end(self) -> None:
