@@ -196,7 +196,7 @@ VALUES = [
     ),
     (
         "experiment=census threads=2",
-        "threads=2: the worker processes of task=census use one thread",
+        "threads=2: each worker process of task=census uses one thread",
         "census.processes",
     ),
     ("experiment=census replicas=3", "replicas=3: task=census does not use it", "replicas=1"),

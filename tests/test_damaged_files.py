@@ -159,7 +159,7 @@ BEGUN = [
     (
         "ckpt_path=a.pt",
         saved("a.pt", nn.Linear(2, 3).state_dict()),
-        "a.pt is damaged (it is no checkpoint of a Trainer",
+        "a.pt is damaged (it is not a checkpoint of a Trainer",
     ),
     (
         f"ckpt_path={LAST} model.hidden_dims=[9]",
@@ -171,7 +171,7 @@ BEGUN = [
         lambda: None,
         f"ckpt_path={LAST}: belongs to another network:  hidden_weights.0 is 8×6",
     ),
-    (f"ckpt_path={LAST} optimizer=sgd", lambda: None, f"ckpt_path={LAST}: is of a run with optimizer=adam"),
+    (f"ckpt_path={LAST} optimizer=sgd", lambda: None, f"ckpt_path={LAST}: belongs to a run with optimizer=adam"),
 ]
 
 

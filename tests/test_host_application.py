@@ -230,7 +230,7 @@ def test_a_sweep_of_hydras_own_launcher_has_no_record_of_its_ends_but_a_table(tm
     monkeypatch.chdir(folder)
     said, table = report_of(folder / "sweep", capsys)
     assert "jobs: 2 unrecorded\n" in said
-    assert "is recorded by hydra/launcher=device_pool alone" in said
+    assert "only hydra/launcher=device_pool records" in said
     assert "resume" not in said
     assert [(row["model.width"], row["status"]) for row in table] == [(2, "unrecorded"), (3, "unrecorded")]
     first, second = table

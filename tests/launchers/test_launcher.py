@@ -255,7 +255,10 @@ def test_gpus_are_lent_by_their_names(app):
     [
         (("hydra.launcher.n_jobs=0",), "hydra.launcher.n_jobs=0: must be a positive number or null"),
         (("hydra.launcher.jobs=2",), "Key 'jobs' not in 'DevicePoolConf'"),
-        (("+trainer.num_nodes=2",), "trainer.num_nodes=2: hydra/launcher=device_pool has the devices of one machine"),
+        (
+            ("+trainer.num_nodes=2",),
+            "trainer.num_nodes=2: hydra/launcher=device_pool has only the devices of one machine",
+        ),
         (("hydra.sweep.subdir=same",), "jobs [0, 1] would share the folder"),
         (
             ("trainer.accelerator=gpu", "hydra.launcher.gpus=[0]", "trainer.devices=2"),

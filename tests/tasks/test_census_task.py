@@ -162,7 +162,7 @@ def test_a_folder_with_another_run_is_refused():
         ("data=mnist", "data: task=census does not use it: leave data out"),
         ("optimizer=sgd", "optimizer: task=census does not use it"),
         ("schedule=constant", "schedule: task=census does not use it"),
-        ("threads=2", "threads=2: the worker processes of task=census use one thread each: .* by census.processes"),
+        ("threads=2", "threads=2: each worker process of task=census uses one thread: .* by census.processes"),
         ("census.parts=0", "census.parts must be at least 1"),
         ("census.processes=0", "census.processes must be at least 1"),
         ("seed=-1", "seed must not be negative"),

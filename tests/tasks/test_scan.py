@@ -142,7 +142,7 @@ def test_a_folder_with_another_run_is_refused():
         ("trainer=cpu", "trainer: task=scan does not use it"),
         ("callbacks=mnn", "callbacks: task=scan does not use it"),
         ("logger=default", "logger: task=scan does not use it"),
-        ("threads=4", "threads=4: the worker processes of task=scan use one thread each: .* by scan.processes"),
+        ("threads=4", "threads=4: each worker process of task=scan uses one thread: .* by scan.processes"),
         ("scan.ratios=[-1]", "scan.ratios must be a number, above 0"),
         ("scan.ratios=[0.001]", "scan.ratios must not contain 0.001, which gives no sample at d = 10"),
         ("scan.ratios=[0.5,0.501]", "scan.ratios must not contain 0.501, which gives N = 55 a second time at d = 10"),

@@ -161,7 +161,7 @@ def test_what_ended_badly_is_named_with_its_reason(capsys, monkeypatch, recorded
     said = capsys.readouterr().out
     for line in (
         "jobs: 2 finished, 2 failed, 1 unfinished", "failed: 1 (seed=2): training diverged: lower the rate",
-        "failed: 3 (seed=4): ValueError: [no] such", "unfinished: 2 (seed=3)\n", "each with resume=true",
+        "failed: 3 (seed=4): ValueError: [no] such", "unfinished: 2 (seed=3)\n", "each job by its own command",
     ):  # fmt: skip
         assert line in said, line
     rows, typed = read(folder)
@@ -253,7 +253,7 @@ def test_a_torn_record_of_another_program_leaves_its_job_unfinished(torn):
     assert (whole.status, job.status) == (Status.FINISHED, Status.UNFINISHED)
     assert job.overrides == ("lr=1",)
     if torn not in ("{}", None):
-        assert re.match(r"sweep/1/job.json (is damaged|has no known status)", job.error)
+        assert re.match(r"sweep/1/job.json (is damaged|has an unknown status)", job.error)
 
 
 def test_a_torn_log_of_another_program_is_named_and_costs_its_metrics_alone(capsys):
