@@ -105,29 +105,29 @@ class Code:
 
 
 RESUMED = [
-    (text("run/plan.json", "{"), "run/plan.json is damaged (it is no JSON", "choose another hydra.run.dir"),
-    (text("run/plan.json", "[]"), "run/plan.json is damaged (it holds no JSON object", "choose another hydra.run.dir"),
+    (text("run/plan.json", "{"), "run/plan.json is damaged (it is not JSON", "choose another hydra.run.dir"),
+    (text("run/plan.json", "[]"), "run/plan.json is damaged (it is not a JSON object", "choose another hydra.run.dir"),
     (
         text("run/plan.json", '{"config": {}}'),
         "run/plan.json is damaged (it lacks versions, wandb_id",
         "choose another",
     ),
-    (replaced("run/plan.json", b"seed", b"s\xffed"), "run/plan.json is damaged (it is no JSON", "choose another"),
-    (text("run/summary.json", ""), "run/summary.json is damaged (it is no JSON", "delete it"),
-    (cut("run/summary.json"), "run/summary.json is damaged (it is no JSON", "delete it"),
-    (text("run/summary.json", "3"), "run/summary.json is damaged (it holds no JSON object", "delete it"),
-    (text("run/metrics.csv", "step\n"), "run/metrics.csv is damaged (it should hold", "begin anew"),
+    (replaced("run/plan.json", b"seed", b"s\xffed"), "run/plan.json is damaged (it is not JSON", "choose another"),
+    (text("run/summary.json", ""), "run/summary.json is damaged (it is not JSON", "delete it"),
+    (cut("run/summary.json"), "run/summary.json is damaged (it is not JSON", "delete it"),
+    (text("run/summary.json", "3"), "run/summary.json is damaged (it is not a JSON object", "delete it"),
+    (text("run/metrics.csv", "step\n"), "run/metrics.csv is damaged (it should have", "start again"),
     (
         replaced("run/metrics.csv", b"\n0.", b"\nx."),
-        "run/metrics.csv is damaged (it is no table of numbers",
-        "begin anew",
+        "run/metrics.csv is damaged (it is not a table of numbers",
+        "start again",
     ),
-    (replaced("run/metrics.csv", b"\n0.", b"\n\xff."), "run/metrics.csv is damaged (it is no table", "begin anew"),
+    (replaced("run/metrics.csv", b"\n0.", b"\n\xff."), "run/metrics.csv is damaged (it is not a table", "start again"),
     (text("run/patterns.zarr/zarr.json", "{"), "run/patterns.zarr/zarr.json is damaged", "delete the store"),
     (of_a_snapshot("{"), "zarr.json is damaged", "delete the store"),
-    (cut(LAST), "run/checkpoints/last.ckpt is damaged (it is no checkpoint of torch, or was cut", "delete it"),
-    (text(LAST, ""), "run/checkpoints/last.ckpt is damaged (it is no checkpoint of torch, or was cut", "delete it"),
-    (text(LAST, "words"), "run/checkpoints/last.ckpt is damaged (it is no checkpoint of torch", "delete it"),
+    (cut(LAST), "run/checkpoints/last.ckpt is damaged (it is not a torch checkpoint, or", "delete it"),
+    (text(LAST, ""), "run/checkpoints/last.ckpt is damaged (it is not a torch checkpoint, or", "delete it"),
+    (text(LAST, "words"), "run/checkpoints/last.ckpt is damaged (it is not a torch checkpoint", "delete it"),
     (flipped(LAST), "run/checkpoints/last.ckpt is damaged (the checksum of", "delete it"),
     (
         saved(LAST, {"a": 1}),
@@ -148,9 +148,9 @@ def test_a_run_does_not_go_on_from_a_damaged_file(damage, message, remedy, refus
 BEGUN = [
     ("ckpt_path=nowhere.ckpt", lambda: None, "ckpt_path=nowhere.ckpt: is not a file: give the path of a checkpoint"),
     ("ckpt_path=run", lambda: None, "ckpt_path=run: is a folder, not a file: give the path of a checkpoint"),
-    (f"ckpt_path={LAST}", cut(LAST, 0.9), "run/checkpoints/last.ckpt is damaged (it is no checkpoint of torch, or was"),
+    (f"ckpt_path={LAST}", cut(LAST, 0.9), "run/checkpoints/last.ckpt is damaged (it is not a torch checkpoint, or"),
     (f"ckpt_path={LAST}", flipped(LAST), "run/checkpoints/last.ckpt is damaged (the checksum of"),
-    ("ckpt_path=run/plan.json", lambda: None, "run/plan.json is damaged (it is no checkpoint of torch"),
+    ("ckpt_path=run/plan.json", lambda: None, "run/plan.json is damaged (it is not a torch checkpoint"),
     (
         "ckpt_path=a.npz",
         lambda: np.savez("a.npz", a=np.ones(3)),
@@ -214,10 +214,10 @@ def assert_equal(one, other):
 
 REPORTED = [
     (text("run/metrics.csv", "step,a\n0,x\n"), "run/metrics.csv is damaged (line 2: could not convert string to float"),
-    (replaced("run/metrics.csv", b"\n0.", b"\n\xff."), "run/metrics.csv is damaged (it is no table"),
-    (text("run/metrics.csv", "a,b\n1,2,3\n"), "run/metrics.csv is damaged (line 2 has another number of fields"),
+    (replaced("run/metrics.csv", b"\n0.", b"\n\xff."), "run/metrics.csv is damaged (it is not a table"),
+    (text("run/metrics.csv", "a,b\n1,2,3\n"), "run/metrics.csv is damaged (line 2 has a wrong number of fields"),
     (text("run/metrics.csv", "a,b\n1,2\n"), "run/metrics.csv is damaged (it lacks the column step"),
-    (text("run/summary.json", "{"), "run/summary.json is damaged (it is no JSON"),
+    (text("run/summary.json", "{"), "run/summary.json is damaged (it is not JSON"),
     (text("run/summary.json", "{}"), "run/summary.json is damaged (it lacks input_dim"),
 ]
 
@@ -230,7 +230,7 @@ def test_a_report_names_a_damaged_file(damage, message, refused):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "it is no JSON"),
+        ("{", "it is not JSON"),
         ('{"figure": "map", "sizes": []}', "it names no figure: 'map'"),
         ("{}", "it lacks figure"),
     ],
@@ -251,7 +251,7 @@ def test_an_experiment_does_not_go_on_in_a_folder_with_a_damaged_plan(experiment
         Path("it/plan.json").write_text('{"seed": ')
 
     line = refused(f"experiment={experiment} hydra.run.dir=it", damage)
-    assert "it/plan.json is damaged (it is no JSON" in line
+    assert "it/plan.json is damaged (it is not JSON" in line
     assert "choose another name or hydra.run.dir" in line
 
 

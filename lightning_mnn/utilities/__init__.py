@@ -1,1 +1,1 @@
-"""What any part of the package may use."""
+"""Utilities that every part of the package may use."""

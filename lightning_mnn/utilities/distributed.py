@@ -1,6 +1,6 @@
-"""Team: processes that each hold a part of the samples, and what they must agree on.
+"""Process groups: processes that each have a part of the samples, and the collectives between them.
 
-Every process calls the same methods in the same order; each result is the same on all of them.
+Every process calls the same methods in the same order, and each result is the same on all of them.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def gather(value: Any) -> list[Any]:
     """The value of every process, in rank order, on every process.
 
     Raises:
-        Interrupted: (on every process) one was asked to stop.
-        Exception: (on every process) one has met this error, and called :func:`share_error`.
+        Interrupted: (on every process) one of them was asked to stop.
+        Exception: (on every process) the error that one of them passed to :func:`share_error`.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return [value]
@@ -47,11 +47,11 @@ def gather(value: Any) -> list[Any]:
 
 
 def gather_results(work: Callable[[], Answer]) -> list[Answer]:
-    """What each process finds, in rank order, on every process; the work must not wait for other processes.
+    """The result of ``work`` on each process, in rank order, on every process; it must not wait for other processes.
 
     Raises:
-        Interrupted: (on every process) one was asked to stop; where it is in the middle of its work, it stops there.
-        Exception: (on every process) the first error that one of them met.
+        Interrupted: (on every process) one of them was asked to stop; if it is still working, it stops there.
+        Exception: (on every process) the first error that was raised on one of them.
     """
     if not (dist.is_available() and dist.is_initialized()):
         with alone():
@@ -62,9 +62,9 @@ def gather_results(work: Callable[[], Answer]) -> list[Answer]:
         with alone():
             found = work()
     except Interrupted:
-        pass  # which is raised on all below
-    except Exception as local_part:  # noqa: BLE001 (of whatever kind)
-        error = local_part
+        pass  # raised on all processes below
+    except Exception as raised:  # noqa: BLE001 (shared with the other processes)
+        error = raised
     values, requests, errors = _exchanged(found, error)
     stop_if_any(requests)
     raise_first(errors)
@@ -72,12 +72,12 @@ def gather_results(work: Callable[[], Answer]) -> list[Answer]:
 
 
 def share_error(error: Exception | None) -> None:
-    """Tell the other processes of an error, or of none; they call this, too, or wait in :func:`gather`.
+    """Share an error, or None, with the other processes, which also call this function or wait in :func:`gather`.
 
     Raises:
-        Exception: (on every process) the first error that one of them met.
+        Exception: (on every process) the first error that was raised on one of them.
     """
-    if getattr(error, "is_shared", False):  # the others raise it as well
+    if getattr(error, "is_shared", False):  # the other processes raise it, too
         raise cast("Exception", error)
     if dist.is_available() and dist.is_initialized():
         raise_first(_exchanged(None, error)[2])
@@ -86,7 +86,7 @@ def share_error(error: Exception | None) -> None:
 
 
 def _exchanged(value: Any, error: Exception | None) -> tuple[list[Any], list[int], list[BaseException | None]]:
-    """Values, requests to stop and errors of all processes."""
+    """The values, stop requests and errors of all processes."""
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, (value, requested(), error and transferable(error)))
     values, requests, errors = (list(column) for column in zip(*parts, strict=True))
@@ -94,9 +94,9 @@ def _exchanged(value: Any, error: Exception | None) -> tuple[list[Any], list[int
 
 
 def on_first_process(trainer: pl.Trainer, work: Callable[[], Answer]) -> Answer:
-    """What the first process finds, on every process; an error that it meets is raised on all of them.
+    """The result of ``work`` on the first process, on every process; an error that it raises is raised on all of them.
 
-    Nothing in the answer may lie on a device of the first process alone.
+    The result must not contain tensors on a device that only the first process uses.
     """
     if trainer.world_size == 1:
         return work()
@@ -105,7 +105,7 @@ def on_first_process(trainer: pl.Trainer, work: Callable[[], Answer]) -> Answer:
         try:
             with alone():
                 box = [work()]
-        except (Exception, Interrupted) as error:  # noqa: BLE001 (the others wait for an answer, and fail with it)
+        except (Exception, Interrupted) as error:  # noqa: BLE001 (the other processes wait for it, and raise it too)
             box = [error]
     dist.broadcast_object_list(box, src=0)
     if isinstance(box[0], Exception | Interrupted):
@@ -114,7 +114,7 @@ def on_first_process(trainer: pl.Trainer, work: Callable[[], Answer]) -> Answer:
 
 
 def part_of(total: int, rank: int, world_size: int) -> tuple[int, int]:
-    """The contiguous part [low, high) of ``total`` things that falls to one process.
+    """The contiguous part [low, high) of ``total`` items that belongs to one process.
 
     >>> [part_of(10, rank, 3) for rank in range(3)]
     [(0, 3), (3, 6), (6, 10)]
@@ -122,11 +122,11 @@ def part_of(total: int, rank: int, world_size: int) -> tuple[int, int]:
     return total * rank // world_size, total * (rank + 1) // world_size
 
 
-_pace = Pace(seconds=0.5)  # of questions whether a process is to stop, in work of many sums
+_pace = Pace(seconds=0.5)  # of exchanges of stop requests, during work with many reductions
 
 
 class ProcessGroup:
-    """One process with all samples: nothing to agree on.
+    """A single process that has all samples, so there is nothing to exchange.
 
     >>> ProcessGroup().sum(torch.tensor([2.0]))
     tensor([2.])
@@ -135,46 +135,46 @@ class ProcessGroup:
     size: int = 1
 
     def sum(self, value: Tensor) -> Tensor:
-        """Sum over the processes."""
+        """The sum over the processes."""
         return value
 
     def min(self, value: Tensor) -> Tensor:
-        """Smallest over the processes, element by element."""
+        """The elementwise minimum over the processes."""
         return value
 
     def max(self, value: Tensor) -> Tensor:
-        """Largest over the processes, element by element."""
+        """The elementwise maximum over the processes."""
         return value
 
-    def any(self, flags: Sequence[bool], device: torch.device) -> list[bool]:  # noqa: ARG002 (of several processes)
-        """Which flags of the host's are set on one of the processes, which exchange them on a device."""
+    def any(self, flags: Sequence[bool], device: torch.device) -> list[bool]:  # noqa: ARG002 (used by the subclass)
+        """For each flag of the host, whether any process has set it; the exchange uses tensors on ``device``."""
         return list(flags)
 
-    def total(self, number: int, device: torch.device) -> int:  # noqa: ARG002 (of several processes)
-        """Sum of the host's numbers over the processes, which exchange them on a device."""
+    def total(self, number: int, device: torch.device) -> int:  # noqa: ARG002 (used by the subclass)
+        """The sum of a number of the host over the processes; the exchange uses tensors on ``device``."""
         return number
 
     def raise_any(self, error: BaseException | None) -> None:
-        """Raise the first error that a process met, on all of them; each calls this with its own, or None."""
+        """Raise the first error of any process on all processes; each passes its own error, or None."""
         if error is not None:
             raise error
 
     def join(self, rows: Tensor) -> Tensor:
-        """The rows of all processes, in the samples' order."""
+        """The rows of all processes, in the order of the samples."""
         return rows
 
     def local_part(self, rows: Tensor) -> Tensor:
-        """This process's part of joined rows."""
+        """This process's part of rows that :meth:`join` returned."""
         return rows
 
 
 class DistributedGroup(ProcessGroup):
     """The processes of torch.distributed's default group, in rank order.
 
-    Where one of them is asked to stop, all stop at one of these calls: about twice a second they ask one another.
+    About twice a second, a call also exchanges stop requests: if one process was asked to stop, all stop at that call.
 
     Args:
-        num_samples: number of samples that this process holds.
+        num_samples: number of samples of this process.
     """
 
     def __init__(self, num_samples: int) -> None:
@@ -182,43 +182,43 @@ class DistributedGroup(ProcessGroup):
         counts: list[int] = [0] * self.size
         dist.all_gather_object(counts, num_samples)
         start = sum(counts[: dist.get_rank()])
-        self._own = slice(start, start + num_samples)
+        self._local = slice(start, start + num_samples)
 
     def sum(self, value: Tensor) -> Tensor:
-        """Sum over the processes."""
+        """The sum over the processes."""
         return _reduced(value, dist.ReduceOp.SUM)
 
     def min(self, value: Tensor) -> Tensor:
-        """Smallest over the processes, element by element."""
+        """The elementwise minimum over the processes."""
         return _reduced(value, dist.ReduceOp.MIN)
 
     def max(self, value: Tensor) -> Tensor:
-        """Largest over the processes, element by element."""
+        """The elementwise maximum over the processes."""
         return _reduced(value, dist.ReduceOp.MAX)
 
     def any(self, flags: Sequence[bool], device: torch.device) -> list[bool]:
-        """Which flags of the host's are set on one of the processes, which exchange them on a device."""
+        """For each flag of the host, whether any process has set it; the exchange uses tensors on ``device``."""
         return [bool(flag) for flag in self.max(torch.tensor(flags, device=device).int()).tolist()]
 
     def total(self, number: int, device: torch.device) -> int:
-        """Sum of the host's numbers over the processes, which exchange them on a device."""
+        """The sum of a number of the host over the processes; the exchange uses tensors on ``device``."""
         return int(self.sum(torch.tensor(number, device=device)))
 
     def raise_any(self, error: BaseException | None) -> None:
-        """Raise the first error that a process met, on all of them; each calls this with its own, or None."""
+        """Raise the first error of any process on all processes; each passes its own error, or None."""
         errors: list[BaseException | None] = [None] * self.size
         dist.all_gather_object(errors, error and transferable(error))
         raise_first(errors)
 
     def join(self, rows: Tensor) -> Tensor:
-        """The rows of all processes, in the samples' order."""
+        """The rows of all processes, in the order of the samples."""
         parts: list[Tensor] = [rows] * self.size
         dist.all_gather_object(parts, rows.cpu())
         return torch.cat(parts).to(rows.device)
 
     def local_part(self, rows: Tensor) -> Tensor:
-        """This process's part of joined rows."""
-        return rows[self._own]
+        """This process's part of rows that :meth:`join` returned."""
+        return rows[self._local]
 
 
 def _reduced(value: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
@@ -230,10 +230,10 @@ def _reduced(value: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
 
 
 def _stop_together(device: torch.device) -> None:
-    local_part = [requested(), int(is_over_time()), _pace.proposal() if dist.get_rank() == 0 else 0]
-    told = torch.tensor(local_part, device=device)
-    dist.all_reduce(told, dist.ReduceOp.MAX)
-    number, over_time, pause = told.tolist()
+    local_state = [requested(), int(is_over_time()), _pace.proposal() if dist.get_rank() == 0 else 0]
+    reduced = torch.tensor(local_state, device=device)
+    dist.all_reduce(reduced, dist.ReduceOp.MAX)
+    number, over_time, pause = reduced.tolist()
     _pace.restart(pause)
     stop_if_any([number])
     if over_time:
@@ -241,7 +241,7 @@ def _stop_together(device: torch.device) -> None:
 
 
 def raise_first(errors: Sequence[BaseException | None]) -> None:
-    """Raise the first error of a list that all processes have."""
+    """Raise the first error in a list that is the same on all processes."""
     for error in errors:
         if error is not None:
             error.is_shared = True  # type: ignore[attr-defined]
@@ -249,9 +249,9 @@ def raise_first(errors: Sequence[BaseException | None]) -> None:
 
 
 def transferable(error: BaseException) -> BaseException:
-    """An error that can be sent to other processes."""
+    """The error if it can be pickled for other processes, else a RuntimeError with its type and message."""
     try:
-        pickle.loads(pickle.dumps(error))  # noqa: S301 (it is our own)
-    except Exception:  # noqa: BLE001 (of whatever its class does)
+        pickle.loads(pickle.dumps(error))  # noqa: S301 (pickled in the same line)
+    except Exception:  # noqa: BLE001 (the error's class may raise anything)
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and that are named where they cannot be read or written."""
+"""Reading and writing files: atomic writes, file locks, and errors that name the file."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
 
 
-_RESTORE = "restore it, or begin anew in another folder"
+_RESTORE = "restore it, or start again in another folder"
 
 
 class DamagedFileError(ValueError):
-    """A file does not hold what it should: it was cut, changed, or is of another kind.
+    """A file does not contain what it should: it was truncated or changed, or is of another kind.
 
     Args:
         path: of the file.
@@ -43,27 +43,28 @@ class DamagedFileError(ValueError):
         self.remedy = remedy
 
     @override
-    def __reduce__(self) -> tuple[Any, ...]:  # by which it comes through from another process
+    def __reduce__(self) -> tuple[Any, ...]:  # so that it can be sent to another process
         return type(self), (self.path, self.reason, self.remedy)
 
 
 def shown(path: Path) -> Path:
-    """A path as it is told to the user: relative to the current folder where it lies in it."""
+    """A path as messages show it: relative to the current folder if it is inside that folder."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 @contextmanager
 def whole_file(path: Path, *, writes: bool = True) -> Iterator[Path]:
-    """A path to write a file under, which then takes its name; where writing fails, nothing of it is left.
+    """A context that writes a file atomically: it yields a temporary path, and renames it to ``path`` at the end.
 
-    What has the name is complete and on disk, also after a kill, a power cut or on a full disk.
+    If writing fails, the temporary file is removed. A file named ``path`` is always complete and on disk, also after a
+    kill, a power cut or on a full disk.
 
     Args:
-        path: of the file.
-        writes: whether this process writes; others that take part in a collective write leave the file alone.
+        path: the file to write.
+        writes: whether this process writes; the other processes of a collective write do not touch the file.
 
     Raises:
-        OSError: it cannot be written; the error has the path.
+        OSError: the file cannot be written; the error has the path.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp(), "a.txt")
@@ -93,13 +94,13 @@ def _to_disk(path: Path) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON, whole or not at all; infinite and undefined numbers become null."""
+    """Write JSON atomically; infinite and undefined numbers become null."""
     with whole_file(path) as unfinished:
         unfinished.write_text(json_text(content), encoding="utf-8")
 
 
 def json_text(content: dict[str, Any]) -> str:
-    """JSON, in which infinite and undefined numbers become null.
+    """JSON text; infinite and undefined numbers become null.
 
     >>> json_text({"a": [1, math.inf]}).split()
     ['{', '"a":', '[', '1,', 'null', ']', '}']
@@ -108,7 +109,7 @@ def json_text(content: dict[str, Any]) -> str:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a table, whole or not at all; its columns are the first row's keys, None an empty field."""
+    """Write a table atomically; its columns are the first row's keys, and None becomes an empty field."""
     with whole_file(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
         table.writeheader()
@@ -119,34 +120,34 @@ def read_json(path: Path, needs: Collection[str] = (), remedy: str = _RESTORE) -
     """The object in a JSON file.
 
     Args:
-        path: of the file.
-        needs: keys that it must have.
-        remedy: where it is damaged.
+        path: the file.
+        needs: keys that the object must have.
+        remedy: what the error tells the user to do if the file is damaged.
 
     Raises:
-        DamagedFileError: the file holds no JSON, no object, or not all keys.
+        DamagedFileError: the file is not JSON, is not an object, or lacks one of the keys.
     """
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
-        raise DamagedFileError(path, f"it is no JSON: {error}", remedy) from error
+        raise DamagedFileError(path, f"it is not JSON: {error}", remedy) from error
     if not isinstance(content, dict):
-        raise DamagedFileError(path, "it holds no JSON object", remedy)
+        raise DamagedFileError(path, "it is not a JSON object", remedy)
     if missing := [key for key in needs if key not in content]:
         raise DamagedFileError(path, f"it lacks {', '.join(missing)}", remedy)
     return content
 
 
 def read_csv(path: Path, needs: Collection[str] = (), remedy: str = _RESTORE) -> list[dict[str, str]]:
-    """The rows of a table, by the names in its first line, but for a last line that was not written to its end.
+    """The rows of a CSV table, keyed by the column names in its first line; an incomplete last line is left out.
 
     Args:
-        path: of the file.
-        needs: columns that it must have.
-        remedy: where it is damaged.
+        path: the file.
+        needs: columns that the table must have.
+        remedy: what the error tells the user to do if the file is damaged.
 
     Raises:
-        DamagedFileError: the file holds no text, a row has more or fewer fields than there are columns, or a column is
+        DamagedFileError: the file is not text, a row has more or fewer fields than there are columns, or a column is
             missing.
     """
     rows: list[dict[str, str]] = []
@@ -155,32 +156,33 @@ def read_csv(path: Path, needs: Collection[str] = (), remedy: str = _RESTORE) ->
         table = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""), strict=True)
         for row in table:
             if None in row or None in row.values():
-                raise DamagedFileError(path, f"line {table.line_num} has another number of fields", remedy)
+                raise DamagedFileError(path, f"line {table.line_num} has a wrong number of fields", remedy)
             rows.append(row)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise DamagedFileError(path, f"it is no table: {error}", remedy) from error
+        raise DamagedFileError(path, f"it is not a table: {error}", remedy) from error
     if missing := [name for name in needs if name not in (table.fieldnames or ())]:
         raise DamagedFileError(path, f"it lacks the column {', '.join(missing)}", remedy)
     return rows
 
 
 def check_archive(path: Path, remedy: str = _RESTORE) -> None:
-    """Read a zip file, such as torch saves, and compare each entry with its checksum, which torch itself does not.
+    """Check the checksum of every entry of a zip file, such as a torch checkpoint; torch itself does not check them.
 
     Args:
-        path: of the file.
-        remedy: where it is damaged.
+        path: the file.
+        remedy: what the error tells the user to do if the file is damaged.
 
     Raises:
-        DamagedFileError: it is no zip file, was cut, or a checksum is wrong.
+        DamagedFileError: the file is not a zip file, was truncated, or a checksum is wrong.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError, RuntimeError) as error:
-        raise DamagedFileError(path, f"it is no checkpoint of torch, or was cut or changed: {error}", remedy) from error
+        reason = f"it is not a torch checkpoint, or it was truncated or changed: {error}"
+        raise DamagedFileError(path, reason, remedy) from error
     if broken is not None:
-        raise DamagedFileError(path, f"the checksum of {broken} in it is wrong", remedy)
+        raise DamagedFileError(path, f"the checksum of its entry {broken} is wrong", remedy)
 
 
 def _finite(value: Any) -> Any:
@@ -192,7 +194,7 @@ def _finite(value: Any) -> Any:
 
 
 def differences(kept: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """What differs between two nested dictionaries, by dotted names; empty where nothing does.
+    """The differences between two nested dictionaries as text, with dotted names; empty if there are none.
 
     >>> differences({"data": {"seed": 1, "size": 5}}, {"data": {"seed": 2, "size": 5}})
     'data.seed is 1, not 2'
@@ -203,7 +205,7 @@ def differences(kept: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Leaves of nested dictionaries by their dotted names."""
+    """The leaves of nested dictionaries, keyed by their dotted names."""
     if not isinstance(value, Mapping):
         return {name: value}
     return {leaf: v for key, item in value.items() for leaf, v in _flat(item, f"{name}.{key}".lstrip(".")).items()}
@@ -211,7 +213,7 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give a system's error that says no path, as that of a full disk, the path of the file that is worked on."""
+    """A context that adds a path to system errors that have none, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -222,11 +224,11 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
-    """A context that one process at a time can be in; the others wait.
+    """A context that only one process at a time can enter; the others wait.
 
     Args:
-        path: an empty file by which they know each other; it may be there before and stay behind.
-        on_wait: called once where another process has to be waited for.
+        path: an empty lock file; it may exist before and is not removed.
+        on_wait: called once if this process has to wait for another one.
     """
     lock = FileLock(path, thread_local=False)
     try:
@@ -243,13 +245,13 @@ def locked(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[No
 
 @contextmanager
 def locked_if_free(path: Path) -> Iterator[bool]:
-    """A context that one process at a time can be in; nobody waits.
+    """A context that tells whether this process got the lock; it never waits.
 
     Args:
-        path: an empty file by which processes know each other; it is gone when the context ends.
+        path: an empty lock file; it is removed when the context ends.
 
     Yields:
-        False where another process is in it. True also where the file system has no locks or cannot be written to.
+        False if another process has the lock. True otherwise, also if the file system has no locks or is read-only.
     """
     lock = FileLock(path, thread_local=False)
     try:
@@ -263,6 +265,6 @@ def locked_if_free(path: Path) -> Iterator[bool]:
     try:
         yield True
     finally:
-        with suppress(OSError):  # Windows removes no file that is open
-            path.unlink()  # while it is locked: who opened it before finds it gone, and takes another one
+        with suppress(OSError):  # Windows cannot remove an open file
+            path.unlink()  # before the release: a process that opened it earlier notices that and opens a new file
         lock.release()

@@ -1,8 +1,8 @@
-"""Stopping long work on request, where nothing is left half done.
+"""Stopping long work on request, at points where nothing is half done.
 
-A request may come at any time, from a signal handler or a thread, and is only noted. Long work calls
-:func:`safe_point` between its pieces. Of several processes that work in step none may stop alone, or the others would
-wait for it: they exchange their requests when they exchange results, and stop together.
+A request may arrive at any time, from a signal handler or a thread, and is only recorded. Long work calls
+:func:`safe_point` between its pieces. Of several processes that work in step, none may stop alone, because the others
+would wait for it: they exchange their requests when they exchange results, and stop together.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import torch.distributed as dist
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-_LONGEST = 100  # calls from one exchange to the next, at most: the next ones may take longer
+_MAX_PAUSE = 100  # calls from one exchange to the next, at most, because later calls may take longer
 
 
 class Interrupted(SystemExit):
     """Work was stopped on request.
 
-    Its exit code is the one that a shell reports for a process that the signal ended.
+    Its exit code is the one that a shell reports for a process that was ended by the signal.
 
     >>> Interrupted(15).code
     143
@@ -34,7 +34,7 @@ class Interrupted(SystemExit):
     """
 
     def __init__(self, number: int) -> None:
-        super().__init__(number)  # by which a copy is made for another process
+        super().__init__(number)  # pickle makes a copy from these arguments
         self.number = number
         self.code = 128 + number
 
@@ -48,42 +48,42 @@ class _State:
     requested: int = 0
     stopping: int = 0
     alone: bool = False
-    deadline: float = math.inf  # by the monotonic clock
+    deadline: float = math.inf  # of the monotonic clock
 
 
 _state = _State()
 
 
 def request(number: int) -> None:
-    """Note that a signal asks this process to stop; the first one counts."""
+    """Record that a signal asks this process to stop; only the first one counts."""
     _state.requested = _state.requested or number
 
 
 def requested() -> int:
-    """The signal that asked this process to stop; 0: none did."""
+    """The number of the signal that asked this process to stop; 0 if none did."""
     return _state.requested
 
 
 def stop_at_this_step(number: int) -> None:
-    """Note that work was left out at this step, which a resumed run has to do: training must not go on."""
+    """Record that work was skipped at this step, so training must stop here: a resumed run has to do that work."""
     _state.stopping = number
 
 
 def stopping() -> int:
-    """The signal for which training must not go on from this step, the same on all processes; 0: it may."""
+    """The signal because of which training must stop at this step, the same on all processes; 0: it may continue."""
     return _state.stopping
 
 
 def forget() -> None:
-    """Drop all requests."""
+    """Clear all requests."""
     _state.requested = _state.stopping = 0
 
 
 def safe_point() -> None:
-    """Stop here, if that was requested or the time is up, and no other process waits for this one.
+    """Stop here if a stop was requested or the time is up, provided that no other process waits for this one.
 
     Raises:
-        Interrupted: it was requested.
+        Interrupted: a stop was requested.
         TimeLimitError: the time is up.
 
     >>> safe_point()
@@ -102,7 +102,7 @@ def safe_point() -> None:
 
 @contextmanager
 def time_limit(seconds: float | None) -> Iterator[None]:
-    """Inside, :func:`safe_point` raises an error once so many seconds have passed; None: no limit.
+    """A context in which :func:`safe_point` raises an error after this many seconds; None: no limit.
 
     >>> with time_limit(0.0):
     ...     safe_point()
@@ -117,13 +117,13 @@ def time_limit(seconds: float | None) -> Iterator[None]:
 
 
 def is_over_time() -> bool:
-    """Whether the time of :func:`time_limit` is up."""
+    """Whether the limit of :func:`time_limit` is exceeded."""
     return _state.deadline < math.inf and time.monotonic() >= _state.deadline
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Inside, :func:`safe_point` may stop one process of several: the caller tells the others."""
+    """A context in which :func:`safe_point` may stop one process of several: the caller notifies the others."""
     before, _state.alone = _state.alone, True
     try:
         yield
@@ -132,13 +132,13 @@ def alone() -> Iterator[None]:
 
 
 def stop_if_any(numbers: Iterable[int]) -> None:
-    """Stop, if any of the processes was asked to; all of them call this with the same numbers.
+    """Stop if any of the processes was asked to; all of them call this with the same numbers.
 
     Args:
-        numbers: what :func:`requested` returned on each process.
+        numbers: the value of :func:`requested` on each process.
 
     Raises:
-        Interrupted: one was.
+        Interrupted: one of them was asked to stop.
     """
     number = max(numbers)
     if number:
@@ -146,10 +146,10 @@ def stop_if_any(numbers: Iterable[int]) -> None:
 
 
 class Pace:
-    """How often processes that work in step ask one another: about every so many seconds, by the first one's clock.
+    """Decides how often processes that work in step exchange requests, by the first process's clock.
 
     Args:
-        seconds: from one exchange to the next, about.
+        seconds: approximate time from one exchange to the next.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -157,19 +157,19 @@ class Pace:
         self.restart(1)
 
     def restart(self, pause: int) -> None:
-        """Begin to count anew; the next exchange is after ``pause`` calls of :meth:`is_time`."""
+        """Restart the count; the next exchange is after ``pause`` calls of :meth:`is_time`."""
         self.pause = self._left = pause
         self._since = time.monotonic()
 
     def is_time(self) -> bool:
-        """Count a call; whether this is the one for an exchange, the same on all processes."""
+        """Count this call, and return whether it is time for an exchange; the same on all processes."""
         self._left -= 1
         return self._left <= 0
 
     def proposal(self) -> int:
-        """Calls until the next exchange, of which all take that of the first process."""
+        """Calls until the next exchange; all processes use the value of the first one."""
         elapsed = max(time.monotonic() - self._since, 1e-9)
-        return max(1, min(int(self.pause * self.seconds / elapsed), _LONGEST))
+        return max(1, min(int(self.pause * self.seconds / elapsed), _MAX_PAUSE))
 
 
 def _works_in_step() -> bool:

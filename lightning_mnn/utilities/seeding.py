@@ -1,4 +1,4 @@
-"""Random generators that depend on a seed and a purpose, and on nothing else."""
+"""Random generators that depend only on a seed and a purpose; states of the global generators."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def generator(seed: int, *purpose: str | int) -> torch.Generator:
     inputs. Replica r of a run with seed s uses seed s + r, so it equals the single run with that seed.
 
     Raises:
-        ArgumentError: a seed that is no whole number, or negative.
+        ArgumentError: the seed is not a whole number, or it is negative.
 
     >>> a, b = generator(0, "inputs"), generator(0, "weights")
     >>> bool(torch.equal(torch.randn(3, generator=a), torch.randn(3, generator=b)))
@@ -31,7 +31,9 @@ def generator(seed: int, *purpose: str | int) -> torch.Generator:
 
 
 def shared_states() -> dict[str, Any]:
-    """The states, as tensors and plain values that a checkpoint can hold; those of CUDA devices in their order.
+    """The states of the global random generators of torch, NumPy and Python, as values that a checkpoint can contain.
+
+    The states of the CUDA devices are a list in the order of the devices.
 
     >>> before = shared_states()
     >>> drawn = torch.rand(3), random.random()
@@ -48,9 +50,9 @@ def shared_states() -> dict[str, Any]:
 
 
 def set_shared_states(states: dict[str, Any]) -> None:
-    """Let the generators go on from states, as far as there are such devices here."""
+    """Restore the states of the global random generators; states of devices that this machine lacks are ignored."""
     torch.set_rng_state(states["cpu"].cpu())
-    np.random.set_state(states["numpy"])  # noqa: NPY002 (the one that a program shares)
+    np.random.set_state(states["numpy"])  # noqa: NPY002 (the global generator is meant)
     random.setstate(states["python"])
     if "cuda" in states and torch.cuda.is_available():
         for device, state in zip(range(torch.cuda.device_count()), states["cuda"], strict=False):
@@ -60,6 +62,6 @@ def set_shared_states(states: dict[str, Any]) -> None:
 
 
 def _state_of_numpy() -> dict[str, Any]:
-    state: Any = np.random.get_state(legacy=False)  # noqa: NPY002 (the one that a program shares)
-    within = {key: part.tolist() if isinstance(part, np.ndarray) else part for key, part in state["state"].items()}
-    return {**state, "state": within}
+    state: Any = np.random.get_state(legacy=False)  # noqa: NPY002 (the global generator is meant)
+    inner = {key: part.tolist() if isinstance(part, np.ndarray) else part for key, part in state["state"].items()}
+    return {**state, "state": inner}

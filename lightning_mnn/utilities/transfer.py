@@ -1,4 +1,4 @@
-"""Between the host and a device, with as few waits as there can be."""
+"""Transfers between the host and a device, with as few synchronisations as possible."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # keyed by the size in bytes
 
 
 def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor on a device; the host does not wait until it is there.
+    """A tensor copied to a device; the host does not wait for the copy.
 
-    A copy to a GPU goes through pinned memory, which torch gives to nobody else before the copy is over.
+    A copy to a GPU goes through pinned memory, which torch does not reuse before the copy has finished.
 
     >>> sent(torch.arange(3), "cpu")
     tensor([0, 1, 2])
@@ -30,12 +30,12 @@ def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:
-    """The most accurate floating dtype of a device: float64 on all but Apple's."""
+    """The most accurate floating dtype of a device: float64 on all devices except Apple's."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors on the CPU, those of a device copied there as one: on a GPU a single wait.
+    """Tensors copied to the CPU, all tensors of one device in a single copy: a GPU is waited for only once.
 
     >>> to_host([torch.tensor([[1, 2]]), torch.tensor(True)])
     [tensor([[1, 2]]), tensor(True)]
@@ -45,18 +45,18 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
         if device.type == "cpu":
             continue
         parts = [found[index].contiguous() for index in indices]
-        together = torch.cat([part.reshape(-1).view(torch.uint8) for part in parts]).cpu()
-        pieces = torch.split(together, [part.nbytes for part in parts])
+        joined = torch.cat([part.reshape(-1).view(torch.uint8) for part in parts]).cpu()
+        pieces = torch.split(joined, [part.nbytes for part in parts])
         for index, part, piece in zip(indices, parts, pieces, strict=True):
             found[index] = piece.clone().view(part.dtype).reshape(part.shape)
     return found
 
 
 def fetched(*numbers: Tensor) -> list[float]:
-    """What tensors of one number hold, all of a device read at once: on a GPU a single wait.
+    """The values of tensors with one element, all tensors of one device read at once: a GPU is waited for only once.
 
     Args:
-        *numbers: tensors of one number each, of any dtype and device.
+        *numbers: tensors with one element each, of any dtype and device.
 
     >>> fetched(torch.tensor(3), torch.tensor([0.5]), torch.tensor(True))
     [3.0, 0.5, 1.0]
@@ -71,7 +71,7 @@ def fetched(*numbers: Tensor) -> list[float]:
 
 
 def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:
-    """Which tensors are on each device."""
+    """Indices of the tensors on each device."""
     indices: dict[torch.device, list[int]] = {}
     for index, tensor in enumerate(tensors):
         indices.setdefault(tensor.device, []).append(index)
@@ -79,10 +79,10 @@ def _by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:
 
 
 def digests(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """A number for each tensor, int64 (), another one where its bits are others, but for chance; nothing waits for it.
+    """A digest of the bits of each tensor, int64 (): different bits give different numbers, except by coincidence.
 
-    What is written through ``tensor.data`` is seen, too, which torch's own counts of changes miss. Of tensors that are
-    not whole in this process's memory, such as sparse ones, it is 0.
+    Nothing waits for the device. Unlike torch's own version counter, it also detects changes made through
+    ``tensor.data``. It is 0 for tensors that are not stored densely in this process's memory, such as sparse ones.
 
     >>> weights = torch.ones(4)
     >>> digests([weights]) == digests([weights.clone()]), digests([weights]) == digests([-weights])
@@ -97,7 +97,7 @@ def _digest(tensor: Tensor) -> Tensor:
         return torch.zeros((), dtype=torch.int64)
     bits = tensor.reshape(-1).view(_INTEGERS[tensor.element_size()]).to(torch.int64)
     odd = torch.arange(1, 2 * len(bits) + 1, 2, device=bits.device)
-    half = 4 * tensor.element_size()  # or two signs that change would cancel
+    half = 4 * tensor.element_size()  # without it, two sign changes would cancel
     total: Tensor = ((bits ^ (bits >> half)) * odd).sum()
     return total
 

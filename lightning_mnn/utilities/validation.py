@@ -1,4 +1,4 @@
-"""Checks of arguments that several parts share."""
+"""Checks of arguments, shared by several parts of the package."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class ArgumentError(ValueError):
     """An argument has a value that cannot be used.
 
     Attributes:
-        name: of the argument; an entry of a dictionary as ``optimizer.lr``.
-        value: that was given.
+        name: of the argument; an entry of a dictionary is written as ``optimizer.lr``.
+        value: the value that was given.
         problem: what is wrong, or what is needed, as a phrase that follows the name.
-        remedy: what to do where the problem does not say it.
+        remedy: what to do, if the problem does not already state it.
 
     >>> print(ArgumentError("width", -1, "must be positive", "choose width=1 or more"))
     width must be positive, got -1: choose width=1 or more
@@ -36,12 +36,12 @@ class ArgumentError(ValueError):
         self.remedy = remedy
 
     @override
-    def __reduce__(self) -> tuple[Any, ...]:  # by which it comes through from another process
+    def __reduce__(self) -> tuple[Any, ...]:  # so that it can be sent to another process
         return type(self), (self.name, self.value, self.problem, self.remedy)
 
 
 class MisfitError(TypeError, ValueError):
-    """An argument that was given does not suit the module or the data that it meets."""
+    """An argument does not match the module or the data that it is used with."""
 
 
 def positive_integer(name: str, value: Any) -> int:
@@ -63,7 +63,7 @@ def whole_number(name: str, value: Any, *, at_least: int) -> int:
     """The value as an int.
 
     Raises:
-        ArgumentError: it is not a whole number of at least ``at_least``, or it is a truth value.
+        ArgumentError: it is not a whole number of at least ``at_least``, or it is a bool.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < at_least:
         raise ArgumentError(name, value, f"must be at least {at_least} and a whole number")
@@ -101,15 +101,15 @@ def real_number(
 
     Args:
         name: of the argument.
-        value: given for it.
-        above: less than all that it may be.
-        at_least: the least that it may be.
-        below: more than all that it may be.
-        at_most: the most that it may be.
-        remedy: what to do otherwise.
+        value: of the argument.
+        above: exclusive lower bound.
+        at_least: inclusive lower bound.
+        below: exclusive upper bound.
+        at_most: inclusive upper bound.
+        remedy: what the error tells the user to do.
 
     Raises:
-        ArgumentError: it is not a finite real number within the bounds, or it is a truth value.
+        ArgumentError: it is not a finite real number within the bounds, or it is a bool.
 
     >>> real_number("hold", 1.5, at_least=0, below=1)
     Traceback (most recent call last):
@@ -118,20 +118,20 @@ def real_number(
     if is_real_number(value) and above < value < below and at_least <= value <= at_most:
         return float(value)
     bounds = {"above": above, "at least": at_least, "below": below, "at most": at_most}
-    said = " and ".join(f"{words} {bound:g}" for words, bound in bounds.items() if math.isfinite(bound))
-    raise ArgumentError(name, value, f"must be a number{', ' * bool(said)}{said}", remedy)
+    limits = " and ".join(f"{words} {bound:g}" for words, bound in bounds.items() if math.isfinite(bound))
+    raise ArgumentError(name, value, f"must be a number{', ' * bool(limits)}{limits}", remedy)
 
 
 def is_real_number(value: Any) -> bool:
-    """Whether it is a finite real number, and no truth value."""
+    """Whether the value is a finite real number and not a bool."""
     return not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
 
 
 def one_of(name: str, value: Any, choices: Iterable[Any]) -> Any:
-    """The value.
+    """The value, after a check that it is one of the choices.
 
     Raises:
-        ArgumentError: it is none of the choices.
+        ArgumentError: the value is none of the choices.
 
     >>> one_of("labels", "a", ("zero_one", None))
     Traceback (most recent call last):
@@ -139,16 +139,16 @@ def one_of(name: str, value: Any, choices: Iterable[Any]) -> Any:
     """
     known = list(choices)
     if not any(type(value) is type(choice) and value == choice for choice in known):
-        said = ", ".join("null" if choice is None else str(choice) for choice in known)
-        raise ArgumentError(name, value, f"must be one of {said}")
+        names = ", ".join("null" if choice is None else str(choice) for choice in known)
+        raise ArgumentError(name, value, f"must be one of {names}")
     return value
 
 
 def truth_value(name: str, value: Any) -> bool:
-    """The value.
+    """The value, after a check that it is a bool.
 
     Raises:
-        ArgumentError: it is neither True nor False.
+        ArgumentError: the value is neither True nor False.
     """
     if not isinstance(value, bool):
         raise ArgumentError(name, value, "must be true or false")
@@ -156,16 +156,16 @@ def truth_value(name: str, value: Any) -> bool:
 
 
 def check_memory(needed: float, what: str, sizes: Mapping[str, Any], device: torch.device | None = None) -> None:
-    """Refuse sizes for which there is too little memory: to allocate it might end the process without a word.
+    """Check that there is enough memory: allocating too much can kill the process without a message.
 
     Args:
-        needed: bytes, at least.
-        what: that needs them.
-        sizes: arguments that they grow with; the greatest is to blame.
-        device: where the memory is; None: on the CPU, with what the disk may take of it.
+        needed: bytes that are needed at least.
+        what: the object that needs them, in words.
+        sizes: the arguments that determine the size; the error names the largest one.
+        device: where the memory is; None: on the CPU, free swap space included.
 
     Raises:
-        ArgumentError: less is free.
+        ArgumentError: less memory is free.
 
     >>> check_memory(1e18, "the weights", {"replicas": 10**15, "hidden_dims": [4]})
     Traceback (most recent call last):
@@ -179,7 +179,7 @@ def check_memory(needed: float, what: str, sizes: Mapping[str, Any], device: tor
     if needed > free:
         name = max(sizes, key=lambda size: max(sizes[size]) if isinstance(sizes[size], Sequence) else sizes[size])
         problem = f"needs {_gibibytes(needed)} for {what}, and {_gibibytes(free)} are free"
-        raise ArgumentError(name, sizes[name], problem, "choose a smaller one, or a machine with more memory")
+        raise ArgumentError(name, sizes[name], problem, "choose a smaller value, or a machine with more memory")
 
 
 def _gibibytes(amount: float) -> str:
@@ -190,7 +190,7 @@ def dtype_named(name: str) -> torch.dtype:
     """The dtype "float32" or "float64".
 
     Raises:
-        ArgumentError: another name.
+        ArgumentError: the name is another one.
 
     >>> dtype_named("float64")
     torch.float64

@@ -432,7 +432,7 @@ def test_epochs_are_counted(monkeypatch, fitted):
     assert fitted.fit_loop.state_dict()["epoch_progress"]["total"]["completed"] == 3
     with monkeypatch.context() as patched:
         patched.setattr(pl.Trainer, "current_epoch", 5)  # which reads another count
-        with missing("it says 5 and not 6"):
+        with missing("it is 5 and not 6"):
             lightning_internals.count_epoch(fitted)
     hide(monkeypatch, fitted.fit_loop, "epoch_progress")
     with missing("fit_loop.epoch_progress"):
@@ -447,7 +447,7 @@ def test_steps_are_counted(monkeypatch, fitted):
     assert fitted.global_step == 4
     with monkeypatch.context() as patched:
         patched.setattr(pl.Trainer, "global_step", 4)  # which reads another count
-        with missing("it says 4 and not 5"):
+        with missing("it is 4 and not 5"):
             count.add_one()
     hide(monkeypatch, fitted.fit_loop.epoch_loop.manual_optimization, "optim_step_progress")
     with missing("optim_step_progress"):
@@ -489,7 +489,7 @@ def test_both_ways_to_optimise_share_a_count(monkeypatch, fitted, name):
         assert fitted.global_step == 3
     with monkeypatch.context() as patched:
         patched.setattr(pl.Trainer, "global_step", 2)
-        with missing("it says 2 and not 3"):
+        with missing("it is 2 and not 3"):
             lightning_internals.share_step_count(fitted)
     hide(monkeypatch, fitted.fit_loop.epoch_loop, name)
     with missing(name):
@@ -512,7 +512,7 @@ def test_saved_counts_are_shared(tmp_path, fitted):
         loop["epoch_loop.manual_optimization.optim_step_progress"]["total"],
     ]
     assert totals == [{"ready": 2, "completed": 2}] * 2
-    with missing("it says 7 and not 2"):
+    with missing("it is 7 and not 2"):
         lightning_internals.share_saved_step_count(saved() | {"global_step": 7})
     content["loops"]["fit_loop"] = {f"new.{name}": value for name, value in loop.items()}
     with missing('checkpoint["loops"]'):
@@ -526,7 +526,7 @@ def test_limits_of_training(monkeypatch, fitted, name):
     assert (fitted.max_epochs, fitted.max_steps) == (5, 7)
     with monkeypatch.context() as patched:
         patched.setattr(pl.Trainer, "max_epochs", 4)  # which reads another limit
-        with missing("it says (4, 8) and not (6, 8)"):
+        with missing("it is (4, 8) and not (6, 8)"):
             lightning_internals.set_limits(fitted, 6, 8)
     loop = fitted.fit_loop
     hide(monkeypatch, {"fit_loop": fitted, "epoch_loop": loop, "max_steps": loop.epoch_loop}[name], name)

@@ -1,5 +1,5 @@
-"""The only place that uses private or undocumented parts of other libraries, a module for each library.
+"""The only place that uses private or undocumented parts of other libraries, with one module for each library.
 
-Each function says which part it uses. Where that is missing, it falls back on something public, or raises
+Each function names the part that it uses. If that part is missing, the function falls back on a public one, or raises
 :class:`~lightning_mnn.utilities.compat.missing.MissingPartError`.
 """

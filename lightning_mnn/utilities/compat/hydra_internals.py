@@ -1,4 +1,4 @@
-"""Private and undocumented parts of Hydra, and of its plugin for submitit."""
+"""Private and undocumented parts of Hydra and of its submitit plugin."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _LIBRARY = "hydra-core"
 
 
 def result_of(returned: JobReturn) -> Any:
-    """What a job returned, or the error that it raised: ``JobReturn._return_value``.
+    """The value that a job returned, or the error that it raised: ``JobReturn._return_value``.
 
-    The property ``return_value`` would print and raise the error.
+    The public property ``return_value`` would print and raise the error.
     """
     return attribute(returned, "_return_value", _LIBRARY)
 
 
 def singletons() -> Any:
-    """Hydra's state in this process, which a job's process is to have too: ``hydra.core.singleton.Singleton``."""
+    """Hydra's state in this process, to be copied to a job's process: ``hydra.core.singleton.Singleton``."""
     return attribute(_module("hydra.core.singleton"), "Singleton.get_state", _LIBRARY)()
 
 
 def set_singletons(state: Any) -> None:
-    """Take over Hydra's state: ``hydra.core.singleton.Singleton``."""
+    """Set Hydra's state in this process: ``hydra.core.singleton.Singleton``."""
     attribute(_module("hydra.core.singleton"), "Singleton.set_state", _LIBRARY)(state)
 
 
@@ -40,7 +40,7 @@ def split_sweep(overrides: Sequence[str]) -> list[list[str]]:
     """The overrides of each job of a sweep: ``BasicSweeper.split_arguments`` of ``hydra._internal``.
 
     Raises:
-        HydraException: one cannot be parsed, or its values cannot be told from it.
+        HydraException: an override cannot be parsed, or its values cannot be determined.
 
     >>> split_sweep(["a=1,2", "b=3"])
     [['a=1', 'b=3'], ['a=2', 'b=3']]
@@ -54,30 +54,32 @@ def split_sweep(overrides: Sequence[str]) -> list[list[str]]:
 
 @contextmanager
 def errors_told_by(tell: Callable[[Exception], bool], usage: Callable[[str], NoReturn]) -> Iterator[None]:
-    """Let Hydra's command line hand over what goes wrong: ``run_and_report`` of ``hydra._internal.utils``.
+    """A context in which Hydra's command line passes its errors to the given functions.
+
+    It replaces ``run_and_report`` of ``hydra._internal.utils`` and ``get_args_parser`` of ``hydra.main``.
 
     Args:
-        tell: called with an error, for one that Hydra would report; where it returns False, Hydra does.
-        usage: called with what is wrong with the options (``--…``); it ends the process.
+        tell: called with each error that Hydra would report; if it returns False, Hydra reports the error.
+        usage: called with a message about wrong options (``--…``); it must end the process.
     """
     utils, main = _module("hydra._internal.utils"), _module("hydra.main")
     report = attribute(utils, "run_and_report", _LIBRARY)
     get_parser = attribute(main, "get_args_parser", _LIBRARY)
 
-    def run_and_tell(function: Callable[[], Any]) -> Any:
+    def run_and_pass_errors(function: Callable[[], Any]) -> Any:
         try:
             return function()
-        except Exception as error:  # noqa: BLE001 (whatever Hydra would report)
+        except Exception as error:  # noqa: BLE001 (everything that Hydra would report)
             if tell(error):
                 sys.exit(1)
             return report(partial(_raise, error))
 
-    def parser_that_tells() -> Any:
+    def parser_with_usage() -> Any:
         parser = get_parser()
         parser.error = usage
         return parser
 
-    utils.run_and_report, main.get_args_parser = run_and_tell, parser_that_tells
+    utils.run_and_report, main.get_args_parser = run_and_pass_errors, parser_with_usage
     try:
         yield
     finally:
@@ -89,7 +91,7 @@ def _raise(error: Exception) -> NoReturn:
 
 
 def submitit_job() -> Any:
-    """The class whose instances run one job where submitit has put it: the plugin's own launcher for SLURM.
+    """The class whose instances run one job in the process that submitit started: the plugin's launcher for SLURM.
 
     Raises:
         ImportError: the plugin is not installed.

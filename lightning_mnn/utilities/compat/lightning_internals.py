@@ -1,4 +1,4 @@
-"""Private parts of PyTorch Lightning, in either of its namespaces."""
+"""Private parts of PyTorch Lightning, in both of its namespaces."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _MANUAL = "manual_optimization.optim_step_progress"
 
 
 def training_data_source(trainer: pl.Trainer) -> Any:
-    """Whose ``train_dataloader`` a fit uses, a module or a data module: ``FitLoop._data_source``.
+    """The module or data module whose ``train_dataloader`` a fit uses: ``FitLoop._data_source``.
 
-    ``trainer.datamodule`` may be that of an earlier fit.
+    ``trainer.datamodule`` may belong to an earlier fit.
     """
     return attribute(trainer, "fit_loop._data_source.instance", _LIBRARY)
 
@@ -35,29 +35,29 @@ def training_data_source(trainer: pl.Trainer) -> Any:
 def training_iterators(trainer: pl.Trainer) -> Sequence[Any]:
     """The iterators over loaders that a fit reads from: ``FitLoop._combined_loader._iterator.iterators``."""
     loaders = attribute(trainer, "fit_loop._combined_loader", _LIBRARY)
-    held = None if loaders is None else attribute(loaders, "_iterator", _LIBRARY)
-    iterators: Sequence[Any] = () if held is None else attribute(held, "iterators", _LIBRARY)
+    combined = None if loaders is None else attribute(loaders, "_iterator", _LIBRARY)
+    iterators: Sequence[Any] = () if combined is None else attribute(combined, "iterators", _LIBRARY)
     return iterators
 
 
 def load_training_data(trainer: pl.Trainer) -> None:
-    """Ask for the training loader now and not after ``on_train_start``: ``FitLoop.setup_data``."""
+    """Create the training loader now instead of after ``on_train_start``: ``FitLoop.setup_data``."""
     attribute(trainer, "fit_loop.setup_data", _LIBRARY)()
 
 
 def hooks_before_transfer(pl_module: pl.LightningModule, batch: Any) -> Any:
-    """A batch as the hook ``on_before_batch_transfer`` of the module or the data module leaves it.
+    """A batch after the hook ``on_before_batch_transfer`` of the module or the data module.
 
-    ``LightningModule._on_before_batch_transfer`` knows whose hook is meant.
+    ``LightningModule._on_before_batch_transfer`` chooses which of the two hooks to call.
     """
     return attribute(pl_module, "_on_before_batch_transfer", _LIBRARY)(batch)
 
 
-# Counts of what was done in other ways than Lightning's own
+# Counters for work that Lightning itself did not do
 
 
 def count_epoch(trainer: pl.Trainer) -> None:
-    """Count the present epoch as done, within one of Lightning's: ``FitLoop.epoch_progress``."""
+    """Count one more epoch as done, inside one of Lightning's epochs: ``FitLoop.epoch_progress``."""
     progress = attribute(trainer, "fit_loop.epoch_progress", _LIBRARY)
     expected = trainer.current_epoch + 1
     for name in ("ready", "started", "processed", "completed"):
@@ -69,12 +69,12 @@ def count_epoch(trainer: pl.Trainer) -> None:
 
 
 class StepCount:
-    """Counts optimiser steps that Lightning's own optimiser did not take.
+    """Counts optimiser steps that were not done by Lightning's optimiser.
 
-    ``Trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress``.
+    It uses ``Trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress``.
 
     Args:
-        trainer: whose ``global_step`` is to count them.
+        trainer: the Trainer whose ``global_step`` counts them.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
@@ -88,7 +88,7 @@ class StepCount:
         """Count a step.
 
         Raises:
-            MissingPartError: ``trainer.global_step`` has not counted it.
+            MissingPartError: ``trainer.global_step`` did not increase by one.
         """
         self._ready()
         self._completed()
@@ -99,19 +99,20 @@ class StepCount:
 
 
 def count_batches(trainer: pl.Trainer, batches: int) -> None:
-    """Count the batches that a Lightning batch held more than one, for the steps of what is logged.
+    """Count the batches beyond the first that a bundle contained, so that logged values have the right step.
 
-    Nothing public counts them: ``_TrainingEpochLoop._batches_that_stepped``.
+    Lightning sees a bundle as one batch. There is no public counter: ``_TrainingEpochLoop._batches_that_stepped``.
     """
     loop = attribute(trainer, "fit_loop.epoch_loop", _LIBRARY)
     loop._batches_that_stepped = attribute(loop, "_batches_that_stepped", _LIBRARY) + batches
 
 
 def share_step_count(trainer: pl.Trainer) -> None:
-    """Let both of Lightning's ways to optimise have counted the same steps, or ``global_step`` would change with them.
+    """Set the step counters of automatic and manual optimisation to the same value, their maximum.
 
-    They count apart, and a fit may be bundled when the one before, by the same Trainer, was not:
-    ``Trainer.fit_loop.epoch_loop``, ``automatic_optimization`` and ``manual_optimization``.
+    Lightning counts the two separately, and one fit of a Trainer may be bundled when the fit before was not. Without
+    this, ``global_step`` would jump. It uses ``automatic_optimization`` and ``manual_optimization`` of
+    ``Trainer.fit_loop.epoch_loop``.
     """
     expected = None
     for name in _COUNTS:
@@ -127,7 +128,7 @@ def share_step_count(trainer: pl.Trainer) -> None:
 
 @private_part(_LIBRARY, 'checkpoint["loops"]["fit_loop"], the progress of steps in it')
 def share_saved_step_count(checkpoint: dict[str, Any]) -> None:
-    """The same for a checkpoint that is about to be loaded: the layout of its ``loops``."""
+    """Like :func:`share_step_count`, for a checkpoint that is about to be loaded: the layout of its ``loops``."""
     loop = checkpoint["loops"]["fit_loop"]
     totals = (
         loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"],
@@ -144,13 +145,13 @@ def share_saved_step_count(checkpoint: dict[str, Any]) -> None:
         )
 
 
-# How long training goes on
+# Limits of training
 
 
 def set_limits(trainer: pl.Trainer, max_epochs: int | None, max_steps: int) -> None:
     """Set ``trainer.max_epochs`` and ``trainer.max_steps``: the limits of ``FitLoop`` and ``_TrainingEpochLoop``."""
     loop = attribute(trainer, "fit_loop", _LIBRARY)
-    attribute(loop, "epoch_loop.max_steps", _LIBRARY)  # setting it would succeed also where nothing reads it
+    attribute(loop, "epoch_loop.max_steps", _LIBRARY)  # setting a missing attribute would also succeed
     loop.max_epochs, loop.epoch_loop.max_steps = max_epochs, max_steps
     found = trainer.max_epochs, trainer.max_steps
     if found != (max_epochs, max_steps):
@@ -158,35 +159,35 @@ def set_limits(trainer: pl.Trainer, max_epochs: int | None, max_steps: int) -> N
 
 
 def completed_epochs(trainer: pl.Trainer) -> int:
-    """Epochs all of whose batches are done, also where training ended in the hooks of an epoch's end.
+    """Number of epochs whose batches are all done, also if training ended in the hooks at the end of an epoch.
 
-    ``FitLoop.epoch_progress``; ``Trainer.current_epoch`` counts an epoch when its hooks are done, too.
+    It uses ``FitLoop.epoch_progress``; ``Trainer.current_epoch`` counts an epoch only after its hooks.
     """
     return int(attribute(trainer, "fit_loop.epoch_progress.current.processed", _LIBRARY))
 
 
 @private_part(_LIBRARY, 'checkpoint["loops"]["fit_loop"], the progress of epochs and batches in it')
 def complete_saved_epoch(checkpoint: dict[str, Any]) -> None:
-    """Count the epoch at whose end a checkpoint is saved as done, as Lightning does not under ``max_steps``.
+    """Count the epoch as done in a checkpoint saved at its end, which Lightning does not do under ``max_steps``.
 
-    By the layout of the checkpoint's ``loops``.
+    It depends on the layout of the checkpoint's ``loops``.
     """
     loop = checkpoint["loops"]["fit_loop"]
     for progress in loop["epoch_progress"].values():
         progress["completed"] = progress["processed"]
     batches = loop["epoch_loop.batch_progress"]
     batches["current"] = dict.fromkeys(batches["current"], 0)
-    batches["is_last_batch"] &= False  # which must be there
+    batches["is_last_batch"] &= False  # an in-place operation, so that a missing key raises KeyError
 
 
 # Processes
 
 
 def take_launched_processes(trainer: pl.Trainer) -> list[subprocess.Popen[bytes]]:
-    """The processes that Lightning has started beside this one, for the caller to watch: ``procs`` of its launcher.
+    """Remove and return the processes that Lightning has started, for the caller to watch: ``procs`` of its launcher.
 
-    They are taken from Lightning's own thread, which looks at them every five seconds and ends this process by SIGKILL
-    where one has failed; where there are none it stops.
+    Lightning's own thread checks this list every five seconds and ends this process by SIGKILL if one of them has
+    failed. Once the list is empty, that thread stops.
     """
     launcher = trainer.strategy.launcher
     if launcher is None:
@@ -198,10 +199,10 @@ def take_launched_processes(trainer: pl.Trainer) -> list[subprocess.Popen[bytes]
 
 
 def leave_out_exchange_of_signals(trainer: pl.Trainer) -> None:
-    """Let processes not ask the first one before each step whether it got a SIGTERM, for a caller that sees to it.
+    """Disable the broadcast before each step whether the first process got a SIGTERM, if the caller handles signals.
 
-    That takes a collective, and on a GPU a wait: ``_TrainingEpochLoop._broadcast_sigterm_tensor``. Where there is no
-    such method there is nothing to leave out.
+    The broadcast costs a collective, and on a GPU a synchronisation: ``_TrainingEpochLoop._broadcast_sigterm_tensor``.
+    If there is no such method, there is nothing to disable.
     """
     loop: Any = trainer.fit_loop.epoch_loop
     if hasattr(loop, "_broadcast_sigterm_tensor"):
@@ -210,15 +211,15 @@ def leave_out_exchange_of_signals(trainer: pl.Trainer) -> None:
 
 @private_part(_LIBRARY, "_MultiProcessingLauncher")
 def trains_in_children(trainer: pl.Trainer) -> bool:
-    """Whether a Trainer trains in children of the process, as by "ddp_spawn": ``_MultiProcessingLauncher``."""
+    """Whether a Trainer trains in child processes, as with "ddp_spawn": ``_MultiProcessingLauncher``."""
     from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher  # noqa: PLC0415
 
-    kinds = type(trainer.strategy.launcher).__mro__  # of either namespace
-    return any(kind.__name__ == _MultiProcessingLauncher.__name__ for kind in kinds)
+    classes = type(trainer.strategy.launcher).__mro__  # compared by name, because either namespace may be in use
+    return any(one.__name__ == _MultiProcessingLauncher.__name__ for one in classes)
 
 
 def combination(trainer: pl.Trainer) -> Any:
-    """How a fit goes through several loaders at once, such as "max_size_cycle": ``CombinedLoader._mode``."""
+    """The mode in which a fit combines several loaders, such as "max_size_cycle": ``CombinedLoader._mode``."""
     return attribute(trainer, "fit_loop._combined_loader._mode", _LIBRARY)
 
 
@@ -226,39 +227,39 @@ def combination(trainer: pl.Trainer) -> Any:
 
 
 def steps_between_checkpoints(callback: ModelCheckpoint) -> int:
-    """After so many steps a ModelCheckpoint saves; 0: it does not look at steps: ``_every_n_train_steps``."""
+    """Steps from one save of a ModelCheckpoint to the next; 0: it ignores steps: ``_every_n_train_steps``."""
     return int(attribute(callback, "_every_n_train_steps", _LIBRARY))
 
 
 def time_between_checkpoints(callback: ModelCheckpoint) -> timedelta | None:
-    """After so much time a ModelCheckpoint saves; None: it does not look at the clock: ``_train_time_interval``."""
+    """Time from one save of a ModelCheckpoint to the next; None: it ignores time: ``_train_time_interval``."""
     interval: timedelta | None = attribute(callback, "_train_time_interval", _LIBRARY)
     return interval
 
 
 def computed_metrics(trainer: pl.Trainer) -> dict[str, Any]:
-    """Of ``trainer.callback_metrics`` those that are computed already: ``Trainer._logger_connector``.
+    """The entries of ``trainer.callback_metrics`` that are already computed: ``Trainer._logger_connector``.
 
-    To ask for the others computes them, which may take all processes.
+    Reading the others would compute them, which may need all processes.
     """
     metrics: dict[str, Any] = attribute(trainer, "_logger_connector._callback_metrics", _LIBRARY)
     return metrics
 
 
 def check_wandb_logger(logger: WandbLogger) -> None:
-    """Check that a WandbLogger has the private attributes that a subclass of it uses.
+    """Check that a WandbLogger has the private attributes that our subclass uses.
 
-    ``_experiment``, ``_id``, ``_offline``, ``_prefix``, ``_save_dir`` and ``_wandb_init``.
+    They are ``_experiment``, ``_id``, ``_offline``, ``_prefix``, ``_save_dir`` and ``_wandb_init``.
     """
     for name in ("_experiment", "_id", "_offline", "_prefix", "_save_dir", "_wandb_init"):
         attribute(logger, name, _LIBRARY)
 
 
 def loggers_of_remarks() -> Sequence[str]:
-    """Names of the loggers by which Lightning remarks on its own workings: those of its modules.
+    """Names of the Python loggers through which Lightning prints remarks about itself: those of its modules.
 
-    The first two are of the namespaces, of which the one that is imported last speaks for both. The last one says that
-    it heeds SLURM's signals, also where it does not.
+    The first two belong to the two namespaces; the namespace that is imported last logs for both. The last one reports
+    that Lightning handles SLURM's signals, even if it does not.
     """
     return (
         "pytorch_lightning.utilities.rank_zero",

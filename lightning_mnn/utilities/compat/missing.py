@@ -1,4 +1,4 @@
-"""What is raised where a library lacks a private part that is used here."""
+"""The error for a library that lacks a private part that lightning-mnn uses."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ R = TypeVar("R")
 
 
 class MissingPartError(RuntimeError):
-    """A library has no longer, or not yet, a private part that lightning-mnn uses.
+    """A library does not have, or no longer has, a private part that lightning-mnn uses.
 
     >>> print(MissingPartError("no-such-library", "Trainer._loop"))
     no-such-library (not installed) does not have Trainer._loop, a private part of it that lightning-mnn needs
 
     Args:
-        library: the name that pip knows.
-        part: what is missing.
-        detail: what is there instead.
+        library: its name for pip.
+        part: the missing part.
+        detail: what was found instead.
     """
 
     def __init__(self, library: str, part: str, detail: str = "") -> None:
@@ -37,10 +37,10 @@ class MissingPartError(RuntimeError):
 
 
 def attribute(owner: Any, path: str, library: str) -> Any:
-    """The attribute of an object at a path with dots.
+    """The attribute of an object at a dotted path.
 
     Raises:
-        MissingPartError: there is none.
+        MissingPartError: there is no such attribute.
 
     >>> attribute(1j, "imag.real", "python")
     1.0
@@ -50,13 +50,13 @@ def attribute(owner: Any, path: str, library: str) -> Any:
         try:
             found = getattr(found, name)
         except AttributeError:
-            of = getattr(owner, "__name__", type(owner).__name__)
-            raise MissingPartError(library, f"{of}.{path}") from None
+            owner_name = getattr(owner, "__name__", type(owner).__name__)
+            raise MissingPartError(library, f"{owner_name}.{path}") from None
     return found
 
 
 def private_part(library: str, part: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A decorator of functions that do nothing but use one part: what they raise where it is missing is named."""
+    """A decorator for functions that only use one private part: their errors become a MissingPartError."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @wraps(function)
@@ -73,18 +73,18 @@ def private_part(library: str, part: str) -> Callable[[Callable[P, R]], Callable
 
 @contextmanager
 def ignored_errors() -> Iterator[None]:
-    """A context in which something is tried that may fail in any way; a missing part is told all the same."""
+    """A context that ignores all exceptions except MissingPartError."""
     try:
         yield
     except MissingPartError:
         raise
-    except Exception:  # noqa: BLE001, S110 (which is what it is for)
+    except Exception:  # noqa: BLE001, S110 (this is its purpose)
         pass
 
 
 def disagree(library: str, part: str, found: object, expected: object) -> NoReturn:
-    """Raise the error for a public property that does not say what was set by hand."""
-    raise MissingPartError(library, part, f"it says {found!r} and not {expected!r}")
+    """Raise the error for a public property whose value differs from what was set through a private part."""
+    raise MissingPartError(library, part, f"it is {found!r} and not {expected!r}")
 
 
 def _version(library: str) -> str:
@@ -95,10 +95,10 @@ def _version(library: str) -> str:
 
 
 def _tested(library: str) -> str | None:
-    """The requirement by which lightning-mnn is installed."""
+    """The requirement of lightning-mnn for a library; None if it is not known."""
     try:
         needed = requires("lightning-mnn") or []
-    except PackageNotFoundError:  # it runs from its sources
+    except PackageNotFoundError:  # it runs from a source folder
         return None
     plain = (one.partition(";")[0].strip() for one in needed)
     return next((one for one in plain if re.match(rf"{re.escape(library)}[<>=~!]", one)), None)

@@ -1,8 +1,8 @@
-"""torch's switches for products of float32 in fewer digits (TF32, bfloat16), in their old and their new form.
+"""torch's switches for float32 products in reduced precision (TF32, bfloat16), in their old and their new form.
 
-Until torch 2.8 there are ``torch.set_float32_matmul_precision`` and the ``allow_tf32`` of cuBLAS and cuDNN. Since torch
-2.9 each backend and kind of operation has a switch ``fp32_precision``; one that has no value of its own takes that of
-the switch above it. The old ones are still there, and raise an error when they are read after the new ones were used.
+Up to torch 2.8 there are ``torch.set_float32_matmul_precision`` and the ``allow_tf32`` of cuBLAS and cuDNN. Since torch
+2.9 each backend and kind of operation has a switch ``fp32_precision``; a switch without a value of its own inherits the
+value of its parent. The old switches still exist, and raise an error if they are read after the new ones were used.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _INHERITED = "none"
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """A context in which products and convolutions of float32 are formed in all of their digits, on every device.
+    """A context in which products and convolutions of float32 use full float32 precision, on every device.
 
-    Afterwards all switches are as before, whichever of them were used, and a switch that took its value from the one
-    above it still does. Inside, the old switch of cuDNN may not be readable since torch 2.9 (the default of the new one
-    cannot be set again once it is gone).
+    Afterwards all switches are restored, whether the old or the new ones were used, and a switch that inherited its
+    value still does. Inside, the old switch of cuDNN may not be readable since torch 2.9, because the default of the
+    new one cannot be restored once it was changed.
 
     >>> torch.set_float32_matmul_precision("high")
     >>> with full_precision():
@@ -48,7 +48,7 @@ def full_precision() -> Iterator[None]:
 
 
 def _set_old(afterwards: ExitStack) -> None:
-    """Set the switches of torch before 2.9."""
+    """Set the old switches, for torch before 2.9."""
     afterwards.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
     afterwards.callback(setattr, torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
     torch.set_float32_matmul_precision("highest")
@@ -56,9 +56,9 @@ def _set_old(afterwards: ExitStack) -> None:
 
 
 def _set_new(afterwards: ExitStack) -> None:
-    """Set the switches of torch since 2.9, and the old ones so that they can still be read where that can be undone.
+    """Set the new switches, for torch since 2.9, and make the old ones readable if that can be undone.
 
-    It goes from the general switch to the particular ones: what is not full below a full one has a value of its own.
+    Parents come before children: a child that is not full below a full parent has a value of its own.
     """
     cublas: Any = torch.backends.cuda.matmul
     matmul = _value(torch.get_float32_matmul_precision) if _value(partial(getattr, cublas, "allow_tf32")) else None
@@ -73,7 +73,7 @@ def _set_new(afterwards: ExitStack) -> None:
     if matmul == "high" or (matmul == "medium" and "mkldnn.matmul" in own):
         if "cuda.matmul" not in own:
             afterwards.callback(setattr, cublas, "fp32_precision", _INHERITED)
-        if matmul == "high":  # without a value for oneDNN, which may have had none
+        if matmul == "high":  # set no value for oneDNN, which may have inherited it
             afterwards.callback(_allow_tf32, cublas)
         else:
             afterwards.callback(torch.set_float32_matmul_precision, matmul)
@@ -88,10 +88,10 @@ def _allow_tf32(library: Any) -> None:
 
 
 def _switches() -> dict[str, tuple[Callable[[], str], Callable[[str], Any]]]:
-    """How to read and set each new switch, those that others inherit from before these."""
+    """Functions that read and set each new switch, parents before their children."""
     paths = {
         "all": "backends",
-        "cuda": "backends.cudnn",  # of all of CUDA
+        "cuda": "backends.cudnn",  # the parent of all CUDA switches
         "cuda.matmul": "backends.cuda.matmul",
         "cuda.conv": "backends.cudnn.conv",
         "cuda.rnn": "backends.cudnn.rnn",
@@ -104,14 +104,14 @@ def _switches() -> dict[str, tuple[Callable[[], str], Callable[[str], Any]]]:
     for name, path in paths.items():
         holder = attribute(torch, path, "torch")
         found[name] = partial(getattr, holder, "fp32_precision"), partial(setattr, holder, "fp32_precision")
-    # assigning to this one's attribute sets the switch of all backends
+    # assigning to the attribute of mkldnn would set the switch of all backends
     set_flags = attribute(torch, "backends.mkldnn.set_flags", "torch")
     found["mkldnn"] = found["mkldnn"][0], lambda value: set_flags(_fp32_precision=value)
     return found
 
 
 def _value(read: Callable[[], Any]) -> Any:
-    """What an old switch says; None where it says nothing as new ones were used."""
+    """The value of an old switch; None if it cannot be read because new ones were used."""
     with warnings.catch_warnings(action="ignore"):  # some versions advise against reading it
         try:
             return read()

@@ -1,4 +1,4 @@
-"""Undocumented parts of Python's own library."""
+"""Undocumented parts of Python's standard library."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _KEYS = ("sys_path", "init_main_from_name", "init_main_from_path")
 
 
 def preparation() -> dict[str, Any]:
-    """How another process is to import what this one has as ``__main__``, and where from.
+    """What another process needs to import the ``__main__`` module of this one.
 
-    ``multiprocessing.spawn.get_preparation_data``, those of its entries that :func:`prepare` needs.
+    These are the entries of ``multiprocessing.spawn.get_preparation_data`` that :func:`prepare` uses.
     """
     found = attribute(multiprocessing.spawn, "get_preparation_data", "python")("job")
     return {key: found[key] for key in _KEYS if key in found}
 
 
 def prepare(prepared: dict[str, Any]) -> None:
-    """Take over what :func:`preparation` found in another process: ``multiprocessing.spawn.prepare``."""
+    """Apply what :func:`preparation` returned in another process: ``multiprocessing.spawn.prepare``."""
     attribute(multiprocessing.spawn, "prepare", "python")(prepared)

@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 _FORWARD = ("_forward_hooks", "_forward_pre_hooks")
 _OF_MODULES = (*_FORWARD, "_backward_hooks", "_backward_pre_hooks")
 _OF_TENSORS = ("_backward_hooks", "_post_accumulate_grad_hooks")
-_WITHOUT_DERIVATIVE = {  # by the ends of the names of a graph's nodes
+_WITHOUT_DERIVATIVE = {  # keyed by the endings of the names of graph nodes
     "::Error": "a function of it is marked once_differentiable",
     "CheckpointFunctionBackward": "it has reentrant checkpointing; torch.utils.checkpoint with use_reentrant=False can",
 }
 
 
 def without_iterator(loader: Any) -> Any:
-    """A copy of a loader that shares its data and leaves a running iterator of it alone: ``DataLoader._iterator``."""
-    twin = copy(loader)
+    """A copy of a loader that shares its data but not its running iterator: ``DataLoader._iterator``."""
+    copied = copy(loader)
     if isinstance(loader, DataLoader):
         attribute(loader, "_iterator", "torch")
-        twin._iterator = None
-    return twin
+        copied._iterator = None
+    return copied
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
@@ -43,20 +43,20 @@ def has_forward_hooks(module: nn.Module) -> bool:
 
 
 def forward_pre_hooks(module: nn.Module) -> dict[int, Any]:
-    """The dict that holds a module's forward pre-hooks: ``Module._forward_pre_hooks``."""
+    """The dict of a module's forward pre-hooks: ``Module._forward_pre_hooks``."""
     hooks: dict[int, Any] = attribute(module, "_forward_pre_hooks", "torch")
     return hooks
 
 
 def have_hooks(modules: Iterable[nn.Module], tensors: Iterable[Tensor]) -> bool:
-    """Whether modules or tensors have hooks of any kind: the dicts in which torch keeps them."""
+    """Whether any of the modules or tensors has a hook of any kind: the dicts in which torch keeps hooks."""
     return any(attribute(module, name, "torch") for module in modules for name in _OF_MODULES) or any(
         attribute(tensor, name, "torch") for tensor in tensors for name in _OF_TENSORS
     )
 
 
 def hooks_of(tensor: Tensor) -> list[dict[int, Any]]:
-    """The dicts that hold a tensor's hooks, where it has any: ``Tensor._backward_hooks`` and its like."""
+    """The non-empty dicts of a tensor's hooks: ``Tensor._backward_hooks`` and ``_post_accumulate_grad_hooks``."""
     return [hooks for name in _OF_TENSORS if (hooks := attribute(tensor, name, "torch"))]
 
 
@@ -67,9 +67,9 @@ def without_torch_function() -> AbstractContextManager[Any]:
 
 
 def is_functorch_tensor(tensor: Tensor) -> bool:
-    """Whether a tensor stands for others, as within ``torch.vmap``.
+    """Whether a tensor is a functorch wrapper of another tensor, as inside ``torch.vmap``.
 
-    By ``torch.func.debug_unwrap``; in a torch without it by ``torch._C._functorch.is_functorch_wrapped_tensor``.
+    It uses ``torch.func.debug_unwrap``, or ``torch._C._functorch.is_functorch_wrapped_tensor`` if torch lacks that.
     """
     if hasattr(torch.func, "debug_unwrap"):
         return torch.func.debug_unwrap(tensor) is not tensor
@@ -77,7 +77,7 @@ def is_functorch_tensor(tensor: Tensor) -> bool:
 
 
 def may_be_compiled() -> bool:
-    """Whether any module can have been compiled yet: whether ``torch._dynamo``, slow to import, was imported."""
+    """Whether a module may have been compiled: whether ``torch._dynamo``, which is slow to import, was imported."""
     if "torch._dynamo" in sys.modules:
         return True
     if find_spec("torch._dynamo") is None:
@@ -86,7 +86,9 @@ def may_be_compiled() -> bool:
 
 
 def named_modules_as_written(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """A module's ``named_modules()`` without what ``torch.compile`` puts into paths: ``torch._dynamo.OptimizedModule``.
+    """A module's ``named_modules()`` without the parts that ``torch.compile`` adds to the paths.
+
+    Such parts come from ``torch._dynamo.OptimizedModule``.
 
     >>> [path for path, _ in named_modules_as_written(torch.nn.Sequential(torch.nn.ReLU()))]
     ['', '0']
@@ -102,30 +104,31 @@ def named_modules_as_written(module: nn.Module) -> Iterator[tuple[str, nn.Module
 
 
 def parameter_slots(module: nn.Module) -> dict[str, nn.Parameter | None] | None:
-    """The dict that holds a module's own parameters, ``Module._parameters``; None: a scripted module has none."""
+    """The dict of a module's own parameters, ``Module._parameters``; None for a scripted module, which has none."""
     slots = attribute(module, "_parameters", "torch")
     return slots if isinstance(slots, dict) else None
 
 
 def inner_schedulers(scheduler: Any) -> list[LRScheduler]:
-    """The schedulers that a scheduler goes through, in whatever private attribute it keeps their list."""
+    """The schedulers that a scheduler contains in lists, whatever the names of these private attributes."""
     lists = [value for value in vars(scheduler).values() if isinstance(value, list | tuple)]
-    return [one for several in lists for one in several if isinstance(one, LRScheduler)]
+    return [one for values in lists for one in values if isinstance(one, LRScheduler)]
 
 
 def without_derivative(output: Tensor) -> str | None:
-    """What in a graph has no derivative, though torch does not say so but leaves its part out: names of its nodes.
+    """The reason why a part of an autograd graph has no derivative, by the names of its nodes; None: all parts have one.
 
-    Torch would raise there, but does not come by when asked for gradients of the parameters alone.
+    torch raises an error at such a node only if it visits it. If gradients are requested for the parameters only, it
+    may skip the node and silently leave out its contribution.
     """
-    seen, left = set(), [output.grad_fn]
-    while left:
-        node = left.pop()
+    seen, remaining = set(), [output.grad_fn]
+    while remaining:
+        node = remaining.pop()
         if node is None or node in seen:
             continue
         for end, meaning in _WITHOUT_DERIVATIVE.items():
             if node.name().endswith(end):
                 return meaning
         seen.add(node)
-        left.extend(following for following, _ in node.next_functions)
+        remaining.extend(following for following, _ in node.next_functions)
     return None

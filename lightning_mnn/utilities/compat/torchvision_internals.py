@@ -1,4 +1,4 @@
-"""Undocumented parts of torchvision: which files its data sets are made of, and their md5 checksums."""
+"""Undocumented parts of torchvision: the files of its data sets and their md5 checksums."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _LIBRARY = "torchvision"
 
 
 def mnist_archives() -> dict[str, str]:
-    """The archives of MNIST in their folder ``MNIST/raw``, with their checksums: ``MNIST.resources``."""
+    """The archives of MNIST in the folder ``MNIST/raw``, with their checksums: ``MNIST.resources``."""
     return dict(attribute(MNIST, "resources", _LIBRARY))
 
 
@@ -20,7 +20,10 @@ def cifar10_archive() -> tuple[str, str]:
 
 
 def cifar10_folder() -> tuple[str, dict[str, str]]:
-    """The folder in it, and the files there with their checksums: ``CIFAR10.base_folder``, ``train_list`` and more."""
+    """The folder in that archive, and its files with their checksums.
+
+    They are ``CIFAR10.base_folder``, ``train_list``, ``test_list`` and ``meta``.
+    """
     names = attribute(CIFAR10, "meta", _LIBRARY)
     batches = [*attribute(CIFAR10, "train_list", _LIBRARY), *attribute(CIFAR10, "test_list", _LIBRARY)]
     return str(attribute(CIFAR10, "base_folder", _LIBRARY)), {**dict(batches), names["filename"]: names["md5"]}

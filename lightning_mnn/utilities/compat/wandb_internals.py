@@ -12,11 +12,11 @@ _SERVICE = "WANDB_SERVICE"
 
 
 def local_step(run: Any) -> int:
-    """W&B's step of what is logged next, as this process counts: ``Run._local_step``, before W&B 0.28 ``Run._step``.
+    """W&B's next step, as this process counts it: ``Run._local_step``, before W&B 0.28 ``Run._step``.
 
-    Where there is neither, ``Run.step``, which may wait for W&B's own process.
+    If neither exists, it is ``Run.step``, which may wait for W&B's service process.
     """
-    if run.disabled:  # which counts nothing
+    if run.disabled:  # it does not count steps
         return 0
     for name in ("_local_step", "_step"):
         step = getattr(run, name, None)
@@ -26,9 +26,9 @@ def local_step(run: Any) -> int:
 
 
 def forget_foreign_service() -> None:
-    """Let W&B start a service of this process's own, unless it has: the number of the process in ``WANDB_SERVICE``.
+    """Make W&B start a service for this process, unless it has one: ``WANDB_SERVICE`` contains the owner's process id.
 
-    Another process's may hold the run of one that was killed, know other accounts, or be gone.
+    The service of another process may have the run of a killed process open, use other accounts, or have ended.
     """
     owner = re.match(r"\d+-(\d+)-", os.environ.get(_SERVICE, ""))
     if owner is None or int(owner[1]) != os.getpid():
@@ -36,10 +36,10 @@ def forget_foreign_service() -> None:
 
 
 def tell_terminal_to(listener: Any) -> None:
-    """Let a listener hear, instead of the terminal, what W&B says: ``wandb.termsetup``.
+    """Send W&B's messages to a listener instead of the terminal: ``wandb.termsetup``.
 
     Args:
-        listener: with methods ``info``, ``warning`` and ``error`` of a message.
+        listener: an object with methods ``info``, ``warning`` and ``error`` that take a message.
     """
     import wandb  # noqa: PLC0415 (slow)
 
@@ -47,7 +47,7 @@ def tell_terminal_to(listener: Any) -> None:
 
 
 def workspace_content(workspace: Any) -> dict[str, Any]:
-    """A workspace of wandb-workspaces as W&B keeps it: ``Workspace._to_model``."""
+    """A workspace of wandb-workspaces in the form in which W&B stores it: ``Workspace._to_model``."""
     view = attribute(workspace, "_to_model", "wandb-workspaces")()
     content: dict[str, Any] = view.model_dump(mode="json", by_alias=True, exclude_none=True)
     return content
