@@ -332,9 +332,7 @@ def test_a_logger_does_not_go_on_with_less_than_it_had(tmp_path):
     logger = ResumableCSVLogger(tmp_path)
     logger.log_metrics({"a": 1.0}, step=0)
     again = ResumableCSVLogger(tmp_path)
-    with pytest.raises(
-        DamagedFileError, match=r"metrics\.csv is damaged \(it should hold 2 rows or more, and holds 1\)"
-    ):
+    with pytest.raises(DamagedFileError, match=r"metrics\.csv is damaged \(it should have 2 rows or more, and has 1\)"):
         again.resume(2)
     assert logger.path.read_text() == "a,step\n1.0,0\n"
 

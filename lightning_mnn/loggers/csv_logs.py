@@ -1,4 +1,4 @@
-"""Lightning's CSV logger, with rows on disk at once and resumed where a checkpoint was."""
+"""A CSV logger that writes each row to disk at once, and that a resumed run continues from its checkpoint."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 
 
 class ResumableCSVLogger(Logger):
-    """Writes ``metrics.csv``: a row a call, a column a name and ``step``, columns in alphabetic order.
+    """Writes ``metrics.csv``: one row per call, one column per name and ``step``, columns in alphabetical order.
 
-    Each row is on disk when the call returns. Where a new name comes up, the file is written anew under a temporary
-    name and renamed.
+    Each row is on disk when the call returns. If a call has a new name, the whole file is written again under a
+    temporary name, which is then renamed.
 
     Args:
         save_dir: folder of ``metrics.csv``.
 
     Attributes:
         path: the file.
-        rows: rows in it.
+        rows: number of rows in it.
 
     Raises:
-        FileExistsError: (at the first row) there is such a file already.
+        FileExistsError: (at the first row) the file already exists.
 
     >>> import tempfile
     >>> logger = ResumableCSVLogger(tempfile.mkdtemp())
@@ -65,7 +65,7 @@ class ResumableCSVLogger(Logger):
 
     @override
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Take no notice: a table of metrics has no place for them."""
+        """Ignore the hyperparameters: a table of metrics has no place for them."""
 
     @override
     @rank_zero_only
@@ -74,7 +74,7 @@ class ResumableCSVLogger(Logger):
         row["step"] = self.rows if step is None else step
         if not row.keys() <= set(self._columns):
             if not self.rows and self.path.exists():
-                raise FileExistsError(f"{self.path} exists: choose another save_dir, or go on with it by resume(rows)")
+                raise FileExistsError(f"{self.path} exists: choose another save_dir, or continue it by resume(rows)")
             kept = self._read(self.rows)[1] if self.rows else []
             self._write(sorted({*self._columns, *row}), kept)
         with self.path.open("a", newline="") as file:
@@ -83,7 +83,7 @@ class ResumableCSVLogger(Logger):
 
     @rank_zero_only
     def resume(self, rows: int) -> None:
-        """Go on with the file that is there after its first rows; where none are kept, it goes.
+        """Continue the existing file after its first ``rows`` rows; with 0 rows the file is deleted.
 
         Raises:
             DamagedFileError: see :meth:`check`.
@@ -97,21 +97,21 @@ class ResumableCSVLogger(Logger):
         self.rows = rows
 
     def check(self, rows: int) -> None:
-        """Check that the file has so many rows to go on after.
+        """Check that the file has at least this many rows, so that :meth:`resume` can continue after them.
 
         Raises:
-            DamagedFileError: it has fewer, or they hold something else than numbers.
+            DamagedFileError: the file has fewer rows, or they contain something other than numbers.
         """
         try:
             found = self._read(rows)[1] if self.path.exists() else []
-            kept = [row for row in found if None not in (*row, *row.values())]  # and not torn
+            kept = [row for row in found if None not in (*row, *row.values())]  # complete rows only
             for row in kept:
                 for name, text in row.items():
                     int(text) if name == "step" else float(text or 0)
         except (ValueError, csv.Error) as error:
-            raise DamagedFileError(self.path, f"it is no table of numbers: {error}") from error
+            raise DamagedFileError(self.path, f"it is not a table of numbers: {error}") from error
         if len(kept) < rows:
-            raise DamagedFileError(self.path, f"it should hold {rows} rows or more, and holds {len(kept)}")
+            raise DamagedFileError(self.path, f"it should have {rows} rows or more, and has {len(kept)}")
 
     def read(self) -> list[tuple[dict[str, float], int]]:
         """The rows, as metrics and step."""
@@ -119,7 +119,7 @@ class ResumableCSVLogger(Logger):
         return [({k: float(v) for k, v in row.items() if v and k != "step"}, int(row["step"])) for row in rows]
 
     def _read(self, rows: int) -> tuple[list[str], list[dict[str, str]]]:
-        """The columns and the first rows. What follows them may be torn."""
+        """The columns and the first rows; what follows these rows may be incomplete."""
         with self.path.open(newline="") as file:
             table = csv.DictReader(file)
             return list(table.fieldnames or ()), list(islice(table, rows))

@@ -1,4 +1,4 @@
-"""Scalars, pictures, tables and histograms, handed to whichever loggers take them."""
+"""Functions that log scalars, images, tables and histograms to every logger that supports them."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 
 def plain_value(value: Any) -> Any:
-    """A single number as Python's own, a truth value as 0 or 1; anything else as it is."""
+    """A single number as a Python number, with a bool as 0.0 or 1.0; anything else unchanged."""
     if isinstance(value, torch.Tensor | np.ndarray | np.generic) and value.ndim == 0:
         value = value.item()
     return float(value) if type(value) is not int and isinstance(value, Real) else value
 
 
 def log_scalars(trainer: pl.Trainer, scalars: dict[str, Tensor | float | None]) -> None:
-    """Log values measured after ``trainer.global_step`` steps, means over replicas; None and non-finite are left out.
+    """Log values measured after ``trainer.global_step`` steps, as means over replicas; skip None and non-finite values.
 
-    They go to every logger at once and to ``trainer.callback_metrics``. ``LightningModule.log`` would drop those of
-    steps that ``log_every_n_steps`` passes over, and cannot be called at the end of training.
+    They go immediately to every logger and to ``trainer.callback_metrics``. ``LightningModule.log`` would drop the
+    values of steps that ``log_every_n_steps`` skips, and cannot be called at the end of training.
     """
     given = {name: value for name, value in scalars.items() if value is not None}
     tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
@@ -44,15 +44,15 @@ def log_scalars(trainer: pl.Trainer, scalars: dict[str, Tensor | float | None]) 
 
 
 def shows_images(logger: Logger) -> bool:
-    """Whether a logger is one that :func:`log_image` logs to, for pictures that take time to draw."""
+    """Whether :func:`log_image` supports a logger; callers ask before they draw an image, which takes time."""
     return hasattr(logger, "log_image") or hasattr(getattr(logger, "experiment", None), "add_image")
 
 
 def log_image(logger: Logger, name: str, path: Path, step: int) -> bool:
-    """Log a PNG file to W&B or TensorBoard; other loggers are passed over.
+    """Log a PNG file to W&B or TensorBoard; other loggers are ignored.
 
     Returns:
-        Whether the logger took it.
+        Whether the logger supports images.
     """
     if hasattr(logger, "log_image"):  # W&B
         logger.log_image(name, [str(path)], step=step)
@@ -67,10 +67,10 @@ def log_image(logger: Logger, name: str, path: Path, step: int) -> bool:
 
 
 def log_table(logger: Logger, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> bool:
-    """Log a table to W&B; other loggers are passed over.
+    """Log a table to W&B; other loggers are ignored.
 
     Returns:
-        Whether the logger took it.
+        Whether the logger supports tables.
     """
     if not hasattr(logger, "log_table"):
         return False
@@ -79,16 +79,16 @@ def log_table(logger: Logger, name: str, columns: Sequence[str], rows: Sequence[
 
 
 def log_histogram(logger: Logger, name: str, values: Tensor, step: int) -> bool:
-    """Log a histogram of values to W&B or TensorBoard; other loggers are passed over.
+    """Log a histogram of values to W&B or TensorBoard; other loggers are ignored.
 
     Returns:
-        Whether the logger took it.
+        Whether the logger supports histograms.
     """
     if hasattr(logger, "log_image"):  # W&B
         import wandb  # noqa: PLC0415 (slow, and only used with its logger)
 
         media: dict[str, Any] = {name: wandb.Histogram(values.tolist())}
-        logger.log_metrics(media, step)  # as the scalars go, which keeps W&B's own steps in order
+        logger.log_metrics(media, step)  # the same way as scalars, which keeps W&B's own steps in order
         return True
     add_histogram = getattr(getattr(logger, "experiment", None), "add_histogram", None)
     if add_histogram is not None:  # TensorBoard

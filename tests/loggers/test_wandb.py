@@ -219,9 +219,9 @@ def test_trouble_with_the_server_neither_stops_a_run_nor_loses_anything(troubled
 def test_a_run_that_w_and_b_leaves_twice_goes_on_without_it(troubled):
     first, second = json.loads((troubled[TWICE] / "said.json").read_text())
     (offline, other) = sorted(path.name for path in (troubled[TWICE] / "wandb").glob("offline-run-*"))
-    assert f"tables and histograms until now stay in wandb/{offline}. All else is in wandb/{other}" in first
+    assert f"tables and histograms so far stay in wandb/{offline}. Everything else is in wandb/{other}" in first
     assert list((troubled[TWICE] / "wandb" / offline).glob("files/media/table/table_*.json"))
-    assert re.search(rf"failed again .* goes on without it. What it has is in wandb/{other}$", second)
+    assert re.search(rf"failed again .* continues without it. Its data are in wandb/{other}$", second)
 
 
 def log_offline(logger):
@@ -442,7 +442,7 @@ def test_figure_and_table_are_logged_with_a_row_a_replica(runs):
 
 def test_an_unreachable_server_does_not_stop_a_command(runs):
     err = (runs[4].parent / "err.txt").read_text()
-    assert err.count("the run goes on offline") == 1
+    assert err.count("the run continues offline") == 1
     assert err.count("W&B") == 1
     assert "wandb sync four/wandb/offline-run-" in err
     (run,) = records(runs[4] / "wandb")

@@ -163,7 +163,7 @@ def test_a_table_goes_on_after_the_rows_that_are_asked_for(tmp_path):
     again = ResumableCSVLogger(tmp_path)
     with pytest.raises(FileExistsError, match="resume"):
         again.log_metrics({"a": 1.0}, 0)
-    with pytest.raises(ValueError, match="should hold 5 rows or more, and holds 3"):
+    with pytest.raises(ValueError, match="should have 5 rows or more, and has 3"):
         ResumableCSVLogger(tmp_path).resume(5)
     again.resume(2)
     assert again.read() == [({"a": 0.0}, 0), ({"a": 1 / 3}, 1)]

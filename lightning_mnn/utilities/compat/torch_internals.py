@@ -116,7 +116,7 @@ def inner_schedulers(scheduler: Any) -> list[LRScheduler]:
 
 
 def without_derivative(output: Tensor) -> str | None:
-    """The reason why a part of an autograd graph has no derivative, by the names of its nodes; None: all parts have one.
+    """The reason why a part of an autograd graph has no derivative, by its node names; None: all parts have one.
 
     torch raises an error at such a node only if it visits it. If gradients are requested for the parameters only, it
     may skip the node and silently leave out its contribution.
