@@ -96,7 +96,7 @@ VALUES = [
     ("model.hidden_dims=20", "model.hidden_dims=20: must be a list of one or two widths", "as [40] or [40,20]"),
     ("model.hidden_dims=[3,3,3]", "model.hidden_dims=[3,3,3]: must be a list of one or two widths", "as [40]"),
     ("model.hidden_dims=[0]", "model.hidden_dims=[0]: must be at least 1 and a whole number"),
-    ("model.input_dim=7", "model.input_dim=7: must be that of the data, which have 40 inputs"),
+    ("model.input_dim=7", "model.input_dim=7: must match the data, which have 40 inputs"),
     ("data.num_samples=0", "data.num_samples=0: must be at least 1 and a whole number"),
     ("data.labels=abc", "data.labels=abc: must be one of plus_minus, zero_one, teacher"),
     ("data.batch_size=0", "data.batch_size=0: must be at least 1 and a whole number"),

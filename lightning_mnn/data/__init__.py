@@ -1,4 +1,4 @@
-"""DataModules whose training set can be passed over exactly, sample by sample, on any number of processes."""
+"""DataModules whose training set can be read exactly once, sample by sample, on any number of processes."""
 
 from lightning_mnn.data.gaussian import GaussianData
 from lightning_mnn.data.images.image_data import ImageData

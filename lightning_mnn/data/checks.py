@@ -1,4 +1,4 @@
-"""Checks of a training set before any work is done on it."""
+"""Checks of a training set before training."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ if TYPE_CHECKING:
 def check_training_set(
     trainer: pl.Trainer, input_dim: int, replicas: int, threshold: float | None, *, regression: bool
 ) -> float | None:
-    """Check the Trainer's training set in one pass, and find the decision threshold of its labels. Collective.
+    """Check the Trainer's training set in one pass, and infer the decision threshold of its labels. Collective.
 
-    Of data whose samples cannot be enumerated only the first batch is checked.
+    If the samples cannot be enumerated, only the first batch is checked.
 
     Returns:
-        The threshold: as given, or 0.5 for labels {0, 1} and 0 for ±1; None for regression.
+        The threshold: the given one, or 0.5 for labels {0, 1} and 0 for ±1; None for regression.
 
     Raises:
-        ValueError: inputs of another dimension or number of replicas, NaN or infinity, labels that are not binary.
+        ValueError: inputs have another dimension or number of replicas, contain NaN or infinity, or labels are not
+            binary.
     """
     fitting = {0.5, 0.0}
     example: list[float] = []
@@ -54,10 +55,10 @@ def check_training_set(
 
 
 def find_threshold(trainer: pl.Trainer) -> float | None:
-    """The decision threshold of the training labels: 0.5 for {0, 1}, 0 for ±1, None for others. Collective.
+    """The decision threshold of the training labels: 0.5 for {0, 1}, 0 for ±1, None for other labels. Collective.
 
     Raises:
-        ValueError: all labels are 1, which fits both.
+        ValueError: all labels are 1, so both thresholds fit.
     """
     fitting = {0.5, 0.0}
     for batch in _batches(trainer):
@@ -66,34 +67,34 @@ def find_threshold(trainer: pl.Trainer) -> float | None:
 
 
 def check_batch(inputs: Tensor, targets: Tensor, input_dim: int, replicas: int) -> None:
-    """Check shapes and finiteness of one batch.
+    """Check the shapes of one batch, and that its values are finite.
 
     Raises:
-        ValueError: inputs of another dimension or number of replicas, NaN or infinity.
+        ValueError: inputs have another dimension or number of replicas, or contain NaN or infinity.
     """
     if inputs.shape[-1] != input_dim:
-        raise ArgumentError("input_dim", input_dim, f"must be that of the data, which have {inputs.shape[-1]} inputs")
+        raise ArgumentError("input_dim", input_dim, f"must match the data, which have {inputs.shape[-1]} inputs")
     for name, tensor, plain in (("inputs", inputs, 2), ("targets", targets, 1)):
         if tensor.ndim not in (plain, plain + 1) or (tensor.ndim > plain and tensor.shape[0] != replicas):
             raise ValueError(
                 f"{name} of shape {tuple(tensor.shape)} do not fit a network with replicas={replicas}: "
-                "the first axis of per-replica data must have one entry a replica"
+                "the first axis of per-replica data must have one entry per replica"
             )
         if not bool(tensor.isfinite().all()):
             count = int((~tensor.isfinite()).sum())
-            raise ValueError(f"the {name} hold {count} values that are NaN or infinite: remove those samples first")
+            raise ValueError(f"the {name} contain {count} values that are NaN or infinite: remove those samples first")
 
 
 def _agreed(trainer: pl.Trainer, fitting: set[float]) -> float | None:
-    """The one threshold that fits the labels of every process; None where none does."""
+    """The one threshold that fits the labels of every process; None if none does."""
     return the_threshold({t for t in (0.5, 0.0) if trainer.strategy.reduce_boolean_decision(t in fitting, all=True)})
 
 
 def the_threshold(fitting: Collection[float | None]) -> float | None:
-    """The one threshold that fits all labels; None where none does.
+    """The one threshold that fits all labels; None if none does.
 
     Raises:
-        ValueError: all labels are 1, which fits both.
+        ValueError: all labels are 1, so both thresholds fit.
     """
     if len(fitting) > 1:
         raise ValueError("all labels are 1, which fits {0, 1} and ±1: give MNN(threshold=0.5) or MNN(threshold=0.0)")
@@ -101,12 +102,12 @@ def the_threshold(fitting: Collection[float | None]) -> float | None:
 
 
 def _batches(trainer: pl.Trainer) -> Iterator[Any]:
-    """This process's part of the training set; of one that cannot be enumerated the first batch."""
+    """This process's part of the training set; if its samples cannot be enumerated, only the first batch."""
     loader: Any = trainer.train_dataloader
     try:
         num_samples(loader)
     except TypeError:
-        with torch.random.fork_rng(devices=[]):  # the order of training is not to depend on this look
+        with torch.random.fork_rng(devices=[]):  # this check must not change the order of training
             first = next(iter(loader))
         yield first
     else:

@@ -1,4 +1,4 @@
-"""Gaussian inputs with random labels, or with those of a teacher network: the paper's synthetic data."""
+"""Gaussian inputs with random labels or with the outputs of a teacher network: the paper's synthetic data."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ LABELS = ("plus_minus", "zero_one", "teacher")
 
 
 class GaussianData(ResidentData):
-    """N inputs x ~ N(0, I_d0) and random targets, drawn anew for each replica from its own seed.
+    """N inputs x ~ N(0, I_d0) and random targets, drawn independently for each replica from its own seed.
 
-    The draws are made in float64 on the CPU, so they do not depend on the device or the dtype.
+    They are drawn in float64 on the CPU, so they do not depend on the device or the dtype.
 
     Args:
         num_samples: N.
@@ -31,7 +31,7 @@ class GaussianData(ResidentData):
         **options: see :class:`ResidentData`.
 
     Raises:
-        ValueError: a size that is not positive or unknown labels.
+        ValueError: a size is not positive, or ``labels`` is unknown.
 
     >>> inputs, targets = GaussianData(num_samples=6, input_dim=3, replicas=2).tensors()
     >>> inputs.shape, targets.shape, sorted(targets.unique().tolist())
@@ -73,13 +73,13 @@ class GaussianData(ResidentData):
         shape = (self.num_samples, self.input_dim)
         inputs = torch.randn(shape, generator=generator(seed, "inputs"), dtype=torch.float64)
         if self.labels == "teacher":
-            return inputs, self._teach(inputs, seed)
+            return inputs, self._teacher_outputs(inputs, seed)
         ones = torch.randint(0, 2, shape[:1], generator=generator(seed, "labels")).double()
         return inputs, ones if self.labels == "zero_one" else 2 * ones - 1
 
-    def _teach(self, inputs: Tensor, seed: int) -> Tensor:
+    def _teacher_outputs(self, inputs: Tensor, seed: int) -> Tensor:
         draw = generator(seed, "teacher")
         hidden = torch.randn(self.teacher_width, self.input_dim, generator=draw, dtype=torch.float64)
         output = torch.randn(self.teacher_width, generator=draw, dtype=torch.float64)
-        scale = math.sqrt(2 / (self.input_dim * self.teacher_width))  # outputs of variance about 1
+        scale = math.sqrt(2 / (self.input_dim * self.teacher_width))  # makes the variance of the outputs about 1
         return torch.relu(inputs @ hidden.T) @ output * scale

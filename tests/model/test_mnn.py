@@ -237,8 +237,8 @@ X, Y = torch.randn(6, 3), torch.tensor([0.0, 1, 0, 1, 1, 0])
     ("inputs", "targets", "message"),
     [
         (torch.randn(6, 4), Y, "input_dim"),
-        (X.index_fill(0, torch.tensor([2]), math.nan), Y, "the inputs hold 3 values that are NaN or infinite"),
-        (X, Y.index_fill(0, torch.tensor([2]), math.inf), "the targets hold 1 values that are NaN or infinite"),
+        (X.index_fill(0, torch.tensor([2]), math.nan), Y, "the inputs contain 3 values that are NaN or infinite"),
+        (X, Y.index_fill(0, torch.tensor([2]), math.inf), "the targets contain 1 values that are NaN or infinite"),
         (X, torch.arange(6.0), r"labels are not binary: .*found \[2.0|labels are not binary: .*found \[0.0, 1.0, 2.0"),
         (X, torch.ones(6), "all labels are 1"),
     ],
@@ -263,7 +263,7 @@ def test_sorted_labels_of_a_foreign_loader_are_fine_and_late_nan_is_found(make_t
     labels = Y.sort(descending=True).values
     make_trainer(max_epochs=1).fit(MNN(3, (4,)), DataLoader(TensorDataset(X, labels), batch_size=2))
     broken = X.index_fill(0, torch.tensor([5]), math.nan)
-    with pytest.raises(ValueError, match="the inputs hold 3 values that are NaN"):
+    with pytest.raises(ValueError, match="the inputs contain 3 values that are NaN"):
         make_trainer(max_epochs=1).fit(MNN(3, (4,)), DataLoader(TensorDataset(broken, Y), batch_size=2))
 
 

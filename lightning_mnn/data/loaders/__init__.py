@@ -1,1 +1,1 @@
-"""Loaders whose samples are seen exactly once an epoch, on any number of processes."""
+"""Loaders that yield each sample exactly once per epoch, on any number of processes."""

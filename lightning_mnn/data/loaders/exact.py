@@ -1,6 +1,6 @@
-"""Loaders and data modules whose training set is seen sample by sample, exactly once an epoch, on any device count.
+"""Loaders and data modules that yield each training sample exactly once per epoch, on any number of devices.
 
-Shapes: N samples, d0 inputs, R replicas, B samples of a batch.
+Shapes: N samples, d0 inputs, R replicas, B samples per batch.
 """
 
 from __future__ import annotations
@@ -29,30 +29,31 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-STEPS = 1000  # of a bundle, at most
+STEPS = 1000  # maximum number of steps of a bundle
 
-# Operations of a bundle, about, in which no checkpoint by time is written and no signal heeded: some 0.2 s of a CPU, or
-# of a GPU that is slow in float64. A fast one takes 10 ms, still long beside what Lightning takes.
-_WORK = {"cpu": 1e10, "cuda": 2e11}
+# Approximate number of operations of a bundle. During a bundle no timed checkpoint is written and no signal is handled.
+# It takes about 0.2 s on a CPU, or on a GPU that is slow in float64. A fast GPU needs 10 ms, which is still long
+# compared with Lightning's overhead.
+_OPERATIONS_PER_BUNDLE = {"cpu": 1e10, "cuda": 2e11}
 
 
 def steps_at_a_time(operations: float, device: str = "cpu") -> int:
-    """Steps of a bundle, of so many operations each on a kind of device.
+    """Number of steps of a bundle, given the operations of one step and the type of the device.
 
     >>> steps_at_a_time(1e4), steps_at_a_time(1e9), steps_at_a_time(1e12)
     (1000, 10, 1)
     >>> steps_at_a_time(1e4, "cuda"), steps_at_a_time(1e9, "cuda")
     (1000, 200)
     """
-    return max(1, min(STEPS, int(_WORK.get(device, _WORK["cpu"]) / operations)))
+    return max(1, min(STEPS, int(_OPERATIONS_PER_BUNDLE.get(device, _OPERATIONS_PER_BUNDLE["cpu"]) / operations)))
 
 
 class EpochShuffle:
-    """Order of the samples in each epoch: a permutation that depends on a seed and the epoch only.
+    """Order of the samples in each epoch: a permutation that depends only on a seed and the epoch.
 
     Args:
         num_samples: N.
-        seeds: one seed, or one a replica.
+        seeds: one seed, or one per replica.
         shuffle: False keeps the samples in their order.
 
     >>> order = EpochShuffle(4, seeds=[0])
@@ -67,11 +68,11 @@ class EpochShuffle:
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch; Lightning calls this before each."""
+        """Set the epoch; Lightning calls this before each epoch."""
         self.epoch = epoch
 
     def permutation(self) -> Tensor:
-        """Sample indices in this epoch's order: (N,), with several seeds (R, N)."""
+        """Sample indices in this epoch's order: (N,), or (R, N) with several seeds."""
         if not self.shuffle:
             orders = [torch.arange(self.num_samples) for _ in self.seeds]
         else:
@@ -81,32 +82,32 @@ class EpochShuffle:
 
 
 class ExactLoader(ABC):
-    """Batches (inputs, targets) of samples that can be looked up, the same in each batch for any number of processes.
+    """Batches (inputs, targets) of samples with random access; the batches do not depend on the number of processes.
 
     A batch of B samples is split over the processes into contiguous parts, without padding: each sample is seen exactly
-    once an epoch, and the gradient of a batch is the same on 1 or n processes. A process may get fewer samples of a
+    once per epoch, and the gradient of a batch is the same on 1 or n processes. A process may get fewer samples of a
     batch than another, or none.
 
-    Anything may iterate the loader while a Trainer trains from it: what is said of training below is of the pass only
-    that the Trainer itself consumes. Without a Trainer any pass is taken for training.
+    Other code may iterate over the loader while a Trainer trains from it. Only the pass that the Trainer itself
+    consumes counts as training below. Without a Trainer, every pass counts as training.
 
     Args:
         num_samples: N.
-        batch_size: B over all processes; None: all N.
-        shuffle: draw a new order each epoch (without effect on full batches).
-        seeds: seed of the order, one a replica.
-        rank: this process.
+        batch_size: B over all processes; None: all N samples.
+        shuffle: draw a new order in each epoch (no effect on full batches).
+        seeds: seeds of the order, one per replica.
+        rank: of this process.
         world_size: number of processes.
 
     Attributes:
-        steps_per_batch: batches that are handed to Lightning at a time, as an iterator over them, where it is above 1
-            (see :mod:`lightning_mnn.model.bundling`).
-        trainer: the Trainer that trains from the loader; None: there is none.
-        visits: how often this process has handed out each sample to training.
-        size_of_batch: samples of the batch that training got last, over all processes.
+        steps_per_batch: number of batches that Lightning gets at a time. If it is above 1, Lightning gets an iterator
+            over them (see :mod:`lightning_mnn.model.bundling`).
+        trainer: the Trainer that trains from the loader; None if there is none.
+        visits: how often training got each sample from this process.
+        size_of_batch: number of samples of training's last batch, over all processes.
 
     Raises:
-        ValueError: an empty data set, or a batch size that is not positive.
+        ValueError: the data set is empty, or the batch size is not positive.
     """
 
     def __init__(
@@ -120,7 +121,7 @@ class ExactLoader(ABC):
         world_size: int = 1,
     ) -> None:
         if num_samples == 0:
-            raise ValueError("the data set is empty: it must hold at least one sample")
+            raise ValueError("the data set is empty: it must contain at least one sample")
         if batch_size is not None:
             batch_size = positive_integer("batch_size", batch_size)
         self.num_samples = num_samples
@@ -132,43 +133,43 @@ class ExactLoader(ABC):
         self.trainer: pl.Trainer | None = None
         self.visits = Visits(num_samples)
         self.size_of_batch = 0
-        self._start = (0, 0)  # epoch and batch with which training begins its next pass, if it is of that epoch
-        self._next = 0  # batch to begin with, if training is resumed from here
+        self._start = (0, 0)  # epoch, and first batch of training's next pass if that pass is in this epoch
+        self._next = 0  # first batch, if training is resumed from here
 
     @abstractmethod
     def samples(self, index: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of some samples, in the data set's order."""
+        """Inputs and targets of the samples at an index into the data set."""
 
     @property
     @abstractmethod
     def numbers_per_sample(self) -> int:
-        """Numbers that the inputs of one sample are, over all replicas."""
+        """Number of input values of one sample, over all replicas."""
 
     @property
     def operations_per_sample(self) -> float:
-        """What it takes to make a sample ready, about."""
+        """Approximate number of operations needed to prepare a sample."""
         return 0.0
 
     @abstractmethod
     def _part(self, first: int, low: int, high: int, *, reuse: bool) -> tuple[tuple[Tensor, Tensor], slice | Tensor]:
-        """Samples first + low to first + high of this epoch's order, and the index by which they were looked up."""
+        """Samples first + low to first + high of this epoch's order, and the index that was used to read them."""
 
     @property
     def num_steps(self) -> int:
-        """Batches of samples an epoch."""
+        """Number of batches per epoch."""
         return math.ceil(self.num_samples / self.batch_size)
 
     def __len__(self) -> int:
-        """What a pass yields: batches, or with ``steps_per_batch`` > 1 bundles of so many of them."""
+        """Number of items that a pass yields: batches, or bundles of batches if ``steps_per_batch`` > 1."""
         return math.ceil(self.num_steps / self.steps_per_batch)
 
     def __iter__(self) -> Iterator[Any]:
-        """This process's part of each batch; of training's first pass after a resume, of those that are left."""
+        """This process's part of each batch; training's first pass after a resume yields only the remaining batches."""
         return _Pass(self)
 
     def handed_out(self, *, trains: bool) -> Iterator[Any]:
-        """What a pass yields, to training or to another reader."""
-        start = self._begin() if trains else 0
+        """The items of a pass, for training or for another reader."""
+        start = self._first_batch() if trains else 0
         if self.steps_per_batch == 1:
             yield from self.batches(start, self.num_steps, trains=trains)
             return
@@ -176,22 +177,22 @@ class ExactLoader(ABC):
             stop = min(first + self.steps_per_batch, self.num_steps)
             yield self.batches(first, stop, reuse=trains, trains=trains)
 
-    def _begin(self) -> int:
-        """The batch with which training begins this pass."""
+    def _first_batch(self) -> int:
+        """The first batch of this training pass."""
         epoch, start = self._start
         self._start = (0, 0)
-        return start if epoch == self.sampler.epoch else 0  # else saved in an epoch that did not take all batches
+        return start if epoch == self.sampler.epoch else 0  # else the state is of an epoch that ended early
 
     def batches(
         self, start: int, stop: int, *, reuse: bool = False, trains: bool = True
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's part of some batches of the epoch that the sampler is set to.
+        """This process's part of some batches of the sampler's current epoch.
 
         Args:
             start: the first batch.
-            stop: the one after the last.
-            reuse: the next batch may be written over the memory of this one.
-            trains: it is training that gets them.
+            stop: the batch after the last one.
+            reuse: whether the next batch may overwrite the memory of this one.
+            trains: whether training gets them.
         """
         for batch in range(start, stop):
             first = batch * self.batch_size
@@ -205,17 +206,17 @@ class ExactLoader(ABC):
             yield samples
 
     def state_dict(self) -> dict[str, int]:
-        """Where in the epoch the loader is."""
+        """The position of training in the epoch."""
         return {"epoch": self.sampler.epoch, "next_batch": self._next}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on where a loader with this state was."""
+        """Continue at the position in this state."""
         self._next = state_dict.get("next_batch", 0)
         self._start = (state_dict.get("epoch", self.sampler.epoch), self._next)
 
 
 class _Pass(Iterator[Any]):
-    """A pass over a loader, which finds out at its first batch whether it is training that consumes it."""
+    """A pass over a loader. At its first batch it finds out whether training consumes it."""
 
     def __init__(self, loader: ExactLoader) -> None:
         self._loader = loader
@@ -233,21 +234,21 @@ class _Pass(Iterator[Any]):
 
 
 class ExactData(pl.LightningDataModule, ABC):
-    """A LightningDataModule that trains from an :class:`ExactLoader`; a subclass says from which.
+    """A LightningDataModule with an :class:`ExactLoader`, which a subclass returns from :meth:`loader`.
 
     Args:
-        batch_size: samples of a batch over all processes; None: the full batch.
-        shuffle: draw a new order each epoch.
+        batch_size: samples per batch over all processes; None: the full batch.
+        shuffle: draw a new order in each epoch.
         replicas: number of independent networks that are trained side by side.
         seed: replica r uses ``seed + r``.
         dtype: "float32" or "float64".
 
     Attributes:
-        exact_loader: the loader of the training set, once the Trainer has asked for it.
-        operations_per_sample: of a step; MNN sets it where batches may be handed to Lightning in bundles.
+        exact_loader: the loader of the training set; None before the Trainer has created it.
+        operations_per_sample: operations of a step per sample; MNN sets it if batches may be bundled for Lightning.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of its range.
     """
 
     def __init__(
@@ -276,16 +277,16 @@ class ExactData(pl.LightningDataModule, ABC):
 
     @abstractmethod
     def loader(self, device: torch.device, **options: Any) -> ExactLoader:
-        """The loader, with ``options`` of :class:`ExactLoader`.
+        """The loader of the training set, with ``options`` of :class:`ExactLoader`.
 
         Args:
-            device: where the training set may be kept.
+            device: the device on which the training set may be kept.
             **options: ``batch_size``, ``shuffle``, ``seeds``, ``rank`` and ``world_size``.
         """
 
     @property
     def seeds(self) -> list[int]:
-        """One seed a replica."""
+        """One seed per replica."""
         return [self.seed + replica for replica in range(self.replicas)]
 
     @override
@@ -295,7 +296,7 @@ class ExactData(pl.LightningDataModule, ABC):
         if self.trainer is not None:
             rank, world_size = self.trainer.global_rank, self.trainer.world_size
             device = self.trainer.strategy.root_device
-        before, self.exact_loader = (
+        previous, self.exact_loader = (
             self.exact_loader,
             self.loader(
                 device,
@@ -310,22 +311,21 @@ class ExactData(pl.LightningDataModule, ABC):
         if self.operations_per_sample is not None:
             operations = self.operations_per_sample + self.exact_loader.operations_per_sample
             self.exact_loader.steps_per_batch = steps_at_a_time(self.exact_loader.batch_size * operations, device.type)
-        if before is not None and before.num_samples == self.exact_loader.num_samples:
-            self.exact_loader.visits = before.visits
+        if previous is not None and previous.num_samples == self.exact_loader.num_samples:
+            self.exact_loader.visits = previous.visits
         visits = self._loader_state.get("visits", {})
         if visits.get("samples") == self.exact_loader.num_samples:
-            # The sum over all processes, which one of them goes on with.
+            # The saved counts are the sum over all processes, so only one process continues with them.
             self.exact_loader.visits.go_on_from(unpacked(visits) * int(rank == 0))
         self.exact_loader.load_state_dict(self._loader_state)
-        self._loader_state = {}  # of the resumed epoch only: a loader made later begins at the beginning
+        self._loader_state = {}  # only for the resumed epoch: a later loader starts at its first batch
         return self.exact_loader
 
     def visits(self) -> tuple[int, int] | None:
-        """How often training saw a sample: the fewest and the most times, over all samples (and replicas).
+        """How often training saw a sample: the minimum and the maximum over all samples (and replicas). Collective.
 
-        It is counted from the indices by which the loader looked the samples up, over all processes, which must all ask
-        for it, and over all fits with this data module; resumed, also over those of the checkpoint. None before
-        training.
+        The counts come from the indices that the loader used to read the samples. They cover all processes and all fits
+        with this data module, and after a resume also those before the checkpoint. None before training.
         """
         if self.exact_loader is None:
             return None
@@ -337,16 +337,16 @@ class ExactData(pl.LightningDataModule, ABC):
         if self.trainer is None or self.trainer.world_size == 1 or not dist.is_initialized():
             return counts
         counts = counts.to(self.trainer.strategy.root_device, copy=True)
-        dist.all_reduce(counts)  # over the group that was really formed
+        dist.all_reduce(counts)  # over the group that exists, whatever its size
         return counts.cpu()
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        held = None if self.trainer is None else self.trainer.train_dataloader
-        loader = held if isinstance(held, ExactLoader) else self.exact_loader  # a reader may have asked for another
+        used = None if self.trainer is None else self.trainer.train_dataloader
+        loader = used if isinstance(used, ExactLoader) else self.exact_loader  # other code may have created another
         return {} if loader is None else loader.state_dict() | {"visits": packed(self._visits_of_all(loader))}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Lightning itself restores a loader's state only where nothing asked for the loader before.
+        # Lightning itself restores a loader's state only if nothing created the loader before.
         self._loader_state = state_dict

@@ -1,6 +1,6 @@
-"""Data that fits in memory: tensors that stay on the device, mini-batches that are index slices of them.
+"""Data that fits in memory: tensors that stay on the device, and mini-batches that are selected from them by index.
 
-Shapes: N samples, d0 inputs, R replicas, B samples of a batch.
+Shapes: N samples, d0 inputs, R replicas, B samples per batch.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 
 class ResidentLoader(ExactLoader):
-    """Batches (inputs, targets) of tensors in memory, the same samples in each batch for any number of processes.
+    """Batches (inputs, targets) of tensors in memory; the batches do not depend on the number of processes.
 
     Args:
-        inputs: (N, d0), or (R, N, d0) with a data set for each replica.
+        inputs: (N, d0), or (R, N, d0) with one data set per replica.
         targets: (N,) or (R, N).
-        batch_size: B over all processes; None: all N.
+        batch_size: B over all processes; None: all N samples.
         **options: see :class:`ExactLoader`.
 
     Raises:
-        ValueError: shapes that do not agree, an empty data set, or a batch size that is not positive.
+        ValueError: shapes do not match, the data set is empty, or the batch size is not positive.
     """
 
     def __init__(self, inputs: Tensor, targets: Tensor, batch_size: int | None = None, **options: Any) -> None:
@@ -41,11 +41,11 @@ class ResidentLoader(ExactLoader):
         replicas = len(self.sampler.seeds)
         for name, tensor, plain in (("inputs", inputs, 2), ("targets", targets, 1)):
             if tensor.ndim > plain and tensor.shape[0] != replicas:
-                raise ValueError(f"{name} hold {tensor.shape[0]} replicas and there are {replicas} seeds")
+                raise ValueError(f"{name} have {tensor.shape[0]} replicas, but there are {replicas} seeds")
         self.inputs = inputs
         self.targets = targets
-        self._order: tuple[int, Tensor] | None = None  # of one epoch
-        self._memory: tuple[Tensor, Tensor] | None = None  # of the last batch
+        self._order: tuple[int, Tensor] | None = None  # an epoch and its order
+        self._memory: tuple[Tensor, Tensor] | None = None  # buffers of the last batch, to be reused
 
     @property
     @override
@@ -65,11 +65,11 @@ class ResidentLoader(ExactLoader):
         index = self._order[1][..., first + low : first + high]
         if index.ndim == 1 and self.inputs.ndim == 2:
             return self._gathered(index, reuse=reuse), index
-        inputs = _take(self.inputs, index, own=self.inputs.ndim == 3)
-        return (inputs, _take(self.targets, index, own=self.targets.ndim == 2)), index
+        inputs = _select(self.inputs, index, per_replica=self.inputs.ndim == 3)
+        return (inputs, _select(self.targets, index, per_replica=self.targets.ndim == 2)), index
 
     def _gathered(self, index: Tensor, *, reuse: bool) -> tuple[Tensor, Tensor]:
-        """The samples of one index set, in the memory of the last ones: fresh pages cost as much as the copy."""
+        """The samples at one index, in the last batch's memory if reused: new pages cost as much time as the copy."""
         if not reuse:
             return self.inputs[index], self.targets[index]
         if self._memory is None or len(self._memory[1]) != len(index):
@@ -79,19 +79,19 @@ class ResidentLoader(ExactLoader):
         return self._memory
 
 
-def _take(tensor: Tensor, index: Tensor, *, own: bool) -> Tensor:
-    """Samples (B,) or (R, B) of a tensor that all replicas share, or of which each has its own part (R, N, …).
+def _select(tensor: Tensor, index: Tensor, *, per_replica: bool) -> Tensor:
+    """Samples (B,) or (R, B) of a tensor (N, …) that all replicas share, or (R, N, …) with one part per replica.
 
-    By ``index_select``, which takes a third of the time of indexing with brackets.
+    It uses ``index_select``, which needs a third of the time of indexing with brackets.
     """
-    if own:
+    if per_replica:
         starts = tensor.shape[1] * torch.arange(len(tensor), device=index.device)
         tensor, index = tensor.flatten(0, 1), index + starts[:, None]
     return tensor.index_select(0, index.flatten()).reshape(*index.shape, *tensor.shape[1:])
 
 
 class ResidentData(ExactData):
-    """A data module whose training set is a pair of tensors; a subclass says which.
+    """A data module whose training set is a pair of tensors, which a subclass returns from :meth:`tensors`.
 
     Args:
         **options: see :class:`ExactData`.
@@ -120,10 +120,10 @@ class ResidentData(ExactData):
 
 
 class TensorData(ResidentData):
-    """A training set of the user's own tensors.
+    """A data module for the user's own tensors.
 
     Args:
-        inputs: (N, d0), or (R, N, d0) with a data set for each replica.
+        inputs: (N, d0), or (R, N, d0) with one data set per replica.
         targets: (N,) or (R, N).
         **options: see :class:`ResidentData`.
 

@@ -1,6 +1,6 @@
-"""Data larger than memory: batches from a file of rows that is read ahead, in an order that disks like.
+"""Data larger than memory: batches from a file of rows that is prefetched, in an order that is fast on disks.
 
-Shapes: N samples, d0 inputs, B samples of a batch.
+Shapes: N samples, d0 inputs, B samples per batch.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
 
 BUFFER_BYTES = 1 << 30
 _CHUNK_BYTES = 1 << 22
-_NUMBER_BYTES = 4  # by which both are counted, so that the order does not depend on what the rows are stored in
+_NUMBER_BYTES = 4  # assumed for both sizes, so that the order does not depend on the dtype of the rows
 
 
 class BufferedShuffle(EpochShuffle):
-    """Order of the samples in each epoch that reads a file in long pieces.
+    """Order of the samples in each epoch in which a file is read in long pieces.
 
-    Chunks of consecutive samples come in random order; of every ``buffer`` samples in a row in that order, the order is
-    drawn anew. It depends on the seed, the epoch and the three sizes only.
+    First, chunks of consecutive samples are put in random order. Then each group of ``buffer`` consecutive samples of
+    that order is shuffled. The result depends only on the seed, the epoch and the three sizes.
 
     Args:
         num_samples: N.
-        seeds: the one seed.
-        chunk: samples of a chunk.
-        buffer: samples of a buffer.
+        seeds: a list with one seed.
+        chunk: samples per chunk.
+        buffer: samples per buffer.
         shuffle: False keeps the samples in their order.
 
     >>> order = BufferedShuffle(10, [0], chunk=2, buffer=5).permutation()
@@ -71,28 +71,28 @@ class BufferedShuffle(EpochShuffle):
 
 
 class StreamedLoader(ExactLoader):
-    """Batches (inputs, targets) of rows that are read from where they lie, the same for any number of processes.
+    """Batches (inputs, targets) whose rows are read from disk; the batches do not depend on the number of processes.
 
-    A buffer of samples is in use while a thread reads the next one: two buffers are in memory. A process reads the rows
-    of its own part of each batch, and those only. The order is that of :class:`BufferedShuffle`: it depends on
-    ``buffer_bytes`` and d0, and neither on the number of processes nor on the dtype of the rows.
+    While one buffer of samples is used, a thread reads the next one, so two buffers are in memory. A process reads only
+    the rows of its own part of each batch. The order is that of :class:`BufferedShuffle`: it depends on
+    ``buffer_bytes`` and d0, but not on the number of processes or the dtype of the rows.
 
     Args:
-        rows: where the inputs are read, (n, d0).
+        rows: the source of the inputs, (n, d0).
         targets: (N,).
-        batch_size: B over all processes; None: all N.
-        chosen: numbers of the N rows that are the samples, ascending; None: all.
-        mapping: applied to each row, on its device and in its precision; None: rows are the inputs as they are.
-        dtype: to which mapped inputs are rounded.
+        batch_size: B over all processes; None: all N samples.
+        chosen: indices of the N rows that are the samples, ascending; None: all rows.
+        mapping: applied to each row, on its device and in its precision; None: the rows are the inputs.
+        dtype: of the mapped inputs, which are rounded to it.
         device: of the batches.
-        buffer_bytes: size of a buffer over all processes, counted in float32: one of bytes takes a quarter of it, one
-            of float64 twice as much.
+        buffer_bytes: size of a buffer over all processes, computed as if rows were float32: a buffer of uint8 rows
+            needs a quarter of it, a buffer of float64 rows twice as much.
         **options: see :class:`ExactLoader`.
 
     Raises:
-        ValueError: numbers of rows and targets that do not agree, several seeds that would give several orders, an
-            empty data set, or a size that is not positive.
-        OSError: (in a pass) rows that cannot be read.
+        ValueError: the numbers of rows and targets differ, several seeds would give several orders, the data set is
+            empty, or a size is not positive.
+        OSError: (during a pass) rows cannot be read.
     """
 
     def __init__(
@@ -110,12 +110,12 @@ class StreamedLoader(ExactLoader):
     ) -> None:
         num_samples = rows.shape[0] if chosen is None else len(chosen)
         if targets.shape != (num_samples,):
-            raise ValueError(f"there are {num_samples} rows of inputs and targets of shape {tuple(targets.shape)}")
+            raise ValueError(f"there are {num_samples} rows of inputs, but targets of shape {tuple(targets.shape)}")
         super().__init__(num_samples, batch_size, **options)
         seeds, shuffle = self.sampler.seeds, self.sampler.shuffle
         if shuffle and len(seeds) > 1 and self.num_steps > 1:
             raise ValueError(
-                f"streamed data have one order, and {len(seeds)} replicas would have one each: "
+                f"streamed data have one order, but {len(seeds)} replicas would each have their own: "
                 "set shuffle=False, replicas=1 or keep the data in memory (residency=memory)"
             )
         self.device = torch.device(device)
@@ -131,7 +131,7 @@ class StreamedLoader(ExactLoader):
         self._pass: _Pass | None = None
         self._buffers: list[Tensor] = []
         self._staging = _Staging(rows, self.device)
-        self._mapped_memory: Tensor | None = None  # of the last batch
+        self._mapped_memory: Tensor | None = None  # buffer of the last batch, to be reused
 
     @property
     @override
@@ -146,7 +146,7 @@ class StreamedLoader(ExactLoader):
 
     @override
     def samples(self, index: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of some samples, in the data set's order; all of them are in memory at once."""
+        """Inputs and targets of the samples at an index into the data set; all of them are in memory at once."""
         samples = np.arange(*index.indices(self.num_samples)) if isinstance(index, slice) else index.cpu().numpy()
         rows = torch.empty(len(samples), self._rows.shape[1], dtype=self._rows.dtype)
         places = self._read(samples, rows)
@@ -160,14 +160,14 @@ class StreamedLoader(ExactLoader):
             return self.samples(slice(low, high)), slice(low, high)
         current = self._pass
         if current is None or (current.epoch, current.next) != (self.sampler.epoch, first + low):
-            current = self._begin_pass(first + low)
-        rows = self._staging.memory(high - low, fresh=self._mapping is None and not reuse)
+            current = self._start_pass(first + low)
+        rows = self._staging.memory(high - low, new=self._mapping is None and not reuse)
         samples = current.copy(rows)
         targets = self.targets[sent(samples, self.device)]
         return (self._mapped(self._staging.send(rows), reuse=reuse), targets), samples
 
-    def _begin_pass(self, start: int) -> _Pass:
-        """A pass over this process's samples of the epoch, from a place in its order on."""
+    def _start_pass(self, start: int) -> _Pass:
+        """Start a pass over this process's samples of the epoch, from position ``start`` of its order."""
         if self._pass is not None:
             self._pass.close()
         batch, within = np.divmod(np.arange(self.num_samples), self.batch_size)
@@ -183,7 +183,7 @@ class StreamedLoader(ExactLoader):
         return self._pass
 
     def _read(self, samples: NDArray[np.int64], out: Tensor) -> Tensor:
-        """Read the rows of some samples in the file's order, and say where each sample's row is."""
+        """Read the rows of some samples into ``out`` in the file's order; return the position of each sample's row."""
         order = np.argsort(samples, kind="stable")
         numbers = samples[order]
         self._rows.read(numbers if self._chosen is None else self._chosen[numbers], out)
@@ -202,14 +202,14 @@ class StreamedLoader(ExactLoader):
 
 
 class _Pass:
-    """Rows of an epoch's order, copied out in turn, while a thread reads the next buffer of them.
+    """Copies the rows of an epoch's order one after the other, while a thread reads the next buffer of rows.
 
     Args:
         sampler: the order.
-        places: those places in the order, ascending, whose samples are wanted.
-        bounds: where among the places the buffers begin and end.
-        read: reads the rows of samples (n,) in an order that it likes into (n, d0), and returns where each one is.
-        buffers: memory of two of them.
+        places: positions in that order, ascending, of the samples to read.
+        bounds: indices into ``places`` at which the buffers start and end.
+        read: reads the rows of samples (n,) into (n, d0) in any order, and returns the position of each sample's row.
+        buffers: memory for two buffers.
     """
 
     def __init__(
@@ -233,11 +233,11 @@ class _Pass:
 
     @property
     def next(self) -> int | None:
-        """The place in the epoch's order of the sample that comes next."""
+        """Position in the epoch's order of the next sample; None after the last one."""
         return int(self._places[self._at]) if self._at < len(self._places) else None
 
     def copy(self, out: Tensor) -> Tensor:
-        """Copy the next rows (n, d0) into a tensor, and return whose they are, (n,)."""
+        """Copy the next rows into ``out`` (n, d0), and return the indices of their samples, (n,)."""
         start, stop = self._at, self._at + len(out)
         while self._at < stop:
             if self._at == self._bounds[self._buffer + 1]:
@@ -250,7 +250,7 @@ class _Pass:
         return self._samples[start:stop]
 
     def close(self) -> None:
-        """Wait until nothing is read into the buffers any more."""
+        """Wait until the thread no longer writes to the buffers."""
         self._thread.shutdown(cancel_futures=True)
 
     def _next_buffer(self) -> None:
@@ -266,13 +266,13 @@ class _Pass:
 
 
 class _Staging:
-    """Memory in which the rows of a batch are put together, and from which they go to the device.
+    """Memory in which the rows of a batch are collected, and from which they are copied to the device.
 
-    For a CUDA device it is pinned, and there are two pieces in turn, so that one may still be copied to the device
-    while the next batch is put together in the other.
+    For a CUDA device it is pinned, and two pieces are used alternately, so that the next batch can be collected in one
+    while the other is still being copied to the device.
 
     Args:
-        rows: whose shape and dtype it has.
+        rows: they determine the width and the dtype.
         device: of the batches.
     """
 
@@ -283,10 +283,10 @@ class _Staging:
         self._copied: list[torch.cuda.Event | None] = [None, None]
         self._turn = 0
 
-    def memory(self, count: int, *, fresh: bool) -> Tensor:
-        """Memory for so many rows; on the CPU, where they stay, that of the last batch unless it is to be fresh."""
+    def memory(self, count: int, *, new: bool) -> Tensor:
+        """Memory for ``count`` rows; on the CPU, where rows are not copied, that of the last batch unless ``new``."""
         pinned = self._device.type == "cuda"
-        if fresh and not pinned:
+        if new and not pinned:
             return torch.empty(count, self._width, dtype=self._dtype)
         self._turn = 1 - self._turn if pinned else 0
         if (copied := self._copied[self._turn]) is not None:

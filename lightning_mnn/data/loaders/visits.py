@@ -1,6 +1,6 @@
-"""How often training sees each sample.
+"""Counts of how often training sees each sample.
 
-Shapes: N samples, R replicas, B samples of a batch.
+Shapes: N samples, R replicas, B samples per batch.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-_NOTED = 1 << 16  # indices that are kept in memory to be counted together, at least
+_MIN_PENDING_INDICES = 1 << 16  # indices that are collected in memory before they are counted together, at least
 
 
 class Visits:
-    """How often each sample was looked up, counted from the very indices by which it was.
+    """Counts how often each sample was read, from the same indices that were used to read it.
 
-    Indices are noted as they come and counted many together: to count those of a small batch takes as long as a good
-    part of a small network's step. An index that is a view keeps all that it is a view of in memory until
-    then, and weighs as much.
+    Indices are collected first and counted many at a time: to count those of one small batch would take a large part of
+    a small network's step. Until then, an index that is a view keeps its whole storage in memory, and counts as
+    that many numbers.
 
     Args:
         num_samples: N.
@@ -35,17 +35,17 @@ class Visits:
     def __init__(self, num_samples: int) -> None:
         self.num_samples = num_samples
         self._counts = torch.zeros(num_samples, dtype=torch.int32)
-        self._slices: dict[tuple[int, int], int] = {}  # how often each came
+        self._slices: dict[tuple[int, int], int] = {}  # how often each slice was added
         self._indices: list[Tensor] = []
-        self._noted = 0  # numbers that they keep in memory
-        self._kept = 0  # where those begin that the last index keeps
+        self._num_pending = 0  # numbers in the storages of these indices
+        self._last_storage = 0  # address of the last index's storage, which is counted once
 
     def add(self, index: slice | Tensor) -> None:
-        """Note that samples were looked up.
+        """Record that samples were read.
 
         Args:
-            index: a slice with start and stop, or the samples' numbers (B,), (R, B) where each replica has an order of
-                its own; a tensor must stay as it is.
+            index: a slice with start and stop, or the indices of the samples: (B,), or (R, B) if each replica has its
+                own order. A tensor must not be changed afterwards.
         """
         if isinstance(index, slice):
             span = index.start, index.stop
@@ -53,24 +53,24 @@ class Visits:
             return
         self._indices.append(index)
         storage = index.untyped_storage()
-        if storage.data_ptr() != self._kept:
-            self._kept = storage.data_ptr()
-            self._noted += storage.nbytes() // index.element_size()
-        if self._noted >= max(_NOTED, self.num_samples):
+        if storage.data_ptr() != self._last_storage:
+            self._last_storage = storage.data_ptr()
+            self._num_pending += storage.nbytes() // index.element_size()
+        if self._num_pending >= max(_MIN_PENDING_INDICES, self.num_samples):
             self._count()
 
     def counts(self) -> Tensor:
-        """How often each sample was looked up, (N,), or (R, N) where each replica has an order of its own."""
+        """How often each sample was read: (N,), or (R, N) if each replica has its own order."""
         self._count()
         return self._counts
 
     def go_on_from(self, counts: Tensor) -> None:
-        """Forget what was counted, and begin with these counts."""
+        """Replace all counts by these."""
         self._counts = counts
-        self._forget()
+        self._clear_pending()
 
     def _count(self) -> None:
-        """Count what is noted."""
+        """Count the pending slices and indices."""
         for (low, high), times in self._slices.items():
             self._counts[..., low:high] += times
         if self._indices:
@@ -79,14 +79,14 @@ class Visits:
                 self._counts = self._counts.repeat(len(index), 1)
             one = torch.ones((), dtype=self._counts.dtype)
             self._counts.scatter_add_(-1, index, one.expand(index.shape))
-        self._forget()
+        self._clear_pending()
 
-    def _forget(self) -> None:
-        self._slices, self._indices, self._noted, self._kept = {}, [], 0, 0
+    def _clear_pending(self) -> None:
+        self._slices, self._indices, self._num_pending, self._last_storage = {}, [], 0, 0
 
 
 def packed(counts: Tensor) -> dict[str, Any]:
-    """Counts for a checkpoint: two numbers where all are equal, as they are between epochs.
+    """Counts in the form for a checkpoint: two numbers if all counts are equal, as they are between epochs.
 
     >>> packed(torch.tensor([2, 2])), packed(torch.tensor([2, 3]))
     ({'samples': 2, 'fewest': 2}, {'samples': 2, 'fewest': 2, 'more': tensor([0, 1])})
@@ -97,7 +97,7 @@ def packed(counts: Tensor) -> dict[str, Any]:
 
 
 def unpacked(state: dict[str, Any]) -> Tensor:
-    """Counts from what :func:`packed` made of them.
+    """Counts from the output of :func:`packed`.
 
     >>> unpacked(packed(torch.tensor([2, 3]))).tolist()
     [2, 3]

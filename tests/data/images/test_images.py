@@ -344,7 +344,7 @@ class SameImages(MappedImages):
         (lambda f: SameImages(f).setup(), "all 9 samples are the same"),
         (
             lambda f: MappedImages(f, residency="stream", batch_size=5, replicas=2).train_dataloader(),
-            "2 replicas would have one each",
+            "2 replicas would each have their own",
         ),
     ],
 )

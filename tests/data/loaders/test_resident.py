@@ -100,7 +100,7 @@ def test_a_loader_goes_on_where_another_was(n, batch, world, stop):
         (lambda: ResidentLoader(torch.ones(3, 2), torch.ones(4)), r"got \(3, 2\) and \(4,\)"),
         (lambda: ResidentLoader(torch.ones(0, 2), torch.ones(0)), "empty"),
         (lambda: ResidentLoader(torch.ones(3, 2), torch.ones(3), 0), "batch_size must be at least 1"),
-        (lambda: ResidentLoader(torch.ones(2, 3, 2), torch.ones(3)), "inputs hold 2 replicas and there are 1 seeds"),
+        (lambda: ResidentLoader(torch.ones(2, 3, 2), torch.ones(3)), "inputs have 2 replicas, but there are 1 seeds"),
         (lambda: TensorData(torch.ones(3, 2), torch.ones(3), dtype="int8"), "dtype must be one of"),
         (lambda: TensorData(torch.ones(3, 2), torch.ones(3), replicas=0), "replicas must be at least 1"),
         (lambda: TensorData(torch.ones(3, 2), torch.ones(3), batch_size=-1), "batch_size must be at least 1"),

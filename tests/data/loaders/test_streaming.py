@@ -148,11 +148,11 @@ def test_a_buffer_mixes_chunks_from_everywhere():
 
 
 def test_several_orders_are_refused_and_one_is_shared():
-    with pytest.raises(ValueError, match=r"3 replicas would have one each: set shuffle=False"):
+    with pytest.raises(ValueError, match=r"3 replicas would each have their own: set shuffle=False"):
         loader(10, 4, seeds=[0, 1, 2])
     assert len(list(loader(10, 4, seeds=[0, 1, 2], shuffle=False))) == 3
     assert len(list(loader(10, None, seeds=[0, 1, 2]))) == 1
-    with pytest.raises(ValueError, match=r"10 rows of inputs and targets of shape \(9,\)"):
+    with pytest.raises(ValueError, match=r"10 rows of inputs, but targets of shape \(9,\)"):
         StreamedLoader(RowArray(images(10)), torch.ones(9), 2)
     with pytest.raises(ValueError, match="buffer_bytes must be at least 1"):
         loader(10, 2, buffer=0)

@@ -58,7 +58,7 @@ def test_the_count_is_of_what_was_handed_out_at_any_moment(n, batch, world, kind
 def test_replicas_are_counted_each_in_its_own_order(n, batch, world, replicas, limit):
     total = torch.zeros(replicas, n, dtype=torch.int64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(visits, "_NOTED", limit)  # counted in between
+        patch.setattr(visits, "_MIN_PENDING_INDICES", limit)  # counted in between
         for loader in loaders("resident", n, batch, world, seeds=list(range(replicas))):
             seen = torch.zeros(replicas, n, dtype=torch.int64)
             for epoch in range(2):
@@ -206,7 +206,7 @@ def test_a_loader_without_its_data_module_knows_training_too(make_trainer):
 def test_of_epochs_that_are_broken_off_not_all_orders_are_kept_in_memory():
     loader = ResidentLoader(torch.zeros(1000, 1), torch.zeros(1000), 10)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(visits, "_NOTED", 3000)
+        patch.setattr(visits, "_MIN_PENDING_INDICES", 3000)
         for epoch in range(50):
             loader.sampler.set_epoch(epoch)
             next(iter(loader))
