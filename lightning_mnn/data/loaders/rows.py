@@ -1,4 +1,4 @@
-"""Rows of numbers that are read by their numbers, from a file or an array; files of rows that are written once."""
+"""Rows of numbers that are read by index, from a file or an array; files of rows that are written once."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ _BLOCK_BYTES = 1 << 24
 
 _CHECKED_BLOCKS = 16
 
-_AHEAD = 16  # pieces of a file
+_PREFETCHED_RUNS = 16  # runs of consecutive rows that the system fetches in advance
 
 
 class Rows(Protocol):
-    """Rows (N, d0) that are read by their numbers.
+    """Rows (N, d0) that are read by index.
 
     Attributes:
         shape: (N, d0).
-        dtype: of the numbers.
+        dtype: of the values.
     """
 
     shape: tuple[int, int]
     dtype: torch.dtype
 
     def read(self, numbers: NDArray[np.int64], out: Tensor) -> None:
-        """Read rows of ascending numbers (n,) into a contiguous CPU tensor (n, d0) of the rows' dtype."""
+        """Read the rows with ascending indices ``numbers`` (n,) into a contiguous CPU tensor (n, d0) of their dtype."""
 
 
 class RowArray:
@@ -61,21 +61,21 @@ class RowArray:
         self.dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
 
     def read(self, numbers: NDArray[np.int64], out: Tensor) -> None:
-        """Copy rows of these numbers (n,) into a CPU tensor (n, d0)."""
-        np.take(self._array, numbers, axis=0, out=out.numpy(), mode="clip")  # "raise" would copy once more
+        """Copy the rows with indices ``numbers`` (n,) into a CPU tensor (n, d0)."""
+        np.take(self._array, numbers, axis=0, out=out.numpy(), mode="clip")  # mode "raise" would make another copy
 
 
 class RowFile:
-    """Rows of a file, one after the other, read into given memory: none of the file is mapped.
+    """Rows of a file, stored one after the other. They are read into given memory; the file is not memory-mapped.
 
     Args:
         path: the file.
         shape: (N, d0).
-        dtype: of the numbers.
+        dtype: of the values.
         offset: bytes before the first row.
 
     Raises:
-        OSError: (in read) the file ends too early.
+        OSError: (in read) the file is too short.
     """
 
     def __init__(self, path: str | Path, shape: tuple[int, int], dtype: torch.dtype, offset: int = 0) -> None:
@@ -86,11 +86,14 @@ class RowFile:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row."""
+        """Number of bytes per row."""
         return self.shape[1] * self.dtype.itemsize
 
     def read(self, numbers: NDArray[np.int64], out: Tensor) -> None:
-        """Read rows of ascending numbers (n,) into a contiguous CPU tensor (n, d0), consecutive ones at once."""
+        """Read the rows with ascending indices ``numbers`` (n,) into a contiguous CPU tensor (n, d0).
+
+        Consecutive rows are read at once.
+        """
         if len(numbers) == 0:
             return
         memory = out.view(torch.uint8).numpy().data.cast("B")
@@ -99,8 +102,8 @@ class RowFile:
         places = (self.offset + numbers * self.row_bytes).tolist()
         with self.path.open("rb", buffering=0) as file:
             for number, (low, high) in enumerate(runs):
-                for start, end in runs[number + _AHEAD : number + _AHEAD + 1]:
-                    _expect(file, places[start], (end - start) * self.row_bytes)
+                for start, end in runs[number + _PREFETCHED_RUNS : number + _PREFETCHED_RUNS + 1]:
+                    _prefetch(file, places[start], (end - start) * self.row_bytes)
                 file.seek(places[low])
                 self._fill(file, memory[low * self.row_bytes : high * self.row_bytes])
 
@@ -109,18 +112,20 @@ class RowFile:
         while done < len(memory):
             count = file.readinto(memory[done:])
             if not count:
-                raise OSError(f"{self.path} ends before its {self.shape[0]} rows of {self.row_bytes} bytes: it was cut")
+                raise OSError(
+                    f"{self.path} ends before its {self.shape[0]} rows of {self.row_bytes} bytes: it was truncated"
+                )
             done += count
 
 
-def _expect(file: Any, start: int, length: int) -> None:
-    """Let the system fetch a part of a file that is read soon: waiting for each piece in turn halves the rate."""
+def _prefetch(file: Any, start: int, length: int) -> None:
+    """Ask the system to fetch a part of a file that is read soon: waiting for each part in turn halves the speed."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
 
 
 def rows_of(array: NDArray[Any]) -> Rows:
-    """The rows of an array (N, d0); of a map of a file, those of the file, so that no page of the map is touched."""
+    """The rows of an array (N, d0). For a memory-mapped file, rows are read from the file without touching the map."""
     root: Any = array
     while isinstance(root.base, np.memmap):
         root = root.base
@@ -133,20 +138,20 @@ def rows_of(array: NDArray[Any]) -> Rows:
 def written_rows(
     path: Path, shape: tuple[int, int], dtype: torch.dtype, block_of: Callable[[int, int], Tensor]
 ) -> RowFile:
-    """A file of rows, written if it is not there: that may be killed at any time and goes on when called again.
+    """A file of rows, which is written if it does not exist. A killed write is continued by the next call.
 
-    Rows are written to ``<path>.part`` and the checksum of each block to ``<path>.crc``; blocks whose checksum is not
-    right are written again. Processes that want the same file wait for the one that writes it.
+    Rows are written to ``<path>.part`` and the checksum of each block to ``<path>.crc``; blocks with a wrong checksum
+    are written again. Processes that need the same file wait for the one that writes it.
 
     Args:
-        path: the file; what it holds must depend on its name alone.
+        path: the file; its content must be determined by its name.
         shape: (N, d0).
-        dtype: of the numbers.
-        block_of: rows from a first number, a multiple of :data:`~lightning_mnn.data.loaders.whitening.ROWS`, to
-            another.
+        dtype: of the values.
+        block_of: returns the rows from a first index, a multiple of
+            :data:`~lightning_mnn.data.loaders.whitening.ROWS`, to an end index.
 
     Raises:
-        OSError: too little room on the disk, or a file whose size or checksum is wrong.
+        OSError: there is too little space on the disk, or the size or a checksum of the file is wrong.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = RowFile(path, shape, dtype)
@@ -167,7 +172,7 @@ def _write(
     rows.path.touch()
     checksums.touch()
     done = _good_blocks(rows, checksums, blocks)
-    _check_room(rows, blocks[done:])
+    _check_space(rows, blocks[done:])
     with rows.path.open("r+b") as file, checksums.open("r+b") as journal:
         file.truncate(sum(high - low for low, high in blocks[:done]) * rows.row_bytes)
         journal.truncate(done * len(_line(b"")))
@@ -188,7 +193,7 @@ def _write(
 
 
 def _good_blocks(rows: RowFile, checksums: Path, blocks: list[tuple[int, int]]) -> int:
-    """How many blocks from the first on have been written whole."""
+    """Number of blocks at the start of the file that are complete and correct."""
     kept = rows.path.stat().st_size // rows.row_bytes
     for number, ((_, high), line) in enumerate(zip(blocks, _lines(checksums), strict=False)):
         if high > kept or _line(_content(rows, blocks[number])) != line:
@@ -205,7 +210,7 @@ def _check(rows: RowFile, checksums: Path, blocks: list[tuple[int, int]]) -> Non
 
 
 def some_blocks(count: int) -> list[int]:
-    """Numbers of some blocks spread over a file, whose checksums are compared whenever it is opened.
+    """Indices of some blocks spread over a file, whose checksums are compared whenever it is opened.
 
     >>> some_blocks(3), some_blocks(1000)[:3]
     ([0, 1, 2], [0, 66, 133])
@@ -213,7 +218,7 @@ def some_blocks(count: int) -> list[int]:
     return sorted(set(np.linspace(0, count - 1, _CHECKED_BLOCKS).astype(int).tolist()))
 
 
-def _check_room(rows: RowFile, blocks: list[tuple[int, int]]) -> None:
+def _check_space(rows: RowFile, blocks: list[tuple[int, int]]) -> None:
     needed = sum(high - low for low, high in blocks) * rows.row_bytes
     free = shutil.disk_usage(rows.path.parent).free
     if needed > free:

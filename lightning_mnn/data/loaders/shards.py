@@ -1,4 +1,4 @@
-"""A pass over a training set in which each sample is seen exactly once, on any number of processes."""
+"""Passes over a training set in which each sample is seen exactly once, on any number of processes."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 
 class NotEnumerableError(TypeError):
-    """The samples of a training loader cannot be gone through one by one."""
+    """The samples of a training loader cannot be enumerated, that is, read one by one."""
 
 
-_WHOLE = (RandomSampler, SequentialSampler, DistributedSampler)  # which go through a whole data set
-_SEVERAL = (dict, list, tuple)  # of loaders
-_BLOCK_ELEMENTS = 1 << 22  # of inputs at a time: 32 MiB in float64
+_WHOLE_SET_SAMPLERS = (RandomSampler, SequentialSampler, DistributedSampler)  # they use every sample of a data set
+_LOADER_COLLECTIONS = (dict, list, tuple)
+_BLOCK_ELEMENTS = 1 << 22  # numbers of inputs at a time: 32 MiB in float64
 
 
 def exact_shard(
@@ -48,23 +48,24 @@ def exact_shard(
     batch_size: int | None = None,
     most: int | None = None,
 ) -> Iterator[Any]:
-    """Batches of one process's contiguous part of the training set, in the data set's order, unpadded, unshuffled.
+    """Batches of one process's contiguous part of the training set, in the data set's order, not padded or shuffled.
 
     Args:
-        loader: the Trainer's ``train_dataloader``: a :class:`ExactLoader`, or a ``DataLoader`` over a map-style
+        loader: the Trainer's ``train_dataloader``: an :class:`ExactLoader`, or a ``DataLoader`` over a map-style
             data set.
-        rank: this process.
+        rank: of this process.
         world_size: number of processes.
-        chosen: indices of the samples to pass over; None: all of them.
-        batch_size: samples of a batch; None: of an ExactLoader about 4 million numbers of inputs, else as the loader's.
-        most: batches that are read, at most: workers read ahead of what is asked for; None: all.
+        chosen: indices of the samples to read; None: all of them.
+        batch_size: samples per batch; None: for an ExactLoader about 4 million numbers of inputs, else the loader's
+            batch size.
+        most: maximum number of batches; without it, workers would read further batches in advance. None: all.
 
     Yields:
         Batches, as the loader collates them.
 
     Raises:
-        NotEnumerableError: a loader whose samples cannot be enumerated: an ``IterableDataset``, a sampler that chooses
-            among the samples, several loaders at once, no automatic batching.
+        NotEnumerableError: the samples of the loader cannot be enumerated: an ``IterableDataset``, a sampler that
+            chooses among the samples, several loaders at once, no automatic batching.
         Interrupted: (between batches) the process was asked to stop.
     """
     if isinstance(loader, ExactLoader):
@@ -92,7 +93,7 @@ def exact_shard(
             worker_init_fn=loader.worker_init_fn,
             multiprocessing_context=loader.multiprocessing_context if num_workers else None,
             prefetch_factor=loader.prefetch_factor if num_workers else None,
-            generator=torch.Generator(),  # a pass draws nothing from the global generator, which training uses
+            generator=torch.Generator(),  # so that a pass does not change the global generator, which training uses
         )
         for batch in batches:
             safe_point()
@@ -106,7 +107,7 @@ def _block_of(loader: ExactLoader) -> int:
 
 
 def num_samples(loader: Any) -> int:
-    """N of a loader's training set.
+    """The number of samples of a loader's training set.
 
     Raises:
         NotEnumerableError: its samples cannot be enumerated.
@@ -119,7 +120,7 @@ def num_samples(loader: Any) -> int:
 
 
 def can_be_enumerated(loader: Any) -> bool:
-    """Whether the samples of a loader can be gone through one by one, each once."""
+    """Whether the samples of a loader can be enumerated: read one by one, each once."""
     try:
         num_samples(loader)
     except NotEnumerableError:
@@ -128,13 +129,13 @@ def can_be_enumerated(loader: Any) -> bool:
 
 
 def batch_size_of(loader: Any) -> int:
-    """Samples of a training batch of a loader whose samples can be enumerated."""
+    """The number of samples per training batch of a loader whose samples can be enumerated."""
     size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
     return size or num_samples(loader)
 
 
 def num_batches(loader: Any, rank: int = 0, world_size: int = 1) -> int:
-    """Batches of a pass of one process over the training set.
+    """The number of batches of one process's pass over the training set.
 
     Raises:
         NotEnumerableError: its samples cannot be enumerated.
@@ -145,20 +146,21 @@ def num_batches(loader: Any, rank: int = 0, world_size: int = 1) -> int:
 
 
 def draws(loader: Any) -> str | None:
-    """What a training loader draws, where its samples cannot be enumerated and one epoch of it stands for them.
+    """What draws the samples of a loader if they cannot be enumerated, but an epoch of the loader can be repeated.
 
-    Such are loaders with an order, a sampler or batches of their own, and several loaders at once.
+    This holds for loaders with their own order, sampler or batches, and for several loaders at once. One epoch then
+    stands for the training set.
 
     Returns:
-        What draws the samples, in words; None: they can be enumerated, or not even an epoch can be repeated.
+        What draws the samples, in words; None: they can be enumerated, or an epoch cannot be repeated either.
     """
     return None if can_be_enumerated(loader) else _drawn_by(loader)
 
 
 def one_epoch(trainer: pl.Trainer) -> Iterator[Any]:
-    """The batches of one epoch of a training loader for which :func:`draws` has an answer, as this process gets them.
+    """This process's batches of one epoch of a training loader for which :func:`draws` does not return None.
 
-    The generators from which it draws are left to the caller.
+    The caller must set and restore the random generators that the loader uses.
 
     Raises:
         Interrupted: (between batches) the process was asked to stop.
@@ -169,16 +171,16 @@ def one_epoch(trainer: pl.Trainer) -> Iterator[Any]:
 
 
 def _restarted(loader: Any, mode: Any) -> Iterable[Any]:
-    """A loader of the same data that leaves the iterators of training alone."""
-    if not isinstance(loader, _SEVERAL):
+    """A loader of the same data that does not affect the iterators of training."""
+    if not isinstance(loader, _LOADER_COLLECTIONS):
         return cast("Iterable[Any]", without_iterator(loader))
-    twin = CombinedLoader(loader, mode)
-    twin.flattened = [_restarted(part, mode) for part in twin.flattened]
-    return (batch for batch, _, _ in twin)
+    combined = CombinedLoader(loader, mode)
+    combined.flattened = [_restarted(part, mode) for part in combined.flattened]
+    return (batch for batch, _, _ in combined)
 
 
 def _drawn_by(loader: Any) -> str | None:
-    if isinstance(loader, _SEVERAL):
+    if isinstance(loader, _LOADER_COLLECTIONS):
         parts = CombinedLoader(loader).flattened
         repeats = all(can_be_enumerated(part) or _drawn_by(part) for part in parts)
         return "several loaders at once" if parts and repeats else None
@@ -206,7 +208,7 @@ def _not_enumerable(loader: Any) -> NotEnumerableError:
 
 
 def _map_style_samples(loader: DataLoader[Any]) -> Sequence[int]:
-    """Indices of the samples that an epoch sees, or may see."""
+    """Indices of the samples that an epoch reads, or may read."""
     if isinstance(loader.dataset, IterableDataset):
         raise NotEnumerableError(
             "the samples of an IterableDataset cannot be enumerated: train on a map-style data set"
@@ -221,7 +223,7 @@ def _map_style_samples(loader: DataLoader[Any]) -> Sequence[int]:
     if type(sampler) is SubsetRandomSampler:
         return sampler.indices
     wraps_another = isinstance(sampler, DistributedSampler) and sampler.dataset is not loader.dataset
-    if wraps_another or type(sampler) not in _WHOLE:
+    if wraps_another or type(sampler) not in _WHOLE_SET_SAMPLERS:
         raise NotEnumerableError(
             f"which samples a {type(sampler).__name__} chooses cannot be known: "
             "wrap the chosen samples in a torch.utils.data.Subset instead"
@@ -230,11 +232,12 @@ def _map_style_samples(loader: DataLoader[Any]) -> Sequence[int]:
 
 
 def flat_batch(batch: Any, *, replicated: bool = False) -> tuple[Tensor, Tensor]:
-    """Inputs (N, d0) and targets (N,) of a batch that is a pair (inputs, targets) of images, columns and the like.
+    """Inputs (N, d0) and targets (N,) of a batch (inputs, targets), whose inputs may be images and targets a column.
 
     Args:
-        batch: what a loader yields.
-        replicated: the batch is for networks side by side, (N, d0) or (R, N, d0) and (N,) or (R, N), and is left alone.
+        batch: an item that a loader yields.
+        replicated: whether the batch is for several networks side by side, (N, d0) or (R, N, d0) and (N,) or (R, N);
+            such a batch is returned unchanged.
 
     Raises:
         TypeError: the batch is not a pair of tensors.

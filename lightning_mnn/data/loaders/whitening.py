@@ -1,4 +1,4 @@
-"""Whitening: an affine map of the inputs after which they are centred and, up to a floor, of equal variance.
+"""Whitening: an affine map that centres the inputs and, up to a floor, gives them equal variance in all directions.
 
 Shapes: N samples, d0 inputs.
 """
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
     from lightning_mnn.utilities.distributed import ProcessGroup
 
-ROWS = 256  # that are mapped at a time
+ROWS = 256  # rows that are mapped at a time
 
 
 @dataclass(frozen=True)
 class Moments:
-    """First and second moments of samples: enough to centre and whiten them, and all that needs a pass over them.
+    """First and second moments of samples, which are enough to centre and whiten them without another pass.
 
     Attributes:
         count: N.
         mean: float64 (d0,).
-        scatter: sums of products of deviations from the mean, float64 (d0, d0), or of their squares alone, (d0,).
+        scatter: sums of products of deviations from the mean, float64 (d0, d0), or only of their squares, (d0,).
     """
 
     count: int
@@ -38,23 +38,23 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
-        """The scatter divided by N: (d0, d0), or the variances alone, (d0,)."""
+        """The scatter divided by N: (d0, d0), or only the variances, (d0,)."""
         return self.scatter / self.count
 
 
 def moments(
     blocks: Iterable[Tensor], input_dim: int, *, products: bool = True, device: torch.device | str = "cpu"
 ) -> Moments:
-    """Moments of samples that come in blocks, in one pass and memory O(d0² + a block).
+    """Moments of samples in blocks, in one pass and with memory for d0² numbers and one block.
 
-    Every block is centred by its own mean and joined to those before it by Chan's formula, so that a mean far from
-    zero costs no digits of the variance.
+    Every block is centred by its own mean and merged with those before it by Chan's formula, so that a mean far from
+    zero does not reduce the accuracy of the variance.
 
     Args:
         blocks: (n, d0) each, of any real dtype.
         input_dim: d0.
-        products: between different inputs too, as whitening needs; else their squares alone.
-        device: where to compute; it must know float64.
+        products: whether to compute products of different inputs too, which whitening needs; else only squares.
+        device: where to compute; it must support float64.
 
     >>> found = moments([torch.tensor([[1, 5]]), torch.tensor([[3, 5], [5, 5]])], 2)
     >>> found.mean, found.covariance[0, 0]
@@ -67,14 +67,14 @@ def moments(
         if len(block) == 0:
             continue
         rows = block.to(device, torch.float64)
-        own = rows.mean(0)
-        rows = rows.sub_(own) if block.dtype != torch.float64 else rows - own
+        block_mean = rows.mean(0)
+        rows = rows.sub_(block_mean) if block.dtype != torch.float64 else rows - block_mean
         if products:
             scatter.addmm_(rows.T, rows)
         else:
             scatter += rows.square_().sum(0)
         total = count + len(block)
-        shift = own.sub_(mean)
+        shift = block_mean.sub_(mean)
         _add_shift(scatter, shift, count * len(block) / total)
         mean += shift * (len(block) / total)
         count = total
@@ -82,7 +82,7 @@ def moments(
 
 
 def merged(parts: Sequence[Moments]) -> Moments:
-    """Moments of all samples from those of parts of them.
+    """Moments of all samples from the moments of their parts.
 
     >>> x = torch.arange(12.0).reshape(6, 2)
     >>> found = merged([moments([x[:1]], 2), moments([x[1:]], 2)])
@@ -99,9 +99,9 @@ def merged(parts: Sequence[Moments]) -> Moments:
 
 
 def moments_of_group(own: Moments, process_group: ProcessGroup) -> Moments:
-    """Moments of the samples of all processes, the same on each of them: what :func:`merged` gives, to rounding.
+    """Moments of the samples of all processes, the same on each of them: equal to :func:`merged` up to rounding.
 
-    Collective: every process of the team must call it. The scatter of ``own`` is written over.
+    Collective: every process of the group must call it. The scatter of ``own`` is overwritten.
     """
     if process_group.size == 1:
         return own
@@ -122,20 +122,19 @@ def _add_shift(scatter: Tensor, shift: Tensor, weight: float) -> None:
 def whitening_matrix(covariance: Tensor, floor: float) -> Tensor:
     """The symmetric matrix T = (C + floor · c̄ · I)^(−½), C the covariance of the inputs, c̄ the mean of its diagonal.
 
-    With ``floor`` = 0 the map whitens fully, and directions without variance are an error; a positive floor leaves
-    directions with much less variance than the average nearly as small as they were: variance λ becomes
-    λ / (λ + floor · c̄).
+    With ``floor`` = 0 the map whitens fully, and a direction without variance is an error. With a positive floor,
+    directions with much less variance than the average stay small: variance λ becomes λ / (λ + floor · c̄).
 
     Args:
         covariance: float64 (d0, d0).
-        floor: least variance, relative to the mean variance of an input.
+        floor: variance added in every direction, relative to the mean variance of an input.
 
     Returns:
         float64 (d0, d0); whitened inputs are ``(inputs - mean) @ T``.
 
     Raises:
-        ValueError: a negative or infinite floor, or one too small for inputs without variance in some direction; the
-            message names the least one that will do.
+        ValueError: the floor is negative or infinite, or too small for inputs without variance in some direction; the
+            message names the smallest possible floor.
 
     >>> whitening_matrix(torch.diag(torch.tensor([4.0, 0.25], dtype=torch.float64)), floor=0.0)
     tensor([[0.5000, 0.0000],
@@ -145,10 +144,10 @@ def whitening_matrix(covariance: Tensor, floor: float) -> Tensor:
 
 
 def _whitening(covariance: Tensor, floor: float) -> tuple[Tensor, float]:
-    """T, and the mean variance of an input after it; the covariance is written over, for it may be a large one."""
+    """T, and the mean variance of an input after it. The covariance is overwritten, because it may be large."""
     check_floor(floor)
     mean = float(covariance.diagonal().mean())
-    values, vectors = covariance.new_empty(len(covariance)), covariance.T  # columns in a row, as eigh wants them
+    values, vectors = covariance.new_empty(len(covariance)), covariance.T  # column-major, as eigh requires for out
     torch.linalg.eigh(vectors, out=(values, vectors))
     values.clamp_(min=0)
     floored = values + floor * mean
@@ -165,7 +164,7 @@ def check_floor(floor: Any) -> None:
     """Check the floor of a whitening.
 
     Raises:
-        ValueError: it is no number, negative or infinite.
+        ValueError: the floor is not a number, or it is negative or infinite.
     """
     if not is_real_number(floor) or floor < 0:
         raise ArgumentError("whiten", floor, "must be a finite number that is not negative, or null")
@@ -173,13 +172,13 @@ def check_floor(floor: Any) -> None:
 
 @dataclass(frozen=True)
 class InputMap:
-    """The map x ↦ scale · (x − mean) T of inputs, whose images may then be brought to one norm.
+    """The map x ↦ scale · (x − mean) T of inputs, whose results may then be normalised.
 
     Attributes:
         mean: (d0,).
         matrix: T, (d0, d0); None: the identity.
         scale: a number.
-        equal_norms: whether images x are divided by ‖x‖/√d0, but for those that are zero.
+        equal_norms: whether results x are divided by ‖x‖/√d0; results that are zero stay zero.
     """
 
     mean: Tensor
@@ -188,20 +187,20 @@ class InputMap:
     equal_norms: bool = False
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> InputMap:
-        """The map with its numbers in another precision, which is that of what it computes."""
+        """The map with its numbers on another device and in another dtype, in which it then computes."""
         matrix = None if self.matrix is None else self.matrix.to(device, dtype)
         return replace(self, mean=self.mean.to(device, dtype), matrix=matrix)
 
     def apply(self, rows: Tensor, out: Tensor) -> Tensor:
         """Map rows and round them to the dtype of ``out``.
 
-        Without T and norms every number is computed by itself, so a row has one image, bit for bit, whatever rows
-        stand beside it. With them the products and sums are all of one shape, blocks of 256 rows filled up with zeros:
-        the same holds as far as the machine treats the rows of one shape alike.
+        Without T and norms, every number is computed separately, so the result of a row is the same, bit for bit,
+        whatever the other rows are. With them, all products and sums have the same shape, blocks of 256 rows padded
+        with zeros, so the same is true as long as the machine computes all rows of one shape in the same way.
 
         Args:
             rows: (n, d0) of any real dtype.
-            out: (n, d0), on the device of the map: where the images are written.
+            out: (n, d0) on the device of the map, for the results.
 
         Returns:
             ``out``.
@@ -221,7 +220,7 @@ class InputMap:
         return out
 
     def _whitened(self, rows: Tensor) -> Tensor:
-        """Centred and scaled rows after T and with their norm."""
+        """Apply T and the normalisation to centred and scaled rows."""
         if self.matrix is not None:
             rows = rows @ self.matrix
         if self.equal_norms:
@@ -231,15 +230,15 @@ class InputMap:
 
 
 def input_map(found: Moments, floor: float | None) -> InputMap:
-    """The map after which samples with these moments have mean 0, mean variance 1, and are whitened if asked.
+    """The map that gives samples with these moments mean 0 and mean variance 1, and whitens them if requested.
 
     Args:
-        found: moments, with products where there is to be whitening: then the scatter is written over, and finding its
-            eigenvectors takes about twice its memory besides.
+        found: moments. Whitening needs the products; it overwrites the scatter, and needs about twice its memory in
+            addition to find the eigenvectors.
         floor: of :func:`whitening_matrix`; None: only centre and scale.
 
     Raises:
-        ValueError: samples that are all the same, or what :func:`whitening_matrix` refuses.
+        ValueError: all samples are the same, or :func:`whitening_matrix` raises it.
 
     >>> input_map(moments([torch.tensor([[0.0], [4.0]])], 1), None)
     InputMap(mean=tensor([2.], dtype=torch.float64), matrix=None, scale=0.5, equal_norms=False)
