@@ -105,7 +105,7 @@ VALUES = [
     ("data=mnist data.storage=int8", "data.storage=int8: must be one of null, bfloat16, float16, float32"),
     ("data=mnist data.whiten=-1", "data.whiten=-1: must be a finite number that is not negative, or null"),
     ("data=mnist data.groups=[[0],[0]]", "data.groups=[[0],[0]]: must be two lists of classes", "[[cat, cow], [dog]]"),
-    ("data=mnist data.groups=[[0],[cat]]", "data.groups=[[0],[cat]]: must not hold ['cat']", "name classes 0 to 9"),
+    ("data=mnist data.groups=[[0],[cat]]", "data.groups=[[0],[cat]]: must not contain ['cat']", "name classes 0 to 9"),
     ("data=image_folder data.root=. data.size=0", "data.size=0: must be at least 1 and a whole number"),
     ("data=image_folder data.root=. data.colour=hsv", "data.colour=hsv: must be one of grey, rgb"),
     ("data=image_folder data.root=. data.classes=cat", "data.classes=cat: must be a list of names", "as [cat, dog]"),

@@ -1,1 +1,1 @@
-"""Images in two groups of classes."""
+"""Image data sets whose classes form two groups."""

@@ -1,6 +1,6 @@
-"""Images with their classes in two groups: centred, optionally whitened, scaled; in memory or streamed from a file.
+"""Images in two groups of classes: centred, optionally whitened, scaled; in memory or streamed from a file.
 
-Shapes: N images that are trained on, d0 numbers each.
+Shapes: N training images with d0 numbers each.
 """
 
 from __future__ import annotations
@@ -41,51 +41,53 @@ RESIDENCIES = ("auto", "memory", "stream")
 
 STORAGES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-_MEMORY_SHARE = 0.5  # of the free memory, that mapped inputs may take
+_MEMORY_SHARE = 0.5  # share of the free memory that mapped inputs may use
 
 
 class ImageData(ExactData):
-    """Images, flattened, with their classes in two groups; a subclass says by :meth:`source` which images.
+    """Flattened images with their classes split into two groups; a subclass returns the images from :meth:`source`.
 
-    They are centred by the mean image and scaled to mean variance 1, optionally whitened in between
-    (:func:`~lightning_mnn.data.loaders.whitening.input_map`); all of it is computed from the samples that are trained
-    on.
+    They are centred by the mean image, optionally whitened, and scaled to mean variance 1
+    (:func:`~lightning_mnn.data.loaders.whitening.input_map`). All of this is computed from the training samples.
 
-    In memory, the mapped inputs lie on the device as one tensor. Streamed, batches are read from a file in a random
-    order that disks like (:class:`~lightning_mnn.data.loaders.streaming.StreamedLoader`) and mapped as they come, or
-    read from a file of mapped inputs that is written once. A sample is the same numbers either way: they come from the
-    same map, with whitening to the last bit as far as :meth:`InputMap.apply` says, and are rounded to ``storage``.
-    Without ``shuffle`` the batches are the same, too. With it, streamed data come in an order of their own, that
-    depends on ``buffer_bytes`` and not on ``materialise``: so a run that is resumed must find the residency that it
-    began with, which its checkpoints keep together with what tells these data from others.
+    In memory, the mapped inputs are one tensor on the device. Streamed batches are read from a file in a random order
+    that is fast on disks (:class:`~lightning_mnn.data.loaders.streaming.StreamedLoader`); they are mapped after
+    reading, or read from a file of mapped inputs that is written once. The numbers of a sample are the same in all
+    cases: they come from the same map and are rounded to ``storage``. With whitening they are equal to the last bit
+    under the condition in :meth:`InputMap.apply`. Without ``shuffle`` the batches are the same, too. With ``shuffle``,
+    streamed data have an order of their own, which depends on ``buffer_bytes`` and not on ``materialise``. A resumed
+    run must therefore use the residency that it started with; its checkpoints contain it, together with a digest of the
+    data.
 
     Args:
-        groups: the classes of label 0 and those of label 1, each by its name, or by its index if no name reads like
-            that number; other classes are left out. None: the first half of the sorted names, and the others.
+        groups: the classes with label 0 and those with label 1, each by its name, or by its index if no name is written
+            like that number; other classes are left out. None: the first half of the sorted names, and the others.
         labels: "zero_one" or "plus_minus".
         whiten: floor of :func:`~lightning_mnn.data.loaders.whitening.whitening_matrix`; None: no whitening.
-        equal_norms: bring every image to the norm √d0 at last, so that faint images weigh as much as
-            others. The class that a network without biases gives an image, with labels ±1, does not depend on its norm.
-        residency: "memory", "stream", or "auto": in memory where the mapped inputs take at most half of what is free,
-            on the training device, when the run begins.
+        equal_norms: whether to scale every image to the norm √d0 as the last step, so that images of low contrast
+            count as much as others. The class that a network without biases gives an image, with labels ±1, does not
+            depend on its norm.
+        residency: "memory", "stream", or "auto": in memory if the mapped inputs need at most half of the free memory
+            of the training device when the run starts.
         storage: "float32", "bfloat16" or "float16", to which mapped inputs are rounded; None: ``dtype``. The network
             computes in its own precision.
-        materialise: of streamed data, write the mapped inputs to a file in ``cache``, which may be stopped at any time
-            and goes on when started again.
-        cache: folder for files that are made once: the map of streamed data, and the mapped inputs. None:
+        materialise: for streamed data, whether to write the mapped inputs to a file in ``cache``. If the writing is
+            stopped, the next start continues it.
+        cache: folder for files that are written once: the map of streamed data, and the mapped inputs. None:
             ``$LIGHTNING_MNN_CACHE``, or else ``~/.cache/lightning-mnn``.
-        buffer_bytes: of streamed data, samples that are shuffled together, counted in float32 whatever they are stored
-            in; two such buffers are in memory, over all processes, in bytes a quarter of that.
+        buffer_bytes: for streamed data, the size of the samples that are shuffled together, computed as if they were
+            float32. Two such buffers are in memory, over all processes; for images stored in bytes, each needs a
+            quarter of this size.
         **options: see :class:`ExactData`.
 
     Attributes:
-        inputs: (N, d0) in memory; None of streamed data, and before setup.
+        inputs: (N, d0) in memory; None for streamed data, and before setup.
         targets: (N,); None before setup.
 
     Raises:
-        ValueError: an argument out of its range. In setup: classes that are not there, images that are all the same.
-            Of streamed data: the full batch, and a shuffled order for each of several replicas. In load_state_dict:
-            a checkpoint of other data, or of another residency.
+        ValueError: an argument is out of its range. In setup: classes do not exist, or all images are the same. For
+            streamed data: the full batch, or a shuffled order for each of several replicas. In load_state_dict: the
+            checkpoint is of other data, or of another residency.
     """
 
     def __init__(
@@ -122,17 +124,17 @@ class ImageData(ExactData):
         self.buffer_bytes = positive_integer("buffer_bytes", buffer_bytes)
         self.inputs: Tensor | None = None
         self.targets: Tensor | None = None
-        self._streamed: dict[str, Any] = {}  # what StreamedLoader takes
-        self._facts: dict[str, Any] = {}  # what must stay as it is from one start of a run to the next
+        self._streamed: dict[str, Any] = {}  # arguments of StreamedLoader
+        self._facts: dict[str, Any] = {}  # properties of the data that must be the same when a run is resumed
         self._facts_before: dict[str, Any] = {}
 
     @abstractmethod
     def source(self) -> LabelledImages:
-        """All images with their classes; the files of ``prepare_data`` are there by then."""
+        """All images with their classes; it is called after ``prepare_data`` has made its files."""
 
     @override
     def prepare_data(self) -> None:
-        """Write the mapped inputs, if so asked; a subclass whose source has files to make does that before."""
+        """Write the mapped inputs if ``materialise`` is set; a subclass first makes the files that its source needs."""
         if self.materialise and self.residency != "memory":
             samples = ImageSamples(self.source(), self.groups)
             if self._streams(samples, ProcessGroup()):
@@ -149,7 +151,7 @@ class ImageData(ExactData):
         if self._streams(samples, process_group):
             if self.batch_size is None:
                 raise ValueError(
-                    f"the {samples.count} images are streamed, so that the full batch is never in memory: "
+                    f"the {samples.count} images are streamed, so the full batch is never in memory: "
                     "set a batch_size (or residency=memory)"
                 )
             self._streamed = self._written(samples) if self.materialise else self._on_the_fly(samples, process_group)
@@ -168,7 +170,7 @@ class ImageData(ExactData):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict({name: value for name, value in state_dict.items() if name != "data"})
         self._facts_before = state_dict.get("data", {})
-        self._check_facts()  # Lightning calls setup before; else that will do it
+        self._check_facts()  # Lightning calls setup first; otherwise setup checks them later
 
     @override
     def loader(self, device: torch.device, **options: Any) -> ExactLoader:
@@ -186,17 +188,17 @@ class ImageData(ExactData):
 
     @property
     def _device(self) -> torch.device:
-        """Where the samples are mapped: the training device, if it knows float64."""
+        """The device on which the samples are mapped: the training device if it supports float64, else the CPU."""
         device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
         return torch.device("cpu") if device.type == "mps" else device
 
     @property
     def _precision(self) -> torch.dtype:
-        """In which the samples are mapped."""
+        """The dtype in which the samples are mapped."""
         return torch.promote_types(self.dtype, torch.float32)
 
     def _streams(self, samples: ImageSamples, process_group: ProcessGroup) -> bool:
-        """Whether the samples are to be streamed: the same answer on all processes."""
+        """Whether to stream the samples; the same on all processes."""
         if self.residency != "auto":
             return self.residency == "stream"
         processes = 1 if self.trainer is None or self._device.type == "cuda" else self.trainer.num_devices
@@ -215,15 +217,15 @@ class ImageData(ExactData):
         return order | options | counts | {"digest of the images": samples.digest()}
 
     def _check_facts(self) -> None:
-        """Refuse to go on from a checkpoint with other data, or with the same in another order."""
+        """Raise an error if a checkpoint is of other data, or of the same data in another order."""
         before, now = self._facts_before, self._facts
         for name in (name for name in now if name in before and now[name] != before[name]):
-            remedy = "resume it on the data that it was trained on, or begin anew without it"
+            remedy = "resume it on the data that it was trained on, or start a new run without it"
             if hasattr(self, name):  # an option
                 remedy = f"set data.{name}={'null' if before[name] is None else str(before[name]).lower()}"
             raise ValueError(
-                f"the checkpoint is of a run on other data, or on these in another order: {name} was {before[name]}, "
-                f"and is {now[name]}: {remedy}"
+                f"the checkpoint is of a run on other data, or on these data in another order: {name} was "
+                f"{before[name]}, and is now {now[name]}: {remedy}"
             )
 
     def _mapped(self, samples: ImageSamples, mapping: InputMap) -> Tensor:
@@ -238,7 +240,7 @@ class ImageData(ExactData):
         return {"rows": samples.rows, "chosen": samples.chosen, "mapping": mapping, "dtype": self.storage}
 
     def _written(self, samples: ImageSamples) -> dict[str, Any]:
-        """The file of mapped inputs; by one process at a time, so that the others find it there."""
+        """The file of mapped inputs; one process at a time writes it, and the others then find it complete."""
         content = [self._name_of_map(samples), str(self.equal_norms), str(self.storage), str(self._precision)]
         path = self.cache / f"inputs-{digest_of(content)}.rows"
         mapping: InputMap | None = None
@@ -253,19 +255,19 @@ class ImageData(ExactData):
         return {"rows": written_rows(path, samples.shape, self.storage, block_of)}
 
     def _stored_map(self, samples: ImageSamples, process_group: ProcessGroup) -> InputMap:
-        """The map of streamed samples, from a file if an earlier run has found it."""
+        """The map of streamed samples, read from a file if an earlier run has saved it."""
         path = self.cache / f"{self._name_of_map(samples)}.npz"
-        kept = load_map(path) if path.exists() else None
-        known = torch.tensor(float(kept is not None), device=self._device)
-        if process_group.min(known) == 1 and kept is not None:
-            return replace(kept, equal_norms=self.equal_norms)
+        saved = load_map(path) if path.exists() else None
+        known = torch.tensor(float(saved is not None), device=self._device)
+        if process_group.min(known) == 1 and saved is not None:
+            return replace(saved, equal_norms=self.equal_norms)
         mapping = self._found_map(samples, process_group)
         if self.trainer is None or self.trainer.local_rank == 0:
             try:
                 save_map(path, mapping)
             except OSError as error:
                 rank_zero_warn(
-                    f"the map of the inputs is not kept, and is found anew at the next start: {error}: "
+                    f"the map of the inputs is not saved, and will be computed again at the next start: {error}: "
                     "set cache (data.cache) to a folder that can be written"
                 )
         return mapping
@@ -274,10 +276,10 @@ class ImageData(ExactData):
         return f"map-{digest_of([samples.identity(), repr(self.whiten)])}"
 
     def _found_map(self, samples: ImageSamples, process_group: ProcessGroup) -> InputMap:
-        """The map, by a pass over the samples that the processes share."""
+        """Compute the map by a pass over the samples, which is split over the processes."""
         rank = dist.get_rank() if process_group.size > 1 else 0
         what = "mean and variance" if self.whiten is None else f"whitening with floor {self.whiten}"
-        rank_zero_info(f"{what} of {samples.count} images of {samples.shape[1]} numbers")
+        rank_zero_info(f"computing {what} of {samples.count} images of {samples.shape[1]} numbers")
         size = max(1, BLOCK_NUMBERS // samples.shape[1])
         blocks = (samples.read(*span) for span in spans(*part_of(samples.count, rank, process_group.size), size))
         own = moments(blocks, samples.shape[1], products=self.whiten is not None, device=self._device)

@@ -1,4 +1,4 @@
-"""Any tree of labelled images, one folder a class, as a training set in two groups of classes."""
+"""A folder of labelled images, one subfolder per class, as a training set with two groups of classes."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ if TYPE_CHECKING:
 
 
 class ImageFolderData(ImageData):
-    """Images ``root/<class>/**/<image>`` in one size, with the classes in two groups.
+    """Images ``root/<class>/**/<image>``, resized to one size, with the classes split into two groups.
 
-    They are decoded once into a store that later runs map into memory (see
-    :func:`~lightning_mnn.data.images.store.build_store`): in ``prepare_data``, which goes on where it was after a kill.
+    ``prepare_data`` decodes them once into a store, which later runs map into memory (see
+    :func:`~lightning_mnn.data.images.store.build_store`). If it is killed, the next start continues it.
 
     Args:
-        root: folder with one folder a class.
-        size: pixels of a side: the square in the middle of an image is averaged down to size × size.
+        root: folder with one subfolder per class.
+        size: pixels per side: the central square of an image is averaged down to size × size.
         colour: "rgb" (d0 = 3 · size²) or "grey" (d0 = size²).
-        classes: names of the classes to put into the store, a number for the name that reads so; None: all.
+        classes: names of the classes to put into the store; a number means the name that is written so. None: all.
         store: folder of the store; None: one in ``cache`` whose name depends on root, size, colour and classes.
-        workers: threads that decode images; None: one a processor, 16 at most.
-        skip_corrupt: leave out images that cannot be read and name them in the store's ``skipped.txt``; a store that
-            lacks images is not taken without it.
+        workers: threads that decode images; None: one per processor, at most 16.
+        skip_corrupt: whether to leave out images that cannot be read, and list them in the store's ``skipped.txt``.
+            Without it, a store that lacks images is an error.
         **options: see :class:`~lightning_mnn.data.images.image_data.ImageData`.
 
     Raises:
-        ValueError: a bad size or colour, or classes that are no list.
-        FileNotFoundError: (in prepare_data) no folder ``root``.
-        OSError: (in prepare_data) images that cannot be read; the message names the first ones.
+        ValueError: ``size`` or ``colour`` is invalid, or ``classes`` is not a list.
+        FileNotFoundError: (in prepare_data) there is no folder ``root``.
+        OSError: (in prepare_data) images cannot be read; the message names the first ones.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class ImageFolderData(ImageData):
         self.classes = None if classes is None else sorted(map(str, classes))
         self.workers = None if workers is None else positive_integer("workers", workers)
         self.skip_corrupt = truth_value("skip_corrupt", skip_corrupt)
-        self.store = self._own_folder() if store is None else Path(store).expanduser().resolve()
+        self.store = self._default_store() if store is None else Path(store).expanduser().resolve()
 
     @property
     @override
@@ -88,6 +88,6 @@ class ImageFolderData(ImageData):
             skip_corrupt=self.skip_corrupt,
         )
 
-    def _own_folder(self) -> Path:
-        made_of = repr((str(self.root), self.size, self.colour, self.classes))
-        return self.cache / f"{self.root.name}-{hashlib.sha256(os.fsencode(made_of)).hexdigest()[:12]}"
+    def _default_store(self) -> Path:
+        content = repr((str(self.root), self.size, self.colour, self.classes))
+        return self.cache / f"{self.root.name}-{hashlib.sha256(os.fsencode(content)).hexdigest()[:12]}"

@@ -1,4 +1,4 @@
-"""Maps of inputs, kept in files."""
+"""Saving maps of inputs to files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def save_map(path: Path, mapping: InputMap) -> None:
-    """Write a map to a file, whole or not at all."""
+    """Write a map to a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     numbers: dict[str, Any] = {"mean": mapping.mean.cpu().numpy(), "scale": np.float64(mapping.scale)}
     if mapping.matrix is not None:
@@ -36,11 +36,11 @@ def save_map(path: Path, mapping: InputMap) -> None:
 
 
 def load_map(path: Path) -> InputMap | None:
-    """The map that a file holds; None if it is damaged."""
+    """The map in a file; None if the file is damaged."""
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             matrix = torch.from_numpy(file["matrix"]) if "matrix" in file else None
             return InputMap(torch.from_numpy(file["mean"]), matrix, float(file["scale"]))
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        rank_zero_warn(f"{path} is damaged, so the map of the inputs is found anew: {error}")
+        rank_zero_warn(f"{path} is damaged, so the map of the inputs is computed again: {error}")
         return None

@@ -1,4 +1,4 @@
-"""Which images of a data set are trained on, in which group and in which order."""
+"""The images of a data set that are used for training, their groups and their order."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from lightning_mnn.data.images.store import LabelledImages
 
 
-_COMPARED_ROWS = 256  # of a file, by which other data are told from those of a checkpoint
+_COMPARED_ROWS = 256  # rows of a file in the digest that detects data other than those of a checkpoint
 
-BLOCK_NUMBERS = 1 << 25  # of samples whose moments are taken at a time: 256 MiB in float64
+BLOCK_NUMBERS = 1 << 25  # numbers of samples in a block when moments are computed: 256 MiB in float64
 
 
 class ImageSamples:
-    """The images of a source that are trained on.
+    """The images of a source that are used for training.
 
     Attributes:
         rows: of the source.
-        chosen: the numbers of those that are trained on; None: all.
-        ones: whether a sample is in the second group, (N,).
+        chosen: indices of the rows that are used for training; None: all.
+        ones: whether each sample is in the second group, (N,).
     """
 
     def __init__(self, source: LabelledImages, groups: Groups | None) -> None:
@@ -42,7 +42,7 @@ class ImageSamples:
             group_of[list(classes)] = group
         found = group_of[source.classes]
         if (counts := [int((found == group).sum()) for group in (0, 1)]) and not all(counts):
-            raise ValueError(f"groups must both hold images, got {counts[0]} of label 0 and {counts[1]} of label 1")
+            raise ValueError(f"groups must both contain images, got {counts[0]} of label 0 and {counts[1]} of label 1")
         self.rows: Rows = rows_of(source.images)
         self.chosen = None if (found >= 0).all() else np.flatnonzero(found >= 0)
         self.ones: NDArray[np.bool_] = (found if self.chosen is None else found[self.chosen]) == 1
@@ -67,7 +67,7 @@ class ImageSamples:
 
     @cached_property
     def content(self) -> str:
-        """A digest of the source's images, wherever they lie; of a file that no one made a digest of, of some rows."""
+        """A digest of the source's images, whatever their location; for a file without a known digest, of some rows."""
         if self._source.digest is not None:
             return self._source.digest
         if not isinstance(self.rows, RowFile):
@@ -78,19 +78,22 @@ class ImageSamples:
         return digest_of([str(self.rows.shape), hashlib.sha256(out.view(torch.uint8).numpy().data).hexdigest()])
 
     def digest(self) -> str:
-        """Of the samples: their content, which they are and their groups; the same wherever they lie."""
-        return digest_of([self.content, self._which(), hashlib.sha256(self.ones.data).hexdigest()])
+        """A digest of the samples: their content, selection and groups; it does not depend on their location."""
+        return digest_of([self.content, self._selection(), hashlib.sha256(self.ones.data).hexdigest()])
 
     def identity(self) -> str:
-        """What the samples are: of a file its path, size and time, of an array its content; and which of them."""
+        """A digest of the samples that needs no reading of files.
+
+        It covers a file's path, size and time, or an array's content, and the selection of the samples.
+        """
         if isinstance(self.rows, RowFile):
             stat = self.rows.path.stat()
-            where = [str(self.rows.path.resolve()), str(stat.st_size), str(stat.st_mtime_ns), str(self.rows.offset)]
+            source = [str(self.rows.path.resolve()), str(stat.st_size), str(stat.st_mtime_ns), str(self.rows.offset)]
         else:
-            where = [self.content]
-        return digest_of([*where, str(self.rows.shape), self._which()])
+            source = [self.content]
+        return digest_of([*source, str(self.rows.shape), self._selection()])
 
-    def _which(self) -> str:
+    def _selection(self) -> str:
         return "all" if self.chosen is None else hashlib.sha256(self.chosen.data).hexdigest()
 
 
@@ -101,7 +104,7 @@ def check_groups(groups: Sequence[Sequence[int | str]]) -> Groups:
     """Two groups of classes, as tuples.
 
     Raises:
-        ValueError: they are not two lists of names and numbers, one is empty, or a class is named twice.
+        ValueError: they are not two lists of names and numbers, one list is empty, or a class is named twice.
     """
     checked = [tuple(group) if is_list(group) else () for group in groups] if is_list(groups) else []
     classes = [c for group in checked for c in group]
@@ -112,7 +115,7 @@ def check_groups(groups: Sequence[Sequence[int | str]]) -> Groups:
 
 
 def is_list(value: Any) -> bool:
-    """Whether it is a list of things, and not a text, which is one of letters."""
+    """Whether the value is a list of items; a string, although iterable, is not."""
     return isinstance(value, Iterable) and not isinstance(value, str)
 
 
@@ -120,12 +123,12 @@ def group_classes(groups: Groups | None, names: Sequence[str]) -> tuple[tuple[in
     """Indices of the classes of two groups.
 
     Args:
-        groups: by name, or by index; a number that reads like a name is that name. None: the first half of the sorted
-            names, and the others.
+        groups: classes by name or by index. A number that is written like a name means that name. None: the first half
+            of the sorted names, and the others.
         names: of all classes.
 
     Raises:
-        ValueError: a class that is not there, or that is in both groups.
+        ValueError: a class does not exist, or is in both groups.
 
     >>> group_classes((("cat",), (0, "bat")), ("ant", "bat", "cat"))
     ((2,), (0, 1))
@@ -138,13 +141,13 @@ def group_classes(groups: Groups | None, names: Sequence[str]) -> tuple[tuple[in
         order = sorted(range(len(names)), key=lambda index: names[index])
         groups = tuple(order[: len(names) // 2]), tuple(order[len(names) // 2 :])
         if len(names) < 2:
-            raise ArgumentError("groups", None, f"needs two classes at least, and there is {list(names)} alone")
+            raise ArgumentError("groups", None, f"needs at least two classes, but there is only {list(names)}")
     known: dict[int | str, int] = {index: index for index in range(len(names))}
     known |= {name: index for index, name in enumerate(names)}
     known |= {number: known[str(number)] for group in groups for number in group if str(number) in known}
     if unknown := [c for group in groups for c in group if c not in known]:
         some = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
-        problem = f"must not hold {unknown}, of which there is no class"
+        problem = f"must not contain {unknown}, which are not classes"
         remedy = f"name classes 0 to {len(names) - 1}, or {some}"
         raise ArgumentError("groups", [list(group) for group in groups], problem, remedy)
     first, second = (tuple(sorted(known[c] for c in group)) for group in groups)
@@ -153,7 +156,7 @@ def group_classes(groups: Groups | None, names: Sequence[str]) -> tuple[tuple[in
 
 
 def spans(low: int, high: int, size: int) -> Iterator[tuple[int, int]]:
-    """Consecutive ranges of a size, the last one smaller.
+    """Consecutive ranges of one size; the last one may be smaller.
 
     >>> list(spans(1, 6, 2))
     [(1, 3), (3, 5), (5, 6)]
@@ -163,5 +166,5 @@ def spans(low: int, high: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def digest_of(parts: Sequence[str]) -> str:
-    """Twenty hexadecimal digits that tell lists of words apart."""
+    """A digest of a list of words: twenty hexadecimal digits."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]

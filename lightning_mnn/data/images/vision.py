@@ -1,4 +1,4 @@
-"""MNIST, the first row of the paper's Table 1, and CIFAR-10, with their classes in two groups."""
+"""MNIST, the first row of the paper's Table 1, and CIFAR-10, with their classes split into two groups."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ _DIGITS = tuple("0123456789")
 
 
 class MNISTData(ImageData):
-    """MNIST digits, flattened to 784 numbers, with the classes in two groups.
+    """MNIST digits, flattened to 784 numbers, with the classes split into two groups.
 
     Args:
-        root: folder that holds ``MNIST/raw`` with the four archives (``train-images-idx3-ubyte.gz``, …), or their
-            unpacked files. It is only read, unless ``download`` is set.
+        root: folder that contains ``MNIST/raw`` with the four archives (``train-images-idx3-ubyte.gz``, …), or their
+            unpacked files. Nothing is written to it unless ``download`` is set.
         part: "train" (60,000), "test" (10,000) or "all" (70,000, as in the paper).
-        groups: the digits of label 0 and those of label 1; other digits are left out. None: those below 5, and the
-            others.
-        download: fetch missing archives through torchvision.
+        groups: the digits with label 0 and those with label 1; other digits are left out. None: the digits below 5, and
+            the others.
+        download: whether to download missing archives with torchvision.
         **options: ``labels``, ``whiten`` and the others of :class:`~lightning_mnn.data.images.image_data.ImageData`.
 
     Raises:
-        ValueError: an unknown part or labels, groups that overlap or are empty.
-        FileNotFoundError: (in setup) files that are missing, with what to put where.
-        OSError: (in setup) an archive whose checksum is wrong.
+        ValueError: ``part`` or ``labels`` is unknown, or groups overlap or are empty.
+        FileNotFoundError: (in setup) files are missing; the message explains which files to put where.
+        OSError: (in setup) the checksum of an archive is wrong.
     """
 
     input_dim = 784
@@ -71,7 +71,7 @@ class MNISTData(ImageData):
         if archives := self._archives():
             for archive, md5 in archives.items():
                 _check_md5(archive, md5)
-            with tempfile.TemporaryDirectory() as folder:  # torchvision unpacks beside the archives; leave those alone
+            with tempfile.TemporaryDirectory() as folder:  # torchvision unpacks files beside the archives
                 raw = Path(folder) / "MNIST" / "raw"
                 raw.mkdir(parents=True)
                 for archive in archives:
@@ -82,7 +82,7 @@ class MNISTData(ImageData):
         names = ", ".join(mnist_archives())
         raise FileNotFoundError(
             f"no MNIST in {self._raw().resolve()}: put the archives {names} there, "
-            "or set data.root to the folder that holds MNIST/raw, or data.download=true"
+            "or set data.root to the folder that contains MNIST/raw, or data.download=true"
         )
 
     def _through_torchvision(self, root: str, *, download: bool) -> LabelledImages:
@@ -102,23 +102,23 @@ class MNISTData(ImageData):
 
 
 class CIFAR10Data(ImageData):
-    """CIFAR-10 images, flattened to 3072 numbers (rows, columns, colours), with the classes in two groups.
+    """CIFAR-10 images, flattened to 3072 numbers (rows, columns, colours), with the classes split into two groups.
 
-    The batches are pickles. torchvision compares each one's md5 with that of the original before it is unpickled.
+    The batches are pickle files. torchvision checks the md5 of each one before it is unpickled.
 
     Args:
-        root: folder that holds ``cifar-10-batches-py``, the unpacked batches, or ``cifar-10-python.tar.gz``, from which
-            they are then read. It is only read, unless ``download`` is set.
+        root: folder that contains ``cifar-10-batches-py``, the unpacked batches, or ``cifar-10-python.tar.gz``, from
+            which they are then read. Nothing is written to it unless ``download`` is set.
         part: "train" (50,000), "test" (10,000) or "all" (60,000).
-        groups: the classes of label 0 and those of label 1, by name (airplane, …) or index; other classes are left out.
-            None: the first five (to deer), and the others.
-        download: fetch a missing archive through torchvision.
+        groups: the classes with label 0 and those with label 1, by name (airplane, …) or index; other classes are left
+            out. None: the first five (airplane to deer), and the others.
+        download: whether to download a missing archive with torchvision.
         **options: ``labels``, ``whiten`` and the others of :class:`~lightning_mnn.data.images.image_data.ImageData`.
 
     Raises:
-        ValueError: an unknown part or labels, groups that overlap or are empty.
-        FileNotFoundError: (in setup) files that are missing, with what to put where.
-        OSError: (in setup) an archive or batch whose checksum is wrong.
+        ValueError: ``part`` or ``labels`` is unknown, or groups overlap or are empty.
+        FileNotFoundError: (in setup) files are missing; the message explains which files to put where.
+        OSError: (in setup) the checksum of an archive or batch is wrong.
     """
 
     input_dim = 3072
@@ -159,7 +159,7 @@ class CIFAR10Data(ImageData):
                 return self._through_torchvision(folder, download=True)
         raise FileNotFoundError(
             f"no CIFAR-10 in {self.root.resolve()}: put {archive} there, or its folder {unpacked}, "
-            "or set data.root to the folder that holds them, or data.download=true"
+            "or set data.root to the folder that contains them, or data.download=true"
         )
 
     def _through_torchvision(self, root: str, *, download: bool) -> LabelledImages:
@@ -174,10 +174,10 @@ def _checked_part(part: str) -> str:
 
 
 def _place(archive: Path, folder: Path) -> None:
-    """Let an archive be in a folder too, without a copy where the system allows for that."""
+    """Put an archive into another folder, as a symbolic link if the system allows that, else as a copy."""
     try:
         (folder / archive.name).symlink_to(archive.resolve())
-    except OSError:  # Windows asks for a privilege
+    except OSError:  # Windows requires a privilege
         shutil.copyfile(archive, folder / archive.name)
 
 
@@ -189,5 +189,5 @@ def _check_md5(file: Path, md5: str) -> None:
     if found != md5:
         raise OSError(
             f"{file} is corrupt or truncated: its md5 is not {md5}. "
-            "Replace it by the original (or delete it and set data.download=true)"
+            "Replace it with the original (or delete it and set data.download=true)"
         )

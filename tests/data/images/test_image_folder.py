@@ -108,7 +108,7 @@ def test_a_store_of_another_tree_or_without_some_images_is_refused(tree, tmp_pat
     shutil.copytree(tree, tmp_path / "val")
     (tree / "bee" / "2.png").write_bytes(b"no image")
     ImageFolderData(tree, 4, store=tmp_path / "store", skip_corrupt=True).prepare_data()
-    with pytest.raises(FileExistsError, match=r"made of another tree: .*pictures, not .*val"):
+    with pytest.raises(FileExistsError, match=r"made from another tree: .*pictures, not .*val"):
         ImageFolderData(tmp_path / "val", 4, store=tmp_path / "store").prepare_data()
     with pytest.raises(OSError, match="made without 1 images"):
         ImageFolderData(tree, 4, store=tmp_path / "store").prepare_data()

@@ -182,7 +182,7 @@ def test_trees_without_images(tmp_path):
 
 def test_folder_with_other_things_is_left_alone(tmp_path):
     root = make_tree(tmp_path / "tree", {"a": 1})
-    with pytest.raises(FileExistsError, match=r"holds \['a'\] and no store"):
+    with pytest.raises(FileExistsError, match=r"contains \['a'\] and no store"):
         build_store(root, root, size=2)
     assert not (root / "journal.jsonl").exists()
 
@@ -201,14 +201,14 @@ def test_finished_store_of_other_options_or_another_tree_is_refused(tmp_path):
     with pytest.raises(FileExistsError, match=r"names is \['a', 'b'\], not \['a'\]"):
         build_store(root, tmp_path / "store", size=4, classes=["a"])
     other = make_tree(tmp_path / "other", {"a": 1})
-    with pytest.raises(FileExistsError, match=r"made of another tree: .*/tree, not .*/other: choose another folder"):
+    with pytest.raises(FileExistsError, match=r"made from another tree: .*/tree, not .*/other: choose another folder"):
         build_store(other, tmp_path / "store", size=4)
     make_tree(tmp_path / "val", {"a": 2, "b": 2})
-    with pytest.raises(FileExistsError, match=r"made of another tree: .*/tree, not .*/val: choose another folder"):
+    with pytest.raises(FileExistsError, match=r"made from another tree: .*/tree, not .*/val: choose another folder"):
         build_store(tmp_path / "val", tmp_path / "store", size=4)
     assert len(build_store(tmp_path / "val" / ".." / "tree", tmp_path / "store", size=4).images) == 4
     shutil.rmtree(root / "b")
-    with pytest.raises(FileExistsError, match=r"made of another tree: .*tree has no \['b'\]"):
+    with pytest.raises(FileExistsError, match=r"made from another tree: .*tree has no \['b'\]"):
         build_store(root, tmp_path / "store", size=4)
     shutil.rmtree(root)  # which is needed no more
     assert len(build_store(root, tmp_path / "store", size=4).images) == 4
@@ -256,7 +256,7 @@ def test_corrupt_images_are_left_out_when_asked(tmp_path, blocks_of_four):
     assert (tmp_path / "store" / "skipped.txt").read_text().split() == broken
     assert set(contents(tmp_path / "store")) == {"images.bin", "classes.npy", "index.json", "skipped.txt"}
     open_store(tmp_path / "store", verify=True)
-    with pytest.raises(OSError, match=r"made without 3 images .*store/skipped\.txt names: allow that by skip"):
+    with pytest.raises(OSError, match=r"made without 3 images .*store/skipped\.txt: allow that by skip"):
         build_store(root, tmp_path / "store", size=4)
     assert len(build_store(root, tmp_path / "store", size=4, skip_corrupt=True).images) == 17
     build_store(good, tmp_path / "expected", size=4, skip_corrupt=True)
@@ -374,7 +374,7 @@ def test_damage_is_found_and_named(tmp_path, blocks_of_four):
     images[5 * made.images.shape[1]] ^= 1
     (folder / "images.bin").write_bytes(images)
     for open_it in (open_store, lambda folder: build_store(root, folder, size=4)):
-        with pytest.raises(OSError, match="block 1, images 4 to 7, has another checksum: delete"):
+        with pytest.raises(OSError, match="block 1, images 4 to 7, has a wrong checksum: delete"):
             open_it(folder)
     (folder / "images.bin").write_bytes(images[:-1])
     with pytest.raises(OSError, match="has 479 bytes, not 480"):
@@ -383,7 +383,7 @@ def test_damage_is_found_and_named(tmp_path, blocks_of_four):
     classes[-1] ^= 1
     (folder / "images.bin").write_bytes(images)
     (folder / "classes.npy").write_bytes(classes)
-    with pytest.raises(OSError, match=r"classes\.npy has another checksum"):
+    with pytest.raises(OSError, match=r"classes\.npy has a wrong checksum"):
         open_store(folder)
 
 

@@ -176,5 +176,5 @@ def test_bad_arguments_are_named(options, message):
 
 
 def test_unknown_classes_of_cifar10_are_named(cifar_root):
-    with pytest.raises(ValueError, match=r"groups must not hold \['cow'\].*: name classes 0 to 9, or airplane"):
+    with pytest.raises(ValueError, match=r"groups must not contain \['cow'\].*: name classes 0 to 9, or airplane"):
         CIFAR10Data(cifar_root, groups=[["cat"], ["cow"]]).setup()
