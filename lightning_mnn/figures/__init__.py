@@ -1,4 +1,4 @@
-"""Figures from saved results."""
+"""Figures drawn from saved results."""
 
 from lightning_mnn.figures.census import census_figure
 from lightning_mnn.figures.local_volume import local_volume_figure

@@ -1,4 +1,4 @@
-"""The figure of local volumes: keep probabilities over the size of a random move."""
+"""The figure of local volumes: keep probabilities against the size of a random move."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
     from lightning_mnn.landscape.volumes.random_moves import KeepCurve, LocalVolume
 
-_IN_LEGEND = 6  # layers that can be told apart by colour and name; more are coloured by their depth
-_LEGIBLE = 24  # layers whose names fit beside the colour bar
-_SPREAD = 0.5  # of the gap between two values of σ, over which their intervals are spread so as not to hide each other
+_MAX_LEGEND_LAYERS = 6  # layers that the legend names; if there are more, layers are coloured by depth
+_MAX_BAR_NAMES = 24  # names of layers that fit beside the colour bar
+_SPREAD = 0.5  # part of the gap between two values of σ over which intervals are spread, so that none is hidden
 
 
 def local_volume_figure(volume: LocalVolume, path: Path, title: str = "") -> Path:
-    """Draw the keep probability of each layer, and of all together, against σ, with 95 % intervals.
+    """Draw the keep probability of each layer, and of all layers together, against σ, with 95 % intervals.
 
     Args:
-        volume: what is to be drawn.
+        volume: the local volume to draw.
         path: of the PNG file.
-        title: over the panel.
+        title: above the panel.
 
     Returns:
         The path.
@@ -38,7 +38,7 @@ def local_volume_figure(volume: LocalVolume, path: Path, title: str = "") -> Pat
     figure = Figure(figsize=(8.6, 4.8), layout="constrained")
     ax = figure.subplots()
     names = list(volume.layers)
-    few = len(names) <= _IN_LEGEND
+    few = len(names) <= _MAX_LEGEND_LAYERS
     colors: Colormap = ListedColormap(COLORS) if few else mpl.colormaps["viridis"].resampled(len(names))
     look: dict[str, Any] = {"ms": 3, "lw": 1.2, "elinewidth": 0.8} if few else {"ms": 2, "lw": 0.8, "elinewidth": 0.4}
     for depth, (name, curve) in enumerate(volume.layers.items()):
@@ -61,7 +61,7 @@ def local_volume_figure(volume: LocalVolume, path: Path, title: str = "") -> Pat
 
 
 def _draw(ax: Axes, curve: KeepCurve, shift: float, **look: Any) -> None:
-    """One curve, a little aside, so that the intervals of several do not cover each other."""
+    """Draw one curve, slightly shifted, so that the intervals of several curves do not cover each other."""
     sigmas = list(curve.sigmas)
     ratio = sigmas[1] / sigmas[0] if len(sigmas) > 1 else 1.0
     places = [sigma * ratio ** (_SPREAD * shift) for sigma in sigmas]
@@ -72,11 +72,11 @@ def _draw(ax: Axes, curve: KeepCurve, shift: float, **look: Any) -> None:
 
 
 def _depth_bar(figure: Figure, ax: Axes, colors: Colormap, layers: Mapping[str, KeepCurve]) -> None:
-    """A bar that tells the depth of a layer by its colour, the first on top, with as many names as can be read."""
+    """Draw a colour bar for the depth of the layers, the first on top, with as many names as are legible."""
     names = list(layers)
     scale = mpl.cm.ScalarMappable(BoundaryNorm(range(len(names) + 1), len(names)), colors)
     bar = figure.colorbar(scale, ax=ax, pad=0.01)
-    step = -(-len(names) // _LEGIBLE)
+    step = -(-len(names) // _MAX_BAR_NAMES)
     bar.ax.yaxis.set_major_locator(FixedLocator([depth + 0.5 for depth in range(0, len(names), step)]))
     bar.ax.set_yticklabels([plain(name) for name in names[::step]], fontsize=7)
     bar.ax.minorticks_off()

@@ -1,4 +1,4 @@
-"""The figure of a run of anybody's model that the three callbacks watched."""
+"""The figure of a run of any model that was trained with the three callbacks."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ if TYPE_CHECKING:
 
     Series = Mapping[str, tuple[list[int], list[float]]]
 
-_MOST_NAMES = 6  # layers that a legend names; of more there is a colour bar
-_MOST_LOSSES = 3
+_MAX_LEGEND_LAYERS = 6  # layers that a legend names; if there are more, there is a colour bar
+_MAX_LOSSES = 3
 
 
 def model_figure(run_dir: Path) -> Path:
-    """Draw ``figure.png`` of a log folder from its ``metrics.csv``, as Lightning's ``CSVLogger`` writes it.
+    """Draw ``figure.png`` of a log folder from its ``metrics.csv``, a file that Lightning's ``CSVLogger`` writes.
 
-    Loss, gradient, smallest curvature with its error, distance to the nearest kink, how far each layer's activation
-    pattern is from that of the start, and the relative perturbation that each layer's pattern survives, against the
-    optimiser step. What the run did not log is left blank.
+    It shows, against the optimiser step: loss, gradient, smallest curvature with its error, distance to the nearest
+    kink, the fraction of each layer's activation pattern that has flipped since the start, and the relative
+    perturbation under which each layer's pattern is kept. Panels of values that the run did not log are empty.
 
     Returns:
         The path of the figure.
 
     Raises:
-        ValueError: nothing in the file is of the three callbacks.
+        ValueError: the file has no values of the three callbacks.
     """
     series = read_metrics(run_dir / "metrics.csv")
     if not any(name.startswith(("minimum/", "pattern/", "volume/")) for name in series):
         raise ValueError(
-            f"{run_dir / 'metrics.csv'} holds none of minimum/…, pattern/… and volume/…: add callbacks of "
+            f"{run_dir / 'metrics.csv'} has none of minimum/…, pattern/… and volume/…: add callbacks of "
             "lightning_mnn.callbacks to the Trainer, and a logger"
         )
     figure = Figure(figsize=(13, 7.2), layout="constrained")
@@ -66,7 +66,7 @@ def model_figure(run_dir: Path) -> Path:
 
 
 def layers_of(names: Iterable[str], group: str, measure: str) -> dict[str, str]:
-    """Layers by which a measure is logged, in the order of their names, numbers as numbers; and the full names.
+    """The layers for which a measure is logged, with its full logged names; sorted by name, digits as numbers.
 
     >>> layers_of(["pattern/flips", "pattern/net.10/flips", "pattern/net.3/flips"], "pattern", "flips")
     {'net.3': 'pattern/net.3/flips', 'net.10': 'pattern/net.10/flips'}
@@ -82,18 +82,18 @@ def _with_numbers(name: str) -> list[tuple[str, int]]:
 
 def _loss(ax: Axes, series: Series) -> bool:
     ax.set(title="Loss", xlabel="optimiser step")
-    own = [name for name in series if "loss" in name and not name.startswith(("minimum/", "val", "test"))]
-    curves = {name: name for name in own[:_MOST_LOSSES]}
+    losses = [name for name in series if "loss" in name and not name.startswith(("minimum/", "val", "test"))]
+    curves = {name: name for name in losses[:_MAX_LOSSES]}
     curves |= {"minimum/loss": "whole training set", "minimum/mse": "MSE, whole training set"}
     return _lines(ax, series, curves)
 
 
 def _gradient(ax: Axes, series: Series) -> bool:
-    if "minimum/stationarity" in series:  # of a network that can be certified
+    if "minimum/stationarity" in series:  # logged only for a network that can be certified
         ax.set(title="Stationarity", xlabel="optimiser step", ylabel="‖G e‖ / (‖G‖ ‖y‖)")
         return _lines(ax, series, {"minimum/stationarity": "G e"})
     ax.set(title="Gradient of the whole training loss", xlabel="optimiser step", ylabel="norm")
-    curves = {"minimum/gradient_norm": "‖∇L‖", "minimum/relative_gradient": "of that at the start"}
+    curves = {"minimum/gradient_norm": "‖∇L‖", "minimum/relative_gradient": "relative to the start"}
     return _lines(ax, series, curves)
 
 
@@ -135,7 +135,7 @@ def _patterns(ax: Axes, series: Series) -> bool:
 
 
 def _local_volumes(ax: Axes, series: Series) -> bool:
-    """The last local volumes: of each layer, and of all layers together."""
+    """Draw the last local volume of each layer, and of all layers together."""
     ax.set(title="Perturbation that patterns survive", ylabel="layer, by name", xlabel="relative size σ½")
     layers = layers_of(series, "volume", "half_sigma")
     if not layers and "volume/log_lower_bound" in series:
@@ -144,7 +144,7 @@ def _local_volumes(ax: Axes, series: Series) -> bool:
     places = np.arange(1, len(last) + 1)
     ax.scatter(list(last.values()), places, c=_shades(len(last)), zorder=3)
     ax.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    if len(last) <= _MOST_NAMES:
+    if len(last) <= _MAX_LEGEND_LAYERS:
         ax.set_yticks(places, [plain(layer) for layer in last])
     ax.set_ylim(0.4, len(last) + 0.6)
     low, half, high = (series.get(f"volume/half_sigma{end}", ([], [])) for end in ("_low", "", "_high"))
@@ -159,7 +159,7 @@ def _local_volumes(ax: Axes, series: Series) -> bool:
 
 
 def _log_volume(ax: Axes, series: Series) -> bool:
-    """Of a network whose region is a product of cones."""
+    """Draw the log-volume of a network whose region is a product of cones."""
     ax.set(title="Angular volume of the region", xlabel="optimiser step", ylabel="log-volume (nats)")
     ax.plot(*series["volume/log_lower_bound"], color=COLORS[0], lw=1.2, marker="o", ms=3, label="lower bound")
     steps, values = series.get("volume/log_volume", ([], []))
@@ -178,7 +178,7 @@ def _log_volume(ax: Axes, series: Series) -> bool:
 
 
 def _lines(ax: Axes, series: Series, curves: Mapping[str, str]) -> bool:
-    """Curves of positive values on a logarithmic axis; whether there was any."""
+    """Draw the positive values of curves on a logarithmic axis; return whether there were any."""
     drawn = 0
     for color, (name, label) in zip(COLORS, curves.items(), strict=False):
         points = [(step, value) for step, value in zip(*series.get(name, ([], [])), strict=True) if value > 0]
@@ -195,8 +195,8 @@ def _lines(ax: Axes, series: Series, curves: Mapping[str, str]) -> bool:
 
 
 def _colors(ax: Axes, layers: Mapping[str, str]) -> dict[str, tuple[float, ...]]:
-    """A colour a layer; where there are too many for a legend, with a colour bar."""
-    if len(layers) > _MOST_NAMES:
+    """A colour per layer; draws a colour bar if there are too many layers for a legend."""
+    if len(layers) > _MAX_LEGEND_LAYERS:
         bar = ScalarMappable(Normalize(1, len(layers)), "viridis")
         assert ax.figure is not None  # noqa: S101 (for the type checker)
         ax.figure.colorbar(bar, ax=ax, label="layer, by name", ticks=MaxNLocator(6, integer=True))
@@ -205,11 +205,12 @@ def _colors(ax: Axes, layers: Mapping[str, str]) -> dict[str, tuple[float, ...]]
 
 def _shades(number: int) -> list[tuple[float, ...]]:
     return [
-        colormaps["viridis"](place) for place in np.linspace(0, 1 if number > _MOST_NAMES else 0.85, max(number, 1))
+        colormaps["viridis"](place)
+        for place in np.linspace(0, 1 if number > _MAX_LEGEND_LAYERS else 0.85, max(number, 1))
     ][:number]
 
 
 def _legend(ax: Axes, number: int) -> None:
-    """Below the panel, where it covers nothing."""
-    if 1 <= number <= _MOST_NAMES:
+    """Draw a legend below the panel, where it covers no data, unless it has too many entries."""
+    if 1 <= number <= _MAX_LEGEND_LAYERS:
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=9)

@@ -23,7 +23,7 @@ _COLORS = ("#1f5fa8", "#d1701c")
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel of a run's figure: a title, the unit of its axis, and its curves as (logged name, label)."""
+    """One panel of a run's figure: its title, the unit of its axis, and its curves as (logged name, label)."""
 
     title: str
     unit: str
@@ -63,8 +63,8 @@ PANELS = (
 def run_figure(run_dir: Path) -> Path:
     """Draw ``figure.png`` of a run folder from its ``metrics.csv`` and ``summary.json``.
 
-    Loss, classification error, stationarity, distance to the nearest kink, pattern flips and volume bound against the
-    optimiser step; means over the replicas where there are several.
+    It shows loss, classification error, stationarity, distance to the nearest kink, pattern flips and volume bound
+    against the optimiser step. With several replicas the values are means over them.
 
     Returns:
         The path of the figure.
@@ -100,12 +100,12 @@ def _draw_panel(ax: Axes, panel: Panel, series: dict[str, tuple[list[int], list[
     if not drawn:
         ax.text(0.5, 0.5, "not logged in this run", transform=ax.transAxes, ha="center", color="0.5")
         return
-    if panel.scale == "symlog":  # logarithmic down to one sample, and zero below
+    if panel.scale == "symlog":  # logarithmic down to one sample, linear to zero below
         ax.set_yscale("symlog", linthresh=1 / num_samples)
         ax.set_ylim(bottom=0)
     else:
         ax.set_yscale(panel.scale)
-    if drawn > 1:  # below the panel, where it covers nothing
+    if drawn > 1:  # below the panel, where it covers no data
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize=9)
 
 

@@ -1,4 +1,4 @@
-"""Figures of a scan over sizes: the error against #parameters / N, and what training ends in against d."""
+"""Figures of a scan over sizes: the error against #parameters / N, and the points that training ends in against d."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-# What the paper's Figure 5.2 spans.
+# The ranges of values in the paper's Figure 5.2.
 _PAPER = {"min_preactivation": (1e-3, 1e0), "mse": (1e-31, 1e-7)}
 
 _LAYERS = {1: "one hidden layer", 2: "two hidden layers"}
 
 
 def scan_figure(run_dir: Path) -> Path:
-    """Draw ``figure.png`` of a scan from its ``scan.csv``, in the way that its ``summary.json`` names.
+    """Draw ``figure.png`` of a scan from its ``scan.csv``, as the kind of figure that its ``summary.json`` names.
 
     Returns:
         The path of the figure.
@@ -44,8 +44,8 @@ def scan_figure(run_dir: Path) -> Path:
 def error_figure(run_dir: Path) -> Path:
     """Draw the final training error against #parameters / N, mean ± standard deviation over the replicas.
 
-    A panel for each number of hidden layers, as in the paper's Figure 5.1, and a curve for each width, along which N
-    falls. A broken line stands where there are as many parameters as samples.
+    There is a panel for each number of hidden layers, as in the paper's Figure 5.1, and a curve for each width, along
+    which N decreases. A broken line marks as many parameters as samples.
 
     Returns:
         The path of the figure.
@@ -64,7 +64,7 @@ def error_figure(run_dir: Path) -> Path:
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ax.xaxis.set_minor_formatter(NullFormatter())
         tidy(ax)
-        below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12)}  # where it covers nothing
+        below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12)}  # where it covers no data
         words = "mean ± standard deviation; broken line: N = #parameters"
         ax.legend(ncols=2, title=words, frameon=False, **below)
     axes[0].set(ylabel="final training error MCE (%)", ylim=(-1, None))
@@ -73,9 +73,10 @@ def error_figure(run_dir: Path) -> Path:
 
 
 def minima_figure(run_dir: Path) -> Path:
-    """Draw the smallest |w·x|, the final MSE and the kinds of points that training ended in, against the width.
+    """Draw the smallest |w·x|, the final MSE and the kinds of the points that training ended in, against the width.
 
-    A dot for each network, by its kind; bars at the medians. The ranges of the paper's Figure 5.2 are shaded.
+    There is a dot for each network, coloured by its kind, and a bar at the median. The ranges of the paper's Figure 5.2
+    are shaded.
 
     Returns:
         The path of the figure.
@@ -105,7 +106,7 @@ FIGURES: dict[str, Callable[[Path], Path]] = {"error": error_figure, "minima": m
 
 
 def _draw_errors(ax: Axes, width: int, curve: Sequence[Row], color: str) -> None:
-    """Mean ± standard deviation of the MCE against the parameters for each sample, in per cent."""
+    """Draw mean ± standard deviation of the MCE, in per cent, against the parameters per sample."""
     curve = sorted(curve, key=lambda size: size["num_samples"])
     spread = [100 * (size["mce_std"] or 0.0) for size in curve]
     ax.errorbar(
@@ -123,7 +124,7 @@ def _draw_errors(ax: Axes, width: int, curve: Sequence[Row], color: str) -> None
 
 
 def _draw_dots(ax: Axes, groups: Sequence[Sequence[Row]], column: str) -> None:
-    """A dot for each network, and a bar at the median; what is exactly zero at the foot of the axis."""
+    """Draw a dot for each network and a bar at the median; values that are exactly zero are at the foot of the axis."""
     ax.set_yscale("log")
     values = [row[column] for group in groups for row in group]
     positive = [value for value in values if value > 0]
@@ -133,9 +134,9 @@ def _draw_dots(ax: Axes, groups: Sequence[Sequence[Row]], column: str) -> None:
     foot = 10.0 ** (math.floor(math.log10(min(positive, default=low))) - 2)
     for place, group in enumerate(groups):
         heights = [max(row[column], foot) for row in group]
-        for row, height, aside in zip(group, heights, _aside(len(group)), strict=True):
+        for row, height, shift in zip(group, heights, _shifts(len(group)), strict=True):
             _, color, marker = KINDS[row["kind"]]
-            ax.plot(place + aside, height, marker, color=color, ms=5, alpha=0.75, zorder=3)
+            ax.plot(place + shift, height, marker, color=color, ms=5, alpha=0.75, zorder=3)
         ax.hlines(float(np.median(heights)), place - 0.38, place + 0.38, color="black", lw=2, zorder=4)
     if len(positive) < len(values):
         mark_zeros(ax, foot)
@@ -144,7 +145,7 @@ def _draw_dots(ax: Axes, groups: Sequence[Sequence[Row]], column: str) -> None:
 
 
 def _draw_kinds(ax: Axes, groups: Sequence[Sequence[Row]]) -> None:
-    """Counts of the kinds, a pile for each size."""
+    """Draw counts of the kinds, as a stacked bar for each size."""
     for place, group in enumerate(groups):
         below = 0
         for kind, (_, color, _) in KINDS.items():
@@ -169,7 +170,7 @@ def _name_places(ax: Axes, groups: Sequence[Sequence[Row]]) -> None:
 
 
 def _conditions(summary: Row) -> str:
-    """What was trained, in two lines."""
+    """A description of the training, in two lines."""
     settings, slope = summary["scan"], summary["scan"]["negative_slope"]
     labels = {"plus_minus": "±1 labels", "zero_one": "0/1 labels"}[settings["labels"]]
     unit = "ReLU" if slope == 0 else f"leaky ReLU, ρ = {slope:g}"
@@ -179,8 +180,8 @@ def _conditions(summary: Row) -> str:
     return f"{data}\n{settings['max_epochs']:,} epochs of {optimizer}, {summary['dtype']}"
 
 
-def _aside(count: int) -> list[float]:
-    """Places beside each other, so that dots do not cover each other."""
+def _shifts(count: int) -> list[float]:
+    """Horizontal shifts, so that dots do not cover each other."""
     return [0.0] if count == 1 else np.linspace(-0.3, 0.3, count).tolist()
 
 

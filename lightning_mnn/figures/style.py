@@ -1,4 +1,4 @@
-"""What the figures of several networks have in common: colours, kinds, the look of axes and of notes in them."""
+"""Style that several figures share: colours, names of the kinds, and the look of axes and notes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# After Okabe and Ito, whose colours the colour-blind tell apart too.
+# The palette of Okabe and Ito, which colour-blind readers can distinguish.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
-# Kinds, their names in the legend, colours and markers; None: nothing was asked, or only necessary conditions hold.
+# Name in the legend, colour and marker of each kind; None: not certified, or only necessary conditions are fulfilled.
 KINDS: dict[str | None, tuple[str, str, str]] = {
     "differentiable_minimum": ("differentiable minimum", "#0072b2", "o"),
     "kink_minimum": ("minimum on kinks", "#e69f00", "D"),
@@ -32,25 +32,25 @@ KINDS: dict[str | None, tuple[str, str, str]] = {
 NOTE: dict[str, Any] = {
     "fontsize": 9,
     "color": "0.4",
-    "path_effects": [patheffects.withStroke(linewidth=2.5, foreground="white")],  # a dot may lie behind it
+    "path_effects": [patheffects.withStroke(linewidth=2.5, foreground="white")],  # legible in front of a dot
 }
 
 
 def tidy(ax: Axes) -> None:
-    """A faint grid behind the data, and no frame above and on the right."""
+    """Draw a faint grid behind the data, and remove the frame at the top and on the right."""
     ax.grid(visible=True, color="0.93")
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
 
 
 def mark_zeros(ax: Axes, foot: float) -> None:
-    """Set what is exactly zero, drawn at the foot of a logarithmic axis, apart; the note is outside, off the dots."""
+    """Separate values that are exactly zero, drawn at the foot of a logarithmic axis; a note stands beside the axes."""
     ax.axhline(foot * 3, color="0.6", lw=0.8, ls=":")
     ax.text(1.01, foot, "exactly 0", ha="left", va="center", transform=ax.get_yaxis_transform(), **NOTE)
 
 
 def plain(text: str) -> str:
-    r"""Text that is drawn as it is written: dollar signs around what is no formula are escaped.
+    r"""Text for matplotlib that is drawn literally: dollar signs, which would start a formula, are escaped.
 
     >>> print(plain("a$b^^c$"))
     a\$b^^c\$
@@ -59,7 +59,7 @@ def plain(text: str) -> str:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Draw a figure as PNG under a temporary name, then rename; letters that no font has are boxes in it."""
+    """Write a figure as a PNG file atomically; letters that are missing from the font become boxes."""
     unfinished = path.with_name("." + path.name)
     FigureCanvasAgg(figure)
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""The figure of a sweep: what its jobs ended in, against what was swept."""
+"""The figure of a sweep: the results of its jobs against the swept values."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-_FEW = 8  # values that an axis or a legend names one by one
-_MOST_PILES = 48
-_REPETITION = "seed"  # its values are a sample, not a scale
-_MOST_LOGGED = 8  # panels of what another program logged
-_WIDE = 30  # ratio of values from which on an axis is logarithmic
+_MAX_NAMED_VALUES = 8  # values that an axis or a legend names one by one
+_MAX_BARS = 48
+_REPETITION = "seed"  # its values are a sample and have no order
+_MAX_FOREIGN_PANELS = 8  # panels of values that another program logged
+_MIN_LOG_RATIO = 30  # ratio of the largest to the smallest value from which on an axis is logarithmic
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Measure:
         title: of the panel.
         unit: of its axis.
         value: the measure of a row.
-        log: whether the axis is logarithmic; None: if the values span more than a decade and a half.
-        limits: of the axis; None: what the values span.
-        of_job: whether it is the job's, the same for all its replicas.
+        log: whether the axis is logarithmic; None: it is if the values span about a decade and a half or more.
+        limits: of the axis; None: the range of the values.
+        of_job: whether it belongs to the job, and is the same for all its replicas.
     """
 
     title: str
@@ -54,15 +54,15 @@ class Measure:
     of_job: bool = False
 
     def known(self, rows: Sequence[Row]) -> list[tuple[Row, float]]:
-        """Rows of which it is known, and its values."""
-        once = [row for row in rows if not (self.of_job and row["replica"])]
-        values = [(row, self.value(row)) for row in once]
+        """The rows for which the measure is known, with its values; one row per job if it belongs to the job."""
+        counted = [row for row in rows if not (self.of_job and row["replica"])]
+        values = [(row, self.value(row)) for row in counted]
         return [(row, float(value)) for row, value in values if value is not None and math.isfinite(value)]
 
 
 @dataclass(frozen=True)
 class Scale:
-    """An axis of swept values: the key, its values in order and their names, where they stand, and the kind of axis."""
+    """An axis of swept values: the key, its values in order, their names and places, and the kind of axis."""
 
     key: str
     values: tuple[str, ...]
@@ -71,7 +71,7 @@ class Scale:
     kind: str = "categories"
 
     def index(self, row: Row) -> int:
-        """Which of the values a row has."""
+        """The index of a row's value."""
         return self.values.index(_identity(row.get(self.key))) if self.key else 0
 
 
@@ -107,20 +107,21 @@ _BOUND = replace(
 def sweep_figure(folder: Path) -> Path | None:
     """Draw ``figure.png`` of a sweep from its ``sweep.parquet``: a panel for each measure, a dot for each network.
 
-    The key that was swept is the axis, a second one the colour; lines go through the medians. Of more keys, those two
-    are shown that explain most of the measures' variance, and the title says what is pooled. `seed` is the repetition,
-    unless nothing else was swept. Kinds are shares of the networks. Only finished jobs are drawn, and those of other
-    programs of which nobody knows whether they are; of such programs the first columns that hold numbers.
+    The first swept key is the axis and the second one the colour; lines connect the medians. If more keys were swept,
+    the two that explain most of the measures' variance are shown, and the title names the pooled ones. `seed` counts as
+    a repetition, unless nothing else was swept. Kinds are drawn as shares of the networks. Only finished jobs are
+    drawn, and jobs of other programs whose status is unknown. For other programs, the first columns with numbers are
+    drawn.
 
     Returns:
-        The path of the figure; None: there is no number of a finished job to draw.
+        The path of the figure; None if no finished job has a number to draw.
     """
     table = pq.read_table(folder / "sweep.parquet")
     jobs = table.to_pylist()
     rows = [row for row in jobs if row["status"] in ("finished", "unrecorded")]
     swept, logged = (json.loads(table.schema.metadata[key]) for key in (b"swept", b"logged"))
     measures = [measure for measure in _measures(rows) if measure.known(rows)]
-    measures += [measure for measure in map(_logged, logged) if measure.known(rows)][:_MOST_LOGGED]
+    measures += [measure for measure in map(_logged, logged) if measure.known(rows)][:_MAX_FOREIGN_PANELS]
     if not measures:
         return None
     x_key, color_key = choose_axes(rows, swept, measures)
@@ -144,7 +145,7 @@ def sweep_figure(folder: Path) -> Path | None:
 
 
 def choose_axes(rows: Sequence[Row], swept: Sequence[str], measures: Sequence[Measure]) -> tuple[str, str]:
-    """The keys of the axis and the colour, empty where there is none.
+    """The keys of the axis and of the colour; an empty string if there is none.
 
     >>> mse = MEASURES[:1]
     >>> rows = [{"seed": s, "a": a, "b": b, "mse": 10.0**b} for s in (1, 2) for a in (1, 2) for b in (1, 2, 3)]
@@ -167,7 +168,7 @@ def choose_axes(rows: Sequence[Row], swept: Sequence[str], measures: Sequence[Me
 
 
 def _axis_fitness(rows: Sequence[Row], key: str) -> tuple[bool, int]:
-    """How well a key goes along an axis: numbers before names, many values before few."""
+    """How suitable a key is for the axis: numbers before names, many values before few."""
     return _numbers(rows, key) is not None, _count(rows, key)
 
 
@@ -176,10 +177,10 @@ def _count(rows: Sequence[Row], key: str) -> int:
 
 
 def _explained(pairs: Sequence[tuple[str, float]]) -> float:
-    """Share of the variance of the values' ranks that lies between the groups of a label."""
-    place = {value: float(rank) for rank, value in enumerate(sorted({value for _, value in pairs}))}
-    ranks = np.array([place[value] for _, value in pairs])
-    if len(place) < 2:
+    """The share of the variance of the values' ranks that lies between the groups of equal labels."""
+    rank_of = {value: float(rank) for rank, value in enumerate(sorted({value for _, value in pairs}))}
+    ranks = np.array([rank_of[value] for _, value in pairs])
+    if len(rank_of) < 2:
         return 0.0
     labels = np.array([label for label, _ in pairs])
     groups = [ranks[labels == label] for label in np.unique(labels)]
@@ -187,13 +188,13 @@ def _explained(pairs: Sequence[tuple[str, float]]) -> float:
 
 
 def _logged(name: str) -> Measure:
-    """What another program logged or returned under a name."""
+    """The measure that another program logged or returned under a name."""
     unit = "seconds of the job" if name == "seconds" else "at the end"
     return Measure(name, unit, lambda row: _number(row.get(name)), of_job=True)
 
 
 def _measures(rows: Sequence[Row]) -> list[Measure]:
-    """The measures of this program's jobs, if there are any; where no volume was measured, its bound."""
+    """The measures of this program's jobs, if there are any; the bound of the volume if no volume was measured."""
     if not any("hidden_dims" in row and row["hidden_dims"] for row in rows):
         return []
     measured = any(row.get("log_volume") is not None for row in rows)
@@ -201,18 +202,18 @@ def _measures(rows: Sequence[Row]) -> list[Measure]:
 
 
 def _identity(value: Any) -> str:
-    """What equal values have in common, and no others."""
+    """A text that is the same for equal values, and different for others."""
     return json.dumps(value)
 
 
 def _distinct(rows: Sequence[Row], key: str) -> dict[str, Any]:
-    """A key's values in the order of the rows, by what identifies them."""
+    """The distinct values of a key in the order of the rows, keyed by their identity."""
     values = (row.get(key) for row in rows)
     return {_identity(value): value for value in values}
 
 
 def _names(values: Sequence[Any]) -> tuple[str, ...]:
-    """Swept values as the figure names them, in full where they would share a name.
+    """Names of swept values in the figure; values whose short names would be equal are written in full.
 
     >>> _names([1.0, 1.00000001, 0.5]), _names(["null", None]), _names([0.1, 0.2])
     (('1.0', '1.00000001', '0.5'), ('"null"', 'null'), ('0.1', '0.2'))
@@ -222,7 +223,7 @@ def _names(values: Sequence[Any]) -> tuple[str, ...]:
 
 
 def _label(value: Any) -> str:
-    """A swept value as the figure writes it.
+    """The short name of a swept value.
 
     >>> _label(0.001), _label([20, 30]), _label([20]), _label(None), _label(True)
     ('0.001', '20, 30', '20', 'null', 'true')
@@ -235,7 +236,7 @@ def _label(value: Any) -> str:
 
 
 def _number(value: Any) -> float | None:
-    """A swept value as a number, a list of one as what is in it; None for what is none, or has no place on an axis.
+    """A swept value, or the item of a list of one, as a number; None if it is not a finite number.
 
     >>> _number([20]), _number(float("inf")), _number("20")
     (20.0, None, None)
@@ -247,7 +248,7 @@ def _number(value: Any) -> float | None:
 
 
 def _numbers(rows: Sequence[Row], key: str) -> dict[str, float] | None:
-    """A key's values in rising order, by what identifies them, if all are numbers and the key is one with an order."""
+    """A key's values in increasing order, keyed by identity; None if one is not a number or the key has no order."""
     if not key or key == _REPETITION:
         return None
     found = {value: _number(given) for value, given in _distinct(rows, key).items()}
@@ -256,7 +257,7 @@ def _numbers(rows: Sequence[Row], key: str) -> dict[str, float] | None:
 
 
 def _scale(rows: Sequence[Row], key: str) -> Scale:
-    """How a key is laid out: numbers by their size, all else side by side in the order of the command."""
+    """The layout of a key's values: numbers by their size, everything else side by side in the order of the command."""
     numbers, distinct = _numbers(rows, key), _distinct(rows, key) if key else {"": ""}
     if numbers is not None and len(numbers) > 1:
         names = _names([distinct[value] for value in numbers])
@@ -265,7 +266,7 @@ def _scale(rows: Sequence[Row], key: str) -> Scale:
 
 
 def _spacing(values: Sequence[float]) -> str:
-    """The kind of axis on which rising values stand most evenly; one with zero is logarithmic above its least value.
+    """The kind of axis that spaces increasing values most evenly; with zero, "symlog" from its smallest positive value.
 
     >>> _spacing([1, 2, 3]), _spacing([1e-3, 1e-2, 1e-1]), _spacing([0.0, 0.01, 0.1]), _spacing([-1, 0, 1])
     ('linear', 'log', 'symlog', 'linear')
@@ -285,7 +286,7 @@ def _spacing(values: Sequence[float]) -> str:
 
 
 def _colors(scale: Scale) -> list[str]:
-    """A colour for each value: a row of hues where there are many numbers."""
+    """A colour for each value; many numbers get a continuous colour map."""
     count = len(scale.values)
     if scale.kind != "categories" and count > len(COLORS):
         return [to_hex(colormaps["viridis"](0.9 * place / (count - 1))) for place in range(count)]
@@ -293,10 +294,10 @@ def _colors(scale: Scale) -> list[str]:
 
 
 def _draw_measure(ax: Axes, rows: Sequence[Row], measure: Measure, x: Scale, color: Scale) -> None:
-    """A dot for each network, a line or bars at the medians of each colour."""
+    """Draw a dot for each network, and a line or bars at the medians of each colour."""
     known = measure.known(rows)
     foot = _set_heights(ax, measure, [value for _, value in known])
-    wide = _draw_places(ax, x)
+    side_by_side = _draw_places(ax, x)
     size = 5 if len(known) <= 200 else 3
     colors = len(color.values)
     for number, hue in enumerate(_colors(color)):
@@ -304,17 +305,17 @@ def _draw_measure(ax: Axes, rows: Sequence[Row], measure: Measure, x: Scale, col
         for row, value in known:
             if color.index(row) == number:
                 groups.setdefault(x.index(row), []).append(max(value, foot))
-        aside = _dodge(number, colors) if wide else 0.0
+        shift = _color_shift(number, colors) if side_by_side else 0.0
         for index, heights in sorted(groups.items()):
-            middle, half = x.places[index] + aside, 0.36 * _share(colors)
-            beside = half if wide and len(heights) > 1 else 0.0
+            middle, half = x.places[index] + shift, 0.36 * _share(colors)
+            spread = half if side_by_side and len(heights) > 1 else 0.0
             ax.plot(
-                np.linspace(middle - beside, middle + beside, len(heights)), heights,
+                np.linspace(middle - spread, middle + spread, len(heights)), heights,
                 "o", color=hue, ms=size, alpha=0.55, mew=0, zorder=3,
             )  # fmt: skip
-            if beside and x.key != _REPETITION:
+            if spread and x.key != _REPETITION:
                 ax.hlines(float(np.median(heights)), middle - half, middle + half, color=hue, lw=2.2, zorder=4)
-        if groups and not wide:  # lines below are wider, so that those on top of each other all show
+        if groups and not side_by_side:  # lower lines are wider, so that overlapping lines are all visible
             medians = [(x.places[index], float(np.median(heights))) for index, heights in sorted(groups.items())]
             width = 1.8 + (1.2 * (colors - 1 - number) if colors <= 3 else 0)
             ax.plot(*zip(*medians, strict=True), color=hue, lw=width, alpha=0.85, zorder=4)
@@ -327,8 +328,8 @@ def _draw_measure(ax: Axes, rows: Sequence[Row], measure: Measure, x: Scale, col
 
 
 def _draw_kinds(ax: Axes, rows: Sequence[Row], x: Scale, color: Scale) -> None:
-    """Shares of the kinds, a pile for each value of the axis and colour, or of the axis alone if those are too many."""
-    crowded = len(x.values) * len(color.values) > _MOST_PILES
+    """Draw the shares of the kinds: a stacked bar for each axis value and colour; if too many, for each axis value."""
+    crowded = len(x.values) * len(color.values) > _MAX_BARS
     title = "Certified kinds" if all(row.get("evidence") in (None, "certificate") for row in rows) else "Kinds"
     title += f", pooled over {color.key}" if crowded and color.key else ""
     color = _scale(rows, "") if crowded else color
@@ -336,12 +337,12 @@ def _draw_kinds(ax: Axes, rows: Sequence[Row], x: Scale, color: Scale) -> None:
     for index in range(len(x.values)):
         for number in range(len(color.values)):
             same = [row["kind"] for row in rows if x.index(row) == index and color.index(row) == number]
-            place, below = index + _dodge(number, len(color.values)), 0.0
+            place, below = index + _color_shift(number, len(color.values)), 0.0
             for kind, (_, hue, _) in KINDS.items():
                 part = 100 * same.count(kind) / len(same) if same else 0.0
                 ax.bar(place, part, 0.92 * share, below, color=hue, alpha=0.85)
                 below += part
-            if color.key:  # which colour the pile is of
+            if color.key:  # marks the colour of the bar
                 ax.bar(place, 3.5, 0.92 * share, -5, color=hues[number])
     _name_places(ax, list(map(float, range(len(x.values)))), x.names)
     ax.set_xlim(-0.6, len(x.values) - 0.4)
@@ -353,14 +354,14 @@ def _draw_kinds(ax: Axes, rows: Sequence[Row], x: Scale, color: Scale) -> None:
 
 
 def _set_heights(ax: Axes, measure: Measure, values: Sequence[float]) -> float:
-    """Choose the kind of a panel's height; what is exactly zero stands at the foot of a logarithmic one.
+    """Choose the scale of a panel's vertical axis; exact zeros are drawn at the foot of a logarithmic one.
 
     Returns:
-        The height at which zeros are drawn, minus infinity where there is no need.
+        The height at which zeros are drawn; minus infinity if they need no special height.
     """
     positive = [value for value in values if value > 0]
-    wide = bool(positive) and max(positive) / min(positive) >= _WIDE
-    if not positive or not (wide if measure.log is None else measure.log):
+    wide_range = bool(positive) and max(positive) / min(positive) >= _MIN_LOG_RATIO
+    if not positive or not (wide_range if measure.log is None else measure.log):
         low, high = min(values), max(values)
         room = 0.1 * (high - low) or 0.5 * abs(high) or 1.0
         ax.set_ylim(measure.limits or ((low - room, high + room) if high or low else (-0.05, 1)))
@@ -371,7 +372,7 @@ def _set_heights(ax: Axes, measure: Measure, values: Sequence[float]) -> float:
     some_zero = len(positive) < len(values)
     ax.set(yscale="log", ylim=(foot / 3 if some_zero else 10 ** (low - room), 10 ** (high + room)))
     ax.yaxis.set_major_locator(LogLocator(numticks=8))
-    if high - low + 2 * room > 1.5:  # decades are enough
+    if high - low + 2 * room > 1.5:  # labels at powers of ten are enough
         ax.yaxis.set_minor_formatter(NullFormatter())
     if not some_zero:
         return -math.inf
@@ -380,10 +381,10 @@ def _set_heights(ax: Axes, measure: Measure, values: Sequence[float]) -> float:
 
 
 def _draw_places(ax: Axes, x: Scale) -> bool:
-    """Lay out the axis of what was swept.
+    """Set up the axis of the swept values.
 
     Returns:
-        Whether its values stand side by side, which leaves room for dots beside each other.
+        Whether the values are categories side by side, so that there is space for dots beside each other.
     """
     if x.kind == "categories":
         _name_places(ax, x.places, x.names)
@@ -394,7 +395,7 @@ def _draw_places(ax: Axes, x: Scale) -> bool:
         ax.set_xscale("symlog", linthresh=least, linscale=0.5)
     else:
         ax.set_xscale(x.kind)
-    if len(x.places) <= _FEW:
+    if len(x.places) <= _MAX_NAMED_VALUES:
         ax.set_xticks(x.places, list(map(plain, x.names)))
         ax.xaxis.set_minor_locator(NullLocator())
     elif x.kind == "log":
@@ -405,27 +406,27 @@ def _draw_places(ax: Axes, x: Scale) -> bool:
 
 
 def _name_places(ax: Axes, places: Sequence[float], names: Sequence[str]) -> None:
-    """Name places on an axis: every one, or every second, third, … where there are many; long names aslant."""
+    """Label places on an axis: all, or every second, third, … if there are many; long names are slanted."""
     every = math.ceil(len(names) / 16)
-    named = [name if len(name) <= 16 else name[:15] + "…" for name in names[::every]]
-    aslant: dict[str, Any] = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"}
+    labels = [name if len(name) <= 16 else name[:15] + "…" for name in names[::every]]
+    slanted: dict[str, Any] = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"}
     ax.set_xticks(
-        list(places)[::every], list(map(plain, named)), **(aslant if max(map(len, named)) * len(named) > 45 else {})
+        list(places)[::every], list(map(plain, labels)), **(slanted if max(map(len, labels)) * len(labels) > 45 else {})
     )
 
 
 def _share(count: int) -> float:
-    """Width of what stands beside each other at one place."""
+    """The width of each of several items beside each other at one place."""
     return 0.8 / count
 
 
-def _dodge(number: int, count: int) -> float:
-    """How far aside of its place the colour of that number stands."""
+def _color_shift(number: int, count: int) -> float:
+    """The horizontal shift of a colour, given its index and the number of colours."""
     return (number - (count - 1) / 2) * _share(count)
 
 
 def _legend(figure: Figure, rows: Sequence[Row], color: Scale, *, classified: bool) -> None:
-    """Colours of the values and of the kinds, below the panels."""
+    """Draw legends for the colours of the values and of the kinds, below the panels."""
     ax = figure.axes[0]
     look: dict[str, Any] = {"frameon": False, "fontsize": 10}
     if classified:
@@ -435,14 +436,14 @@ def _legend(figure: Figure, rows: Sequence[Row], color: Scale, *, classified: bo
     if color.key:
         hues = _colors(color)
         last = len(hues) - 1
-        chosen = range(len(hues)) if last < _FEW else sorted({round(last * k / 4) for k in range(5)})
+        chosen = range(len(hues)) if last < _MAX_NAMED_VALUES else sorted({round(last * k / 4) for k in range(5)})
         handles = [ax.plot([], [], "o-", color=hues[k], label=plain(color.names[k]))[0] for k in chosen]
-        title = color.key if last < _FEW else f"{color.key} ({last + 1} values)"
+        title = color.key if last < _MAX_NAMED_VALUES else f"{color.key} ({last + 1} values)"
         figure.legend(handles=handles, loc="outside lower left", ncols=min(len(handles), 6), title=title, **look)
 
 
 def _title(rows: Sequence[Row], jobs: int, swept: Sequence[str], x: Scale, color: Scale) -> str:
-    """How many networks there are, what they have in common, and what is pooled."""
+    """The title: the number of networks, the values that they have in common, and what is pooled."""
     finished = len({row["folder"] for row in rows})
     recorded = "" if any(row["status"] == "unrecorded" for row in rows) else "finished "
     counted = (
@@ -466,5 +467,5 @@ def _title(rows: Sequence[Row], jobs: int, swept: Sequence[str], x: Scale, color
     return "\n".join(line for line in lines if line)
 
 
-# What a title names where all networks have it in common.
+# Values that the title contains if they are the same for all networks.
 _COMMON = {"N": "num_samples", "d0": "input_dim", "hidden units": "hidden_dims", "ρ": "negative_slope"}

@@ -1,4 +1,4 @@
-"""Tables that runs wrote, read for their figures."""
+"""Reading the tables that runs have written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 
 def read_table(path: Path) -> list[Row]:
-    """Rows of a CSV table: numbers as floats, empty fields as None, all else as text."""
+    """Rows of a CSV table: numbers as floats, empty fields as None, everything else as text."""
     return [{name: _value(text) for name, text in row.items()} for row in read_csv(path)]
 
 
@@ -29,7 +29,7 @@ def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:
     """Steps and values of each name in a ``metrics.csv``.
 
     Raises:
-        DamagedFileError: the file is no table of numbers.
+        DamagedFileError: the file is not a table of numbers.
     """
     series: dict[str, tuple[list[int], list[float]]] = {}
     for number, row in enumerate(read_csv(path), start=2):

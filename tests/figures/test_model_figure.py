@@ -76,5 +76,5 @@ def test_panels_without_numbers_say_so(tmp_path, drawn):
 
 def test_a_log_of_something_else_is_named(tmp_path):
     write(tmp_path, [{"step": 0, "train_loss": 0.5}])
-    with pytest.raises(ValueError, match="holds none of minimum"):
+    with pytest.raises(ValueError, match="has none of minimum"):
         model_figure(tmp_path)

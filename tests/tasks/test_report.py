@@ -151,7 +151,7 @@ def test_unfinished_runs_are_left_out_and_named(capsys, monkeypatch):
         ("csv/version_3/metrics.csv", ".", "contains log folders: .* folder=.*csv/version_3"),
         ("events.out.tfevents.1", ".", "TensorBoard alone.*add a CSVLogger"),
         ("plan.json", ".", "an experiment that is not finished: run its command again"),
-        ("metrics.csv", ".", "holds none of minimum"),
+        ("metrics.csv", ".", "has none of minimum"),
         ("scan.csv", ".", "contains no summary.json, .*resume=true"),
     ],
 )
