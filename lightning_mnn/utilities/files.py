@@ -122,7 +122,7 @@ def read_json(path: Path, needs: Collection[str] = (), remedy: str = _RESTORE) -
     Args:
         path: the file.
         needs: keys that the object must have.
-        remedy: what the error tells the user to do if the file is damaged.
+        remedy: what the user should do if the file is damaged, for the error message.
 
     Raises:
         DamagedFileError: the file is not JSON, is not an object, or lacks one of the keys.
@@ -144,7 +144,7 @@ def read_csv(path: Path, needs: Collection[str] = (), remedy: str = _RESTORE) ->
     Args:
         path: the file.
         needs: columns that the table must have.
-        remedy: what the error tells the user to do if the file is damaged.
+        remedy: what the user should do if the file is damaged, for the error message.
 
     Raises:
         DamagedFileError: the file is not text, a row has more or fewer fields than there are columns, or a column is
@@ -170,7 +170,7 @@ def check_archive(path: Path, remedy: str = _RESTORE) -> None:
 
     Args:
         path: the file.
-        remedy: what the error tells the user to do if the file is damaged.
+        remedy: what the user should do if the file is damaged, for the error message.
 
     Raises:
         DamagedFileError: the file is not a zip file, was truncated, or a checksum is wrong.
@@ -245,7 +245,7 @@ def locked(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[No
 
 @contextmanager
 def locked_if_free(path: Path) -> Iterator[bool]:
-    """A context that tells whether this process got the lock; it never waits.
+    """A context that yields whether this process got the lock; it never waits.
 
     Args:
         path: an empty lock file; it is removed when the context ends.

@@ -106,7 +106,7 @@ def real_number(
         at_least: inclusive lower bound.
         below: exclusive upper bound.
         at_most: inclusive upper bound.
-        remedy: what the error tells the user to do.
+        remedy: what the user should do, for the error message.
 
     Raises:
         ArgumentError: it is not a finite real number within the bounds, or it is a bool.

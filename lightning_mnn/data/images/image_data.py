@@ -64,9 +64,9 @@ class ImageData(ExactData):
             like that number; other classes are left out. None: the first half of the sorted names, and the others.
         labels: "zero_one" or "plus_minus".
         whiten: floor of :func:`~lightning_mnn.data.loaders.whitening.whitening_matrix`; None: no whitening.
-        equal_norms: whether to scale every image to the norm √d0 as the last step, so that images of low contrast
-            count as much as others. The class that a network without biases gives an image, with labels ±1, does not
-            depend on its norm.
+        equal_norms: whether to scale every image to the norm √d0 as the last step, so that images with a small norm
+            count as much as others. With labels ±1, the class that a network without biases gives an image does not
+            depend on the image's norm.
         residency: "memory", "stream", or "auto": in memory if the mapped inputs need at most half of the free memory
             of the training device when the run starts.
         storage: "float32", "bfloat16" or "float16", to which mapped inputs are rounded; None: ``dtype``. The network

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lightning_mnn.data.images.store import LabelledImages
 
 
-_COMPARED_ROWS = 256  # rows of a file in the digest that detects data other than those of a checkpoint
+_COMPARED_ROWS = 256  # rows of a file that go into the digest by which a checkpoint recognises its data
 
 BLOCK_NUMBERS = 1 << 25  # numbers of samples in a block when moments are computed: 256 MiB in float64
 

@@ -53,13 +53,13 @@ def split_sweep(overrides: Sequence[str]) -> list[list[str]]:
 
 
 @contextmanager
-def errors_told_by(tell: Callable[[Exception], bool], usage: Callable[[str], NoReturn]) -> Iterator[None]:
+def errors_told_by(report_error: Callable[[Exception], bool], usage: Callable[[str], NoReturn]) -> Iterator[None]:
     """A context in which Hydra's command line passes its errors to the given functions.
 
     It replaces ``run_and_report`` of ``hydra._internal.utils`` and ``get_args_parser`` of ``hydra.main``.
 
     Args:
-        tell: called with each error that Hydra would report; if it returns False, Hydra reports the error.
+        report_error: called with each error that Hydra would report; if it returns False, Hydra reports the error.
         usage: called with a message about wrong options (``--…``); it must end the process.
     """
     utils, main = _module("hydra._internal.utils"), _module("hydra.main")
@@ -70,7 +70,7 @@ def errors_told_by(tell: Callable[[Exception], bool], usage: Callable[[str], NoR
         try:
             return function()
         except Exception as error:  # noqa: BLE001 (everything that Hydra would report)
-            if tell(error):
+            if report_error(error):
                 sys.exit(1)
             return report(partial(_raise, error))
 
