@@ -38,8 +38,8 @@ def summary_of(run):
 
 @functools.cache
 def has_inspector():
-    """Whether W&B has the command, as after W&B 0.27."""
-    return subprocess.run([TOOL, "leet", "inspect", "--help"], capture_output=True, check=False).returncode == 0
+    """Whether W&B has the command, and it can print JSON: since W&B 0.31."""
+    return b"--json" in subprocess.run([TOOL, "leet", "inspect", "--help"], capture_output=True, check=False).stdout
 
 
 def _set_flat(tree, path, value):
@@ -61,13 +61,15 @@ def _merge(tree, update):
 
 
 def _older_records(run, *, whole=True, named=_set_flat):
-    """The records of a run's file, as W&B read it itself before it had the command."""
-    reader = pytest.importorskip("wandb.sdk.internal.datastore", reason="this W&B has no reader of its files").DataStore
+    """The records of a run's file, by the reader in Python that W&B has until 0.29."""
+    module = pytest.importorskip("wandb.sdk.internal.datastore", reason="W&B 0.30 has no reader that can be used")
+    import wandb
     from google.protobuf.json_format import MessageToDict
     from wandb.proto.wandb_internal_pb2 import Record
 
     (path,) = Path(run).glob("run-*.wandb") if Path(run).is_dir() else [run]
-    store = reader()
+    wandb.teardown()  # its process writes the last records after the run has finished
+    store = module.DataStore()
     store.open_for_scan(str(path))
     try:
         while (data := store.scan_data()) is not None:

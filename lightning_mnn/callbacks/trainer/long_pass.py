@@ -70,7 +70,7 @@ def count_batch() -> None:
     own.done += 1
     if own.done == 1:
         own.since = now
-    elif not own.announced and now - own.since >= _MEASURED:
+    elif not own.announced and own.done < own.batches and now - own.since >= _MEASURED:
         seconds = (now - own.since) / (own.done - 1) * own.batches
         if seconds >= LONG:
             _announce(own, seconds)
