@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from lightning_mnn.landscape.labels import infer_threshold, wrong
-from lightning_mnn.landscape.minima.optimality import Direction, Kind, Optimality, judge, leave_kinks
-from lightning_mnn.landscape.minima.problem import HELD, Outputs, Point, Problem, Units, in_units
+from lightning_mnn.landscape.minima.optimality import Direction, Kind, Optimality, check_optimality, leave_kinks
+from lightning_mnn.landscape.minima.problem import MAX_KINK_ROUNDINGS, Outputs, Point, Problem, Units, in_units
 from lightning_mnn.landscape.minima.stationary_point import FaceSolution, solve_on_face
 from lightning_mnn.landscape.regions.least_squares import GRAM_LIMIT
 from lightning_mnn.landscape.regions.rank import khatri_rao_rank
@@ -25,42 +25,42 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-_NEAR = 1e-2  # |w·x|/(‖w‖‖x‖) up to which a sample may be taken to its kink
+_MAX_KINK_SINE = 1e-2  # |w·x|/(‖w‖‖x‖) up to which a sample may be moved onto its kink
 
-_GAP = 10.0  # ratio of neighbouring ones that may divide kinks from the rest
+_MIN_GAP_RATIO = 10.0  # ratio of two successive sorted sines that may separate kinks from the rest
 
-_ATTEMPTS = 4  # sets of kinks that are tried
+_MAX_ATTEMPTS = 4  # sets of kinks that are tried
 
-_MOST_KINKS = 5000  # in a set
+_MAX_KINKS = 5000  # kinks in one set
 
 MINIMA = (Kind.DIFFERENTIABLE_MINIMUM, Kind.KINK_MINIMUM)
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What a point of weight space is, proved up to a stated rounding error; see :func:`certify`.
+    """The classification of a point of weight space, proved up to a stated rounding error; see :func:`certify`.
 
     Attributes:
-        kind: what the minimum (or saddle) found is, or ``not_stationary``.
-        reason: what decided, in words.
+        kind: kind of the minimum or saddle that was found, or ``not_stationary``.
+        reason: the fact that decided, in words.
         zero_error: whether e = 0 up to ``rounding_bound``: the paper's global minimum.
         mse: ‖e‖²/N of the weights below.
         mce: their fraction of misclassified samples; None where the targets are not two labels.
-        distance: ‖W̃* − W̃‖/‖W̃‖ from the point that was asked about, with rows w̃_i = z_i w_i and the biases;
-            of a point that is not stationary to the nearest stationary one that was tried.
+        distance: ‖W̃* − W̃‖/‖W̃‖ from the given point, with rows w̃_i = z_i w_i and the biases. If the point is not
+            stationary, the distance to the nearest stationary point that was tried.
         weight_distance: max_i ‖w*_i − w_i‖/‖w_i‖.
         margin_ratio: min |z_i||w_i·x_n|/|D_i·x_n| with D = W̃* − W̃, off the kinks; None where nothing moves.
         min_preactivation: min |w_i·x_n| off the kinks.
         kinks: number of pre-activations that are zero.
         rank: rank of A∘X in the minimum's region; None where min(N, d0·d1) is above 6,000.
-        rank_cap: min(N − #samples that no unit activates, rank A · rank X), the first for ρ = 0.
+        rank_cap: min(N − #samples that activate no unit, rank A · rank X). The samples are subtracted only if ρ = 0.
         stationarity: ‖G e‖/(‖G‖_F ‖y‖), on the kinks' face.
         rounding_bound: the largest bound on the rounding error of an e_n.
-        hidden_weights: W of the minimum or saddle itself, float64 (d1, d0); of a point that is neither, its own.
+        hidden_weights: W of the minimum or saddle itself, float64 (d1, d0); if there is neither, the given W.
         output_weights: z, float64 (d1,).
-        hidden_bias: (d1,), or None without.
-        output_bias: or None without.
-        direction: of a saddle, a move of W and z that lowers the loss, as does every fraction of it.
+        hidden_bias: (d1,), or None without a bias.
+        output_bias: scalar, or None without a bias.
+        direction: for a saddle, a move of W and z that lowers the loss; so does every fraction of it.
     """
 
     kind: Kind
@@ -85,7 +85,7 @@ class Certificate:
 
     @property
     def is_minimum(self) -> bool:
-        """Whether it certifies a local minimum."""
+        """Whether the certificate is of a local minimum."""
         return self.kind in MINIMA
 
 
@@ -103,16 +103,18 @@ def certify(
     input_rank: int | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Certificate | list[Certificate]:
-    """Certify an exact local minimum of ‖y − ŷ‖²/N at the weights of a two-layer network, or next to them.
+    """Certify an exact local minimum of ‖y − ŷ‖²/N at the weights of a two-layer network, or near them.
 
-    Inside the region of the weights, differentiable minima are the solutions of G(y − Gᵀ w̃) = 0: one least-squares
-    problem leads to the nearest, and if every pre-activation keeps its sign on the way, it is a minimum. Otherwise the
-    pre-activations next to zero are taken to their kinks, the same is done on that face, and the multipliers of the
-    kinks decide (theorem: a point is a local minimum if and only if, for every unit, z_i d_i(v) ≤ 0 for all v where
-    z_i ≠ 0, and d_i = 0 where z_i = 0; d_i(v) = Σ_n e_n A_ni x_n·v, with f(x_n·v) on kinks). A certificate is of the
-    weights that it holds, in float64; it says how far they are, and no sign or zero in it is within its rounding error.
-    What floats cannot decide is ``not_stationary``, with the reason. Singular values of A∘X under 1e-11 of the largest
-    count as zero, and so do z_i whose z_i w_i is lost in the rounding of the others'.
+    Inside the region of the weights, the differentiable minima are the solutions of G(y − Gᵀ w̃) = 0. One least-squares
+    problem gives the nearest solution. If every pre-activation keeps its sign on the way, the solution is a minimum.
+    Otherwise the pre-activations near zero are moved onto their kinks, the problem is solved on that face, and the
+    multipliers of the kinks decide. (Theorem: a point is a local minimum if and only if, for every unit, z_i d_i(v) ≤ 0
+    for all v where z_i ≠ 0, and d_i = 0 where z_i = 0; d_i(v) = Σ_n e_n A_ni x_n·v, with f(x_n·v) on kinks.)
+
+    The certificate is valid for the float64 weights that it contains, and states their distance from the given weights.
+    No sign or zero that it relies on is within its rounding error. A case that floats cannot decide is
+    ``not_stationary``, with the reason. Singular values of A∘X below 1e-11 of the largest count as zero. A z_i also
+    counts as zero if z_i w_i is lost in the rounding of the other units.
 
     Args:
         hidden_weights: W, (d1, d0), or (R, d1, d0).
@@ -122,17 +124,17 @@ def certify(
         negative_slope: ρ, any real but 1.
         threshold: decision threshold of the MCE; None: 0.5 for labels {0, 1}, 0 for ±1, no MCE for other targets.
         max_distance: largest relative distance to the minimum or saddle.
-        hidden_bias: (d1,) or (R, d1): a weight on an input of ones.
+        hidden_bias: (d1,) or (R, d1): the weight of an input of ones.
         output_bias: a scalar tensor, or (R,).
-        input_rank: rank of X (with the input of ones), where the caller knows it; None: it is found.
-        process_group: the processes that hold the other samples; None: all are here.
+        input_rank: rank of X (with the input of ones), if the caller knows it; None: it is computed.
+        process_group: the processes that have the other samples; None: this process has all samples.
 
     Returns:
         A certificate; with a leading replica axis a list of R.
 
     Raises:
-        ValueError: shapes that do not agree, values that are not finite, ρ = 1, a negative ``max_distance``, or
-            targets that are all 1 without a threshold.
+        ValueError: shapes do not agree, values are not finite, ρ = 1, ``max_distance`` is negative, or all targets are
+            1 and there is no threshold.
 
     >>> x, y = torch.tensor([[1.0], [2.0], [-1.0]]), torch.tensor([0.5, 1.0, 1.0])
     >>> found = certify(torch.tensor([[0.5001]]), torch.tensor([1.0]), x, y)
@@ -171,7 +173,7 @@ class Case(NamedTuple):
     Attributes:
         problem: the training set.
         point: the weights.
-        units: of both.
+        units: the units of measure of both.
     """
 
     problem: Problem
@@ -180,7 +182,7 @@ class Case(NamedTuple):
 
 
 def label_thresholds(cases: list[Case], threshold: float | None) -> list[float | None]:
-    """The decision threshold of each case: the one given, or the one that its labels fit; found before any work.
+    """The decision threshold of each case: the given one, or the one inferred from its labels.
 
     Raises:
         ValueError: all targets of a case are 1, which fits both labels {0, 1} and ±1.
@@ -227,7 +229,7 @@ def split_replicas(
         problem, of_inputs, of_targets = shared
         point = Point(w, part(output_weights, 1, replica), b)
         units = Units.of(point, of_inputs, of_targets)
-        split.append(Case(problem, units.told(point), units))
+        split.append(Case(problem, units.scaled(point), units))
     return split
 
 
@@ -250,12 +252,12 @@ def _check(w: Tensor, z: Tensor, x: Tensor, y: Tensor, slope: float) -> None:
 
 def _check_sizes(w: Tensor, x: Tensor, y: Tensor) -> None:
     if not w.numel():
-        raise ValueError(f"hidden_weights must hold a unit and an input, got the shape {tuple(w.shape)}")
+        raise ValueError(f"hidden_weights must have at least one unit and one input, got the shape {tuple(w.shape)}")
     for name, value, ndim in (("inputs", x, 2), ("targets", y, 1)):
         if value.ndim > ndim and value.shape[0] != w.shape[0]:
             raise ValueError(f"{name} are for {value.shape[0]} replicas and hidden_weights for {w.shape[0]}")
     if x.shape[-2] == 0:
-        raise ValueError("inputs hold no samples")
+        raise ValueError("inputs must have at least one sample, got none")
 
 
 def _check_biases(z: Tensor, hidden_bias: Tensor | None, output_bias: Tensor | None) -> None:
@@ -268,15 +270,15 @@ def _check_biases(z: Tensor, hidden_bias: Tensor | None, output_bias: Tensor | N
 
 
 def search(problem: Problem, point: Point, max_distance: float) -> tuple[Optimality, FaceSolution]:
-    """The first minimum among the candidates within reach; else a saddle; else the nearest that was tried."""
-    asked = problem.outputs(point)
-    start = _without_negligible(problem, point, asked)
-    outputs = asked if start is point else problem.outputs(start)
+    """The first minimum among the candidates within ``max_distance``; else a saddle; else the nearest one tried."""
+    given = problem.outputs(point)
+    start = _without_negligible(problem, point, given)
+    outputs = given if start is point else problem.outputs(start)
     active = outputs.preactivations > 0
     longest = max_distance * float(start.theta.norm())
     tried = []
     large = min(problem.num_samples, start.theta.numel()) > GRAM_LIMIT
-    on_kinks = (outputs.preactivations.abs() <= HELD * outputs.uncertainty) & (problem.norms > 0)[:, None]
+    on_kinks = (outputs.preactivations.abs() <= MAX_KINK_ROUNDINGS * outputs.uncertainty) & (problem.norms > 0)[:, None]
     untried: list[Tensor | None] = [on_kinks] if bool(problem.process_group.max(on_kinks.any().long())) else []
     untried.append(None)
     while untried:
@@ -284,11 +286,11 @@ def search(problem: Problem, point: Point, max_distance: float) -> tuple[Optimal
         kinks = untried.pop(0)
         found = solve_on_face(problem, start, active, kinks, longest)
         found = turn_inactive_units(problem, found, max_distance)
-        optimality = judge(problem, found)
+        optimality = check_optimality(problem, found)
         if optimality.ends:
             optimality, found = leave_kinks(problem, found, optimality) or (optimality, found)
-        optimality, found = _within_reach(problem, asked, optimality, found, max_distance)
-        if optimality.kind not in MINIMA and problem.is_zero(outputs):  # whatever kinks it is on, or next to
+        optimality, found = _check_distance(problem, given, optimality, found, max_distance)
+        if optimality.kind not in MINIMA and problem.is_zero(outputs):  # a minimum on any kinks, and near any
             found = replace(found, point=start, outputs=outputs)
             optimality = Optimality(_zero_kind(problem, outputs), "every error is zero up to rounding")
         if optimality.kind in MINIMA:
@@ -297,47 +299,47 @@ def search(problem: Problem, point: Point, max_distance: float) -> tuple[Optimal
         if kinks is None and large and found.solution.too_long:
             return replace(optimality, reason=f"{optimality.reason}; kinks were not tried at this size"), found
         if kinks is None:
-            untried.extend(_candidate_kinks(problem, start, outputs)[: 1 if large else _ATTEMPTS])
-        if optimality.unclear is not None and not large and len(tried) <= _ATTEMPTS:
+            untried.extend(_candidate_kinks(problem, start, outputs)[: 1 if large else _MAX_ATTEMPTS])
+        if optimality.unclear is not None and not large and len(tried) <= _MAX_ATTEMPTS:
             untried.insert(0, optimality.unclear if found.kinks is None else optimality.unclear | found.kinks)
     return min(tried, key=lambda pair: (pair[0].kind is not Kind.SADDLE, pair[1].distance))
 
 
-def _within_reach(
-    problem: Problem, asked: Outputs, optimality: Optimality, found: FaceSolution, max_distance: float
+def _check_distance(
+    problem: Problem, given: Outputs, optimality: Optimality, found: FaceSolution, max_distance: float
 ) -> tuple[Optimality, FaceSolution]:
-    """A judgement on a point that was asked about: what was found is near it, and its loss is no higher."""
+    """Keep the result only if the point found is near the given one and its loss is no higher."""
     if optimality.kind is Kind.NOT_STATIONARY:
         return optimality, found
-    if not _reach(found) <= max_distance:
-        reason = f"lies at a relative distance of {_reach(found):.1e}, beyond max_distance = {max_distance:g}"
+    if not _distance(found) <= max_distance:
+        reason = f"lies at a relative distance of {_distance(found):.1e}, beyond max_distance = {max_distance:g}"
         return Optimality(Kind.NOT_STATIONARY, f"the nearest {optimality.kind} found {reason}"), found
-    rise, uncertainty = problem.rise(asked, found.outputs)
+    rise, uncertainty = problem.rise(given, found.outputs)
     if not rise <= uncertainty:
-        reason = "has a higher loss than the weights asked about"
+        reason = "has a higher loss than the given weights"
         return Optimality(Kind.NOT_STATIONARY, f"the nearest {optimality.kind} found {reason}"), found
-    if rise > 0 and problem.is_zero(asked):  # of two fits the one that is there
-        return Optimality(Kind.NOT_STATIONARY, "the weights asked about have no error"), found
+    if rise > 0 and problem.is_zero(given):  # of two exact fits, prefer the given one
+        return Optimality(Kind.NOT_STATIONARY, "the given weights have no error"), found
     return optimality, found
 
 
 def _zero_kind(problem: Problem, outputs: Outputs) -> Kind:
-    """Which kind of minimum weights without an error are."""
+    """The kind of minimum of weights with zero error."""
     on_kink = (outputs.preactivations.abs() <= outputs.uncertainty) & (problem.norms > 0)[:, None]
     return Kind.KINK_MINIMUM if bool(problem.process_group.max(on_kink.any().long())) else Kind.DIFFERENTIABLE_MINIMUM
 
 
-def _reach(found: FaceSolution) -> float:
-    """How far a snap went, of the flat weights and of the rows that rest at z_i = 0."""
-    resting = found.point.output == 0
-    moved = (found.point.hidden - found.start.hidden)[resting].norm(dim=1)
-    sizes = found.start.hidden[resting].norm(dim=1)
+def _distance(found: FaceSolution) -> float:
+    """Relative distance from the start: the largest of that of the flat weights and those of the rows with z_i = 0."""
+    inactive = found.point.output == 0
+    moved = (found.point.hidden - found.start.hidden)[inactive].norm(dim=1)
+    sizes = found.start.hidden[inactive].norm(dim=1)
     turned = torch.where(moved == 0, 0.0, moved / sizes)
     return max(found.distance, float(turned.max()) if len(turned) else 0.0)
 
 
 def _without_negligible(problem: Problem, point: Point, outputs: Outputs) -> Point:
-    """The point with z_i = 0 where what the unit says on the samples is lost in the rounding of the rest."""
+    """The point with z_i = 0 where the unit's outputs on the samples are lost in the rounding of the other units."""
     activated = torch.where(outputs.preactivations > 0, 1.0, abs(problem.slope)) * outputs.preactivations.abs()
     sizes = point.output.abs() * problem.process_group.max(activated.amax(0))
     lost = (sizes <= torch.finfo(torch.float64).eps / 2 * sizes.norm()) & (sizes > 0)
@@ -345,17 +347,17 @@ def _without_negligible(problem: Problem, point: Point, outputs: Outputs) -> Poi
 
 
 def turn_inactive_units(problem: Problem, found: FaceSolution, max_distance: float) -> FaceSolution:
-    """Turn rows with z_i = 0 that feel a force until their gradient vanishes, where a small turn does it."""
+    """Rotate rows with z_i = 0 and a non-zero force until their gradient vanishes, if a small rotation is enough."""
     point, rows = found.point, found.rows
     hidden = point.hidden.clone()
-    resting = [unit for unit, size in enumerate(point.output.tolist()) if size == 0]
-    if not resting:
+    inactive = [unit for unit, size in enumerate(point.output.tolist()) if size == 0]
+    if not inactive:
         return found
-    for unit in resting:
+    for unit in inactive:
         force = rows[unit]
         if float(force.norm()) <= float(found.noise[unit]):
             continue
-        for _ in range(2):  # the second time for what rounding left
+        for _ in range(2):  # the second pass removes the rounding error of the first
             shift = (hidden[unit] @ force) / (force @ force) * force
             if float(shift.norm()) <= max_distance * float(hidden[unit].norm()):
                 hidden[unit] -= shift
@@ -366,17 +368,18 @@ def turn_inactive_units(problem: Problem, found: FaceSolution, max_distance: flo
 
 
 def _candidate_kinks(problem: Problem, point: Point, outputs: Outputs) -> list[Tensor]:
-    """Sets of samples next to their kinks, divided from the rest by the widest gaps between |w·x|/(‖w‖‖x‖)."""
+    """Sets of samples near their kinks, separated from the rest by the widest gaps between |w·x|/(‖w‖‖x‖)."""
     sizes = problem.norms[:, None] * point.sizes
     sines = torch.where(sizes > 0, outputs.preactivations.abs() / sizes, torch.inf)
     at_zero = (point.sizes == 0) & (problem.norms > 0)[:, None]  # rows w = 0: all their samples
-    near = problem.process_group.join(sines[sines < _NEAR]).sort().values
+    near = problem.process_group.join(sines[sines < _MAX_KINK_SINE]).sort().values
     if not len(near):
         return []
-    most = min(point.hidden.numel(), _MOST_KINKS)  # more constraints than weights leave nothing
-    floor = torch.cat([near, near.new_tensor([_NEAR])])[: most + 1].clamp(min=torch.finfo(torch.float64).eps)
+    most = min(point.hidden.numel(), _MAX_KINKS)  # more constraints than weights would leave no freedom
+    floor = torch.cat([near, near.new_tensor([_MAX_KINK_SINE])])[: most + 1].clamp(min=torch.finfo(torch.float64).eps)
     ratios = floor[1:] / floor[:-1]
-    ends = [end for end in ratios.sort(descending=True).indices[:_ATTEMPTS].tolist() if float(ratios[end]) >= _GAP]
+    widest = ratios.sort(descending=True).indices[:_MAX_ATTEMPTS].tolist()
+    ends = [end for end in widest if float(ratios[end]) >= _MIN_GAP_RATIO]
     return [(sines <= near[end]) | at_zero for end in ends]
 
 
@@ -384,29 +387,29 @@ def certificate_of(
     case: Case,
     optimality: Optimality,
     found: FaceSolution,
-    asked: Point,
+    given: Point,
     threshold: float | None,
     *,
     biased: bool,
     input_rank: int | None = None,
 ) -> Certificate:
-    """The certificate of a judgement on a snap that set out from the weights that were asked about."""
+    """The certificate of a solution on a face and its optimality, for a search that started at the given weights."""
     problem, _, units = case
-    stands = optimality.kind is not Kind.NOT_STATIONARY
-    point = found.point if stands else asked
-    outputs = found.outputs if stands else problem.outputs(asked)
-    process_group, kinks = problem.process_group, found.kinks if stands else None
+    stationary = optimality.kind is not Kind.NOT_STATIONARY
+    point = found.point if stationary else given
+    outputs = found.outputs if stationary else problem.outputs(given)
+    process_group, kinks = problem.process_group, found.kinks if stationary else None
     predictions = units.predictions(problem.targets - outputs.errors)
     mistakes = None if threshold is None else wrong(predictions, units.predictions(problem.targets), threshold)
     u = outputs.preactivations.abs()
     on_kink = (problem.norms > 0)[:, None] & (u <= outputs.uncertainty)
     on_kink = on_kink if kinks is None else on_kink | kinks
     off_kink = torch.where((problem.norms > 0)[:, None] & ~on_kink, units.preactivations(u), torch.inf)
-    sizes = asked.sizes
-    moved = (point.hidden - asked.hidden).norm(dim=1)
+    sizes = given.sizes
+    moved = (point.hidden - given.hidden).norm(dim=1)
     active = outputs.preactivations > 0
     rank, cap = _rank(problem, active if kinks is None else torch.where(kinks, found.active, active), input_rank)
-    weights = units.untold(point)
+    weights = units.unscaled(point)
     width = point.hidden.shape[1] - int(biased)
     return Certificate(
         kind=optimality.kind,
@@ -414,14 +417,14 @@ def certificate_of(
         zero_error=problem.is_zero(outputs),
         mse=units.squares(problem.squared_error(outputs.errors) / problem.num_samples),
         mce=None if mistakes is None else float(process_group.sum(mistakes.sum())) / problem.num_samples,
-        distance=_reach(found) if stands else found.distance,
+        distance=_distance(found) if stationary else found.distance,
         weight_distance=float(torch.where(moved == 0, 0.0, moved / sizes).max()),
-        margin_ratio=_margin_ratio(problem, found) if stands else None,
+        margin_ratio=_margin_ratio(problem, found) if stationary else None,
         min_preactivation=float(process_group.min(off_kink.min())),
         kinks=int(process_group.sum(on_kink.sum())),
         rank=rank,
         rank_cap=cap,
-        stationarity=_stationarity(problem, found, outputs, stands=stands),
+        stationarity=_stationarity(problem, found, outputs, stationary=stationary),
         rounding_bound=float(process_group.max(units.predictions(outputs.bounds).max())),
         hidden_weights=weights.hidden[:, :width],
         output_weights=weights.output,
@@ -432,10 +435,10 @@ def certificate_of(
 
 
 def _direction(direction: Direction | None, point: Point, units: Units) -> Direction | None:
-    """A move itself, of one in units of measure."""
+    """A move in the caller's scale, from a move in units of measure."""
     if direction is None:
         return None
-    move = units.untold(Point(direction.hidden_weights, direction.output_weights, point.free))
+    move = units.unscaled(Point(direction.hidden_weights, direction.output_weights, point.free))
     return Direction(move.hidden, move.output)
 
 
@@ -447,14 +450,14 @@ def _margin_ratio(problem: Problem, found: FaceSolution) -> float | None:
     shifts = (problem.inputs @ moves.T).abs()
     sizes = (problem.inputs @ found.start.hidden.T).abs() * found.start.output.abs()
     counted = shifts > 0 if found.kinks is None else (shifts > 0) & ~found.kinks
-    least = float(problem.process_group.min(torch.where(counted, sizes / shifts, torch.inf).min()))
-    return least if math.isfinite(least) else None
+    smallest = float(problem.process_group.min(torch.where(counted, sizes / shifts, torch.inf).min()))
+    return smallest if math.isfinite(smallest) else None
 
 
-def _stationarity(problem: Problem, found: FaceSolution, outputs: Outputs, *, stands: bool) -> float:
+def _stationarity(problem: Problem, found: FaceSolution, outputs: Outputs, *, stationary: bool) -> float:
     face = found.face
-    onto_kinks = replace(face, live=None)  # rows with z_i = 0 count: their forces make saddles
-    left = onto_kinks.project(found.forces).norm() if stands else face.correlate(outputs.errors).norm()
+    all_rows = replace(face, live=None)  # rows with z_i = 0 count: their forces make saddles
+    left = all_rows.project(found.forces).norm() if stationary else face.correlate(outputs.errors).norm()
     squares = problem.process_group.sum(
         torch.stack([(face.slopes.norm(dim=1) * problem.norms).square().sum(), problem.targets.square().sum()])
     )
@@ -463,12 +466,12 @@ def _stationarity(problem: Problem, found: FaceSolution, outputs: Outputs, *, st
 
 
 def _rank(problem: Problem, active: Tensor, input_rank: int | None) -> tuple[int | None, int]:
-    """Rank of A∘X where it can be had, and its cap."""
+    """Rank of A∘X, None if the matrix is too large; and the upper bound on it."""
     process_group, slopes, inputs = problem.process_group, problem.slopes(active), problem.inputs
     if input_rank is None:
         input_rank = int(gram_rank(process_group.sum(inputs.T @ inputs)))
-    lost = int(process_group.sum((~active.any(1)).sum())) if problem.slope == 0 else 0
-    cap = min(problem.num_samples - lost, int(gram_rank(process_group.sum(slopes.T @ slopes))) * input_rank)
+    unactivated = int(process_group.sum((~active.any(1)).sum())) if problem.slope == 0 else 0
+    cap = min(problem.num_samples - unactivated, int(gram_rank(process_group.sum(slopes.T @ slopes))) * input_rank)
     if min(problem.num_samples, slopes.shape[1] * inputs.shape[1]) > GRAM_LIMIT:
         return None, cap
     return khatri_rao_rank(process_group.join(inputs), process_group.join(slopes)), cap

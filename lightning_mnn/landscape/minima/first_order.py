@@ -16,7 +16,7 @@ class FirstOrderVerdict:
     """The outcome of the first-order tests at one point.
 
     Attributes:
-        kind: ``differentiable_minimum`` where both tests hold, else ``not_stationary``.
+        kind: ``differentiable_minimum`` where both tests pass, else ``not_stationary``.
         reason: the test that decided, in words.
         stationarity: ‖G e‖ / (‖G‖_F ‖y‖).
         relative_preactivation: smallest |w·x| / (‖w‖‖x‖).
@@ -31,19 +31,19 @@ class FirstOrderVerdict:
 def first_order_verdicts(
     statistics: NetworkStatistics, stationarity_tolerance: float, preactivation_tolerance: float
 ) -> list[FirstOrderVerdict]:
-    """Test each network of a survey: G e = 0, and no sample on a kink, both within tolerances.
+    """Test each network of training-set statistics: G e = 0, and no sample on a kink, both within tolerances.
 
     With one hidden layer, a point off every kink is a local minimum if and only if G e = 0 exactly. In floats this is
-    evidence, not a certificate: the tests hold near a minimum of the region, not only at it. With two hidden layers the
-    tests (G e = 0 in the last layer and no gradient in the first) are necessary only, and the reason says so.
+    evidence, not a certificate: the tests also pass near a minimum of the region. With two hidden layers the tests
+    (G e = 0 in the last layer and no gradient in the first) are only necessary, and the reason states it.
 
     Args:
-        statistics: an exact pass over the training set, of one network or R.
+        statistics: the result of an exact pass over the training set, for one network or R.
         stationarity_tolerance: largest ‖G e‖ / (‖G‖_F ‖y‖) that counts as zero.
         preactivation_tolerance: smallest |w·x| / (‖w‖‖x‖) that counts as off the kink.
 
     Returns:
-        A list of R verdicts (of one, without a replica axis).
+        A list of R verdicts (of one verdict without a replica axis).
     """
     return [
         _verdict(
@@ -65,7 +65,7 @@ def _verdict(
     if moving:
         reason = f"{gradient}, above {stationarity_tolerance:.1e}"
     elif on_kink:
-        reason = f"G e = 0, but {kink}, below {sine_tolerance:.1e}: at a kink, which first-order tests cannot judge"
+        reason = f"G e = 0, but {kink}, below {sine_tolerance:.1e}: at a kink, which first-order tests cannot classify"
     else:
         reason = f"{gradient}; {kink}" + ("; necessary conditions only, with two hidden layers" if depth > 1 else "")
     kind = Kind.NOT_STATIONARY if moving or on_kink else Kind.DIFFERENTIABLE_MINIMUM

@@ -2,7 +2,7 @@
 
 For one unit with output weight z, let B be the samples on its kink, x_n their inputs, e the residual, and
 g = Σ_{n∉B} e_n A_n x_n. To first order a step v of the unit's weights changes −N/2 times the loss by
-z (g·v + Σ_{n∈B} e_n f(x_n·v)), which a local minimum keeps from being positive for any v.
+z (g·v + Σ_{n∈B} e_n f(x_n·v)). At a local minimum this is not positive for any v.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-_CELLS = 8  # kinks that bend upwards, whose sides are enumerated: 2^8 linear programs at most
+_MAX_UPWARD = 8  # kinks that bend upwards whose sides are enumerated: at most 2^8 linear programs
 _EPS = float(np.finfo(np.float64).eps)
 _INDEPENDENT = 1e-7  # smallest singular value, relative to the largest, of inputs that count as independent
 
@@ -32,13 +32,13 @@ class KinkVerdict:
 
     Attributes:
         holds: True: no step lowers the loss; False: some step does; None: undecided.
-        reason: what decided, in words.
+        reason: the fact that decided, in words.
         stationary: whether multipliers exist in the hull of the slopes: 0 is in Clarke's subdifferential.
-        step: a step v that lowers the loss where one was found, (d0,).
-        worst: sample of B (its position) whose multiplier is furthest out, and the side it would leave to; None where
-            all are within.
-        ends: samples whose multiplier is at an end of its interval up to rounding, and the side of that end: nothing
-            holds them to the kink, nor pulls them off. Of two ends, as of samples without an error, it is one.
+        step: a step v that lowers the loss, if one was found, (d0,).
+        worst: position in B of the sample whose multiplier is furthest outside its interval, and the side it would
+            leave to; None if all are inside.
+        ends: degenerate kinks: samples whose multiplier is at an end of its interval up to rounding, and the side of
+            that end. If it is at both ends (samples without an error), only one is given.
     """
 
     holds: bool | None
@@ -50,14 +50,14 @@ class KinkVerdict:
 
 
 @dataclass(frozen=True)
-class _Pull:
-    """What a unit's kinks do to it, for inputs of length 1 and z of size 1.
+class _Forces:
+    """Forces on one unit, of its kinks and of the other samples, for inputs of length 1 and z of size 1.
 
     Attributes:
         inputs: x_n/‖x_n‖, (b, d0).
         force: g, (d0,).
         ahead: multipliers of samples that leave to the positive side, z e_n ‖x_n‖, (b,).
-        behind: of samples that leave to the negative side, ρ times as much, (b,).
+        behind: multipliers of samples that leave to the negative side, ρ times those, (b,).
         noise: bound on the rounding error of ‖force‖.
         uncertainty: bounds on the rounding errors of both multipliers, (b,); 0 where they are known exactly.
     """
@@ -70,13 +70,13 @@ class _Pull:
     uncertainty: Array
 
     def gain(self, steps: Array) -> Array:
-        """What steps (…, d0) win, to first order."""
+        """By how much steps (…, d0) change −N/2 times the loss, to first order."""
         moves = steps @ self.inputs.T
         return np.asarray(steps @ self.force + np.where(moves > 0, self.ahead * moves, self.behind * moves).sum(-1))
 
     @property
     def scale(self) -> float:
-        """Sizes below which what linear programs say is not told from zero."""
+        """Size below which a result of a linear program counts as zero."""
         return float(1e-9 * (np.abs(self.force).max() + np.abs(self.ahead).max()))
 
 
@@ -88,8 +88,8 @@ def check_multipliers(
     No step lowers the loss if multipliers μ exist with z g + Σ_B μ_n x_n = 0 and μ_n between z e_n and ρ z e_n, where
     z e_n (1 − ρ) ≤ 0. A kink with z e_n (1 − ρ) > 0 bends upwards, and its two sides are tried in turn, with
     μ_n ≥ z e_n on the positive one and μ_n ≤ ρ z e_n on the other. With independent inputs μ is unique; otherwise a
-    linear program finds the μ that is furthest inside. How far inside it is decides, beside what rounding may do to all
-    that enters: where rounding may matter the test is undecided.
+    linear program finds the μ that is furthest inside. The test passes if μ is inside its intervals by more than a
+    bound on the rounding errors; where rounding may change the result, the test is undecided.
 
     Args:
         inputs: x_n of the samples on the kink, (b, d0).
@@ -97,14 +97,14 @@ def check_multipliers(
         g: Σ_{n∉B} e_n A_n x_n, (d0,).
         z: output weight, not 0.
         slope: ρ.
-        noise: bound on the rounding error of ‖g‖; without ``uncertainty`` also of the e_n ‖x_n‖.
+        noise: bound on the rounding error of ‖g‖, and without ``uncertainty`` also of the e_n ‖x_n‖.
         uncertainty: bounds on the rounding errors of the e_n, (b,); 0 where e_n is known exactly.
     """
     norms = np.linalg.norm(inputs, axis=1)
-    pull = np.sign(z) * errors * norms
-    blurs = np.full(len(norms), noise) if uncertainty is None else uncertainty * norms
-    kinks = _Pull(
-        inputs / norms[:, None], np.sign(z) * g, pull, slope * pull, noise, max(1.0, abs(slope)) * blurs
+    ahead = np.sign(z) * errors * norms
+    bounds = np.full(len(norms), noise) if uncertainty is None else uncertainty * norms
+    kinks = _Forces(
+        inputs / norms[:, None], np.sign(z) * g, ahead, slope * ahead, noise, max(1.0, abs(slope)) * bounds
     )  # fmt: skip
     values = np.linalg.svd(kinks.inputs, compute_uv=False)
     if len(norms) <= inputs.shape[1] and values[-1] > _INDEPENDENT * values[0]:
@@ -112,31 +112,33 @@ def check_multipliers(
     return _dependent(kinks)
 
 
-def _independent(kinks: _Pull, smallest: float, flatter: int) -> KinkVerdict:
+def _independent(kinks: _Forces, smallest: float, flatter: int) -> KinkVerdict:
     """The verdict where μ is unique.
 
     Args:
-        kinks: what the kinks do.
-        smallest: the smallest singular value of their inputs.
-        flatter: the side, 0 ahead or 1 behind, on which a sample matters less: of two open ends the one that is told.
+        kinks: the forces on the unit.
+        smallest: the smallest singular value of the inputs on kinks.
+        flatter: the side with the smaller slope, 0 ahead or 1 behind; of two open ends the one that is reported.
     """
     force, ahead, behind = kinks.force, kinks.ahead, kinks.behind
     inverse = np.linalg.pinv(kinks.inputs)  # (d0, b); its columns leave one kink at a time
     multipliers = -inverse.T @ force
     multipliers = multipliers - inverse.T @ (force + kinks.inputs.T @ multipliers)
-    left = force + kinks.inputs.T @ multipliers  # no kink holds this
+    left = force + kinks.inputs.T @ multipliers  # the part of the force that no multipliers balance
     if np.linalg.norm(left) > 2 * kinks.noise + 1e-12 * np.linalg.norm(force):
         return KinkVerdict(holds=False, reason="a force along the kinks", stationary=False, step=left)
     summing = sum(kinks.inputs.shape) * _EPS * (np.linalg.norm(force) + np.abs(multipliers).sum())
     uncertainty = kinks.uncertainty + (kinks.noise + summing) / smallest + np.linalg.norm(inverse.T @ left)
-    gains = np.stack([ahead - multipliers, multipliers - behind])  # what leaving to either side wins
+    gains = np.stack([ahead - multipliers, multipliers - behind])  # of leaving to either side
     hull = np.minimum(ahead, behind) - uncertainty <= multipliers
     stationary = bool((hull & (multipliers <= np.maximum(ahead, behind) + uncertainty)).all())
     inert = (ahead == 0) & (behind == 0) & (multipliers == 0) & (kinks.uncertainty == 0) & (kinks.noise == 0)
-    clear = np.where(inert, -1.0, gains - np.sign(gains) * uncertainty)  # beyond rounding, or of the other sign
+    certain = np.where(
+        inert, -1.0, gains - np.sign(gains) * uncertainty
+    )  # has the sign of the gain only beyond rounding
     open_ends = ~inert & (np.abs(gains) <= uncertainty)
-    side, sample = np.unravel_index(int(np.where(open_ends, -np.inf, clear).argmax()), gains.shape)
-    if not open_ends[side, sample] and clear[side, sample] > 0:
+    side, sample = np.unravel_index(int(np.where(open_ends, -np.inf, certain).argmax()), gains.shape)
+    if not open_ends[side, sample] and certain[side, sample] > 0:
         sign = 1 if side == 0 else -1
         return KinkVerdict(
             holds=False,
@@ -152,31 +154,32 @@ def _independent(kinks: _Pull, smallest: float, flatter: int) -> KinkVerdict:
     return KinkVerdict(holds=True, reason="every multiplier is inside its interval")
 
 
-def _dependent(kinks: _Pull) -> KinkVerdict:
-    """The verdict where inputs depend on one another.
+def _dependent(kinks: _Forces) -> KinkVerdict:
+    """The verdict where the inputs are linearly dependent.
 
-    With multipliers that are inside by a margin t on the kinks S, a step v wins at most −t Σ_S |x_n·v|, which is −t
-    times the smallest singular value of the inputs of S times ‖v‖ on their span, and what rounding adds. Kinks whose
-    two sides rounding does not tell apart are no part of S: as far as they are told, they are a part of the force.
+    If the multipliers are inside their intervals by a margin t on the kinks S, a step v gains at most −t Σ_S |x_n·v|
+    plus rounding errors. On the span of the inputs of S this is at most −t times their smallest singular value times
+    ‖v‖. Kinks whose two sides differ by less than rounding are not in S: the mean of their sides is part of the force,
+    half of their difference is part of its noise.
     """
-    told = np.abs(kinks.ahead - kinks.behind) > 4 * kinks.uncertainty
-    upward = told & (kinks.ahead > kinks.behind)
+    resolved = np.abs(kinks.ahead - kinks.behind) > 4 * kinks.uncertainty
+    upward = resolved & (kinks.ahead > kinks.behind)
     step = _tried_step(kinks)
-    if upward.sum() > _CELLS:
+    if upward.sum() > _MAX_UPWARD:
         if step is not None:
             return KinkVerdict(holds=False, reason="a step off dependent kinks was found", stationary=False, step=step)
-        reason = f"{int(upward.sum())} dependent kinks that bend upwards, more than {_CELLS}"
+        reason = f"{int(upward.sum())} dependent kinks that bend upwards, more than {_MAX_UPWARD}"
         return KinkVerdict(holds=None, reason=reason)
-    return _by_multipliers(kinks, told, upward, step) if told.any() else _untold(kinks, step)
+    return _by_multipliers(kinks, resolved, upward, step) if resolved.any() else _unresolved(kinks, step)
 
 
 def _by_multipliers(
-    kinks: _Pull, told: NDArray[np.bool_], upward: NDArray[np.bool_], step: Array | None
+    kinks: _Forces, resolved: NDArray[np.bool_], upward: NDArray[np.bool_], step: Array | None
 ) -> KinkVerdict:
     """The verdict of the multipliers that are furthest inside, for all sides of the kinks that bend upwards."""
-    held, smallest = _held(kinks, told)
-    for lower, upper in _intervals(held.ahead, held.behind, upward[told]):
-        margin, left = _widest(held, lower, upper)
+    reduced, smallest = _resolved_only(kinks, resolved)
+    for lower, upper in _intervals(reduced.ahead, reduced.behind, upward[resolved]):
+        margin, left = _largest_margin(reduced, lower, upper)
         if margin is None or margin < -kinks.scale - kinks.noise:
             step = _best_in_cells(kinks, upward) if step is None else step
             reason = "dependent kinks without multipliers"
@@ -184,44 +187,44 @@ def _by_multipliers(
                 return KinkVerdict(holds=None, reason=f"{reason}, yet no step was found")
             stationary = margin is not None and not upward.any()
             return KinkVerdict(holds=False, reason=reason, stationary=stationary, step=step)
-        if not margin * smallest > held.noise + left:
+        if not margin * smallest > reduced.noise + left:
             reason = "multipliers of dependent kinks within rounding of their intervals' ends"
             return KinkVerdict(holds=None, reason=reason)
     return KinkVerdict(holds=True, reason="multipliers of dependent kinks exist inside their intervals")
 
 
-def _held(kinks: _Pull, told: NDArray[np.bool_]) -> tuple[_Pull, float]:
-    """The kinks that are told, with the others in the force and its noise, and their smallest singular value.
+def _resolved_only(kinks: _Forces, resolved: NDArray[np.bool_]) -> tuple[_Forces, float]:
+    """The resolved kinks, with the others moved into the force and its noise, and their smallest singular value.
 
-    The noise is infinite where one of the others is not in their span, as nothing outweighs it there.
+    The noise is infinite if one of the others is outside their span, where no multiplier can outweigh it.
     """
     half = np.abs(kinks.ahead - kinks.behind) / 2
     others = np.where((kinks.ahead == 0) & (kinks.uncertainty == 0), 0.0, half + kinks.uncertainty)
-    _, values, right = np.linalg.svd(kinks.inputs[told], full_matrices=False)
+    _, values, right = np.linalg.svd(kinks.inputs[resolved], full_matrices=False)
     span = right[values > _INDEPENDENT * values[0]]
-    loose = kinks.inputs[~told & (others > 0)]
-    beyond = np.linalg.norm(loose - loose @ span.T @ span, axis=1).max(initial=0.0) > _INDEPENDENT
-    held = _Pull(
-        inputs=kinks.inputs[told],
-        force=kinks.force + (kinks.ahead + kinks.behind)[~told] / 2 @ kinks.inputs[~told],
-        ahead=kinks.ahead[told],
-        behind=kinks.behind[told],
-        uncertainty=kinks.uncertainty[told],
-        noise=np.inf if beyond else kinks.noise + float(others[~told].sum()),
+    unresolved = kinks.inputs[~resolved & (others > 0)]
+    outside = np.linalg.norm(unresolved - unresolved @ span.T @ span, axis=1).max(initial=0.0) > _INDEPENDENT
+    reduced = _Forces(
+        inputs=kinks.inputs[resolved],
+        force=kinks.force + (kinks.ahead + kinks.behind)[~resolved] / 2 @ kinks.inputs[~resolved],
+        ahead=kinks.ahead[resolved],
+        behind=kinks.behind[resolved],
+        uncertainty=kinks.uncertainty[resolved],
+        noise=np.inf if outside else kinks.noise + float(others[~resolved].sum()),
     )
-    return held, float(values[len(span) - 1])
+    return reduced, float(values[len(span) - 1])
 
 
-def _untold(kinks: _Pull, step: Array | None) -> KinkVerdict:
-    """The verdict where rounding hides what each kink does, unless it is known that none does anything."""
+def _unresolved(kinks: _Forces, step: Array | None) -> KinkVerdict:
+    """The verdict where rounding hides the difference of the sides of every kink; it passes if all forces are zero."""
     if (
         not (kinks.ahead.any() or kinks.behind.any() or kinks.force.any() or kinks.uncertainty.any())
         and kinks.noise == 0
     ):
-        return KinkVerdict(holds=True, reason="the kinks are of samples without an error")
+        return KinkVerdict(holds=True, reason="the samples on kinks have no error")
     if step is not None:
         return KinkVerdict(holds=False, reason="a step off dependent kinks was found", stationary=False, step=step)
-    return KinkVerdict(holds=None, reason="rounding hides what the kinks do")
+    return KinkVerdict(holds=None, reason="rounding hides the forces of the kinks")
 
 
 def _intervals(ahead: Array, behind: Array, upward: NDArray[np.bool_]) -> Iterator[tuple[Array, Array]]:
@@ -235,8 +238,8 @@ def _intervals(ahead: Array, behind: Array, upward: NDArray[np.bool_]) -> Iterat
         yield lower, upper
 
 
-def _widest(kinks: _Pull, lower: Array, upper: Array) -> tuple[float | None, float]:
-    """How far inside their intervals multipliers can be, beyond rounding, and what of the force they leave."""
+def _largest_margin(kinks: _Forces, lower: Array, upper: Array) -> tuple[float | None, float]:
+    """The largest margin of multipliers inside their intervals, less rounding, and the size of the force they leave."""
     scale = max(float(np.abs(kinks.force).max()), float(np.abs(lower[np.isfinite(lower)]).max(initial=0)))
     scale = max(scale, float(np.abs(upper[np.isfinite(upper)]).max(initial=0)))
     count, eye, ones = len(lower), np.eye(len(lower)), np.ones((len(lower), 1))
@@ -260,7 +263,7 @@ def _widest(kinks: _Pull, lower: Array, upper: Array) -> tuple[float | None, flo
     return float(inside.min()), left + float(summing)
 
 
-def _tried_step(kinks: _Pull) -> Array | None:
+def _tried_step(kinks: _Forces) -> Array | None:
     """A step that lowers the loss, among ± the columns of pinv(X_B), ± the inputs and the force; None if none does."""
     inverse = np.linalg.pinv(kinks.inputs)
     steps = np.concatenate([inverse.T, -inverse.T, kinks.inputs, -kinks.inputs, kinks.force[None]])
@@ -270,8 +273,8 @@ def _tried_step(kinks: _Pull) -> Array | None:
     return np.asarray(steps[best]) if gains[best] > kinks.scale + kinks.noise + kinks.uncertainty.sum() else None
 
 
-def _best_in_cells(kinks: _Pull, upward: NDArray[np.bool_]) -> Array | None:
-    """Maximise the gain over each cell of the kinks that bend upwards, with |v| ≤ 1: one linear program a cell."""
+def _best_in_cells(kinks: _Forces, upward: NDArray[np.bool_]) -> Array | None:
+    """Maximise the gain over each cell of the kinks that bend upwards, with |v| ≤ 1: one linear program per cell."""
     ahead, behind, concave = kinks.ahead, kinks.behind, kinks.inputs[~upward]
     m = len(concave)
     for sides in itertools.product((1.0, -1.0), repeat=int(upward.sum())):
@@ -298,7 +301,7 @@ def _best_in_cells(kinks: _Pull, upward: NDArray[np.bool_]) -> Array | None:
 
 
 def _in_span(step: Array, rows: Array) -> Array:
-    """The part of a step that the rows see: the rest moves nothing, and would grow without bound."""
+    """The part of a step in the span of the rows: the rest changes no pre-activation, and could be of any size."""
     _, values, right = np.linalg.svd(rows, full_matrices=False)
-    seen = right[values > _INDEPENDENT * values[0]]
-    return np.asarray(seen.T @ (seen @ step))
+    span = right[values > _INDEPENDENT * values[0]]
+    return np.asarray(span.T @ (span @ step))

@@ -1,4 +1,4 @@
-"""Judgement: go to the nearest solution of a region's, or a face's, least-squares problem, and say what it is.
+"""Optimality test: classify the nearest least-squares solution of a region, or of a face of it.
 
 Shapes: N samples (of this process), d0 inputs, d1 hidden units, f free columns; one network.
 """
@@ -15,7 +15,7 @@ import torch
 from scipy.optimize import linprog
 
 from lightning_mnn.landscape.minima.kink_multipliers import check_multipliers
-from lightning_mnn.landscape.minima.problem import HELD, ROUNDOFF, Problem
+from lightning_mnn.landscape.minima.problem import MAX_KINK_ROUNDINGS, ROUNDOFF, Problem
 from lightning_mnn.landscape.minima.stationary_point import DEPENDENT_KINKS, FaceSolution, bases_of_kinks, solve_on_face
 from lightning_mnn.utilities.interruption import safe_point
 
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-_UNKNOWABLE = 1e-6  # rounding errors, relative to the residual, from which nothing can be said of it
+_MAX_ROUNDING = 1e-6  # largest rounding errors, relative to the residual, for which G e can be tested
 
-_ROWS = 4096  # samples that are looked at at a time
+_ROWS = 4096  # samples per block
 
-_STEP_OFF = 1e-4  # relative length of a step off kinks
+_STEP_LENGTH = 1e-4  # relative length of a step off degenerate kinks
 
-_STEP_OFF_LIMIT = 5_000_000  # samples times parameters, for its dense matrix
+_STEP_LIMIT = 5_000_000  # samples times parameters, for the dense matrix of that step
 
 
 class Kind(StrEnum):
-    """What a point of weight space is."""
+    """Kind of a point of weight space."""
 
     DIFFERENTIABLE_MINIMUM = "differentiable_minimum"
     KINK_MINIMUM = "kink_minimum"
@@ -55,17 +55,17 @@ class Direction(NamedTuple):
 
 @dataclass(frozen=True)
 class Optimality:
-    """What a point is.
+    """Outcome of the optimality test of a point.
 
     Attributes:
-        kind: a minimum, a saddle, or neither as far as floats can tell.
-        reason: what decided, in words.
-        direction: a move that lowers the loss; of a saddle.
-        release: (sample, unit, side) of a kink that the point is not held to: the loss falls as it leaves.
-        ends: (sample, unit, side) of kinks that nothing holds the point to, nor pulls it off; where they leave only
-            these undecided.
-        unclear: pairs off the kinks in hand that are within rounding of their kink, bool (N, d1), where they leave the
-            point undecided.
+        kind: a minimum, a saddle, or ``not_stationary`` where floats prove neither.
+        reason: the fact that decided, in words.
+        direction: for a saddle, a move that lowers the loss.
+        release: (sample, unit, side) of a kink to drop: the loss falls as the point leaves it to that side.
+        ends: (sample, unit, side) of degenerate kinks, with a multiplier at the end of its interval; given only where
+            nothing else is undecided.
+        unclear: pairs off the active kinks that are within rounding of their kink, bool (N, d1); given where they leave
+            the point undecided.
     """
 
     kind: Kind
@@ -76,17 +76,17 @@ class Optimality:
     unclear: Tensor | None = None
 
 
-def judge(problem: Problem, found: FaceSolution) -> Optimality:
-    """Say what the weights of a snap are.
+def check_optimality(problem: Problem, found: FaceSolution) -> Optimality:
+    """Classify the weights of a solution on a face.
 
-    They are a local minimum when they lie in their region (or on their face), G e = 0 there, the multipliers of the
-    kinks are inside their intervals, and units with z_i = 0 feel no force; each up to its rounding-error bound, and
-    clear of it where a sign decides.
+    They are a local minimum if they lie in their region (or on their face), G e = 0 there, the multipliers of the kinks
+    are inside their intervals, and the force on units with z_i = 0 is zero. Equalities are tested up to their
+    rounding-error bound; where a sign decides, the number must exceed its bound.
     """
     if not found.solution.finished or found.solution.too_long:
         return _undecided(_unsolved(found))
     flips, doubts, off, unclear = _signs(problem, found)
-    if problem.is_zero(found.outputs):  # in whichever region
+    if problem.is_zero(found.outputs):  # a minimum in any region
         kind = Kind.KINK_MINIMUM if doubts or found.kinks is not None else Kind.DIFFERENTIABLE_MINIMUM
         return Optimality(kind, "every error is zero up to rounding")
     if flips:
@@ -95,12 +95,12 @@ def judge(problem: Problem, found: FaceSolution) -> Optimality:
         reason = f"{doubts} pre-activations of the nearest stationary point are within rounding of a kink"
         return Optimality(Kind.NOT_STATIONARY, reason, unclear=unclear)
     if off:
-        return _undecided(f"{off} samples could not be held on their kinks, as inputs there are nearly dependent")
+        return _undecided(f"{off} samples could not be kept on their kinks, as inputs there are nearly dependent")
     return _check_forces(problem, found) or _check_units(problem, found)
 
 
 def _unsolved(found: FaceSolution) -> str:
-    """Why there is no solution to judge."""
+    """The reason why there is no solution to test."""
     if found.solution.too_long:
         return (
             f"no stationary point of the region within max_distance: the nearest is at a relative distance of at least "
@@ -111,33 +111,33 @@ def _unsolved(found: FaceSolution) -> str:
 
 
 def _check_forces(problem: Problem, found: FaceSolution) -> Optimality | None:
-    """None where G e = 0 on the face, up to rounding, of units that may move."""
+    """None if G e = 0 on the face up to rounding, for the units that may move; otherwise why it is undecided."""
     size_of_e = problem.squared_error(found.outputs.errors) ** 0.5
     squares = problem.process_group.sum((found.face.slopes * problem.norms[:, None]).square().sum(0))
-    hidden = found.noise[:-1] > _UNKNOWABLE * size_of_e * squares.sqrt()
-    if not found.drift <= _UNKNOWABLE * size_of_e or bool(hidden[squares > 0].any()):
+    hidden = found.noise[:-1] > _MAX_ROUNDING * size_of_e * squares.sqrt()
+    if not found.drift <= _MAX_ROUNDING * size_of_e or bool(hidden[squares > 0].any()):
         return _undecided("weights so large, or equations so ill-conditioned, that rounding hides whether G e = 0")
-    held = found.face.project(found.forces)
+    gradient = found.face.project(found.forces)
     size = found.point.hidden.numel()
-    rows = held[:size].reshape(found.point.hidden.shape).norm(dim=1)
-    loose = (rows > found.noise[:-1]) & (found.point.output != 0)
-    if bool(loose.any()) or float(held[size:].norm()) > float(found.noise[-1]):
+    rows = gradient[:size].reshape(found.point.hidden.shape).norm(dim=1)
+    nonzero = (rows > found.noise[:-1]) & (found.point.output != 0)
+    if bool(nonzero.any()) or float(gradient[size:].norm()) > float(found.noise[-1]):
         return _undecided(f"G e = 0 could not be reached: {found.solution.method}")
-    if _is_felt_along_an_input(problem, found):
+    if _has_nonzero_entry(problem, found):
         return _undecided("inputs so uneven that rounding hides whether each number of G e is zero")
     return None
 
 
-def _is_felt_along_an_input(problem: Problem, found: FaceSolution) -> bool:
-    """Whether a number of G e of a unit without kinks is beyond what rounding may add up to in that number alone.
+def _has_nonzero_entry(problem: Problem, found: FaceSolution) -> bool:
+    """Whether one entry of G e, of a unit without kinks, exceeds the bound on the rounding error of that entry alone.
 
-    Where all active samples have next to nothing in one input, its part is lost in the length of G e, and a long move
-    along it may still lower the loss.
+    If one input is tiny for all active samples, its entry is lost in the norm of G e, although a long move along this
+    input may still lower the loss.
     """
     coefficients, outputs = found.face.slopes.abs(), found.outputs
     spread = (problem.num_samples + 2) * ROUNDOFF * outputs.errors.abs() + outputs.bounds
     noise = torch.zeros_like(found.rows)
-    for start in range(0, len(spread), _ROWS):  # or there would be a second training set in memory
+    for start in range(0, len(spread), _ROWS):  # in blocks, so that memory does not hold a second training set
         part = slice(start, start + _ROWS)
         noise += coefficients[part].T @ (problem.inputs[part].abs() * spread[part, None])
     free = found.point.output != 0
@@ -150,10 +150,12 @@ def _check_units(problem: Problem, found: FaceSolution) -> Optimality:
     """Test the kinks of each unit, and the forces on units with z_i = 0."""
     failures = []
     outputs = found.point.output.tolist()
-    held = [0] * len(outputs) if found.kinks is None else problem.process_group.max(found.kinks.any(0).long()).tolist()
+    kinked = [0] * len(outputs)
+    if found.kinks is not None:
+        kinked = problem.process_group.max(found.kinks.any(0).long()).tolist()
     for unit, output in enumerate(outputs):
         safe_point()
-        kinks = found.kinks[:, unit] if found.kinks is not None and held[unit] else None
+        kinks = found.kinks[:, unit] if found.kinks is not None and kinked[unit] else None
         if output == 0:
             optimality = _check_inactive_unit(problem, found, unit, kinks)
         else:
@@ -170,8 +172,8 @@ def _check_units(problem: Problem, found: FaceSolution) -> Optimality:
 
 
 def _certified_reason(found: FaceSolution) -> str:
-    held = "no sample on a kink" if found.kinks is None else "the multipliers of all kinks are inside their intervals"
-    return f"G e = 0 up to rounding, by {found.solution.method}; {held}"
+    kinks = "no sample on a kink" if found.kinks is None else "the multipliers of all kinks are inside their intervals"
+    return f"G e = 0 up to rounding, by {found.solution.method}; {kinks}"
 
 
 def _undecided(reason: str) -> Optimality:
@@ -179,9 +181,11 @@ def _undecided(reason: str) -> Optimality:
 
 
 def _signs(problem: Problem, found: FaceSolution) -> tuple[int, int, int, Tensor]:
-    """How many pre-activations off the kinks changed their sign; how many may, up to rounding; how many left a kink.
+    """Count the pre-activations whose sign contradicts the pattern or the kinks.
 
-    The last are those that may, bool (N, d1).
+    Returns:
+        Off the active kinks: how many changed their sign, and how many may have changed it up to rounding; on the
+        active kinks: how many left their kink; and which pairs the second count is of, bool (N, d1).
     """
     point, u, uncertainty = found.point, found.outputs.preactivations, found.outputs.uncertainty
     live = point.output != 0
@@ -193,13 +197,13 @@ def _signs(problem: Problem, found: FaceSolution) -> tuple[int, int, int, Tensor
     unclear = counted & ~flipped & ~(u.abs() > uncertainty + problem.norms[:, None] * drift)
     off = torch.zeros_like(unclear)
     if found.kinks is not None:
-        off = found.kinks & (u.abs() > HELD * uncertainty)
-    flips, doubts, lost = problem.process_group.sum(torch.stack([flipped.sum(), unclear.sum(), off.sum()])).tolist()
-    return int(flips), int(doubts), int(lost), unclear
+        off = found.kinks & (u.abs() > MAX_KINK_ROUNDINGS * uncertainty)
+    flips, doubts, left = problem.process_group.sum(torch.stack([flipped.sum(), unclear.sum(), off.sum()])).tolist()
+    return int(flips), int(doubts), int(left), unclear
 
 
 def _check_unit_kinks(problem: Problem, found: FaceSolution, unit: int, kinks: Tensor) -> Optimality | None:
-    """Judge a unit with z_i ≠ 0 on kinks: None if no step off them lowers the loss."""
+    """Test a unit with z_i ≠ 0 on kinks: None if no step off them lowers the loss."""
     inputs = problem.process_group.join(problem.inputs[kinks])
     errors = problem.process_group.join(_residuals(problem, found)[kinks])
     square = problem.process_group.sum((found.face.slopes[:, unit] * problem.norms).square().sum())
@@ -223,23 +227,23 @@ def _check_unit_kinks(problem: Problem, found: FaceSolution, unit: int, kinks: T
     step = torch.as_tensor(verdict.step, dtype=torch.float64, device=problem.inputs.device)
     direction = _descent(problem, found, unit, step, turn=0.0)
     if direction is None:
-        return Optimality(Kind.NOT_STATIONARY, f"{reason}, by less than rounding shows", release=release)
+        return Optimality(Kind.NOT_STATIONARY, f"{reason}, but the loss falls by less than rounding", release=release)
     kind = Kind.SADDLE if verdict.stationary else Kind.NOT_STATIONARY
     return Optimality(kind, reason, direction, release)
 
 
 def _uncertainty(found: FaceSolution) -> Tensor:
-    """Bounds on how far each e_n may be from that of the exact solution, where idle samples have e_n = y_n."""
+    """Bounds on the distance of each e_n from that of the exact solution; 0 for idle samples, which have e_n = y_n."""
     return torch.where(found.outputs.idle, 0.0, found.outputs.bounds + found.drift)
 
 
 def _residuals(problem: Problem, found: FaceSolution) -> Tensor:
-    """The residual on the face: without what rounding leaves on kinks, where that is all there is."""
+    """The residual on the face; y_n for idle samples, whose predictions are only rounding errors on kinks."""
     return torch.where(found.outputs.idle, problem.targets, found.outputs.errors)
 
 
 def _check_inactive_unit(problem: Problem, found: FaceSolution, unit: int, kinks: Tensor | None) -> Optimality | None:
-    """Judge a unit with z_i = 0: None if it feels no force; else a saddle if its gradient vanishes."""
+    """Test a unit with z_i = 0: None if the force on it is zero; otherwise a saddle if its gradient vanishes."""
     noise = float(found.noise[unit])
     force = found.rows[unit]
     steps = force[None]
@@ -264,19 +268,19 @@ def _check_inactive_unit(problem: Problem, found: FaceSolution, unit: int, kinks
     else:
         step, pull = force, float(force @ force)
     if abs(pull) <= noise * float(step.norm()):
-        return _undecided(f"unit {unit} with z = 0: forces of its kinks within rounding, or in balance")
+        return _undecided(f"unit {unit} with z = 0: the forces of its kinks are within rounding, or cancel")
     slope = float(
         problem.process_group.sum(
             (_activated(found.outputs.preactivations[:, unit], problem.slope) * found.outputs.errors).sum()
         )
     )
     allowed = noise * float(found.point.hidden[unit].norm())
-    reason = f"unit {unit} has z = 0 and feels a force: G e is not zero"
+    reason = f"unit {unit} has z = 0 and a force on it: G e is not zero"
     if abs(slope) > allowed:
         return _undecided(f"{reason}, nor is its gradient")
     direction = _descent(problem, found, unit, step, turn=math.copysign(1.0, pull))
     if direction is None:
-        return _undecided(f"{reason}, by less than rounding shows")
+        return _undecided(f"{reason}, but the loss falls by less than rounding")
     return Optimality(Kind.SADDLE, reason, direction)
 
 
@@ -285,9 +289,10 @@ def _activated(u: Tensor, slope: float) -> Tensor:
 
 
 def _descent(problem: Problem, found: FaceSolution, unit: int, step: Tensor, turn: float) -> Direction | None:
-    """A move of one unit, along a step of its weights and, by the sign ``turn``, of z, that is seen to lower the loss.
+    """A move of one unit that lowers the loss by more than rounding; None if there is none.
 
-    It ends where the loss along it is least, or half-way to the next kink, whichever comes first.
+    The move is along a step of the unit's weights and, with the sign ``turn``, of z. It ends where the loss along it is
+    smallest, or half-way to the next kink, whichever comes first.
     """
     point, outputs = found.point, found.outputs
     u, moves = outputs.preactivations[:, unit], problem.inputs @ step
@@ -305,7 +310,7 @@ def _descent(problem: Problem, found: FaceSolution, unit: int, step: Tensor, tur
         ).tolist()
         turn = abs(pull) / square * turn if square else 0.0
     change = z * (after - rest) + turn * after
-    if not turn:  # the loss along the step is a parabola: go to its end
+    if not turn:  # the loss along the step is a parabola: go to its vertex
         pull, square = problem.process_group.sum(torch.stack([outputs.errors @ change, change @ change])).tolist()
         share = min(1.0, pull / square) if square else 0.0
         reach, change = share * reach, share * change
@@ -324,33 +329,33 @@ def _descent(problem: Problem, found: FaceSolution, unit: int, step: Tensor, tur
 def leave_kinks(
     problem: Problem, found: FaceSolution, optimality: Optimality
 ) -> tuple[Optimality, FaceSolution] | None:
-    """Leave kinks that nothing holds a solution to, along solutions, and judge again; None where that cannot be done.
+    """Leave degenerate kinks along the set of solutions, and test the optimality again; None where that is impossible.
 
-    Two units with one pattern and opposite z are the usual case: their rows may move together, and no prediction
-    changes. The step is the one that leaves all those kinks fastest (a linear program), up to half the way to the next.
+    The usual case is two units with the same pattern and opposite z: their rows may move together without a change of
+    the predictions. The step is the one that leaves all degenerate kinks fastest (a linear program), at most half the
+    way to the next kink.
     """
-    assert found.kinks is not None  # noqa: S101 (they are what is left)
+    assert found.kinks is not None  # noqa: S101 (ends are kinks)
     process_group = problem.process_group
-    if problem.num_samples * found.point.theta.numel() > _STEP_OFF_LIMIT or not bool(found.point.output.any()):
+    if problem.num_samples * found.point.theta.numel() > _STEP_LIMIT or not bool(found.point.output.any()):
         return None
     width = len(found.point.output)
-    let_go = _pairs(problem, width, optimality.ends)
+    dropped = _pairs(problem, width, optimality.ends)
     positive = _pairs(problem, width, tuple(end for end in optimality.ends if end[2] > 0))
-    active, kinks = torch.where(let_go, positive, found.active), found.kinks & ~let_go
-    left = kinks if bool(process_group.max(kinks.any().long())) else None
+    active, kinks = torch.where(dropped, positive, found.active), found.kinks & ~dropped
+    remaining = kinks if bool(process_group.max(kinks.any().long())) else None
     live = found.point.output != 0
-    face = problem.map(
-        active, None if bool(live.all()) else live, {} if left is None else bases_of_kinks(problem, left)
-    )
+    bases = {} if remaining is None else bases_of_kinks(problem, remaining)
+    face = problem.map(active, None if bool(live.all()) else live, bases)
     _, values, right = torch.linalg.svd(process_group.join(face.dense()), full_matrices=True)
     rank = int((values > 1e-10 * values[0]).sum())
-    still = face.project(right[rank:])  # rows: moves that change no prediction; those off the face are gone
+    null_space = face.project(right[rank:])  # rows: moves on the face that change no prediction
     outward = torch.zeros(len(optimality.ends), face.num_parameters, dtype=torch.float64)
     dim, inputs = found.point.hidden.shape[1], process_group.join(problem.inputs)
     for row, (sample, unit, side) in enumerate(optimality.ends):
         sign = side * float(found.point.output[unit].sign())
         outward[row, unit * dim : (unit + 1) * dim] = (sign * inputs[sample] / inputs[sample].norm()).cpu()
-    rates = (outward @ still.T.cpu()).numpy()
+    rates = (outward @ null_space.T.cpu()).numpy()
     if not rates.size:
         return None
     count = rates.shape[1]
@@ -363,27 +368,27 @@ def leave_kinks(
     )
     if best.x is None or (rates @ best.x[:-1]).min() <= 1e-6:
         return None
-    move = torch.as_tensor(best.x[:-1], device=still.device) @ still
+    move = torch.as_tensor(best.x[:-1], device=null_space.device) @ null_space
     theta = found.point.theta
     size = theta.numel() - found.point.free.numel()
-    rows = _seen(inputs, move[:size].reshape(found.point.hidden.shape))
+    rows = _row_space_part(inputs, move[:size].reshape(found.point.hidden.shape))
     move = torch.cat([rows.reshape(-1), move[size:]])
     rates_of_u = torch.where(live, 1 / torch.where(live, found.point.output, 1.0), 0.0) * (problem.inputs @ rows.T)
-    still_there = found.kinks | (rates_of_u == 0)
-    ahead = torch.where(still_there, torch.inf, (found.outputs.preactivations / rates_of_u).abs())
-    share = min(0.5 * float(process_group.min(ahead.min())), _STEP_OFF * float(theta.norm()) / float(move.norm()))
+    unmoved = found.kinks | (rates_of_u == 0)
+    ahead = torch.where(unmoved, torch.inf, (found.outputs.preactivations / rates_of_u).abs())
+    share = min(0.5 * float(process_group.min(ahead.min())), _STEP_LENGTH * float(theta.norm()) / float(move.norm()))
     theta = theta + share * move
     near = found.point.moved(theta[:size].reshape(rows.shape), theta[size:])
-    again = solve_on_face(problem, near, active, left)
+    again = solve_on_face(problem, near, active, remaining)
     again = replace(again, start=found.start)
-    return judge(problem, again), again
+    return check_optimality(problem, again), again
 
 
-def _seen(inputs: Tensor, rows: Tensor) -> Tensor:
-    """The parts of rows that the inputs see: the rest changes no pre-activation."""
+def _row_space_part(inputs: Tensor, rows: Tensor) -> Tensor:
+    """The parts of rows in the span of the inputs: the rest changes no pre-activation."""
     _, values, right = torch.linalg.svd(inputs, full_matrices=False)
-    seen: Tensor = right[values > DEPENDENT_KINKS * values[0]]
-    return rows @ seen.T @ seen
+    span: Tensor = right[values > DEPENDENT_KINKS * values[0]]
+    return rows @ span.T @ span
 
 
 def _pairs(problem: Problem, width: int, pairs: tuple[tuple[int, int, int], ...]) -> Tensor:

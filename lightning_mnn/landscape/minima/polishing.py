@@ -1,4 +1,4 @@
-"""Polish: from any weights to an exact local minimum, by Gauss–Newton steps that see every kink on their way.
+"""Polish: from any weights to an exact local minimum, by Gauss–Newton steps that account for every kink they cross.
 
 Shapes: N samples, d0 inputs, d1 hidden units, ``...`` leading axes (replicas).
 """
@@ -21,7 +21,7 @@ from lightning_mnn.landscape.minima.certificate import (
     split_replicas,
     turn_inactive_units,
 )
-from lightning_mnn.landscape.minima.optimality import Direction, Kind, Optimality, judge, leave_kinks
+from lightning_mnn.landscape.minima.optimality import Direction, Kind, Optimality, check_optimality, leave_kinks
 from lightning_mnn.landscape.minima.problem import Outputs, Point, Problem
 from lightning_mnn.landscape.minima.stationary_point import FaceSolution, solve_on_face
 from lightning_mnn.landscape.regions.least_squares import GRAM_LIMIT
@@ -32,23 +32,23 @@ if TYPE_CHECKING:
 
     from lightning_mnn.utilities.distributed import ProcessGroup
 
-_STRIDE = 0.7  # a step that leaves more of the loss than this ends the first phase
+_MAX_LOSS_RATIO = 0.7  # a step after which more than this fraction of the loss is left ends the first phase
 
-_GONE = 100.0  # times max_distance, from where polishing is not expected back
-_NOTHING = 1e-9  # |w·x|/(‖w‖‖x‖) that a solution may well have lost to rounding
+_MAX_EXCURSION = 100.0  # times max_distance, where the search is given up
+_UNRESOLVED_SINE = 1e-9  # |w·x|/(‖w‖‖x‖) that may be zero but for the rounding of a solution
 
 
 @dataclass(frozen=True)
 class Polished:
-    """Where polishing led.
+    """The result of polishing.
 
     Attributes:
-        certificate: of the minimum (or saddle) that was reached, its distance taken from the start; ``not_stationary``
-            of the last weights where none was.
-        moved: whether it went further than ``max_distance``.
+        certificate: certificate of the minimum that was reached, with its distance from the start; otherwise of the
+            last weights (a saddle or ``not_stationary``), with the distance from these weights.
+        moved: whether the distance from the start exceeds ``max_distance``.
         distance: ‖W̃* − W̃‖/‖W̃‖ of the last weights from the start.
         steps: number of Gauss–Newton steps.
-        losses: MSE at the start and after each step; never rising.
+        losses: MSE at the start and after each step; it never rises.
     """
 
     certificate: Certificate
@@ -60,7 +60,7 @@ class Polished:
 
 @dataclass(frozen=True)
 class _State:
-    """Weights on the way: their pattern, and the kinks they are held to."""
+    """Weights during the search, with their pattern and the active set of kinks that they are constrained to."""
 
     point: Point
     outputs: Outputs
@@ -82,15 +82,16 @@ def polish(
     output_bias: Tensor | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Polished | list[Polished]:
-    """Go from the weights of a two-layer network to an exact local minimum of ‖y − ŷ‖²/N, downhill all the way.
+    """Go from the weights of a two-layer network to an exact local minimum of ‖y − ŷ‖²/N without raising the loss.
 
-    Each step goes towards the nearest least-squares solution of the region (or of the face that the kinks in hand
-    leave), as far as the loss itself is smallest along it: on a ray the loss is a piecewise parabola, whose global
-    minimum is found exactly. While steps cut the loss quickly nothing else is needed: from random weights of an
-    over-parameterised network a handful of steps lead to zero error. After that a step that ends on a kink takes it in
-    hand, and at the solution of a face the kink whose multiplier is furthest out is let go: the active-set method of
-    quadratic programming, from region to region. From saddles and degenerate kinks the way down that the judgement
-    finds is taken. Output weights keep their values, but for a saddle's z_i = 0.
+    Each step goes towards the nearest least-squares solution of the region (or of the face of the active set of kinks),
+    up to the point with the smallest loss on this ray. The loss on a ray is a piecewise parabola, whose global minimum
+    is found exactly. As long as the steps reduce the loss quickly, nothing else is needed: from random weights of an
+    over-parameterised network a few steps lead to zero error. After that, kinks form an active set: a step that ends on
+    a kink adds it, and at the solution of a face the kink whose multiplier is furthest outside its interval is dropped.
+    This is the active-set method of quadratic programming, continued from region to region. At saddles and degenerate
+    kinks the step is along the descent direction of the optimality test. Output weights keep their values, except for
+    z_i = 0 of a saddle.
 
     Args:
         hidden_weights: W, (d1, d0), or (R, d1, d0).
@@ -99,15 +100,16 @@ def polish(
         targets: y, (N,), shared or (R, N).
         negative_slope: ρ, any real but 1.
         threshold: decision threshold of the MCE; None: inferred from the labels.
-        max_distance: ‖W̃* − W̃‖/‖W̃‖ beyond which the minimum counts as another one (``moved``); a hundred times as
-            far from the start the search is given up.
-        max_steps: number of steps; None: 1,000, or 10 where a step is an iteration of its own, as no Gram matrix fits.
+        max_distance: ‖W̃* − W̃‖/‖W̃‖ beyond which the minimum counts as another one (``moved``). The search is given up
+            at a hundred times this distance from the start.
+        max_steps: largest number of steps; None: 1,000, or 10 where the Gram matrix is too large and each step is an
+            iterative solution.
         hidden_bias: (d1,) or (R, d1).
         output_bias: a scalar tensor, or (R,).
-        process_group: the processes that hold the other samples; None: all are here.
+        process_group: the processes that have the other samples; None: this process has all samples.
 
     Returns:
-        Where it led; with a leading replica axis a list of R.
+        The result; with a leading replica axis a list of R.
 
     Raises:
         ValueError: as :func:`~lightning_mnn.landscape.minima.certificate.certify` does.
@@ -146,31 +148,32 @@ def polish(
 def _polish(case: Case, threshold: float | None, max_distance: float, max_steps: int, *, biased: bool) -> Polished:
     problem, start, units = case
     optimality, found = search(problem, start, max_distance)
-    state = _state(problem, found.start, None)  # without output weights that rounding loses
+    state = _state(problem, found.start, None)  # its negligible output weights are zero
     losses = [problem.squared_error(state.outputs.errors)]
-    in_hand = False  # whether kinks are taken in hand yet
+    use_active_set = False  # the first phase ignores kinks
     while optimality.kind not in MINIMA and len(losses) <= max_steps:
         safe_point()
         found = turn_inactive_units(problem, solve_on_face(problem, state.point, state.active, state.kinks), 0.0)
-        optimality = judge(problem, found)
+        optimality = check_optimality(problem, found)
         if optimality.ends:
             optimality, found = leave_kinks(problem, found, optimality) or (optimality, found)
-        ahead = None
+        following = None
         if optimality.kind in MINIMA:
             rise, uncertainty = problem.rise(state.outputs, found.outputs)
-            ahead = _state(problem, found.point, None) if rise <= uncertainty else None
-            optimality = optimality if ahead else Optimality(Kind.NOT_STATIONARY, "the minimum found lies higher")
-        ahead = ahead or _next(problem, state, found, optimality, in_hand=in_hand)
-        if ahead is None:
+            following = _state(problem, found.point, None) if rise <= uncertainty else None
+            if following is None:
+                optimality = Optimality(Kind.NOT_STATIONARY, "the minimum found has a higher loss")
+        following = following or _next(problem, state, found, optimality, use_active_set=use_active_set)
+        if following is None:
             break
-        state = ahead
-        losses.append(min(losses[-1], problem.squared_error(state.outputs.errors)))  # but for the rounding of the sums
-        in_hand = in_hand or not losses[-1] < _STRIDE * losses[-2]
-        if start.distance(state.point) > _GONE * max_distance:
+        state = following
+        losses.append(min(losses[-1], problem.squared_error(state.outputs.errors)))  # min: rounding of the sums
+        use_active_set = use_active_set or not losses[-1] < _MAX_LOSS_RATIO * losses[-2]
+        if start.distance(state.point) > _MAX_EXCURSION * max_distance:
             break
-    if optimality.kind not in MINIMA:  # of the last weights, not of those before the last step
+    if optimality.kind not in MINIMA:  # test the last weights: the result above is of those before the last step
         found = solve_on_face(problem, state.point, state.active, state.kinks)
-        optimality = judge(problem, found)
+        optimality = check_optimality(problem, found)
         if optimality.kind in MINIMA:
             optimality = Optimality(Kind.NOT_STATIONARY, "stopped before the step to the minimum of its region")
         elif optimality.kind is Kind.SADDLE and not problem.rise(state.outputs, found.outputs)[0] <= 0:
@@ -184,27 +187,27 @@ def _polish(case: Case, threshold: float | None, max_distance: float, max_steps:
 
 
 def _next(
-    problem: Problem, state: _State, found: FaceSolution, optimality: Optimality, *, in_hand: bool
+    problem: Problem, state: _State, found: FaceSolution, optimality: Optimality, *, use_active_set: bool
 ) -> _State | None:
-    """The state after one step: a kink let go, a way down from a degenerate point, or a way towards a solution."""
-    if in_hand and optimality.release is not None:
+    """The state after one step: a kink dropped, a descent from a degenerate point, or a step towards a solution."""
+    if use_active_set and optimality.release is not None:
         released = _released(problem, state, found, optimality.release)
         if problem.rise(state.outputs, released.outputs)[0] <= 0:
             return released
-        stayed = _state(problem, state.point, state.kinks, released.active)  # what rounding made of the solution
+        stayed = _state(problem, state.point, state.kinks, released.active)  # the solution is higher, by rounding
         return replace(stayed, kinks=released.kinks)
-    if in_hand and optimality.unclear is not None and problem.rise(state.outputs, found.outputs)[0] <= 0:
+    if use_active_set and optimality.unclear is not None and problem.rise(state.outputs, found.outputs)[0] <= 0:
         kinks = optimality.unclear if found.kinks is None else optimality.unclear | found.kinks
         return _state(problem, found.point, kinks, found.active)
-    if in_hand and optimality.direction is not None:
+    if use_active_set and optimality.direction is not None:
         descended = _descended(problem, state, found, optimality.direction)
         if problem.rise(state.outputs, descended.outputs)[0] < 0:
             return descended
-    return _step(problem, state, found, in_hand=in_hand)
+    return _step(problem, state, found, use_active_set=use_active_set)
 
 
 def _state(problem: Problem, point: Point, kinks: Tensor | None, active: Tensor | None = None) -> _State:
-    """The state at some weights; pairs on their kink keep the side they are given."""
+    """The state at given weights; for pairs in the active set, the side comes from ``active``."""
     outputs = problem.outputs(point)
     side = outputs.preactivations > 0
     if kinks is not None and active is not None:
@@ -213,7 +216,7 @@ def _state(problem: Problem, point: Point, kinks: Tensor | None, active: Tensor 
 
 
 def _released(problem: Problem, state: _State, found: FaceSolution, release: tuple[int, int, int]) -> _State:
-    """The solution of a face, with one kink let go to one side."""
+    """The solution of a face, with one kink dropped from the active set, to one side."""
     sample, unit, side = release
     assert state.kinks is not None  # noqa: S101 (there was one to release)
     rows = torch.zeros(problem.num_samples, dtype=torch.bool, device=state.active.device)
@@ -221,13 +224,13 @@ def _released(problem: Problem, state: _State, found: FaceSolution, release: tup
     here = torch.zeros_like(state.active)
     here[:, unit] = problem.process_group.local_part(rows)
     kinks = state.kinks & ~here
-    left = bool(problem.process_group.max(kinks.any().long()))
+    any_left = bool(problem.process_group.max(kinks.any().long()))
     active = torch.where(here, torch.full_like(state.active, side > 0), state.active)
-    return replace(_state(problem, found.point, state.kinks, active), kinks=kinks if left else None)
+    return replace(_state(problem, found.point, state.kinks, active), kinks=kinks if any_left else None)
 
 
 def _descended(problem: Problem, state: _State, found: FaceSolution, direction: Direction) -> _State:
-    """The solution of a face, after a move of a unit that lowers the loss there; its kinks are let go."""
+    """The solution of a face, after a move of one unit that lowers the loss; the kinks of this unit are dropped."""
     point = replace(
         found.point,
         hidden=found.point.hidden + direction.hidden_weights,
@@ -236,12 +239,12 @@ def _descended(problem: Problem, state: _State, found: FaceSolution, direction: 
     if found.kinks is None:
         return _state(problem, point, None)
     kinks = found.kinks & ~((direction.hidden_weights != 0).any(1) | (direction.output_weights != 0))
-    left = bool(problem.process_group.max(kinks.any().long()))
-    return _state(problem, point, kinks if left else None, state.active)
+    any_left = bool(problem.process_group.max(kinks.any().long()))
+    return _state(problem, point, kinks if any_left else None, state.active)
 
 
-def _step(problem: Problem, state: _State, found: FaceSolution, *, in_hand: bool) -> _State | None:
-    """One step towards a solution, to the least loss on the way; None where there is no way down."""
+def _step(problem: Problem, state: _State, found: FaceSolution, *, use_active_set: bool) -> _State | None:
+    """One step towards a solution, up to the smallest loss on the ray; None where no step lowers the loss."""
     target = replace(found.point, output=state.point.output)
     rows = target.hidden - state.point.hidden
     moves = problem.inputs @ rows.T
@@ -253,14 +256,14 @@ def _step(problem: Problem, state: _State, found: FaceSolution, *, in_hand: bool
     shift = problem.free @ (target.free - state.point.free)
     share, gain, crossings = minimum_on_ray(problem, u, moves, state.point.output, state.outputs.errors, shift)
     kinks = state.kinks
-    if in_hand:
+    if use_active_set:
         reached = crossings == share
-        if not gain > 0:  # blocked where it stands: by the crossing that comes first
+        if not gain > 0:  # blocked at the start, by the first crossing
             first = problem.process_group.min(crossings.min())
             reached = (crossings == first) & torch.isfinite(crossings)
-            if not bool(torch.isfinite(first)):  # or by what it cannot tell from a kink
+            if not bool(torch.isfinite(first)):  # or by pairs that may be on a kink, up to rounding
                 sizes = problem.norms[:, None] * state.point.sizes
-                reached = (u.abs() <= _NOTHING * sizes) & (sizes > 0)
+                reached = (u.abs() <= _UNRESOLVED_SINE * sizes) & (sizes > 0)
                 reached = reached if kinks is None else reached & ~kinks
         if bool(problem.process_group.max(reached.any().long())):
             kinks = reached if kinks is None else kinks | reached
@@ -272,44 +275,45 @@ def _step(problem: Problem, state: _State, found: FaceSolution, *, in_hand: bool
         state.point.hidden + share * rows, target.output, state.point.free + share * (target.free - state.point.free)
     )
     stepped = _state(problem, point, kinks, state.active)
-    if not problem.rise(state.outputs, stepped.outputs)[0] <= 0:  # by rounding: stay, but take what was met in hand
-        return replace(state, kinks=kinks) if kinks is not state.kinks else None if in_hand else state
+    if not problem.rise(state.outputs, stepped.outputs)[0] <= 0:  # rounding: keep the weights, add the kinks reached
+        return replace(state, kinks=kinks) if kinks is not state.kinks else None if use_active_set else state
     return stepped
 
 
 def minimum_on_ray(
     problem: Problem, u: Tensor, moves: Tensor, output: Tensor, errors: Tensor, shift: Tensor
 ) -> tuple[float, float, Tensor]:
-    """Where the loss is least on the ray from pre-activations u along moves v, exactly.
+    """The exact minimum of the loss on the ray from pre-activations u along moves v.
 
-    The prediction of a sample is piecewise linear on the ray, with a bend where a unit crosses its kink, so half the
-    loss falls at the rate h(t) = Σ_n e_n(t) p_n(t), linear between crossings. All crossings are sorted once.
+    The prediction of a sample is piecewise linear on the ray, with a bend where a unit crosses its kink. Half of ‖e‖²
+    therefore falls at the rate h(t) = Σ_n e_n(t) p_n(t), with p_n the slope of ŷ_n, linear between crossings. All
+    crossings are sorted once.
 
     Args:
-        problem: slope and team.
-        u: (N, d1), none zero but where it does not move.
+        problem: gives the slope ρ and the process group.
+        u: (N, d1), not zero where it moves.
         moves: (N, d1).
         output: z, (d1,).
         errors: e at the start, (N,).
-        shift: rate of the predictions by what knows no kinks, (N,).
+        shift: rate of the predictions from the parameters that no kink depends on, (N,).
 
     Returns:
-        The place t in [0, 1]; by how much ‖e‖² is less there; and the place of each crossing, (N, d1), infinite where
+        The position t in [0, 1]; the decrease of ‖e‖² there; and the position of each crossing, (N, d1), infinite where
         there is none before 1.
     """
     slope, process_group = problem.slope, problem.process_group
     crossings = torch.where(u * moves < 0, -u / moves, torch.inf)
     crossings = torch.where(crossings < 1, crossings, torch.inf)
     times, order = crossings.sort(dim=1)
-    met = torch.isfinite(times)
-    bends = torch.where(met, (output * (1 - slope) * moves.abs()).gather(1, order), 0.0)
+    crossed = torch.isfinite(times)
+    bends = torch.where(crossed, (output * (1 - slope) * moves.abs()).gather(1, order), 0.0)
     rate = torch.where(u > 0, moves, slope * moves) @ output + shift
     rates = torch.cat([rate[:, None], rate[:, None] + bends.cumsum(1)], dim=1)  # of ŷ_n on each of its pieces
-    ends = torch.where(met, times, 1.0)
+    ends = torch.where(crossed, times, 1.0)
     starts = torch.cat([torch.zeros_like(rate)[:, None], ends[:, :-1]], dim=1)
-    met_errors = errors[:, None] - ((ends - starts) * rates[:, :-1]).cumsum(1)  # at each crossing
+    errors_there = errors[:, None] - ((ends - starts) * rates[:, :-1]).cumsum(1)  # at each crossing
     pieces = process_group.join(
-        torch.stack([times, met_errors * bends, rates[:, 1:].square() - rates[:, :-1].square()], -1)[met]
+        torch.stack([times, errors_there * bends, rates[:, 1:].square() - rates[:, :-1].square()], -1)[crossed]
     )
     pieces = pieces[pieces[:, 0].argsort()]
     fall, curvature = process_group.sum(torch.stack([errors @ rate, rate @ rate]))
@@ -325,7 +329,7 @@ def minimum_on_ray(
     stay = torch.where(curvatures > 0, falls / curvatures, torch.where(falls > 0, torch.inf, 0.0)).clamp(min=0)
     stay = torch.minimum(stay, width)
     totals = gains + falls * stay - curvatures * stay.square() / 2
-    end = torch.cat([begin[1:], begin.new_full((1,), torch.inf)])  # of the last piece no crossing
+    end = torch.cat([begin[1:], begin.new_full((1,), torch.inf)])  # the last piece ends at no crossing
     at = torch.where((stay == width) & torch.isfinite(end), end, begin + stay)
     place, total = torch.stack([at, totals]).index_select(1, totals.argmax()[None])[:, 0].tolist()
     return place, 2 * total, crossings

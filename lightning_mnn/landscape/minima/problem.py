@@ -1,8 +1,9 @@
-"""Problem and Point: a training set and two-layer weights as the search for minima sees them.
+"""Problem and Point: a training set and two-layer weights in the form that the search for minima uses.
 
-Shapes: N samples (of this process), d0 inputs (a column of ones included, where the hidden layer has a bias), d1 hidden
-units, f free columns (one, of ones, where the output has a bias; else none). Everything is float64, one network, in
-units of measure that make inputs, targets and z_i of the size of 1: powers of two, so that nothing is rounded.
+Shapes: N samples (of this process), d0 inputs (including a column of ones, if the hidden layer has a bias), d1 hidden
+units, f free columns (one column of ones, if the output has a bias; otherwise none). Everything is float64 and of one
+network. The units of measure make inputs, targets and z_i about 1 in size; they are powers of two, so nothing is
+rounded.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from lightning_mnn.landscape.units import row_powers, times_power, unit_exponent
 from lightning_mnn.utilities.distributed import ProcessGroup
 from lightning_mnn.utilities.transfer import fetched
 
-ROUNDOFF = 2.0**-53  # of float64, in which all is computed
-HELD = 8.0  # times the rounding error of a pre-activation, up to which it is on its kink
-_UNKNOWABLE = 1e-6  # rounding errors of ŷ, relative to y, that hide whether e = 0
+ROUNDOFF = 2.0**-53  # of float64, the precision of all computations here
+MAX_KINK_ROUNDINGS = 8.0  # a pre-activation of at most this many times its rounding error is on its kink
+_MAX_ROUNDING = 1e-6  # largest rounding errors of ŷ, relative to y, for which e = 0 can be tested
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,18 @@ class Point:
 
     @property
     def sizes(self) -> Tensor:
-        """‖w_i‖, (d1,), also of rows whose squares are no floats."""
+        """‖w_i‖, (d1,), also for rows whose squares overflow or underflow."""
         powers = row_powers(self.hidden)
         norms: Tensor = (self.hidden * powers[:, None]).norm(dim=1)
         return norms / powers
 
     def distance(self, other: Point) -> float:
-        """‖W̃′ − W̃‖/‖W̃‖ to another point, biases included; infinite from zero weights."""
+        """‖W̃′ − W̃‖/‖W̃‖ to another point, biases included; infinite if W̃ = 0 and W̃′ is not."""
         size, moved = fetched(self.theta.norm(), (other.theta - self.theta).norm())
         return moved / size if size else math.inf if moved else 0.0
 
     def moved(self, rows: Tensor, free: Tensor) -> Point:
-        """The point with other flat rows (d1, d0) where z_i ≠ 0, and other b."""
+        """The point with new flat rows (d1, d0) where z_i ≠ 0, and new b."""
         live = self.output != 0
         hidden = torch.where(live[:, None], rows / torch.where(live, self.output, 1.0)[:, None], self.hidden)
         return Point(hidden, self.output, free)
@@ -64,9 +65,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Units:
-    """Units of measure of a problem and a point: w_i is told in units of 1/rows_i, x in 2^inputs, y in 2^targets.
+    """Units of measure of a problem and a point: w_i in units of 1/rows_i, x in 2^inputs, y in 2^targets.
 
-    They make z_i of the size of 1, so that w_i is of the size of w̃_i.
+    They make z_i about 1 in size, so that w_i has about the size of w̃_i.
 
     Attributes:
         inputs: exponent.
@@ -80,61 +81,61 @@ class Units:
 
     @classmethod
     def of(cls, point: Point, inputs: int, targets: int) -> Units:
-        """The units of a point, on a problem whose exponents are known."""
+        """The units of a point, for a problem whose exponents are known."""
         outputs = row_powers(times_power(point.output, inputs - targets)[:, None])
         return cls(inputs, targets, torch.where(point.output == 0, row_powers(point.hidden), 1 / outputs))
 
     @property
     def _flat(self) -> int:
-        """The exponent of w̃ and b: what gives targets from inputs."""
+        """The exponent of w̃ and b, which turn inputs into targets."""
         return self.targets - self.inputs
 
-    def told(self, point: Point) -> Point:
-        """A point in these units."""
+    def scaled(self, point: Point) -> Point:
+        """A point in these units, from one in the caller's scale."""
         output = times_power(point.output / self.rows, -self._flat)
         return Point(point.hidden * self.rows[:, None], output, times_power(point.free, -self._flat))
 
-    def untold(self, point: Point) -> Point:
-        """The point itself, of one in these units."""
+    def unscaled(self, point: Point) -> Point:
+        """A point in the caller's scale, from one in these units."""
         output = times_power(point.output, self._flat) * self.rows
         return Point(point.hidden / self.rows[:, None], output, times_power(point.free, self._flat))
 
-    def preactivations(self, told: Tensor) -> Tensor:
-        """w_i·x_n themselves, of (N, d1) in these units."""
-        return times_power(told / self.rows, self.inputs)
+    def preactivations(self, scaled: Tensor) -> Tensor:
+        """w_i·x_n, (N, d1), in the caller's scale, from those in these units."""
+        return times_power(scaled / self.rows, self.inputs)
 
-    def predictions(self, told: Tensor) -> Tensor:
-        """Targets, predictions or errors themselves, of those in these units."""
-        return times_power(told, self.targets)
+    def predictions(self, scaled: Tensor) -> Tensor:
+        """Targets, predictions or errors in the caller's scale, from those in these units."""
+        return times_power(scaled, self.targets)
 
-    def squares(self, told: float) -> float:
-        """A squared error itself, of one in these units."""
-        return told * 2.0**self.targets * 2.0**self.targets
+    def squares(self, scaled: float) -> float:
+        """A squared error in the caller's scale, from one in these units."""
+        return scaled * 2.0**self.targets * 2.0**self.targets
 
 
 def in_units(problem: Problem) -> tuple[Problem, int, int]:
-    """A problem in units that make its inputs and targets of the size of 1, and the exponents of these."""
+    """A problem in units that make its inputs and targets about 1 in size, and the exponents of both units."""
     sizes = torch.stack([problem.inputs.abs().max(), problem.targets.abs().max()])
     inputs, targets = (unit_exponent(size) for size in problem.process_group.max(sizes).tolist())
-    told = replace(
+    scaled = replace(
         problem,
         inputs=times_power(problem.inputs, -inputs),
         targets=times_power(problem.targets, -targets),
         free=times_power(problem.free, -inputs),
     )
-    return told, inputs, targets
+    return scaled, inputs, targets
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a point gives on the samples.
+    """Outputs and errors of a point on the samples.
 
     Attributes:
         preactivations: u_ni = w_i·x_n, (N, d1).
         errors: e = y − ŷ, (N,).
         bounds: bounds on the rounding error of each e_n, (N,).
         uncertainty: bounds on the rounding errors of the pre-activations, (N, d1).
-        idle: samples whose ŷ_n is exactly 0 where the kinks in hand are, as nothing else is active, bool (N,).
+        idle: samples with no unit active but those on the given kinks, so that ŷ_n is exactly 0 there, bool (N,).
     """
 
     preactivations: Tensor
@@ -153,7 +154,7 @@ class Problem:
         targets: y, (N,).
         slope: ρ.
         free: columns whose coefficients no kink depends on, (N, f).
-        process_group: the processes that hold the other samples.
+        process_group: the processes that have the other samples.
     """
 
     inputs: Tensor
@@ -178,19 +179,19 @@ class Problem:
         return active.to(torch.float64) * (1 - self.slope) + self.slope
 
     def map(self, active: Tensor, live: Tensor | None = None, bases: dict[int, Tensor] | None = None) -> FaceMap:
-        """The linear map of a pattern, on a face."""
+        """The linear map of a pattern, restricted to a face."""
         return FaceMap(self.inputs, self.slopes(active), self.free, live, bases or {}, self.process_group)
 
     def outputs(self, point: Point, kinks: Tensor | None = None) -> Outputs:
         """Evaluate a point.
 
         The rounding error of e_n is at most γ (|y_n| + ‖x_n‖ Σ_i s_ni |z_i| ‖w_i‖ + Σ_j |c_nj b_j|), where γ is
-        d0 + d1 + f + 7 unit roundoffs: each weight is rounded once, and the rest is that of the inner products. s_ni is
-        the size of the slope: what a ReLU does not let through is 0 in floats, too, however large it was.
+        d0 + d1 + f + 7 unit roundoffs: each weight is rounded once, and the rest comes from the inner products. s_ni is
+        the size of the slope: the output of an inactive ReLU is exactly 0 in floats, for any pre-activation.
 
         Args:
             point: the weights.
-            kinks: pairs that are held on their kink, bool (N, d1).
+            kinks: pairs that are constrained to their kink, bool (N, d1).
         """
         preactivations = self.inputs @ point.hidden.T
         sizes = point.sizes
@@ -207,26 +208,29 @@ class Problem:
         bounds = torch.where(terms > 0, gamma * (self.targets.abs() + terms), 0.0)
         idle = terms == 0
         if kinks is not None:
-            held = kinks & (preactivations.abs() <= HELD * uncertainty)
-            bounds = bounds + HELD * ((held * steepness * uncertainty) @ point.output.abs())
-            idle = steepness.masked_fill_(held, 0.0) @ weights == 0
+            on_kink = kinks & (preactivations.abs() <= MAX_KINK_ROUNDINGS * uncertainty)
+            bounds = bounds + MAX_KINK_ROUNDINGS * ((on_kink * steepness * uncertainty) @ point.output.abs())
+            idle = steepness.masked_fill_(on_kink, 0.0) @ weights == 0
         if self.free.shape[1]:
             idle = torch.zeros_like(idle)
         return Outputs(preactivations, errors, bounds, uncertainty, idle)
 
     def is_zero(self, outputs: Outputs) -> bool:
-        """Whether e = 0 up to rounding, and the rounding is small beside the targets: large weights hide all errors."""
+        """Whether e = 0 up to rounding, and the rounding is small relative to the targets.
+
+        The second condition is needed because the rounding errors of large weights hide any error.
+        """
         sizes = self.process_group.sum(torch.stack([outputs.bounds.square().sum(), self.targets.square().sum()]))
         fits = self.process_group.min((outputs.errors.abs() <= outputs.bounds).all().long())
         bounds, targets, fit = fetched(*sizes, fits)
-        return bool(fit) and bounds <= _UNKNOWABLE**2 * targets
+        return bool(fit) and bounds <= _MAX_ROUNDING**2 * targets
 
     def squared_error(self, errors: Tensor) -> float:
         """‖e‖² over all samples."""
         return float(self.process_group.sum(errors.square().sum()))
 
     def rise(self, before: Outputs, after: Outputs) -> tuple[float, float]:
-        """How much larger ‖e‖² is after than before, without the cancellation of two sums, and the rounding in that."""
+        """By how much ‖e‖² rises, computed without cancellation of two sums, and the bound on its rounding error."""
         change = after.errors - before.errors
         doubt = before.bounds + after.bounds
         size = before.errors.abs() + after.errors.abs()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lightning_mnn.landscape.regions.linear_map import FaceMap
 
 
-_SPANNED = 1e-12  # part of an input outside a span, relative to the input, that counts as none
+_SPANNED = 1e-12  # part of an input outside a span, relative to the input, that counts as zero
 
 DEPENDENT_KINKS = 1e-10  # singular values of kinks' inputs, relative to the largest, that count as zero
 
@@ -28,13 +28,13 @@ class FaceSolution:
     """Weights that solve the least-squares problem of a region, or of a face of it.
 
     Attributes:
-        start: the weights it set out from.
+        start: the weights that the solution was started from.
         point: the weights.
         active: the region's pattern, bool (N, d1).
-        kinks: pairs that are held on their kink, bool (N, d1); None: none.
-        outputs: what the weights give.
+        kinks: pairs that are constrained to their kink, bool (N, d1); None: no constraint.
+        outputs: outputs and errors at the weights.
         face: the linear map.
-        solution: how the problem was solved.
+        solution: the least-squares solution and its method.
         forces: g_i = Σ_n e_n A_ni x_n over the samples off unit i's kink, (d1, d0), then Σ_n e_n c_n, flat.
         noise: bounds on the rounding error of the norms of these, (d1 + 1,).
         error: bound on the distance from the flat weights to the exact solution; infinite where unknown.
@@ -72,16 +72,16 @@ class FaceSolution:
 def solve_on_face(
     problem: Problem, start: Point, active: Tensor, kinks: Tensor | None, longest: float = math.inf
 ) -> FaceSolution:
-    """Go to the nearest least-squares solution of the region, on the face where the kinks' pre-activations are zero.
+    """The nearest least-squares solution of the region, on the face where the kinks' pre-activations are zero.
 
-    Rows with z_i = 0 stay, but for being taken to their kinks.
+    Rows with z_i = 0 change only as far as needed to lie on their kinks.
 
     Args:
         problem: the training set.
         start: the weights.
         active: the pattern, bool (N, d1).
-        kinks: (sample, unit) pairs that shall be on their kink, bool (N, d1).
-        longest: ‖W̃* − W̃‖ beyond which the caller does not care.
+        kinks: (sample, unit) pairs that must be on their kink, bool (N, d1).
+        longest: ‖W̃* − W̃‖ beyond which an iterative solution stops.
     """
     live = start.output != 0
     bases = {} if kinks is None else bases_of_kinks(problem, kinks)
@@ -90,7 +90,7 @@ def solve_on_face(
     face = problem.map(active, None if bool(live.all()) else live, bases)
     hidden = start.hidden.clone()
     for unit, basis in bases.items():
-        for _ in range(2):  # the second time for what rounding left
+        for _ in range(2):  # the second pass removes the rounding error of the first
             hidden[unit] -= basis @ (basis.T @ hidden[unit])
         if len(basis) == basis.shape[1]:
             hidden[unit] = 0
@@ -108,7 +108,7 @@ def solve_on_face(
 
 
 def _noise(problem: Problem, coefficients: Tensor, spread: Tensor) -> Tensor:
-    """What errors (N,) of the terms may add up to in each force, (d1 + 1,)."""
+    """Bounds on the error of each force, (d1 + 1,), from errors (N,) of its terms."""
     rows = coefficients.abs().T @ (problem.norms * spread)
     return problem.process_group.sum(torch.cat([rows, (spread @ problem.free.abs()).sum()[None]]))
 
@@ -129,7 +129,7 @@ def bases_of_kinks(problem: Problem, kinks: Tensor) -> dict[int, Tensor]:
 
 
 def _spanned(problem: Problem, kinks: Tensor, bases: dict[int, Tensor]) -> Tensor:
-    """The kinks, with those of samples whose inputs the others' span: their pre-activations are zero as well."""
+    """The kinks, with the samples whose inputs lie in the span of the others: their pre-activations are zero too."""
     kinks = kinks.clone()
     for unit, basis in bases.items():
         beyond = (problem.inputs - problem.inputs @ basis @ basis.T).norm(dim=1)
@@ -142,8 +142,8 @@ def _errors(
 ) -> tuple[float, float]:
     """Bounds on the distances of the flat weights, and of e, from those of an exact solution of the normal equations.
 
-    With F = U S Vᵀ the distances are ‖S⁻¹ Uᵀ e‖ and ‖Uᵀ e‖. Rounding errors of e itself come in as they are, those of
-    the sums Fᵀ e over the smallest singular value.
+    With F = U S Vᵀ the distances are ‖S⁻¹ Uᵀ e‖ and ‖Uᵀ e‖. Rounding errors of e itself count in full, those of the
+    sums Fᵀ e divided by the smallest singular value.
     """
     live = torch.cat([face.live if face.live is not None else summing.new_ones(len(summing) - 1).bool(),
                       summing.new_ones(1).bool()])  # fmt: skip

@@ -310,10 +310,13 @@ def test_distance_decides(seed, exponent):
         ({"output_weights": torch.zeros(4)}, r"output_weights \(d1,\).*got \(3, 2\) and \(4,\)"),
         ({"inputs": torch.full((5, 2), torch.nan)}, "inputs must be finite"),
         ({"targets": torch.ones(5)}, "give threshold=0.5 or threshold=0"),
-        ({"inputs": torch.ones(0, 2), "targets": torch.ones(0)}, "inputs hold no samples"),
+        ({"inputs": torch.ones(0, 2), "targets": torch.ones(0)}, "inputs must have at least one sample"),
         ({"hidden_bias": torch.ones(4)}, r"hidden_bias must have the shape \(3,\) for these weights, got \(4,\)"),
         ({"output_bias": torch.tensor(torch.nan)}, "output_bias must be finite"),
-        ({"hidden_weights": torch.ones(0, 2), "output_weights": torch.ones(0)}, "must hold a unit and an input"),
+        (
+            {"hidden_weights": torch.ones(0, 2), "output_weights": torch.ones(0)},
+            "must have at least one unit and one input",
+        ),
         (
             {"hidden_weights": torch.ones(2, 3, 2), "output_weights": torch.ones(2, 3), "inputs": torch.ones(4, 5, 2)},
             "inputs are for 4 replicas and hidden_weights for 2",
