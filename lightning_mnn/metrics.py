@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 
 
 class MeanClassificationError(Metric):
-    """Fraction of samples that a real-valued output puts on the wrong side of the threshold.
+    """Fraction of samples whose real-valued output is on the wrong side of the threshold.
 
-    A prediction exactly on the threshold is an error (up to rounding: (ŷ − t)(y − t) ≤ 1e-12, for labels at a distance
-    of about 1; for others, relative to the square of their distance). States are sums, so any number of batches and
-    processes gives the same value. Every sample of every replica counts alike.
+    A prediction on the threshold is an error. Up to rounding this means (ŷ − t)(y − t) ≤ 1e-12 for labels at a distance
+    of about 1 from the threshold t; for other labels the bound is relative to the square of their distance. States are
+    sums, so the value does not depend on the number of batches and processes. Samples of all replicas count equally.
 
     Args:
         threshold: 0.5 for labels {0, 1}, 0 for labels ±1.
         **kwargs: arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: (on update) shapes differ, or targets other than the two labels.
+        ValueError: (on update) the shapes differ, or targets are not the two labels.
 
     >>> metric = MeanClassificationError()
     >>> metric(torch.tensor([0.9, 0.5, 0.1, 0.6]), torch.tensor([1.0, 1.0, 0.0, 0.0]))
@@ -46,7 +46,7 @@ class MeanClassificationError(Metric):
         self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, target: Tensor) -> None:
-        """Count a batch.
+        """Add a batch.
 
         Args:
             preds: network outputs ŷ, any shape.
@@ -54,12 +54,12 @@ class MeanClassificationError(Metric):
         """
         if preds.shape != target.shape:
             raise ValueError(
-                f"preds and target must have one shape, got {tuple(preds.shape)} and {tuple(target.shape)}"
+                f"preds and target must have the same shape, got {tuple(preds.shape)} and {tuple(target.shape)}"
             )
         check_labels(target, self.threshold)
         self.wrong += wrong(preds, target, self.threshold).sum()
         self.total += target.numel()
 
     def compute(self) -> Tensor:
-        """The fraction, a scalar; NaN before any sample."""
+        """The fraction, a scalar; NaN before the first sample."""
         return self.wrong / self.total

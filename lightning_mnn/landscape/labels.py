@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 def check_labels(targets: Tensor, threshold: float) -> None:
-    """Check that targets are the two labels of a threshold: {0, 1} at 0.5, ±1 at 0, one on each side of any other.
+    """Check that targets are the two labels of a threshold: {0, 1} for 0.5, ±1 for 0; for others none equals it.
 
     Raises:
-        ValueError: other targets.
+        ValueError: there are other targets.
     """
     if threshold in (0.5, 0.0):
         low = 0.0 if threshold == 0.5 else -1.0
@@ -31,14 +31,14 @@ def check_labels(targets: Tensor, threshold: float) -> None:
         )
 
 
-_AMBIGUITY = 1e-12  # share of a label's squared distance to the threshold that counts as on it, up to rounding
+_MAX_PRODUCT = 1e-12  # (ŷ − threshold)(y − threshold)/s² up to which a prediction counts as on the threshold
 
 
 def infer_threshold(targets: Tensor) -> float | None:
     """The decision threshold of two labels: 0.5 for {0, 1}, 0 for ±1; None for any other targets.
 
     Raises:
-        ValueError: all targets are 1, which fits both.
+        ValueError: all targets are 1, which fits both pairs of labels.
 
     >>> infer_threshold(torch.tensor([0.0, 1.0])), infer_threshold(torch.tensor([-1.0, 1.0]))
     (0.5, 0.0)
@@ -50,7 +50,7 @@ def infer_threshold(targets: Tensor) -> float | None:
 
 
 def fitting_thresholds(targets: Tensor) -> set[float]:
-    """The thresholds whose two labels the targets are among: 0.5 for {0, 1}, 0 for ±1."""
+    """The thresholds whose labels include all targets: 0.5 for {0, 1}, 0 for ±1."""
     one = targets == 1
     return {threshold for threshold, low in ((0.5, 0), (0.0, -1)) if bool((one | (targets == low)).all())}
 
@@ -58,8 +58,8 @@ def fitting_thresholds(targets: Tensor) -> set[float]:
 def wrong(predictions: Tensor, targets: Tensor, threshold: float) -> Tensor:
     """Which samples are misclassified, bool (..., N): (ŷ − threshold)(y − threshold) ≤ 1e-12 s².
 
-    s is the size of the labels: 1 for {0, 1} and ±1; for others, the number next to 1 between their distance to the
-    threshold and twice that. A prediction on the threshold is an error, and so is NaN.
+    s is the scale of the labels: 1 for {0, 1} and ±1; for others, the number nearest to 1 between their distance to the
+    threshold and twice that distance. A prediction on the threshold is an error, and so is NaN.
 
     >>> predictions, targets = torch.tensor([2e-7, 2e-7, 0.0]), torch.tensor([1e-7, -1e-7, 1e-7])
     >>> wrong(predictions, targets, threshold=0.0)
@@ -67,4 +67,4 @@ def wrong(predictions: Tensor, targets: Tensor, threshold: float) -> Tensor:
     """
     half = (targets - threshold).abs()
     size = torch.clamp(torch.ones_like(half), min=half, max=2 * half)
-    return ~((predictions - threshold) / size * ((targets - threshold) / size) > _AMBIGUITY)
+    return ~((predictions - threshold) / size * ((targets - threshold) / size) > _MAX_PRODUCT)

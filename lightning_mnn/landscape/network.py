@@ -1,4 +1,4 @@
-"""Network: the weights of a piecewise-linear network, as the mathematics sees them."""
+"""Network: the weights of a piecewise-linear network."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 def smallest_sines(preactivations: Tensor, sample_norms: Tensor, weight_norms: Tensor) -> Tensor:
-    """Smallest |w_i·x_n| / (‖w_i‖‖x_n‖) over the samples, for each unit: its angle's sine to the nearest kink.
+    """Smallest |w_i·x_n| / (‖w_i‖‖x_n‖) over the samples, for each unit: the sine of its angle to the nearest kink.
 
-    Samples x_n = 0 constrain nothing and are passed over; a row w_i = 0 lies on every kink (0).
+    Samples x_n = 0 constrain no unit and are left out. A row w_i = 0 lies on every kink, so its sine is 0.
 
     Args:
         preactivations: x_n·w_i, (..., N, d1).
@@ -30,7 +30,7 @@ def smallest_sines(preactivations: Tensor, sample_norms: Tensor, weight_norms: T
 
 @dataclass(frozen=True)
 class Network:
-    """The weights of a piecewise-linear network, as mathematics sees them.
+    """The weights of a piecewise-linear network.
 
     ŷ = z · f(W_L f(… f(W_1 x))), with f(u) = u where u > 0 and ρ u elsewhere. With one hidden layer there may be
     biases, ŷ = z · f(W x + b) + b₂: b is the weight of one more input, which is always 1 (see ``rows``, ``augment``).
@@ -40,8 +40,8 @@ class Network:
         output_weights: z, (..., d_L).
         negative_slope: ρ.
         unit_roundoff: half the spacing of floats at 1 in the precision that the weights were trained in.
-        hidden_bias: b, (..., d1); None: no bias there.
-        output_bias: b₂, (...); None: no bias there.
+        hidden_bias: b, (..., d1); None: no hidden bias.
+        output_bias: b₂, (...); None: no output bias.
 
     Raises:
         ValueError: a bias in a network with several hidden layers.
@@ -66,15 +66,15 @@ class Network:
 
     @property
     def rows(self) -> Tensor:
-        """What the units take the inner products of augmented inputs with: rows (w_i, b_i), (..., d1, d0 + 1).
+        """The rows (w_i, b_i) that multiply augmented inputs, (..., d1, d0 + 1).
 
-        Without a hidden bias the first layer's weights themselves, (..., d1, d0).
+        Without a hidden bias they are the first layer's weights, (..., d1, d0).
         """
         weights = self.hidden_weights[0]
         return weights if self.hidden_bias is None else torch.cat([weights, self.hidden_bias[..., None]], dim=-1)
 
     def augment(self, inputs: Tensor) -> Tensor:
-        """Inputs (x_n, 1), (..., N, d0 + 1), where there is a hidden bias; elsewhere the inputs (..., N, d0).
+        """Inputs (x_n, 1), (..., N, d0 + 1), with a hidden bias; otherwise the inputs (..., N, d0).
 
         >>> biased = Network((torch.eye(2),), torch.ones(2), 0.0, hidden_bias=torch.tensor([3.0, 4.0]))
         >>> biased.augment(torch.tensor([[5.0, 6.0]])), biased.rows
@@ -101,7 +101,7 @@ class Network:
 
     @property
     def input_dim(self) -> int:
-        """d0, without the input of ones that a hidden bias stands for."""
+        """d0, without the input of ones for a hidden bias."""
         return self.hidden_weights[0].shape[-1]
 
     @property

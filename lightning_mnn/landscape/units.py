@@ -1,4 +1,4 @@
-"""Units of measure: powers of two, by which numbers are multiplied and divided without rounding."""
+"""Units of measure: powers of two, so that numbers are multiplied and divided by them without rounding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def unit_exponent(largest: float) -> int:
-    """The k for which the largest of some magnitudes lies in [2ᵏ, 2ᵏ⁺¹); 0 where all are zero.
+    """The k with 2ᵏ ≤ largest < 2ᵏ⁺¹ for the largest of some magnitudes; 0 if it is zero.
 
     >>> unit_exponent(6.0), unit_exponent(0.0), 2.0 ** unit_exponent(1e-200) <= 1e-200
     (2, 0, True)
@@ -21,7 +21,7 @@ def unit_exponent(largest: float) -> int:
 
 
 def times_power(values: Tensor, exponent: int) -> Tensor:
-    """Values times 2 to an exponent, in two steps, as 2¹⁰³⁰ is no float.
+    """Values times 2 to an exponent, in two steps, as for example 2¹⁰³⁰ overflows.
 
     >>> times_power(torch.tensor([1e-310], dtype=torch.float64), 1030) > 1
     tensor([True])
@@ -31,7 +31,7 @@ def times_power(values: Tensor, exponent: int) -> Tensor:
 
 
 def row_powers(rows: Tensor) -> Tensor:
-    """The power of two for each row (…, d) whose product with it has its largest entry in [½, 1); 1 for rows of zeros.
+    """The power of two for each row (…, d) that scales its largest entry into [½, 1); 1 for rows of zeros.
 
     >>> row_powers(torch.tensor([[6.0, -1.0], [0.0, 0.0]], dtype=torch.float64))
     tensor([0.1250, 1.0000], dtype=torch.float64)

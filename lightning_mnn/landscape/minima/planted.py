@@ -1,7 +1,7 @@
-"""Planted points: problems made around a point of weight space whose kind is known by construction.
+"""Planted points: problems constructed around a point of weight space whose kind is known.
 
-They are the ground truth that tests of minima are held against. Shapes: N samples, d0 inputs, d1 hidden units; A is the
-matrix of slopes, G e has the rows g_i = Σ_n e_n A_ni x_n, and f(u) = u where u > 0 and ρ u elsewhere.
+They are the ground truth for tests of minima. Shapes: N samples, d0 inputs, d1 hidden units; A is the matrix of slopes,
+G e has the rows g_i = Σ_n e_n A_ni x_n, and f(u) = u where u > 0 and ρ u elsewhere.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-_ATTEMPTS = 40  # draws of a whole problem, before the sizes are held to be at fault
-_CANDIDATES = 64  # directions drawn for each one that is kept
-_COST = 1e3  # roundoffs, relative to the residual, that a planted minimum may carry without a redraw
-_WORST_COST = 1e10  # beyond, the residual cannot be told from rounding
-_LEAST_SINE = 1e-6  # of a pre-activation off its kink
-_LARGEST_RESIDUAL = 10.0  # root mean square, beside multipliers between the margin and 1
-_LEAST_FORCE = 1e-2  # ‖g_i‖ / √(Σ e_n² ‖x_n‖²) of the row that makes a saddle
+_MAX_ATTEMPTS = 40  # draws of a whole problem before the sizes are reported as unsuitable
+_CANDIDATES = 64  # directions drawn for each one that is used
+_COST = 1e3  # unit roundoffs, relative to the residual, that a planted minimum may have without a redraw
+_MAX_COST = 1e10  # above it, rounding hides the residual
+_MIN_SINE = 1e-6  # of a pre-activation off its kink
+_MAX_RESIDUAL = 10.0  # root mean square, where multipliers lie between the margin and 1
+_MIN_FORCE = 1e-2  # ‖g_i‖ / √(Σ e_n² ‖x_n‖²) of the row that makes a saddle
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Planted:
         output_weights: z, float64 (d1,).
         negative_slope: ρ.
         kinks: where w_i·x_n = 0 by construction (in floats a few roundings of ‖w_i‖‖x_n‖), bool (N, d1).
-        wrong_kink: the sample and the first unit whose multiplier is wrong; None but in a planted non-minimum.
+        wrong_kink: the sample and the first unit whose multiplier is wrong; None except in a planted non-minimum.
     """
 
     inputs: Tensor
@@ -59,12 +59,12 @@ class Planted:
 
     @property
     def network(self) -> Network:
-        """The weights as the rest of the package takes them."""
+        """The weights as a :class:`Network`."""
         return Network((self.hidden_weights,), self.output_weights, self.negative_slope)
 
     @property
     def residual(self) -> Tensor:
-        """The residual e = y − ŷ, (N,), where pre-activations on a kink are zero."""
+        """The residual e = y − ŷ, (N,), with exactly zero pre-activations on kinks."""
         preactivations = torch.where(self.kinks, 0.0, self.inputs @ self.hidden_weights.mT)
         outputs = torch.where(preactivations > 0, preactivations, self.negative_slope * preactivations)
         return self.targets - outputs @ self.output_weights
@@ -89,8 +89,9 @@ def planted_minimum(
     """A sub-optimal differentiable local minimum: rows w + u/t, w, …, w and z = (t, −t, 0, …, 0).
 
     Here u = argmin ‖y − diag(a) X u‖ and a are the slopes of w, so that G e = 0 and the error is that of the linear
-    model on diag(a) X, at any width. t is a power of two that leaves each pre-activation of the first row at least half
-    of that of w. Of several w the one is taken whose kinks are farthest, for predictions lose about log10(t) digits.
+    model on diag(a) X, at any width. t is a power of two, large enough that each pre-activation of the first row is at
+    least half of that of w. Predictions lose about log10(t) digits, so of several w the one farthest from its kinks is
+    used.
 
     Args:
         num_samples: N, at least d0 + 2.
@@ -103,10 +104,11 @@ def planted_minimum(
         seed: seed of everything that is drawn.
 
     Returns:
-        The problem, on the device of the inputs or else the targets that were given, or on the CPU.
+        The problem, on the device of the given inputs, else on that of the given targets, else on the CPU.
 
     Raises:
-        ValueError: sizes too small, ρ = 1, inputs or targets of another shape, targets that every pattern tried fits.
+        ValueError: sizes are too small, ρ = 1, inputs or targets have another shape, or every pattern that was tried
+            fits the targets.
 
     >>> planted = planted_minimum(30, 4, 3)
     >>> a = planted.inputs @ planted.hidden_weights[0] > 0  # every unit has this pattern
@@ -117,8 +119,8 @@ def planted_minimum(
     given_inputs = _given("inputs", inputs, (num_samples, input_dim))
     given_targets = _given("targets", targets, (num_samples,))
     rng = np.random.default_rng(seed)
-    best, smallest_cost = None, _WORST_COST
-    for _ in range(_ATTEMPTS):
+    best, smallest_cost = None, _MAX_COST
+    for _ in range(_MAX_ATTEMPTS):
         x = rng.standard_normal((num_samples, input_dim)) if given_inputs is None else given_inputs
         y = _random_labels(rng, num_samples, labels) if given_targets is None else given_targets
         w = _clear_direction(rng, x)
@@ -160,12 +162,13 @@ def planted_kink_minimum(
 ) -> Planted:
     """A sub-optimal local minimum on kinks, with real-valued targets.
 
-    For the samples B_i on the kink of unit i, w_i·x_n = 0, it has multipliers c_in with s_i (c_in + ρ e_n) > 0 >
-    s_i (c_in + e_n), s_i the sign of z_i, and Σ_{n∉B_i} e_n A_ni x_n = Σ_{n∈B_i} c_in x_n. On the kinks they and e_n
-    are drawn; elsewhere e is the solution of these equations nearest to standard normal numbers; then y = ŷ + e.
+    For the samples B_i on the kink of unit i, w_i·x_n = 0, there are multipliers c_in with s_i (c_in + ρ e_n) > 0 >
+    s_i (c_in + e_n), s_i the sign of z_i, and Σ_{n∉B_i} e_n A_ni x_n = Σ_{n∈B_i} c_in x_n. The multipliers, and e_n on
+    the kinks, are drawn at random; elsewhere e is the solution of these equations nearest to standard normal numbers;
+    then y = ŷ + e.
 
-    The units come in groups that share B_i, pattern, multipliers and s_i, about N / 3 d0 groups at most, so that there
-    is such a residual at any width; s_i alternates between groups.
+    The units form groups that share B_i, pattern, multipliers and s_i. There are at most about N / 3 d0 groups, so that
+    such a residual exists at any width; s_i alternates between groups.
 
     Args:
         num_samples: N, at least d0 + 2.
@@ -175,11 +178,11 @@ def planted_kink_minimum(
         kinks_per_unit: |B_i|, less than d0.
         margin: the multipliers s_i (c_in + ρ e_n) and −s_i (c_in + e_n) are uniform between it and 1.
         violated: give one of the multipliers, of one sample and the units of one group, the wrong sign. The point is
-            then no minimum, although it is one of the loss on the face of points with these kinks.
+            then not a minimum, although it minimises the loss on the face of points with these kinks.
         seed: seed of everything that is drawn.
 
     Raises:
-        ValueError: sizes too small, ρ = 1, a margin outside (0, 1), or no such residual in several draws.
+        ValueError: sizes are too small, ρ = 1, the margin is outside (0, 1), or several draws gave no such residual.
 
     >>> planted = planted_kink_minimum(40, 3, 4, kinks_per_unit=2)
     >>> int(planted.kinks.sum()), planted.mse > 0.1
@@ -192,8 +195,8 @@ def planted_kink_minimum(
         raise ValueError(f"margin must lie between 0 and 1, got {margin}")
     rng = np.random.default_rng(seed)
     max_groups = min(width, num_samples // (3 * input_dim))
-    for attempt in range(_ATTEMPTS):
-        num_groups = max(1, max_groups >> (attempt // 8))  # fewer equations, after several draws in vain
+    for attempt in range(_MAX_ATTEMPTS):
+        num_groups = max(1, max_groups >> (attempt // 8))  # fewer equations after several failed draws
         x = rng.standard_normal((num_samples, input_dim))
         kinks = rng.permutation(num_samples)[: num_groups * kinks_per_unit].reshape(num_groups, kinks_per_unit)
         directions = np.stack([_clear_direction(rng, x, on_kink) for on_kink in kinks])
@@ -204,8 +207,8 @@ def planted_kink_minimum(
             multipliers[rng.integers(2)][wrong] *= -1
         slopes = _slopes(x @ directions.T, negative_slope)
         residual = _residual_on_face(rng, x, slopes, kinks, signs[:, None] * multipliers, negative_slope)
-        clear = min(_smallest_sine(x, w, on_kink) for w, on_kink in zip(directions, kinks, strict=True)) >= _LEAST_SINE
-        if residual is not None and clear:
+        smallest_sine = min(_smallest_sine(x, w, on_kink) for w, on_kink in zip(directions, kinks, strict=True))
+        if residual is not None and smallest_sine >= _MIN_SINE:
             break
     else:
         raise ValueError(
@@ -228,8 +231,8 @@ def planted_saddle(
 ) -> Planted:
     """A strict saddle off the kinks where the gradient vanishes: z_i = 0, w_i·g_i = 0 and g_i ≠ 0 for the third unit.
 
-    A planted minimum with labels ±1, in which w_3 is turned until Σ_n e_n f(w_3·x_n) = 0 in another pattern. Moving w_3
-    by s g_3 and z_3 by c s lowers the MSE by (2/N) c s² ‖g_3‖² + O(c² s²).
+    It is a planted minimum with labels ±1, in which w_3 is rotated until Σ_n e_n f(w_3·x_n) = 0 in another pattern. A
+    move of w_3 by s g_3 and of z_3 by c s lowers the MSE by (2/N) c s² ‖g_3‖² + O(c² s²).
 
     Args:
         num_samples: N, at least d0 + 2.
@@ -239,7 +242,7 @@ def planted_saddle(
         seed: seed of everything that is drawn.
 
     Raises:
-        ValueError: sizes too small, ρ = 1, or no saddle found in several draws.
+        ValueError: sizes are too small, ρ = 1, or several draws gave no saddle.
 
     >>> planted = planted_saddle(30, 4, 3)
     >>> active = (planted.inputs @ planted.hidden_weights[2] > 0).double()
@@ -249,8 +252,8 @@ def planted_saddle(
     """
     _check_sizes(num_samples, input_dim, width, negative_slope, smallest_width=3)
     if input_dim < 2:
-        raise ValueError(f"input_dim must be at least 2, got {input_dim}: on a line a row cannot be turned")
-    for start in np.random.SeedSequence(seed).generate_state(_ATTEMPTS):
+        raise ValueError(f"input_dim must be at least 2, got {input_dim}: a row of one number cannot be rotated")
+    for start in np.random.SeedSequence(seed).generate_state(_MAX_ATTEMPTS):
         planted = planted_minimum(num_samples, input_dim, width, negative_slope, labels=(-1.0, 1.0), seed=int(start))
         x, residual = planted.inputs.numpy(), planted.residual.numpy()
         row = _turned_row(np.random.default_rng(start), x, residual, negative_slope)
@@ -264,7 +267,7 @@ def planted_saddle(
 def _check_sizes(num_samples: int, input_dim: int, width: int, negative_slope: float, *, smallest_width: int) -> None:
     if input_dim < 1 or num_samples < input_dim + 2:
         raise ValueError(
-            f"num_samples must be at least input_dim + 2 for an error to remain, and input_dim at least 1: "
+            f"num_samples must be at least input_dim + 2 so that an error remains, and input_dim at least 1: "
             f"got num_samples={num_samples}, input_dim={input_dim}"
         )
     if width < smallest_width:
@@ -277,7 +280,7 @@ def _given(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> Array | 
     if tensor is None:
         return None
     if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} must have the shape {shape} of the sizes given, got {tuple(tensor.shape)}")
+        raise ValueError(f"{name} must have the shape {shape} of the given sizes, got {tuple(tensor.shape)}")
     array: Array = tensor.detach().cpu().double().numpy()
     return array
 
@@ -294,7 +297,7 @@ def _slopes(preactivations: Array, negative_slope: float) -> Array:
 
 
 def _clear_direction(rng: np.random.Generator, inputs: Array, on_kink: NDArray[np.int64] | None = None) -> Array:
-    """A random unit vector w with w·x_n = 0 on the given kinks: of several, the farthest from all other kinks."""
+    """A random unit vector w with w·x_n = 0 on the given kinks: of several draws, the farthest from all other kinks."""
     drawn = rng.standard_normal((_CANDIDATES, inputs.shape[1]))
     if on_kink is not None:
         drawn = _orthogonal(drawn, inputs[on_kink])
@@ -314,7 +317,10 @@ def _smallest_sine(inputs: Array, directions: Array, on_kink: NDArray[np.int64] 
 
 
 def _orthogonal(vectors: Array, normals: Array) -> Array:
-    """Rows without their components along the normals; twice, so that what is left there is rounding of the result."""
+    """Rows without their components along the normals.
+
+    Two passes, so that only the rounding error of the result itself remains.
+    """
     basis = np.linalg.qr(normals.T)[0]
     for _ in range(2):
         vectors = np.asarray(vectors - (vectors @ basis) @ basis.T)
@@ -328,7 +334,7 @@ def _largest_ratio(numerators: Array, denominators: Array) -> float:
 
 
 def _neighbour(rng: np.random.Generator, inputs: Array, direction: Array, on_kink: NDArray[np.int64]) -> Array:
-    """A random row with the kinks and the pattern of a direction, whose other products keep half their size."""
+    """A random row with the kinks and the pattern of a direction; other products keep at least half of their size."""
     step = _orthogonal(rng.standard_normal((1, len(direction))), inputs[on_kink])[0]
     off = np.ones(len(inputs), dtype=bool)
     off[on_kink] = False
@@ -346,10 +352,10 @@ def _residual_on_face(
     multipliers: Array,
     negative_slope: float,
 ) -> Array | None:
-    """A residual e with given multipliers on the kinks; None where e would be large.
+    """A residual e with given multipliers on the kinks; None if e would be large.
 
     Args:
-        rng: where the residual off the kinks is drawn from, before it is corrected.
+        rng: random generator for the residual off the kinks, before it is corrected.
         inputs: X, (N, d0).
         slopes: A of each group, (N, groups).
         kinks: samples on the kink of each group, (groups, k), no sample twice.
@@ -368,19 +374,19 @@ def _residual_on_face(
         sums[i][:, on_kink] = 0.0
         wanted[i] = (-multipliers[1, i] - residual[on_kink]) @ inputs[on_kink]
     equations = sums.reshape(-1, num_samples)
-    for _ in range(2):  # the second time for the rounding of the first
+    for _ in range(2):  # the second pass removes the rounding error of the first
         missing = wanted.reshape(-1) - equations @ residual
         residual[free] += np.linalg.lstsq(equations[:, free], missing)[0]
     missing = wanted.reshape(-1) - equations @ residual
     exact = np.linalg.norm(missing) <= 1e-13 * np.linalg.norm(equations) * np.linalg.norm(residual)
-    moderate = np.linalg.norm(residual[free]) <= _LARGEST_RESIDUAL * math.sqrt(num_samples)
+    moderate = np.linalg.norm(residual[free]) <= _MAX_RESIDUAL * math.sqrt(num_samples)
     return residual if exact and moderate else None
 
 
 def _turned_row(rng: np.random.Generator, inputs: Array, residual: Array, negative_slope: float) -> Array | None:
-    """A unit vector w off the kinks with h(w) = Σ_n e_n f(w·x_n) = 0, but not its gradient g; None if none was found.
+    """A unit vector w off the kinks with h(w) = Σ_n e_n f(w·x_n) = 0 and gradient g ≠ 0; None if none was found.
 
-    Between directions where h < 0 and h > 0 bisection finds the pattern; within it h = w·g is linear.
+    Bisection between directions with h < 0 and h > 0 finds the pattern; inside it h = w·g is linear.
     """
 
     def gradient(rows: Array) -> Array:
@@ -408,10 +414,10 @@ def _turned_row(rng: np.random.Generator, inputs: Array, residual: Array, negati
         rows = rows - force * ((rows * force).sum(axis=1, keepdims=True) / squared)
     scale = float(np.linalg.norm(residual[:, None] * inputs))
     force = gradient(rows)
-    fits = (np.linalg.norm(force, axis=1) >= _LEAST_FORCE * scale) & (np.abs(height(rows)) <= 1e-14 * scale)
+    fits = (np.linalg.norm(force, axis=1) >= _MIN_FORCE * scale) & (np.abs(height(rows)) <= 1e-14 * scale)
     sines = np.where(fits, _smallest_sine(inputs, rows.T), 0.0)
     chosen = int(sines.argmax())
-    return rows[chosen] if sines[chosen] >= _LEAST_SINE else None
+    return rows[chosen] if sines[chosen] >= _MIN_SINE else None
 
 
 def _planted(

@@ -1,14 +1,15 @@
-"""Does a region hold a differentiable local minimum?
+"""Does a region contain a differentiable local minimum?
 
 The minima of a region are the flat weights w̃ of the affine least-squares set S_A = {w̃ : G Gᵀ w̃ = G y} whose rows are
-w̃_i = z_i w_i with w_i in the open cone C_i = {w : σ_ni x_n·w > 0 for all x_n ≠ 0}, where σ_ni is 1 where unit i is
-active on sample n and −1 elsewhere. One exists if and only if no C_i is empty and, for some signs s in {−1, 0, 1}^d1,
-S_A meets Π s_i C_i (0·C = {0}). For given signs that is linear: t* > 0 for t* = max min s_i σ_ni x̂_n·w̃_i over S_A,
-where x̂_n = x_n/‖x_n‖. Over all signs it is a search in which the rows that are not decided yet are free.
+w̃_i = z_i w_i with w_i in the open cone C_i = {w : σ_ni x_n·w > 0 for all x_n ≠ 0}. Here σ_ni is 1 where unit i is
+active on sample n and −1 elsewhere. A minimum exists if and only if no C_i is empty and, for some signs s in
+{−1, 0, 1}^d1, S_A intersects Π s_i C_i (0·C = {0}). For given signs this is a linear problem: the maximum t* of
+min s_i σ_ni x̂_n·w̃_i over S_A, with x̂_n = x_n/‖x_n‖, must be positive. Over all signs it is a branch-and-bound search,
+in which rows without a decided sign are free.
 
-Only s_i = ±1 are branched on. A branch is closed by a dual that bounds t*. Where it shows t* < 0 the closed cones miss
-S_A too, so zeros in place of the branch's signs are closed with it. Where t* = 0, the rows that the dual weighs can
-only be zero, all of them: that leaves one branch.
+Branches decide s_i = ±1 only. A branch is closed by a dual that bounds t*. If the dual shows t* < 0, the closures of
+the cones do not intersect S_A either, so the branches with zeros in place of its signs are closed too. If t* = 0, the
+rows with a positive weight in the dual can only be zero, all of them: one branch remains.
 
 Shapes: N samples, of which N' are not zero, d0 inputs, d1 hidden units, k dimensions of S_A.
 """
@@ -37,29 +38,29 @@ if TYPE_CHECKING:
     Bools = NDArray[np.bool_]
     Signs = NDArray[np.int8]
 
-_CLOSED = 1e-9  # the equations of a dual may be off by this, relative to what it shows
-_OPEN = 1e-7  # a margin beyond this is one; between the two a branch is undecided
-_EXCLUDED = 2 * _CLOSED  # margins min s_i σ_ni x̂_n·w̃_i / ‖w̃‖ beyond this are excluded by closed branches
-_STATIONARY = 1e-10  # ‖G e‖ / (‖G‖_F ‖y‖) of a point that is called a minimum
-_ZERO = 1e-12  # relative size of what is zero but for rounding
-_DOUBT = 1e-10  # relative size of a singular value that is certainly not zero
-_UNEVEN = 1e-10  # length of an input, relative to the longest, from which its part in G is not lost in rounding
+_CLOSED = 1e-9  # largest error of the equations of a dual, relative to the bound that it proves
+_OPEN = 1e-7  # a margin above this counts as positive; between _CLOSED and _OPEN a branch is undecided
+_EXCLUDED = 2 * _CLOSED  # closed branches exclude margins min s_i σ_ni x̂_n·w̃_i / ‖w̃‖ above this
+_STATIONARY = 1e-10  # largest ‖G e‖ / (‖G‖_F ‖y‖) of a minimum
+_ZERO = 1e-12  # relative size up to which a number is zero up to rounding
+_MIN_SINGULAR = 1e-10  # relative size from which a singular value is certainly not zero
+_MIN_LENGTH = 1e-10  # length of an input, relative to the longest, from which its part in G is not lost in rounding
 _LARGEST = 20_000_000  # entries of the largest dense matrix of inequalities, N·d1 × d0·d1
 _EPS = float(np.finfo(np.float64).eps)
-_FREE = 2  # stands for the sign of a row that is not decided
+_FREE = 2  # code for the sign of a row that is not decided
 
 
 @dataclass(frozen=True)
 class ClosedBranch:
     """A dual (λ, μ) of signs that admit no minimum: Σ_n λ_ni s_i σ_ni x̂_n + (G μ)_i = 0 for every row with s_i ≠ 0.
 
-    With ŷ = y − e*, S_A satisfies Σ λ_ni s_i σ_ni x̂_n·w̃_i = −μ·ŷ, whose left side is positive at a minimum with these
-    signs. So −μ·ŷ < 0 shows that none has them, or zeros in their place; and −μ·ŷ = 0 that none has them, nor zeros in
-    their place unless every row with a λ_ni > 0 is zero. If no row has a sign, λ shows instead that a cone is empty:
-    Σ_n λ_ni σ_ni x̂_n = 0.
+    With ŷ = y − e*, S_A satisfies Σ λ_ni s_i σ_ni x̂_n·w̃_i = −μ·ŷ. At a minimum with these signs the left side is
+    positive. Therefore −μ·ŷ < 0 shows that no minimum has these signs, or zeros in their place. And −μ·ŷ = 0 shows that
+    no minimum has these signs, nor zeros in their place unless every row with a λ_ni > 0 is zero. If no row has a
+    sign, λ shows instead that a cone is empty: Σ_n λ_ni σ_ni x̂_n = 0.
 
     Attributes:
-        signs: s_i, 1, −1 or 0; None where the row may be anything.
+        signs: s_i, 1, −1 or 0; None where the row is free.
         multipliers: λ ≥ 0, (N, d1) on the CPU, 0 where s_i is not ±1.
         functional: μ, (N,) on the CPU.
     """
@@ -71,24 +72,25 @@ class ClosedBranch:
 
 @dataclass(frozen=True)
 class Existence:
-    """Whether a region holds a differentiable local minimum.
+    """Whether a region contains a differentiable local minimum.
 
-    The errors are those of every such minimum of the region, known whether or not there is one.
+    ``zero_error``, ``mse`` and ``mce`` are those of every such minimum of the region; they are known even if there is
+    none.
 
     Attributes:
-        exists: True with a point, False with a proof, None where neither was found. A proof speaks of minima whose
-            margin, as defined below, is above ``excluded_margin``; of closer ones floats tell nothing.
-        reason: why, in words.
+        exists: True with a point, False with a proof, None where neither was found. A proof covers minima whose margin,
+            as defined below, is above ``excluded_margin``; floats cannot decide about smaller margins.
+        reason: the reason, in words.
         zero_error: e* = 0 up to rounding: the paper's global minimum.
         mse: ‖e*‖²/N.
         mce: fraction of misclassified samples; None where the targets are not two labels.
-        output_signs: the signs asked for; None if they were free.
+        output_signs: the given signs; None if they were free.
         margin: of the point, min s_i σ_ni x_n·w̃_i / (‖x_n‖‖w̃‖) over the rows with s_i ≠ 0 (1 where there is none).
         hidden_weights: W of the point, (d1, d0), on the device of the region's inputs.
-        output_weights: z of the point, (d1,), there too: |z_i| = ‖w_i‖, or z_i = 0 and ‖w_i‖ = 1.
-        excluded_margin: of absence, 2e-9: no minimum has a larger margin (and where predictions alone rule the zeros of
-            a branch out, none has ‖w̃‖ below 1e9 times the least of S_A).
-        proof: of absence, closed branches that together cover all signs, or those asked for.
+        output_weights: z of the point, (d1,), on the same device: |z_i| = ‖w_i‖, or z_i = 0 and ‖w_i‖ = 1.
+        excluded_margin: for a proof of absence, 2e-9: no minimum has a larger margin. (Where predictions alone exclude
+            the zeros of a branch: no minimum has ‖w̃‖ below 1e9 times the smallest ‖w̃‖ of S_A.)
+        proof: for a proof of absence, closed branches that together cover all signs, or the given ones.
     """
 
     exists: bool | None
@@ -112,19 +114,19 @@ def find_minimum(
     threshold: float | None = None,
     max_nodes: int = 100_000,
 ) -> Existence | list[Existence]:
-    """Find a differentiable local minimum of a region, or a proof that it holds none.
+    """Find a differentiable local minimum of a region, or a proof that it contains none.
 
     In units of the smallest ‖w̃‖ of S_A, a branch is open if a point has margins t > 1e-7, and closed by a dual that
-    shows t* ≤ 1e-9; between, it is undecided. A point found is tested again as it is returned: on the right side of
-    every kink beyond rounding, and ‖G e‖ ≤ 1e-10 ‖G‖_F ‖y‖. Inputs and targets are taken in units of their own size, so
-    that neither scale matters.
+    shows t* ≤ 1e-9; in between it is undecided. A point that is found is tested in the form in which it is returned: it
+    must be on the right side of every kink by more than rounding, with ‖G e‖ ≤ 1e-10 ‖G‖_F ‖y‖. Inputs and targets are
+    scaled by their own size, so the result does not depend on either scale.
 
     Args:
         region: the region, of one network or R.
         targets: y, (..., N).
-        output_signs: the signs of z, (..., d1), as any reals that have them; None if they are free.
+        output_signs: the signs of z, (..., d1), as any real numbers with these signs; None if they are free.
         threshold: decision threshold of the classification error; None infers it from the labels.
-        max_nodes: largest number of branches; beyond, the answer is undecided.
+        max_nodes: largest number of branches; above it the answer is undecided.
 
     Returns:
         The verdict; with a leading replica axis, a list of R.
@@ -168,7 +170,7 @@ def _threshold(targets: Tensor, threshold: float | None) -> float | None:
 
 
 def check_proof(region: Region, targets: Tensor, existence: Existence) -> bool:
-    """Whether a proof of absence holds: each dual is one, and together they cover all signs, or those asked for.
+    """Whether a proof of absence is valid: each dual is correct, and together they cover all signs, or the given ones.
 
     Args:
         region: the region of one network.
@@ -176,16 +178,16 @@ def check_proof(region: Region, targets: Tensor, existence: Existence) -> bool:
         existence: a verdict on it.
     """
     width = region.pattern.active.shape[-1]
-    asked = (_FREE,) * width if existence.output_signs is None else existence.output_signs
-    if existence.exists is not False or not existence.proof or len(asked) != width:
+    given = (_FREE,) * width if existence.output_signs is None else existence.output_signs
+    if existence.exists is not False or not existence.proof or len(given) != width:
         return False
     model = _Model(region, targets)
-    weighed = [model.weigh(branch) for branch in existence.proof]
-    strict, support = np.array([each for each, _ in weighed]), np.array([rows for _, rows in weighed])
+    checked = [model.check_dual(branch) for branch in existence.proof]
+    strict, support = np.array([each for each, _ in checked]), np.array([rows for _, rows in checked])
     if model.doubt or not (strict | support.any(1)).all():
         return False
     signs = np.array([[_FREE if sign is None else sign for sign in branch.signs] for branch in existence.proof])
-    return _covered(np.array(asked), signs, strict, support) > 0
+    return _covered(np.array(given), signs, strict, support) > 0
 
 
 def _find(
@@ -198,14 +200,14 @@ def _find(
     unit = 2.0 ** unit_exponent(float(targets.abs().max())) if model is None else model.target_unit
     scaled = region.residual(targets) / unit if model is None else torch.from_numpy(model.residual).to(targets)
     rounding = 8 * max(num_samples, dim * width) * _EPS * float((targets / unit).norm())
-    asked = None if output_signs is None else output_signs.sign().cpu().numpy().astype(np.int8)
+    given = None if output_signs is None else output_signs.sign().cpu().numpy().astype(np.int8)
     verdict = Existence(
         exists=None,
         reason="undecided",
         zero_error=float(scaled.norm()) <= rounding,
         mse=float(scaled.square().mean()) * unit * unit,
         mce=None if threshold is None else float(wrong(targets - unit * scaled, targets, threshold).double().mean()),
-        output_signs=None if asked is None else tuple(asked.tolist()),
+        output_signs=None if given is None else tuple(given.tolist()),
     )
     if model is None:
         return replace(verdict, reason=f"undecided: too large, N·d0·d1² = {size} is above {_LARGEST}")
@@ -215,12 +217,12 @@ def _find(
         if isinstance(interior, ClosedBranch):
             reason = f"the region is empty: no weights of unit {unit} have its pattern"
             return replace(verdict, exists=False, reason=reason, excluded_margin=_EXCLUDED, proof=(interior,))
-    search = _Search(model, asked)
+    search = _Search(model, given)
     outcome = search.run(max_nodes)
     if isinstance(outcome, str):
         return replace(verdict, reason=f"undecided: {outcome}")
     if outcome is None:
-        signs = "any" if asked is None else "these"
+        signs = "any" if given is None else "these"
         branches = f"{len(search.closed)} branches"
         reason = f"no minimum with {signs} signs and a margin above {_EXCLUDED:.0e}, by a proof of {branches}"
         proof = tuple(search.closed)
@@ -238,33 +240,33 @@ def _find(
 
 @dataclass(frozen=True)
 class _Fit:
-    """S_A with some rows held at zero, w̃ = w̃0 + Z a.
+    """S_A with some rows fixed at zero, w̃ = w̃0 + Z a.
 
     Attributes:
-        gap: what ŷ lacks without these rows, (N,); zero where there is a w̃.
+        gap: the part of ŷ that the other rows cannot fit, (N,); zero if such a w̃ exists.
         point: w̃0, the smallest, (d1, d0).
         directions: Z, orthonormal, (d1, d0, k).
         margins: σ_ni x̂_n·v_i of the columns v of Z and then of w̃0, (d1, N', k + 1).
-        pull: the map c ↦ μ with G μ = −c on the rows kept, (N, d1·d0).
+        functional_map: the map c ↦ μ with G μ = −c on the other rows, (N, d1·d0).
     """
 
     gap: Array
     point: Array
     directions: Array
     margins: Array
-    pull: Array
+    functional_map: Array
 
 
 class _Model:
     """The linear model and the cones of one region, in units of the smallest ‖w̃‖ of S_A.
 
-    Inputs and targets are in units of their own (``input_unit``, ``target_unit``), and so are points (``weight_unit``,
-    of W and of z).
+    Inputs and targets have their own units (``input_unit``, ``target_unit``), and so have points (``weight_unit``, for
+    both W and z).
     """
 
     def __init__(self, region: Region, targets: Tensor) -> None:
         of_inputs, of_targets = (unit_exponent(float(part.detach().abs().max())) for part in (region.inputs, targets))
-        of_targets += (of_targets - of_inputs) % 2  # so that the root of their ratio is a power of two
+        of_targets += (of_targets - of_inputs) % 2  # the square root of their ratio must be a power of two
         self.input_unit, self.target_unit = 2.0**of_inputs, 2.0**of_targets
         self.weight_unit = 2.0 ** ((of_targets - of_inputs) // 2)
         inputs = region.inputs.detach() / self.input_unit
@@ -278,7 +280,7 @@ class _Model:
         self.facets: Array = self.sides[self.used].T[:, :, None] * directions  # σ_ni x̂_n, (d1, N', d0)
         smallest = self.lengths[(self.inputs != 0).any(1)].min(initial=np.inf) / (self.lengths.max() or 1)
         self.doubt: str | None = None
-        if smallest < _UNEVEN:
+        if smallest < _MIN_LENGTH:
             self.doubt = f"an input is {smallest:.1e} times as long as the longest"
         self.fits: dict[bytes, _Fit] = {}
         left, values, _, rank = self._decompose(self.features)
@@ -286,7 +288,7 @@ class _Model:
         coordinates = left.T @ self.targets
         residual = self.targets - left @ coordinates
         self.residual: Array = residual - left @ (left.T @ residual)
-        if rank and values[-1] < _DOUBT * values[0]:
+        if rank and values[-1] < _MIN_SINGULAR * values[0]:
             self.doubt = f"the rank is in doubt: a singular value is {values[-1] / values[0]:.1e} of the largest"
         size, length = float(np.linalg.norm(coordinates)), float(np.linalg.norm(self.targets))
         if size <= _ZERO * length:
@@ -304,7 +306,7 @@ class _Model:
         return left, values, right, rank
 
     def _interior(self, unit: int) -> Array | ClosedBranch:
-        """A point of a unit's cone with margins at least 1, or the proof that the cone is empty."""
+        """A point of a unit's cone with margins of at least 1, or the proof that the cone is empty."""
         if not self.used.any():
             return np.ones(self.inputs.shape[1])
         everywhere = np.zeros(self.facets.shape[:2])
@@ -315,16 +317,16 @@ class _Model:
                 return point / smallest
             everywhere[unit] = multipliers
             branch = self.branch(nothing, everywhere, np.zeros(len(self.targets)))
-            if self.weigh(branch)[0]:
+            if self.check_dual(branch)[0]:
                 return branch
         self.doubt = f"whether unit {unit} can have its pattern is in doubt"
         return point
 
-    def fit(self, kept: Bools) -> _Fit:
-        """S_A with the rows that are not kept held at zero."""
-        key = kept.tobytes()
+    def fit(self, nonzero: Bools) -> _Fit:
+        """S_A with the other rows fixed at zero."""
+        key = nonzero.tobytes()
         if key not in self.fits:
-            columns = np.repeat(kept, self.inputs.shape[1])
+            columns = np.repeat(nonzero, self.inputs.shape[1])
             left, values, right, rank = self._decompose(self.features[:, columns])
             left, values = left[:, :rank], values[:rank]
             coordinates = left.T @ self.prediction
@@ -335,9 +337,9 @@ class _Model:
             basis = np.zeros((columns.size, right.shape[0] - rank + 1))
             basis[columns] = np.column_stack([right[rank:].T, right[:rank].T @ (coordinates / values)])
             basis = basis.reshape(*self.facets.shape[::2], -1)
-            pull = np.zeros((len(gap), columns.size))
-            pull[:, columns] = -(left / values) @ right[:rank]
-            self.fits[key] = _Fit(gap, basis[..., -1], basis[..., :-1], self.facets @ basis, pull)
+            functional_map = np.zeros((len(gap), columns.size))
+            functional_map[:, columns] = -(left / values) @ right[:rank]
+            self.fits[key] = _Fit(gap, basis[..., -1], basis[..., :-1], self.facets @ basis, functional_map)
         return self.fits[key]
 
     def margins(self, flat: Array) -> Array:
@@ -345,14 +347,19 @@ class _Model:
         return (self.facets @ flat[:, :, None])[..., 0]
 
     def branch(self, signs: Signs, multipliers: Array, functional: Array) -> ClosedBranch:
-        """A closed branch, if the dual is one, from multipliers (d1, N')."""
+        """A branch with a dual from multipliers (d1, N'); it is closed if :meth:`check_dual` confirms the dual."""
         spread = np.zeros(self.slopes.shape)
         spread[self.used] = multipliers.T
         named = tuple(None if sign == _FREE else int(sign) for sign in signs)
         return ClosedBranch(named, torch.from_numpy(spread), torch.from_numpy(functional / self.input_unit))
 
-    def weigh(self, branch: ClosedBranch) -> tuple[bool, Bools]:
-        """What a dual shows: whether no minimum has its signs or zeros, and for which rows none has the sign itself."""
+    def check_dual(self, branch: ClosedBranch) -> tuple[bool, Bools]:
+        """What a dual proves, tested up to rounding.
+
+        Returns:
+            Whether no minimum has the branch's signs, even with zeros in their place; and the rows that rule out the
+            signs as long as one of these rows is not zero.
+        """
         multipliers, functional = branch.multipliers.cpu().numpy(), branch.functional.cpu().numpy() * self.input_unit
         signs = np.array([_FREE if sign is None else sign for sign in branch.signs])
         nothing = np.zeros(len(self.facets), dtype=bool)
@@ -399,7 +406,7 @@ class _Search:
         self.settled: Bools = np.isin(np.arange(width), [unit for units in self.groups for unit in units])
 
     def run(self, max_nodes: int) -> tuple[Array, Array, float] | str | None:
-        """A minimum (W, z, margin); None if the closed branches prove that there is none; or what is undecided."""
+        """A minimum (W, z, margin); None if the closed branches prove that there is none; or why it is undecided."""
         stack, nodes, undecided = [self.root], 0, 0
         while stack:
             if nodes == max_nodes:
@@ -409,7 +416,7 @@ class _Search:
             outcome = self.relax(signs)
             if isinstance(outcome, ClosedBranch):
                 self.closed.append(outcome)
-                strict, support = self.model.weigh(outcome)
+                strict, support = self.model.check_dual(outcome)
                 if not (strict or self.given):
                     stack.append(np.where(support, 0, signs).astype(np.int8))
                 continue
@@ -423,23 +430,23 @@ class _Search:
         return f"t* = 0 is in doubt in {undecided} branches" if undecided else None
 
     def relax(self, signs: Signs) -> Array | ClosedBranch | None:
-        """A point of S_A in the cones of the decided rows, the others free, or the dual; None if undecided."""
+        """A point of S_A with the decided rows in their cones and the others free, or the dual; None if undecided."""
         model, fit, decided = self.model, self.model.fit(signs != 0), np.abs(signs) == 1
         weights: Array = np.zeros(model.facets.shape[:2])
         if fit.gap.any():
             branch = model.branch(signs, weights, fit.gap)
-            return branch if model.weigh(branch)[0] else None
-        # w̃ = w̃0 + Z a is made a cone by a factor of w̃0, the last coordinate, that must be positive.
+            return branch if model.check_dual(branch)[0] else None
+        # The set w̃0 + Z a becomes a cone with a factor of w̃0 as the last coordinate, which must be positive.
         last = np.eye(fit.margins.shape[2])[-1:]
         rows = (signs[decided, None, None] * fit.margins[decided]).reshape(-1, last.size)
         for point, multipliers in alternatives(np.concatenate([last, rows])):
-            least = max(_OPEN * point[-1], _ZERO * np.linalg.norm(point))  # beyond the rounding of the rows, too
-            if point[-1] > 0 and (rows @ point > least).all():
+            smallest = max(_OPEN * point[-1], _ZERO * np.linalg.norm(point))  # also above the rounding of the rows
+            if point[-1] > 0 and (rows @ point > smallest).all():
                 return np.asarray(fit.point + fit.directions @ (point[:-1] / point[-1]))
             weights[decided] = multipliers[1:].reshape(-1, weights.shape[1])
             pulls = np.where(decided, signs, 0)[:, None] * (weights[:, None, :] @ model.facets)[:, 0]
-            branch = model.branch(signs, weights, fit.pull @ pulls.ravel())
-            strict, support = model.weigh(branch)
+            branch = model.branch(signs, weights, fit.functional_map @ pulls.ravel())
+            strict, support = model.check_dual(branch)
             if strict or support.any():
                 return branch
         return None
@@ -457,7 +464,7 @@ class _Search:
         return [np.where(np.arange(len(signs)) == row, sign, signs).astype(np.int8) for sign in (-better, better)]
 
     def point(self, signs: Signs, flat: Array) -> tuple[Array, Array, float] | None:
-        """W, z and the margin from flat weights whose rows lie in their cones or are zero, if that is a minimum."""
+        """W, z and the margin from flat weights with rows in their cones or zero, if they are a minimum."""
         model, interiors = self.model, np.array(self.model.interiors)
         sides = np.where(model.margins(flat).min(1, initial=1) > 0, 1, -1) * (np.linalg.norm(flat, axis=1) > _ZERO)
         signs = np.where((signs == _FREE) & ~self.settled, sides, signs).astype(np.int8)
@@ -481,15 +488,19 @@ class _Search:
 
 
 def _covered(assigned: NDArray[np.int_], signs: NDArray[np.int_], strict: Bools, support: Bools) -> int:
-    """Whether closed branches cover all signs that agree with those assigned: 2 by strict ones alone, 1, or 0 if not.
+    """Whether closed branches cover all signs that agree with the assigned ones.
 
-    A strict branch covers zeros in place of its signs, another one only while a row of its support is not zero.
+    A strict branch also covers zeros in place of its signs. Other branches do so only if a row of their support is not
+    zero.
+
+    Returns:
+        2 if strict branches alone cover all, 1 if all branches together do, 0 if not.
     """
     known, free = assigned != _FREE, signs == _FREE
     fits = free | (assigned == signs) | ((assigned == 0) & (signs != 0))
-    held = support & (assigned != 0)
-    possible = (fits | ~known).all(1) & (strict | held.any(1))
-    certain = (fits & (known | free)).all(1) & (strict | (held & known).any(1))
+    nonzero = support & (assigned != 0)
+    possible = (fits | ~known).all(1) & (strict | nonzero.any(1))
+    certain = (fits & (known | free)).all(1) & (strict | (nonzero & known).any(1))
     if certain.any():
         return 2 if (certain & strict).any() else 1
     counts = (~free & ~known)[possible].sum(0)

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def alternatives(rows: Array) -> Iterator[tuple[Array, Array]]:
-    """Candidates (w, λ), of which either rows·w > 0 or λᵀ rows = 0 with λ ≥ 0, λ ≠ 0: the caller checks which holds.
+    """Candidates (w, λ): either rows·w > 0, or λᵀ rows = 0 with λ ≥ 0, λ ≠ 0. The caller checks which one is true.
 
-    The first minimises ‖λᵀ rows‖² + (Σ λ − 1)² over λ ≥ 0. If its w = λᵀ rows is not zero, it is the point with the
-    largest margin (rows·w)/‖w‖. That takes a tenth of the time of a linear program, which comes second, for when the
-    first fails its check.
+    The first candidate minimises ‖λᵀ rows‖² + (Σ λ − 1)² over λ ≥ 0. If its w = λᵀ rows is not zero, it is the point
+    with the largest margin (rows·w)/‖w‖. It costs a tenth of the time of a linear program. The linear program gives the
+    second candidate, for the case that the first fails the caller's check.
 
     Args:
         rows: (N, d).

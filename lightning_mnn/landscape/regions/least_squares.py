@@ -1,4 +1,4 @@
-"""Least squares on a region or on a face of it: the smallest θ whose predictions come nearest to a right-hand side."""
+"""Least squares on a region or on a face of it: the smallest θ whose predictions are nearest to a right-hand side."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from lightning_mnn.landscape.regions.linear_map import FaceMap
 
 GRAM_LIMIT = 6000  # the largest Gram matrix that is formed: 0.3 GB, a second or two to factor
-_DECOMPOSED = 2e9  # operations, about a second of one core, up to which a deficient matrix itself is decomposed
+_MAX_OPERATIONS = 2e9  # about a second of one core: limit for the decomposition of a deficient matrix itself
 _ZERO = 1e-11  # singular values, relative to the largest, that are dropped: their solutions would be rounding errors
 _REFINEMENTS = 3
 _EPS = torch.finfo(torch.float64).eps
-_ROUNDED = 10 * _EPS  # of the matrix before projection, what rounding leaves where nothing should be left
+_ROUNDED = 10 * _EPS  # rounding error left by projection, relative to the matrix before it
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Solution:
     """A least-squares solution.
 
     Attributes:
-        theta: the smallest θ on the face that minimises ‖b − F θ‖; of an unfinished iteration the last one.
-        smallest: a lower bound on the smallest non-zero singular value of F on the face, as far as floats tell zero;
-            of conjugate gradients a tenth of an estimate; None where it is not known.
-        onto: whether F is known to reach every right-hand side: rank N.
-        method: what found it, in words.
-        finished: whether it was found, and not only approached.
-        too_long: whether the iteration was stopped as θ was seen to be longer than the caller cares for.
+        theta: the smallest θ on the face that minimises ‖b − F θ‖; the last iterate if an iteration did not converge.
+        smallest: a lower bound on the smallest non-zero singular value of F on the face, zero being decided up to
+            rounding; a tenth of an estimate for conjugate gradients; None where it is not known.
+        onto: whether F is known to be surjective: rank N.
+        method: the method, in words.
+        finished: whether the method converged.
+        too_long: whether the iteration was stopped because θ became longer than ``longest``.
     """
 
     theta: Tensor
@@ -49,17 +49,17 @@ class Solution:
 def solve(face: FaceMap, rhs: Tensor, longest: float = float("inf"), max_iterations: int = 150) -> Solution:
     """The smallest least-squares solution of F θ = b on a face.
 
-    The Gram matrix of the smaller side, at most 6,000 wide, is factored by Cholesky where it is definite, with
-    refinement on the matrix itself. Otherwise the singular values of a matrix of moderate size decide; those of a
-    larger one are read off its Gram matrix, where they are invisible under about 1e-7 of the largest and are dropped.
-    Larger problems go to conjugate gradients on the normal equations, whose iterates never get shorter: one that is too
-    long ends the search.
+    The Gram matrix of the smaller side, at most 6,000 wide, is factored by Cholesky if it is definite, with refinement
+    on the matrix itself. Otherwise a matrix of moderate size is solved by its singular values. For a larger one they
+    are computed from the Gram matrix, and those below about 1e-7 of the largest, which it cannot resolve, are dropped.
+    Still larger problems are solved by conjugate gradients on the normal equations. Their iterates never get shorter,
+    so an iterate that is too long ends the iteration.
 
     Args:
-        face: the linear map F; of several processes, each with its samples.
-        rhs: b, (N,), of this process's samples.
+        face: the linear map F; with several processes, each has its own samples.
+        rhs: b, (N,), for this process's samples.
         longest: stop an iteration whose θ is longer than this.
-        max_iterations: of conjugate gradients.
+        max_iterations: largest number of iterations of conjugate gradients.
     """
     dual = face.process_group.size == 1 and face.num_samples <= face.num_parameters
     if (face.num_samples if dual else face.num_parameters) > GRAM_LIMIT:
@@ -69,7 +69,7 @@ def solve(face: FaceMap, rhs: Tensor, longest: float = float("inf"), max_iterati
     if solution is not None:
         return solution
     operations = face.num_samples * face.num_parameters * len(matrix)
-    if face.process_group.size == 1 and operations <= _DECOMPOSED:
+    if face.process_group.size == 1 and operations <= _MAX_OPERATIONS:
         return _by_singular_values(face, rhs)
     return _by_eigenvalues(face, matrix, rhs, dual=dual)
 
@@ -83,13 +83,13 @@ def _apply(face: FaceMap, factor: Tensor, residual: Tensor, *, dual: bool) -> Te
 
 def _by_cholesky(face: FaceMap, matrix: Tensor, rhs: Tensor, *, dual: bool) -> Solution | None:
     factor, info = torch.linalg.cholesky_ex(matrix)
-    least = _smallest_eigenvalue(matrix, factor, info, _ROUNDED * face.size**2)
-    if least is None:
+    smallest = _smallest_eigenvalue(matrix, factor, info, _ROUNDED * face.size**2)
+    if smallest is None:
         return None
     theta = _apply(face, factor, rhs, dual=dual)
     for _ in range(_REFINEMENTS):
         theta = theta + _apply(face, factor, rhs - face.predict(theta), dual=dual)
-    return Solution(theta, least**0.5, onto=dual, method="Cholesky factor of the Gram matrix")
+    return Solution(theta, smallest**0.5, onto=dual, method="Cholesky factor of the Gram matrix")
 
 
 def _smallest_eigenvalue(matrix: Tensor, factor: Tensor, info: Tensor, floor: float) -> float | None:
@@ -100,8 +100,8 @@ def _smallest_eigenvalue(matrix: Tensor, factor: Tensor, info: Tensor, floor: fl
     Args:
         matrix: a positive definite matrix.
         factor: its Cholesky factor.
-        info: whether there is a first factor at all; read with the estimate, so that a GPU is waited for once.
-        floor: the rounding that is in the matrix at least.
+        info: whether the factorisation failed; read together with the estimate, so that the host waits for a GPU once.
+        floor: a lower bound on the rounding errors of the matrix.
     """
     vector = torch.linspace(1, 2, len(matrix), dtype=matrix.dtype, device=matrix.device).sin()[:, None]
     for _ in range(6):
@@ -151,10 +151,10 @@ def _by_singular_values(face: FaceMap, rhs: Tensor) -> Solution:
 
 
 def _iterate(face: FaceMap, rhs: Tensor, longest: float, max_iterations: int) -> Solution:
-    """Conjugate gradients on the normal equations (CGLS), started again once from its own end to shed rounding errors.
+    """Conjugate gradients on the normal equations (CGLS), restarted once from its result to remove rounding errors.
 
-    Only sums over samples pass between processes. The iterates' lengths never fall (Steihaug 1983), and the Ritz values
-    of the coefficients estimate the smallest singular value from above.
+    Processes exchange only sums over samples. The lengths of the iterates never decrease (Steihaug 1983), and the Ritz
+    values of the coefficients estimate the smallest singular value from above.
     """
     theta = torch.zeros_like(face.correlate(rhs))
     spent, ritz = 0, float("inf")

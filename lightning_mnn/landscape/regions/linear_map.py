@@ -28,7 +28,7 @@ class FaceMap:
         free: columns c whose coefficients b no kink depends on, float64 (N, f); an output bias is one of ones.
         live: units whose rows may move, bool (d1,); None: all.
         bases: unit → orthonormal columns (d0, b) that its row is orthogonal to.
-        process_group: the processes that hold the other samples.
+        process_group: the processes that have the other samples.
     """
 
     inputs: Tensor
@@ -55,12 +55,12 @@ class FaceMap:
 
     @cached_property
     def size(self) -> float:
-        """Frobenius norm of the matrix before projection: what rounding in it is relative to."""
+        """Frobenius norm of the matrix before projection: its rounding errors are relative to this."""
         squares = (self.slopes.norm(dim=1) * self.inputs.norm(dim=1)).square().sum() + self.free.square().sum()
         return math.sqrt(float(self.process_group.sum(squares)))
 
     def predict(self, theta: Tensor) -> Tensor:
-        """Predictions (N,) for parameters θ, as they are: two products of matrices, none of them large."""
+        """Predictions (N,) for parameters θ, without projection: two products of moderate matrices."""
         rows = theta[: self.num_parameters - self.free.shape[1]].reshape(self.shape)
         outputs = (self.slopes * (self.inputs @ rows.T)).sum(1)
         return outputs + self.free @ theta[rows.numel() :] if self.free.shape[1] else outputs
@@ -79,14 +79,14 @@ class FaceMap:
         if self.live is not None:
             rows[..., ~self.live, :] = 0
         for unit, basis in self.bases.items():
-            for _ in range(2):  # the second time for what rounding left
+            for _ in range(2):  # the second pass removes the rounding error of the first
                 rows[..., unit, :] -= rows[..., unit, :] @ basis @ basis.T
             if len(basis) == basis.shape[1]:
                 rows[..., unit, :] = 0
         return theta
 
     def gram(self) -> Tensor:
-        """N × N products of the samples' features on the face; the samples must all be here."""
+        """N × N products of the samples' features on the face; this process must have all samples."""
         slopes = self.slopes if self.live is None else self.slopes[:, self.live]
         gram = (slopes @ slopes.T).mul_(self.inputs @ self.inputs.T)
         for unit, basis in self.bases.items():
@@ -100,8 +100,8 @@ class FaceMap:
     def normal_matrix(self) -> Tensor:
         """Products of the parameters' features on the face, (d1·d0 + f)², summed over all samples.
 
-        On what the face forbids it is a multiple of the identity, so that it is definite when the face's map is
-        injective, and its inverse keeps vectors of the face on it.
+        On the orthogonal complement of the face it is a multiple of the identity. So it is definite if the map is
+        injective on the face, and its inverse maps vectors of the face to vectors of the face.
         """
         size = self.num_parameters
         total = self.inputs.new_zeros(size, size)

@@ -1,7 +1,7 @@
-"""Rank of the matrix (A∘X)ᵀ of a region, as its singular values decide it, without that matrix.
+"""Rank of the matrix (A∘X)ᵀ of a region, by its singular values, computed without forming the matrix.
 
 Shapes: N samples, d0 inputs, d1 hidden units; n = min(N, d0·d1) is the shorter side of the matrix and m the longer one.
-B stands for the matrix with the shorter side as its n rows; it is only ever seen in chunks of columns. K = B Bᵀ.
+B is the matrix with the shorter side as its n rows; only chunks of its columns are formed. K = B Bᵀ.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ if TYPE_CHECKING:
 def khatri_rao_rank(inputs: Tensor, slopes: Tensor) -> int:
     """Number of singular values of F = (A∘X)ᵀ, rows a_n ⊗ x_n, above max(N, d0·d1) · eps · σ_max.
 
-    Squared singular values are the eigenvalues of K, which rounding hides below √eps of the largest. So rows S that K
-    shows to be independent are counted and eliminated, B_R − W B_S for the other rows R; what is left is computed from
-    B itself, is orthogonal to B_S and much smaller, and its own K resolves it as much further. This repeats until
-    nothing above the threshold is left, or until K resolves the threshold.
+    Squared singular values are the eigenvalues of K, where rounding hides singular values below √eps of the largest.
+    Therefore rows S that K shows to be independent are counted and eliminated: the other rows R become B_R − W B_S. The
+    remainder is computed from B itself. It is orthogonal to B_S and much smaller, and its own K resolves singular
+    values that are smaller by the same factor. This repeats until nothing above the threshold is left, or until K
+    resolves the threshold.
 
     Args:
         inputs: X, float64 (N, d0).
         slopes: A, float64 (N, d1).
 
     Returns:
-        What ``torch.linalg.matrix_rank`` says of the dense matrix, in memory for less than six n × n matrices. It takes
-        O(n³) operations beyond those of K when the rank r is n, and otherwise O(n³ + (n − r) r m) when other singular
-        values are zero, or O(n³ + (n − r) n m).
+        The result of ``torch.linalg.matrix_rank`` on the dense matrix, in memory for less than six n × n matrices. The
+        number of operations, beyond those to form K, is O(n³) if the rank r is n. Otherwise it is
+        O(n³ + (n − r) r m) if the other singular values are zero, and O(n³ + (n − r) n m) if not.
 
     Raises:
-        ValueError: an input or a slope is infinite or not a number.
+        ValueError: an input or a slope is infinite or NaN.
 
     >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]], dtype=torch.float64)
     >>> a = torch.tensor([[1.0], [1.0], [0.0]], dtype=torch.float64)
@@ -51,7 +52,7 @@ def khatri_rao_rank(inputs: Tensor, slopes: Tensor) -> int:
     if trace == 0:
         return 0
     share = max(len(x), x.shape[1] * a.shape[1]) * eps
-    # Cholesky's factor of K less what rounding in K and in the factor can add exists: every eigenvalue is large enough.
+    # If K, less all rounding errors of K and the factor, has a Cholesky factor, every eigenvalue is large enough.
     margin = ((len(x) + x.shape[1] + a.shape[1] + 4) * eps + share**2) * trace
     diagonal = gram.diagonal().clone()
     gram.diagonal().sub_(margin)
@@ -62,7 +63,7 @@ def khatri_rao_rank(inputs: Tensor, slopes: Tensor) -> int:
 
 
 class _Elimination(NamedTuple):
-    """Rows `chosen` taken out of the others, B_rest − weights · B_chosen, where `basis`ᵀ B, if given, stands for B."""
+    """Elimination of the rows `chosen` from the others: B_rest − weights · B_chosen; with a `basis`, of `basis`ᵀ B."""
 
     chosen: Tensor
     rest: Tensor
@@ -70,7 +71,7 @@ class _Elimination(NamedTuple):
     basis: Tensor | None = None
 
     def split(self, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """The chosen rows of columns (n, ...) of B, and what is left of the others."""
+        """The chosen rows of columns (n, ...) of B, and the remainder of the other rows."""
         if self.basis is not None:
             columns = self.basis.T @ columns
         chosen = columns[self.chosen]
@@ -91,7 +92,7 @@ def _count_by_elimination(x: Tensor, a: Tensor, gram: Tensor, threshold: float) 
         gram = _gram(x, a, done)
     if trace <= threshold:
         return rank
-    # The small eigenvalues λ of K are those of the pencil Z K Zᵀ − λ Z Zᵀ, Z B being the rest: their inertia.
+    # With Z B the remainder, the small eigenvalues λ of K are those of the pencil Z K Zᵀ − λ Z Zᵀ: use its inertia.
     eye = torch.eye(size, dtype=gram.dtype, device=gram.device)
     for n in range(0, size, _CHUNK):
         weights = _rest(eye[:, n : n + _CHUNK], done)
@@ -109,7 +110,7 @@ def _eliminate(gram: Tensor, tolerance: float) -> tuple[_Elimination, Tensor]:
     if _largest_eigenvalue(partial(_solve, chosen), order[:count], 4) <= _GROWTH / tolerance:
         weights = torch.linalg.solve_triangular(chosen, factor[count:], upper=False, left=False)
         return _Elimination(order[:count], order[count:], weights), chosen
-    # Pivots hide an eigenvalue far below them, which is rare: eigenvectors take the place of rows.
+    # Rare: an eigenvalue is far below the pivots. Use eigenvectors instead of rows.
     gram.diagonal().copy_(diagonal)  # dpstrf leaves the triangle below it as it was
     values, basis = torch.linalg.eigh(gram)
     order, count = torch.arange(len(gram), device=gram.device), int((values <= tolerance).sum())
@@ -118,7 +119,7 @@ def _eliminate(gram: Tensor, tolerance: float) -> tuple[_Elimination, Tensor]:
 
 
 def _refine(x: Tensor, a: Tensor, done: list[_Elimination], step: _Elimination, factor: Tensor) -> None:
-    """Take out once more what rounding left of the chosen rows in the rest."""
+    """Eliminate the chosen rows from the rest a second time, to remove the rounding error of the first."""
     overlap = torch.zeros_like(step.weights)
     for chunk in _chunks(x, a):
         chosen, rest = step.split(_rest(chunk, done))
@@ -134,19 +135,19 @@ def _solve(factor: Tensor, right: Tensor) -> Tensor:
 
 
 def _rest(columns: Tensor, eliminations: list[_Elimination]) -> Tensor:
-    """What eliminations leave of columns (n, ...) of B."""
+    """The remainder of columns (n, ...) of B after eliminations."""
     for step in eliminations:
         _, columns = step.split(columns)
     return columns
 
 
 def _energy(x: Tensor, a: Tensor, eliminations: list[_Elimination]) -> float:
-    """Sum of squares of what eliminations leave: no singular value of B that they did not count is larger."""
+    """Sum of squares of the remainder after eliminations: an upper bound on the squared singular values not counted."""
     return sum(float(torch.linalg.vector_norm(_rest(chunk, eliminations))) ** 2 for chunk in _chunks(x, a))
 
 
 def _chunks(x: Tensor, a: Tensor) -> Iterator[Tensor]:
-    """B by chunks of its columns: of some products of a unit and an input, or of some samples."""
+    """B in chunks of its columns, which are products of a unit and an input, or samples."""
     (size, width), units = x.shape, a.shape[1]
     if size <= width * units:
         step = max(1, _CHUNK // width)
@@ -158,7 +159,7 @@ def _chunks(x: Tensor, a: Tensor) -> Iterator[Tensor]:
 
 
 def _gram(x: Tensor, a: Tensor, eliminations: list[_Elimination]) -> Tensor:
-    """K of what eliminations leave."""
+    """K of the remainder after eliminations."""
     if not eliminations and len(x) <= x.shape[1] * a.shape[1]:
         return (a @ a.T).mul_(x @ x.T)
     size = len(eliminations[-1].rest) if eliminations else x.shape[1] * a.shape[1]
@@ -170,7 +171,7 @@ def _gram(x: Tensor, a: Tensor, eliminations: list[_Elimination]) -> Tensor:
 
 
 def _largest_eigenvalue(matrix: Callable[[Tensor], Tensor], like: Tensor, rounds: int) -> float:
-    """Largest eigenvalue of a positive semi-definite matrix, roughly and from below, by powers on a random vector."""
+    """A rough lower estimate of the largest eigenvalue of a positive semi-definite matrix, by power iteration."""
     vector = torch.randn(len(like), 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like.device)
     for _ in range(rounds):
         vector = matrix(vector / torch.linalg.vector_norm(vector))
@@ -178,16 +179,16 @@ def _largest_eigenvalue(matrix: Callable[[Tensor], Tensor], like: Tensor, rounds
 
 
 def _scaled(values: Tensor, name: str) -> Tensor:
-    """Values times the power of two, exact, that keeps their products and squares within range."""
+    """Values times a power of two, without rounding, so that their products and squares do not overflow."""
     values = values.detach()
     largest = float(values.abs().max()) if values.numel() else 0.0
     if not math.isfinite(largest):
-        raise ValueError(f"{name} hold {largest}: they must be finite")
+        raise ValueError(f"{name} must be finite, got {largest}")
     return values * math.ldexp(1.0, -max(math.frexp(largest)[1], -1000))
 
 
 _CHUNK = 512
-_SPLIT = 1e-9  # K shows eigenvalues this share of its largest to three digits or more
-_RESOLUTION = 1e12  # K resolves the threshold when its trace is at most this multiple of it
-_CLEARANCE = 1e6  # a pivot must stand this clear of the threshold: the singular value that it shows may be smaller
-_GROWTH = 1e3  # least pivot over least eigenvalue: under 30 in random regions
+_SPLIT = 1e-9  # K gives eigenvalues of at least this fraction of its largest to three digits or more
+_RESOLUTION = 1e12  # K resolves the threshold if its trace is at most this multiple of it
+_CLEARANCE = 1e6  # a pivot must exceed the threshold by this factor: the squared singular value may be smaller
+_GROWTH = 1e3  # largest ratio of smallest pivot to smallest eigenvalue; below 30 in random regions

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from lightning_mnn.landscape.pattern import ActivationPattern
 
-_UNSOLVED = 1e-9  # ‖G r‖/(‖G‖‖y‖) from which an iteration has not found the residual
+_UNSOLVED = 1e-9  # ‖G r‖/(‖G‖‖y‖) above which an iteration has not found the residual
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class LeastSquares:
     """The least-squares fit of a region's linear model.
 
     Attributes:
-        flat: the smallest flat weights that attain it, (..., d1, d0).
+        flat: the smallest flat weights that attain the fit, (..., d1, d0).
         residual: y − Gᵀ w̃, (..., N).
         gradient: ‖G r‖/(‖G‖_F ‖y‖), (...): zero up to rounding where the fit was found.
-        method: how it was found; of replicas, the last one's.
+        method: how the fit was found; with replicas, that of the last one.
     """
 
     flat: Tensor
@@ -50,7 +50,8 @@ class Region:
         inputs: X, (..., N, d0).
         pattern: activation pattern of N samples and d1 units.
         negative_slope: ρ, any real but 1.
-        process_group: the processes that hold the other samples, for products and least squares; None: all are here.
+        process_group: the processes that have the other samples, for products and least squares; None: this process
+            has all samples.
 
     Raises:
         ValueError: ρ = 1, or the pattern has another number of samples than the inputs.
@@ -118,8 +119,8 @@ class Region:
 
         Args:
             targets: y, (..., N).
-            max_iterations: of conjugate gradients, which problems beyond memory go to; ``gradient`` tells how far
-                they came.
+            max_iterations: of conjugate gradients, used for problems too large for memory; ``gradient`` shows how
+                accurate their fit is.
         """
         flats, residuals, gradients, method = [], [], [], ""
         replicas = self._replicas()
@@ -142,7 +143,7 @@ class Region:
         """e*_A = y − P y, (..., N): the residual of the least-squares fit, shared by every minimum of the region.
 
         Raises:
-            ArithmeticError: an iterative fit of a large region did not come close enough.
+            ArithmeticError: an iterative fit of a large region did not converge.
         """
         fit = self.least_squares(targets)
         if bool((fit.gradient > _UNSOLVED).any()):
@@ -179,7 +180,7 @@ def khatri_rao(slopes: Tensor, inputs: Tensor) -> Tensor:
 def gram_rank(gram: Tensor) -> Tensor:
     """Rank of a matrix from its Gram matrix (..., d, d), with columns scaled to unit length first; int64 (...).
 
-    Singular values under about √(d · eps), 1e-7, of the largest (after scaling) are invisible here.
+    Singular values below about √(d · eps), 1e-7, of the largest (after scaling) count as zero.
     """
     scale = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     inverse = torch.where(scale > 0, 1 / scale, 0.0)

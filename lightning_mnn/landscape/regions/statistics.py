@@ -1,7 +1,7 @@
-"""Survey: what one exact pass over a data set finds at given weights.
+"""Training-set statistics: the results of one exact pass over a data set at given weights.
 
-A survey of a part of the samples is merged with those of the other parts, block by block and process by process, so one
-pass serves every callback and its answer does not depend on how the samples were split.
+The statistics of parts of the samples are merged, block by block and process by process. So one pass serves every
+callback, and the result does not depend on how the samples were split.
 
 Shapes: N samples, d_l units of layer l (d_0 inputs), ``...`` leading axes (replicas). Everything is float64.
 """
@@ -27,55 +27,55 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-_ROUNDOFF = 2.0**-53  # of float64, in which a survey is made
+_ROUNDOFF = 2.0**-53  # of float64, the precision of the pass
 
-# How a field of the surveys of parts becomes that of the whole.
+# How a field of the statistics of parts is merged into that of the whole.
 _SUM = {"merge": lambda parts: reduce(torch.add, parts)}
 
-_LEAST = {"merge": lambda parts: reduce(torch.minimum, parts)}
+_MIN = {"merge": lambda parts: reduce(torch.minimum, parts)}
 
-_MOST = {"merge": lambda parts: reduce(torch.maximum, parts)}
+_MAX = {"merge": lambda parts: reduce(torch.maximum, parts)}
 
-_JOINED = {"merge": lambda parts: torch.cat(parts, dim=-2)}
+_CONCATENATE = {"merge": lambda parts: torch.cat(parts, dim=-2)}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What a survey finds of one hidden layer.
+    """Statistics of one hidden layer.
 
     Attributes:
-        correlation: Cᵀ diag(e) H, (..., d_l, d_{l−1}), where H are the layer's inputs, augmented where there is a
-            hidden bias: (..., d1, d0 + 1). In the last layer C is A, so that this is G e; in earlier ones C_ni is the
-            derivative of ŷ_n by the layer's pre-activation, so that it is −N/2 times the gradient of the MSE.
+        correlation: Cᵀ diag(e) H, (..., d_l, d_{l−1}), where H are the layer's inputs; with a hidden bias they are
+            augmented: (..., d1, d0 + 1). In the last layer C is A, so this is G e. In earlier layers C_ni is the
+            derivative of ŷ_n by the layer's pre-activation, so this is −N/2 times the gradient of the MSE.
         squared_norm: ‖G‖² = Σ_n ‖C_n‖² ‖H_n‖² (Frobenius), (...).
         smallest_preactivation: min |u| over samples and units, (...).
         smallest_sines: min over the samples of |u_ni| / (‖w_i‖ ‖h_n‖), (..., d_l).
         kinks: number of pre-activations that are zero up to the rounding of the weights' precision, int64 (...).
-        active: number of samples that each unit is active on, int64 (..., d_l).
-        unactivated: number of samples that no unit is active on, int64 (...).
+        active: number of samples on which each unit is active, int64 (..., d_l).
+        unactivated: number of samples on which no unit is active, int64 (...).
         slopes_gram: AᵀA, (..., d_l, d_l).
         bits: the activation pattern at one bit per sample and unit, uint8 (..., N, ⌈d_l/8⌉).
     """
 
     correlation: Tensor = field(metadata=_SUM)
     squared_norm: Tensor = field(metadata=_SUM)
-    smallest_preactivation: Tensor = field(metadata=_LEAST)
-    smallest_sines: Tensor = field(metadata=_LEAST)
+    smallest_preactivation: Tensor = field(metadata=_MIN)
+    smallest_sines: Tensor = field(metadata=_MIN)
     kinks: Tensor = field(metadata=_SUM)
     active: Tensor = field(metadata=_SUM)
     unactivated: Tensor = field(metadata=_SUM)
     slopes_gram: Tensor = field(metadata=_SUM)
-    bits: Tensor = field(metadata=_JOINED)
+    bits: Tensor = field(metadata=_CONCATENATE)
 
     @property
     def pattern(self) -> PackedPattern:
-        """The activation pattern of the surveyed samples, in their order."""
+        """The activation pattern of the samples of the pass, in their order."""
         return PackedPattern(self.bits, self.active.shape[-1])
 
 
 @dataclass(frozen=True)
 class NetworkStatistics:
-    """What one exact pass over a data set finds at given weights.
+    """Results of one exact pass over a data set at given weights.
 
     Attributes:
         num_samples: N.
@@ -84,16 +84,16 @@ class NetworkStatistics:
         wrong: number of misclassified samples, int64 (...); None where the targets are not two labels.
         error_excess: max_n |e_n| / (rounding-error bound of e_n), (...): at most 1 where e = 0 up to rounding.
         rounding_bound: the largest rounding-error bound of an e_n, (...).
-        layers: one :class:`Layer` a hidden layer.
-        error_sum: Σ_n e_n, −N/2 times the gradient of the MSE by the output bias, (...); None without one.
+        layers: one :class:`Layer` for each hidden layer.
+        error_sum: Σ_n e_n, −N/2 times the gradient of the MSE by the output bias, (...); None without a bias.
     """
 
     num_samples: int
     squared_error: Tensor = field(metadata=_SUM)
     squared_target: Tensor = field(metadata=_SUM)
     wrong: Tensor | None = field(metadata=_SUM)
-    error_excess: Tensor = field(metadata=_MOST)
-    rounding_bound: Tensor = field(metadata=_MOST)
+    error_excess: Tensor = field(metadata=_MAX)
+    rounding_bound: Tensor = field(metadata=_MAX)
     layers: tuple[Layer, ...] = ()
     error_sum: Tensor | None = field(default=None, metadata=_SUM)
 
@@ -114,7 +114,7 @@ class NetworkStatistics:
 
     @property
     def stationarity(self) -> Tensor:
-        """‖G e‖ / (‖G‖_F ‖y‖), (...), the largest over the layers; 0 where G e = 0, infinite where only y = 0.
+        """‖G e‖ / (‖G‖_F ‖y‖), (...), the largest over the layers; 0 if G e = 0, infinite if y = 0 and G e is not.
 
         An output bias counts as a layer with the G of a row of ones: |Σ_n e_n| / (√N ‖y‖).
         """
@@ -146,21 +146,21 @@ class NetworkStatistics:
 def network_statistics(
     network: Network, inputs: Tensor, targets: Tensor, threshold: float | None = None
 ) -> NetworkStatistics:
-    """Survey a network on one block of samples.
+    """The statistics of a network on one block of samples.
 
     The rounding-error bound of e_n is γ (|y_n| + |b₂| + s^L ‖x_n‖ |z| |W_L| … |W_2| r), where r are the row norms of
-    W_1, s = max(1, |ρ|) and γ = (L + 2) unit roundoffs of the weights' precision, for each weight may be off by one,
-    plus d_0 + … + d_L + 4 of float64, for the inner products of this pass. A hidden bias is one more column of W_1, and
-    1 one more input.
+    W_1 and s = max(1, |ρ|). γ is L + 2 unit roundoffs of the weights' precision, because each weight may have an error
+    of one unit roundoff, plus d_0 + … + d_L + 4 unit roundoffs of float64, for the inner products of this pass. A
+    hidden bias counts as one more column of W_1, with 1 as one more input.
 
     Args:
         network: the weights, one network or R side by side.
         inputs: (..., N, d0).
         targets: (..., N).
-        threshold: decision threshold of the classification error; None where there is none.
+        threshold: decision threshold of the classification error; None: no classification error.
 
     Raises:
-        ValueError: inputs of another dimension than the network's.
+        ValueError: the inputs have another dimension than those of the network.
 
     >>> net = Network((torch.tensor([[1.0, 0.0], [0.0, 1.0]]),), torch.tensor([1.0, 1.0]), negative_slope=0.0)
     >>> found = network_statistics(net, torch.tensor([[1.0, -2.0], [3.0, 4.0]]), torch.tensor([1.0, 0.0]))
@@ -206,11 +206,11 @@ def network_statistics(
 
 
 def exact_patterns(network: Network, inputs: Tensor) -> tuple[ActivationPattern, ...]:
-    """Activation patterns of every layer, as a survey finds them, where nothing else of a survey is needed.
+    """Activation patterns of every layer, equal to those of :func:`network_statistics`, without the other statistics.
 
-    With one hidden layer the products are formed in the precision of the weights (all of it, whatever torch is allowed
-    to leave out), and in float64 again only where they are no larger than their rounding-error bound,
-    2 (d0 + 4) eps ‖w‖‖x‖, so that their sign is in doubt.
+    With one hidden layer the products are computed in the full precision of the weights (reduced-precision settings of
+    torch are ignored). Only those with a doubtful sign, no larger than their rounding-error bound
+    2 (d0 + 4) eps ‖w‖‖x‖, are computed again in float64.
 
     Args:
         network: the weights.
@@ -232,9 +232,9 @@ def exact_patterns(network: Network, inputs: Tensor) -> tuple[ActivationPattern,
 
 
 def merge_statistics(parts: Sequence[NetworkStatistics]) -> NetworkStatistics:
-    """The survey of all samples from surveys of parts of them, in the samples' order.
+    """The statistics of all samples from those of parts of them, in the order of the samples.
 
-    Sums are taken in the order given, so the same parts give the same bits.
+    Sums are computed in the given order, so the same parts give the same bits.
     """
     if len(parts) == 1:
         return parts[0]
@@ -245,7 +245,7 @@ def merge_statistics(parts: Sequence[NetworkStatistics]) -> NetworkStatistics:
 
 
 def on_cpu(statistics: NetworkStatistics) -> NetworkStatistics:
-    """The same survey with its tensors on the CPU, where those of several processes can meet."""
+    """The same statistics with their tensors on the CPU, where those of several processes can be merged."""
     measured: list[NetworkStatistics | Layer] = [statistics, *statistics.layers]
     parts = [_measures(part) for part in measured]
     moved = iter(to_host([value for part in parts for value in part.values() if value is not None]))
@@ -259,11 +259,11 @@ def on_cpu(statistics: NetworkStatistics) -> NetworkStatistics:
 def rank_cap(statistics: NetworkStatistics, input_rank: Tensor, negative_slope: float) -> Tensor:
     """Upper bound on rank(A∘X) of a two-layer network: min(N − #samples without an active unit, rank A · rank X).
 
-    A sample that no unit is active on is a zero column for the ReLU, and costs nothing for other slopes. With a hidden
-    bias X is the augmented one; an output bias is no part of A∘X.
+    A sample on which no unit is active is a zero column for the ReLU, and is not subtracted for other slopes. With a
+    hidden bias X is the augmented matrix; an output bias is not part of A∘X.
 
     Args:
-        statistics: an exact pass, of one network or R.
+        statistics: the result of an exact pass, for one network or R.
         input_rank: rank of X, int64 (...).
         negative_slope: ρ.
 
@@ -271,9 +271,9 @@ def rank_cap(statistics: NetworkStatistics, input_rank: Tensor, negative_slope: 
         int64 (...).
     """
     layer = statistics.layers[-1]
-    lost = layer.unactivated if negative_slope == 0 else torch.zeros_like(layer.unactivated)
+    unactivated = layer.unactivated if negative_slope == 0 else torch.zeros_like(layer.unactivated)
     products = gram_rank(layer.slopes_gram) * input_rank.to(layer.slopes_gram.device)
-    return torch.minimum(statistics.num_samples - lost, products)
+    return torch.minimum(statistics.num_samples - unactivated, products)
 
 
 def _layer_statistics(

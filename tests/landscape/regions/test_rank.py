@@ -159,7 +159,7 @@ def test_the_matrix_is_only_seen_in_chunks(num_samples, input_dim, width, monkey
 
 @pytest.mark.parametrize("bad", [np.inf, np.nan])
 def test_bad_input_is_named(bad):
-    with pytest.raises(ValueError, match=r"inputs hold (inf|nan): they must be finite"):
+    with pytest.raises(ValueError, match=r"inputs must be finite, got (inf|nan)"):
         rank(np.array([[1.0], [bad]]), np.ones((2, 1)))
-    with pytest.raises(ValueError, match=r"slopes hold (inf|nan): they must be finite"):
+    with pytest.raises(ValueError, match=r"slopes must be finite, got (inf|nan)"):
         rank(np.ones((2, 1)), np.array([[bad], [1.0]]))
