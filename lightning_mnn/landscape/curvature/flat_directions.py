@@ -1,4 +1,4 @@
-"""Directions in which the loss has no curvature: does it fall along them, at higher order, or stay what it is?
+"""Directions in which the loss has no curvature: does it fall along them, at higher order, or is it constant?
 
 Shapes: n numbers in θ.
 """
@@ -20,27 +20,27 @@ if TYPE_CHECKING:
 
     from lightning_mnn.landscape.curvature.loss_surface import LossSurface
 
-_SIZES = 12  # of steps, each half of the one before
-_CORRECTED = 7  # of them, that other directions follow
-_LARGEST = 0.5  # step, relative to the scale of lengths
-_CLEAR = 16.0  # times the error of a loss, from which a change of it is one
-_ORDERS = (2.5, 12.0)  # of a power of the step with which the loss falls: a slope or a curvature are judged elsewhere
-_ALIKE = 0.5  # difference of the orders between one size and the next
-_SEEN = 0.3  # of the fall that a power says, that is to be seen at each smaller size
-_PRODUCTS = 12  # of a correction
-_DRAWS = 3  # flat directions that are drawn
-_MOVES = (1e-2, 1e-3)  # along them, relative to the scale of lengths; a larger one crosses kinks, where some are near
-_MOVE_AT_KINKS = 1e-4  # where there are kinks that may be in the way
-_COARSE_MOVES = (1e-1, 3e-2)  # in float32, whose rounding would hide what a power of a smaller one makes
-_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 0.7, 0.8, 0.9, 1.0)  # of the weights' own flat part, taken away or added
-_TAIL = 2.0  # times the share at which the loss changes inwards, at which it is to change outwards
-_STEPS, _STEP = 7, 0.16  # on the manifold towards smaller weights: of their flat part
-_FAR = 1e-6  # relative change of the loss on that way, from which it is a kink in the way and no tail
-_FLAT = 1e-8  # of a random vector, that the curvature of its flat part is left with
-_LEAST_PART = 1e-4  # of a random vector, that is a flat part and no rest of what has little curvature
-_MISFIT = 0.24  # of the gradient, on the way back to a manifold: along a tail or a power it is more
-_STAYS = 0.5  # of a move, that is left on the manifold
-_NONE = 1e-6  # of the scale of lengths, that is no flat part of the weights
+_SIZES = 12  # number of step sizes, each half of the one before
+_CORRECTED = 7  # number of step sizes for steps with a correction across the direction
+_LARGEST = 0.5  # largest step, relative to the scale of lengths
+_SIGNIFICANT = 16.0  # times the error of a loss: smallest significant change
+_ORDERS = (2.5, 12.0)  # orders of a descent as a power of the step; slope and curvature are tested elsewhere
+_MAX_ORDER_CHANGE = 0.5  # largest difference of the orders between one size and the next
+_MIN_FALL = 0.3  # fraction of the fall predicted by a power that is needed at each smaller size
+_PRODUCTS = 12  # products of a correction
+_DRAWS = 3  # number of random flat directions
+_MOVES = (1e-2, 1e-3)  # along them, relative to the scale of lengths; larger moves cross kinks that are near
+_MOVE_AT_KINKS = 1e-4  # additional move for losses with kinks
+_COARSE_MOVES = (1e-1, 3e-2)  # in float32, whose rounding hides a power of smaller moves
+_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 0.7, 0.8, 0.9, 1.0)  # of the weights' own flat part, subtracted or added
+_TAIL = 2.0  # a tail: the loss changes outwards only beyond this multiple of the share at which it changes inwards
+_STEPS, _STEP = 7, 0.16  # steps on the manifold towards smaller weights, and their size relative to the flat part
+_MAX_CHANGE = 1e-6  # relative change of the loss on that way above which it crossed a kink; a tail changes it less
+_FLAT = 1e-8  # remaining curvature of the flat part of a random vector, relative to the largest
+_MIN_PART = 1e-4  # fraction of a random vector from which its flat part is not only a remainder of small curvature
+_MISFIT = 0.24  # largest misfit of the gradient on the way back to a manifold: along a tail or a power it is larger
+_MIN_REMAINDER = 0.5  # fraction of a move that must remain on the manifold
+_NO_PART = 1e-6  # relative to the scale of lengths: up to this the weights have no flat part
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Descent:
 
     Attributes:
         order: the power.
-        length: of the smallest step at which it was clear.
-        fall: of the loss there.
+        length: of the smallest step at which it was significant.
+        fall: the decrease of the loss there.
     """
 
     order: float
@@ -60,13 +60,13 @@ class Descent:
 
 @dataclass(frozen=True)
 class Probe:
-    """What steps along a direction showed.
+    """Result of steps along a direction.
 
     Attributes:
         descent: None where the loss does not fall as a power of the step.
-        lowest: the lowest loss met.
-        losses: number of losses taken.
-        products: Hessian–vector products taken.
+        lowest: the lowest loss found.
+        losses: number of losses computed.
+        products: number of Hessian–vector products.
     """
 
     descent: Descent | None
@@ -76,18 +76,18 @@ class Probe:
 
 
 def probe(surface: LossSurface, vector: Tensor, scales: Scales, *, corrected: bool = True) -> Probe:
-    """Go steps of many sizes along ± a direction v without curvature: does the loss fall, at third order or higher?
+    """Test steps of many sizes along ± a direction v without curvature: does the loss fall, at third order or higher?
 
-    First along the line θ + t v. Where the loss does not fall there, the other directions follow: at θ + t v the loss
-    is lowered across v by Newton's method, so that a bent valley is gone along as well (Peano's surface falls along
-    parabolas only). A fall counts as one at θ if it follows one power of t over three sizes, and is seen at all smaller
-    ones where it would be above rounding: a lower place beyond a threshold is none.
+    The first steps are on the line θ + t v. If the loss does not fall there, the steps are corrected: at θ + t v
+    Newton's method lowers the loss across v, to follow a curved valley (Peano's surface falls only along parabolas). A
+    fall counts as a descent at θ if it follows one power of t over three sizes, and also occurs at all smaller sizes
+    where it would be above rounding. A lower loss that only begins at some distance from θ does not count.
 
     Args:
-        surface: the loss at θ, which is put back.
+        surface: the loss at θ; θ is restored afterwards.
         vector: v of length 1, (n,).
-        scales: of the point.
-        corrected: whether other directions are to follow.
+        scales: the scales of the point.
+        corrected: whether to try corrected steps too.
 
     >>> import torch
     >>> from lightning_mnn.landscape import LossSurface
@@ -100,17 +100,17 @@ def probe(surface: LossSurface, vector: Tensor, scales: Scales, *, corrected: bo
     4.0
     """
     here = surface.loss()
-    error = _CLEAR * scales.loss_error(here)
+    error = _SIGNIFICANT * scales.loss_error(here)
     lowest, losses, products = here, 1, 0
-    for follows in (False, True)[: 2 if corrected else 1]:
+    for with_correction in (False, True)[: 2 if corrected else 1]:
         for sign in (1.0, -1.0):
             falls: list[tuple[float, float]] = []
-            for size in range(_CORRECTED if follows else _SIZES):
+            for size in range(_CORRECTED if with_correction else _SIZES):
                 length = _LARGEST * scales.length / 2**size
                 step = sign * length * vector
-                if follows:
-                    correction, taken = _across(surface, step, vector)
-                    step, products = step + correction, products + taken
+                if with_correction:
+                    correction, used = _across(surface, step, vector)
+                    step, products = step + correction, products + used
                 with surface.moved(step):
                     loss = surface.loss()
                 losses += 1
@@ -124,7 +124,7 @@ def probe(surface: LossSurface, vector: Tensor, scales: Scales, *, corrected: bo
 
 
 def _across(surface: LossSurface, step: Tensor, vector: Tensor) -> tuple[Tensor, int]:
-    """A step of Newton's method at θ + step, orthogonal to a direction of length 1; and products taken."""
+    """A step of Newton's method at θ + step, orthogonal to a direction of length 1; and the number of products."""
 
     def within(image: Tensor) -> Tensor:
         return image - (image @ vector) * vector
@@ -141,38 +141,41 @@ def _across(surface: LossSurface, step: Tensor, vector: Tensor) -> tuple[Tensor,
 
 
 def _power(falls: list[tuple[float, float]], error: float) -> Descent | None:
-    """The power of the step with which the loss falls at the smallest steps at which it is clear; largest first."""
+    """The power of the step with which the loss falls, at the smallest significant sizes; None if there is none.
+
+    The falls are in the order of decreasing steps.
+    """
     for place in range(len(falls) - 1, 1, -1):
         (_, first), (_, second), (length, third) = falls[place - 2 : place + 1]
         if not min(first, second, third) > error:
             continue
         orders = math.log2(first / second), math.log2(second / third)
         order = orders[1]
-        steady = abs(orders[0] - orders[1]) <= _ALIKE and _ORDERS[0] <= order <= _ORDERS[1]
+        steady = abs(orders[0] - orders[1]) <= _MAX_ORDER_CHANGE and _ORDERS[0] <= order <= _ORDERS[1]
         expected = ((third * (smaller / length) ** order, fall) for smaller, fall in falls[place + 1 :])
-        if steady and all(fall >= _SEEN * power for power, fall in expected if power > error):
+        if steady and all(fall >= _MIN_FALL * power for power, fall in expected if power > error):
             return Descent(order, length, third)
         return None
     return None
 
 
 class Flatness(StrEnum):
-    """What there is along the directions in which the loss has no curvature."""
+    """Behaviour of the loss along the directions in which it has no curvature."""
 
-    CONSTANT = "constant"  # a manifold of stationary points with one and the same loss
-    VARIES = "varies"  # the loss, or its gradient, is another nearby
-    UNKNOWN = "unknown"  # too few products were allowed, or kinks are in the way
+    CONSTANT = "constant"  # a manifold of stationary points with the same loss
+    VARIES = "varies"  # the loss, or its gradient, changes nearby
+    UNKNOWN = "unknown"  # too few products were allowed, or there are kinks on the way
 
 
 @dataclass(frozen=True)
 class FlatCheck:
-    """What moves in flat directions showed.
+    """Result of moves in flat directions.
 
     Attributes:
-        kind: the answer.
-        vector: a flat direction of length 1 along which the loss varies; None where it does not, (n,).
-        products: Hessian–vector products taken.
-        gradients: gradients taken.
+        kind: the result.
+        vector: a flat direction of length 1 along which the loss varies, (n,); None if none was tried.
+        products: number of Hessian–vector products.
+        gradients: number of gradients and losses.
     """
 
     kind: Flatness
@@ -192,27 +195,27 @@ def flat_check(
 ) -> FlatCheck:
     """Is a stationary point without negative curvature on a manifold of such points, all with the same loss?
 
-    That is what the symmetries of networks make of a minimum: units scaled up and the next layer down, units that are
+    The symmetries of networks give minima such manifolds: a unit scaled up and the next layer down, units that are
     linear together and can be mixed, shifts before a softmax, weights of units that are never active, more weights than
-    samples. Then flat directions hide no descent. It is seen by going along random flat directions: Newton's
+    samples. On a manifold flat directions hide no descent. The test moves along random flat directions. Then Newton's
     method, which moves across them, must lead back to a point where the gradient is zero up to rounding and the loss is
-    the same. Where the loss is a power of the move, rounding hides it
-    less in the gradient than in the loss.
+    the same. If the loss changes as a power of the move, the gradient shows it above rounding better than the loss.
 
-    A tail too thin to be seen, as exp(−40) beside 1, shows on the way back. With the weights' own flat part taken away
-    bit by bit the loss changes, and added does not; on the tangent of a manifold it changes on both sides. And on the
-    manifold, along which the flat part shrinks to a third in a few moves, the gradient becomes seen, as where a unit is
-    saturated. (Not of a loss of zero, below which there is nothing.)
+    A tail too small for floats, as exp(−40) added to 1, shows towards smaller weights, by two tests. First, the loss
+    changes as the weights' own flat part is subtracted in steps, and does not as it is added; on the tangent of a
+    manifold it changes on both sides. Second, along the manifold, on which the flat part shrinks to a third in a few
+    moves, the gradient becomes larger than rounding, for example where a unit is saturated. (This second test is left
+    out for a loss of zero, as no loss is lower.)
 
-    A random vector r has the flat part r − H⁺H r, of which the second is found by conjugate gradients.
+    A random vector r has the flat part r − H⁺H r; conjugate gradients compute H⁺H r.
 
     Args:
-        surface: the loss at θ, which is put back.
-        scales: of the point.
+        surface: the loss at θ; θ is restored afterwards.
+        scales: the scales of the point.
         curvature_error: rounding error of a product with a vector of length 1.
-        kinks: whether there are some, so that shorter moves are tried as well.
-        max_products: of each move.
-        seed: of the directions.
+        kinks: whether the loss has kinks, so that shorter moves are tried too.
+        max_products: largest number of products of each move.
+        seed: seed of the directions.
 
     >>> from lightning_mnn.landscape import LossSurface
     >>> theta = torch.tensor([2.0, 0.5], dtype=torch.float64, requires_grad=True)
@@ -246,31 +249,31 @@ class _Flat:
         self.sizes: tuple[float, ...] = _MOVES if surface.dtype == torch.float64 else _COARSE_MOVES
 
     def kind(self) -> Flatness:
-        found = self._of_own_part()
+        found = self._test_own_part()
         for _ in range(_DRAWS):
             if found is not Flatness.CONSTANT:
                 return found
             drawn = torch.randn(self._surface.size, generator=self._random, dtype=torch.float64)
             part = self._part_without_curvature(drawn.to(self._free) * self._free)
-            if part is None or not float(part.norm()) > _LEAST_PART * float(drawn.norm()):
+            if part is None or not float(part.norm()) > _MIN_PART * float(drawn.norm()):
                 return Flatness.UNKNOWN
             found = self._moved(part / part.norm(), [size * self._scales.length for size in self.sizes])
         return found
 
-    def _of_own_part(self) -> Flatness:
-        """Whether the weights' own flat part is that of a manifold, and of no tail."""
+    def _test_own_part(self) -> Flatness:
+        """Whether the weights' own flat part belongs to a manifold, and not to a tail."""
         own = self._own_part(torch.zeros_like(self._free))
         if own is None:
             return Flatness.UNKNOWN
         length = float(own.double().norm())
-        if length <= _NONE * self._scales.length:
+        if length <= _NO_PART * self._scales.length:
             return Flatness.CONSTANT
         self.vector = own / length
         if self._is_tail(own):
             return Flatness.VARIES
-        return Flatness.CONSTANT if abs(self._loss) <= self._scales.zero else self._on_the_way_back()
+        return Flatness.CONSTANT if abs(self._loss) <= self._scales.zero else self._towards_smaller_weights()
 
-    def _on_the_way_back(self) -> Flatness:
+    def _towards_smaller_weights(self) -> Flatness:
         """Whether the gradient stays zero on the manifold, towards smaller weights."""
         total = torch.zeros_like(self._free)
         for _ in range(_STEPS):
@@ -279,18 +282,18 @@ class _Flat:
                 return Flatness.UNKNOWN
             step = total - _STEP * own
             check = self._led_back(step)
-            if check.doubt is not None and not abs(check.loss - self._loss) <= _FAR * abs(self._loss):
-                return Flatness.CONSTANT  # as far as kinks let it be seen
+            if check.doubt is not None and not abs(check.loss - self._loss) <= _MAX_CHANGE * abs(self._loss):
+                return Flatness.CONSTANT  # up to the first kink
             if check.doubt is NewtonDoubt.PRODUCTS:
                 return Flatness.UNKNOWN
             back = float(check.step.double() @ own.double()) / float(own.double().square().sum())
-            if check.doubt is not None or back > (1 - _STAYS) * _STEP:
+            if check.doubt is not None or back > (1 - _MIN_REMAINDER) * _STEP:
                 return Flatness.VARIES
             total = step + check.step
         return Flatness.CONSTANT
 
     def _own_part(self, moved: Tensor) -> Tensor | None:
-        """The flat part of the weights that are moved by as much."""
+        """The flat part of the weights after a move."""
         with self._surface.moved(moved):
             theta = torch.cat([parameter.detach().flatten() for parameter in self._surface.parameters])
             return self._part_without_curvature(theta * self._free)
@@ -301,8 +304,8 @@ class _Flat:
         return inwards < math.inf and outwards > _TAIL * inwards
 
     def _first_change(self, own: Tensor) -> float:
-        """The share of a direction at which the loss is another."""
-        error = _CLEAR * self._scales.loss_error(self._loss)
+        """The first share of a direction at which the loss changes; infinite if it does not."""
+        error = _SIGNIFICANT * self._scales.loss_error(self._loss)
         for share in _SHARES:
             with self._surface.moved(share * own):
                 loss = self._surface.loss()
@@ -312,7 +315,7 @@ class _Flat:
         return math.inf
 
     def _part_without_curvature(self, vector: Tensor) -> Tensor | None:
-        """Of a vector; None where it was not found."""
+        """The flat part of a vector; None where it was not found."""
         image = self._surface.product(vector)
         size = float(vector.double().norm())
         self.products += 1
@@ -339,14 +342,14 @@ class _Flat:
             check = self._led_back(move * vector)
             left = move + float(check.step.double() @ vector.double())
             same = abs(check.loss - self._loss) <= 2 * self._scales.loss_error(max(abs(check.loss), abs(self._loss)))
-            if check.doubt is None and same and left / move >= _STAYS:
+            if check.doubt is None and same and left / move >= _MIN_REMAINDER:
                 return Flatness.CONSTANT
             if check.doubt is not NewtonDoubt.PRODUCTS:
                 found, self.vector = Flatness.VARIES, vector
         return found
 
     def _led_back(self, step: Tensor) -> NewtonCheck:
-        """Newton's method after a step."""
+        """The result of Newton's method started after a step."""
         with self._surface.moved(step):
             check = newton_check(
                 self._surface,

@@ -1,4 +1,4 @@
-"""Extreme eigenvalues of a symmetric operator that is known only by its products with vectors.
+"""Extreme eigenvalues of a symmetric operator that is given by its products with vectors.
 
 Shapes: n numbers in a vector, k products.
 """
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 _ROUNDINGS = 16.0  # rounding error of an eigenvalue, in units of the spacing of floats at the largest
-_BREAKDOWN = 8.0  # in the same units, the part of a product outside the basis from which it counts as none
+_BREAKDOWN = 8.0  # in the same units: up to this the part of a product outside the basis counts as zero
 
 
 @dataclass(frozen=True)
 class Ends:
-    """What is known of the ends of a spectrum after some products.
+    """Bounds on the ends of a spectrum after some products.
 
     Attributes:
         smallest: the smallest Ritz value.
-        below: what λ_min may be below it, but for rounding.
+        below: by how much λ_min may be below it, without rounding errors.
         largest: the largest Ritz value.
-        above: what λ_max may be above it, but for rounding.
+        above: by how much λ_max may be above it, without rounding errors.
         rounding: estimate of the rounding errors of each.
     """
 
@@ -51,7 +51,7 @@ class Ends:
 
     @property
     def exhausted(self) -> bool:
-        """Whether more products would tell nothing, as rounding hides it."""
+        """Whether more products are useless because rounding errors dominate."""
         return max(self.below, self.above) <= self.rounding
 
 
@@ -59,19 +59,18 @@ class Ends:
 class Spectrum:
     """The ends of the spectrum of a symmetric operator.
 
-    λ_min ≤ ``smallest`` and ``largest`` ≤ λ_max hold up to ``rounding``, always. λ_min ≥ ``smallest`` −
-    ``smallest_error`` and λ_max ≤ ``largest`` + ``largest_error`` hold with the probability 1 − ``failure`` each, over
-    the random start; after n products surely, up to rounding.
+    λ_min ≤ ``smallest`` and ``largest`` ≤ λ_max are always true, up to ``rounding``. λ_min ≥ ``smallest`` −
+    ``smallest_error`` and λ_max ≤ ``largest`` + ``largest_error`` are true with probability 1 − ``failure`` each, over
+    the random start; after n products they are certain, up to rounding.
 
     Attributes:
         smallest: the Rayleigh quotient of ``vector``.
-        smallest_error: what λ_min may be below it; rounding included.
+        smallest_error: by how much λ_min may be below it; rounding included.
         largest: the largest Ritz value.
-        largest_error: what λ_max may be above it; rounding included.
-        vector: of length 1, the Ritz vector of the smallest, (n,).
-        residual: ‖H v − θ v‖ of it, by a product of its own: some eigenvalue lies within this of ``smallest``.
-        rounding: estimate of the rounding errors, from the spacing of floats and from how far the products were from
-            those of a symmetric matrix.
+        largest_error: by how much λ_max may be above it; rounding included.
+        vector: the Ritz vector of the smallest Ritz value, of length 1, (n,).
+        residual: ‖H v − θ v‖ of it, from one more product: some eigenvalue lies within this of ``smallest``.
+        rounding: estimate of the rounding errors, from the spacing of floats and from the asymmetry of the products.
         products: number of products with the operator.
         failure: the probability that an error bound may fail.
     """
@@ -102,35 +101,35 @@ def extreme_eigenvalues(
 ) -> Spectrum:
     """Smallest and largest eigenvalue of a symmetric n × n operator H, by Lanczos from a random start.
 
-    After k products the basis v_1, …, v_k+1 and the tridiagonal T_k with the numbers β_1, …, β_k beside its diagonal
-    fulfil v_k+1 = p_k(H) v_1, where p_k(x) = Π_j (x − θ_j)/β_j and θ_j are the eigenvalues of T_k (Ritz values). As
-    v_k+1 has length 1, the part c of v_1 along an eigenvector of λ_min obeys c |p_k(λ_min)| ≤ 1. The square of that
-    part of a random unit vector has the distribution Beta(1/2, (n − 1)/2), so c exceeds that distribution's quantile
-    with the probability 1 − ``failure``, for all k at once; and below θ_min |p_k| only grows. This bounds λ_min from
-    below, λ_max likewise (J. van Dorsselaer, M. Hochstenbach, H. van der Vorst, Computing probabilistic bounds for
-    extreme eigenvalues of symmetric matrices with the Lanczos method, SIAM J. Matrix Anal. Appl. 22, 2000). It needs
-    no guess of the spread of the spectrum, and is the sharper the fewer eigenvalues lie near its ends.
-    ``products_needed`` says beforehand how many products suffice for any spectrum.
+    After k products the basis v_1, …, v_k+1 and the tridiagonal T_k with the off-diagonal numbers β_1, …, β_k fulfil
+    v_k+1 = p_k(H) v_1, where p_k(x) = Π_j (x − θ_j)/β_j and θ_j are the eigenvalues of T_k (Ritz values). As v_k+1 has
+    length 1, the part c of v_1 along an eigenvector of λ_min obeys c |p_k(λ_min)| ≤ 1. The square of that part of a
+    random unit vector has the distribution Beta(1/2, (n − 1)/2). So c exceeds a quantile of this distribution with
+    probability 1 − ``failure``, for all k at once, and below θ_min |p_k| increases away from it. This bounds λ_min from
+    below, and in the same way λ_max from above (J. van Dorsselaer, M. Hochstenbach, H. van der Vorst, Computing
+    probabilistic bounds for extreme eigenvalues of symmetric matrices with the Lanczos method, SIAM J. Matrix Anal.
+    Appl. 22, 2000). The bound needs no estimate of the spread of the spectrum, and is sharper if fewer eigenvalues are
+    near its ends. ``products_needed`` gives a number of products that is enough for any spectrum.
 
-    Each new vector is made orthogonal to all before it, twice. Where nothing is left of it (the products so far stay
-    in a space of their own) a fresh random vector follows, so that n products give all eigenvalues. A GPU is waited for
-    once a product, beside what the products wait for.
+    Each new vector is orthogonalised twice against all earlier ones. If nothing is left of it (the basis spans an
+    invariant subspace), a new random vector follows, so that n products give all eigenvalues. The host waits for a GPU
+    once per product, in addition to the waits of the products themselves.
 
     Args:
         matvec: v ↦ H v for vectors (n,) of the dtype, on the device.
         n: numbers in a vector.
-        dtype: float32 or float64: of the vectors; what is made of T_k is float64.
-        device: of the vectors.
-        max_products: after which it ends, besides one to check the vector.
-        tolerance: it ends when both errors are below this times the spread λ_max − λ_min, or rounding hides the rest.
-        enough: whether what is known after a product is enough, in the place of tolerance.
-        failure: probability with which an error bound may fail.
-        memory_budget: bytes that the vectors may take, n times the size of a number for each product: if they are
-            used up, products end there, and the error bounds say what is then known.
-        seed: of the start.
+        dtype: float32 or float64, of the vectors; computations with T_k are in float64.
+        device: device of the vectors.
+        max_products: largest number of products, not counting one to check the vector.
+        tolerance: stop when both errors are below this times the spread λ_max − λ_min, or below rounding.
+        enough: stopping rule, called after each product, instead of ``tolerance``.
+        failure: probability that an error bound may fail.
+        memory_budget: bytes for the vectors, n times the size of a number for each product. When they are used up, the
+            products stop, and the error bounds are those of the products so far.
+        seed: seed of the random start.
 
     Raises:
-        ValueError: an argument out of its range, or a budget for less than two vectors.
+        ValueError: an argument is out of its range, or the budget is too small for two vectors.
         FloatingPointError: a product is not finite.
 
     >>> diagonal = torch.linspace(-1, 3, 200, dtype=torch.float64)
@@ -143,14 +142,14 @@ def extreme_eigenvalues(
     steps = _max_steps(n, dtype, max_products, failure, memory_budget)
     lanczos = _Lanczos(n, steps, dtype, device, seed, failure)
     ends = lanczos.step(matvec)
-    while lanczos.taken < steps and not (_done(ends, tolerance) if enough is None else enough(ends)):
+    while lanczos.num_products < steps and not (_done(ends, tolerance) if enough is None else enough(ends)):
         safe_point()
         ends = lanczos.step(matvec)
     vector = lanczos.vector()
     image = _image(matvec, vector)
     rayleigh = vector @ image
-    holds, quotient, residual = fetched(image.isfinite().all(), rayleigh, (image - rayleigh * vector).norm())
-    _check(holds)
+    finite, quotient, residual = fetched(image.isfinite().all(), rayleigh, (image - rayleigh * vector).norm())
+    _check(finite)
     rounding = max(ends.rounding, 2 * abs(quotient - ends.smallest))
     return Spectrum(
         quotient,
@@ -160,13 +159,13 @@ def extreme_eigenvalues(
         vector,
         residual,
         rounding,
-        lanczos.taken + 1,
+        lanczos.num_products + 1,
         failure,
     )
 
 
 def products_needed(n: int, relative_error: float, failure: float = 1e-3) -> int:
-    """Products that suffice for an error of λ_min, relative to λ_max − λ_min, whatever the spectrum.
+    """Number of products that is enough for an error of λ_min, relative to λ_max − λ_min, for any spectrum.
 
     After k products the error exceeds ε (λ_max − λ_min) only if the start's part along an eigenvector of λ_min is below
     1/cosh((2k − 1) artanh √ε); the probability of that is below 1.648 √n exp(−(2k − 1) √ε) (J. Kuczyński,
@@ -184,7 +183,7 @@ def products_needed(n: int, relative_error: float, failure: float = 1e-3) -> int
 
 @dataclass
 class _Block:
-    """A run of products between two fresh starts: diagonal α, and β beside it, the last one leading out of the run."""
+    """Products between two random starts: diagonal α and off-diagonal β of T; the last β leads out of the block."""
 
     alpha: list[float] = field(default_factory=list)
     beta: list[float] = field(default_factory=list)
@@ -196,13 +195,13 @@ class _Block:
 
 
 class _Lanczos:
-    """The basis, and T as runs of products."""
+    """The basis, and T in blocks."""
 
     def __init__(
         self, n: int, steps: int, dtype: torch.dtype, device: torch.device | str, seed: int, failure: float
     ) -> None:
         self.n = n
-        self.taken = 0
+        self.num_products = 0
         self._log_part = _log_smallest_part(n, failure)
         self._random = seeded(seed)
         self._basis = torch.empty(steps, n, dtype=dtype, device=device)
@@ -212,12 +211,12 @@ class _Lanczos:
         self._next = self._fresh()
 
     def step(self, matvec: Callable[[Tensor], Tensor]) -> Ends:
-        """One product more; what is known then."""
+        """Compute one more product, and return the bounds after it."""
         block, eps = self._blocks[-1], torch.finfo(self._basis.dtype).eps
-        self._basis[self.taken] = self._next
-        image = _image(matvec, self._basis[self.taken])
+        self._basis[self.num_products] = self._next
+        image = _image(matvec, self._basis[self.num_products])
         finite = image.isfinite().all()
-        basis = self._basis[: self.taken + 1]
+        basis = self._basis[: self.num_products + 1]
         parts = basis @ image
         image = image - parts @ basis
         rest = basis @ image
@@ -225,26 +224,26 @@ class _Lanczos:
         parts = parts + rest
         if block.beta:
             parts[-2] -= block.beta[-1]
-        holds, beta, alpha, defect = fetched(finite, image.norm(), parts[-1], parts[:-1].norm())
-        _check(holds)
+        is_finite, beta, alpha, defect = fetched(finite, image.norm(), parts[-1], parts[:-1].norm())
+        _check(is_finite)
         block.alpha.append(alpha)
         self._defect = max(self._defect, defect)
         self._scale = max(self._scale, abs(block.alpha[-1]) + beta + (block.beta[-1] if block.beta else 0.0))
-        self.taken += 1
+        self.num_products += 1
         broken = beta <= _BREAKDOWN * eps * self._scale
         block.beta.append(0.0 if broken else beta)
         ends = self._ends(block)
         if broken:
             self._closed.append(ends)
             self._blocks.append(_Block())
-            if self.taken < len(self._basis):
+            if self.num_products < len(self._basis):
                 self._next = self._fresh()
         else:
             self._next = image / beta
         return ends
 
     def vector(self) -> Tensor:
-        """The Ritz vector of the smallest, (n,)."""
+        """The Ritz vector of the smallest Ritz value, (n,)."""
         start, best, found = 0, math.inf, None
         for block in self._blocks:
             size = len(block.alpha)
@@ -265,7 +264,7 @@ class _Lanczos:
         values = block.ritz_values()
         smallest, largest = float(values[0]), float(values[-1])
         lowest, highest = smallest, largest
-        if self.taken < self.n and block.beta[-1] > 0:
+        if self.num_products < self.n and block.beta[-1] > 0:
             log_product = float(np.log(block.beta).sum()) - self._log_part
             lowest -= _beyond(values - smallest, log_product)
             highest += _beyond(largest - values, log_product)
@@ -280,14 +279,14 @@ class _Lanczos:
         """A random vector of length 1, orthogonal to the basis."""
         vector: Tensor = torch.randn(self.n, generator=self._random, dtype=torch.float64).to(self._basis)
         for _ in range(3):
-            basis = self._basis[: self.taken]
+            basis = self._basis[: self.num_products]
             vector -= (basis @ vector) @ basis
             vector /= vector.norm()
         return vector
 
 
 def _beyond(distances: Array, log_product: float) -> float:
-    """The g ≥ 0 with Π_j (g + d_j) = exp(log_product), for distances d_j ≥ 0 of which one is 0; a little more."""
+    """An upper bound, tight to 1e-6, on the g ≥ 0 with Π_j (g + d_j) = exp(log_product); d_j ≥ 0, and one d_j is 0."""
     high = log_product / len(distances)  # as each factor is at least g
     if len(distances) == 1:
         return math.exp(high)
@@ -308,7 +307,7 @@ def _beyond(distances: Array, log_product: float) -> float:
 
 
 def _log_smallest_part(n: int, failure: float) -> float:
-    """Logarithm of what a unit vector's part along a given direction exceeds with the probability 1 − failure."""
+    """Log of the quantile that a random unit vector's part along a given direction exceeds with 1 − failure."""
     return 0.0 if n == 1 else 0.5 * math.log(float(betaincinv(0.5, (n - 1) / 2, failure)))
 
 
@@ -341,5 +340,5 @@ def _max_steps(n: int, dtype: torch.dtype, max_products: int, failure: float, me
         raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
     room = memory_budget // (n * dtype.itemsize)
     if room < min(n, 2):
-        raise ValueError(f"memory_budget must hold two vectors of {n} numbers at least, got {memory_budget} bytes")
+        raise ValueError(f"memory_budget must be enough for two vectors of {n} numbers, got {memory_budget} bytes")
     return min(n, max_products, room)

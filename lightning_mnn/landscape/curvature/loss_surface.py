@@ -22,30 +22,30 @@ if TYPE_CHECKING:
 
 
 class NoDerivativeError(RuntimeError):
-    """The loss cannot be differentiated, or not twice: the message says where it failed."""
+    """The loss cannot be differentiated once, or not twice; the message states where it failed."""
 
 
 class LossSurface:
-    """L(θ) = Σ_b c_b L_b(θ), the sum of what a team's processes hold, each sample once.
+    """L(θ) = Σ_b c_b L_b(θ), the sum over the parts of all processes of a group, each sample once.
 
-    A gradient or a product takes the parts one by one, so that the memory is that of one part. Sums over parts are
-    taken in float64. Fields ``.grad`` are left alone. Attention and recurrent layers are run by implementations that
-    can be differentiated twice, compiled modules as they were written, and products of float32 keep all of its digits.
-    Parameters that do not require a gradient,
-    or that no part depends on, have the gradient 0 and rows of zeros in the Hessian.
+    A gradient or a product evaluates the parts one by one, so it needs the memory of one part. Sums over parts are
+    computed in float64. Fields ``.grad`` are not changed. Attention and recurrent layers use implementations that can
+    be differentiated twice, compiled modules run as they were written, and products of float32 use its full precision.
+    Parameters that do not require a gradient, or that no part depends on, have the gradient 0 and rows of zeros in the
+    Hessian.
 
-    Of checkpointing (``torch.utils.checkpoint``) the non-reentrant kind can be differentiated so; the reentrant kind
-    cannot, nor can functions that torch can only differentiate once: :class:`NoDerivativeError`.
+    Non-reentrant checkpointing (``torch.utils.checkpoint``) can be differentiated twice. Reentrant checkpointing
+    cannot, and neither can functions that torch can differentiate only once: :class:`NoDerivativeError`.
 
     Args:
         parameters: θ, of one dtype (float32 or float64) and on one device; flat vectors are in this order.
-        parts: returns the pairs (c_b, L_b), L_b() being the loss of a part, a tensor of one number. It is called anew
-            for each gradient and product, and must give the same loss each time.
+        parts: returns the pairs (c_b, L_b), where L_b() is the loss of a part, a tensor of one number. It is called
+            again for each gradient and product, and must give the same loss each time.
         process_group: the processes; each calls the same methods in the same order.
-        normalise: take c_b relative to their sum, which need not be known before a pass.
+        normalise: divide the c_b by their sum, which need not be known before a pass.
 
     Raises:
-        ValueError: no parameters, one twice, or of several dtypes or devices.
+        ValueError: there are no parameters, one occurs twice, or they have several dtypes or devices.
 
     >>> theta = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> surface = LossSurface([theta], lambda: [(0.5, lambda: theta.square().sum()), (1.0, lambda: theta[0] ** 3)])
@@ -81,15 +81,15 @@ class LossSurface:
         self._free = [parameter for parameter in self.parameters if parameter.requires_grad]
 
     def loss(self) -> float:
-        """L(θ). Its parts may use gradients, of the inputs, say."""
+        """L(θ). Its parts may use gradients, for example with respect to the inputs."""
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
 
-        def own() -> None:
+        def add_local_parts() -> None:
             for weight, part in self._parts():
                 total[0] += weight * _scalar(part()).detach()
                 total[1] += weight
 
-        self._together(own)
+        self._on_all(add_local_parts)
         return float(self._over_all(total)[0])
 
     def value_and_gradient(self) -> tuple[float, Tensor]:
@@ -104,10 +104,10 @@ class LossSurface:
     def product(self, vector: Tensor) -> Tensor:
         """The Hessian of L at θ times a vector (n,), in the parameters' dtype.
 
-        Where L has a kink at θ it is the Hessian of the piece that torch's derivative belongs to.
+        If L has a kink at θ, it is the Hessian of the piece that torch's derivative belongs to.
 
         Raises:
-            ValueError: a vector of another shape.
+            ValueError: the vector has another shape.
             NoDerivativeError: the loss cannot be differentiated twice, or depends on none of the parameters.
         """
         if vector.shape != (self.size,):
@@ -117,8 +117,8 @@ class LossSurface:
 
     @contextmanager
     def moved(self, step: Tensor) -> Iterator[None]:
-        """Inside, what requires a gradient is moved by a step (n,); afterwards it is as before, bit for bit."""
-        kept = [parameter.detach().clone() for parameter in self._free]
+        """A context in which parameters that require a gradient are moved by a step (n,); then they are restored."""
+        originals = [parameter.detach().clone() for parameter in self._free]
         try:
             with torch.no_grad():
                 for parameter, piece in zip(self._free, self._split(step), strict=True):
@@ -126,22 +126,22 @@ class LossSurface:
             yield
         finally:
             with torch.no_grad():
-                for parameter, old in zip(self._free, kept, strict=True):
+                for parameter, old in zip(self._free, originals, strict=True):
                     parameter.copy_(old)
 
     def _split(self, vector: Tensor) -> list[Tensor]:
-        """The pieces of a flat vector that belong to parameters that require a gradient, in their shapes."""
+        """The pieces of a flat vector for parameters that require a gradient, in their shapes."""
         pieces = vector.split_with_sizes([parameter.numel() for parameter in self.parameters])
         pairs = zip(pieces, self.parameters, strict=True)
         return [piece.view_as(parameter) for piece, parameter in pairs if parameter.requires_grad]
 
     def _sum(self, derivative: Callable[[Tensor], Sequence[Tensor | None]]) -> tuple[Tensor, Tensor]:
-        """Σ c_b L_b and Σ c_b derivative(L_b), flat, summed in float64 over all processes; nothing is read here."""
+        """Σ c_b L_b and Σ c_b derivative(L_b), flat, summed in float64 over all processes; the host reads no value."""
         total = torch.zeros(self.size + 2, dtype=torch.float64, device=self.device)
         slots, value, weights = self._split(total[:-2]), total[-2], total[-1]
         depends = False
 
-        def own() -> None:
+        def add_local_parts() -> None:
             nonlocal depends
             for weight, part in self._parts():
                 loss = _scalar(part())
@@ -154,7 +154,7 @@ class LossSurface:
                         depends = True
                         slot.add_(gradient.detach(), alpha=weight)
 
-        self._together(own)
+        self._on_all(add_local_parts)
         if not self.process_group.any([depends], self.device)[0]:
             raise NoDerivativeError(
                 "the loss depends on none of the parameters: it must be returned with its graph, not detached"
@@ -162,20 +162,20 @@ class LossSurface:
         total = self._over_all(total)
         return total[-1], total[:-1].to(self.dtype)
 
-    def _together(self, own: Callable[[], None]) -> None:
-        """Go through this process's parts; what one process meets is raised on all, or the others would wait for it."""
+    def _on_all(self, evaluate: Callable[[], None]) -> None:
+        """Evaluate this process's parts; an error in one process is raised in all, because the others would wait."""
         failure: Exception | Interrupted | None = None
         try:
             with alone(), _evaluable(), torch.inference_mode(mode=False), torch.enable_grad():
-                own()
-        except (Exception, Interrupted) as error:  # noqa: BLE001 (of whatever kind)
+                evaluate()
+        except (Exception, Interrupted) as error:  # noqa: BLE001 (of any kind)
             failure = error
         (failed,) = self.process_group.any([failure is not None], self.device)
         if failed:
             self.process_group.raise_any(failure)
 
     def _over_all(self, total: Tensor) -> Tensor:
-        """The sums of all processes but the last, which is that of the weights c_b, and divides the others."""
+        """The sums over all processes, without the last one: the sum of the weights c_b, a divisor if ``normalise``."""
         total = self.process_group.sum(total)
         return total[:-1] / total[-1] if self._normalise else total[:-1]
 
@@ -225,9 +225,10 @@ def _scalar(loss: Tensor) -> Tensor:
 
 @contextmanager
 def _evaluable() -> Iterator[None]:
-    """All digits of float32, and what can be differentiated twice.
+    """A context with the full precision of float32 and implementations that can be differentiated twice.
 
-    That is attention by plain matrix products, modules as written, no cuDNN (its recurrent layers differentiate once).
+    That is attention by plain matrix products, modules as written, and no cuDNN (its recurrent layers can be
+    differentiated only once).
     """
     enabled = torch.backends.cudnn.enabled
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""What Newton's method would still gain at a point, and whether the quadratic model that it rests on holds there.
+"""Newton's method at a point: how much it would still lower the loss, and whether its quadratic model is valid there.
 
 Shapes: n numbers in θ.
 """
@@ -23,31 +23,33 @@ if TYPE_CHECKING:
 
     from lightning_mnn.landscape.curvature.loss_surface import LossSurface
 
-_RESIDUAL = 1e-4  # of the gradient, that a step leaves as its model says
-_MISFIT = 0.1  # of the gradient, that the one at the end may be off: along a tail or a power it is off by 1/4 or more
-_FALL = 0.3  # of the predicted fall of the loss, by which the real one may differ
+_RESIDUAL = 1e-4  # residual of a step in its model, relative to the gradient
+_MISFIT = (
+    0.1  # largest error of the predicted gradient, relative to the first; along a tail or a power it is 1/4 or more
+)
+_FALL = 0.3  # largest error of the predicted decrease of the loss, relative to it
 _STEPS = 10
-_OF_WEIGHTS = 0.125  # of the gradient that all weights at a spacing of floats would have in the steepest direction
-_JITTER = 64.0  # spacings of floats, relative to the weights, between which rounding of the gradient is measured
-_ROUNDINGS = 8.0  # times its rounding, up to which a gradient is zero
+_OF_WEIGHTS = 0.125  # times the gradient of a move of all weights by a spacing of floats in the steepest direction
+_JITTER = 64.0  # step, in spacings of floats relative to the weights, for which rounding of the gradient is measured
+_ROUNDINGS = 8.0  # times its rounding error: up to this a gradient is zero
 _LOSS_ROUNDINGS = 8.0  # error of a loss, in spacings of its floats
-_ZERO = 256.0  # error of predictions, in spacings of floats, whose square is a loss of zero
+_ZERO = 256.0  # error of predictions, in spacings of floats, whose square counts as a loss of zero
 
 
 class NewtonDoubt(StrEnum):
-    """Why Newton's method does not end next to a point."""
+    """The reason why Newton's method does not end near its start."""
 
-    MODEL = "model"  # gradient or loss at the end of a step are not what the quadratic model says
+    MODEL = "model"  # gradient or loss at the end of a step differ from the quadratic model
     FLAT = "flat"  # the gradient has a part along directions without positive curvature
     PRODUCTS = "products"  # too few were allowed
 
 
 @dataclass(frozen=True)
 class Scales:
-    """What numbers at a point compare with.
+    """Reference scales at a point.
 
     Attributes:
-        length: of a step: ‖θ‖, or how far a gradient of the size of the reference would lead.
+        length: scale of a step: ‖θ‖, or the length to which a gradient of the size of the reference would lead.
         curvature: the largest eigenvalue of the Hessian.
         eps: spacing of floats at 1.
     """
@@ -63,25 +65,25 @@ class Scales:
 
     @property
     def zero(self) -> float:
-        """A loss up to which it is zero: the square of what rounding makes of predictions."""
+        """The loss up to which a loss counts as zero: the square of the rounding error of predictions."""
         return (_ZERO * self.eps) ** 2 * self.curvature * self.length**2
 
 
 @dataclass(frozen=True)
 class NewtonCheck:
-    """Where Newton's method leads from a point θ.
+    """Result of Newton's method from a point θ.
 
     Attributes:
-        gain: ½ gᵀH⁻¹g at θ: what the loss would fall by if it were its quadratic model.
-        step: to where it led, (n,).
+        gain: ½ gᵀH⁻¹g at θ: the decrease of the loss by its quadratic model.
+        step: from θ to the end, (n,).
         length: ‖step‖.
         loss: at the end.
         gradient_norm: at the end.
-        gradient_error: rounding error of the gradient, measured.
+        gradient_error: measured rounding error of the gradient.
         misfit: largest ‖g(θ + d) − g(θ) − H d‖/‖g(θ)‖ of a step d.
-        doubt: why the end is no stationary point next to θ; None: it is one, up to rounding.
-        products: Hessian–vector products taken.
-        gradients: gradients taken.
+        doubt: why the end is not a stationary point near θ; None: it is one, up to rounding.
+        products: number of Hessian–vector products.
+        gradients: number of gradients.
     """
 
     gain: float
@@ -106,17 +108,18 @@ def newton_check(
 ) -> NewtonCheck:
     """Follow Newton's method from θ until the gradient is zero up to rounding, and check its model at each step.
 
-    Of a regular minimum the steps shrink quadratically. Along a tail of the loss, as exp(−y) has one, a step cuts the
-    gradient to 1/e and no further, and so does each that follows; along a power yᵏ, k ≥ 3, to a quarter or more. A part
-    of the gradient that is hidden by others at the first step shows at the next. Each step solves H d = −g by conjugate
-    gradients, which a GPU is waited for once a product.
+    Near a regular minimum the steps shrink quadratically. Along a tail of the loss, as that of exp(−y), each step
+    reduces the gradient only to 1/e; along a power yᵏ, k ≥ 3, only to a quarter or more. A part of the gradient that
+    is hidden by others at the first step shows at the next. Each step solves H d = −g by conjugate gradients, with one
+    wait for a GPU for each product.
 
     Args:
-        surface: the loss at θ, which is put back.
-        scales: of the point.
-        curvature_error: rounding error of a product with a vector of length 1: less curvature counts as none.
-        largest_misfit: of the gradient, by which the one at the end of a step may differ from what its model says.
-        max_products: of all steps.
+        surface: the loss at θ; θ is restored afterwards.
+        scales: the scales of the point.
+        curvature_error: rounding error of a product with a vector of length 1: less curvature counts as zero.
+        largest_misfit: largest difference between the gradient at the end of a step and its model, relative to the
+            gradient before.
+        max_products: largest number of products, for all steps.
 
     >>> from lightning_mnn.landscape import LossSurface
     >>> theta = torch.tensor([1e-9, 9.0], dtype=torch.float64, requires_grad=True)
@@ -148,8 +151,8 @@ class Solution:
     Attributes:
         step: d, (n,).
         residual: g + H d, (n,).
-        products: with H.
-        flat: whether it ended at a direction without positive curvature.
+        products: number of products with H.
+        flat: whether it stopped at a direction without positive curvature.
     """
 
     step: Tensor
@@ -173,9 +176,9 @@ def conjugate_gradients(
         product: v ↦ H v.
         gradient: g, (n,).
         smallest_curvature: pᵀH p/‖p‖² up to which a direction counts as flat.
-        residual: ‖g + H d‖/‖g‖ at which it ends.
-        max_products: after which it ends.
-        goes_on: makes one answer of those of several processes.
+        residual: ‖g + H d‖/‖g‖ at which it stops.
+        max_products: number of products after which it stops.
+        goes_on: combines the answers of several processes into one.
 
     >>> found = conjugate_gradients(lambda v: torch.tensor([2.0, 1.0]) * v, torch.tensor([4.0, 3.0]))
     >>> found.step.round(decimals=4), found.products
@@ -200,7 +203,7 @@ def conjugate_gradients(
 
 @dataclass
 class _Run:
-    """Newton's method under way."""
+    """State of Newton's method."""
 
     surface: LossSurface
     scales: Scales
@@ -239,13 +242,13 @@ class _Run:
             predicted = -0.5 * float(((gradient + solved.residual).double() * solved.step.double()).sum())
             if turn == 0:
                 self.gain = predicted
-            agrees, gradient = self._take(solved, predicted)
+            agrees, gradient = self._apply(solved, predicted)
             if not agrees:
                 return NewtonDoubt.MODEL
         return None if self.norm <= _ROUNDINGS * self.error else NewtonDoubt.MODEL
 
-    def _take(self, solved: Solution, predicted: float) -> tuple[bool, Tensor]:
-        """Go a step; whether loss and gradient at its end are what the model says, and the gradient."""
+    def _apply(self, solved: Solution, predicted: float) -> tuple[bool, Tensor]:
+        """Make a step. Returns whether loss and gradient at its end agree with the model, and the gradient."""
         before = self.loss
         self.total = self.total + solved.step
         self.loss, after = self._at(self.total)
@@ -265,12 +268,12 @@ class _Run:
             return self.surface.value_and_gradient()
 
     def _smallest_rounding(self) -> float:
-        """What rounding of the weights makes of a gradient, or nearly as much."""
+        """Rough estimate of the error of a gradient from the rounding of the weights."""
         weights = math.sqrt(sum(float(p.detach().double().square().sum()) for p in self.surface.parameters))
         return _OF_WEIGHTS * self.scales.eps * self.scales.curvature * weights
 
     def _rounding(self, gradient: Tensor) -> float:
-        """‖g(θ + s) + g(θ − s) − 2 g(θ)‖/√6 for s of some spacings of floats: what rounding makes of a gradient."""
+        """Rounding error of a gradient: ‖g(θ + s) + g(θ − s) − 2 g(θ)‖/√6 for s of some spacings of floats."""
         jitter, ends = Jitter(self.surface.parameters), []
         for sign in (1.0, -1.0):
             with jitter.moved(sign * _JITTER * self.scales.eps):

@@ -38,7 +38,7 @@ def work(store):
     assert kinks.ties > 0
     verdict = second_order_verdict(shared, kinks, 1e6)
     exact_verdict = second_order_verdict(alone, exact_kinks, 1e6)
-    assert verdict.kind == exact_verdict.kind == "undecided"  # far from stationary: the gradient could feign it
+    assert verdict.kind == exact_verdict.kind == "undecided"  # far from stationary: the gradient can explain it
     # One of them may have taken a product more: of both the eigenvalue lies in [smallest − error, smallest].
     error = max(verdict.eigenvalue_error, exact_verdict.eigenvalue_error)
     assert abs(verdict.smallest_eigenvalue - exact_verdict.smallest_eigenvalue) <= error

@@ -153,7 +153,7 @@ def test_starts_are_repeatable():
         ({"max_products": 0}, "max_products must be at least 1"),
         ({"failure": 0.0}, "failure must lie between"),
         ({"dtype": torch.float16}, "dtype must be torch.float32 or torch.float64"),
-        ({"memory_budget": 100}, "memory_budget must hold two vectors of 10 numbers"),
+        ({"memory_budget": 100}, "memory_budget must be enough for two vectors of 10 numbers"),
     ],
 )
 def test_bad_arguments(arguments, message):
