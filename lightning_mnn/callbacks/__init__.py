@@ -1,4 +1,4 @@
-"""Callbacks that say what a piecewise-linear network converges to."""
+"""Callbacks that find out what a piecewise-linear network converges to."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """A class, looked up anew each time: ``lightning.pytorch`` may have been imported since (see join_lightning)."""
+    """A class, looked up again each time: ``lightning.pytorch`` may have been imported since (see join_lightning)."""
     if name not in _MODULES:
         raise AttributeError(f"module 'lightning_mnn.callbacks' has no attribute {name!r}")
     found = getattr(importlib.import_module(f"lightning_mnn.callbacks.{_MODULES[name]}"), name)

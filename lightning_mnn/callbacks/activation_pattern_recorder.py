@@ -40,76 +40,78 @@ if TYPE_CHECKING:
 class ActivationPatternRecorder(ScheduledCallback):
     """Records activation patterns of the training set, bit-packed, in a ``patterns.zarr`` store.
 
-    Works with any module that calls piecewise-linear functions: ReLU and its kin, clamp, maximum, max-pooling, as
-    modules or as functions (see :class:`lightning_mnn.landscape.kinks.tracing.KinkTrace`). A module that states its
-    network by a method ``network()``, as MNN does, is evaluated in float64. Any other runs over the samples in eval
-    mode, without gradients, in the precision of training, at the scheduled times only; nothing of that stays on it, and
-    training goes on bit for bit as without the recorder.
+    Works with any module that calls piecewise-linear functions: ReLU and its variants, clamp, maximum, max-pooling, as
+    modules or as functions (see :class:`lightning_mnn.landscape.kinks.tracing.KinkTrace`). A module that defines its
+    network by a method ``network()``, as MNN does, is evaluated in float64. Any other module runs over the samples in
+    eval mode, without gradients, in the precision of training, at the scheduled times only. Afterwards the module is
+    unchanged, and training continues bit for bit as without the recorder.
 
     Each unit of a layer is on one of two pieces, or of more: ReLU6 has three, a window of max-pooling as many as it has
-    inputs. A layer with more is stored by binary digits (see :class:`lightning_mnn.landscape.PackedPattern`). The
-    three snapshots that are held on the module's device, the first, the last and the one that is taken, are
+    inputs. A layer with more than two is stored in binary digits (see :class:`lightning_mnn.landscape.PackedPattern`).
+    Three snapshots are in memory on the module's device: the first, the last and the current one. They take
 
         3 × samples × Σ over the layers of (binary digits of a piece) × ⌈units / 8⌉ bytes,
 
-    which ``memory_budget`` bounds; beside them there is one layer of one of them, or what it gives for one batch.
+    which ``memory_budget`` bounds; in addition there is one layer of one snapshot, or the layer's output for one batch.
 
-    A checkpoint names the first and the last snapshot, which a resumed run reads from the store; where none is written,
-    it holds their bits. A store is looked for where it was and, by its name, in the folder of the resumed run. Where it
-    is gone, damaged or holds other patterns, a warning says so, training goes on, and flips are counted from there.
+    A checkpoint names the first and the last snapshot, and a resumed run reads them from the store. If no store is
+    written, the checkpoint contains their bits. A resumed run searches for the store at its old path and, by its name,
+    in the folder of the resumed run. If the store is missing, is damaged or contains other patterns, the recorder
+    warns, training continues, and flips are counted from there.
 
-    Where there is no pattern to compare after the first snapshot (weights that are NaN, a layer that is new or is met
-    no longer, a training set that became smaller), a warning says so, and that snapshot is left out.
+    If there is no comparable pattern after the first snapshot (weights that are NaN, a layer that is new or is not
+    called any more, a training set that became smaller), the recorder warns and leaves out that snapshot.
 
-    Logs, means over the replicas:
+    Logs, as means over the replicas:
 
-    - ``pattern/flips``: (sample, unit) pairs whose piece is another than at the last snapshot; ``flips_from_start``,
-      and ``hamming_from_start``, which is a fraction of all pairs;
-    - ``pattern/never_active_units`` and ``always_active_units``: units that are active on no recorded sample, and those
-      that are on one and the same active piece on all (of functions that have active pieces: a maximum has none);
-    - ``pattern/unactivated_samples``, on which no unit of some layer is active;
-    - ``pattern/distinct``: different patterns among the recorded samples, all layers together: how many linear regions
-      of input space they are in;
-    - ``pattern/regions_visited``: different patterns of all the samples among the snapshots;
+    - ``pattern/flips``: number of (sample, unit) pairs whose piece differs from that of the last snapshot;
+      ``flips_from_start``: from that of the first; ``hamming_from_start``: the same as a fraction of all pairs;
+    - ``pattern/never_active_units`` and ``always_active_units``: units that are active on no recorded sample, and units
+      that are on one and the same active piece on all (for functions that have active pieces: a maximum has none);
+    - ``pattern/unactivated_samples``: samples on which some layer has no active unit;
+    - ``pattern/distinct``: number of different patterns among the recorded samples, all layers together, which is the
+      number of linear regions of input space that they are in;
+    - ``pattern/regions_visited``: number of different patterns of the whole sample set among the snapshots;
     - ``pattern/<layer>/flips``, ``flips_from_start``, ``hamming_from_start``, ``never_active_units``,
-      ``always_active_units`` and ``distinct``: the same of each layer.
+      ``always_active_units`` and ``distinct``: the same for each layer.
 
     Args:
         schedule: when to record, besides the start and the end; None: after 1, 2, 4, 8, … epochs.
-        probe: record a fixed random subset of this many samples; None: the whole training set of a module that states
-            its network, and of any other min(N, 1024, what the budget allows), in whole batches where the loader leaves
-            out others (``drop_last``). Or a batch of samples as the training
-            loader gives it, the first axis of each of its tensors being the samples, the same on every process: for
-            data whose samples cannot be enumerated, as those of an ``IterableDataset``.
+        probe: number of samples to record, a fixed random subset; None: the whole training set if the module defines
+            its network, and otherwise min(N, 1024, what the budget allows), in whole batches if the loader drops
+            incomplete ones (``drop_last``). Or a batch of samples as the training loader yields it, the same on every
+            process, where the first axis of each tensor is the samples: for data whose samples cannot be enumerated,
+            such as those of an ``IterableDataset``.
         dirpath: folder of ``patterns.zarr``; None: the folder of the first logger's run, or without a logger the
-            Trainer's ``default_root_dir``, where that is not the current folder: then nothing is written. A store that
-            another run left there is not touched: ``patterns-v1.zarr`` and so on is written instead. A ``fast_dev_run``
-            writes nothing.
+            Trainer's ``default_root_dir``; if that is the current folder, nothing is written. A store that another run
+            left there is not changed: ``patterns-v1.zarr`` and so on is written instead. A ``fast_dev_run`` writes
+            nothing.
         seed: seed of the probe.
-        modules: names or patterns (``*``, ``?``) of the layers to record, or of modules whose layers are; None: all.
-        memory_budget: bytes that the recorder may hold on the device, 32 MiB by default.
+        modules: names or patterns (``*``, ``?``) of the layers to record, or of modules that contain them; None: all.
+        memory_budget: bytes that the recorder may use on the device, 32 MiB by default.
         forward_fn: ``forward_fn(module, batch)``, what to run on a batch; None: the module's ``forward`` on as many
-            leading parts of the batch as it requires, or its ``training_step`` where that cannot be or meets other
-            layers, as of an autoencoder whose forward is the encoder alone. Both run once on three samples before
-            training; what is chosen is said.
-        strict: let an error that the callback meets end the run; else it warns once, and training goes on without it.
+            leading parts of the batch as it requires, or its ``training_step`` if ``forward`` cannot be run or calls
+            other layers, as in an autoencoder whose forward is the encoder alone. Both run once on three samples before
+            training; a choice that may be unexpected is logged.
+        strict: if true, an error in the callback ends the run; otherwise it warns once, and training goes on without
+            the callback.
 
     Attributes:
-        store: where the snapshots are; None before training, on processes other than the first, in a fast_dev_run, and
-            where nothing is written.
-        layers: what is recorded, by name: number of units, of pieces, and which pieces count as active.
+        store: the store of the snapshots; None before training, on processes other than the first, in a fast_dev_run,
+            and if nothing is written.
+        layers: the recorded layers by name: number of units, number of pieces, and which pieces count as active.
 
     Raises:
         ValueError: ``probe`` or ``memory_budget`` < 1; (at the start of training) a probe beyond the budget, or layers
-            in which it cannot be told which numbers belong to which sample.
+            in which the numbers cannot be assigned to samples.
         TypeError: (at the start of training) a module without kinks, data whose samples cannot be enumerated, or
-            ``modules``, ``forward_fn`` or a batch as ``probe`` for a module that states its network.
+            ``modules``, ``forward_fn`` or a batch as ``probe`` for a module that defines its network.
     """
 
     missing = "no activation patterns are recorded"
     remedy = (
-        "forward_fn(module, batch), where the module's forward takes something else than a batch; probe=batch, a batch "
-        "of samples, where those of the training set cannot be enumerated; modules=, the layers to record"
+        "forward_fn(module, batch), if the module's forward takes something other than a batch; probe=batch, a batch "
+        "of samples, if those of the training set cannot be enumerated; modules=, the layers to record"
     )
 
     def __init__(
@@ -133,14 +135,14 @@ class ActivationPatternRecorder(ScheduledCallback):
         self.forward_fn = forward_fn
         self.store: PatternStore | None = None
         self.layers: dict[str, KinkLayer] = {}
-        self._kinks: KinkProbe | None = None  # of a module that states no network
+        self._kinks: KinkProbe | None = None  # for a module that does not define its network
         self._first: dict[str, PackedPattern] = {}
         self._last: dict[str, PackedPattern] = {}
-        self._stored: dict[str, StoredSnapshot] = {}  # "first" and "last", where a store holds them
+        self._stored: dict[str, StoredSnapshot] = {}  # "first" and "last", if they are in a store
         self._store_path: str | None = None  # on every process
-        self._regions: list[list[str]] = []  # of each replica, distinct digests in the order of visit
+        self._regions: list[list[str]] = []  # for each replica: distinct digests in the order of visit
         self._recorded_step: int | None = None
-        self._skipped = False  # a snapshot
+        self._skipped = False  # whether a snapshot was left out
 
     @property
     @override
@@ -153,7 +155,7 @@ class ActivationPatternRecorder(ScheduledCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._forget()
+            self._clear()
             self.store, self._store_path = None, None
             self.layers, self._kinks, self._recorded_step, self._skipped = {}, None, None, False
 
@@ -161,7 +163,7 @@ class ActivationPatternRecorder(ScheduledCallback):
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         folder = self._folder(trainer)
         if folder is None:
-            rank_zero_info("Activation patterns: without a logger no patterns.zarr is written; dirpath= says where to")
+            rank_zero_info("Activation patterns: without a logger no patterns.zarr is written; dirpath= is its folder")
         elif not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._store_path = on_first_process(trainer, lambda: self._open_store(folder))
         super().start(trainer, pl_module)
@@ -171,10 +173,10 @@ class ActivationPatternRecorder(ScheduledCallback):
         return self.dirpath or _folder_of_run(trainer, log_dir)
 
     def _open_store(self, folder: Path) -> str:
-        """Open the store, on the first process; its path is for all."""
+        """Open the store, on the first process; return its path, for all processes."""
         if self._last:
             self.store = _store_of(folder, self._recorded_step, digest_of(self._last))
-            self.store.create()  # so that another recorder, which does not record yet either, takes another
+            self.store.create()  # so that another recorder that does not record yet chooses a different store
         else:
             self.store = _store_of(folder, None, "")
         return str(self.store.path.absolute())
@@ -205,7 +207,7 @@ class ActivationPatternRecorder(ScheduledCallback):
         self._log(trainer, on_host, last)
 
     def _name_stored(self, step: int, layers: list[str], digest: str | list[str]) -> None:
-        """Let checkpoints name the snapshot that was written, instead of holding its bits."""
+        """Make checkpoints name the snapshot that was written, instead of containing its bits."""
         named = {}
         if self._store_path is not None:
             snapshot = StoredSnapshot(self._store_path, step, layers, digest)
@@ -213,13 +215,13 @@ class ActivationPatternRecorder(ScheduledCallback):
         self._stored = {key: self._stored[key] for key in self._stored if key == "first"} | named
 
     def _skip(self, trainer: pl.Trainer, error: PatternError) -> None:
-        """Go on without this snapshot: what happens in the midst of training is no reason to end it."""
-        self._last_step = self._recorded_step  # which a resumed run looks for in the store
+        """Continue without this snapshot: an error during training is not a reason to end it."""
+        self._last_step = self._recorded_step  # a resumed run searches for this step in the store
         if not self._skipped:
-            why = "; ".join([str(error), *getattr(error, "__notes__", [])])
+            reason = "; ".join([str(error), *getattr(error, "__notes__", [])])
             rank_zero_warn(
-                f"Activation patterns: none are recorded after {trainer.global_step} steps, nor where the same happens "
-                f"again: {why}"
+                f"Activation patterns: none are recorded after {trainer.global_step} steps, nor if the same happens "
+                f"again: {reason}"
             )
         self._skipped = True
 
@@ -258,14 +260,13 @@ class ActivationPatternRecorder(ScheduledCallback):
 
     @override
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the layers; in a resumed run, read the snapshots, and forget those of other layers."""
+        """Find the layers; in a resumed run, read the snapshots, and drop those of other layers."""
         self._read_stored(trainer)
         if states_network(pl_module):
             if self.modules is not None or self.forward_fn is not None or not isinstance(self.probe, int | None):
                 raise MisfitError(
-                    "modules, forward_fn and a batch as probe are for modules that run as they are; "
-                    f"{type(pl_module).__name__} states its network by a method network(), of which every layer is "
-                    "recorded: leave them out"
+                    "modules, forward_fn and a batch as probe are for modules without a method network(); "
+                    f"{type(pl_module).__name__} has one, and every layer of its network is recorded: leave them out"
                 )
             return
         self._kinks = KinkProbe(self.probe, self.memory_budget, self.seed, self.modules, self.forward_fn)
@@ -276,13 +277,13 @@ class ActivationPatternRecorder(ScheduledCallback):
         resumed = {name: (p.width, p.num_pieces, p.bits.shape[-2]) for name, p in self._last.items()}
         if resumed and resumed != expected:
             rank_zero_warn(
-                f"Activation patterns: those of the checkpoint are of other layers or samples ({_told(resumed)}; now "
-                f"{_told(expected)}); they are recorded anew, and flips are counted from here"
+                f"Activation patterns: the checkpoint has other layers or samples ({_described(resumed)}; now "
+                f"{_described(expected)}); recording starts again, and flips are counted from here"
             )
             self._start_again()
 
     def _read_stored(self, trainer: pl.Trainer) -> None:
-        """Read the snapshots that the checkpoint names, on the first process, and hand them to all."""
+        """Read the snapshots that the checkpoint names, on the first process, and send them to all."""
         unread = {key: named for key, named in self._stored.items() if not getattr(self, f"_{key}")}
         if not unread:
             return
@@ -302,10 +303,10 @@ class ActivationPatternRecorder(ScheduledCallback):
             setattr(self, f"_{key}", patterns)
 
     def _start_again(self) -> None:
-        self._forget()
+        self._clear()
         self._last_step = None  # so that there is a snapshot at the start
 
-    def _forget(self) -> None:
+    def _clear(self) -> None:
         self._first, self._last, self._stored, self._regions = {}, {}, {}, []
 
     def _patterns(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, PackedPattern]:
@@ -360,8 +361,8 @@ class ActivationPatternRecorder(ScheduledCallback):
         log_scalars(trainer, dict(scalars))
 
 
-def _told(layers: dict[str, tuple[int, int, int]]) -> str:
-    """Layers, and how many samples of them, in words."""
+def _described(layers: dict[str, tuple[int, int, int]]) -> str:
+    """Names of layers and their number of samples, as text."""
     names = list(layers)
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return f"{', '.join(names[:5])}{more} of {next(iter(layers.values()))[-1]} samples"
@@ -376,23 +377,23 @@ def _any_layer(flags: Iterable[Tensor]) -> Tensor:
 
 
 def _folder_of_run(trainer: pl.Trainer, log_dir: str | None) -> Path | None:
-    """The folder of the first logger's run, where Lightning's checkpoints are, too; None: nothing asks for files."""
+    """The folder of the first logger's run, where Lightning's checkpoints are, too; None: no files are wanted."""
     logger = trainer.logger
     if logger is None and Path(trainer.default_root_dir).absolute() == Path.cwd():
         return None
     if logger is None or logger.save_dir is None or logger.log_dir is not None:
         return Path(log_dir or trainer.default_root_dir)
-    return Path(logger.save_dir, str(logger.name), str(logger.version))  # W&B's, which has many runs in one folder
+    return Path(logger.save_dir, str(logger.name), str(logger.version))  # for W&B, which has many runs in one folder
 
 
 def _found(named: StoredSnapshot, folder: Path | None) -> tuple[StoredSnapshot, dict[str, PackedPattern]]:
-    """A snapshot that a checkpoint names, and its patterns: from a store in this folder, or from where it was.
+    """A snapshot that a checkpoint names, and its patterns: from a store in this folder, or from its old path.
 
     Raises:
         LostSnapshotError: they are in neither.
     """
     here = None if folder is None else replace(named, path=str((folder / Path(named.path).name).absolute()))
-    if here is not None and here != named:  # the folder was moved or copied, or is that of another version of the run
+    if here is not None and here != named:  # the folder was moved or copied, or belongs to another version of the run
         try:
             return here, here.read()
         except LostSnapshotError:

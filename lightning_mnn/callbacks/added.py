@@ -1,4 +1,4 @@
-"""AddedCallbacks: the three callbacks in a run whose program does not name them, and may not suit them."""
+"""AddedCallbacks: adds the three callbacks to a run whose program does not name them and may not fit them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _MAKERS: dict[str, Callable[[], ScheduledCallback]] = {
 
 
 class AddedCallbacks(pl.Callback):
-    """Adds callbacks to a fit, of those types that neither its program nor its module brought.
+    """Adds callbacks to a fit, of those types that neither its program nor its module provides.
 
-    They leave training as it is: the detector does not stop it, and a callback that meets an error, divergence
-    included, says so in one warning and does nothing for the rest of the fit.
+    They do not change training: the detector does not stop it, and a callback that meets an error, including
+    divergence, warns once and does nothing for the rest of the fit.
 
     Args:
         names: any of "detector", "recorder" and "monitor".
@@ -45,14 +45,14 @@ class AddedCallbacks(pl.Callback):
         made = [_MAKERS[name]() for name in self.names]
         added = [new for new in made if not any(isinstance(old, type(new)) for old in run.callbacks)]
         monitors = [i for i, callback in enumerate(run.callbacks) if isinstance(callback, AngularVolumeMonitor)]
-        place = min(run.callbacks.index(self), *monitors, len(run.callbacks))  # a monitor looks at detectors before it
-        # A new list: Lightning goes through the old one while this is called.
+        place = min(run.callbacks.index(self), *monitors, len(run.callbacks))  # a monitor reads detectors before it
+        # A new list: Lightning iterates over the old one while this is called.
         run.callbacks = [*run.callbacks[:place], *added, *run.callbacks[place:]]
         for callback in added:
             callback.ends_diverged = False
             callback.setup(trainer, pl_module, stage)
 
     def epochs_until_due(self, done: int) -> float:
-        """Any number: it looks at no epoch."""
+        """Infinitely many: it acts in no epoch."""
         del done
         return float("inf")

@@ -1,4 +1,4 @@
-"""AngularVolumeMonitor: how large is the region that training is in, beside the paper's theorems?"""
+"""AngularVolumeMonitor: how large is the region that training is in, compared with the paper's theorems?"""
 
 from __future__ import annotations
 
@@ -60,94 +60,95 @@ if TYPE_CHECKING:
 
 MOMENTS = ("start", "certificate", "end")
 _NOT_MEASURED = "not measured at the last weights"
-_NOT_OF_REPLICAS = 'volumes of replicas are measured where measure says so, as in measure=["end"]'
+_NOT_OF_REPLICAS = 'volumes of replicas are measured only if measure is given, as in measure=["end"]'
 _ON_A_KINK = "a pre-activation is zero up to rounding: the weights lie on a kink"
-_NO_PRODUCT = "with two hidden layers a region is no product of cones"
-_REPLICAS_APART = "replicas have no pattern of one network: train them one by one"
+_NO_PRODUCT = "with two hidden layers a region is not a product of cones"
+_REPLICAS_APART = "replicas are several networks and have no common pattern: train them one by one"
 _NO_NETWORK = "not a network with one hidden layer and one output, whose regions are products of cones"
 
 
 class AngularVolumeMonitor(ScheduledCallback):
     """Logs how large the current region is.
 
-    *In a network with one hidden layer and one output* (an MNN, a module with a method ``network()``, or one
-    ``nn.Sequential`` that the module runs once on the inputs of a batch as they are; see
-    :func:`~lightning_mnn.callbacks.evaluation.module_network.network_of`) that is the angular volume
-    V(R) = P(W ∈ R) of the region of the whole training set, for i.i.d. normal W, as a logarithm in nats. Over replicas
-    all that is logged are means.
+    *For a network with one hidden layer and one output* (an MNN, a module with a method ``network()``, or one
+    ``nn.Sequential`` that the module runs once on the unchanged inputs of a batch; see
+    :func:`~lightning_mnn.callbacks.evaluation.module_network.network_of`) the size is the angular volume
+    V(R) = P(W ∈ R) of the region of the whole training set, for i.i.d. normal W, as a logarithm in nats. With replicas
+    all logged values are means.
 
-    At every check a rigorous lower bound, ``volume/log_lower_bound``: the sum over the units of the log measure of
-    the spherical cap around w_i inside its cone (see :func:`lightning_mnn.landscape.log_volume_lower_bound`). At the
-    start also the paper's theorems at the run's sizes: ``volume/theorem_6_suboptimal`` (upper bound on log E V(L_ε)),
-    ``volume/theorem_8_width`` (sufficient width), ``volume/theorem_9_global`` (lower bound on log V(G)),
+    At every check it logs a rigorous lower bound, ``volume/log_lower_bound``: the sum over the units of the log measure
+    of the spherical cap around w_i inside its cone (see :func:`lightning_mnn.landscape.log_volume_lower_bound`). At the
+    start it also logs the paper's theorems at the run's sizes: ``volume/theorem_6_suboptimal`` (upper bound on
+    log E V(L_ε)), ``volume/theorem_8_width`` (sufficient width), ``volume/theorem_9_global`` (lower bound on log V(G)),
     ``volume/theorem_9_failure`` (its δ) and ``volume/theorem_10_ratio`` (upper bound on log V(L_ε)/V(G)).
 
-    At chosen moments the volume itself and its standard error: ``volume/log_volume`` and
+    At chosen moments it logs the volume itself and its standard error: ``volume/log_volume`` and
     ``volume/log_volume_standard_error``, that of the mean over the replicas (see
-    :func:`lightning_mnn.landscape.region_log_volume`). Of the log measures log γ_i of the measured units' cones there
-    are ``volume/unit_mean``, ``volume/unit_least``, ``volume/unit_most``, a histogram ``volume/units`` (in W&B and
+    :func:`lightning_mnn.landscape.region_log_volume`). For the log measures log γ_i of the measured units' cones it
+    logs ``volume/unit_mean``, ``volume/unit_least``, ``volume/unit_most``, a histogram ``volume/units`` (in W&B and
     TensorBoard), and ``volume/log_ratio_to_average_cell``: their mean plus the log of Cover's number of cells (see
-    :func:`~lightning_mnn.landscape.bounds.log_num_cells`), 0 where a unit's cone is as large as the average cell.
-    Replicas whose weights lie on a kink, in no open region, are left out.
+    :func:`~lightning_mnn.landscape.bounds.log_num_cells`), which is 0 if a unit's cone is as large as the average cell.
+    Replicas whose weights lie on a kink, and so in no open region, are left out.
 
-    What that costs: a sample is one sweep of N·d0 multiplications, about 1 ns each on one processor core, and
-    a unit's cone takes about 4,000 √d0 + 3 d0^1.3/s² samples for a standard error of s nats. As many units are measured
-    as ``budget`` allows: all, or a random subset, whose spread is then in the standard error. Where it does not allow
-    two units of each replica, nothing is measured, and the summary says so: 784-89-1 on 70,000 samples would take
+    The cost: a sample is one sweep of N·d0 multiplications, about 1 ns each on one processor core, and a unit's cone
+    takes about 4,000 √d0 + 3 d0^1.3/s² samples for a standard error of s nats. As many units are measured as ``budget``
+    allows: all, or a random subset, whose spread is then included in the standard error. If the budget does not allow
+    two units of each replica, nothing is measured, and the summary states this: 784-89-1 on 70,000 samples would take
     hours.
 
-    *In any other module* with kinks, an MNN with two hidden layers included, at the same moments the local volume on a
-    probe set (see :mod:`lightning_mnn.landscape.volumes.random_moves`): the probability P(σ) that a random move of all
-    parameters that require a gradient, of relative size σ, keeps the pattern of the probe in eval mode. Logged are
-    ``volume/keep/<σ>``, as in ``volume/keep/1e-03``: P(σ) of all layers together; ``volume/half_sigma``: σ½ at which it
-    falls to ½, with ``volume/half_sigma_low`` and ``volume/half_sigma_high``, a 95 % bracket of values of σ;
-    ``volume/<layer>/half_sigma``: that of the layer's own pattern; what lies outside the curve is not logged. The
+    *For any other module* with kinks, including an MNN with two hidden layers, it measures at the same moments the
+    local volume on a probe set (see :mod:`lightning_mnn.landscape.volumes.random_moves`): the probability P(σ) that a
+    random move of all parameters that require a gradient, of relative size σ, keeps the pattern of the probe in eval
+    mode. It logs ``volume/keep/<σ>``, as in ``volume/keep/1e-03``: P(σ) of all layers together; ``volume/half_sigma``:
+    σ½ at which P(σ) falls to ½, with ``volume/half_sigma_low`` and ``volume/half_sigma_high``, a 95 % bracket of values
+    of σ; ``volume/<layer>/half_sigma``: that of the layer's own pattern. Values outside the curve are not logged. The
     picture ``volume/local`` (in W&B and TensorBoard) shows the curves of all layers with exact 95 % intervals, which
-    the summary holds, too. Where the first layer's kinks are at 0 and come after an ``nn.Linear`` of inputs that no
-    parameter moves, its units have cones, as above, but of the probe's samples alone:
+    are also in the summary. If the first layer's kinks are at 0 and come after an ``nn.Linear`` whose inputs depend on
+    no parameter, its units have cones, as above, but only for the samples of the probe:
     ``volume/<layer>/log_volume`` and ``volume/<layer>/log_volume_standard_error``. At checks between the moments
-    nothing is done. At the start the module runs once on the probe, so that what cannot work is said then.
+    nothing is done. At the start the module runs once on the probe, so that errors are raised then.
 
-    What that costs: ``len(sigmas) * num_draws`` forward passes over the probe at most (those of large moves end after
-    its first four samples) and the memory of the parameters twice more, while it lasts: about 10 s for resnet18 on
-    32 × 32 images with the defaults, on one core. Processes share the draws.
+    The cost: at most ``len(sigmas) * num_draws`` forward passes over the probe (those of large moves end after its
+    first four samples), and during the measurement twice the memory of the parameters in addition: about 10 s for
+    resnet18 on 32 × 32 images with the defaults, on one core. The draws are divided among the processes.
 
     Args:
         schedule: when to check, besides the start and the end; None: every 100 epochs.
-        epsilon: least classification error of the minima that the theorems count.
+        epsilon: smallest classification error of the minima that the theorems count.
         measure: when to measure the volume, any of "start", "certificate" (the first time that a LocalMinimumDetector
             of the run has certified every replica, whether or not it stops training) and "end". None: at the end of a
             run of one network; volumes of replicas would cost many times the training of such small networks.
-        measure_every: measure it at every k-th check, too; None: not.
-        target_standard_error: of the log measure of one unit's cone, in nats.
-        budget: most multiplications of a measurement of cones, all replicas together.
-        seed: of the random numbers; replica r at step t has its own.
+        measure_every: also measure it at every k-th check; None: do not.
+        target_standard_error: standard error of the log measure of one unit's cone, in nats.
+        budget: maximal number of multiplications of a measurement of cones, all replicas together.
+        seed: seed of the random numbers; replica r at step t has its own.
         modules: names or patterns of the layers whose pattern counts (see
-            :class:`~lightning_mnn.landscape.kinks.tracing.KinkTrace`); None: all that the module meets. Given, the
-            local volume is what is measured.
+            :class:`~lightning_mnn.landscape.kinks.tracing.KinkTrace`); None: all that the module calls. If it is given,
+            the local volume is measured.
         forward_fn: ``forward_fn(module, batch)`` runs the module; None: its forward on the leading parts of a batch, or
-            its ``training_step``, where that cannot be or meets other layers (see
-            :func:`~lightning_mnn.callbacks.evaluation.choose_pass.pass_of_training`). Given, the local volume is
-            measured.
-        probe: how many samples of the training set are the probe, drawn by the seed; or a batch as the training
-            loader yields it, which an IterableDataset needs. Given a batch, the local volume is measured.
+            its ``training_step`` if ``forward`` cannot be run or calls other layers (see
+            :func:`~lightning_mnn.callbacks.evaluation.choose_pass.pass_of_training`). If it is given, the local volume
+            is measured.
+        probe: number of samples of the training set in the probe, drawn by the seed; or a batch as the training loader
+            yields it, which an IterableDataset needs. If it is a batch, the local volume is measured.
         sigmas: sizes σ of the moves, ascending; None: half decades from 1e-6 to 1. Those below 8 spacings of the
-            weights' floating-point numbers are left out, and the summary says so.
-        num_draws: moves at each σ.
-        strict: let an error that the callback meets end the run; else it warns once, and training goes on without it.
+            weights' floating-point numbers are left out, and the summary states this.
+        num_draws: number of moves at each σ.
+        strict: if true, an error in the callback ends the run; otherwise it warns once, and training goes on without
+            the callback.
 
     Attributes:
-        log_lower_bound: the last bound, (...); None before training and in other modules.
-        volumes: the volumes at the last check's weights, one a replica; None where there is none.
-        reasons: why there is none, one a replica; None where there is one.
-        local: in other modules, the local volume at the last check's weights, or why there is none; else None.
+        log_lower_bound: the last bound, (...); None before training and for other modules.
+        volumes: the volumes at the last check's weights, one per replica; None where there is none.
+        reasons: why there is no volume, one per replica; None where there is one.
+        local: for other modules: the local volume at the last check's weights, or why there is none; otherwise None.
 
     Raises:
         ValueError: an argument is out of range.
         NoKinksError: (at the start of training) the module met no kink, or none that ``modules`` names.
         TypeError: (at the start of training) the samples of the training set cannot be enumerated, or the module
-            cannot be run on them without ``forward_fn``; or ``modules``, ``forward_fn`` or a batch as ``probe`` for a
-            module that states a network with one hidden layer.
+            cannot be run on them without ``forward_fn``; or ``modules``, ``forward_fn`` or a batch as ``probe`` is
+            given for a module whose method ``network()`` defines a network with one hidden layer.
 
     >>> AngularVolumeMonitor(epsilon=0.2).theorems(320, 40, 40, 0.0)["volume/theorem_8_width"]
     20.0
@@ -155,8 +156,8 @@ class AngularVolumeMonitor(ScheduledCallback):
 
     missing = "no volumes are measured"
     remedy = (
-        "forward_fn(module, batch), where the module's forward takes something else than a batch; probe=batch, a batch "
-        "of samples, where those of the training set cannot be enumerated; modules=, the layers whose pattern counts"
+        "forward_fn(module, batch), if the module's forward takes something other than a batch; probe=batch, a batch "
+        "of samples, if those of the training set cannot be enumerated; modules=, the layers whose pattern counts"
     )
 
     def __init__(
@@ -178,7 +179,7 @@ class AngularVolumeMonitor(ScheduledCallback):
     ) -> None:
         super().__init__(schedule or Schedule(every=100), strict=strict)
         if measure is not None and (isinstance(measure, str) or not set(measure) <= set(MOMENTS)):
-            problem = f"must hold any of {', '.join(MOMENTS)}"
+            problem = f"must contain any of {', '.join(MOMENTS)}"
             raise ArgumentError("measure", measure, problem, "give a list of them, as [end]")
         if sigmas is not None:
             check_sigmas(sigmas)
@@ -202,13 +203,13 @@ class AngularVolumeMonitor(ScheduledCallback):
         self.volumes: list[RegionVolume | None] = [None]
         self.reasons: list[str | None] = [_NOT_MEASURED]
         self.local: Found | None = None
-        self._checked = self.settings  # with what is run in other modules
-        self._no_volume: str | None = None  # why another module has none as a whole
-        self._statistics: NetworkStatistics | None = None  # of the weights that all this is about
-        self._moment: Any = None  # of them, in other modules
-        self._measured = False  # at these weights, or tried
-        self._unlogged: dict[str, Tensor | float | None] = {}  # of these weights
-        self._logged_step: int | None = None  # the last step of which there is a log
+        self._checked = self.settings  # for other modules: completed with the forward pass to run
+        self._no_volume: str | None = None  # why another module has no volume of a whole region
+        self._statistics: NetworkStatistics | None = None  # at the weights that the results are for
+        self._moment: Any = None  # for other modules: identifies these weights
+        self._measured = False  # whether the volume was measured at these weights, or this was tried
+        self._unlogged: dict[str, Tensor | float | None] = {}  # values for these weights
+        self._logged_step: int | None = None  # the last step that was logged
         self._resumed: tuple[int | None, bool] = (None, False)  # that of the resumed run, and whether it had measured
         self._checks = 0
         self._certified = False
@@ -240,7 +241,7 @@ class AngularVolumeMonitor(ScheduledCallback):
 
     @override
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._no_volume = self._why_no_volume(trainer, pl_module)
+        self._no_volume = self._reason_no_volume(trainer, pl_module)
         if self._no_volume is not None:
             self.local = Found()
             if not _is_replicated(pl_module):
@@ -248,7 +249,7 @@ class AngularVolumeMonitor(ScheduledCallback):
 
     @override
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._look(trainer, pl_module)
+        self._update_bound(trainer, pl_module)
         if self._checks == 0:
             due = self._wanted("start")
         else:
@@ -262,9 +263,9 @@ class AngularVolumeMonitor(ScheduledCallback):
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         resumed = self._last_step is not None
         if self._resumed[0] == trainer.global_step:
-            self._look(trainer, pl_module)  # now: a detector may move the weights at this very step
+            self._update_bound(trainer, pl_module)  # now: a detector may move the weights at this very step
         super().start(trainer, pl_module)
-        if resumed:  # where that was interrupted; else there is nothing to do
+        if resumed:  # if the measurement was interrupted; otherwise there is nothing to do
             self._measure_at_certificate(trainer, pl_module)
 
     @override
@@ -282,7 +283,7 @@ class AngularVolumeMonitor(ScheduledCallback):
     @override
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().finish(trainer, pl_module)
-        self._look(trainer, pl_module)  # again: a detector may just have gone to the exact minimum
+        self._update_bound(trainer, pl_module)  # again: a detector may just have moved to the exact minimum
         self._measure_at_certificate(trainer, pl_module)
         if self._wanted("end"):
             self._measure(trainer, pl_module)
@@ -319,8 +320,8 @@ class AngularVolumeMonitor(ScheduledCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        own = {"checks": self._checks, "certified": self._certified}
-        return super().state_dict() | own | {"logged_step": self._logged_step, "measured": self._measured}
+        counts = {"checks": self._checks, "certified": self._certified}
+        return super().state_dict() | counts | {"logged_step": self._logged_step, "measured": self._measured}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -329,36 +330,36 @@ class AngularVolumeMonitor(ScheduledCallback):
         self._logged_step = state_dict.get("logged_step")
         self._resumed = self._logged_step, state_dict.get("measured", False)
 
-    def _why_no_volume(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
-        """Why a module's regions are no products of cones on the training set; None where they are."""
-        network, of_passes = network_of(pl_module), self.settings.of_passes
+    def _reason_no_volume(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
+        """Why a module's regions are not products of cones on the training set; None if they are."""
+        network, given = network_of(pl_module), self.settings.forward_arguments
         if network is None:
             return _NO_NETWORK
         if len(network.hidden_weights) > 1:
             return _NO_PRODUCT
         if states_network(pl_module):
-            if of_passes:
+            if given:
                 raise MisfitError(
-                    f"{', '.join(of_passes)} are for modules that run as they are; {type(pl_module).__name__} states a "
-                    "network with one hidden layer, whose volume is that of the whole training set: leave them out"
+                    f"{', '.join(given)} are for modules without a method network(); {type(pl_module).__name__} has "
+                    "one, with one hidden layer, and its volume is that of the whole training set: leave them out"
                 )
             return None
-        why: str | None = None
-        if of_passes:
-            why = f"{', '.join(of_passes)} are given, which are of the local volume"
+        reason: str | None = None
+        if given:
+            reason = f"{', '.join(given)} are given, which are arguments of the local volume"
         else:
             try:
                 num_samples(trainer.train_dataloader)
             except TypeError as error:
-                why = str(error)
-        with _untouched(trainer, pl_module):
-            why = why or reason_not_evaluated(trainer, network) or reason_not_alone(trainer, pl_module, network)
-        if why is not None:
-            rank_zero_info(f"AngularVolumeMonitor: the local volume is measured, and not that of the region: {why}")
-        return why
+                reason = str(error)
+        with _isolated_if_foreign(trainer, pl_module):
+            reason = reason or reason_not_evaluated(trainer, network) or reason_not_alone(trainer, pl_module, network)
+        if reason is not None:
+            rank_zero_info(f"AngularVolumeMonitor: the local volume is measured, and not that of the region: {reason}")
+        return reason
 
-    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Bound the volume, once for the same weights, and forget what was measured at others."""
+    def _update_bound(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Bound the volume, once for the same weights, and drop what was measured at other weights."""
         if self.local is not None:
             moment = trainer.global_step, *map(int, to_host(weights_of(pl_module)))
             if moment != self._moment:
@@ -368,7 +369,7 @@ class AngularVolumeMonitor(ScheduledCallback):
             return
         network = required_network(self, pl_module)
         what = f"AngularVolumeMonitor after {trainer.global_step} steps, a bound of the volume"
-        with _untouched(trainer, pl_module), long_pass(trainer, what):
+        with _isolated_if_foreign(trainer, pl_module), long_pass(trainer, what):
             statistics = training_set_statistics(trainer, pl_module)
         if statistics is self._statistics:
             return
@@ -378,7 +379,7 @@ class AngularVolumeMonitor(ScheduledCallback):
         self.volumes, self.reasons = [None] * replicas, [_NOT_MEASURED] * replicas
         scalars: dict[str, Tensor | float | None] = {"volume/log_lower_bound": self.log_lower_bound}
         biased = network.hidden_bias is not None or network.output_bias is not None
-        if trainer.global_step == 0 and not biased:  # which the theorems do not know
+        if trainer.global_step == 0 and not biased:  # the theorems are for networks without biases
             scalars |= self.theorems(
                 statistics.num_samples, network.input_dim, network.hidden_dims[0], network.negative_slope
             )
@@ -386,7 +387,7 @@ class AngularVolumeMonitor(ScheduledCallback):
         self._recall(trainer, pl_module)
 
     def _recall(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """After a resume, find again what the run had found at these weights, without a second log."""
+        """After a resume, compute again what the run had found at these weights, without logging it again."""
         (step, measured), self._resumed = self._resumed, (None, False)
         if step == trainer.global_step:
             self._unlogged = {}
@@ -404,7 +405,7 @@ class AngularVolumeMonitor(ScheduledCallback):
         return moment in self.measure
 
     def _measure_if_certified(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure at a step from which the run can go on."""
+        """Measure at a step from which the run can be resumed."""
         if self._awaits_certificate(trainer):
             measure = lambda: self._measure_at_certificate(trainer, pl_module)  # noqa: E731
             or_stop_here(trainer, lambda: self.observe(measure))
@@ -423,7 +424,7 @@ class AngularVolumeMonitor(ScheduledCallback):
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the volume and log it, once for the same weights."""
-        self._look(trainer, pl_module)
+        self._update_bound(trainer, pl_module)
         if self._measured:
             return
         self._find(trainer, pl_module)
@@ -449,14 +450,14 @@ class AngularVolumeMonitor(ScheduledCallback):
             )
         else:
             network = required_network(self, pl_module)
-            with _untouched(trainer, pl_module):
+            with _isolated_if_foreign(trainer, pl_module):
                 found = on_first_process(trainer, lambda: self._found(trainer, network))
             self.volumes, self.reasons = [volume for volume, _ in found], [reason for _, reason in found]
         self._measured = True
 
     @torch.no_grad()
     def _found(self, trainer: pl.Trainer, network: Network) -> list[VolumeOrReason]:
-        """The volume of each replica's region, or why there is none, by one process that reads all samples."""
+        """The volume of each replica's region, or why there is none; run by one process, which reads all samples."""
         assert self._statistics is not None  # noqa: S101 (for the type checker)
         assert self.log_lower_bound is not None  # noqa: S101 (for the type checker)
         lower_bounds = self.log_lower_bound.reshape(-1).tolist()
@@ -489,8 +490,8 @@ def _has_cones(pl_module: pl.LightningModule) -> bool:
     return network is not None and len(network.hidden_weights) == 1
 
 
-def _untouched(trainer: pl.Trainer, pl_module: pl.LightningModule) -> AbstractContextManager[Any]:
-    """Of a foreign module the data may draw random numbers, and training shall not notice."""
+def _isolated_if_foreign(trainer: pl.Trainer, pl_module: pl.LightningModule) -> AbstractContextManager[Any]:
+    """Isolate a pass over a module that does not define its network: its data may draw random numbers."""
     return nullcontext() if states_network(pl_module) else isolated(trainer, pl_module)
 
 
@@ -517,9 +518,9 @@ def _log(trainer: pl.Trainer, volumes: list[RegionVolume], log_num_cells: float)
 
 
 def _put_behind_detectors(trainer: pl.Trainer, callback: pl.Callback) -> None:
-    """Let the detectors act first at every hook, or their certificate would be seen a step too late.
+    """Make the detectors act first at every hook; otherwise their certificate would be seen a step too late.
 
-    The list is replaced, not changed: Lightning goes through the old one while this is called.
+    The list is replaced, not changed: Lightning iterates over the old one while this is called.
     """
     run: Any = trainer
     others = [other for other in run.callbacks if other is not callback]

@@ -1,4 +1,4 @@
-"""The entry point by which an environment variable adds the callbacks to every Trainer, without a change of code."""
+"""Entry point: an environment variable adds the callbacks to every Trainer, without a change of code."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ NAMES = ("detector", "recorder", "monitor")
 
 
 def factory() -> list[pl.Callback]:
-    """What Lightning adds to each new Trainer: nothing, unless ``LIGHTNING_MNN_CALLBACKS`` asks for callbacks.
+    """Callbacks that Lightning adds to each new Trainer: none, unless ``LIGHTNING_MNN_CALLBACKS`` names some.
 
     Raises:
-        ValueError: the variable holds an unknown name.
+        ValueError: the variable contains an unknown name.
     """
     names = asked_for(os.environ.get(VARIABLE, ""))
     if not names:
@@ -27,7 +27,7 @@ def factory() -> list[pl.Callback]:
 
 
 def asked_for(value: str) -> tuple[str, ...]:
-    """Names of the callbacks that a value of the variable asks for: "1" for all, "0" or nothing for none, or a list.
+    """Names of the callbacks that a value of the variable requests: "1" for all, "0" or nothing for none, or a list.
 
     Raises:
         ValueError: a name is unknown.

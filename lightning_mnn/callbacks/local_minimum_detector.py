@@ -54,98 +54,101 @@ _OF_VERSION_0_1 = {  # whose checkpoints named classes
 
 
 class LocalMinimumDetector(ScheduledCallback):
-    """Tests whether the weights are next to a local minimum, and stops training when they are, in any module.
+    """Tests whether the weights are next to a local minimum, and stops training when they are; for any module.
 
-    Each check is a cheap look at the whole training set. When it has found nothing against a minimum a few times in a
-    row, and at the end of training whatever it found, a dear part decides. ``summary()["evidence"]`` says what the word
-    rests on:
+    Each check is a cheap test on the whole training set. When it has found nothing against a minimum a few times in a
+    row, and always at the end of training, an expensive check decides. ``summary()["evidence"]`` names the evidence
+    that the verdict is based on:
 
-    ``certificate``: an exact minimum within ``max_distance``, differentiable or on kinks, or the reason why none could
-    be told (see :func:`lightning_mnn.landscape.certify`). For networks with one hidden layer, biases included, that are
-    trained on the squared error: an MNN, a module with a method ``network()``, or one around a single
-    ``nn.Sequential(Linear, ReLU, Linear → 1)``, where ReLU may be LeakyReLU or a PReLU with one slope. Of the latter it
-    is first tested, in float64, that the gradient of the module's own loss is parallel to that of the squared error,
-    and again before a certificate that their values and gradients agree. The look is two first-order tests in float64:
-    ‖G e‖ is zero relative to ‖G‖‖y‖, and no pre-activation is zero relative to ‖w‖‖x‖, within tolerances. The verdict
-    is about the mean squared error: ``summary()["objective"]`` is "mse", and ``summary()["objective_differs_by"]`` says
-    whether training lowers another objective ("weight_decay", "frozen_weights"). Then the verdict stops no training and
-    moves no weights.
+    ``certificate``: an exact minimum within ``max_distance``, differentiable or on kinks, or the reason why none was
+    found (see :func:`lightning_mnn.landscape.certify`). This is for networks with one hidden layer, with or without
+    biases, that are trained on the squared error: an MNN, a module with a method ``network()``, or a module around a
+    single ``nn.Sequential(Linear, ReLU, Linear → 1)``, where ReLU may be LeakyReLU or a PReLU with one slope. In the
+    last case, the detector first tests, in float64, that the gradient of the module's own loss is parallel to that of
+    the squared error; before a certificate, it tests again that their values and gradients agree. The cheap check is
+    two first-order tests in float64: ‖G e‖ is zero relative to ‖G‖‖y‖, and no pre-activation is zero relative to
+    ‖w‖‖x‖, within tolerances. The verdict is about the mean squared error: ``summary()["objective"]`` is "mse", and
+    ``summary()["objective_differs_by"]`` names the ways in which training minimises a different objective
+    ("weight_decay", "frozen_weights"). In that case the verdict does not stop training and does not change weights.
 
-    ``second_order``: for any other module with ReLU, max-pooling and the like, by its own training loss: in eval mode
-    (batch norm at its running statistics, no dropout), over all training samples, each once, in the weights' precision.
-    The loss is ``loss_fn(module, batch)``, or what ``training_step`` returns, taken as the mean over the batch. (Where
-    it is a sum and the last batch is smaller, or no mean over samples, the reason says so: ``loss_fn`` can return the
-    mean. Last batches that ``drop_last`` drops are left out.) The look: the norm of the gradient is small relative to
-    the largest that training has followed so far, whatever its batches (before the first step, to |L|/‖θ‖), and no
-    unit is on a kink. The dear part, in float64 where the weights have fewer digits and the loss can be had so: the
-    smallest eigenvalue of the Hessian with an error bound, which is of one side only, and left alone, on a kink; and a
-    ``differentiable_minimum`` only where Newton's method leads to a stationary point next to the weights, as its
-    quadratic model says, and gains next to nothing on the way, and where the Hessian is positive, or the loss is seen
-    to stay the same along its flat directions, as symmetries make it (see
-    :func:`lightning_mnn.landscape.check_curvature`). Flat directions that lead down, as those of a tail exp(−y) or of a
-    saddle of fourth order, are no minimum, and stop no training. It is evidence, not a proof; and of the loss, to which
-    the weight decay of an optimiser does not belong.
+    ``second_order``: for any other module with ReLU, max-pooling and similar functions, based on its own training loss:
+    in eval mode (batch norm with its running statistics, no dropout), over all training samples, each once, in the
+    weights' precision. The loss is ``loss_fn(module, batch)``, or what ``training_step`` returns, and is interpreted as
+    the mean over the batch. (If it is a sum and the last batch is smaller, or if it is not a mean over samples, the
+    reason states this: ``loss_fn`` can return the mean. Last batches that ``drop_last`` drops are left out.) The cheap
+    check: the norm of the gradient is small relative to the largest norm that training has followed so far, whatever
+    its batches (before the first step: relative to |L|/‖θ‖), and no unit is on a kink. The expensive check, in float64
+    if the weights have a lower precision and the loss can be evaluated in float64: the smallest eigenvalue of the
+    Hessian with an error bound. (On a kink it is not computed, since it would be that of one side only.) The verdict
+    is ``differentiable_minimum`` only if Newton's method leads to a stationary point next to the weights, as its
+    quadratic model predicts, and gains almost nothing on the way; and if the Hessian is positive, or the loss was found
+    to be constant along its flat directions, as symmetries make it (see
+    :func:`lightning_mnn.landscape.check_curvature`). Flat directions along which the loss decreases, such as those of a
+    tail exp(−y) or of a saddle of fourth order, are not a minimum and do not stop training. This is evidence, not a
+    proof. It is about the loss, without the weight decay of an optimiser.
 
-    ``first_order``: an MNN with two hidden layers, or a training set of more than 2.7e8 input numbers a process: the
-    first-order tests only, which are necessary conditions. Where the loss of a module cannot be had (manual
-    optimisation without a ``loss_fn``, a ``training_step`` that returns none, fails in eval mode, or depends on a state
-    outside the module): the norm of the gradient of training's own last step relative to its first, and the nearest
-    kink; these tell of no minimum, and never stop training.
+    ``first_order``: for an MNN with two hidden layers, or a training set of more than 2.7e8 input numbers per process:
+    only the first-order tests, which are necessary conditions. If the loss of a module cannot be evaluated (manual
+    optimisation without a ``loss_fn``, or a ``training_step`` that returns no loss, fails in eval mode, or depends on a
+    state outside the module): the norm of the gradient of training's own last step relative to that of its first, and
+    the nearest kink. These never show a minimum and never stop training.
 
-    Logs on a network ``minimum/mse``, ``minimum/mce``, ``minimum/stationarity``, ``minimum/min_preactivation``
+    Logs for a network: ``minimum/mse``, ``minimum/mce``, ``minimum/stationarity``, ``minimum/min_preactivation``
     (absolute), ``minimum/relative_preactivation``, ``minimum/kinks`` and, with one hidden layer, ``minimum/rank_cap``,
-    all of the weights; with a certificate also ``minimum/certified`` and ``minimum/on_kinks`` (fractions of the
+    all at the current weights; with a certificate also ``minimum/certified`` and ``minimum/on_kinks`` (fractions of the
     replicas), ``minimum/certified_mse``, ``minimum/certified_mce``, ``minimum/certified_kinks``, ``minimum/distance``,
-    ``minimum/margin_ratio`` and ``minimum/rank``. All are means over the replicas. On other modules ``minimum/loss``,
-    ``minimum/gradient_norm``, ``minimum/relative_gradient``, ``minimum/min_preactivation`` (distance to the nearest
-    kink), ``minimum/relative_preactivation`` (in units of its layer's root mean square), ``minimum/kinks`` and, where
-    they were computed, ``minimum/smallest_eigenvalue``, ``minimum/eigenvalue_error``, ``minimum/largest_eigenvalue``
-    and ``minimum/newton_gain`` (what a Newton step would still gain).
+    ``minimum/margin_ratio`` and ``minimum/rank``. All are means over the replicas. Logs for other modules:
+    ``minimum/loss``, ``minimum/gradient_norm``, ``minimum/relative_gradient``, ``minimum/min_preactivation`` (distance
+    to the nearest kink), ``minimum/relative_preactivation`` (in units of its layer's root mean square),
+    ``minimum/kinks`` and, where they were computed, ``minimum/smallest_eigenvalue``, ``minimum/eigenvalue_error``,
+    ``minimum/largest_eigenvalue`` and ``minimum/newton_gain`` (what a Newton step would still gain).
 
     Args:
         schedule: when to check, besides the start and the end; None: every 100 epochs.
-        patience: consecutive checks at which every replica must pass the look.
-        stop_training: stop the Trainer when every replica is certified (on second-order evidence, is at a minimum; with
-            two hidden layers, has passed).
-        polish: try to certify at every check; and at the end of training go to the exact minimum, where it lies within
-            ``max_distance``, across kinks if need be (see :func:`lightning_mnn.landscape.polish`).
-        max_distance: largest ‖W̃* − W̃‖/‖W̃‖ between the weights and a minimum that counts as theirs.
+        patience: number of consecutive cheap checks that every replica must pass.
+        stop_training: stop the Trainer when every replica is certified (with second-order evidence: is at a minimum;
+            with two hidden layers: has passed).
+        polish: try to certify at every check; and at the end of training move the weights to the exact minimum, if it
+            lies within ``max_distance``, across kinks if necessary (see :func:`lightning_mnn.landscape.polish`).
+        max_distance: largest ‖W̃* − W̃‖/‖W̃‖ at which a minimum still counts as the minimum of these weights.
         stationarity_tolerance: largest ‖G e‖/(‖G‖_F ‖y‖) that counts as zero in the first-order tests; None: 10 times
             the spacing of floats at 1 in the weights' precision.
-        preactivation_tolerance: smallest |w·x|/(‖w‖‖x‖) that counts as off the kink there; None: 1,000 times that
-            spacing.
-        loss_fn: the loss that training lowers, ``loss_fn(module, batch)``, the mean over the batch; None: what the
+        preactivation_tolerance: smallest |w·x|/(‖w‖‖x‖) that counts as off the kink in the first-order tests; None:
+            1,000 times that spacing.
+        loss_fn: the loss that training minimises, ``loss_fn(module, batch)``, the mean over the batch; None: what the
             module's ``training_step`` returns.
         modules: names or patterns of the layers whose kinks count in second-order evidence; None: all.
-        gradient_tolerance: largest ‖∇L‖, relative to the largest norm of a gradient that training followed so far, of
-            a stationary point there.
-        curvature_tolerance: largest −λ_min/λ_max of a minimum there.
-        max_products: Hessian–vector products there, at most, of each stage. Of a resnet18 on a CPU one took as long as
-            3 to 5 epochs, and a look 2.7.
-        max_seconds: that a check may take, those at the start and the end included; None: any time. What takes longer
-            is left out: the evidence is that of the tier below, and the reason says so. Where a look takes longer,
-            the training set is read no more: what is told is of the gradients of training alone, or ``none``.
-        strict: let an error that the callback meets end the run; else it warns once, and training goes on without it.
+        gradient_tolerance: second-order evidence: largest ‖∇L‖ of a stationary point, relative to the largest gradient
+            norm that training has followed so far.
+        curvature_tolerance: second-order evidence: largest −λ_min/λ_max of a minimum.
+        max_products: second-order evidence: maximal number of Hessian–vector products of each stage. For a resnet18 on
+            a CPU, one took as long as 3 to 5 epochs, and a cheap check as long as 2.7.
+        max_seconds: time limit of a check, including those at the start and the end; None: no limit. A part that takes
+            longer is left out: the evidence is that of the next weaker tier, and the reason states this. If a cheap
+            check takes longer, the training set is not read any more: the evidence is from the gradients of training
+            alone, or ``none``.
+        strict: if true, an error in the callback ends the run; otherwise it warns once, and training goes on without
+            the callback.
 
     Attributes:
-        verdicts: of a network the last check's first-order verdicts, one a replica.
-        certificates: the last certificates, one a replica; empty where there are none.
-        statistics: of a network the last check's pass.
+        verdicts: for a network: the first-order verdicts of the last check, one per replica.
+        certificates: the last certificates, one per replica; empty if there are none.
+        statistics: for a network: the training-set statistics of the last check.
         converged: whether training counts as converged.
 
     Raises:
         ValueError: ``patience`` or ``max_products`` < 1, ``max_distance`` < 0, a tolerance that is not positive.
         TypeError: (at the start of training) the module has no kinks, or its training set cannot be enumerated, or each
-            process holds a part of the weights, or ``polish`` is asked for where there are no certificates.
+            process has only a part of the weights, or ``polish`` is requested where there are no certificates.
         DivergenceError: (in training) the weights or the loss over the training set are not finite.
 
     >>> LocalMinimumDetector(Schedule(every=100), polish=True).converged
     False
     """
 
-    missing = "of convergence nothing is told"
+    missing = "convergence is not reported"
     remedy = (
-        "loss_fn(module, batch), the loss that training lowers, where the module's training_step does not return it"
+        "loss_fn(module, batch), the loss that training minimises, if the module's training_step does not return it"
     )
 
     def __init__(
@@ -189,24 +192,24 @@ class LocalMinimumDetector(ScheduledCallback):
         self.max_seconds = None if max_seconds is None else real_number("max_seconds", max_seconds, above=0)
         self.converged = False
         self._tier: Tier | None = None
-        self._saved: dict[str, Any] = {}  # of the judge of the run that is resumed
+        self._saved: dict[str, Any] = {}  # state of the tier of the run that is resumed
         self._passed = 0
-        self._certified = False  # at the last check, beyond a look
-        self._spent = (-1, 0.0)  # step of the last check, and seconds of it
+        self._certified = False  # whether the last check included the expensive one
+        self._spent = (-1, 0.0)  # step of the last check, and the seconds that it took
 
     @property
     def verdicts(self) -> list[FirstOrderVerdict]:
-        """First-order verdicts on a network, one a replica."""
+        """First-order verdicts on a network, one per replica."""
         return self._tier.verdicts if isinstance(self._tier, CertificateTier) else []
 
     @property
     def certificates(self) -> list[Certificate]:
-        """The last certificates, one a replica."""
+        """The last certificates, one per replica."""
         return self._tier.certificates if isinstance(self._tier, CertificateTier) else []
 
     @property
     def statistics(self) -> NetworkStatistics | None:
-        """The last pass over a network's training set."""
+        """Statistics of the last pass over a network's training set."""
         return self._tier.statistics if isinstance(self._tier, CertificateTier) else None
 
     @override
@@ -220,7 +223,7 @@ class LocalMinimumDetector(ScheduledCallback):
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         try:
             with self._limited(trainer), self._announced(trainer, "the preparation"):
-                self._tier = self._chosen(trainer, pl_module)
+                self._tier = self._choose_tier(trainer, pl_module)
         except TimeLimitError:
             self._tier = self._without_data()
 
@@ -230,9 +233,9 @@ class LocalMinimumDetector(ScheduledCallback):
     ) -> None:
         tier = self._tier
         if isinstance(tier, SecondOrderTier):
-            tier.norms.take(trainer, optimizer)
+            tier.norms.record(trainer, optimizer)
         if isinstance(tier, FirstOrderTier) and (self._may_act_next(trainer) or not tier.knows(trainer, optimizer)):
-            self.observe(lambda: tier.take_gradient(trainer, optimizer))
+            self.observe(lambda: tier.record_gradient(trainer, optimizer))
 
     @override
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -273,11 +276,11 @@ class LocalMinimumDetector(ScheduledCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        own = {"passed": self._passed, "converged": self.converged, "judge": self._saved}
-        own |= {"concluded": self._certified}
+        state = {"passed": self._passed, "converged": self.converged, "judge": self._saved}
+        state |= {"concluded": self._certified}
         if self._tier is not None:
-            own["judge"] = {"tier": str(_TIERS[type(self._tier)]), "why": self._tier.why} | self._tier.state()
-        return super().state_dict() | own
+            state["judge"] = {"tier": str(_TIERS[type(self._tier)]), "why": self._tier.why} | self._tier.state()
+        return super().state_dict() | state
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -286,17 +289,17 @@ class LocalMinimumDetector(ScheduledCallback):
         self._saved, self._certified = state_dict.get("judge", {}), state_dict.get("concluded", False)
 
     def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tier:
-        """The cheap part; if the loss proves not to be had, by the tier below."""
+        """Run the cheap check; if the loss turns out not to be evaluable, that of a weaker tier."""
         assert self._tier is not None  # noqa: S101 (chosen at the start)
         try:
-            with self._limited(trainer), self._announced(trainer, "a look at the whole training set"):
-                return self._look_by_tiers(trainer, pl_module)
+            with self._limited(trainer), self._announced(trainer, "a check on the whole training set"):
+                return self._check_or_weaken(trainer, pl_module)
         except TimeLimitError:
             self._tier = self._without_data()
             self._tier.check(trainer, pl_module)
             return self._tier
 
-    def _look_by_tiers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tier:
+    def _check_or_weaken(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tier:
         assert self._tier is not None  # noqa: S101 (chosen at the start)
         try:
             self._tier.check(trainer, pl_module)
@@ -306,7 +309,7 @@ class LocalMinimumDetector(ScheduledCallback):
         return self._tier
 
     def _certify(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, end: bool = False) -> Tier:
-        """The dear part; at the end of training, what is left of it."""
+        """Run the expensive check; at the end of training, the part of it that is not done yet."""
         assert self._tier is not None  # noqa: S101
         tier = self._tier
         if not tier.can_certify:
@@ -329,8 +332,8 @@ class LocalMinimumDetector(ScheduledCallback):
             log_scalars(trainer, tier.scalars())
         return tier
 
-    def _chosen(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tier:
-        """The judge of a run, as strong as its module, loss and data allow."""
+    def _choose_tier(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tier:
+        """The strongest tier that the module, loss and data of a run allow."""
         if states_network(pl_module) and can_be_enumerated(trainer.train_dataloader):
             return self._network()
         _check_weights_are_here(trainer)
@@ -347,12 +350,12 @@ class LocalMinimumDetector(ScheduledCallback):
         try:
             batch = FullBatch(trainer, pl_module, self.loss_fn, self.modules)
         except NotEnumerableError as error:
-            return self._first_order(f"the loss over the whole training set is not to be had: {error}")
+            return self._first_order(f"the loss over the whole training set cannot be evaluated: {error}")
         with batch.open():
             try:
                 why = batch.reason_not_evaluable()
             except StepFailedError as error:
-                if not self._waits:  # once more, at the first batch
+                if not self._waits:  # it is prepared once more, at the first batch
                     raise
                 why = str(error)
             try:
@@ -365,7 +368,7 @@ class LocalMinimumDetector(ScheduledCallback):
         if network is None or len(network.hidden_weights) > 1:
             return self._second_order(None)
         if draws(trainer.train_dataloader):
-            return self._second_order("its training set is not known sample by sample")
+            return self._second_order("its training set cannot be read sample by sample")
         try:
             found = squared_error_loss(trainer, pl_module, self.loss_fn)
         except LossNotEvaluableError as error:
@@ -373,7 +376,7 @@ class LocalMinimumDetector(ScheduledCallback):
         return self._network(found) if isinstance(found, SquaredErrorLoss) else self._second_order(found)
 
     def _resumed(self) -> Tier:
-        """The judge of the run that goes on."""
+        """The tier of the run that is resumed."""
         saved = dict(self._saved)
         tier_of_run, why = saved.pop("tier", None) or _OF_VERSION_0_1[saved.pop("name")], saved.pop("why")
         if tier_of_run == Evidence.CERTIFICATE:
@@ -394,7 +397,7 @@ class LocalMinimumDetector(ScheduledCallback):
         return FirstOrderTier(self.loss_fn, self.modules, self.gradient_tolerance, why)
 
     def _without_data(self) -> Tier:
-        """The judge where there is no time for the training set; with the gradients that another took note of."""
+        """The tier if there is no time to read the training set; with the gradients that the last one recorded."""
         before, why = self._tier, self._over_time
         if before is not None and before.why is not None:
             why = f"{before.why}; {why}"
@@ -407,11 +410,11 @@ class LocalMinimumDetector(ScheduledCallback):
 
     @property
     def _over_time(self) -> str:
-        return f"a check took longer than max_seconds={self.max_seconds:g}: give more, or max_seconds=None"
+        return f"a check took longer than max_seconds={self.max_seconds:g}: increase it, or use max_seconds=None"
 
     @contextmanager
     def _limited(self, trainer: pl.Trainer) -> Iterator[None]:
-        """What is left of the time for the check at this step."""
+        """Limit the time to what is left for the check at this step."""
         step, spent = self._spent
         spent, start = spent if step == trainer.global_step else 0.0, time.monotonic()
         try:
@@ -426,7 +429,7 @@ class LocalMinimumDetector(ScheduledCallback):
         return long_pass(trainer, sentence, passes if several else 1, at_most=several)
 
     def _may_act_next(self, trainer: pl.Trainer) -> bool:
-        """Whether the detector may act before this optimiser's next step."""
+        """Whether the detector may act between the coming step of this optimiser and its next one."""
         run: Any = trainer
         last = trainer.global_step + len(trainer.optimizers)  # each optimiser's step counts
         within = self.acts_within_epochs and any(map(self.schedule.due, range(trainer.global_step + 1, last + 1)))
@@ -436,7 +439,7 @@ class LocalMinimumDetector(ScheduledCallback):
 def _check_weights_are_here(trainer: pl.Trainer) -> None:
     if any(kind.__name__ in _SHARDED for kind in type(trainer.strategy).__mro__):
         raise TypeError(
-            f"LocalMinimumDetector needs all weights on each process, and the {type(trainer.strategy).__name__} splits "
+            f"LocalMinimumDetector needs all weights on each process, but {type(trainer.strategy).__name__} splits "
             'them: train with strategy="ddp" or on one device'
         )
 

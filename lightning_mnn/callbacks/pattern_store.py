@@ -1,4 +1,4 @@
-"""PatternStore: activation patterns of a run on disk, one snapshot a recorded step."""
+"""PatternStore: activation patterns of a run on disk, one snapshot per recorded step."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _FLAT: dict[str, Any] = {"name": "default", "separator": "."}  # one file c.0.0,
 
 
 class PatternStore:
-    """A zarr group with one subgroup a recorded step, ``step_000000100``, and in it one array of bits a layer.
+    """A zarr group with one subgroup per recorded step, ``step_000000100``, which contains one array of bits per layer.
 
-    An array is uint8 (..., N, ⌈width/8⌉), its attribute ``width`` the number of units; unit ``8 b + j`` is bit
-    ``j``, the least significant first, of byte ``b``. Where units have more than two pieces, as the attribute
-    ``num_pieces`` tells, the array is (digits, N, ⌈width/8⌉), the least significant digit of the piece first. The
-    attribute ``layer`` is the layer's name, and the array's the same with what a path does not allow escaped as in
-    an URL (``/`` is ``%2F``). Attributes of the group: ``step``, ``epoch`` and ``digest``. An array is a
-    folder of two files, its description and its bits; stores of earlier versions hold the bits in folders within it,
-    and are read as well. A snapshot is written under another name and renamed, so that what can be seen is complete,
-    also after a kill.
+    An array is uint8 (..., N, ⌈width/8⌉), and its attribute ``width`` is the number of units; unit ``8 b + j`` is bit
+    ``j``, the least significant first, of byte ``b``. If units have more than two pieces (attribute ``num_pieces``),
+    the array is (digits, N, ⌈width/8⌉), the least significant digit of the piece first. The attribute ``layer`` is the
+    layer's name. The array has the same name, in which characters that a path does not allow are escaped as in a URL
+    (``/`` is ``%2F``). Attributes of the group: ``step``, ``epoch`` and ``digest``. An array is a folder of two files,
+    its description and its bits; stores of earlier versions have the bits in folders within it, and can be read, too. A
+    snapshot is written under another name and then renamed, so that every visible snapshot is complete, also after a
+    kill.
 
     Args:
         path: folder of the group, ``….zarr``.
@@ -58,7 +58,7 @@ class PatternStore:
         return sorted(int(p.name.removeprefix(_PREFIX)) for p in self.path.iterdir() if p.name.startswith(_PREFIX))
 
     def create(self) -> None:
-        """Make the group, if it is not there."""
+        """Create the group, if it does not exist."""
         self.path.mkdir(parents=True, exist_ok=True)
         if not (self.path / "zarr.json").exists():
             zarr.open_group(self.path, mode="a")
@@ -92,7 +92,7 @@ class PatternStore:
                 self.read_packed(self.steps[-1])
 
     def read(self, step: int) -> dict[str, Any]:
-        """The patterns of one snapshot by layer: an ActivationPattern, or a PiecePattern where there are more pieces.
+        """The patterns of one snapshot by layer: an ActivationPattern, or with more than two pieces a PiecePattern.
 
         Raises:
             KeyError: the step was not recorded.
@@ -108,7 +108,7 @@ class PatternStore:
             DamagedFileError: its files cannot be read.
         """
         if not self._folder(step).is_dir():
-            raise KeyError(f"{self.path} holds no step {step}; it holds {self.steps}")
+            raise KeyError(f"{self.path} has no step {step}; it has {self.steps}")
         group = self._group(self._folder(step))
         found = {}
         with _damage_named(self._folder(step)):
@@ -140,13 +140,13 @@ class PatternStore:
 
 @dataclass(frozen=True)
 class StoredSnapshot:
-    """A snapshot as a checkpoint names it: where its bits are, and by what they are known again.
+    """A snapshot as a checkpoint names it: where its bits are, and a digest that identifies them.
 
     Attributes:
-        path: of the store.
+        path: path of the store.
         step: the recorded step.
-        layers: their names, in the order of the forward pass, which a store does not keep.
-        digest: of all layers together (see :func:`digest_of`).
+        layers: names of the layers in the order of the forward pass, which a store does not keep.
+        digest: digest of all layers together (see :func:`digest_of`).
     """
 
     path: str
@@ -158,11 +158,11 @@ class StoredSnapshot:
         """The patterns by layer, in the order of the forward pass.
 
         Raises:
-            LostSnapshotError: they are not there, cannot be read, or are others than those that were written.
+            LostSnapshotError: they do not exist, cannot be read, or differ from those that were written.
         """
         path = Path(self.path)
         if not path.is_dir():
-            raise LostSnapshotError(f"{shown(path)} is not there")
+            raise LostSnapshotError(f"{shown(path)} does not exist")
         try:
             found = PatternStore(path).read_packed(self.step)
         except KeyError as error:
@@ -171,16 +171,16 @@ class StoredSnapshot:
             raise LostSnapshotError(f"{shown(error.path)} is damaged ({error.reason})") from error
         patterns = {name: found[name] for name in self.layers if name in found}
         if len(patterns) != len(found) or digest_of(patterns) != self.digest:
-            raise LostSnapshotError(f"step {self.step} of {shown(path)} holds other patterns")
+            raise LostSnapshotError(f"step {self.step} of {shown(path)} contains other patterns")
         return patterns
 
 
 class LostSnapshotError(LookupError):
-    """A store does not hold a snapshot that a checkpoint names."""
+    """A store does not contain a snapshot that a checkpoint names."""
 
 
 def digest_of(patterns: Mapping[str, PackedPattern]) -> str | list[str]:
-    """A name of the region, of all layers together; of one layer its own digest; with replicas, a list of R."""
+    """Digest that identifies the region: of all layers together; of one layer its own; with replicas, a list of R."""
     by_layer = [pattern.digest() for pattern in patterns.values()]
     if len(by_layer) == 1:
         return by_layer[0]
@@ -193,16 +193,16 @@ def digest_of(patterns: Mapping[str, PackedPattern]) -> str | list[str]:
 
 @contextmanager
 def _damage_named(folder: Path) -> Iterator[None]:
-    """Say of what zarr raises in which folder its files are."""
+    """Turn errors of zarr into one that names the folder of the files."""
     try:
         yield
     except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DamagedFileError(folder / "zarr.json", reason, "delete the store to do without it") from error
+        raise DamagedFileError(folder / "zarr.json", reason, "delete the store to continue without it") from error
 
 
 def _array_name(layer: str) -> str:
-    """A layer's name as that of an array: one path segment, which must not begin with two underscores.
+    """Name of a layer's array: one path segment, which must not begin with two underscores.
 
     >>> _array_name("block.F.relu.call_2"), _array_name("heads.a/b"), _array_name("__r")
     ('block.F.relu.call_2', 'heads.a%2Fb', '%5F_r')

@@ -57,7 +57,7 @@ class Schedule:
         return any(math.ceil(self.growth**power - _ROUNDING) == count for power in (nearest - 1, nearest, nearest + 1))
 
     def until_due(self, done: int) -> int:
-        """Epochs or steps after ``done`` of them until the next at which to act.
+        """Number of epochs or steps, when ``done`` of them are done, until the next at which to act.
 
         >>> Schedule(every=5).until_due(3), Schedule(growth=2.0).until_due(8)
         (2, 8)

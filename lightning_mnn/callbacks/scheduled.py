@@ -1,4 +1,4 @@
-"""ScheduledCallback: what the callbacks that act at scheduled times have in common."""
+"""ScheduledCallback: base class of the callbacks that act at scheduled times."""
 
 from __future__ import annotations
 
@@ -42,103 +42,103 @@ class ScheduledCallback(pl.Callback):
     """A callback that acts before training, at scheduled times, and at the end; in one process never twice at a step.
 
     It runs in the Trainer of ``pytorch_lightning`` and in that of ``lightning.pytorch``, and is an instance of the
-    ``Callback`` of both: of the latter's, where that is imported when a callback is made or its class is looked up in
-    ``lightning_mnn.callbacks``.
+    ``Callback`` of both. For ``lightning.pytorch`` this requires that it is already imported when a callback is created
+    or its class is looked up in ``lightning_mnn.callbacks``.
 
-    Where the run is asked to stop while a callback acts, the action stops (see
-    :mod:`lightning_mnn.utilities.interruption`). At a step from which the run can go on, so that a
-    :class:`~lightning_mnn.callbacks.LastCheckpoint` saves it there, the callback's state says so, and a resumed run
-    begins with the whole action.
+    If the run is asked to stop while a callback acts, the action stops (see
+    :mod:`lightning_mnn.utilities.interruption`). If the run can be resumed from this step, so that a
+    :class:`~lightning_mnn.callbacks.LastCheckpoint` saves it there, the callback's state records the interruption, and
+    a resumed run begins with the whole action.
 
-    Where callbacks behind it change the weights at the end of training, as those do that average them, it acts once
-    more, so that its last word is of the weights that the module ends in.
+    If callbacks after it change the weights at the end of training, as weight averaging does, it acts once more, so
+    that its last result is about the module's final weights.
 
-    A callback only looks on: where it fails, it warns once, does nothing more in that run, and training goes on.
+    A callback only observes: if it fails, it warns once, does nothing more in that run, and training goes on.
 
     Args:
         schedule: when to act between the start and the end.
-        strict: let an error end the run.
+        strict: if true, an error ends the run.
 
     Attributes:
-        completed_epochs: epochs that are done when the callback acts.
+        completed_epochs: number of epochs that are done when the callback acts.
         failure: the error after which the callback does nothing more; None: there was none.
     """
 
-    missing = "nothing is reported"  # after a failure, as the warning says
-    remedy = ""  # what may help against one
-    ends_diverged = True  # a training, with what it says of it
+    missing = "nothing is reported"  # the warning's text for what is missing after a failure
+    remedy = ""  # what may prevent a failure
+    ends_diverged = True  # whether a DivergenceError in the callback ends training
 
     def __init__(self, schedule: Schedule, *, strict: bool = False) -> None:
         join_lightning()
         self.schedule = schedule
         self.strict = truth_value("strict", strict)
         self.failure: str | None = None
-        self._weights: list[Tensor] | None = None  # which they were when it acted
-        self._of_last_fit: dict[str, Any] | None = None  # what was found, until this one begins
+        self._weights: list[Tensor] | None = None  # digests of the weights when it acted last
+        self._last_fit: dict[str, Any] | None = None  # attributes after the last fit, until this one begins
         self._result_file = Path(gettempdir(), f"lightning-mnn-{token_hex(8)}.json")  # from a child that trained
         self._received: dict[str, Any] | None = None
         self._last_step: int | None = None
         self.completed_epochs = 0
-        self._acted = False  # by this process; a resumed run has a last step before that
-        self._pending = False  # the action at the present step, which was interrupted
-        self._waits = False  # for the first batch, to prepare
+        self._acted = False  # whether this process has acted; a resumed run has a last step before that
+        self._pending = False  # whether the action at the present step was interrupted
+        self._waits = False  # whether it waits for the first batch, to prepare
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy needs: all but the module's functions that Lightning sets, and the module with them."""
+        """What a copy needs: all but the functions of the module that Lightning sets, which refer to the module."""
         return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
 
     @property
     def acts_within_epochs(self) -> bool:
-        """Whether the callback looks at single steps."""
+        """Whether the callback acts after single steps."""
         return self.schedule.unit == "step"
 
     def epochs_until_due(self, done: int) -> float:
-        """Epochs after ``done`` of them until the callback looks at the end of one."""
+        """Number of epochs, when ``done`` of them are done, until the callback acts at the end of one."""
         return self.schedule.until_due(done) if self.schedule.unit == "epoch" else 1
 
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find out, before the first step, what the run is of; on every process.
+        """Inspect the module and its data before the first step; on every process.
 
         Raises:
             StepFailedError: a ``training_step`` that had to run failed. The module's own hooks for the start of
-                training and of an epoch come after the callbacks', and may not have made what it needs: so at the first
-                batch this is called again, and then that error counts.
+                training and of an epoch run after those of the callbacks, and may not have created what it needs. So
+                this method is called again at the first batch, and only then the error counts.
         """
 
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Act for the first time, after :meth:`prepare`; in a resumed run, where it was interrupted in an action."""
+        """Act for the first time, after :meth:`prepare`; in a resumed run, if an action was interrupted."""
         if self._last_step is None or self._pending:
             self._act_once(trainer, pl_module)
 
     @abstractmethod
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Do what the callback is for, at the weights after ``trainer.global_step`` steps. Runs on every process.
+        """Do the callback's work, at the weights after ``trainer.global_step`` steps. Runs on every process.
 
-        Until the last safe point nothing may be logged, and what :meth:`state_dict` holds must stay as it is.
+        Until the last safe point nothing may be logged, and the content of :meth:`state_dict` must not change.
         """
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Act for the last time, at the end of training."""
         self._start_late(trainer, pl_module)  # there was no batch
-        resumed = not self._acted  # where training had ended
+        resumed = not self._acted  # if training had ended before
         if self._last_step == trainer.global_step and (resumed or not self._knows(pl_module)):
             self.recall(trainer, pl_module)
         self._act_once(trainer, pl_module)
 
     def recall(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find again what :meth:`act` finds at the present step, and log nothing.
+        """Compute again what :meth:`act` finds at the present step, without logging.
 
-        In a run that is resumed, and where another callback has changed the weights since.
+        Called in a resumed run, and if another callback has changed the weights since.
         """
 
     def summary(self) -> dict[str, Any]:
-        """What the callback found, in plain values for ``summary.json``; per-network values are lists over replicas."""
+        """The callback's results, as plain values for ``summary.json``; per-network values are lists over replicas."""
         return {}
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
-            self._of_last_fit = self.__getstate__()
+            self._last_fit = self.__getstate__()
             self._last_step, self._acted, self._waits, self._pending = None, False, False, False
             self.failure, self._weights, self._received = None, None, None
             _add_final_check(trainer)
@@ -146,7 +146,7 @@ class ScheduledCallback(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.completed_epochs, self._of_last_fit = trainer.current_epoch, None
+        self.completed_epochs, self._last_fit = trainer.current_epoch, None
         self.observe(lambda: self._begin(trainer, pl_module))
 
     @override
@@ -177,9 +177,9 @@ class ScheduledCallback(pl.Callback):
             write_json(self._result_file, self.summary())
 
     def received(self) -> dict[str, Any] | None:
-        """The summary of a fit that was in a child of this process, as by "ddp_spawn"; None: there was none."""
+        """The summary of a fit that ran in a child of this process, as with "ddp_spawn"; None: there was none."""
         if self._last_step is None and self._result_file.exists():
-            self._received = read_json(self._result_file, (), "fit anew")
+            self._received = read_json(self._result_file, (), "fit again")
             self._result_file.unlink()
         return self._received
 
@@ -190,10 +190,10 @@ class ScheduledCallback(pl.Callback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        kept, self._of_last_fit = self._of_last_fit, None
-        if kept is not None and kept["_last_step"] is not None:  # there was nothing left to train
-            vars(self).update(kept)
-            self._of_last_fit = None
+        last_fit, self._last_fit = self._last_fit, None
+        if last_fit is not None and last_fit["_last_step"] is not None:  # there was nothing left to train
+            vars(self).update(last_fit)
+            self._last_fit = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -204,12 +204,12 @@ class ScheduledCallback(pl.Callback):
         self._last_step, self._pending = state_dict.get("last_step"), state_dict.get("owes", False)
 
     def observe(self, work: Callable[[], object]) -> None:
-        """Do a part of the callback's work, on every process; an error in it ends the work, and not the training.
+        """Do a part of the callback's work, on every process; an error in it ends the work, but not training.
 
         Raises:
             DivergenceError: training diverged.
-            ArgumentError, MisfitError: an argument of the callback does not suit the run.
-            Exception: another error, where ``strict`` is true.
+            ArgumentError, MisfitError: an argument of the callback does not fit the run.
+            Exception: another error, if ``strict`` is true.
         """
         if self.failure is not None:
             return
@@ -223,12 +223,12 @@ class ScheduledCallback(pl.Callback):
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        why = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
-        self.failure, self._waits, self._pending = why, False, False
+        reason = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
+        self.failure, self._waits, self._pending = reason, False, False
         remedy = f" What may help: {self.remedy}." if self.remedy else ""
         rank_zero_warn(
-            f"{type(self).__name__} stops here, and training goes on: {self.missing}, because of {why}.{remedy} With "
-            "strict=True the error ends the run"
+            f"{type(self).__name__} stops here, and training goes on: {self.missing}, because of {reason}.{remedy} "
+            "With strict=True the error ends the run"
         )
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -252,14 +252,14 @@ class ScheduledCallback(pl.Callback):
 
     def _prepare_together(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prepare; a step that fails on one process fails on all."""
-        own = None
+        failure = None
         try:
             self.prepare(trainer, pl_module)
         except StepFailedError as error:
-            own = error
-        told = [reason for reason in gather(None if own is None else str(own)) if reason is not None]
-        if told:
-            raise StepFailedError(told[0]) from own
+            failure = error
+        reasons = [reason for reason in gather(None if failure is None else str(failure)) if reason is not None]
+        if reasons:
+            raise StepFailedError(reasons[0]) from failure
 
     def _act_once(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step == self._last_step:
@@ -273,23 +273,23 @@ class ScheduledCallback(pl.Callback):
         self._acted, self._pending, self._weights = True, False, weights_of(pl_module)
 
     def _act_or_postpone(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Act at a step from which the run can go on; interrupted, leave the action to the run that is resumed."""
+        """Act at a step from which the run can be resumed; if interrupted, leave the action to the resumed run."""
         act = lambda: self._act_once(trainer, pl_module)  # noqa: E731
         done = or_stop_here(trainer, lambda: self.observe(act))
         self._pending = not done and self.failure is None and trainer.global_step != self._last_step
 
 
 def weights_of(pl_module: pl.LightningModule) -> list[Tensor]:
-    """What changes when a parameter of a module does; it stays where that is, so that nothing waits for it."""
+    """Digests that change when a parameter of a module does; they stay on its device, so that nothing waits for it."""
     known = [parameter for parameter in pl_module.parameters() if not is_lazy(parameter)]
     return digests(known)
 
 
 class FinalCheck(pl.Callback):
-    """Lets the scheduled callbacks of a Trainer look again at what the others did at the end of training."""
+    """Makes the scheduled callbacks of a Trainer act again if others changed the weights at the end of training."""
 
-    def epochs_until_due(self, done: int) -> float:  # noqa: ARG002 (as of the other callbacks)
-        """Epochs after ``done`` of them until one at whose end the callback must act: none."""
+    def epochs_until_due(self, done: int) -> float:  # noqa: ARG002 (the signature of the other callbacks)
+        """Number of epochs until one at whose end the callback must act: infinite, it acts in no epoch."""
         return math.inf
 
     @override
@@ -301,9 +301,9 @@ class FinalCheck(pl.Callback):
 
 
 def _add_final_check(trainer: pl.Trainer) -> None:
-    """Add one behind all callbacks but those that save checkpoints.
+    """Add a FinalCheck after all callbacks but those that save checkpoints.
 
-    The list is replaced, not changed: Lightning goes through the old one while this is called.
+    The list is replaced, not changed: Lightning iterates over the old one while this is called.
     """
     run: Any = trainer
     others = [callback for callback in run.callbacks if not isinstance(callback, FinalCheck)]
@@ -313,7 +313,7 @@ def _add_final_check(trainer: pl.Trainer) -> None:
 
 
 def _together(work: Callable[[], object]) -> None:
-    """Do something on every process; an error that one of them meets is raised on all."""
+    """Run a function on every process; an error on one of them is raised on all."""
     try:
         work()
     except Exception as error:  # noqa: BLE001 (of whatever kind)
@@ -323,10 +323,10 @@ def _together(work: Callable[[], object]) -> None:
 
 
 def join_lightning() -> None:
-    """Let the callbacks be ``lightning.pytorch``'s too, if it is imported: its LightningCLI accepts its own alone.
+    """Make the callbacks also those of ``lightning.pytorch``, if it is imported: its LightningCLI accepts only its own.
 
-    It is not imported here, since whoever trains with ``pytorch_lightning`` may have another release of it, or a broken
-    one, and would wait half a second.
+    It is not imported here, since a user of ``pytorch_lightning`` may have another release of it, or a broken one, and
+    would wait half a second.
     """
     other = getattr(sys.modules.get("lightning.pytorch"), "Callback", None)
     if other is not None and not issubclass(ScheduledCallback, other):
@@ -334,10 +334,10 @@ def join_lightning() -> None:
 
 
 def or_stop_here(trainer: pl.Trainer, action: Callable[[], None]) -> bool:
-    """Do something at a step from which the run can go on; interrupted, let training stop at that step.
+    """Run an action at a step from which the run can be resumed; if it is interrupted, stop training at that step.
 
     Returns:
-        Whether it was done; if not, a run that is resumed has to begin with it.
+        Whether the action was completed; if not, a resumed run has to begin with it.
 
     Raises:
         Interrupted: nothing saves a checkpoint at this step.

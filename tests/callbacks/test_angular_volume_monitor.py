@@ -195,7 +195,7 @@ def test_replicas_measured_at_the_last_check_have_their_own_reasons(make_trainer
     unmeasured = AngularVolumeMonitor(Schedule(every=1))
     make_trainer(max_epochs=2, callbacks=[unmeasured]).fit(model, GaussianData(15, 5, replicas=2))
     assert unmeasured.summary()["log_volume"] == [None, None]
-    assert all("where measure says so" in reason for reason in unmeasured.summary()["log_volume_reason"])
+    assert all("only if measure is given" in reason for reason in unmeasured.summary()["log_volume_reason"])
 
 
 def test_a_cone_too_thin_for_floats_does_not_end_the_training(make_trainer, monkeypatch):
@@ -249,7 +249,7 @@ def test_two_hidden_layers_have_a_reason(make_trainer):
     trainer.fit(MNN(4, (3, 3)), GaussianData(12, 4))
     found = monitor.summary()
     assert found["log_volume"] is found["log_volume_lower_bound"] is None
-    assert found["log_volume_reason"] == "with two hidden layers a region is no product of cones"
+    assert found["log_volume_reason"] == "with two hidden layers a region is not a product of cones"
     logged = [name for name in trainer.callback_metrics if name.startswith("volume/")]
     assert not any("lower_bound" in name or "theorem" in name or name == "volume/log_volume" for name in logged)
     assert "volume/half_sigma" in logged

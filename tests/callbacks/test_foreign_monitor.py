@@ -563,7 +563,7 @@ def test_arguments_for_passes_are_used_or_refused(make_trainer):
     batch = [data.tensors[0][:6], data.tensors[1][:6]]
     for options, name in (({"modules": "net"}, "modules"), ({"probe": batch}, "a batch as probe")):
         found = measured(TwoLayers(), data, **options)
-        assert found["log_volume_reason"] == f"{name} are given, which are of the local volume"
+        assert found["log_volume_reason"] == f"{name} are given, which are arguments of the local volume"
         assert list(found["local_volume"]) == [ALL_LAYERS, "net.1"]
         with pytest.raises(TypeError, match=f"{name} are for modules that run as they are; MNN states a network"):
             make_trainer(max_epochs=1, callbacks=[AngularVolumeMonitor(**options)]).fit(

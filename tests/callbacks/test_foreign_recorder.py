@@ -674,7 +674,7 @@ def test_a_checkpoint_with_other_names_is_recorded_anew_from_its_step(tmp_path):
     trainer.save_checkpoint(tmp_path / "old.ckpt")
     recorder = ActivationPatternRecorder(Schedule(every=9), dirpath=tmp_path)
     trainer = foreign_trainer(callbacks=[recorder], max_epochs=3)
-    with pytest.warns(UserWarning, match=r"layer_1 of 20 samples; now net\.1 of 20 samples.*recorded anew"):
+    with pytest.warns(UserWarning, match=r"layer_1 of 20 samples; now net\.1 of 20 samples.*recording starts again"):
         trainer.fit(Small(), small_data(), ckpt_path=tmp_path / "old.ckpt", weights_only=True)
     assert (recorder.store.path.name, recorder.store.steps) == ("patterns-v1.zarr", [5, 15])
 

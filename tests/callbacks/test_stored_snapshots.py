@@ -246,7 +246,7 @@ def test_stores_with_bits_in_folders_are_read(tmp_path):
     named = StoredSnapshot(str(path), 1, list(patterns), digest)
     assert list(named.read()) == ["layer_2", "layer_10"]
     assert all(torch.equal(p.bits, patterns[name].bits) for name, p in named.read().items())
-    with pytest.raises(LostSnapshotError, match="holds other patterns"):
+    with pytest.raises(LostSnapshotError, match="contains other patterns"):
         StoredSnapshot(**asdict(named) | {"layers": ["layer_10", "layer_2"]}).read()
 
 
