@@ -1,1 +1,1 @@
-"""MNN, the network as a LightningModule, and how it is trained."""
+"""MNN, the network as a LightningModule, and its training."""

@@ -1,8 +1,8 @@
-"""Several optimiser steps in one Lightning batch, and several epochs in one of its epochs, where nothing would notice.
+"""Bundling: several optimiser steps in one Lightning batch, and several epochs in one Lightning epoch.
 
-Lightning's loop costs about 0.35 ms a batch and 1 ms an epoch, more than a step of a small network. A bundle spends
-them once. It is made only where every step is still taken, counted (``global_step``, ``current_epoch``), scheduled and
-logged as without it; otherwise training falls back to one step a batch.
+Lightning's loop costs about 0.35 ms per batch and 1 ms per epoch, more than a step of a small network. A bundle pays
+these costs once. Steps are bundled only if each is still executed, counted (``global_step``, ``current_epoch``),
+scheduled and logged as without bundling; otherwise training does one step per batch.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ _KNOWN = ("lightning_mnn.", "pytorch_lightning.callbacks.model_checkpoint", "pyt
 
 
 def may_bundle(trainer: pl.Trainer) -> bool:
-    """Whether nothing in a run would notice that a Lightning batch holds several optimiser steps.
+    """Whether several optimiser steps in one Lightning batch change nothing else in a run.
 
-    One process, one batch a step, no clipping, full precision, whole epochs, and no callback that looks at batches.
+    This needs one process, one batch per step, no clipping, full precision, whole epochs, and no callback that acts on
+    batches.
     """
     run: Any = trainer
     return (
@@ -47,7 +48,7 @@ def may_bundle(trainer: pl.Trainer) -> bool:
         and not run.gradient_clip_val
         and run.precision in ("32-true", "64-true")
         and run.max_steps == -1
-        and isinstance(run.limit_train_batches, float)  # 1 is one batch, and 1.0 all of them
+        and isinstance(run.limit_train_batches, float)  # 1 means one batch, and 1.0 all of them
         and run.limit_train_batches == 1.0
         and not run.overfit_batches
         and not run.fast_dev_run
@@ -56,43 +57,43 @@ def may_bundle(trainer: pl.Trainer) -> bool:
 
 
 def epochs_at_a_time(trainer: pl.Trainer) -> int:
-    """Epochs from the present one on until something looks at the end of one, that end included."""
+    """Number of epochs, from the present one on, until a callback acts at the end of one, this one included."""
     run: Any = trainer
     if run.reload_dataloaders_every_n_epochs:
         return 1
     done = run.current_epoch
     left = [_epochs_until_due(callback, done) for callback in run.callbacks]
-    if run.should_stop:  # which min_epochs or min_steps may put off
+    if run.should_stop:  # min_epochs or min_steps may delay the stop
         left.append((run.min_epochs or 0) - done if not run.min_steps else 1)
     return int(max(1, min(*left, run.max_epochs - done if run.max_epochs > 0 else math.inf, STEPS)))
 
 
 def _epochs_until_due(callback: pl.Callback, done: int) -> float:
-    own: Any = callback
+    other: Any = callback
     if _acts(callback, _EPOCH_HOOKS):
         return 1
     if isinstance(callback, ModelCheckpoint):
         every = callback.every_n_epochs
         return float(every - done % every) if every else math.inf
-    return float(own.epochs_until_due(done)) if hasattr(callback, "epochs_until_due") else math.inf
+    return float(other.epochs_until_due(done)) if hasattr(callback, "epochs_until_due") else math.inf
 
 
 def looks_at_batches(callback: pl.Callback) -> bool:
     """Whether a callback acts on single batches or steps."""
-    own: Any = callback
+    timer: Any = callback
     if _acts(callback, _BATCH_HOOKS) or isinstance(callback, GradientAccumulationScheduler | StochasticWeightAveraging):
         return True
     if isinstance(callback, ModelCheckpoint):
         return time_between_checkpoints(callback) is not None or steps_between_checkpoints(callback) > 0
     if isinstance(callback, Timer):
-        return own.time_remaining() is not None
+        return timer.time_remaining() is not None
     return bool(getattr(callback, "acts_within_epochs", False))
 
 
 def _acts(callback: pl.Callback, hooks: Sequence[str]) -> bool:
-    """Whether a callback has any of the hooks, by code of which is not known here when it acts."""
+    """Whether a callback has any of the hooks, with code for which it is not known here when it acts."""
     for hook in hooks:
-        method = getattr(callback, hook)  # of the object: a LambdaCallback has its own
+        method = getattr(callback, hook)  # of the object, not the class: a LambdaCallback has its own
         code = getattr(method, "__func__", method)
         known = getattr(code, "__module__", "").startswith(_KNOWN)
         if code is not getattr(pl.Callback, hook) and not known:

@@ -1,11 +1,11 @@
-"""Gradient of the networks' squared error, written in place: what autograd finds, without its graph and its memory.
+"""Gradient of the networks' squared error, written in place: the same as autograd's, without its graph and its memory.
 
 Shapes: B samples of a batch, d0 inputs, d1 (d2) hidden units, R replicas. Units come before samples here, (R, d1, B):
-batched products of small matrices are up to four times as fast that way round, and inputs that replicas share need a
+batched products of small matrices are up to four times as fast in this order, and inputs that replicas share need a
 single product for all of them.
 
-Cost of a step: the products, 4 B d0 d1 operations a replica with one hidden layer and 4 B d0 d1 + 6 B d1 d2 with two,
-some 10 passes over the B d1 activations, and some 40 µs to launch the operations.
+Cost of a step: the products, 4 B d0 d1 operations per replica with one hidden layer and 4 B d0 d1 + 6 B d1 d2 with two,
+about 10 passes over the B d1 activations, and about 40 µs to launch the operations.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ aten = torch.ops.aten
 
 
 class SquaredErrorGradient:
-    """Gradient of Σ_r ‖e_r‖²/B for networks ŷ = z · f(… f(W x)), e = ŷ − y, put into the weights' ``grad``.
+    """Gradient of Σ_r ‖e_r‖²/B for networks ŷ = z · f(… f(W x)), e = ŷ − y, written into the weights' ``grad``.
 
-    The memory of one batch is used again for the next of the same size, so what a call returns is good until the next.
+    The memory of one batch is used again for the next of the same size, so the result of a call is valid until the
+    next.
 
     Args:
-        hidden_weights: one or more matrices W, (d_out, d_in), or (R, d_out, d_in) of replicas.
+        hidden_weights: one or more matrices W, (d_out, d_in), or with replicas (R, d_out, d_in).
         output_weights: z, (d1,) or (R, d1).
         negative_slope: ρ of f(u) = u where u > 0 and ρ u elsewhere.
 
@@ -48,19 +49,19 @@ class SquaredErrorGradient:
         self._gradients = gradients
         self._hidden_gradients = [_with_replicas(g, 3) for g in gradients[:-1]]
         self._output_gradient = _with_replicas(gradients[-1][..., None], 3)
-        self._memory: dict[int, _Memory] = {}  # two sizes: of the last batch of an epoch, and of the others
+        self._memory: dict[int, _Memory] = {}  # by batch size: the last batch of an epoch may differ from the others
 
     def is_of(self, hidden_weights: Sequence[Tensor], output_weights: Tensor) -> bool:
-        """Whether these are the weights, in the place where they were."""
-        own = [*self._hidden, self._output]
-        return all(w.data_ptr() == v.data_ptr() for w, v in zip([*hidden_weights, output_weights], own, strict=True))
+        """Whether these are the weights of this gradient, at the same place in memory."""
+        known = [*self._hidden, self._output]
+        return all(w.data_ptr() == v.data_ptr() for w, v in zip([*hidden_weights, output_weights], known, strict=True))
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Write the gradients at the present weights.
 
         Args:
-            inputs: (B, d0), or (R, B, d0) with a batch for each replica; any floating dtype.
+            inputs: (B, d0), or (R, B, d0) with a batch for each replica; any floating-point dtype.
             targets: (B,), or (R, B).
 
         Returns:
@@ -70,32 +71,33 @@ class SquaredErrorGradient:
         memory = self._memory.get(samples) or self._memory.setdefault(
             samples, _Memory(self._hidden, samples, in_place=self._slope == 0)
         )
-        below = [inputs.to(self._output.dtype).mT]  # they may be stored in a shorter dtype
+        layer_inputs = [inputs.to(self._output.dtype).mT]  # they may be stored in a shorter dtype
         for weights, before, after in zip(self._hidden, memory.preactivations, memory.activations, strict=True):
-            _multiply(weights, below[-1], out=before)
+            _multiply(weights, layer_inputs[-1], out=before)
             if self._slope == 0:
-                before.relu_()  # whose sign is that of the pre-activation: both are one tensor
+                before.relu_()  # it is positive where the pre-activation is, so one tensor serves as both
             else:
                 aten.leaky_relu.out(before, self._slope, out=after)
-            below.append(after)
-        torch.bmm(self._output.mT, below[-1], out=memory.predictions)
+            layer_inputs.append(after)
+        torch.bmm(self._output.mT, layer_inputs[-1], out=memory.predictions)
         torch.sub(memory.predictions, _with_replicas(targets[..., None, :], 3), out=memory.residual)
-        self._go_back(below, memory)
+        self._backward(layer_inputs, memory)
         for weights, gradient in zip(self._weights, self._gradients, strict=True):
             weights.grad = gradient if weights.requires_grad else None
         shape = (*self._lead, samples)
         return memory.predictions.view(shape), memory.residual.view(shape)
 
-    def _go_back(self, below: list[Tensor], memory: _Memory) -> None:
-        """Gradients from the last layer to the first; ``below`` are the inputs of each layer, units first."""
+    def _backward(self, layer_inputs: list[Tensor], memory: _Memory) -> None:
+        """Form the gradients from the last layer to the first; the inputs of each layer have units first."""
         torch.mul(memory.residual, 2 / memory.residual.shape[-1], out=memory.signal)
-        torch.bmm(below[-1], memory.signal.mT, out=self._output_gradient)
-        signal = memory.signal.expand_as(below[-1])  # less the factor z of each unit, which is cheaper on few weights
+        torch.bmm(layer_inputs[-1], memory.signal.mT, out=self._output_gradient)
+        # without the factor z of each unit: multiplying the few weights by it is cheaper
+        signal = memory.signal.expand_as(layer_inputs[-1])
         factor: Tensor | None = self._output
         for layer in reversed(range(len(self._hidden))):
             back = self._through_kinks(signal, memory.preactivations[layer], memory.signals[layer])
             gradient, weights = self._hidden_gradients[layer], self._hidden[layer]
-            _multiply(back, below[layer].mT, out=gradient)
+            _multiply(back, layer_inputs[layer].mT, out=gradient)
             if factor is not None:
                 gradient.mul_(factor)
                 weights = weights * factor if layer else weights
@@ -124,7 +126,7 @@ class _Memory:
 
 
 def _with_replicas(tensor: Tensor, dimensions: int) -> Tensor:
-    """The tensor with an axis for one replica, if it has none."""
+    """The tensor, with an axis for one replica added if it has no replica axis."""
     return tensor if tensor.ndim == dimensions else tensor[None]
 
 

@@ -55,16 +55,16 @@ if TYPE_CHECKING:
 
 _MAX_HIDDEN_LAYERS = 2
 
-_GENERATOR_BYTES = 5056  # that torch's state of a generator takes, one a replica
+_GENERATOR_BYTES = 5056  # size of torch's state of a generator; there is one per replica
 
 
 class MNN(pl.LightningModule):
     """ŷ = z · f(W x), or z · f(W₂ f(W₁ x)), without biases, trained on MSE = ‖y − ŷ‖²/N.
 
     f(u) = u where u > 0 and ρ u elsewhere. Weights are drawn by He's rule: N(0, 2 / ((1 + ρ²) fan-in)) in every layer,
-    the output layer included. ``replicas=R`` trains R independent networks side by side as batched products; replica r
-    starts as a single network with seed ``seed + r`` does, and the loss is the sum of the replicas' MSEs, so that none
-    feels the others. Targets of shape (B, 1) are taken as (B,), and images as flat inputs.
+    including the output layer. ``replicas=R`` trains R independent networks side by side as batched products. Replica r
+    starts like a single network with seed ``seed + r``. The loss is the sum of the replicas' MSEs, so that they do not
+    affect one another. Targets of shape (B, 1) are treated as (B,), and images as flat inputs.
 
     Inputs are (B, d0), shared by all replicas, or (R, B, d0); outputs are (B,), with R > 1 replicas (R, B).
 
@@ -78,17 +78,17 @@ class MNN(pl.LightningModule):
             :mod:`lightning_mnn.model.optim`).
         threshold: decision threshold of the classification error; None: 0.5 for labels {0, 1}, 0 for ±1.
         regression: targets are any real numbers, and there is no classification error.
-        dtype: "float64" or "float32", in which a minimum can hardly be told from a point near it.
-            (``Trainer(precision=...)`` has the last word.)
+        dtype: "float64" or "float32"; in float32 a minimum can hardly be distinguished from a point near it.
+            (``Trainer(precision=...)`` overrides it.)
         seed: seed of the weights.
-        default_callbacks: bring LocalMinimumDetector, ActivationPatternRecorder and AngularVolumeMonitor to a Trainer
-            that has none of its own.
+        default_callbacks: add LocalMinimumDetector, ActivationPatternRecorder and AngularVolumeMonitor to a Trainer,
+            except those that it already has.
 
     Raises:
         ValueError: ρ = 1, a size that is not positive, more than two hidden layers, an unknown dtype, optimiser or
             schedule; LBFGS with several replicas or processes. Before training starts: inputs of another dimension, NaN
             or infinity in the data, labels that are not binary.
-        DivergenceError: (in training) the loss or a weight, of any one replica, is no longer finite.
+        DivergenceError: (in training) the loss or a weight of any replica is no longer finite.
 
     >>> MNN(input_dim=3, hidden_dims=(5,), replicas=4)(torch.zeros(7, 3)).shape
     torch.Size([4, 7])
@@ -119,7 +119,7 @@ class MNN(pl.LightningModule):
             problem = "must be a real number other than 1 (the network would be linear)"
             raise ArgumentError("negative_slope", negative_slope, problem, "choose 0 for ReLU, 0.1 for leaky ReLU")
         if threshold is not None:
-            real_number("threshold", threshold, remedy="or choose null, with which the labels tell")
+            real_number("threshold", threshold, remedy="or choose null, which infers it from the labels")
         truth_value("regression", regression)
         truth_value("default_callbacks", default_callbacks)
         seed_number("seed", seed)
@@ -136,11 +136,11 @@ class MNN(pl.LightningModule):
         for fan_in, width in zip([input_dim, *hidden_dims], hidden_dims, strict=False):
             self.hidden_weights.append(self._draw(generators, (width, fan_in), fan_in))
         self.output_weights = self._draw(generators, (hidden_dims[-1],), hidden_dims[-1])
-        build_optimizer(self.parameters(), optimizer)  # options that do not fit shall fail here, not in fit
+        build_optimizer(self.parameters(), optimizer)  # invalid options must fail here, not in fit
         build_schedule(torch.optim.SGD(self.parameters(), lr=1.0), schedule, total_steps=1)
         self.threshold = threshold
         self._gradient: SquaredErrorGradient | None = None
-        self._saved_steps_per_batch: int | None = None  # of the checkpoint that training goes on from
+        self._saved_steps_per_batch: int | None = None  # of the checkpoint that training is resumed from
 
     def _draw(self, generators: Sequence[torch.Generator], shape: tuple[int, ...], fan_in: int) -> nn.Parameter:
         std = math.sqrt(2 / ((1 + self.hparams["negative_slope"] ** 2) * fan_in))
@@ -153,7 +153,7 @@ class MNN(pl.LightningModule):
         return int(self.hparams["replicas"])
 
     def network(self) -> Network:
-        """The weights as the mathematics of :mod:`lightning_mnn.landscape` takes them (detached, not copied)."""
+        """The weights in the form that :mod:`lightning_mnn.landscape` uses (detached, not copied)."""
         return Network(
             hidden_weights=tuple(weights.detach() for weights in self.hidden_weights),
             output_weights=self.output_weights.detach(),
@@ -170,7 +170,7 @@ class MNN(pl.LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        """Take several steps a Lightning batch where that is the same but for the time."""
+        """Bundle several steps in one Lightning batch if that changes only the time."""
         if stage != "fit":
             return
         data = training_data_source(self.trainer)
@@ -188,11 +188,11 @@ class MNN(pl.LightningModule):
 
     @override
     def teardown(self, stage: str) -> None:
-        """Let the data be those of any module again, and drop what training needs."""
+        """Prepare the data for any module again, and drop what only training needs."""
         self._gradient = None
         if stage != "fit":
             return
-        share_step_count(self.trainer)  # which another module may ask for
+        share_step_count(self.trainer)  # another module may ask for the count
         data = training_data_source(self.trainer)
         if isinstance(data, ExactData):
             data.operations_per_sample = None
@@ -204,12 +204,12 @@ class MNN(pl.LightningModule):
         before = self.trainer.global_step
         self._descend(batch)
         if batch_idx + 1 == self.trainer.num_training_batches:
-            self._go_on_with_epochs()
+            self._run_further_epochs()
         count_batches(self.trainer, self.trainer.global_step - before - 1)  # Lightning counts one
         return None
 
-    def _go_on_with_epochs(self) -> None:
-        """Take the epochs up to the next that something looks at, within this one of Lightning's."""
+    def _run_further_epochs(self) -> None:
+        """Run the epochs up to the next at whose end a callback acts, within the present Lightning epoch."""
         loader = self._exact_loader
         for _ in range(1, min(epochs_at_a_time(self.trainer), loader.steps_per_batch // loader.num_steps)):
             count_epoch(self.trainer)
@@ -221,12 +221,12 @@ class MNN(pl.LightningModule):
         return cast("ExactLoader", self.trainer.train_dataloader)
 
     def _descend(self, batches: Iterable[Any]) -> None:
-        """Take a step a batch."""
+        """Do one optimiser step per batch."""
         gradient = None if self._is_watched() else self._in_place_gradient()
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
         schedule: Any = self.lr_schedulers()
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        count = StepCount(self.trainer)  # Lightning's own optimiser counts, too, and takes 30 µs a step, not 1
+        count = StepCount(self.trainer)  # 1 µs per step; Lightning's own optimiser counts, too, but needs 30 µs
         for step, (inputs, targets) in enumerate(batches, start=self.trainer.global_step + 1):
             if gradient is None:
                 optimizer.zero_grad()
@@ -242,7 +242,7 @@ class MNN(pl.LightningModule):
                 schedule.step()
 
     def _is_watched(self) -> bool:
-        """Whether something follows autograd: hooks of modules or weights, or the search for anomalies."""
+        """Whether something observes autograd: hooks of modules or weights, or anomaly detection."""
         return have_hooks(self.modules(), self.parameters()) or torch.is_anomaly_enabled()
 
     def _in_place_gradient(self) -> SquaredErrorGradient:
@@ -252,7 +252,7 @@ class MNN(pl.LightningModule):
         return self._gradient
 
     def _loss(self, batch: Any) -> Tensor:
-        """The sum of the replicas' MSEs on a batch; logged now and then."""
+        """The sum of the replicas' MSEs on a batch; logged every ``log_every_n_steps`` steps."""
         inputs, targets = flat_batch(batch, replicated=self.replicas > 1)
         predictions = self(inputs)
         scale = self._samples_per_process(targets)
@@ -264,21 +264,21 @@ class MNN(pl.LightningModule):
         return loss
 
     def _samples_per_process(self, targets: Tensor) -> Tensor | float:
-        """Samples of the batch over all processes, divided by the number of processes.
+        """Number of samples of the batch over all processes, divided by the number of processes.
 
-        Squared errors divided by it give a loss whose mean over the processes is the batch's MSE, whatever share of the
-        batch each process holds.
+        Squared errors divided by it give a loss whose mean over the processes is the batch's MSE, whatever part of the
+        batch each process has.
         """
         if self.trainer.world_size == 1:
             return targets.shape[-1]
         loader = self.trainer.train_dataloader
-        if isinstance(loader, ExactLoader):  # which knows it without asking the others
+        if isinstance(loader, ExactLoader):  # it knows the size without communication
             return loader.size_of_batch / self.trainer.world_size
         count = self.output_weights.new_tensor(targets.shape[-1])
         return self.trainer.strategy.reduce(count, reduce_op="mean")
 
     def _log(self, squared_errors: Tensor, predictions: Tensor, targets: Tensor, scale: Tensor | float) -> None:
-        """Log the batch's MSE and MCE, the mean over replicas and processes, which a GPU is waited for once.
+        """Log the batch's MSE and MCE, the means over replicas and processes, with one synchronisation with a GPU.
 
         Raises:
             DivergenceError: the MSE is not finite.
@@ -292,15 +292,15 @@ class MNN(pl.LightningModule):
             errors = {name: self.trainer.strategy.reduce(value, reduce_op="mean") for name, value in errors.items()}
         values = dict(zip(errors, fetched(*errors.values()), strict=True))
         if not math.isfinite(values["train/mse"]):
-            lost = [replica for replica, value in enumerate(mse.reshape(-1).tolist()) if not math.isfinite(value)]
-            which = f" of replicas {lost}" if self.replicas > 1 and lost else ""
+            diverged = [replica for replica, value in enumerate(mse.reshape(-1).tolist()) if not math.isfinite(value)]
+            which = f" of replicas {diverged}" if self.replicas > 1 and diverged else ""
             raise DivergenceError(
                 f"training diverged: the MSE{which} is not finite after {self.trainer.global_step} steps. "
                 "Lower the learning rate"
             )
         on_host = {name: torch.tensor(value, dtype=mse.dtype) for name, value in values.items()}
         self.log_dict(on_host, prog_bar=True, logger=False)
-        log_scalars(self.trainer, dict(values))  # with the step's own number, in a bundle too
+        log_scalars(self.trainer, dict(values))  # with the number of this step, also in a bundle
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -315,25 +315,25 @@ class MNN(pl.LightningModule):
 
     @override
     def configure_callbacks(self) -> list[pl.Callback]:
-        """The three callbacks of this package, those that the Trainer does not have yet."""
+        """Those of the three callbacks of this package that the Trainer does not have yet."""
         if not self.hparams["default_callbacks"]:
             return []
         from lightning_mnn import callbacks  # noqa: PLC0415 (a floor up: Lightning asks the module for its callbacks)
 
-        own = (callbacks.LocalMinimumDetector, callbacks.ActivationPatternRecorder, callbacks.AngularVolumeMonitor)
+        kinds = (callbacks.LocalMinimumDetector, callbacks.ActivationPatternRecorder, callbacks.AngularVolumeMonitor)
         present = self.trainer.callbacks  # type: ignore[attr-defined]
-        return [kind() for kind in own if not any(isinstance(callback, kind) for callback in present)]
+        return [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in present)]
 
     @override
     def on_fit_start(self) -> None:
         """Check the training set before any work is done on it."""
         if self.trainer.world_size > 1 and self.hparams["optimizer"]["name"] == "lbfgs":
             raise ValueError(
-                "optimizer lbfgs runs on one process, whose line search sees the whole loss: use devices=1"
+                "optimizer lbfgs runs on one process only, since its line search needs the whole loss: use devices=1"
             )
-        load_training_data(self.trainer)  # now, not after on_train_start: the callbacks' first pass comes there
+        load_training_data(self.trainer)  # now, not after on_train_start: the callbacks' first pass runs there
         if isinstance(loader := self.trainer.train_dataloader, ExactLoader):
-            loader.trainer = self.trainer  # which a loader without its data module does not know
+            loader.trainer = self.trainer  # a loader without its data module does not know the Trainer
         self.threshold = check_training_set(
             self.trainer,
             input_dim=int(self.hparams["input_dim"]),
@@ -344,31 +344,31 @@ class MNN(pl.LightningModule):
 
     @override
     def on_train_start(self) -> None:
-        """Check that a run that is resumed within an epoch counts its batches as it did."""
+        """Check that a run that is resumed within an epoch counts its batches as before."""
         saved, self._saved_steps_per_batch = self._saved_steps_per_batch, None
-        own = getattr(self.trainer.train_dataloader, "steps_per_batch", None)
-        if saved is not None and saved != own:
+        present = getattr(self.trainer.train_dataloader, "steps_per_batch", None)
+        if saved is not None and saved != present:
             raise ValueError(
-                f"the checkpoint was saved within an epoch by a run that took {saved} steps at a time, and this one "
-                f"takes {own}: resume with the same callbacks and Trainer flags, or from the end of an epoch"
+                f"the checkpoint was saved within an epoch by a run with {saved} steps per batch, and this one has "
+                f"{present}: resume with the same callbacks and Trainer flags, or from the end of an epoch"
             )
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the number of steps, whether or not they are taken in bundles now."""
+        """Continue with the number of steps, whether or not steps are bundled now."""
         self._saved_steps_per_batch = checkpoint.get("steps_per_batch")
         if "loops" in checkpoint:
             share_saved_step_count(checkpoint)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to replace a good checkpoint by one with weights that are not finite."""
+        """Refuse to replace a valid checkpoint by one with weights that are not finite."""
         loader = self.trainer.train_dataloader
         if isinstance(loader, ExactLoader) and loader.state_dict()["next_batch"]:  # within an epoch
             checkpoint["steps_per_batch"] = loader.steps_per_batch
         finite = fetched(*(weights.isfinite().all() for weights in self.parameters()))
-        for (name, _), holds in zip(self.named_parameters(), finite, strict=True):
-            if not holds:
+        for (name, _), is_finite in zip(self.named_parameters(), finite, strict=True):
+            if not is_finite:
                 raise DivergenceError(
                     f"training diverged: {name} is no longer finite after {self.trainer.global_step} steps, "
                     "no checkpoint was written. Lower the learning rate"
@@ -376,7 +376,7 @@ class MNN(pl.LightningModule):
 
 
 def _check_size(input_dim: int, hidden_dims: Sequence[int], replicas: int) -> None:
-    """Refuse more weights than there is memory to draw them, which takes two copies of them in float64."""
+    """Refuse more weights than the memory allows; drawing them needs two copies in float64."""
     weights = sum(fan_in * width for fan_in, width in zip([input_dim, *hidden_dims], [*hidden_dims, 1], strict=True))
     needed = replicas * (2 * 8 * weights + _GENERATOR_BYTES)
     check_memory(needed, "the weights", {"input_dim": input_dim, "hidden_dims": hidden_dims, "replicas": replicas})

@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules by name, from plain values that configs and checkpoints can hold."""
+"""Optimisers and learning-rate schedules by name, from plain values that configs and checkpoints can contain."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 
 class Adam(torch.optim.Adam):
-    """torch's Adam, whose fused step on a CPU goes straight to the kernel: half the time for small weights.
+    """torch's Adam, whose fused step on a CPU calls the kernel directly: half the time for small weights.
 
-    State, arguments and numbers are torch's. What it leaves out asks, at each step, which weights lie on which device
-    and whether an accelerator is capturing.
+    State, arguments and numbers are torch's. It leaves out the checks, at each step, on which device the weights are
+    and whether an accelerator is capturing a graph.
     """
 
     @torch.no_grad()
     @override
     def step(self, closure: Any = None) -> Any:
         scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
-        ready = closure is None and not scaled and all(self._goes_straight(group) for group in self.param_groups)
-        if not ready:
+        direct = closure is None and not scaled and all(map(self._can_call_kernel, self.param_groups))
+        if not direct:
             return _without_hooks(torch.optim.Adam.step)(self, closure)
         for group in self.param_groups:
             weights = group["params"]
@@ -57,19 +57,19 @@ class Adam(torch.optim.Adam):
             )
         return None
 
-    def _goes_straight(self, group: dict[str, Any]) -> bool:
+    def _can_call_kernel(self, group: dict[str, Any]) -> bool:
         return (
             bool(group["fused"])
             and not group["amsgrad"]
             and not group["differentiable"]
-            and not group.get("decoupled_weight_decay", False)  # which torch's fused step leaves to another kernel
+            and not group.get("decoupled_weight_decay", False)  # torch's fused step uses another kernel for it
             and isinstance(group["lr"], float)
             and all(p.device.type == "cpu" and p.grad is not None and p in self.state for p in group["params"])
         )
 
 
 def _without_hooks(step: Any) -> Any:
-    """Torch's step without its hooks, which the step that calls it has."""
+    """Torch's step without its hooks: the step that calls it has them."""
     return step.__wrapped__ if getattr(step, "hooked", False) else step
 
 
@@ -108,7 +108,7 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], options: Mapping[s
 
 
 def _check_option(key: str, value: Any, default: Any) -> None:
-    """Check the argument of an optimiser. What torch is left to choose by default may be left to it explicitly, too."""
+    """Check an argument of an optimiser. Where torch's default is None (torch chooses), None is also allowed here."""
     name = f"optimizer.{key}"
     if value is None and default is None:
         return
@@ -128,7 +128,7 @@ def _check_option(key: str, value: Any, default: Any) -> None:
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, options: Mapping[str, Any], total_steps: float) -> LambdaLR | None:
-    """The learning-rate schedule ``options["name"]``, stepped once an optimiser step; None for a constant rate.
+    """The learning-rate schedule ``options["name"]``, stepped once per optimiser step; None for a constant rate.
 
     Args:
         optimizer: the optimiser whose learning rate is the peak rate.

@@ -192,8 +192,8 @@ def test_a_look_that_takes_too_long_leaves_the_gradients_of_training(clocked, na
     assert summary["evidence"] == "first_order"
     assert summary["kind"] == "undecided"
     assert summary["gradient_norm"] > 0
-    assert "a check took longer than max_seconds=80: give more, or max_seconds=None" in summary["reason"]
-    assert "kinks were not looked at" in summary["reason"]
+    assert "a check took longer than max_seconds=80: increase it, or use max_seconds=None" in summary["reason"]
+    assert "kinks were not checked" in summary["reason"]
 
 
 def test_without_a_gradient_of_training_there_is_no_evidence(clocked, monkeypatch):

@@ -227,7 +227,7 @@ def test_a_loss_that_is_the_squared_error_in_places_only(make_trainer, shift):
     detector, _ = fit(make_trainer, Plain(net, loss), x, y)
     summary = detector.summary()
     assert summary["evidence"] == "second_order"
-    assert "in places only, and not here" in summary["reason"]
+    assert "at some weights only, and not here" in summary["reason"]
     assert summary["loss"] == shift
 
 
@@ -351,7 +351,7 @@ def test_a_deep_sequential_of_ones_own_has_second_order_evidence_and_weight_deca
         module = Plain(net, nn.functional.mse_loss, weight_decay=1e-3)
         found = fit(make_trainer, module, *data())[0].summary()
         assert found["evidence"] == evidence
-        assert "weight_decay is no part of this loss" in found["reason"]
+        assert "does not include the optimiser's weight_decay" in found["reason"]
 
 
 class Decayed(MNN):
@@ -378,7 +378,7 @@ def test_the_objective_of_a_certificate_is_named(make_trainer, decay, code):
     found = detector.summary()
     assert (found["kind"], found["objective"]) == ("differentiable_minimum", "mse")
     assert found["objective_differs_by"] == [code]
-    assert "what is trained is" in found["reason"]
+    assert "training minimises" in found["reason"]
     assert not detector.converged
     assert trainer.current_epoch == 3
 
@@ -610,7 +610,7 @@ def test_notes_tell_what_the_numbers_are_of(make_trainer):
     detector = LocalMinimumDetector(modules="net.2")
     reason = fit(make_trainer, module, *data(), detector)[0].summary()["reason"]
     for note in (
-        "weight_decay is no part of this loss",
+        "does not include the optimiser's weight_decay",
         "batch norm is at its running statistics",
         "kinks of where cannot be seen",
         "kinks of net.4, net.4.call_2 are left out",

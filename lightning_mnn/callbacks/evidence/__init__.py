@@ -1,1 +1,1 @@
-"""What a verdict of the LocalMinimumDetector is based on: one module a tier."""
+"""The evidence that a verdict of the LocalMinimumDetector is based on: one module per tier."""

@@ -1,4 +1,4 @@
-"""Evidence on a piecewise-linear network that is trained on the squared error: first-order tests, and certificates."""
+"""Evidence for a piecewise-linear network that is trained on the squared error: first-order tests, and certificates."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from lightning_mnn.callbacks.evidence.tiers import (
     Evidence,
     Tier,
     conditions,
+    descriptions,
     has_weight_decay,
-    told,
     unseen_batches,
 )
 from lightning_mnn.landscape.minima.first_order import FirstOrderVerdict, first_order_verdicts
@@ -45,24 +45,25 @@ _MINIMA = (Kind.DIFFERENTIABLE_MINIMUM, Kind.KINK_MINIMUM)
 
 
 class NotSquaredErrorError(Exception):
-    """A module's loss turned out to be another than the squared error of its network."""
+    """A module's loss turned out to differ from the squared error of its network."""
 
 
 class CertificateTier(Tier):
-    """Judges the network of a module in float64, each replica by itself.
+    """Tests and certifies the network of a module in float64, each replica by itself.
 
     Args:
-        max_distance: largest ‖W̃* − W̃‖/‖W̃‖ between the weights and a minimum that counts as theirs.
+        max_distance: largest ‖W̃* − W̃‖/‖W̃‖ at which a minimum still counts as the minimum of these weights.
         stationarity_tolerance: of the first-order tests; None: 10 spacings of floats at 1.
         preactivation_tolerance: of the first-order tests; None: 1,000 spacings.
-        fitted: how the module's own loss was found to be the squared error; None: it is known to be.
+        fitted: the constants with which the module's own loss was found to be the squared error; None: it is known to
+            be the squared error.
         loss_fn: that loss, if not the module's ``training_step``.
 
     Attributes:
-        verdicts: the last look's first-order verdicts, one a replica.
-        certificates: the last certificates, one a replica; empty where there are none.
-        statistics: the last look's pass.
-        differences: in what the mean squared error, which verdicts are about, differs from what training lowers.
+        verdicts: the first-order verdicts of the last check, one per replica.
+        certificates: the last certificates, one per replica; empty if there are none.
+        statistics: the training-set statistics of the last check.
+        differences: how the mean squared error, which verdicts are about, differs from what training minimises.
     """
 
     def __init__(
@@ -81,12 +82,12 @@ class CertificateTier(Tier):
         self._max_distance = max_distance
         self._stationarity_tolerance = stationarity_tolerance
         self._preactivation_tolerance = preactivation_tolerance
-        self._moved: list[float] = []  # relative distances of replicas that polishing took too far; else 0
+        self._moved: list[float] = []  # relative distances of replicas that polishing moved too far; 0 for the others
         self._certifiable = False
-        self._not_certified: str | None = None  # why
+        self._reason_not_certified: str | None = None
         self._rank_cap: Tensor | None = None
         self.differences: list[Difference] = []
-        self._notes: list[str] = []  # on what training does beside
+        self._notes: list[str] = []  # on how training differs from the objective of the verdicts
 
     @property
     @override
@@ -101,7 +102,7 @@ class CertificateTier(Tier):
     @property
     @override
     def found_minimum(self) -> bool:
-        """Whether all replicas are at a minimum of what training lowers."""
+        """Whether all replicas are at a minimum of the objective that training minimises."""
         return super().found_minimum and not self.differences
 
     @property
@@ -118,17 +119,17 @@ class CertificateTier(Tier):
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         network = _network(pl_module)
         self.certificates = []
-        self._not_certified = reason_not_certified(trainer, network)
-        self._certifiable = len(network.hidden_weights) == 1 and self._not_certified is None
+        self._reason_not_certified = reason_not_certified(trainer, network)
+        self._certifiable = len(network.hidden_weights) == 1 and self._reason_not_certified is None
         self.differences = _differences(trainer, pl_module, network)
         self._notes = _notes(trainer, pl_module, self.differences, fitted=self.fitted is not None)
-        with _kept(trainer, pl_module):
+        with _restoring_if_foreign(trainer, pl_module):
             self._statistics(trainer, pl_module, network)
 
     @override
     def certify_minimum(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._check_loss(trainer, pl_module)
-        with _kept(trainer, pl_module):
+        with _restoring_if_foreign(trainer, pl_module):
             network = _network(pl_module)
             self.certificates = certify_training_set(trainer, pl_module, network, self._max_distance)
 
@@ -137,32 +138,32 @@ class CertificateTier(Tier):
         network = _network(pl_module)
         if polish:
             self._check_loss(trainer, pl_module)
-            with _kept(trainer, pl_module):
+            with _restoring_if_foreign(trainer, pl_module):
                 polished = polish_on_training_set(trainer, pl_module, network, self._max_distance)
                 self.certificates = [found.certificate for found in polished]
                 self._moved = [found.distance if found.moved else 0.0 for found in polished]
-                ours = not self.differences  # or the weights would leave what training came to
-                reached = [ours and found.certificate.is_minimum and not found.moved for found in polished]
+                same = not self.differences  # otherwise the weights would leave the point that training converged to
+                reached = [same and found.certificate.is_minimum and not found.moved for found in polished]
                 move_to(network, self.certificates, reached)
-                with time_limit(None):  # the weights have moved: what is said of them must be of these
+                with time_limit(None):  # the weights have moved: the statistics must be those of the new weights
                     self._statistics(trainer, pl_module, network)
         elif not self.certificates:
             self.certify_minimum(trainer, pl_module)
         else:
-            return False  # the last check did, at these weights
+            return False  # the last check has certified these weights
         return True
 
     @override
     def run_out(self, why: str) -> None:
         self.certificates, self._moved = [], []
-        self._certifiable, self._not_certified = False, f"no certificate: {why}"
+        self._certifiable, self._reason_not_certified = False, f"no certificate: {why}"
 
     @override
     def kinds(self) -> tuple[list[str], list[str]]:
         """Kind and reason of each replica: a certificate's where there is one."""
         more = "".join(f"; {note}" for note in self._notes)
         if not self.certificates:
-            more += "" if self._not_certified is None else f"; {self._not_certified}"
+            more += "" if self._reason_not_certified is None else f"; {self._reason_not_certified}"
             return [str(verdict.kind) for verdict in self.verdicts], [found.reason + more for found in self.verdicts]
         kinds, reasons = [], []
         for replica, found in enumerate(self.certificates):
@@ -175,7 +176,7 @@ class CertificateTier(Tier):
 
     @override
     def scalars(self) -> dict[str, Any]:
-        assert self.statistics is not None  # noqa: S101 (there has been a look)
+        assert self.statistics is not None  # noqa: S101 (there was a check)
         scalars: dict[str, Any] = {
             "minimum/mse": self.statistics.mse,
             "minimum/mce": self.statistics.mce,
@@ -219,14 +220,14 @@ class CertificateTier(Tier):
             "kinks": plain(self.statistics.kinks),
             "rank_cap": plain(self._rank_cap),
         }
-        stood = [kind in (*_MINIMA, Kind.SADDLE) for kind in kinds]
-        for name in ("zero_error", "kinks", "rank_cap"):  # of the minimum, where there is one
+        stationary = [kind in (*_MINIMA, Kind.SADDLE) for kind in kinds]
+        for name in ("zero_error", "kinks", "rank_cap"):  # of the certified point, if there is one
             values = found[name] if isinstance(found[name], list) else [found[name]] * len(kinds)
-            pairs = zip(self.certificates, stood, values, strict=False)
+            pairs = zip(self.certificates, stationary, values, strict=False)
             found[name] = [getattr(c, name) if yes else value for c, yes, value in pairs] or values
         for name in ("mse", "mce"):
             found[f"minimum_{name}"] = [
-                getattr(c, name) if yes else None for c, yes in zip(self.certificates, stood, strict=False)
+                getattr(c, name) if yes else None for c, yes in zip(self.certificates, stationary, strict=False)
             ]
         for name in ("distance", "weight_distance", "margin_ratio", "rank"):
             found[name] = [getattr(certificate, name) for certificate in self.certificates]
@@ -238,7 +239,7 @@ class CertificateTier(Tier):
         return {} if self.fitted is None else {"fitted": vars(self.fitted)}
 
     def _statistics(self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network) -> None:
-        """One exact pass and its first-order tests."""
+        """Compute the statistics in one exact pass, and run the first-order tests."""
         self.statistics = training_set_statistics(trainer, pl_module, ranked=len(network.hidden_weights) == 1)
         spacing = 2 * network.unit_roundoff
         self.verdicts = first_order_verdicts(
@@ -252,7 +253,7 @@ class CertificateTier(Tier):
     def _check_loss(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.fitted is not None and not still_fits(trainer, pl_module, self.fitted, self._loss_fn):
             raise NotSquaredErrorError(
-                "the loss that it trains is the mean squared error of its network in places only, and not here"
+                "the loss that it trains is the mean squared error of its network at some weights only, and not here"
             )
 
 
@@ -270,20 +271,20 @@ _CERTIFIED = {
 def _differences(trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network) -> list[Difference]:
     found = [Difference.WEIGHT_DECAY] if has_weight_decay(trainer) else []
     places, trained = {tensor.data_ptr() for tensor in network.tensors}, trained_parameters(trainer, pl_module)
-    own = [parameter for parameter in pl_module.parameters() if parameter.data_ptr() in places]
+    weights = [parameter for parameter in pl_module.parameters() if parameter.data_ptr() in places]
     free = {id(parameter) for parameter in trained}
-    frozen = any(id(parameter) not in free for parameter in own)
+    frozen = any(id(parameter) not in free for parameter in weights)
     return found + ([Difference.FROZEN_WEIGHTS] if frozen else [])
 
 
 def _notes(
     trainer: pl.Trainer, pl_module: pl.LightningModule, differences: list[Difference], *, fitted: bool
 ) -> list[str]:
-    """What training does beside, in words."""
+    """Notes on how training differs from the objective of the verdicts."""
     if not fitted:
-        return unseen_batches(trainer) + told(differences)
-    found = conditions(trainer, pl_module)  # weight decay among them
-    return found + [text for text in told(differences) if text not in found]
+        return unseen_batches(trainer) + descriptions(differences)
+    found = conditions(trainer, pl_module)  # includes weight decay
+    return found + [text for text in descriptions(differences) if text not in found]
 
 
 def _network(pl_module: pl.LightningModule) -> Network:
@@ -292,13 +293,13 @@ def _network(pl_module: pl.LightningModule) -> Network:
     return network
 
 
-def _kept(trainer: pl.Trainer, pl_module: pl.LightningModule) -> AbstractContextManager[None]:
-    """Of a foreign module the data may draw random numbers, and training shall not notice."""
+def _restoring_if_foreign(trainer: pl.Trainer, pl_module: pl.LightningModule) -> AbstractContextManager[None]:
+    """Restore the generators if a module does not define its network: its data may draw random numbers."""
     return nullcontext() if states_network(pl_module) else restoring_generators(trainer)
 
 
 def _one(values: Any, *, several: bool) -> Any:
-    """A list over the replicas, or the only value; None where there is none."""
+    """A list over the replicas, or the only value; None if there is none."""
     if not isinstance(values, list):
         return values
     return (values or None) if several else (values[0] if values else None)

@@ -20,24 +20,26 @@ if TYPE_CHECKING:
 
     from lightning_mnn.landscape.network import Network
 
-_WHOLE = 1 << 24  # numbers of inputs up to which one process takes all samples: 128 MiB
-_MOST = 1 << 28  # numbers of inputs that a process certifies on: they, a copy in float64 and blocks take 6 GiB
+_MAX_GATHERED = 1 << 24  # input numbers up to which one process gathers all samples: 128 MiB
+_MAX_PER_PROCESS = 1 << 28  # input numbers of a process: with a copy in float64 and blocks they need 6 GiB
 
 
 def reason_not_certified(trainer: pl.Trainer, network: Network) -> str | None:
-    """Why the training set is too large to certify a network on, or None where it is not."""
+    """Why the training set is too large to certify a network on it; None if it is not."""
     numbers = num_samples(trainer.train_dataloader) * network.input_dim // trainer.world_size
-    if numbers <= _MOST:
+    if numbers <= _MAX_PER_PROCESS:
         return None
-    return f"a certificate would have {numbers:.1e} input numbers in the memory of a process, above {_MOST:.1e}"
+    most = f"above {_MAX_PER_PROCESS:.1e}"
+    return f"a certificate would have {numbers:.1e} input numbers in the memory of a process, {most}"
 
 
 def certify_training_set(
     trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network, max_distance: float
 ) -> list[Certificate]:
-    """Certify a two-layer network on the module's training set; one certificate a replica, the same on every process.
+    """Certify a two-layer network on the module's training set; one certificate per replica, equal on every process.
 
-    Small sets are gathered on one process, which tells the others; of larger ones each process holds its shard.
+    Small sets are gathered on one process, which sends its result to the others; of larger sets each process reads its
+    shard.
     """
     return _on_training_set(trainer, pl_module, network, max_distance, polished=False)
 
@@ -60,16 +62,16 @@ def move_to(network: Network, certificates: list[Certificate], chosen: list[bool
     }
     replicated = network.output_weights.ndim > 1
     for replica, certificate in enumerate(certificates):
-        for name, own in tensors.items():
-            if own is not None and chosen[replica]:
-                (own[replica] if replicated else own).copy_(getattr(certificate, name))
+        for name, weights in tensors.items():
+            if weights is not None and chosen[replica]:
+                (weights[replica] if replicated else weights).copy_(getattr(certificate, name))
 
 
 def _on_training_set(
     trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network, max_distance: float, *, polished: bool
 ) -> list[Any]:
     split = trainer.world_size > 1
-    whole = not split or num_samples(trainer.train_dataloader) * network.input_dim <= _WHOLE
+    whole = not split or num_samples(trainer.train_dataloader) * network.input_dim <= _MAX_GATHERED
     ranks, threshold = input_rank(trainer, pl_module, network), threshold_of(trainer, pl_module)  # by all processes
     rank = int(ranks) if ranks.ndim == 0 else None
     search: Callable[..., Any] = polish if polished else partial(certify, input_rank=rank)

@@ -1,4 +1,4 @@
-"""First-order evidence: what training's own gradients and a forward pass tell, where the loss is not to be had."""
+"""First-order evidence from training's own gradients and a forward pass, if the loss cannot be evaluated."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
 
 
 class FirstOrderTier(Tier):
-    """Reports the norm of the last step's gradient and the nearest kink; it never tells of a minimum.
+    """Reports the norm of the last step's gradient and the nearest kink; it never finds a minimum.
 
-    The kind is ``not_stationary`` where training takes the full batch in each step and the norm of its gradient is
-    above the tolerance, and else ``undecided``: a small gradient is a necessary condition only, and that of a
-    mini-batch is not even one.
+    The kind is ``not_stationary`` if training uses the full batch in each step and the norm of its gradient is above
+    the tolerance, and ``undecided`` otherwise: a small gradient is only a necessary condition, and that of a mini-batch
+    is not even necessary.
 
     Args:
-        forward_fn: ``forward_fn(module, batch)`` whose kinks are looked at; None: the module's ``forward``.
+        forward_fn: ``forward_fn(module, batch)`` whose kinks are checked; None: the module's ``forward``.
         modules: layers whose kinks count; None: all.
         gradient_tolerance: largest norm, relative to the first one seen, of a stationary point.
         why: why there is no stronger evidence.
-        reads: False: there is no time to read the training set, of whose kinks nothing is told then.
+        reads: False: there is no time to read the training set, and kinks are not reported.
 
     Attributes:
         reference: the first norm seen; None before a step.
-        gradient_norm: the last one.
+        gradient_norm: the last norm seen.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class FirstOrderTier(Tier):
         self.why: str = why
         self._reads = reads
         self._first: dict[int, float] = {}  # squared norm of the first gradient, by optimiser
-        self._last: dict[int, float] = {}  # of the last one
+        self._last: dict[int, float] = {}  # squared norm of the last gradient, by optimiser
         self._kinks: KinkDistance | None = None
         self._full_batch_steps = False
         self._notes: list[str] = []
@@ -77,11 +77,11 @@ class FirstOrderTier(Tier):
         return False
 
     def knows(self, trainer: pl.Trainer, optimizer: Optimizer) -> bool:
-        """Whether a gradient of this optimiser was taken note of."""
+        """Whether a gradient of this optimiser was recorded."""
         return index_of(trainer, optimizer) in self._first
 
-    def take_gradient(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
-        """Take note of the gradient that an optimiser is about to follow, unscaled."""
+    def record_gradient(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
+        """Record the norm of the gradient that an optimiser is about to follow, unscaled."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         index = index_of(trainer, optimizer)
         self._last[index] = sum(
@@ -103,20 +103,20 @@ class FirstOrderTier(Tier):
     def _nearest_kink(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> tuple[KinkDistance | None, list[str]]:
-        """The nearest kink over the training set, None where it is not known, and what is to be said of it."""
+        """The nearest kink over the training set, None if it is not known, and notes on it."""
         if not self._reads:
-            return None, ["kinks were not looked at"]
+            return None, ["kinks were not checked"]
         try:
             batch = FullBatch(trainer, pl_module, self._forward_fn, self._modules, losses=False)
-        except NotEnumerableError:  # of which ``why`` tells
+        except NotEnumerableError:  # ``why`` reports it
             return None, []
         with batch.open():
             try:
                 kinks = batch.nearest_kink()
             except LossNotEvaluableError as error:
-                return None, [*batch.notes(), f"kinks were not looked at: {error}"]
+                return None, [*batch.notes(), f"kinks were not checked: {error}"]
         if kinks.units == 0:
-            unknown = f"which weights the kinks of {', '.join(batch.met)} depend on is not known"
+            unknown = f"it is not known on which weights the kinks of {', '.join(batch.met)} depend"
             return None, [*batch.notes(), unknown if batch.met else "no kink was met"]
         return kinks, batch.notes()
 
@@ -124,10 +124,10 @@ class FirstOrderTier(Tier):
     def kinds(self) -> tuple[list[str], list[str]]:
         relative = self._relative()
         if relative is None:
-            kind, reason = "undecided", "no step has been taken yet" if self._reads else "no gradient was seen"
+            kind, reason = "undecided", "there was no optimiser step yet" if self._reads else "no gradient was seen"
         else:
-            of = "full batch" if self._full_batch_steps else "mini-batch"
-            reason = f"the norm of the last step's gradient, of a {of}, is {relative:.1e} of the first one's"
+            batch = "full batch" if self._full_batch_steps else "mini-batch"
+            reason = f"the norm of the last step's gradient, of a {batch}, is {relative:.1e} times that of the first"
             moving = relative > self._gradient_tolerance and self._full_batch_steps
             kind = "not_stationary" if moving else "undecided"
         return [kind], ["; ".join([reason, *self._notes])]

@@ -1,4 +1,4 @@
-"""The norms of the gradients that training follows, kept where they are made."""
+"""The norms of the gradients that training follows, kept on their device."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 class GradientNorms:
     """The largest norm so far of the gradients that each optimiser was about to follow.
 
-    As training takes them: of its batches, in its mode, unscaled, before any clipping. They stay on the device, so that
-    nothing waits for it in training; norms that are not finite do not count, as the steps that a gradient scaler skips.
+    The gradients are those of training: of its batches, in its mode, unscaled, before any clipping. Norms stay on the
+    device, so that training does not wait for it. Norms that are not finite do not count, such as those of steps that a
+    gradient scaler skips.
     """
 
     def __init__(self) -> None:
@@ -29,8 +30,8 @@ class GradientNorms:
         self._loaded: dict[int, float] = {}
 
     @torch.no_grad()
-    def take(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
-        """Take note of the gradient that an optimiser is about to follow."""
+    def record(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
+        """Record the norm of the gradient that an optimiser is about to follow."""
         groups = optimizer.param_groups
         found = [numbers_of(p.grad) for group in groups for p in group["params"] if p.grad is not None]
         if not found:
@@ -44,8 +45,8 @@ class GradientNorms:
 
     def largest(self) -> float | None:
         """√Σ of the squares over the optimisers, the largest over the processes; None before a step."""
-        own = self.state()
-        norms = [norm for norm in gather(sum(norm**2 for norm in own.values()) ** 0.5 if own else None) if norm]
+        local = self.state()
+        norms = [norm for norm in gather(sum(norm**2 for norm in local.values()) ** 0.5 if local else None) if norm]
         return max(norms, default=None)
 
     def ends(self) -> dict[str, dict[int, float]]:
@@ -54,24 +55,24 @@ class GradientNorms:
         return {name: {index: both[k] for index, both in found.items()} for k, name in enumerate(("first", "last"))}
 
     def state(self) -> dict[int, float]:
-        """The largest norm of each optimiser, in plain values."""
+        """The largest norm of each optimiser, as plain values."""
         here = {index: float(norm) for index, norm in self._largest.items()}
         known = here.keys() | self._loaded.keys()
         return {index: max(here.get(index, 0.0), self._loaded.get(index, 0.0)) for index in sorted(known)}
 
     def load(self, state: dict[int, float]) -> None:
-        """Take over the state of the run that goes on."""
+        """Restore the state of the run that is resumed."""
         self._loaded = dict(state)
 
 
 def index_of(trainer: pl.Trainer, optimizer: Any) -> int:
-    """Which of the Trainer's optimisers it is, whether Lightning wrapped it or not."""
-    own = [getattr(known, "optimizer", known) for known in trainer.optimizers]
-    return own.index(getattr(optimizer, "optimizer", optimizer))
+    """Index of an optimiser among the Trainer's, whether Lightning wrapped it or not."""
+    unwrapped = [getattr(known, "optimizer", known) for known in trainer.optimizers]
+    return unwrapped.index(getattr(optimizer, "optimizer", optimizer))
 
 
 def _norm(gradients: Iterable[Tensor]) -> Tensor:
-    """Of all together, in 32 bits at least."""
+    """The norm of all gradients together, in at least 32 bits."""
     norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
     widest = max((norm.dtype for norm in norms), key=lambda dtype: dtype.itemsize)
     total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device, widest) for norm in norms]))
@@ -79,5 +80,5 @@ def _norm(gradients: Iterable[Tensor]) -> Tensor:
 
 
 def numbers_of(gradient: Tensor) -> Tensor:
-    """A gradient's numbers but for zeros, which those of embeddings may leave out."""
+    """A gradient's numbers; those of a sparse one (of embeddings) without the zeros that it does not store."""
     return gradient.coalesce().values() if gradient.layout is torch.sparse_coo else gradient

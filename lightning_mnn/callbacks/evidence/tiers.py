@@ -1,4 +1,4 @@
-"""What a LocalMinimumDetector's word rests on: tiers of evidence, and the judges that gather it."""
+"""Tiers of evidence that a LocalMinimumDetector's verdict is based on, and the base class that gathers it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 _MINIMA = ("differentiable_minimum", "kink_minimum")
-_MODAL = {
+_EVAL_MODE_EFFECTS = {
     "batch norm is at its running statistics": (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     "dropout is off": (
         *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
@@ -45,35 +45,35 @@ class Evidence(StrEnum):
 
 
 class Difference(StrEnum):
-    """In what the objective of a verdict differs from what training lowers."""
+    """How the objective of a verdict differs from the objective that training minimises."""
 
     WEIGHT_DECAY = "weight_decay"
     FROZEN_WEIGHTS = "frozen_weights"
 
 
 _DIFFERENCES = {
-    Difference.WEIGHT_DECAY: "the optimiser's weight_decay is no part of this loss: what is trained is another",
-    Difference.FROZEN_WEIGHTS: "frozen weights count as free in it: what is trained is the loss of the others",
+    Difference.WEIGHT_DECAY: "this loss does not include the optimiser's weight_decay: training minimises another one",
+    Difference.FROZEN_WEIGHTS: "frozen weights count as free in it: training minimises it over the other weights only",
 }
 
 
-def told(differences: list[Difference]) -> list[str]:
-    """The sentences of differences."""
+def descriptions(differences: list[Difference]) -> list[str]:
+    """The differences as text."""
     return [_DIFFERENCES[difference] for difference in differences]
 
 
 def has_weight_decay(trainer: pl.Trainer) -> bool:
-    """Whether an optimiser takes weights down beside the loss."""
-    return any(group.get("weight_decay", 0) for own in trainer.optimizers for group in own.param_groups)
+    """Whether an optimiser applies weight decay in addition to the loss."""
+    return any(group.get("weight_decay", 0) for optimizer in trainer.optimizers for group in optimizer.param_groups)
 
 
 class Tier(ABC):
-    """Gathers the evidence of one tier; a :class:`LocalMinimumDetector` says when.
+    """Gathers the evidence of one tier; a :class:`LocalMinimumDetector` decides when.
 
-    Every process calls the same methods in the same order, and gets the same answers.
+    Every process calls the same methods in the same order, and gets the same results.
 
     Attributes:
-        why: why there is no stronger evidence; None: that needs no reason.
+        why: why there is no stronger evidence; None if no reason is needed.
     """
 
     why: str | None = None
@@ -86,33 +86,37 @@ class Tier(ABC):
     @property
     @abstractmethod
     def passed(self) -> bool:
-        """Whether the last look found nothing that speaks against a minimum."""
+        """Whether the last cheap check found nothing against a minimum."""
 
     @property
     def can_certify(self) -> bool:
-        """Whether there is a dear part, which can decide."""
+        """Whether there is an expensive check, which can decide."""
         return False
 
     @property
     def moves(self) -> bool:
-        """Whether it can take the weights to the exact minimum."""
+        """Whether it can move the weights to the exact minimum."""
         return False
 
     @abstractmethod
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The cheap part, at each check."""
+        """Run the cheap check."""
 
     def certify_minimum(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The dear part, after a look at the same weights, where there is one."""
+        """Run the expensive check, if there is one, after a cheap check at the same weights."""
         del trainer, pl_module
 
     def finalize(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, polish: bool) -> bool:
-        """The dear part at the end of training, unless it was done at these weights; whether anything was done."""
+        """Run the expensive check at the end of training, unless it was done at these weights.
+
+        Returns:
+            Whether anything was done.
+        """
         del trainer, pl_module, polish
         return False
 
     def run_out(self, why: str) -> None:
-        """Go on without the dear part, for which there was too little time."""
+        """Continue without the expensive check, since the time was too short for it."""
         del why
 
     @abstractmethod
@@ -121,74 +125,74 @@ class Tier(ABC):
 
     @abstractmethod
     def scalars(self) -> dict[str, Any]:
-        """What is logged."""
+        """The values to log, by name."""
 
     @abstractmethod
     def summary(self) -> dict[str, Any]:
-        """What was found, in plain values; empty before the first look."""
+        """The results, as plain values; empty before the first check."""
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs, in plain values."""
+        """The state that a resumed run needs, as plain values."""
         return {}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take over the state, if there is any."""
+        """Restore the state, if there is any."""
         del state
 
     @property
     def found_minimum(self) -> bool:
-        """Whether the word is that all replicas are at a minimum."""
+        """Whether the verdict is that all replicas are at a minimum."""
         return all(kind in _MINIMA for kind in self.kinds()[0])
 
 
 def check_weights(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Check that the weights that are trained are numbers; a frozen mask may hold infinities.
+    """Check that the trained weights are finite; a frozen mask may contain infinities.
 
     Raises:
-        DivergenceError: one is not.
+        DivergenceError: a trained weight is not finite.
     """
     if not all(fetched(*(parameter.isfinite().all() for parameter in trained_parameters(trainer, pl_module)))):
         raise diverged(trainer, "weights are")
 
 
 def diverged(trainer: pl.Trainer, what: str) -> DivergenceError:
-    """The error for ``what`` are not finite numbers."""
+    """The error for numbers that are not finite; ``what`` names them with their verb."""
     return DivergenceError(
         f"training diverged: {what} not finite after {trainer.global_step} steps. Lower the learning rate"
     )
 
 
 def unseen_batches(trainer: pl.Trainer) -> list[str]:
-    """That training sees a part of its data only, in words, where it does."""
+    """A note if training sees only a part of its data."""
     try:
-        seen, there = trainer.num_training_batches, len(trainer.train_dataloader)  # type: ignore[arg-type]
+        seen, total = trainer.num_training_batches, len(trainer.train_dataloader)  # type: ignore[arg-type]
     except TypeError:  # an IterableDataset has no length
         return []
-    if seen >= there:
+    if seen >= total:
         return []
-    of = "limit_train_batches, overfit_batches or fast_dev_run"
-    return [f"an epoch of training sees {seen} of {there} batches ({of}), and this is of the whole training set"]
+    flags = "limit_train_batches, overfit_batches or fast_dev_run"
+    return [f"an epoch of training sees {seen} of {total} batches ({flags}), but this is for the whole training set"]
 
 
 def seen_data(trainer: pl.Trainer) -> list[str]:
-    """What stands for the training set, in words, where that is not each of its samples once."""
+    """A note on the samples that were evaluated, if they are not each sample of the training set once."""
     loader: Any = trainer.train_dataloader
     drawn = draws(loader)
     if drawn is not None:
-        return [f"this is of one epoch as drawn by {drawn}"]
+        return [f"this is for one epoch as drawn by {drawn}"]
     try:
-        chosen, there = num_samples(loader), len(getattr(loader, "dataset", ()))
-    except NotEnumerableError:  # which is told as the reason of weaker evidence
+        chosen, total = num_samples(loader), len(getattr(loader, "dataset", ()))
+    except NotEnumerableError:  # it is reported as the reason for weaker evidence
         return []
-    return [f"this is of the {chosen} of {there} samples that the sampler chooses from"] if chosen < there else []
+    return [f"this is for the {chosen} of {total} samples that the sampler chooses from"] if chosen < total else []
 
 
 def conditions(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
-    """What the loss over the training set leaves out of what training does, in words."""
+    """Notes on how the loss over the training set differs from the loss in training."""
     found = [*unseen_batches(trainer), *seen_data(trainer)]
     if has_weight_decay(trainer):
-        found += told([Difference.WEIGHT_DECAY])
-    for text, kind in _MODAL.items():
+        found += descriptions([Difference.WEIGHT_DECAY])
+    for text, kind in _EVAL_MODE_EFFECTS.items():
         if any(isinstance(module, kind) for module in pl_module.modules()):
             found.append(text)
     return found
