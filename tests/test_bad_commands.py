@@ -158,7 +158,7 @@ VALUES = [
     ("callbacks.local_minimum_detector.polish=maybe", "local_minimum_detector.polish=maybe: must be true or false"),
     ("callbacks.local_minimum_detector.max_distance=abc", "detector.max_distance=abc: must be a number, at least 0"),
     ("callbacks.angular_volume_monitor.epsilon=2", "monitor.epsilon=2: must be a number, at least 0 and at most 1"),
-    ("callbacks.angular_volume_monitor.measure=end", "monitor.measure=end: must hold any of start", "as [end]"),
+    ("callbacks.angular_volume_monitor.measure=end", "monitor.measure=end: must contain any of start", "as [end]"),
     ("callbacks.angular_volume_monitor.budget=abc", "monitor.budget=abc: must be a number, above 0", "measure=[]"),
     (
         "callbacks.activation_pattern_recorder.probe=abc",

@@ -314,8 +314,8 @@ def test_two_processes_measure_what_one_does(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"measure": "end"}, r"measure must hold any of .*, got 'end'"),
-        ({"measure": ("middle",)}, r"measure must hold any of .*, got \('middle',\)"),
+        ({"measure": "end"}, r"measure must contain any of .*, got 'end'"),
+        ({"measure": ("middle",)}, r"measure must contain any of .*, got \('middle',\)"),
         ({"measure_every": 0}, "measure_every must be at least 1 and a whole number, got 0"),
         ({"target_standard_error": 0}, "target_standard_error must be a number, above 0, got 0"),
         ({"budget": -1.0}, r"budget must be a number, above 0, got -1\.0: measure=\[\] measures nothing"),

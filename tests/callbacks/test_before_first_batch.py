@@ -238,7 +238,7 @@ def test_a_long_pass_is_announced_once_and_a_short_one_is_not(clocked, caplog):
         clocked("mlp", None)
     told = [record.message for record in caplog.records if "for 20 batches of the training set" in record.message]
     assert told[0] == (
-        "LocalMinimumDetector after 0 steps, a look at the whole training set: about 3 min for 20 batches of the "
+        "LocalMinimumDetector after 0 steps, a check on the whole training set: about 3 min for 20 batches of the "
         "training set"
     )
     assert len(told) == 2  # at the start and at the end

@@ -189,7 +189,7 @@ def test_a_half_written_snapshot_is_not_seen(tmp_path):
     assert store.attributes(2)["digest"] == "c"
     store.discard_after(1)
     assert store.steps == [1]
-    with pytest.raises(KeyError, match=r"holds no step 2; it holds \[1\]"):
+    with pytest.raises(KeyError, match=r"has no step 2; it has \[1\]"):
         store.read(2)
 
 

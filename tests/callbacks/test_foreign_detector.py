@@ -191,7 +191,7 @@ def test_samples_that_change_have_no_certificate(make_trainer):
         make_trainer(max_epochs=2, callbacks=callbacks).fit(module, DataLoader(Noise(), batch_size=5))
         left.append(module.state_dict())
     assert detector.summary()["evidence"] == "second_order"
-    assert "others each time that they are read" in detector.summary()["reason"]
+    assert "differ each time that they are read" in detector.summary()["reason"]
     torch.testing.assert_close(left[0], left[1], rtol=0, atol=0)
 
 
@@ -212,7 +212,7 @@ def test_a_loss_that_cannot_be_had_in_float64(make_trainer, given):
     )
     summary = fit(make_trainer, Plain(two_layers().float(), loss), x, y, detector)[0].summary()
     assert summary["evidence"] == "second_order"
-    assert "cannot be compared with the squared error: it cannot be had in float64" in summary["reason"]
+    assert "cannot be compared with the squared error: it cannot be evaluated in float64" in summary["reason"]
 
 
 @pytest.mark.parametrize("shift", [0, 1])
@@ -251,12 +251,12 @@ FORMS = {
     "made features": (
         Rows(lambda *parts: parts, X[:, 0, :2], Y),
         lambda net, b: (net(torch.cat([b[0], b[0] ** 2], 1))[:, 0], b[1]),
-        "have 2 numbers, and its network takes 4",
+        "have 2 numbers, and its network has 4 inputs",
     ),
     "sequences": (
         Rows(lambda *parts: parts, X, Y[:, None].expand(-1, 3)),
         lambda net, b: (net(b[0])[..., 0], b[1]),
-        "have 12 numbers, and its network takes 4",
+        "have 12 numbers, and its network has 4 inputs",
     ),
     "several targets": (
         Rows(lambda *parts: parts, X[:, 0], Y[:, None].expand(-1, 3)),
@@ -596,7 +596,7 @@ def test_a_saddle_and_a_kink_are_told(make_trainer):
     assert found["smallest_eigenvalue"] is None
     found = fit(make_trainer, fitted, x, y + torch.tensor([1e-9, -1e-9] * 7))[0].summary()
     assert (found["kind"], found["kinks"]) == ("not_stationary", 0)
-    assert "to and fro across kinks, where a gradient need not vanish, as of an L1 loss" in found["reason"]
+    assert "oscillate across kinks, where a gradient need not vanish, as with an L1 loss" in found["reason"]
 
 
 def test_notes_tell_what_the_numbers_are_of(make_trainer):
@@ -682,7 +682,7 @@ def test_a_mean_over_tokens_is_no_sum(make_trainer):
     for padded, told in ((True, True), (False, False)):
         y[:2, 1:] = -1 if padded else 0
         reason = fit(make_trainer, Tokens(net, None), x, y, batch_size=6)[0].summary()["reason"]
-        assert ("no mean over its samples" in reason) is told
+        assert ("not a mean over its samples" in reason) is told
         assert "is a sum" not in reason
 
 
@@ -836,7 +836,7 @@ def test_errors_name_the_remedy(make_trainer):
     smooth = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)).double()
     summary = fit(make_trainer, Plain(smooth, nn.functional.mse_loss), *data())[0].summary()
     assert summary["evidence"] == "second_order"
-    assert re.search("Plain met no kink: its loss is taken as smooth", summary["reason"])
+    assert re.search("Plain met no kink: its loss is treated as smooth", summary["reason"])
     deep = nn.Sequential(*two_layers(), nn.Identity())
     with pytest.raises(NoKinksError, match=r"modules='other' matches none of the layers that Plain met: net.1"):
         fit(make_trainer, Plain(deep, nn.functional.mse_loss), *data(), LocalMinimumDetector(modules="other"))

@@ -285,7 +285,7 @@ def test_what_cannot_work_is_said_before_training():
     module, loader = foreign_model("manual")
     type(module).forward, kept = pl.LightningModule.forward, type(module).forward
     try:
-        with pytest.raises(TypeError, match=r"optimises by hand.*forward_fn\(module, batch\)"):
+        with pytest.raises(TypeError, match=r"optimises manually.*forward_fn\(module, batch\)"):
             fit(module, loader, AngularVolumeMonitor(strict=True))
     finally:
         type(module).forward = kept
@@ -565,7 +565,7 @@ def test_arguments_for_passes_are_used_or_refused(make_trainer):
         found = measured(TwoLayers(), data, **options)
         assert found["log_volume_reason"] == f"{name} are given, which are arguments of the local volume"
         assert list(found["local_volume"]) == [ALL_LAYERS, "net.1"]
-        with pytest.raises(TypeError, match=f"{name} are for modules that run as they are; MNN states a network"):
+        with pytest.raises(TypeError, match=f"{name} are for modules without a method network\\(\\); MNN has one"):
             make_trainer(max_epochs=1, callbacks=[AngularVolumeMonitor(**options)]).fit(
                 MNN(3, (4,)), GaussianData(8, 3)
             )

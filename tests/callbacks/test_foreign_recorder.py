@@ -396,7 +396,7 @@ def test_states_of_before_are_taken_or_passed_over():
 
 def test_what_suits_no_stated_network_is_refused(make_trainer):
     for options in ({"modules": "*"}, {"forward_fn": print}, {"probe": torch.ones(2, 3)}):
-        with pytest.raises(TypeError, match=r"MNN states its network by a method network\(\)"):
+        with pytest.raises(TypeError, match=r"modules without a method network\(\); MNN has one"):
             make_trainer(max_epochs=1, callbacks=[ActivationPatternRecorder(**options)]).fit(
                 MNN(3, (4,)), GaussianData(8, 3)
             )
@@ -496,7 +496,7 @@ def small_data(num_samples=20, parts=2, **options):
     ("kind", "layers", "told"),
     [
         (Small, ["net.1"], ""),
-        (Further, ["net.1", "head.1"], "Further.training_step meets head.1, which its forward does not"),
+        (Further, ["net.1", "head.1"], "Further.training_step calls head.1, which its forward does not"),
         (Hinge, ["net.1"], ""),
         (Clipped, ["net.1"], ""),
         (Weighted, ["net.1"], "forward is called with the first 2 parts of a batch as x, scale; for another choice"),
@@ -558,7 +558,7 @@ class Reloading(pl.LightningDataModule):
         (Small, lambda: Reloading(*(small_data(n).dataset for n in (20, 20, 8, 8))), "training set has 8 samples now"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:Activation patterns. the training set is another object")
+@pytest.mark.filterwarnings("ignore:Activation patterns. the training set is a different object")
 def test_what_fails_in_the_midst_of_training_does_not_end_it(module, data, why, tmp_path):
     recorder = ActivationPatternRecorder(Schedule(every=1), dirpath=tmp_path)
     trainer = foreign_trainer(callbacks=[recorder], max_epochs=4, reload_dataloaders_every_n_epochs=1)
@@ -589,9 +589,9 @@ def test_another_training_set_is_told_once(tmp_path):
     trainer.fit(Small(), Reloading(same))  # without a warning, which would be an error
     recorder = ActivationPatternRecorder(Schedule(every=1), dirpath=tmp_path)
     trainer = foreign_trainer(callbacks=[recorder], max_epochs=4, reload_dataloaders_every_n_epochs=1)
-    with pytest.warns(UserWarning, match="training set is another object than at the start") as caught:
+    with pytest.warns(UserWarning, match="training set is a different object than at the start") as caught:
         trainer.fit(Small(), Reloading(same, small_data().dataset))
-    assert sum("another object" in str(w.message) for w in caught) == 1
+    assert sum("a different object" in str(w.message) for w in caught) == 1
 
 
 def test_batches_that_training_leaves_out_are_not_recorded(tmp_path):

@@ -174,11 +174,11 @@ def without_a_layer(store):
 
 
 LOST = [
-    (gone, r"run/patterns\.zarr is not there"),
-    (without_the_step, r"patterns\.zarr holds no step 3; it holds \[0, 1, 2\]"),
+    (gone, r"run/patterns\.zarr does not exist"),
+    (without_the_step, r"patterns\.zarr has no step 3; it has \[0, 1, 2\]"),
     (cut, r"run/patterns\.zarr/step_000000003/zarr\.json is damaged"),
-    (without_bits, r"step 0 of run/patterns\.zarr holds other patterns"),
-    (without_a_layer, r"step 3 of run/patterns\.zarr holds other patterns"),
+    (without_bits, r"step 0 of run/patterns\.zarr contains other patterns"),
+    (without_a_layer, r"step 3 of run/patterns\.zarr contains other patterns"),
 ]
 
 

@@ -280,7 +280,7 @@ def test_a_checkpoint_within_an_epoch_asks_for_the_same_bundles(make_trainer, tm
 
     watching = LambdaCallback(on_train_batch_end=lambda trainer, module, *_: save(trainer, module))
     fit(make_trainer, tmp_path / "one", [watching])
-    with pytest.raises(ValueError, match="took 1 steps at a time, and this one takes 3"):
+    with pytest.raises(ValueError, match="with 1 steps per batch, and this one has 3"):
         fit(make_trainer, tmp_path / "two", [], ckpt_path=tmp_path / "ten.ckpt")
 
 

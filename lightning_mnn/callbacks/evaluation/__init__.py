@@ -1,1 +1,1 @@
-"""Running any module over its training set without leaving a trace."""
+"""Running any module over its training set without side effects on its training."""

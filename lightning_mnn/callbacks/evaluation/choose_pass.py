@@ -1,4 +1,4 @@
-"""Which pass of a module meets the kinks of its training: its ``forward``, or its whole ``training_step``?"""
+"""Which pass of a module has the kinks of its training: its ``forward``, or its whole ``training_step``?"""
 
 from __future__ import annotations
 
@@ -45,57 +45,57 @@ def pass_of_training(
     modules: Names = None,
     who: str = "Activation patterns",
 ) -> ModelFunction | None:
-    """What to run on a batch so that the kinks of training are met, the same on every process.
+    """The function to run on a batch so that the kinks of training are found, the same on every process.
 
-    Where a module has a forward that can be run on a batch, both that and its ``training_step`` run once on a few
-    samples, without a trace. If they meet the same layers, it is the forward; kinks of the loss do not count, which are
-    those outside of all submodules that are trained. Otherwise it is the ``training_step``, as of an autoencoder
-    whose forward is the encoder alone, or takes something else than a batch. Where that cannot be run, it is the
-    forward. What was chosen, and what may be wrong in it, is said.
+    If a module has a forward that can be run on a batch, both the forward and its ``training_step`` run once on a few
+    samples, isolated from training. If they call the same layers, the forward is chosen; kinks of the loss do not
+    count, which are those outside of all submodules that are trained. Otherwise the ``training_step`` is chosen, as for
+    an autoencoder whose forward is the encoder alone, or takes something other than a batch. If the ``training_step``
+    cannot be run, the forward is chosen. A choice that may be unexpected, or wrong in some way, is logged.
 
     Args:
         trainer: the Trainer that trains the module.
         pl_module: the module.
-        batch: gives a few samples as in training, the same each time; called within ``isolated``.
+        batch: returns a few samples as in training, the same each time; called within ``isolated``.
         modules: names or patterns of the layers that count; None: all.
-        who: begins what is said.
+        who: prefix of the log messages.
 
     Returns:
         A ``forward_fn(module, batch)``; None: what
         :func:`~lightning_mnn.callbacks.evaluation.run_module.forward_on` does.
 
     Raises:
-        Exception: what the forward raised, where the ``training_step`` cannot be run either, or meets no kink.
+        Exception: the error of the forward, if the ``training_step`` cannot be run either, or meets no kink.
     """
     name = type(pl_module).__name__
     parts: list[Any] = []
 
     def forward() -> Any:
-        own = batch()
-        parts.append(forward_parts(pl_module, own))
-        return forward_on(pl_module, own)
+        samples = batch()
+        parts.append(forward_parts(pl_module, samples))
+        return forward_on(pl_module, samples)
 
     in_forward: dict[str, tuple[Tensor | None, bool]] = {}
     failed: Exception | None = None
     try:
         in_forward = _met(trainer, pl_module, forward, modules)
-    except (LossNotEvaluableError, *SERIOUS):  # of a training_step, or no matter of the arguments
+    except (LossNotEvaluableError, *SERIOUS):  # from a training_step, or not caused by the arguments
         raise
-    except Exception as error:  # noqa: BLE001 (of whatever its user wrote)
+    except Exception as error:  # noqa: BLE001 (user code can raise anything)
         failed = error
     if not parts:
         raise cast("Exception", failed)  # there was no batch
     if parts[0] is None:
         return None
     in_step = {}
-    with ignored_errors():  # what cannot be run in eval mode, or by itself
+    with ignored_errors():  # it may be impossible to run it in eval mode, or by itself
         in_step = _met(trainer, pl_module, lambda: step_for_its_passes(pl_module, batch()), modules)
     if failed is not None:
         if not in_step:
             raise failed
         rank_zero_info(
             f"{who}: {name}.forward fails on a batch of the training set ({type(failed).__name__}: {failed}): the "
-            f"training_step is what is run; {_REMEDY}"
+            f"training_step is run; {_REMEDY}"
         )
         return step_for_its_passes
     others = [
@@ -106,18 +106,18 @@ def pass_of_training(
     absent = [layer for layer in in_forward if layer not in in_step] if in_step else []
     if all(gather(bool(others or absent))):
         what = (
-            f"meets {', '.join(others)}, which its forward does not"
+            f"calls {', '.join(others)}, which its forward does not"
             if others
-            else (f"does not meet {', '.join(absent)}, which its forward does")
+            else (f"does not call {', '.join(absent)}, which its forward does")
         )
-        rank_zero_info(f"{who}: {name}.training_step {what}: the training_step is what is run; {_REMEDY}")
+        rank_zero_info(f"{who}: {name}.training_step {what}: the training_step is run; {_REMEDY}")
         return step_for_its_passes
     _print_forward(who, pl_module, len(parts[0]), _apart(in_forward, in_step))
     return None
 
 
 def _print_forward(who: str, pl_module: pl.LightningModule, taken: int, apart: list[str]) -> None:
-    """Say of a module's forward, which is what is run, what may be wrong in that."""
+    """Log what may be wrong in running a module's forward."""
     name = type(pl_module).__name__
     if taken > 1:
         names = list(inspect.signature(pl_module.forward).parameters)[:taken]
@@ -127,7 +127,7 @@ def _print_forward(who: str, pl_module: pl.LightningModule, taken: int, apart: l
     if apart:
         rank_zero_info(
             f"{who}: {name}.forward has {', '.join(apart)} on other pieces than training_step has for the same samples "
-            f"(what it is called on is made there); the forward is what is run; {_REMEDY}"
+            f"(training_step computes the inputs of forward); the forward is run; {_REMEDY}"
         )
 
 
@@ -141,7 +141,7 @@ def _apart(
 def _met(
     trainer: pl.Trainer, pl_module: pl.LightningModule, run: Callable[[], Any], modules: Names
 ) -> dict[str, tuple[Tensor | None, bool]]:
-    """By layer the pieces that one pass meets, None where there are none, and whether they depend on the weights."""
+    """By layer the pieces in one pass (None if they cannot be found), and whether they depend on the weights."""
     found: dict[str, tuple[Tensor | None, bool]] = {}
 
     def take(kink: Kink) -> None:
@@ -166,17 +166,17 @@ def restoring_parameters(pl_module: pl.LightningModule) -> Iterator[None]:
     """A context after which the parameters are as before.
 
     Raises:
-        RuntimeError: what ran inside changed one.
+        RuntimeError: the code inside changed one.
     """
-    own = [
+    originals = [
         p.data for p in pl_module.parameters() if p.requires_grad and not is_lazy(p) and type(p.data) is torch.Tensor
     ]
-    kept = [data.clone() for data in own]
+    copies = [data.clone() for data in originals]
     try:
         yield
     finally:
-        changed = [not data.allclose(copy, 0, 0, equal_nan=True) for data, copy in zip(own, kept, strict=True)]
-        for data, copy in zip(own, kept, strict=True):
+        changed = [not data.allclose(copy, 0, 0, equal_nan=True) for data, copy in zip(originals, copies, strict=True)]
+        for data, copy in zip(originals, copies, strict=True):
             data.copy_(copy)
     if any(changed):
         raise RuntimeError("the pass changed a parameter")

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 class Double:
-    """What a module is like within :func:`in_double`.
+    """Access to a module's float64 copies within :func:`in_double`.
 
     Attributes:
-        mode: in which it is to be run.
+        mode: the mode of torch in which the module must run.
     """
 
     def __init__(self, copies: dict[int, nn.Parameter]) -> None:
@@ -48,9 +48,10 @@ class Double:
 
 @contextmanager
 def in_double(pl_module: pl.LightningModule) -> Iterator[Double]:
-    """Inside, the module's parameters are copies in float64.
+    """A context in which the module's parameters are copies in float64.
 
-    Copies instead of other data for the parameters themselves, whose gradients torch may round to their old precision.
+    The parameters are replaced by copies. Their data are not converted in place, since torch may then round their
+    gradients to the old precision.
     """
     copies: dict[int, nn.Parameter] = {}
     originals = [(part, name, own) for part in pl_module.modules() for name, own in _slots(part)]
@@ -67,15 +68,15 @@ def in_double(pl_module: pl.LightningModule) -> Iterator[Double]:
 
 
 class DoubleBatch(FullBatch):
-    """The full batch, on which the loss is evaluated in float64; the data are loaded as in training.
+    """The full batch, with the loss evaluated in float64; the data are loaded as in training.
 
     Args:
         trainer: the Trainer that trains the module.
         pl_module: the module, within :func:`in_double`.
-        double: what that yielded.
+        double: the object that :func:`in_double` yielded.
         loss_fn: ``loss_fn(module, batch)``; None: the module's ``training_step``.
         modules: layers whose kinks count.
-        read: is called with each batch that is read, as it was collated; None: nothing is.
+        read: called with each batch that is read, as it was collated; None: nothing is called.
     """
 
     def __init__(
@@ -99,17 +100,17 @@ class DoubleBatch(FullBatch):
         except Exception as error:
             if isinstance(error, SERIOUS) or type(error) is LossNotEvaluableError:
                 raise
-            raise NoDerivativeError(f"it cannot be had in float64: {error}") from error
+            raise NoDerivativeError(f"it cannot be evaluated in float64: {error}") from error
 
 
 _ELSEWHERE = "it depends on weights that are not found through the module's submodules"
 
 
 class _Double(TorchFunctionMode):
-    """Lets torch calculate in float64: what it is called on and what it returns are in float64.
+    """Makes torch calculate in float64: arguments and results of its functions are converted to float64.
 
     Args:
-        replaced: identities of tensors that nothing may be called on.
+        replaced: ids of tensors that no function may use.
     """
 
     def __init__(self, replaced: set[int]) -> None:
@@ -119,7 +120,7 @@ class _Double(TorchFunctionMode):
     @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = apply_to_collection((args, kwargs or {}), Tensor, self._converted, allow_frozen=True)
-        if func is Tensor.float and args[0].requires_grad:  # of what depends on the weights; data are rounded first
+        if func is Tensor.float and args[0].requires_grad:  # it depends on the weights; data are rounded as usual
             return args[0]
         return apply_to_collection(func(*args, **kwargs), Tensor, self._converted, allow_frozen=True)
 
@@ -130,10 +131,10 @@ class _Double(TorchFunctionMode):
 
 
 def _double(tensor: Tensor, *, copy: bool = False) -> Tensor:
-    device = "cpu" if tensor.device.type == "mps" else tensor.device  # which has no float64
+    device = "cpu" if tensor.device.type == "mps" else tensor.device  # MPS has no float64
     return tensor.to(device, torch.float64, copy=copy)
 
 
 def _slots(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """A module's own parameters by their names, one that has two names twice."""
+    """A module's own parameters with their names; a parameter with two names appears twice."""
     return module.named_parameters(recurse=False, remove_duplicate=False)

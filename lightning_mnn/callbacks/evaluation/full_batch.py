@@ -47,24 +47,24 @@ if TYPE_CHECKING:
 
     from lightning_mnn.callbacks.evaluation.run_module import ModelFunction
 
-_KEPT = 1 << 28  # bytes of batches up to which they are kept for the next pass
+_MAX_CACHED = 1 << 28  # bytes of batches up to which they are cached for the next pass
 
 
 class Reduction(StrEnum):
-    """How the loss of a batch follows from its samples."""
+    """How the loss of a batch combines its samples."""
 
     MEAN = "mean"
     SUM = "sum"
-    OTHER = "other"  # as a mean over tokens, of which samples have several
+    OTHER = "other"  # such as a mean over tokens, where a sample has several
 
 
 @dataclass(frozen=True)
 class Measures:
-    """What one pass finds.
+    """Results of one pass.
 
     Attributes:
         loss: L(θ).
-        gradient: of it, (n,).
+        gradient: its gradient, (n,).
         kinks: how far θ is from the nearest kink.
         first: the weighted sum of the losses of each process's first batch.
     """
@@ -76,27 +76,28 @@ class Measures:
 
 
 class FullBatch:
-    """L(θ) = Σ_b (n_b / N) L_b(θ) over the batches b of n_b samples, in eval mode, in all of the weights' own digits.
+    """L(θ) = Σ_b (n_b / N) L_b(θ) over the batches b of n_b samples, in eval mode, in full precision of the weights.
 
-    L_b is the module's own loss of a batch, taken as the mean over its samples. Each pass sees the same batches with
-    the same augmentations, and each batch the state in which the module was when it was opened, such as running means
-    and counters, so that L is a function of the weights alone. Processes have parts of the training set of their own,
-    or none, so that a loss must not ask the other processes for anything (metrics of torchmetrics do not here). Use it
-    within :meth:`open`.
+    L_b is the module's own loss of a batch, treated as the mean over its samples. Each pass reads the same batches with
+    the same augmentations. Each batch starts from the state that the module had when it was opened, such as running
+    means and counters, so that L is a function of the weights alone. Each process has its own part of the training set,
+    or none, so a loss must not communicate with other processes (within :meth:`open`, metrics of torchmetrics do not).
+    Use it within :meth:`open`.
 
     Args:
         trainer: the Trainer that trains the module.
         pl_module: the module.
         loss_fn: ``loss_fn(module, batch)``; None: the module's ``training_step``.
         modules: layers whose kinks count (see :class:`lightning_mnn.landscape.kinks.tracing.KinkTrace`).
-        losses: False: there is no loss to be had, and kinks are those of the module's forward pass, or of ``loss_fn``.
-        read: is called with each batch that is read, as it was collated; None: nothing is.
+        losses: False: the loss cannot be evaluated, and kinks are those of the module's forward pass, or of
+            ``loss_fn``.
+        read: called with each batch that is read, as it was collated; None: nothing is called.
 
     Attributes:
         met: layers whose kinks :meth:`nearest_kink` met, whether they depend on the weights or not.
-        smooth: smooth nonlinear functions met by :meth:`nearest_kink`.
-        opaque: calls whose kinks it could not see.
-        left_out: layers that ``modules`` left out.
+        smooth: smooth nonlinear functions that :meth:`nearest_kink` met.
+        opaque: calls whose kinks it could not detect.
+        left_out: layers that ``modules`` excluded.
     """
 
     def __init__(
@@ -121,14 +122,14 @@ class FullBatch:
         self._run: Callable[[int, Any], Any] = self._loss_or_none if losses else self._forward
         self._drawn = draws(trainer.train_dataloader) is not None
         self._dropped = 0
-        self._counts: tuple[int, int] | None = None  # samples of all processes, and of this one
+        self._counts: tuple[int, int] | None = None  # number of samples of all processes, and of this one
         if not self._drawn:
             total = num_samples(trainer.train_dataloader)
             low, high = part_of(total, trainer.global_rank, trainer.world_size)
             self._dropped = _dropped(trainer, total)
             self._counts = total - self._dropped, high - low
-        self._kept: list[Any] | None = None
-        self._first: tuple[int, Any, int] | None = None  # batch, where it can be kept
+        self._cached: list[Any] | None = None
+        self._first: tuple[int, Any, int] | None = None  # the first batch, if it can be copied
         self._restart: Restart | None = None
         self._moving: set[int] = set()  # ids of the parameters of surfaces
         self._failure: str | None = None
@@ -137,7 +138,7 @@ class FullBatch:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Inside, the module may be run, without a trace in its training."""
+        """A context in which the module can run, isolated from its training."""
         trainer = self._trainer
         with (
             isolated(trainer, self._module) as restart,
@@ -149,31 +150,31 @@ class FullBatch:
             try:
                 yield
             finally:
-                self._kept, self._first, self._restart = None, None, None
+                self._cached, self._first, self._restart = None, None, None
 
     def reason_not_evaluable(self) -> str | None:
-        """Why the module's loss cannot be had, the same on every process; None where it can.
+        """Why the module's loss cannot be evaluated, the same on every process; None if it can.
 
         Raises:
-            StepFailedError: ``training_step`` fails, on one process or more.
+            StepFailedError: ``training_step`` fails on at least one process.
         """
-        own = None
+        local_failure = None
         for index, batch, _ in self._first_batches():
             try:
                 self._loss(index, batch)
             except LossNotEvaluableError as error:
-                own = isinstance(error, StepFailedError), str(error)
-        told = [found for found in gather(own) if found is not None]
-        for failed, reason in told:
-            if failed:
+                local_failure = isinstance(error, StepFailedError), str(error)
+        failures = [failure for failure in gather(local_failure) if failure is not None]
+        for in_step, reason in failures:
+            if in_step:
                 raise StepFailedError(reason)
-        return told[0][1] if told else None
+        return failures[0][1] if failures else None
 
     def surface(self, parameters: Sequence[Tensor] | None = None) -> LossSurface:
         """The loss as a function of parameters; None: of all that the optimisers train.
 
         Raises:
-            ValueError: they are not of one precision and on one device, or in less than 32 bits.
+            ValueError: they differ in precision or device, or have less than 32 bits.
         """
         chosen = self._trained() if parameters is None else parameters
         self._moving = {id(parameter) for parameter in chosen}
@@ -190,7 +191,7 @@ class FullBatch:
         Raises:
             NoDerivativeError: the loss cannot be differentiated.
             UnknownLayersError: there are kinks, and none that ``modules`` names.
-            LossNotEvaluableError: a batch gave no loss.
+            LossNotEvaluableError: a batch has no loss.
         """
         meter, trained, apart = KinkMeter(self._trained()), self._trained(), False
         first = torch.zeros(2, dtype=torch.float64, device=trained[0].device)
@@ -204,7 +205,8 @@ class FullBatch:
         def parts() -> Iterator[tuple[float, Callable[[], Tensor]]]:
             nonlocal apart
             for index, batch, size in self._batches():
-                apart = apart or not (_is_known(batch) or _copied(batch) is not batch)  # and a step may change it
+                # a batch that cannot be copied needs a pass of its own: a step may change it
+                apart = apart or not (_is_known(batch) or _copied(batch) is not batch)
                 if not apart:
                     meter.take(partial(self._trace, index, batch))
                 weight, part = self._weight(size), partial(self._part, index, batch)
@@ -217,14 +219,14 @@ class FullBatch:
         return Measures(loss, gradient, kinks, value / weight if self._drawn else value)
 
     def is_kept(self) -> bool:
-        """Whether the next pass is over batches in memory, on every process."""
-        return all(gather(self._kept is not None))
+        """Whether the next pass reads batches from memory, on every process."""
+        return all(gather(self._cached is not None))
 
     def check_repeats(self, first: float) -> None:
-        """Check that the loss of the first batches is still what it was, at the same weights, after other passes.
+        """Check that the loss of the first batches is still ``first``, at the same weights, after other passes.
 
         Raises:
-            LossNotEvaluableError: it is not, so that the loss is no function of the weights.
+            LossNotEvaluableError: it differs, so the loss is not a function of the weights.
         """
         again = self.first_surface(self._trained()).loss()
         eps = torch.finfo(self._trained()[0].dtype).eps
@@ -239,19 +241,19 @@ class FullBatch:
 
         Raises:
             UnknownLayersError: there are kinks, and none that ``modules`` names.
-            LossNotEvaluableError: a batch gave no loss.
+            LossNotEvaluableError: a batch has no loss.
         """
         meter = KinkMeter(self._trained())
 
-        def own() -> None:
+        def local_pass() -> None:
             for index, batch, _ in self._batches():
                 meter.take(partial(self._trace, index, batch))
 
-        gather_results(own)
+        gather_results(local_pass)
         return self._kinks_of(meter)
 
     def _kinks_of(self, meter: KinkMeter) -> KinkDistance:
-        """What a pass took note of, over all processes."""
+        """The kinks that a pass recorded, over all processes."""
         found = meter.found(self._process_group())
         parts = gather((self.met, self.smooth, self.opaque, self.left_out))
         unions = (sorted(set().union(*names)) for names in zip(*parts, strict=True))
@@ -265,21 +267,22 @@ class FullBatch:
         return found
 
     def reduction(self) -> Reduction:
-        """How the loss of a batch follows from its samples, as far as the first batch tells.
+        """How the loss of a batch combines its samples, judged by the first batch.
 
-        A batch given twice has twice the loss if that is a sum; a batch in two parts has their mean, weighted by the
-        number of samples, if it is a mean. Asked of batches whose tensors have one entry or row for each sample.
+        If the loss is a sum, a batch concatenated with itself has twice the loss. If it is a mean, the loss of a batch
+        is the mean over its two halves, weighted by their numbers of samples. Only batches whose tensors have one entry
+        or row for each sample are tested.
         """
-        own, failure = Reduction.MEAN, self._failure
+        reduction, failure = Reduction.MEAN, self._failure
         for index, batch, size in self._first_batches():
             tensors: list[Tensor] = []
             apply_to_collection(batch, Tensor, tensors.append, allow_frozen=True)
             if tensors and all(tensor.ndim and len(tensor) == size for tensor in tensors):
-                with suppress(Exception):  # of a step that knows how large its batches are
-                    own = self._reduction_of(index, batch, size)
+                with suppress(Exception):  # a step may require a fixed batch size
+                    reduction = self._reduction_of(index, batch, size)
         self._failure = failure
-        told = gather(str(own))
-        return next((kind for kind in (Reduction.SUM, Reduction.OTHER) if str(kind) in told), Reduction.MEAN)
+        found = gather(str(reduction))
+        return next((kind for kind in (Reduction.SUM, Reduction.OTHER) if str(kind) in found), Reduction.MEAN)
 
     def _reduction_of(self, index: int, batch: Any, size: int) -> Reduction:
         def loss(change: Callable[[Tensor], Tensor]) -> float:
@@ -290,29 +293,29 @@ class FullBatch:
         within = 1e-3 * abs(one)
         if abs(two - 2 * one) < within:
             return Reduction.SUM
-        if abs(two - one) >= within or size < 2:  # of a step that draws numbers, say
+        if abs(two - one) >= within or size < 2:  # for example a step that draws random numbers
             return Reduction.MEAN
         half = size // 2
         parts = half * loss(lambda tensor: tensor[:half]) + (size - half) * loss(lambda tensor: tensor[half:])
         return Reduction.MEAN if abs(parts / size - one) < within else Reduction.OTHER
 
     def notes(self) -> list[str]:
-        """What :meth:`nearest_kink` could not tell, in words."""
-        told = {
+        """Notes on what :meth:`nearest_kink` could not measure."""
+        templates = {
             "kinks of {} cannot be seen": self.opaque,
             "kinks of {} are left out": self.left_out,
             "of smooth functions, not piecewise linear: {}": self.smooth,
         }
-        found = [text.format(", ".join(names)) for text, names in told.items() if names]
+        found = [text.format(", ".join(names)) for text, names in templates.items() if names]
         if self._dropped:
             found.append(f"the last {self._dropped} samples are left out, as many as drop_last drops from each epoch")
         return found
 
     def check(self) -> None:
-        """Check that each batch gave a loss; to be called by all processes after a pass.
+        """Check that each batch has a loss; all processes must call this after a pass.
 
         Raises:
-            LossNotEvaluableError: one did not.
+            LossNotEvaluableError: one has none.
         """
         reason = next((reason for reason in gather(self._failure) if reason is not None), None)
         if reason is not None:
@@ -326,7 +329,7 @@ class FullBatch:
             yield self._weight(size), partial(self._part, index, batch)
 
     def _weight(self, size: int) -> float:
-        """Of a batch; of drawn ones relative to the sum, which is known after a pass."""
+        """Weight of a batch; that of drawn batches is not normalised, since the sum is known only after a pass."""
         return float(size) if self._counts is None else size / self._counts[0]
 
     def _surface(
@@ -338,10 +341,10 @@ class FullBatch:
         return trained_parameters(self._trainer, self._module)
 
     def _part(self, index: int, batch: Any) -> Tensor:
-        self._put_back()
+        self._restore()
         return self._loss_or_none(index, batch)
 
-    def _put_back(self) -> None:
+    def _restore(self) -> None:
         assert self._restart is not None  # noqa: S101 (it is open)
         self._restart.batch(self._moving | {id(parameter) for parameter in self._trained()})
 
@@ -352,9 +355,9 @@ class FullBatch:
     def _loss_or_none(self, index: int, batch: Any) -> Tensor:
         try:
             return self._loss(index, batch)
-        except LossNotEvaluableError as error:  # the other processes go on, and hear of it in check
+        except LossNotEvaluableError as error:  # the other processes continue; check raises the error on all
             self._failure = str(error)
-            return 0.0 * self._trained()[0].reshape(-1)[:1].sum()  # which can be differentiated, as any loss
+            return 0.0 * self._trained()[0].reshape(-1)[:1].sum()  # differentiable like any loss
 
     def _forward(self, index: int, batch: Any) -> None:
         seed_generators(index)
@@ -374,63 +377,63 @@ class FullBatch:
             )
 
     def _trace(self, index: int, batch: Any, on_kink: Callable[[Kink], None]) -> None:
-        def look(kink: Kink) -> None:
+        def without_metrics(kink: Kink) -> None:
             if not kink.name.startswith(self._metrics or "\0"):
                 on_kink(kink)
 
-        self._put_back()
-        with KinkTrace(self._module, look, self._modules) as trace:
+        self._restore()
+        with KinkTrace(self._module, without_metrics, self._modules) as trace:
             self._run(index, _copied(batch))
         self.met = sorted({*self.met, *trace.names})
         self.smooth, self.opaque = sorted({*self.smooth, *trace.smooth}), sorted({*self.opaque, *trace.opaque})
         self.left_out = sorted({*self.left_out, *trace.left_out})
 
     def _first_batches(self) -> Iterator[tuple[int, Any, int]]:
-        """This process's first batch, as :meth:`_batches` gives it, without the others; none where it has none."""
-        if self._first is None or self._kept is not None:
+        """This process's first batch, as :meth:`_batches` yields it, without the others; none if it has none."""
+        if self._first is None or self._cached is not None:
             yield from islice(self._batches(most=1), 1)
             return
         assert self._restart is not None  # noqa: S101 (it is open)
-        self._put_back()
+        self._restore()
         self._restart.data()
         seed_generators(0)
         index, batch, size = self._first
         yield index, _copied(batch), size
 
     def _batches(self, most: int | None = None) -> Iterator[tuple[int, Any, int]]:
-        """Index, content and number of samples of this process's batches, or of so many of them."""
+        """Index, content and number of samples of this process's batches, or of at most ``most`` of them."""
         assert self._restart is not None  # noqa: S101 (it is open)
-        self._put_back()
+        self._restore()
         self._restart.data()
         loader = self._trainer.train_dataloader
         left = 0 if self._counts is None else self._counts[1]
-        kept: list[Any] | None = []
+        cache: list[Any] | None = []
         read = model_batches(self._trainer, self._module, most=most, read=self._read)
-        for index, batch in enumerate(self._kept or read):
-            # of a DataLoader it is known, however the samples are laid out in the batch
+        for index, batch in enumerate(self._cached or read):
+            # for a DataLoader the size is known, whatever the layout of the samples in the batch
             known = isinstance(loader, DataLoader) and not self._drawn
             size = min(batch_size_of(loader), left) if known else batch_size(batch)
             left -= size
             if self._dropped and isinstance(loader, DataLoader) and size < (loader.batch_size or 0):
-                break  # which its module may not be able to take
+                break  # the module may not support a smaller batch
             if index == 0 and self._first is None and _is_known(batch):
                 self._first = index, _copied(batch), size
-            if kept is not None and self._kept is None:
-                kept.append(_copied(batch))
-                kept = kept if _is_known(batch) and _bytes(kept) <= _KEPT else None
+            if cache is not None and self._cached is None:
+                cache.append(_copied(batch))
+                cache = cache if _is_known(batch) and _bytes(cache) <= _MAX_CACHED else None
             safe_point()
             count_batch()
-            yield index, _copied(batch) if self._kept else batch, size
-        if self._kept is None and most is None:
-            self._kept = kept
+            yield index, _copied(batch) if self._cached else batch, size
+        if self._cached is None and most is None:
+            self._cached = cache
 
     def _process_group(self) -> ProcessGroup:
-        own = 0 if self._counts is None else self._counts[1]  # which surfaces and kinks do not ask for
-        return ProcessGroup() if self._trainer.world_size == 1 else DistributedGroup(own)
+        samples = 0 if self._counts is None else self._counts[1]  # surfaces and kinks do not use it
+        return ProcessGroup() if self._trainer.world_size == 1 else DistributedGroup(samples)
 
 
 def _dropped(trainer: pl.Trainer, total: int) -> int:
-    """Samples in last batches that a loader drops; 0 where a process would be left with none."""
+    """Number of samples in last batches that a loader drops; 0 if a process would have none left."""
     loader: Any = trainer.train_dataloader
     if not (isinstance(loader, DataLoader) and loader.drop_last and loader.batch_size):
         return 0
@@ -440,7 +443,7 @@ def _dropped(trainer: pl.Trainer, total: int) -> int:
 
 
 def _copied(batch: Any) -> Any:
-    """A copy, as a step may work in place on what it is given; of unknown kinds that cannot be copied the same."""
+    """A copy, since a step may change its batch in place; an object of unknown type that cannot be copied itself."""
     if isinstance(batch, Tensor):
         return batch.clone()
     if isinstance(batch, dict) and _is_known_container(batch):
@@ -451,12 +454,12 @@ def _copied(batch: Any) -> Any:
         return type(batch)(map(_copied, batch))
     try:
         return deepcopy(batch)
-    except Exception:  # noqa: BLE001 (of whatever its class does)
+    except Exception:  # noqa: BLE001 (its class can raise anything)
         return batch
 
 
 def _is_known(batch: Any) -> bool:
-    """Whether a batch holds nothing but what can surely be copied: tensors, arrays, numbers, texts, in containers."""
+    """Whether a batch has only parts that can certainly be copied: tensors, arrays, numbers, texts, in containers."""
     if _is_known_container(batch):
         return all(map(_is_known, _parts_of(batch)))
     return batch is None or isinstance(batch, Tensor | np.ndarray | np.generic | str | bytes | int | float | complex)

@@ -1,4 +1,4 @@
-"""A pass over a module in the midst of its training, of which nothing is left afterwards."""
+"""Running a module during its training without side effects on the training."""
 
 from __future__ import annotations
 
@@ -44,38 +44,43 @@ if TYPE_CHECKING:
     Undo = Callable[[], Any]
 
 
-_MOST_OTHERS = 1 << 28  # bytes of parameters that are not trained up to which they are put back, and not only checked
+_MAX_RESTORED = 1 << 28  # bytes of parameters that are not trained: up to this they are restored, beyond only checked
 
 
 @contextmanager
 def isolated(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Restart]:
-    """A context in which a module may be run without a trace in its training, also where the run fails.
+    """A context in which a module can run without side effects on its training, even if the run fails.
 
-    Inside, all submodules are in eval mode; ``log`` and ``log_dict`` do nothing, and each of the Trainer's loggers is a
-    dummy that says the same name and folders; trackers that are called directly take nothing, and stdout is not seen
-    (see :mod:`lightning_mnn.callbacks.evaluation.silence`); hooks of parameters, as ``wandb.watch`` sets them, see no
-    gradient; metrics of torchmetrics and ``all_gather`` do not ask the other processes; compiled modules run eagerly; a
-    lazy layer that is not initialised yet refuses to run; and the generators of torch (CPU, CUDA and MPS), numpy and
-    random start from a fixed seed, so that two passes draw the same numbers.
+    Inside:
+
+    - all submodules are in eval mode;
+    - ``log`` and ``log_dict`` do nothing, and each of the Trainer's loggers is replaced by a dummy with the same name
+      and folders; trackers that are called directly record nothing, and stdout is discarded (see
+      :mod:`lightning_mnn.callbacks.evaluation.silence`);
+    - hooks of parameters, as ``wandb.watch`` sets them, see no gradient;
+    - metrics of torchmetrics and ``all_gather`` do not communicate with other processes;
+    - compiled modules run eagerly, and a lazy layer that is not initialised yet raises an error;
+    - the generators of torch (CPU, CUDA and MPS), numpy and random start from a fixed seed, so that two passes draw the
+      same numbers.
 
     Afterwards these are, bit for bit, as before: modes, buffers, parameters that no optimiser trains, ``requires_grad``
-    and ``grad``, the generators, the numbers of the optimisers' parameter groups and of their schedulers, and what the
-    attributes of the submodules hold: numbers, tensors, arrays, generators, and lists, dicts, sets and deques of such
-    (with them the states of torchmetrics, and hooks), and the attributes of objects of other classes, as those of an
-    average meter, and of objects within these. Of a container of more than 1,000 parts it is put back which they are,
-    not what they hold. Of the training loader's data set, its transforms and collate_fn, and of the data module, the
-    generators are put back, and nothing else. Objects of trackers are left as they are.
+    and ``grad``, the generators, the numbers of the optimisers' parameter groups and of their schedulers, and the
+    content of the submodules' attributes: numbers, tensors, arrays, generators, and lists, dicts, sets and deques of
+    these (including the states of torchmetrics, and hooks), and the attributes of objects of other classes, such as an
+    average meter, and of objects within these. For a container of more than 1,000 parts, the parts are restored, but
+    not their content. For the training loader's data set, its transforms and collate_fn, and for the data module, only
+    the generators are restored. Objects of trackers are not restored.
 
     Args:
         trainer: the Trainer that trains the module.
         pl_module: the module, of ``pytorch_lightning`` or ``lightning.pytorch``.
 
     Yields:
-        What puts the state back in the midst of it.
+        A :class:`Restart`, which restores the state inside the context.
 
     Raises:
-        RuntimeError: (at the end) what ran inside changed a parameter that training trains, or one of more than 256 MiB
-            that it does not.
+        RuntimeError: (at the end) the code inside changed a parameter that is trained; or one that is not, if those
+            that are not trained take more than 256 MiB together.
     """
     with ExitStack() as afterwards:
         modules = _all_modules(pl_module)
@@ -90,7 +95,7 @@ def isolated(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Res
         trainer.loggers = [_SilentLogger(logger) for logger in trainer.loggers]
         for parameter in parameters:
             parameter.grad = None
-            for hooks in hooks_of(parameter):  # which training's gradients go through, and ours shall not
+            for hooks in hooks_of(parameter):  # they are for the gradients of training only
                 afterwards.callback(snapshot_entries(hooks))
                 hooks.clear()
         afterwards.enter_context(silence())
@@ -98,24 +103,24 @@ def isolated(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Res
         restart = Restart(trainer, modules, parameters, trained)
         afterwards.callback(restart.everything)
         seed_generators(0)
-        if may_be_compiled():  # which takes seconds to set where nothing is
+        if may_be_compiled():  # setting the stance takes seconds, also if nothing is compiled
             afterwards.enter_context(torch.compiler.set_stance("force_eager"))
         yield restart
 
 
 def trained_parameters(trainer: pl.Trainer, pl_module: nn.Module) -> list[Tensor]:
-    """The parameters that the Trainer's optimisers train; those that require a gradient where they hold none of these.
+    """The parameters that the Trainer's optimisers train; if there are none, all that require a gradient.
 
-    Optimisers of strategies that split weights hold tensors of their own. Lazy parameters without numbers are left out.
+    Optimisers of strategies that split weights contain their own tensors. Lazy parameters without numbers are left out.
     """
     groups = [group for optimizer in trainer.optimizers for group in getattr(optimizer, "param_groups", [])]
-    held = {id(parameter) for group in groups for parameter in group["params"]}
+    optimised = {id(parameter) for group in groups for parameter in group["params"]}
     free: list[Tensor] = [p for p in pl_module.parameters() if p.requires_grad and not is_lazy(p)]
-    return [p for p in free if id(p) in held] or free
+    return [p for p in free if id(p) in optimised] or free
 
 
 class Restart:
-    """Puts what a pass changed back to where it was at the start, in the midst of :func:`isolated`."""
+    """Restores, within :func:`isolated`, what a pass changed to its state at the start."""
 
     def __init__(
         self, trainer: pl.Trainer, modules: list[nn.Module], parameters: list[Tensor], trained: list[Tensor]
@@ -123,22 +128,22 @@ class Restart:
         known, training = {id(p) for p in parameters}, {id(p) for p in trained}
         others = [p for p in parameters if id(p) not in training]
         self._trained = [undo for p in trained if (undo := snapshot_tensor(p, numbers=False)) is not None]
-        few = sum(p.numel() * p.element_size() for p in others if not is_odd(p)) <= _MOST_OTHERS
+        few = sum(p.numel() * p.element_size() for p in others if not is_odd(p)) <= _MAX_RESTORED
         self._others = [(id(p), undo) for p in others if (undo := snapshot_tensor(p, numbers=few)) is not None]
         self._checked = [] if few else _sums(others)
-        slots = [own for module in modules if (own := parameter_slots(module)) is not None]
-        self._slots = [snapshot_entries(own) for own in slots]  # what is in them is left to the caller until the end
-        known |= {id(own) for own in slots}
+        slots = [slot for module in modules if (slot := parameter_slots(module)) is not None]
+        self._slots = [snapshot_entries(slot) for slot in slots]  # the caller may replace their content until the end
+        known |= {id(slot) for slot in slots}
         self._state = [*snapshot_state(modules, known), *snapshot_rates(trainer, known)]
         self._data = list(snapshot_data(trainer))
 
     def batch(self, moving: Collection[int] = ()) -> None:
-        """Put back the modules, before a batch: its loss shall be a function of the weights and the batch alone.
+        """Restore the modules before a batch, so that its loss depends only on the weights and the batch.
 
         Args:
-            moving: ids of parameters that are to stay as they are.
+            moving: ids of parameters that must not be restored.
         """
-        with without_torch_function():  # the caller may calculate in a mode of torch's
+        with without_torch_function():  # the caller may calculate in a torch function mode
             for undo in reversed(self._state):
                 undo()
             for key, undo in self._others:
@@ -146,12 +151,12 @@ class Restart:
                     undo()
 
     def data(self) -> None:
-        """Put back the data's generators, before a pass."""
+        """Restore the data's generators before a pass."""
         for undo in self._data:
             undo()
 
     def everything(self) -> None:
-        """Put back all that is kept."""
+        """Restore everything."""
         self.batch()
         self.data()
         for undo in (*self._slots, *self._trained, *(undo for _, undo in self._others)):
@@ -160,7 +165,7 @@ class Restart:
 
 
 class _SilentLogger(DummyLogger):
-    """Takes the place of a logger: says its name and folders, passes for one of its class, and writes nothing."""
+    """Replaces a logger: it has the same name, folders and (by ``__class__``) class, and writes nothing."""
 
     def __init__(self, logger: Logger) -> None:
         super().__init__()
@@ -168,7 +173,7 @@ class _SilentLogger(DummyLogger):
 
     def __getattribute__(self, name: str) -> Any:
         own = super().__getattribute__
-        # by its class the Trainer tells which of a logger's folders is meant
+        # the Trainer selects one of a logger's folders by its class
         return type(own("_logger")) if name == "__class__" else own(name)
 
     @property
@@ -193,7 +198,7 @@ class _SilentLogger(DummyLogger):
 
 
 def _all_modules(pl_module: nn.Module) -> list[nn.Module]:
-    """The submodules and those in their lists and dicts, such as metrics that are kept there."""
+    """The submodules, and the modules in their lists and dicts, such as metrics."""
     found = {id(module): module for module in pl_module.modules()}
     waiting = list(found.values())
     while waiting:
@@ -208,36 +213,36 @@ def _all_modules(pl_module: nn.Module) -> list[nn.Module]:
 
 
 def _silence(module: nn.Module, *, alone: bool) -> None:
-    """Take away what a module tells others; its attributes are put back afterwards."""
-    own = vars(module)
+    """Disable a module's logging and communication; its attributes are restored afterwards."""
+    attributes = vars(module)
     if any(kind.__name__ == "LightningModule" for kind in type(module).__mro__):  # of either namespace
-        own["log"] = own["log_dict"] = _do_nothing
+        attributes["log"] = attributes["log_dict"] = _do_nothing
         if not alone:
-            own["all_gather"] = _gather_locally
+            attributes["all_gather"] = _gather_locally
     if isinstance(module, Metric):
-        own["distributed_available_fn"] = _no_other_processes
+        attributes["distributed_available_fn"] = _no_other_processes
     if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
         module.register_forward_pre_hook(_refuse, prepend=True)
 
 
 def _refuse(module: nn.Module, _: Any) -> None:
     raise TypeError(
-        f"a {type(module).__name__} is not initialised yet: run the module once on a batch before it is trained, in "
-        "its __init__ or configure_model, say"
+        f"a {type(module).__name__} is not initialised yet: run the module once on a batch before it is trained, for "
+        "example in its __init__ or configure_model"
     )
 
 
 def _do_nothing(*_: Any, **__: Any) -> None:
-    """Take the place of a method that logs."""
+    """Replace a method that logs."""
 
 
 def _gather_locally(data: Any, *_: Any, **__: Any) -> Any:
-    """Take the place of ``all_gather``, as in a group of one: processes have parts of other sizes in a pass."""
+    """Replace ``all_gather``, as in a group of one process: in a pass, processes have parts of different sizes."""
     return apply_to_collection(data, Tensor, lambda tensor: tensor[None])
 
 
 def _no_other_processes() -> bool:
-    """Take the place of a metric's own question whether there are processes to ask for their parts."""
+    """Replace a metric's own check whether there are other processes to communicate with."""
     return False
 
 
@@ -258,7 +263,7 @@ def _check_parameters(before: list[tuple[Tensor, Tensor]]) -> None:
         if is_changed:
             raise RuntimeError(
                 f"a pass over the training set changed a parameter, of shape {tuple(parameter.shape)}, in "
-                "place: give the callback a loss_fn or forward_fn that leaves the parameters alone"
+                "place: give the callback a loss_fn or forward_fn that does not change parameters"
             )
 
 
@@ -277,7 +282,7 @@ def _snapshot_gradients(parameters: list[Tensor]) -> Iterator[Undo]:
         def undo(
             p: Tensor = parameter,
             grad: Tensor | None = parameter.grad,
-            requires_grad: bool = parameter.requires_grad,  # noqa: FBT001 (binds this turn's)
+            requires_grad: bool = parameter.requires_grad,  # noqa: FBT001 (binds the value of this iteration)
         ) -> None:
             p.requires_grad = requires_grad
             p.grad = grad
@@ -286,9 +291,9 @@ def _snapshot_gradients(parameters: list[Tensor]) -> Iterator[Undo]:
 
 
 def _snapshot_modes(modules: list[nn.Module]) -> Iterator[Undo]:
-    """How to put back modes, and what silence takes away."""
+    """Functions that restore modes, and what :func:`_silence` replaces."""
     for module in modules:
-        yield partial(_set_mode, module, module.training)  # that of a scripted module is none of its attributes
+        yield partial(_set_mode, module, module.training)  # the mode of a scripted module is not an attribute
         yield snapshot_entries(vars(module))
         if isinstance(module, LazyModuleMixin):
             yield snapshot_entries(forward_pre_hooks(module))

@@ -1,4 +1,4 @@
-"""KinkProbe: the activation patterns of any module on a fixed set of samples, as training sees them."""
+"""KinkProbe: the activation patterns of any module on a fixed set of samples, in the precision of training."""
 
 from __future__ import annotations
 
@@ -52,21 +52,21 @@ if TYPE_CHECKING:
 Samples: TypeAlias = "int | Tensor | tuple[Any, ...] | list[Any] | dict[str, Any] | None"
 
 MAX_SAMPLES = 1024  # by default
-SNAPSHOTS = 3  # held at a time: the first, the last and the one that is taken
+SNAPSHOTS = 3  # in memory at a time: the first, the last and the current one
 
 
 class KinkProbe:
-    """Finds a module's kink layers before training, and their patterns on the same samples at any time in it.
+    """Finds a module's kink layers before training, and their patterns on the same samples at any time in training.
 
     Args:
-        probe: number of samples; None: min(N, 1024, what the budget allows); or a batch of them.
-        memory_budget: bytes that three snapshots of the patterns may take.
-        seed: of the choice among the training set.
+        probe: number of samples; None: min(N, 1024, what the budget allows); or a batch of samples.
+        memory_budget: bytes that three snapshots of the patterns may need.
+        seed: seed of the random choice of samples from the training set.
         modules: names or patterns of the layers (see :class:`KinkTrace`); None: all.
-        forward_fn: what to call instead of the module's own forward, ``forward_fn(module, batch)``.
+        forward_fn: called instead of the module's own forward, ``forward_fn(module, batch)``.
 
     Attributes:
-        found: what the module's passes on a few samples show; None before :meth:`prepare`.
+        found: the layers found by passes on a few samples; None before :meth:`prepare`.
     """
 
     def __init__(
@@ -83,12 +83,12 @@ class KinkProbe:
         self.modules = modules
         self.forward_fn = forward_fn
         self.found: FoundLayers | None = None
-        self._run = forward_fn  # None: what forward_on does
+        self._run = forward_fn  # None: as forward_on does
         self._chosen = torch.empty(0, dtype=torch.int64)
-        self._data_set: Callable[[], Any] | None = None  # at the start of training; None: not looked at
+        self._data_set: Callable[[], Any] | None = None  # the one at the start of training; None: it is not compared
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy needs: not the reference to the data, nor functions that cannot be copied."""
+        """The attributes for a copy, without the reference to the data, a function that may not be copyable."""
         return vars(self) | {"_data_set": None}
 
     @property
@@ -98,17 +98,17 @@ class KinkProbe:
 
     @property
     def num_samples(self) -> int:
-        """Samples that are recorded; 0 before :meth:`prepare`."""
+        """Number of recorded samples; 0 before :meth:`prepare`."""
         return batch_size(self.probe) if self._is_batch else len(self._chosen)
 
     @torch.no_grad()
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the layers, and choose the samples. It runs the module on a few samples, on every process alike.
+        """Find the layers, and choose the samples. This runs the module on the same few samples on every process.
 
         Raises:
-            NoKinksError: the module has no kinks, or none of those that were asked for.
-            TypeError: the samples of the training set cannot be enumerated, and the probe is no batch.
-            ValueError: the budget does not allow the probe, or which numbers belong to which sample cannot be told.
+            NoKinksError: the module has no kinks, or none in the layers that ``modules`` names.
+            TypeError: the samples of the training set cannot be enumerated, and the probe is not a batch.
+            ValueError: the budget does not allow the probe, or the numbers of a layer cannot be assigned to samples.
         """
         if not self._is_batch and draws(trainer.train_dataloader):
             self.probe = first_batch(trainer)
@@ -125,7 +125,7 @@ class KinkProbe:
             self._run = pass_of_training(trainer, pl_module, batch, self.modules)
         self.found = find_layers(pl_module, run, self.modules)
         self._check_budget(trainer, total)
-        _tell(type(pl_module).__name__, self.found)
+        _log_limits(type(pl_module).__name__, self.found)
         if not self._is_batch:
             self._chosen = chosen_samples(total, self._size(trainer, total), self.seed)
             self._data_set = _reference(_data_set(trainer))
@@ -145,12 +145,12 @@ class KinkProbe:
         low, high = part_of(self.num_samples, trainer.global_rank, trainer.world_size)
         rows = _together(lambda: self._pass(trainer, pl_module, low, high), trainer)
         if trainer.world_size > 1 and dist.is_initialized():
-            for bits in rows.bits.values():  # in which other processes' rows are zero
+            for bits in rows.bits.values():  # the rows of other processes are zero
                 dist.all_reduce(bits)
         return rows.patterns()
 
     def _pass(self, trainer: pl.Trainer, pl_module: pl.LightningModule, low: int, high: int) -> PatternRows:
-        """Run the module on this process's samples, whose rows are those from ``low`` to ``high``."""
+        """Run the module on this process's samples, whose rows are ``low`` to ``high``."""
         assert self.found is not None  # noqa: S101
         rows = PatternRows(self.layers, self.num_samples, pl_module.device, low, self.found.without_samples)
         trace = KinkTrace(pl_module, rows.take, self.modules)
@@ -162,7 +162,7 @@ class KinkProbe:
             rows.check()
         if rows.row != high:
             raise PatternError(
-                f"{high - low} samples gave patterns of {rows.row - low}: a forward pass must give one number for each "
+                f"{high - low} samples gave patterns of {rows.row - low}: a forward pass must have one number for each "
                 "sample and unit"
             )
         return rows
@@ -183,8 +183,7 @@ class KinkProbe:
         try:
             return num_samples(trainer.train_dataloader)
         except NotEnumerableError as error:
-            told = f"{error}; or give the recorder a batch of samples itself: probe=batch"
-            raise NotEnumerableError(told) from error
+            raise NotEnumerableError(f"{error}; or give the recorder a batch of samples: probe=batch") from error
 
     def _few(self, trainer: pl.Trainer, indices: list[int]) -> Any:
         """A collated batch of a few samples, the same on every process."""
@@ -195,23 +194,23 @@ class KinkProbe:
         return batch
 
     def _check_data(self, trainer: pl.Trainer) -> None:
-        """Check that the samples are still there; warn once where they may be others."""
+        """Check that the samples still exist; warn once if they may have changed."""
         total = self._total(trainer)
         if self._data_set is not None and _data_set(trainer) is not self._data_set():
             rank_zero_warn(
-                "Activation patterns: the training set is another object than at the start of training; where its "
-                "samples are others, too, patterns change with them and not with the weights alone. A batch of "
-                "samples itself does not change: probe=batch"
+                "Activation patterns: the training set is a different object than at the start of training; if its "
+                "samples differ, too, patterns change with them and not with the weights alone. A batch of samples "
+                "does not change: probe=batch"
             )
             self._data_set = None
         if int(self._chosen.max()) >= total:
             raise PatternError(
-                f"the training set has {total} samples now, and sample {int(self._chosen.max())} is among the recorded"
+                f"the training set has {total} samples now, but sample {int(self._chosen.max())} is to be recorded"
             )
 
     @contextmanager
     def _noting_partial(self, trainer: pl.Trainer, left: int) -> Iterator[None]:
-        """Say of an error in a last batch that is too small for training that it is one."""
+        """Add a note to an error in a last batch that is smaller than those in training."""
         size = 0 if self._is_batch else _dropping(trainer)
         try:
             yield
@@ -219,12 +218,12 @@ class KinkProbe:
             if left < size:
                 error.add_note(
                     f"It was in a last batch of {left} samples, which training leaves out (batch_size={size}, "
-                    "drop_last=True): let probe be a multiple of the batch size"
+                    "drop_last=True): set probe to a multiple of the batch size"
                 )
             raise
 
     def _size(self, trainer: pl.Trainer, total: int) -> int:
-        """Samples that are recorded of ``total``."""
+        """Number of samples to record out of ``total``."""
         if isinstance(self.probe, int):
             return min(self.probe, total)
         most = min(total, MAX_SAMPLES, self.memory_budget // self._bytes(1))
@@ -239,8 +238,8 @@ class KinkProbe:
         if self._bytes(size) > self.memory_budget:
             one = self._bytes(1)
             raise (ValueError if self.probe is None else MisfitError)(
-                f"the patterns of probe={size} samples take {self._bytes(size)} bytes ({SNAPSHOTS} snapshots of "
-                f"{one // SNAPSHOTS} bytes a sample), more than memory_budget={self.memory_budget}: record at most "
+                f"the patterns of probe={size} samples need {self._bytes(size)} bytes ({SNAPSHOTS} snapshots of "
+                f"{one // SNAPSHOTS} bytes per sample), more than memory_budget={self.memory_budget}: record at most "
                 f"{self.memory_budget // one} samples, fewer layers by modules=, or raise memory_budget"
             )
 
@@ -248,7 +247,7 @@ class KinkProbe:
 def first_batch(trainer: pl.Trainer) -> Any:
     """The first batch of an epoch of the training loader, as it collates it, the same on every process.
 
-    A probe of data whose samples cannot be enumerated.
+    It serves as the probe for data whose samples cannot be enumerated.
     """
 
     def first() -> Any:
@@ -260,10 +259,10 @@ def first_batch(trainer: pl.Trainer) -> Any:
 
 
 def checked_probe(probe: Any) -> Any:
-    """What a callback's argument ``probe`` is: a number of samples, a batch of them, or None.
+    """A callback's argument ``probe`` after a check: a number of samples, a batch of samples, or None.
 
     Raises:
-        ArgumentError: a number that is no number of samples, or a text.
+        ArgumentError: a number that is not a number of samples, or a text.
     """
     if isinstance(probe, bool | float | str):
         raise ArgumentError("probe", probe, "must be a number of samples", "such as 32; in Python also a batch")
@@ -276,7 +275,7 @@ def chosen_samples(total: int, size: int, seed: int) -> Tensor:
 
 
 def _dropping(trainer: pl.Trainer) -> int:
-    """Batch size of a loader that leaves out a last batch of fewer samples; 0 of another."""
+    """Batch size of a loader that drops a smaller last batch; 0 for other loaders."""
     loader = trainer.train_dataloader
     drops = isinstance(loader, DataLoader) and getattr(loader.batch_sampler, "drop_last", False)
     return batch_size_of(loader) if drops else 0
@@ -287,7 +286,7 @@ def _data_set(trainer: pl.Trainer) -> Any:
 
 
 def _reference(thing: Any) -> Callable[[], Any]:
-    """A weak reference, where there can be one: an old training set shall not be kept in memory."""
+    """A weak reference if possible, so that an old training set does not stay in memory."""
     try:
         return weakref.ref(thing)
     except TypeError:
@@ -296,14 +295,14 @@ def _reference(thing: Any) -> Callable[[], Any]:
 
 @contextmanager
 def _as_training(trainer: pl.Trainer) -> Iterator[None]:
-    """The precision of training, and no advice on gradients that nobody wants here."""
+    """A context with the precision of training, without warnings about gradients, which are not needed here."""
     with warnings.catch_warnings(), precision_context(trainer, autocast=True):
-        warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")  # of checkpointed blocks
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")  # from checkpointed blocks
         yield
 
 
 def _together(work: Callable[[], PatternRows], trainer: pl.Trainer) -> PatternRows:
-    """What each process finds; an error that one of them meets is raised on all, for which none waits then."""
+    """The result of each process; an error on one of them is raised on all, so that none waits for another."""
     if trainer.world_size == 1:
         return work()
     rows: PatternRows | None = None
@@ -311,19 +310,19 @@ def _together(work: Callable[[], PatternRows], trainer: pl.Trainer) -> PatternRo
     try:
         with alone():
             rows = work()
-    except Exception as own:  # noqa: BLE001 (of whatever kind)
-        error = own
+    except Exception as local_error:  # noqa: BLE001 (any error)
+        error = local_error
     except Interrupted:
-        pass  # which gather raises on all
-    for met in gather(error):
-        if met is not None:
-            raise met
+        pass  # gather raises it on all
+    for found in gather(error):
+        if found is not None:
+            raise found
     assert rows is not None  # noqa: S101 (or there is an error)
     return rows
 
 
 def _select(batch: Any, indices: Tensor, total: int) -> Any:
-    """Some samples of a batch of ``total``: of each tensor with so many rows the rows, of the other things all."""
+    """Some samples of a batch of ``total``: their rows of each tensor with ``total`` rows; other parts unchanged."""
     if isinstance(batch, Tensor):
         return batch[indices.to(batch.device)] if batch.ndim > 0 and len(batch) == total else batch
     if isinstance(batch, Mapping):
@@ -340,17 +339,17 @@ def _select(batch: Any, indices: Tensor, total: int) -> Any:
     return batch
 
 
-def _tell(name: str, found: FoundLayers) -> None:
-    """Say once what the patterns do not show."""
+def _log_limits(name: str, found: FoundLayers) -> None:
+    """Log once what the patterns do not show."""
     notes = []
     if found.smooth:
-        notes.append(f"between its kinks {name} is not linear where it has {_listed(found.smooth)}")
+        notes.append(f"between its kinks {name} is not linear because of {_listed(found.smooth)}")
     if found.opaque:
         notes.append(f"the kinks of {_listed(found.opaque)} cannot be seen")
     if found.without_samples:
-        notes.append(f"{_listed(found.without_samples)} are left out, which give no number for each sample")
+        notes.append(f"{_listed(found.without_samples)} are left out: they do not have a number for each sample")
     if found.mixed:
-        notes.append(f"in {_listed(found.mixed)} a sample's numbers depend on chance or on the samples beside it")
+        notes.append(f"in {_listed(found.mixed)} a sample's numbers depend on chance or on other samples of its batch")
     for note in notes:
         rank_zero_info(f"Activation patterns: {note}")
 

@@ -1,4 +1,4 @@
-"""The network that a module defines: what it says itself, or what its layers are."""
+"""The network that a module defines: by its method ``network()``, or by its layers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class NetworkModule(Protocol):
-    """A module that says all of its network, as MNN does: beside the weights, the threshold and the replicas.
+    """A module that defines its network completely, as MNN does: the weights, the threshold and the replicas.
 
-    Its ``forward`` takes inputs of shape (N, d0), or (R, N, d0) of replicas with data of their own.
+    Its ``forward`` has inputs of shape (N, d0), or (R, N, d0) for replicas with their own data.
 
     Attributes:
-        replicas: R networks that are trained side by side.
-        threshold: between the two labels; None where the targets are not two labels.
+        replicas: R, the number of networks that are trained side by side.
+        threshold: decision threshold between the two labels; None if the targets are not two labels.
     """
 
     @property
@@ -35,7 +35,7 @@ class NetworkModule(Protocol):
     def threshold(self) -> float | None: ...  # noqa: D102
 
     def network(self) -> Network:
-        """The weights, as the mathematics sees them."""
+        """The weights in the form that :mod:`lightning_mnn.landscape` uses."""
         ...
 
 
@@ -43,14 +43,14 @@ other_methods: WeakSet[pl.LightningModule] = WeakSet()  # modules whose method n
 
 
 def network_of(pl_module: pl.LightningModule) -> Network | None:
-    """The piecewise-linear network of a module, or None where there is no such network.
+    """The piecewise-linear network of a module, or None if there is no such network.
 
-    A module may say it itself by a method ``network() -> Network``, as MNN does. Otherwise an ``nn.Sequential`` of the
-    form ``Linear, ReLU or LeakyReLU or PReLU, …, Linear → 1`` is taken where it holds all parameters and buffers of the
-    module; ``Flatten`` may stand before it. With one hidden layer its Linears may have biases. A PReLU must have a
-    single slope, which is taken as fixed: the network is judged as a function of the weights and biases alone. The
-    network's tensors are views of the module's parameters: weights that are computed from parameters (``weight_norm``
-    and other parametrisations) make no such network.
+    A module can define it by a method ``network() -> Network``, as MNN does. Otherwise it is an ``nn.Sequential`` of
+    the form ``Linear, ReLU or LeakyReLU or PReLU, …, Linear → 1`` that contains all parameters and buffers of the
+    module; ``Flatten`` may come first. With one hidden layer its Linears may have biases. A PReLU must have a single
+    slope, which is treated as fixed: the network is a function of the weights and biases alone. The network's tensors
+    are views of the module's parameters, so a module whose weights are computed from parameters (``weight_norm`` and
+    other parametrisations) has no such network.
     """
     stated = _stated(pl_module)
     if stated is not None:
@@ -68,23 +68,23 @@ def network_of(pl_module: pl.LightningModule) -> Network | None:
 
 
 def states_network(pl_module: pl.LightningModule) -> bool:
-    """Whether a module itself says what its network is, and so that it trains that on the squared error."""
+    """Whether a module defines its network by a method ``network()``; it then trains it on the squared error."""
     return _stated(pl_module) is not None
 
 
 def _stated(pl_module: pl.LightningModule) -> Network | None:
-    """What a module's method ``network()`` returns; None where there is none, or it is a method for something else."""
+    """The result of a module's method ``network()``; None if there is none, or if it is a method for something else."""
     method = getattr(pl_module, "network", None)
     if not inspect.ismethod(method) or pl_module in other_methods:
         return None
-    ours = "Network" in str(inspect.signature(method).return_annotation)  # if it says so, its errors are told
+    annotated = "Network" in str(inspect.signature(method).return_annotation)  # if so, its errors are raised
     found = None
     try:
         inspect.signature(method).bind()
         with restoring_generators():
             found = method()
     except Exception:
-        if ours:
+        if annotated:
             raise
     if isinstance(found, Network):
         return found
@@ -93,7 +93,7 @@ def _stated(pl_module: pl.LightningModule) -> Network | None:
 
 
 def _place(tensor: Tensor) -> tuple[int, int]:
-    """Where a tensor lies in memory, and its number of entries."""
+    """A tensor's address in memory, and its number of entries."""
     return tensor.data_ptr(), tensor.numel()
 
 
@@ -101,7 +101,7 @@ def required_network(callback: pl.Callback, pl_module: pl.LightningModule) -> Ne
     """The network of a module.
 
     Raises:
-        TypeError: there is none that the callback could judge.
+        TypeError: there is none that the callback can evaluate.
     """
     network = network_of(pl_module)
     if network is None:

@@ -29,20 +29,20 @@ if TYPE_CHECKING:
 
     import pytorch_lightning as pl
 
-# Errors that do not say that a module cannot be run in a pass.
+# Errors that do not mean that a module cannot be run in a pass.
 SERIOUS = (DivergenceError, NoDerivativeError, PatternError, MissingPartError, torch.OutOfMemoryError, MemoryError)
-ModelFunction = Callable[[Any, Any], Any]  # of a module and a batch; LightningCLI reads it, too
+ModelFunction = Callable[[Any, Any], Any]  # a function of a module and a batch; LightningCLI reads the type, too
 
 _Kind = inspect.Parameter
 _FORWARD_FN = "forward_fn(module, batch)"
 
 
 class LossNotEvaluableError(TypeError):
-    """A module's own training loss cannot be had from its ``training_step``."""
+    """A module's own training loss cannot be evaluated by its ``training_step``."""
 
 
 class StepFailedError(LossNotEvaluableError):
-    """A module's ``training_step`` raised an error in a pass; before the first batch it may still lack something."""
+    """A module's ``training_step`` raised an error in a pass; before the first batch, something may not exist yet."""
 
 
 def model_batches(
@@ -55,17 +55,17 @@ def model_batches(
 ) -> Iterator[Any]:
     """This process's part of the training set, each sample once, in batches as the module gets them in training.
 
-    Where the samples of the loader cannot be enumerated, they are those of one of its epochs, as it draws and combines
-    them (see :func:`lightning_mnn.data.loaders.shards.draws`). They are collated by the training loader, in the
-    precision and on the device of training; hooks of the module and the data module that act on batches have acted. The
-    generators of torch, numpy and random are seeded before each, so that every pass draws the same augmentations.
+    If the samples of the loader cannot be enumerated, they are those of one of its epochs, as it draws and combines
+    them (see :func:`lightning_mnn.data.loaders.shards.draws`). Batches are collated by the training loader, in the
+    precision and on the device of training, and the hooks of the module and the data module for batches have run. The
+    generators of torch, numpy and random are seeded before each batch, so that every pass draws the same augmentations.
 
     Args:
         trainer: the Trainer that trains the module.
         pl_module: the module.
-        chosen: indices of the samples to pass over; None: all of them.
-        most: batches of this process, at most; None: all.
-        read: is called with each batch as it was collated, before it is made what the module gets; None: nothing is.
+        chosen: indices of the samples to read; None: all of them.
+        most: maximal number of batches of this process; None: all.
+        read: called with each batch as it was collated, before the conversions of training; None: nothing is called.
 
     Raises:
         TypeError: the samples cannot be enumerated (see :func:`lightning_mnn.data.loaders.shards.exact_shard`).
@@ -83,7 +83,7 @@ def model_batches(
 
 
 def as_in_training(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Any:
-    """A collated batch in the precision and on the device of training, as the hooks for batches leave it."""
+    """A collated batch in the precision and on the device of training, after the hooks for batches."""
     converted = trainer.precision_plugin.convert_input(batch)
     return trainer.strategy.batch_to_device(hooks_before_transfer(pl_module, converted))
 
@@ -93,8 +93,8 @@ def precision_context(trainer: pl.Trainer, *, autocast: bool) -> AbstractContext
 
     Args:
         trainer: the Trainer.
-        autocast: False leaves out the rounding of mixed precision, so that what is computed is of the weights as they
-            are; "64-true" and "bf16-true" stay as they are.
+        autocast: False leaves out the rounding of mixed precision, so that results are those of the unrounded weights;
+            it has no effect on "64-true" and "bf16-true".
     """
     plugin = trainer.precision_plugin
     mixed = hasattr(plugin, "autocast_context_manager")
@@ -115,7 +115,8 @@ def batch_size(batch: Any) -> int:
         if tensor.ndim > 0:
             return tensor.shape[0]
     raise TypeError(
-        f"how many samples a batch holds cannot be told: no tensor with an axis of samples in a {type(batch).__name__}"
+        f"the number of samples of a batch is not known: there is no tensor with a sample axis in a "
+        f"{type(batch).__name__}"
     )
 
 
@@ -135,18 +136,18 @@ def forward_on(
 ) -> Any:
     """Run a module on a batch as training does.
 
-    By ``forward_fn(module, batch)`` where it is given. Otherwise by the module's own ``forward``, where it has one and
-    the batch is a tensor or a sequence: on as many leading parts of the batch as ``forward`` has required arguments
-    (at least one). Otherwise, for a dict say, by its ``training_step``.
+    This calls ``forward_fn(module, batch)`` if it is given. Otherwise it calls the module's own ``forward``, if it has
+    one and the batch is a tensor or a sequence: on as many leading parts of the batch as ``forward`` has required
+    arguments (at least one). Otherwise, for example for a dict, it calls its ``training_step``.
 
     Args:
         pl_module: the module.
         batch: a batch as :func:`model_batches` yields it.
-        forward_fn: what to call instead.
-        remedy: by which argument of the callback its user can say what to run, for errors.
+        forward_fn: called instead.
+        remedy: for errors: the argument of the callback by which its user can choose what to run.
 
     Raises:
-        LossNotEvaluableError: ``training_step`` would have to run, and takes optimiser steps itself, or fails.
+        LossNotEvaluableError: ``training_step`` would have to run, and does optimiser steps itself, or fails.
     """
     if forward_fn is not None:
         return forward_fn(pl_module, batch)
@@ -160,13 +161,13 @@ def forward_on(
     except Exception as error:
         error.add_note(
             f"{type(pl_module).__name__}.forward was called with the first {len(parts)} part(s) of a batch of the "
-            f"training set; where it takes something else, give the callback a {remedy}"
+            f"training set; if it takes something else, give the callback a {remedy}"
         )
         raise
 
 
 def forward_parts(pl_module: pl.LightningModule, batch: Any) -> Sequence[Any] | None:
-    """The leading parts of a batch that a module's own forward takes; None where that cannot be run on a batch."""
+    """The leading parts of a batch that a module's own forward takes; None if it cannot be run on a batch."""
     taken = _required_arguments(pl_module)
     parts = [batch] if isinstance(batch, Tensor) else batch
     if taken is None or not isinstance(parts, Sequence) or len(parts) < taken:
@@ -175,12 +176,12 @@ def forward_parts(pl_module: pl.LightningModule, batch: Any) -> Sequence[Any] | 
 
 
 def step_for_its_passes(pl_module: pl.LightningModule, batch: Any, remedy: str = _FORWARD_FN) -> Any:
-    """Run a module's ``training_step`` for the forward passes in it; what it returns is detached.
+    """Run a module's ``training_step`` for the forward passes in it; its result is detached.
 
     Raises:
         LossNotEvaluableError: see :func:`training_step_on`.
     """
-    with torch.enable_grad():  # a penalty on gradients takes some itself
+    with torch.enable_grad():  # a penalty on gradients computes some itself
         found = training_step_on(pl_module, batch, 0, remedy)
     return apply_to_collection(found, Tensor, Tensor.detach)
 
@@ -191,26 +192,28 @@ def loss_on(
     batch_idx: int = 0,
     loss_fn: ModelFunction | None = None,
 ) -> Tensor:
-    """The training loss of a batch, which is taken as the mean over its samples; a number with its graph.
+    """The training loss of a batch, treated as the mean over its samples; a number with its graph.
 
-    By ``loss_fn(module, batch)`` where it is given, else by the module's ``training_step``, which may return the loss
-    or a dict with the key "loss".
+    It is computed by ``loss_fn(module, batch)`` if that is given, otherwise by the module's ``training_step``, which
+    may return the loss or a dict with the key "loss".
 
     Raises:
-        LossNotEvaluableError: ``training_step`` takes optimiser steps itself, reads the loader itself, fails, or
-            returns no loss.
+        LossNotEvaluableError: ``training_step`` does optimiser steps itself, reads the loader itself, fails, or returns
+            no loss.
         TypeError: ``loss_fn`` returns something other than a tensor with one number.
     """
     if loss_fn is not None:
         loss = loss_fn(pl_module, batch)
         if not (isinstance(loss, Tensor) and loss.numel() == 1):
-            raise TypeError(f"loss_fn must return a tensor with one number, the mean over the batch, got {_told(loss)}")
+            raise TypeError(
+                f"loss_fn must return a tensor with one number, the mean over the batch, got {_described(loss)}"
+            )
         return loss.reshape(())
     found = training_step_on(pl_module, batch, batch_idx)
     loss = found.get("loss") if isinstance(found, Mapping) else found
     if not (isinstance(loss, Tensor) and loss.numel() == 1):
         raise LossNotEvaluableError(
-            f"{type(pl_module).__name__}.training_step returned no loss but {_told(found)}: give the callback a "
+            f"{type(pl_module).__name__}.training_step returned no loss but {_described(found)}: give the callback a "
             "loss_fn(module, batch)"
         )
     return loss.reshape(())
@@ -222,17 +225,17 @@ def training_step_on(
     batch_idx: int = 0,
     remedy: str = "loss_fn(module, batch)",
 ) -> Any:
-    """What a module's own ``training_step`` returns for a batch, without anything that the Trainer does round it.
+    """The result of a module's own ``training_step`` for a batch, without the Trainer's work before and after it.
 
     Raises:
-        LossNotEvaluableError: it takes optimiser steps itself, or reads the loader itself.
+        LossNotEvaluableError: it does optimiser steps itself, or reads the loader itself.
         StepFailedError: it fails.
     """
     name = type(pl_module).__name__
     if not pl_module.automatic_optimization:
         raise LossNotEvaluableError(
-            f"{name} optimises by hand: its training_step cannot be called for what it computes alone. Give the "
-            f"callback a {remedy}"
+            f"{name} optimises manually: its training_step cannot be called without optimiser steps. Give the callback "
+            f"a {remedy}"
         )
     parameters = inspect.signature(pl_module.training_step).parameters
     kinds = [parameter.kind for parameter in parameters.values()]
@@ -242,7 +245,7 @@ def training_step_on(
     by_place = (batch_idx,) if second or _Kind.VAR_POSITIONAL in kinds else ()
     by_name = {"batch_idx": batch_idx} if not by_place and "batch_idx" in parameters else {}
     try:
-        with warnings.catch_warnings(action="ignore"):  # which training gives itself, or not: of schedulers' steps, say
+        with warnings.catch_warnings(action="ignore"):  # training gives them itself if they apply to it
             return pl_module.training_step(batch, *by_place, **by_name)
     except SERIOUS:
         raise
@@ -254,7 +257,7 @@ def training_step_on(
 
 
 def _required_arguments(pl_module: pl.LightningModule) -> int | None:
-    """Positional arguments that a module's forward needs, at least one; None where it has no forward of its own."""
+    """Number of positional arguments that a module's forward needs, at least one; None if it has no own forward."""
     forward = type(pl_module).forward
     lightnings = [vars(kind).get("forward") for kind in type(pl_module).__mro__ if kind.__name__ == "LightningModule"]
     if forward in (nn.Module.forward, *lightnings):
@@ -266,7 +269,7 @@ def _required_arguments(pl_module: pl.LightningModule) -> int | None:
     return max(1, sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in required))
 
 
-def _told(value: Any) -> str:
+def _described(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""What a module tells the world outside, silenced while it is run beside its training."""
+"""Disables a module's logging and printing while it runs outside its training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Of each tracker the module, the class in it (None: its functions), and the methods that send something.
+# For each tracker: the module, the class in it (None: its functions), and the methods that send something.
 _SENDING = ("log", "log_artifact", "log_code", "log_model", "alert", "save", "define_metric")
 _SCALARS = (
     *("add_scalar", "add_scalars", "add_histogram", "add_image", "add_images", "add_figure", "add_text", "add_graph"),
@@ -37,26 +37,26 @@ _TRACKERS: tuple[tuple[str, str | None, tuple[str, ...]], ...] = (
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """A context in which W&B's runs, TensorBoard's writers and MLflow take nothing, and stdout is not seen.
+    """A context in which W&B's runs, TensorBoard's writers and MLflow record nothing, and stdout is discarded.
 
-    That is of this process: what a module appends to a list of its own file, writes to a file or sends by other means
-    is not held back.
+    This is limited to these: it does not prevent a module from appending to a list in its own source file, writing to a
+    file or sending by other means.
     """
     with ExitStack() as afterwards:
         for name, of_class, methods in _TRACKERS:
             module = sys.modules.get(name)
             owner = module if of_class is None else getattr(module, of_class, None)
             for method in methods if owner is not None else ():
-                if callable(kept := getattr(owner, method, None)):
-                    setattr(owner, method, _take_nothing)
-                    afterwards.callback(setattr, owner, method, kept)
-        if "wandb" in sys.modules and callable(kept := getattr(sys.modules["wandb"], "log", None)):
-            sys.modules["wandb"].log = _take_nothing  # type: ignore[attr-defined] # the method, bound to the run
-            afterwards.callback(setattr, sys.modules["wandb"], "log", kept)
+                if callable(original := getattr(owner, method, None)):
+                    setattr(owner, method, _do_nothing)
+                    afterwards.callback(setattr, owner, method, original)
+        if "wandb" in sys.modules and callable(original := getattr(sys.modules["wandb"], "log", None)):
+            sys.modules["wandb"].log = _do_nothing  # type: ignore[attr-defined] # the method, bound to the run
+            afterwards.callback(setattr, sys.modules["wandb"], "log", original)
         nowhere = afterwards.enter_context(Path(os.devnull).open("w"))
         afterwards.enter_context(redirect_stdout(nowhere))
         yield
 
 
-def _take_nothing(*_: Any, **__: Any) -> None:
-    """Take the place of what sends something."""
+def _do_nothing(*_: Any, **__: Any) -> None:
+    """Replace a function that sends something."""

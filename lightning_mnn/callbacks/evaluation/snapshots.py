@@ -1,4 +1,4 @@
-"""What a pass over a module may change, kept before and restored after."""
+"""Snapshots of the state that a pass over a module may change, and functions that restore it."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 INTEGER_TYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
-_MOST_ON_DEVICE = 1 << 24  # bytes of a tensor up to which it is kept where it is; a larger one is kept on the CPU
+_MAX_ON_DEVICE = 1 << 24  # bytes of a tensor up to which its copy stays on its device; a larger copy is on the CPU
 
-_MANY = 1000  # parts of a container up to which they are looked into
+_MAX_PARTS = 1000  # parts of a container up to which their content is restored
 
-_WITHIN = 2  # objects within each other whose attributes are put back
+_MAX_NESTED = 2  # levels of nested objects whose attributes are restored
 
-_DEEP = 6  # objects within each other that are searched for generators: Subset, data set, transform, Compose, …
+_MAX_SEARCHED = 6  # levels of nested objects to search for generators: Subset, data set, transform, Compose, …
 
 _TRAINERS = ("pytorch_lightning", "lightning", "lightning_fabric")
 
@@ -46,7 +46,7 @@ _LIBRARIES = (*_TRAINERS, "torch", "logging", "threading", "multiprocessing", "w
 
 
 def snapshot_state(modules: list[nn.Module], known: set[int]) -> Iterator[Undo]:
-    """How to put back the attributes of modules and what these hold."""
+    """Functions that restore the attributes of modules and their content."""
     for module in modules:
         yield from _snapshot(vars(module), known)
         for buffer in module.buffers(recurse=False):
@@ -54,32 +54,32 @@ def snapshot_state(modules: list[nn.Module], known: set[int]) -> Iterator[Undo]:
 
 
 def snapshot_rates(trainer: pl.Trainer, known: set[int]) -> Iterator[Undo]:
-    """How to put back the numbers of parameter groups and schedulers, which a step may set itself."""
+    """Functions that restore the numbers of parameter groups and schedulers, which a step may change itself."""
     for optimizer in trainer.optimizers:
         for group in getattr(optimizer, "param_groups", []):
             yield from _snapshot(group, known)
     schedulers: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
     for scheduler in schedulers:
         yield from _snapshot(vars(scheduler), known)
-        schedulers += inner_schedulers(scheduler)  # that it goes through one by one
+        schedulers += inner_schedulers(scheduler)  # those that it runs one after the other
 
 
 def snapshot_data(trainer: pl.Trainer) -> Iterator[Undo]:
-    """How to put back the generators of the training data."""
+    """Functions that restore the generators of the training data."""
     loader: Any = trainer.train_dataloader
     datamodule = getattr(trainer, "datamodule", None)
     parts = CombinedLoader(loader).flattened
     names = ("dataset", "collate_fn", "generator", "sampler", "batch_sampler")
     sources = [getattr(part, name, None) for part in parts for name in names]
-    yield from _snapshot_draws([*sources, datamodule], set(), _DEEP)
-    for part in parts:  # whose samplers may count the epochs that they were asked for
+    yield from _snapshot_draws([*sources, datamodule], set(), _MAX_SEARCHED)
+    for part in parts:  # samplers may count the epochs that they have drawn
         for sampler in (getattr(part, "sampler", None), getattr(part, "batch_sampler", None)):
             if hasattr(sampler, "__dict__") and not isinstance(part, ExactLoader):
                 yield snapshot_entries(vars(sampler))
 
 
 def _snapshot_draws(value: Any, known: set[int], depth: int) -> Iterator[Undo]:
-    """How to put back the generators within an object of any kind."""
+    """Functions that restore the generators within an object of any kind."""
     if id(value) in known or depth < 0:
         return
     known.add(id(value))
@@ -88,7 +88,7 @@ def _snapshot_draws(value: Any, known: set[int], depth: int) -> Iterator[Undo]:
     elif isinstance(value, MethodType):
         yield from _snapshot_draws(value.__self__, known, depth)
     elif isinstance(value, dict | list | tuple):
-        if len(value) <= _MANY:
+        if len(value) <= _MAX_PARTS:
             for part in list(value.values() if isinstance(value, dict) else value):
                 yield from _snapshot_draws(part, known, depth)
     elif _has_attributes(value) and not _is_of(_TRAINERS, type(value)):
@@ -106,7 +106,7 @@ def _is_of(packages: tuple[str, ...], *kinds: type) -> bool:
 
 
 def _is_user_object(value: Any) -> bool:
-    """Whether an object is of a class of its user's: not a function, and of no class of a library with hidden state."""
+    """Whether an object is of a user's class: not a function, and not of a class of a library with hidden state."""
     return (
         _has_attributes(value)
         and not _is_of(("builtins",), type(value))
@@ -115,19 +115,20 @@ def _is_user_object(value: Any) -> bool:
 
 
 def _snapshot(value: Any, known: set[int], within: int = 0) -> Iterator[Undo]:
-    """How to put back what an object holds, where it is of a known kind; ``within`` so many objects of other kinds."""
+    """Functions that restore the content of an object of a known kind, nested in ``within`` objects of other kinds."""
     if id(value) in known:
         return
     known.add(id(value))
     undo = _snapshot_generator(value)
     if undo is None and isinstance(value, Tensor | np.ndarray):
-        undo = _snapshot_numbers(value) if not within or not _is_large(value) else None  # or it is data, not a state
+        # a large array in a nested object is data, not a state
+        undo = _snapshot_numbers(value) if not within or not _is_large(value) else None
     elif isinstance(value, dict | list | set | deque | tuple):
         undo = None if isinstance(value, tuple) else snapshot_entries(value)
         parts = list(value.values() if isinstance(value, dict) else value)
-        for part in parts if len(parts) <= _MANY else ():
+        for part in parts if len(parts) <= _MAX_PARTS else ():
             yield from _snapshot(part, known, within)
-    elif undo is None and within < _WITHIN and _is_user_object(value):
+    elif undo is None and within < _MAX_NESTED and _is_user_object(value):
         yield from _snapshot(vars(value), known, within + 1)
     if undo is not None:
         yield undo
@@ -140,11 +141,11 @@ def _snapshot_numbers(value: Tensor | np.ndarray[Any, Any]) -> Undo | None:
 
 
 def _is_large(value: Tensor | np.ndarray[Any, Any]) -> bool:
-    return not (isinstance(value, Tensor) and is_odd(value)) and value.nbytes > _MOST_ON_DEVICE
+    return not (isinstance(value, Tensor) and is_odd(value)) and value.nbytes > _MAX_ON_DEVICE
 
 
 def _snapshot_generator(value: Any) -> Undo | None:
-    """How to put back a generator of random numbers; None for other objects."""
+    """A function that restores a generator of random numbers; None for other objects."""
     match value:
         case torch.Generator():
             return partial(value.set_state, value.get_state())
@@ -158,12 +159,12 @@ def _snapshot_generator(value: Any) -> Undo | None:
 
 
 def snapshot_entries(value: Any) -> Undo:
-    """How to put back which objects a container holds."""
+    """A function that restores which objects a container has."""
     content = dict(value) if isinstance(value, dict) else list(value)
     add = value.extend if isinstance(value, list | deque) else value.update
 
     def undo() -> None:
-        if not _same(value, content):  # some kinds of dict may not be written to
+        if not _same(value, content):  # some kinds of dict must not be written to
             value.clear()
             add(content)
 
@@ -171,21 +172,21 @@ def snapshot_entries(value: Any) -> Undo:
 
 
 def _same(value: Any, content: Any) -> bool:
-    """Whether two containers hold the same objects in the same order; quick, as it runs before each batch."""
+    """Whether two containers have the same objects in the same order; fast, since it runs before each batch."""
     if len(value) != len(content) or not all(map(is_, value, content)):
         return False
     return not isinstance(content, dict) or all(map(is_, value.values(), content.values()))
 
 
 def snapshot_tensor(tensor: Tensor, *, numbers: bool = True) -> Undo | None:
-    """How to put back a tensor's memory, and the numbers in it; None where nothing could write to it."""
+    """A function that restores a tensor's memory, and the numbers in it; None if nothing can write to it."""
     if is_odd(tensor):
         return None
-    alias = tensor.data  # of the same memory, whatever memory the tensor is given
+    alias = tensor.data  # it keeps this memory, also if the tensor gets another
     overlaps = any(stride == 0 and size > 1 for stride, size in zip(alias.stride(), alias.shape, strict=True))
     old = None
     if numbers and not overlaps:
-        small = alias.numel() * alias.element_size() <= _MOST_ON_DEVICE
+        small = alias.numel() * alias.element_size() <= _MAX_ON_DEVICE
         old = alias.to(alias.device if small else "cpu", copy=True)
 
     def undo() -> None:
@@ -204,7 +205,7 @@ def is_odd(tensor: Tensor) -> bool:
 
 @contextmanager
 def restoring_generators(trainer: pl.Trainer | None = None) -> Iterator[None]:
-    """A context after which the generators that a program shares are as before, and those of a Trainer's data."""
+    """A context that restores, at its end, the generators that a program shares, and those of a Trainer's data."""
     with ExitStack() as afterwards:
         afterwards.callback(set_shared_states, shared_states())
         for undo in () if trainer is None else snapshot_data(trainer):
@@ -213,8 +214,8 @@ def restoring_generators(trainer: pl.Trainer | None = None) -> Iterator[None]:
 
 
 def seed_generators(seed: int) -> None:
-    """Let the generators of torch, numpy and random start anew; for use within :func:`isolated`."""
-    # torch.manual_seed would also seed, when it is first used, a GPU that is not in use yet
+    """Seed the generators of torch, numpy and random; for use within :func:`isolated`."""
+    # torch.manual_seed would also seed a GPU that is not in use yet, when it is first used
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     random.seed(seed)

@@ -1,4 +1,4 @@
-"""What the callbacks see of a run: its network, and one exact pass over its training set that they share."""
+"""Exact statistics of a run's network on its training set, computed in one pass that the callbacks share."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from lightning_mnn.landscape.network import Network
 
 
-_FEW = 8  # samples that tell what the training set is like
+_FEW = 8  # samples that are read to find out the form of the training set
 
 _LABELS: tuple[float | None, ...] = (0.5, 0.0)  # thresholds of labels {0, 1} and ±1
 
-_MOST_WORK = 1e12  # multiplications for the rank of the inputs, which is worth a minute
+_MOST_WORK = 1e12  # largest number of multiplications for the rank of the inputs: about a minute
 
 _statistics_of_module: WeakKeyDictionary[pl.LightningModule, tuple[Any, NetworkStatistics]] = WeakKeyDictionary()
 
@@ -51,7 +51,7 @@ _thresholds: WeakKeyDictionary[pl.LightningModule, float | None] = WeakKeyDictio
 
 
 def forget(pl_module: pl.LightningModule) -> None:
-    """Drop what is known of an earlier fit of a module, which may have had other data."""
+    """Drop what is stored from an earlier fit of a module, which may have had other data."""
     for known in (_statistics_of_module, _input_ranks, _thresholds):
         known.pop(pl_module, None)
     other_methods.discard(pl_module)
@@ -60,16 +60,16 @@ def forget(pl_module: pl.LightningModule) -> None:
 def training_set_statistics(
     trainer: pl.Trainer, pl_module: pl.LightningModule, *, ranked: bool = False
 ) -> NetworkStatistics:
-    """Survey the module's network on the whole training set: every sample once, in float64, on every process.
+    """Statistics of the module's network on the whole training set: every sample once, in float64, on every process.
 
-    The survey of the last weights is kept, so callbacks that act at one step share one pass. Inputs are first rounded
-    to the weights' precision, since the network is trained on those. The first pass of a run also finds the threshold
-    of the labels.
+    The statistics at the last weights are stored, so callbacks that act at one step share one pass. Inputs are first
+    rounded to the weights' precision, since the network is trained on rounded inputs. The first pass of a run also
+    finds the threshold of the labels.
 
     Args:
         trainer: the Trainer that trains the module.
         pl_module: the module.
-        ranked: let the pass find what :func:`input_rank` needs, too.
+        ranked: also compute what :func:`input_rank` needs.
 
     Raises:
         TypeError: the module has no such network, or the training set cannot be enumerated.
@@ -84,19 +84,19 @@ def training_set_statistics(
     _check_weights(trainer, network)
     reader = statistics_reader(trainer, pl_module, network, ranked=ranked)
 
-    def own() -> SurveyPart:
+    def local_part() -> StatisticsPart:
         for batch in exact_shard(trainer.train_dataloader, trainer.global_rank, trainer.world_size):
             reader.take(batch)
             count_batch()
         return reader.part()
 
-    return keep_survey(trainer, pl_module, network, gather_results(own))
+    return store_statistics(trainer, pl_module, network, gather_results(local_part))
 
 
 def statistics_reader(
     trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network, *, ranked: bool
 ) -> StatisticsReader:
-    """A reader of batches for :func:`training_set_statistics`, for a pass that may have other readers, too."""
+    """A reader of batches for :func:`training_set_statistics`, for a pass that may also have other readers."""
     stated = isinstance(pl_module, NetworkModule) or pl_module in _thresholds
     thresholds = [threshold_of(trainer, pl_module)] if stated else _LABELS
     small = _work_of_rank(trainer, network) <= _MOST_WORK
@@ -104,10 +104,10 @@ def statistics_reader(
     return StatisticsReader(network, network.output_weights.dtype, thresholds, gram=gram)
 
 
-def keep_survey(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network, parts: list[SurveyPart]
+def store_statistics(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network, parts: list[StatisticsPart]
 ) -> NetworkStatistics:
-    """The survey of a module's training set from those of all processes, kept for the next that asks for it."""
+    """Merge the statistics of all processes, and store them for the next caller of :func:`training_set_statistics`."""
     statistics, threshold, gram = merged_parts(parts)
     if not isinstance(pl_module, NetworkModule):
         _thresholds[pl_module] = threshold
@@ -118,28 +118,28 @@ def keep_survey(
 
 
 @dataclass(frozen=True)
-class SurveyPart:
-    """What a process found in its part of the training set.
+class StatisticsPart:
+    """Results of a process on its part of the training set.
 
     Attributes:
-        surveys: of its samples by the threshold of their labels; empty where it has no samples.
+        statistics: of its samples, by the threshold of their labels; empty if it has no samples.
         thresholds: those that fit its labels.
-        gram: XᵀX of its inputs, where that was asked for.
+        gram: XᵀX of its inputs, if requested.
     """
 
-    surveys: dict[float | None, NetworkStatistics]
+    statistics: dict[float | None, NetworkStatistics]
     thresholds: set[float | None]
     gram: Tensor | None
 
 
 class StatisticsReader:
-    """Surveys a network on the training set batch by batch, rounded to a precision.
+    """Computes the statistics of a network on the training set batch by batch, with the data rounded to a precision.
 
     Args:
         network: the network.
-        dtype: to which inputs and targets are rounded.
-        thresholds: of the classification error, or several among which the labels choose.
-        gram: form XᵀX of the inputs, augmented where there is a hidden bias.
+        dtype: the precision to which inputs and targets are rounded.
+        thresholds: threshold of the classification error, or several from which the labels select.
+        gram: compute XᵀX of the inputs, augmented if there is a hidden bias.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class StatisticsReader:
         gram: bool = False,
     ) -> None:
         self._network, self._dtype = network, dtype
-        self._open = len(thresholds) > 1  # the labels choose
+        self._open = len(thresholds) > 1  # the labels select one
         self._fitting = set(thresholds)
         self._blocks: list[dict[float | None, NetworkStatistics]] = []
         self._wants_gram = gram
@@ -159,11 +159,11 @@ class StatisticsReader:
 
     @torch.no_grad()
     def take(self, batch: Any) -> None:
-        """Survey a batch as the loader collates it.
+        """Add a batch as the loader collates it.
 
         Raises:
-            TypeError: it is no pair (inputs, targets).
-            ValueError: it is of other sizes than the network's.
+            TypeError: it is not a pair (inputs, targets).
+            ValueError: its sizes are not those of the network.
         """
         inputs, targets = _checked(batch, self._network)
         if self._open:
@@ -180,38 +180,38 @@ class StatisticsReader:
             wide = network.augment(inputs.to(torch.float64))
             self._gram = wide.mT @ wide if self._gram is None else self._gram + wide.mT @ wide
 
-    def part(self) -> SurveyPart:
-        """What was found, on the CPU."""
+    def part(self) -> StatisticsPart:
+        """The results, on the CPU."""
         fitting = (self._fitting or {None}) if self._blocks else set()
-        surveys = {
+        statistics = {
             label: on_cpu(merge_statistics([_labelled(block, label) for block in self._blocks])) for label in fitting
         }
-        return SurveyPart(surveys, self._fitting, None if self._gram is None else self._gram.cpu())
+        return StatisticsPart(statistics, self._fitting, None if self._gram is None else self._gram.cpu())
 
 
-def merged_parts(parts: list[SurveyPart]) -> tuple[NetworkStatistics, float | None, Tensor | None]:
-    """The survey of all samples, the threshold of their labels, and XᵀX of their inputs, if that was asked for."""
+def merged_parts(parts: list[StatisticsPart]) -> tuple[NetworkStatistics, float | None, Tensor | None]:
+    """The statistics of all samples, the threshold of their labels, and XᵀX of their inputs, if requested."""
     threshold = the_threshold(set.intersection(*(part.thresholds for part in parts)))
-    statistics = merge_statistics([_labelled(part.surveys, threshold) for part in parts if part.surveys])
+    statistics = merge_statistics([_labelled(part.statistics, threshold) for part in parts if part.statistics])
     grams = [part.gram for part in parts if part.gram is not None]
     return statistics, threshold, sum(grams[1:], grams[0]) if grams else None
 
 
-def _labelled(surveys: dict[float | None, NetworkStatistics], threshold: float | None) -> NetworkStatistics:
-    """The survey with a threshold; with None that without a classification error."""
-    if threshold in surveys:
-        return surveys[threshold]
-    return replace(next(iter(surveys.values())), wrong=None)
+def _labelled(statistics: dict[float | None, NetworkStatistics], threshold: float | None) -> NetworkStatistics:
+    """The statistics for a threshold; for None those without a classification error."""
+    if threshold in statistics:
+        return statistics[threshold]
+    return replace(next(iter(statistics.values())), wrong=None)
 
 
 def reason_not_evaluated(trainer: pl.Trainer, network: Network) -> str | None:
-    """Why a network cannot be judged by itself on the training set, the same on every process; None where it can.
+    """Why a network cannot be evaluated by itself on the training set, equal on every process; None if it can.
 
-    A few samples tell, read twice: they must be pairs (inputs, targets) of the network's sizes, the same each time.
+    A few samples are read twice: they must be pairs (inputs, targets) of the network's sizes, the same each time.
     """
     with restoring_generators(trainer):
-        own = _reason_not_read(trainer, network)
-    return next((reason for reason in gather(own) if reason is not None), None)
+        local_reason = _reason_not_read(trainer, network)
+    return next((reason for reason in gather(local_reason) if reason is not None), None)
 
 
 def _reason_not_read(trainer: pl.Trainer, network: Network) -> str | None:
@@ -224,7 +224,7 @@ def _reason_not_read(trainer: pl.Trainer, network: Network) -> str | None:
         except (TypeError, ValueError) as error:
             return str(error)
     if not all(torch.equal(first, again) for first, again in zip(*read, strict=True)):
-        return "the samples of the training set are others each time that they are read"
+        return "the samples of the training set differ each time that they are read"
     return None
 
 
@@ -232,7 +232,8 @@ def _reason_not_read(trainer: pl.Trainer, network: Network) -> str | None:
 def patterns_of_training_set(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[PackedPattern]:
     """Activation patterns of every layer on the whole training set, in its order, on every process.
 
-    They are those of the survey, where there is one of these weights; else only the pre-activations are formed.
+    They come from the stored statistics, if these are for the same weights; otherwise only the pre-activations are
+    computed.
     """
     network = cast("Network", network_of(pl_module))
     if pl_module in _statistics_of_module and _statistics_of_module[pl_module][0] == _moment(trainer, network):
@@ -253,9 +254,9 @@ def patterns_of_training_set(trainer: pl.Trainer, pl_module: pl.LightningModule)
 
 
 def input_rank(trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network) -> Tensor:
-    """Rank of the training inputs X, augmented where there is a hidden bias, int64 (...); found once a run.
+    """Rank of the training inputs X, augmented if there is a hidden bias, int64 (...); computed once per run.
 
-    Where that would take more than 1e12 multiplications, an upper bound instead: the smaller of N and d0.
+    If that would need more than 1e12 multiplications, an upper bound instead: the smaller of N and d0.
     """
     if pl_module not in _input_ranks:
         dim, samples = network.rows.shape[-1], num_samples(trainer.train_dataloader)
@@ -284,7 +285,7 @@ def _gram(trainer: pl.Trainer, network: Network) -> Tensor:
         return gram.cpu() if isinstance(gram, torch.Tensor) else None
 
     total = sum(part for part in gather_results(own) if part is not None)
-    assert isinstance(total, torch.Tensor)  # noqa: S101 (a training set holds a sample)
+    assert isinstance(total, torch.Tensor)  # noqa: S101 (a training set has a sample)
     return total
 
 
@@ -295,7 +296,7 @@ def training_samples(trainer: pl.Trainer, network: Network, *, whole: bool) -> t
 
 
 def _moment(trainer: pl.Trainer, network: Network) -> Any:
-    """What changes when the weights do, or the slope of a PReLU, which is no tensor of the network."""
+    """A value that changes when the weights do, or the slope of a PReLU, which is not a tensor of the network."""
     return (trainer.global_step, network.negative_slope, *map(int, to_host(digests(network.tensors))))
 
 
@@ -316,18 +317,18 @@ def _batches(trainer: pl.Trainer, network: Network, dtype: torch.dtype, *, whole
 
 
 def _device_of(network: Network) -> torch.device:
-    """Where it is surveyed."""
+    """The device on which a network is evaluated."""
     device = network.output_weights.device
-    return torch.device("cpu") if device.type == "mps" else device  # which has no float64
+    return torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
 
 
 def _checked(batch: Any, network: Network) -> tuple[Tensor, Tensor]:
-    """Inputs and targets of a batch, of the network's sizes."""
+    """Inputs and targets of a batch, checked to have the network's sizes."""
     inputs, targets = flat_batch(batch, replicated=network.output_weights.ndim > 1)
     if inputs.shape[-1] != network.input_dim:
         raise ValueError(
-            f"the samples of the training set have {inputs.shape[-1]} numbers, and its network takes "
-            f"{network.input_dim}: what the network is called on is made in the module"
+            f"the samples of the training set have {inputs.shape[-1]} numbers, and its network has "
+            f"{network.input_dim} inputs: the module computes the network's inputs from the samples"
         )
     if targets.shape[-1] != inputs.shape[-2]:
         raise ValueError(
@@ -337,7 +338,7 @@ def _checked(batch: Any, network: Network) -> tuple[Tensor, Tensor]:
 
 
 def threshold_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float | None:
-    """Decision threshold of the classification error; None where the targets are not two labels."""
+    """Decision threshold of the classification error; None if the targets are not two labels."""
     if isinstance(pl_module, NetworkModule):
         return pl_module.threshold
     if pl_module not in _thresholds:

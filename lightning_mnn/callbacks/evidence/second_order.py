@@ -1,4 +1,4 @@
-"""Second-order evidence in any module: its own loss over its training set, the nearest kink, and the Hessian's ends."""
+"""Second-order evidence for any module: its loss over the training set, the nearest kink, extreme eigenvalues."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ if TYPE_CHECKING:
     from lightning_mnn.landscape.kinks.tracing import Names
 
 
-_CLOSE = 1e-6  # a kink, in units of its layer's root mean square, to which training has come rather than happened
-_ON_KINKS = "training may go to and fro across kinks, where a gradient need not vanish, as of an L1 loss or penalty"
+_CLOSE = 1e-6  # distance, in units of the layer's root mean square, at which a kink is unlikely to be near by chance
+_ON_KINKS = "training may oscillate across kinks, where a gradient need not vanish, as with an L1 loss or penalty"
 
 
 class SecondOrderTier(Tier):
-    """Judges the weights by the module's own loss, in eval mode; what decides in float64, where that can be had.
+    """Tests the weights with the module's own loss, in eval mode; the expensive check in float64 where possible.
 
     Args:
         loss_fn: ``loss_fn(module, batch)``; None: the module's ``training_step``.
         modules: layers whose kinks count; None: all.
         gradient_tolerance: largest ‖∇L‖, relative to the reference, of a stationary point.
         curvature_tolerance: largest −λ_min/λ_max of a minimum.
-        max_products: Hessian–vector products of a conclusion, at most.
+        max_products: maximal number of Hessian–vector products of each stage of an expensive check.
         why: why there is no stronger evidence.
 
     Attributes:
-        verdict: what is known of the weights of the last look.
-        reference: the largest norm so far of a gradient that training followed; before the first step, and where that
+        verdict: the verdict on the weights of the last check.
+        reference: the largest norm so far of a gradient that training followed; before the first step, and if that norm
             is zero up to rounding, |L|/‖θ‖.
-        norms: of the gradients that training follows.
+        norms: norms of the gradients that training follows.
     """
 
     def __init__(
@@ -79,10 +79,10 @@ class SecondOrderTier(Tier):
         self.why = why
         self._kinks: KinkDistance | None = None
         self._notes: list[str] = []
-        self._told: list[str] = []
+        self._reported: list[str] = []
         self._certified = False
         self._ran_out = False
-        self._reduction: Reduction | None = None  # of the loss over samples; None: not known yet
+        self._reduction: Reduction | None = None  # how the loss combines samples; None: not known yet
 
     @property
     @override
@@ -109,8 +109,8 @@ class SecondOrderTier(Tier):
             loss = found.loss if self.verdict is None else self.verdict.loss
             self.reference = _reference(surface, loss, self.norms.largest())
             kinks = self._kinks = found.kinks
-            again = trainer.global_step > 0 or batch.is_kept()  # before the first step the data are read once
-            self.verdict = self._stationarity(surface, (found.loss, found.gradient), compare_sides=again)
+            read_again = trainer.global_step > 0 or batch.is_kept()  # before the first step the data are read once
+            self.verdict = self._stationarity(surface, (found.loss, found.gradient), compare_sides=read_again)
             batch.check()
             if self._reduction is None:
                 self._reduction = batch.reduction()
@@ -122,11 +122,11 @@ class SecondOrderTier(Tier):
 
     @override
     def certify_minimum(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self.verdict is not None  # noqa: S101 (a look comes first)
+        assert self.verdict is not None  # noqa: S101 (the cheap check runs first)
         self._certified = True
         batch = self._full_batch(trainer, pl_module)
         try:
-            self.verdict = self._in_double(trainer, pl_module) or self._curvature(batch)
+            self.verdict = self._verdict_in_float64(trainer, pl_module) or self._curvature(batch)
         except (NoDerivativeError, FloatingPointError, LossNotEvaluableError) as error:
             self._undecided(f"no eigenvalue of the Hessian: {error}")
         except torch.OutOfMemoryError:
@@ -147,7 +147,7 @@ class SecondOrderTier(Tier):
     @override
     def kinds(self) -> tuple[list[str], list[str]]:
         if self.verdict is None:
-            return [str(SecondOrderKind.UNDECIDED)], ["not looked at yet"]
+            return [str(SecondOrderKind.UNDECIDED)], ["not checked yet"]
         moving, close = self.verdict.kind is SecondOrderKind.NOT_STATIONARY, self.verdict.relative_kink < _CLOSE
         kinked = [_ON_KINKS] if moving and close and not self.verdict.kinks else []
         return [str(self.verdict.kind)], ["; ".join([self.verdict.reason, *kinked, *self._notes])]
@@ -195,8 +195,8 @@ class SecondOrderTier(Tier):
     def _stationarity(
         self, surface: LossSurface, known: tuple[float, Tensor] | None = None, *, compare_sides: bool = True
     ) -> SecondOrderVerdict:
-        assert self._kinks is not None  # noqa: S101 (met in the same look)
-        tolerance = self._gradient_tolerance  # of its jumps, too: of millions of units in float32 a few touch kinks
+        assert self._kinks is not None  # noqa: S101 (found by the same check)
+        tolerance = self._gradient_tolerance  # also for its jumps: of millions of units in float32 a few are on kinks
         return check_stationarity(
             surface,
             self._kinks,
@@ -212,8 +212,8 @@ class SecondOrderTier(Tier):
         """The reference as a number to divide by."""
         return self.reference if self.reference is not None and math.isfinite(self.reference) else 1.0
 
-    def _in_double(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> SecondOrderVerdict | None:
-        """The verdict in float64, of weights of fewer digits; None where that cannot be had."""
+    def _verdict_in_float64(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> SecondOrderVerdict | None:
+        """The verdict in float64, for weights of a lower precision; None if float64 does not apply or is impossible."""
         assert self.verdict is not None  # noqa: S101
         trained = trained_parameters(trainer, pl_module)
         if trained[0].dtype == torch.float64 or self.verdict.kind is not SecondOrderKind.UNDECIDED:
@@ -241,42 +241,42 @@ class SecondOrderTier(Tier):
             batch.check()
         return found
 
-    def _undecided(self, why: str) -> None:
+    def _undecided(self, reason: str) -> None:
         assert self.verdict is not None  # noqa: S101
         if self.verdict.kind is SecondOrderKind.UNDECIDED:
-            self.verdict = replace(self.verdict, reason=f"{self.verdict.reason}; {why}")
+            self.verdict = replace(self.verdict, reason=f"{self.verdict.reason}; {reason}")
 
     def _note(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: FullBatch, kinks: KinkDistance) -> None:
-        """What the reader of a reason has to know beside it, which is also told once."""
+        """Collect the notes that a reader of the reason needs; each is also logged once."""
         found = [] if self.why is None else [f"no certificate: {self.why}"]
         found += conditions(trainer, pl_module)
         found += batch.notes()
         loader: Any = trainer.train_dataloader
         if self._reduction is Reduction.OTHER:
             found.append(
-                "the loss of a batch is no mean over its samples (as one over tokens is not, of which samples have "
-                "several), and that of the training set is taken for the mean over batches by their numbers of samples"
+                "the loss of a batch is not a mean over its samples (a mean over tokens is not one, since a sample has "
+                "several), and that of the training set is the mean over batches, weighted by their numbers of samples"
             )
         if self._reduction is Reduction.SUM and (draws(loader) or num_samples(loader) % batch_size_of(loader)):
             found.append(
-                "the loss is a sum over the samples of a batch and is taken for their mean, so that the last batch, "
-                "which is smaller, counts for less; give a loss_fn(module, batch) that returns the mean"
+                "the loss is a sum over the samples of a batch and is treated as their mean, so that the last batch, "
+                "which is smaller, counts less; give a loss_fn(module, batch) that returns the mean"
             )
         if not kinks.units:
             found.append(
                 f"no kink depends on a weight that is trained now ({', '.join(batch.met)} depend on none)"
                 if batch.met
-                else f"{type(pl_module).__name__} met no kink: its loss is taken as smooth"
+                else f"{type(pl_module).__name__} met no kink: its loss is treated as smooth"
             )
         self._notes = found
         for note in found:
-            if note not in self._told:
-                self._told.append(note)
+            if note not in self._reported:
+                self._reported.append(note)
                 rank_zero_info(f"LocalMinimumDetector: {note}")
 
 
 def _reference(surface: LossSurface, loss: float, largest: float | None) -> float:
-    """The largest norm of training; where that is none, or zero up to rounding, what one might be: |L|/‖θ‖."""
+    """The largest gradient norm in training; if there is none, or it is zero up to rounding, a typical one: |L|/‖θ‖."""
     weights = math.sqrt(sum(float(p.detach().double().square().sum()) for p in surface.parameters))
     typical = abs(loss) / (weights or 1.0)
     least = torch.finfo(surface.dtype).eps ** 0.5 * typical

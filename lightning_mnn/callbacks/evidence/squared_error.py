@@ -1,4 +1,4 @@
-"""Is the loss that a module trains the squared error of its network? Certificates hold for that alone."""
+"""Is the loss that a module trains the squared error of its network? Certificates hold only for that."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lightning_mnn.callbacks.evaluation.float64_loss import DoubleBatch, in_doub
 from lightning_mnn.callbacks.evaluation.module_network import network_of
 from lightning_mnn.callbacks.evaluation.training_set import (
     StatisticsReader,
-    keep_survey,
     merged_parts,
     reason_not_evaluated,
     statistics_reader,
+    store_statistics,
 )
 from lightning_mnn.landscape.curvature.loss_surface import NoDerivativeError
 from lightning_mnn.utilities.distributed import gather_results
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
     from lightning_mnn.landscape.network import Network
     from lightning_mnn.landscape.regions.statistics import NetworkStatistics
 
-_FAR = 0.1  # of the weights, relative to their size: a step to where no gradient vanishes by chance
-_NEAR = 1e-6  # a step off the kinks that the weights may lie on
-_ROUNDING = 4e-10  # relative, up to which two numbers in float64 are equal: a power 0.6 of its spacing at 1
+_FAR = 0.1  # step relative to the size of the weights: to a point where no gradient vanishes by chance
+_NEAR = 1e-6  # relative step off the kinks that the weights may lie on
+_ROUNDING = 4e-10  # relative difference up to which two numbers in float64 are equal: its spacing at 1 to the power 0.6
 
 
 @dataclass(frozen=True)
 class SquaredErrorLoss:
-    """A module's loss that is its network's mean squared error but for constants: L = factor · MSE + offset.
+    """A module's loss that is its network's mean squared error up to constants: L = factor · MSE + offset.
 
     Attributes:
         factor: positive.
         offset: a constant.
-        scale: of the losses seen, for comparison.
-        gradient_scale: of their gradients.
+        scale: size of the losses seen, for comparison.
+        gradient_scale: size of their gradients.
     """
 
     factor: float
@@ -63,27 +63,28 @@ class _Comparison:
 def squared_error_loss(
     trainer: pl.Trainer, pl_module: pl.LightningModule, loss_fn: ModelFunction | None = None
 ) -> SquaredErrorLoss | str:
-    """The constants, or why the loss is another than the squared error.
+    """The constants, or the reason why the loss is not the squared error.
 
-    The gradients of the module's loss and of the squared error by the network's weights and biases are compared at
-    weights that are near the module's own, but for noise of a tenth of their size, since at a minimum both vanish; both
-    are formed in float64, in which a penalty of 1e-9 would be seen. That they are parallel there, in as many directions
-    as there are weights, and that losses and gradients agree where a certificate is asked for (:func:`still_fits`), is
-    taken to mean that they agree between. The first batches tell of most other losses; the pass over all batches that
-    the others need serves :func:`~lightning_mnn.callbacks.evaluation.training_set.training_set_statistics`, too.
+    The gradients of the module's loss and of the squared error with respect to the network's weights and biases are
+    compared at the module's weights plus noise of a tenth of their size, since at a minimum both gradients vanish. Both
+    are computed in float64, in which a penalty of 1e-9 would be detected. If they are parallel there, in as many
+    directions as there are weights, and if losses and gradients agree where a certificate is requested
+    (:func:`still_fits`), they are assumed to agree in between. The first batches are enough to reject most other
+    losses. The pass over all batches, which the remaining ones need, also computes the
+    :func:`~lightning_mnn.callbacks.evaluation.training_set.training_set_statistics`.
 
     Raises:
-        LossNotEvaluableError: the loss cannot be had.
+        LossNotEvaluableError: the loss cannot be evaluated.
     """
-    why = _why_not_compared(trainer, pl_module)
-    if why is not None:
-        return why
+    reason = _reason_not_compared(trainer, pl_module)
+    if reason is not None:
+        return reason
     first = _compared(trainer, pl_module, loss_fn, _FAR, first=True)
     if isinstance(first, str):
         return first
-    nothing = not (first.gradient.any() or first.of_mse.any())  # of a single sample that no unit is active on, say
-    if not nothing and isinstance(other := _factor(first), str):
-        return other
+    both_zero = not (first.gradient.any() or first.of_mse.any())  # for example for one sample without an active unit
+    if not both_zero and isinstance(reason := _factor(first), str):
+        return reason
     found = _compared(trainer, pl_module, loss_fn, _FAR)
     if isinstance(found, str):
         return found
@@ -91,21 +92,21 @@ def squared_error_loss(
     if isinstance(factor, str):
         return factor
     mse_part = factor * found.mse
-    own = float(found.gradient.norm())
-    return SquaredErrorLoss(factor, found.loss - mse_part, max(abs(found.loss), mse_part), own)
+    norm = float(found.gradient.norm())
+    return SquaredErrorLoss(factor, found.loss - mse_part, max(abs(found.loss), mse_part), norm)
 
 
 def _factor(found: _Comparison) -> float | str:
-    """The positive number that the gradient is a multiple by, or why it is none."""
-    size, own = found.of_mse.norm(), found.gradient.norm()
-    factor = float(found.gradient @ found.of_mse / size.square().clamp(min=torch.finfo(torch.float64).tiny))
-    distance = float((found.gradient - factor * found.of_mse).norm() / own)
+    """The positive number c with gradient = c · (gradient of the MSE), or the reason why there is none."""
+    mse_norm, norm = found.of_mse.norm(), found.gradient.norm()
+    factor = float(found.gradient @ found.of_mse / mse_norm.square().clamp(min=torch.finfo(torch.float64).tiny))
+    distance = float((found.gradient - factor * found.of_mse).norm() / norm)
     if not (factor > 0 and distance <= _ROUNDING):
         return (
             "the loss that it trains is not the mean squared error of its network: their gradients are not parallel "
             f"(their directions differ by {distance:.1e}), as with a penalty, a frozen layer, weights of the samples, "
-            "predictions (N, 1) beside targets (N,), which are compared each with each, or a sum instead of the mean "
-            "over batches of several sizes (for which loss_fn can return the mean)"
+            "predictions (N, 1) with targets (N,), which broadcast to (N, N), or a sum instead of the mean over "
+            "batches of several sizes (for which loss_fn can return the mean)"
         )
     return factor
 
@@ -116,12 +117,12 @@ def still_fits(
     fitted: SquaredErrorLoss,
     loss_fn: ModelFunction | None = None,
 ) -> bool:
-    """Whether the module's loss and its gradient at the present weights are the squared error's, as was found before.
+    """Whether the module's loss and its gradient still agree with the squared error at the present weights.
 
-    They are compared a relative step of 1e-6 beside the weights, where torch's gradients are not those of one side of
-    a kink.
+    They are compared at a relative distance of 1e-6 from the weights, where torch's gradients are not those of one side
+    of a kink.
     """
-    if _why_not_compared(trainer, pl_module) is not None:
+    if _reason_not_compared(trainer, pl_module) is not None:
         return False
     found = _compared(trainer, pl_module, loss_fn, _NEAR)
     if isinstance(found, str):
@@ -132,11 +133,11 @@ def still_fits(
     return abs(found.loss - expected) <= _ROUNDING * scale and off <= _ROUNDING * fitted.gradient_scale
 
 
-def _why_not_compared(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
+def _reason_not_compared(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
     network = network_of(pl_module)
     assert network is not None  # noqa: S101 (the caller found it)
-    why = reason_not_evaluated(trainer, network)
-    return None if why is None else f"its loss cannot be compared with the squared error: {why}"
+    reason = reason_not_evaluated(trainer, network)
+    return None if reason is None else f"its loss cannot be compared with the squared error: {reason}"
 
 
 def _compared(
@@ -147,10 +148,10 @@ def _compared(
     *,
     first: bool = False,
 ) -> _Comparison | str:
-    """Both at weights beside the present ones, in float64; or why they cannot be had.
+    """Both losses and gradients at weights near the present ones, in float64; or the reason why this is impossible.
 
-    One pass over the training set, or over the first batch of each process, forms both. A whole one surveys the network
-    at its present weights, too.
+    One pass over the training set, or over the first batch of each process, computes both. A pass over the whole set
+    also computes the training-set statistics at the present weights.
     """
     present = network_of(pl_module)
     assert present is not None  # noqa: S101 (the caller found it)
@@ -173,11 +174,11 @@ def _compared(
                     batch.check()
                     return f"its loss cannot be compared with the squared error: {error}"
                 parts = gather_results(lambda: [reader.part() for reader in readers])
-                statistics = merged_parts([own[0] for own in parts])[0]
+                statistics = merged_parts([part[0] for part in parts])[0]
                 expected = torch.cat([_gradient_of(network, statistics)[p.data_ptr()].flatten() for p in parameters])
             batch.check()
     if not first:
-        keep_survey(trainer, pl_module, present, [own[1] for own in parts])
+        store_statistics(trainer, pl_module, present, [part[1] for part in parts])
     return _Comparison(loss, float(statistics.mse), gradient.cpu(), expected.cpu())
 
 
@@ -188,7 +189,7 @@ def _parameters(pl_module: pl.LightningModule, network: Network) -> list[nn.Para
 
 
 def _gradient_of(network: Network, statistics: NetworkStatistics) -> dict[int, Tensor]:
-    """Gradient of the mean squared error by each tensor of a two-layer network, by the tensor's place in memory."""
+    """Gradient of the MSE with respect to each tensor of a two-layer network, by the tensor's address in memory."""
     correlation, scale = statistics.layers[0].correlation, -2.0 / statistics.num_samples
     rows, output = network.rows.cpu().double(), network.output_weights.cpu().double()
     hidden = scale * output[:, None] * correlation.cpu()

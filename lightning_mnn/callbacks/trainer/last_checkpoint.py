@@ -1,4 +1,4 @@
-"""LastCheckpoint: a file from which a run that was stopped goes on as if it had not been."""
+"""LastCheckpoint: a file from which a stopped run is resumed as if it had not been stopped."""
 
 from __future__ import annotations
 
@@ -22,29 +22,30 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 _INTERVAL = timedelta(minutes=1)
-_LATE = 0.01  # of the interval, by which several processes may be late, so as not to ask one another after each batch
+_LATE = 0.01  # fraction of the interval by which processes may be late, so as not to communicate after each batch
 
 
 class LastCheckpoint(Checkpoint):
-    """Saves the whole state of training in ``last.ckpt`` now and then, at moments from which it can go on exactly.
+    """Saves the whole state of training in ``last.ckpt`` at intervals, at moments from which it can be resumed exactly.
 
-    Such a moment is the end of an epoch when all other callbacks have acted, or the end of a batch, with its optimiser
-    step, that is not its epoch's last: Lightning goes on from the end of an epoch's last batch without the hooks of the
-    epoch's end. It is saved once more when training ends, before the callbacks' ``on_train_end``; from there a run goes
-    on with those. The file is written under another name and renamed, so that what can be seen is complete, also after
-    a kill.
+    Such a moment is the end of an epoch when all other callbacks have acted, or the end of a batch with an optimiser
+    step that is not the last of its epoch: from the end of an epoch's last batch, Lightning would resume without the
+    hooks of the epoch's end. The state is saved once more when training ends, before the callbacks' ``on_train_end``; a
+    run that is resumed from there runs these hooks. The file is written under another name and then renamed, so that a
+    visible file is complete, also after a kill.
 
-    When any process of the run is asked to stop, by :func:`lightning_mnn.utilities.interruption.request`, it is saved
-    at the next such moment, whatever the interval, and training ends on all processes; these may let some moments pass.
+    When any process of the run is asked to stop, by :func:`lightning_mnn.utilities.interruption.request`, the state is
+    saved at one of the next such moments, whatever the interval, and training ends on all processes. Several processes
+    may let some moments pass before.
 
-    Beside what Lightning saves, the checkpoint holds ``logged_rows``: how many rows the loggers that count them (see
-    :mod:`lightning_mnn.loggers`) have taken; they all take the same. That of one process also holds ``generators``, the
-    states of those that a program shares (torch's of the CPU and of each GPU, numpy's and Python's), from which
-    dropout, noise and the order of a DataLoader go on.
+    In addition to what Lightning saves, the checkpoint contains ``logged_rows``: the number of rows in the loggers that
+    count them (see :mod:`lightning_mnn.loggers`); it is the same for all of these. With one process it also contains
+    ``generators``, the states of the generators that a program shares (torch's of the CPU and of each GPU, numpy's and
+    Python's), so that dropout, noise and the order of a DataLoader continue.
 
     Args:
         dirpath: folder of ``last.ckpt``.
-        train_time_interval: least time between two of them.
+        train_time_interval: minimal time between two checkpoints.
 
     Attributes:
         path: the file.
@@ -68,9 +69,9 @@ class LastCheckpoint(Checkpoint):
         self.train_time_interval = train_time_interval
         self._last_time = 0.0
         self._pace = Pace(min(_LATE * train_time_interval.total_seconds(), LATEST))
-        self._own: dict[str, Any] = {}  # of the checkpoint that is being saved, or was loaded
+        self._moment: dict[str, Any] = {}  # the moment of the checkpoint that is being saved, or was loaded
         self._generators: dict[str, Any] | None = None  # of the checkpoint that was loaded
-        self._limits: tuple[int | None, int] | None = None  # of epochs and steps, while they are put off
+        self._limits: tuple[int | None, int] | None = None  # of epochs and steps, while they are raised
 
     def epochs_until_due(self, done: int) -> float:  # noqa: ARG002 (as of the other callbacks)
         """Epochs after ``done`` of them until one at whose end the callback must act: it can wait."""
@@ -78,14 +79,14 @@ class LastCheckpoint(Checkpoint):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._own, self._limits, self._generators = {}, None, None
+        self._moment, self._limits, self._generators = {}, None, None
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._generators is not None:  # before the loader's iterator is made, which draws, as that of each epoch
+        if self._generators is not None:  # before the loader's iterator is created, which draws, like in each epoch
             set_shared_states(self._generators)
             self._generators = None
-        if self._own.get("ended"):  # where Lightning would leave out the hooks of training's start and end
+        if self._moment.get("ended"):  # Lightning would leave out the hooks of training's start and end
             self._limits = epochs, steps = trainer.max_epochs, trainer.max_steps
             set_limits(trainer, epochs if epochs in (None, -1) else epochs + 1, steps if steps == -1 else steps + 1)
 
@@ -96,9 +97,9 @@ class LastCheckpoint(Checkpoint):
         if self._limits is not None:
             set_limits(trainer, *self._limits)
             self._limits = None
-        if self._own.get("should_stop"):
+        if self._moment.get("should_stop"):
             trainer.should_stop = True
-        self._own = {}
+        self._moment = {}
 
     @override
     def on_train_batch_end(
@@ -116,20 +117,20 @@ class LastCheckpoint(Checkpoint):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        rows = [getattr(logger, "rows", 0) for logger in trainer.loggers]  # a DummyLogger answers with a function
+        rows = [getattr(logger, "rows", 0) for logger in trainer.loggers]  # of a DummyLogger this is a function
         checkpoint["logged_rows"] = max((count for count in rows if isinstance(count, int)), default=0)
-        if self._own:  # this callback's checkpoint, and not another's
-            checkpoint["moment"] = dict(self._own)
+        if self._moment:  # the checkpoint is this callback's, not another's
+            checkpoint["moment"] = dict(self._moment)
             if trainer.world_size == 1:
                 checkpoint["generators"] = shared_states()
-            if self._own["completed_epochs"] is not None and trainer.max_steps != -1:
+            if self._moment["completed_epochs"] is not None and trainer.max_steps != -1:
                 complete_saved_epoch(checkpoint)
 
     @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._own = checkpoint.get("moment", {})
+        self._moment = checkpoint.get("moment", {})
         self._generators = checkpoint.get("generators") if trainer.world_size == 1 else None
 
     def _save_if_due(self, trainer: pl.Trainer, completed_epochs: int | None = None) -> None:
@@ -139,17 +140,17 @@ class LastCheckpoint(Checkpoint):
         is_due, number = self._agreed(trainer)
         if not (is_due or number or ended):
             return
-        self._own = {"completed_epochs": completed_epochs, "ended": ended, "should_stop": trainer.should_stop}
+        self._moment = {"completed_epochs": completed_epochs, "ended": ended, "should_stop": trainer.should_stop}
         with whole_file(self.path, writes=trainer.is_global_zero) as unfinished:
             trainer.save_checkpoint(unfinished, weights_only=False)
-        self._own = {}
+        self._moment = {}
         self._last_time = time.monotonic()
         self._pace.restart(self._pace.pause)
         if number:
             raise Interrupted(number)
 
     def _agreed(self, trainer: pl.Trainer) -> tuple[bool, int]:
-        """Whether to save now, and the signal for which to stop then: the same on all processes."""
+        """Whether to save now, and the signal to stop for (0: none), the same on all processes."""
         if number := stopping():
             return True, number
         late = time.monotonic() - self._last_time >= self.train_time_interval.total_seconds()
@@ -157,7 +158,7 @@ class LastCheckpoint(Checkpoint):
 
 
 def _ends(trainer: pl.Trainer, completed_epochs: int) -> bool:
-    """Whether training ends when so many epochs are completed, and no batch comes after the present one."""
+    """Whether training ends when so many epochs are completed, with no batch after the present one."""
     run: Any = trainer
     if run.should_stop and completed_epochs >= (run.min_epochs or 0) and run.global_step >= (run.min_steps or 0):
         return True

@@ -1,4 +1,4 @@
-"""Says before long work on the training set what it will take, and shows how far it is."""
+"""Logs the expected duration of long work on the training set, and shows its progress."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 
     import pytorch_lightning as pl
 
-LONG = 5.0  # seconds of work from which it is announced
+LONG = 5.0  # seconds from which work is announced
 _MEASURED = 0.5  # seconds of batches from which the time of the others is estimated
 
 
 @dataclass
 class _Watched:
-    """Work that goes on now."""
+    """Work in progress."""
 
     what: str
     batches: int
     at_most: bool
     console: Console | None  # for a bar; None: there is none
     done: int = 0
-    since: float = 0.0  # the end of the first batch, which workers start for and kernels are compiled in
+    since: float = 0.0  # the end of the first batch, which includes the start of workers and the compilation of kernels
     announced: bool = False
     bar: Progress | None = None
 
@@ -42,44 +42,44 @@ _watched: list[_Watched] = []  # the innermost last
 
 @contextmanager
 def long_pass(trainer: pl.Trainer, what: str, passes: int = 1, *, at_most: bool = False) -> Iterator[None]:
-    """Inside, work that will take more than 5 s says so once, on the first process, and shows a bar on a terminal.
+    """A context in which work of more than 5 s is logged once, on the first process, with a bar on a terminal.
 
-    How long it will take is estimated from its first batches, by the clock of the host: nothing waits for a device.
+    The duration is estimated from the first batches, by the clock of the host: nothing waits for a device.
 
     Args:
-        trainer: the Trainer; where it shows no progress bar, there is none here.
-        what: the work, for a sentence that begins with it.
-        passes: over the training set.
-        at_most: they may be fewer.
+        trainer: the Trainer; if it shows no progress bar, there is none here.
+        what: name of the work, with which the message begins.
+        passes: number of passes over the training set.
+        at_most: there may be fewer passes.
     """
-    own = _Watched(what, passes * _batches_of_pass(trainer), at_most, _console(trainer))
-    _watched.append(own)
+    work = _Watched(what, passes * _batches_of_pass(trainer), at_most, _console(trainer))
+    _watched.append(work)
     try:
         yield
     finally:
         _watched.pop()
-        if own.bar is not None:
-            own.bar.stop()
+        if work.bar is not None:
+            work.bar.stop()
 
 
 def count_batch() -> None:
-    """Count a batch of the work that is watched, if any is."""
+    """Count a batch of the innermost :func:`long_pass`, if there is one."""
     if not _watched:
         return
-    own, now = _watched[-1], time.monotonic()
-    own.done += 1
-    if own.done == 1:
-        own.since = now
-    elif not own.announced and own.done < own.batches and now - own.since >= _MEASURED:
-        seconds = (now - own.since) / (own.done - 1) * own.batches
+    work, now = _watched[-1], time.monotonic()
+    work.done += 1
+    if work.done == 1:
+        work.since = now
+    elif not work.announced and work.done < work.batches and now - work.since >= _MEASURED:
+        seconds = (now - work.since) / (work.done - 1) * work.batches
         if seconds >= LONG:
-            _announce(own, seconds)
-    if own.bar is not None:
-        own.bar.update(own.bar.task_ids[0], completed=own.done)
+            _announce(work, seconds)
+    if work.bar is not None:
+        work.bar.update(work.bar.task_ids[0], completed=work.done)
 
 
 def duration(seconds: float) -> str:
-    """About so long, in words.
+    """A rounded duration as text.
 
     >>> duration(8.2), duration(400), duration(30_000)
     ('8 s', '7 min', '8.3 h')
@@ -89,21 +89,21 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _announce(own: _Watched, seconds: float) -> None:
-    own.announced = True
-    about = "at most about" if own.at_most else "about"
-    rank_zero_info(f"{own.what}: {about} {duration(seconds)} for {own.batches} batches of the training set")
-    if own.console is None:
+def _announce(work: _Watched, seconds: float) -> None:
+    work.announced = True
+    about = "at most about" if work.at_most else "about"
+    rank_zero_info(f"{work.what}: {about} {duration(seconds)} for {work.batches} batches of the training set")
+    if work.console is None:
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("batches"))
-    times = () if own.at_most else (TextColumn("left"), TimeRemainingColumn())
-    own.bar = Progress(*columns, TimeElapsedColumn(), *times, console=own.console, transient=True)
-    own.bar.add_task(own.what, total=own.batches)
-    own.bar.start()
+    times = () if work.at_most else (TextColumn("left"), TimeRemainingColumn())
+    work.bar = Progress(*columns, TimeElapsedColumn(), *times, console=work.console, transient=True)
+    work.bar.add_task(work.what, total=work.batches)
+    work.bar.start()
 
 
 def _batches_of_pass(trainer: pl.Trainer) -> int:
-    """Of this process; 0 where that is not known."""
+    """Number of batches of a pass on this process; 0 if it is not known."""
     loader = trainer.train_dataloader
     if can_be_enumerated(loader):
         return num_batches(loader, trainer.global_rank, trainer.world_size)
@@ -112,7 +112,7 @@ def _batches_of_pass(trainer: pl.Trainer) -> int:
 
 
 def _console(trainer: pl.Trainer) -> Console | None:
-    """Where a bar is drawn: on a terminal, by the first process, where Lightning draws one and none of rich's is up."""
+    """Where to draw a bar: on a terminal, in the first process, if Lightning draws one and no bar of rich is active."""
     shown: Any = trainer.progress_bar_callback
     if shown is None or not trainer.is_global_zero:
         return None

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class RunProgress(ProgressBar):
     """One bar over all epochs of a run, with the last logged MSE and MCE.
 
-    Lightning's own bars start anew each epoch, which a full-batch run turns over hundreds of times a second. Where the
-    output is no terminal, nothing is drawn.
+    Lightning's own bars start again in each epoch, and a full-batch run has hundreds of epochs per second. If the
+    output is not a terminal, nothing is drawn.
 
     Args:
         console: where to draw; None: standard error.
@@ -73,7 +73,7 @@ class RunProgress(ProgressBar):
             self.progress.update(self.progress.task_ids[0], completed=done, metrics=_metrics(trainer))
 
     def epochs_until_due(self, done: int) -> float:
-        """Any number: the bar moves when it can."""
+        """Infinitely many: the bar needs no particular epoch."""
         del done
         return math.inf
 

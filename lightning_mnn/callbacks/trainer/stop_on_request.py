@@ -21,11 +21,11 @@ class StopOnRequest(pl.Callback):
     """Ends training before the next step when any of its processes was asked to stop.
 
     It is for runs that save no checkpoint; :class:`~lightning_mnn.callbacks.LastCheckpoint` saves one and ends training
-    by itself. Requests come by :func:`lightning_mnn.utilities.interruption.request`. Several processes exchange them
-    about twice a second.
+    by itself. Requests are made by :func:`lightning_mnn.utilities.interruption.request`. Several processes exchange
+    them about twice a second.
 
     Raises:
-        Interrupted: (on all processes) one was asked.
+        Interrupted: (on all processes) one was asked to stop.
     """
 
     acts_within_epochs = False  # any batch will do
@@ -33,8 +33,8 @@ class StopOnRequest(pl.Callback):
     def __init__(self) -> None:
         self._pace = Pace(LATEST)
 
-    def epochs_until_due(self, done: int) -> float:  # noqa: ARG002 (as of the other callbacks)
-        """Epochs after ``done`` of them until one at whose end the callback must act: it can wait."""
+    def epochs_until_due(self, done: int) -> float:  # noqa: ARG002 (the signature of the other callbacks)
+        """Number of epochs until one at whose end the callback must act: infinite, it can wait."""
         return math.inf
 
     @override
@@ -49,22 +49,22 @@ class StopOnRequest(pl.Callback):
 
 
 def exchange(trainer: Trainer, pace: Pace, *, wish: bool = False) -> tuple[bool, int]:
-    """What the processes of a training want, the same on all of them; all call this in step.
+    """Exchange wishes and stop requests among the processes of a training; all must call this the same number of times.
 
     Args:
         trainer: the Trainer.
-        pace: how often they ask one another; at the other calls the answer is (False, 0). A lone process always knows.
-        wish: of the first process.
+        pace: how often the processes communicate; other calls return (False, 0). A single process needs none.
+        wish: wish of the first process; those of the others are ignored.
 
     Returns:
-        The wish of the first process, and the signal by which any of them was asked to stop, or 0.
+        The wish of the first process, and the signal by which any process was asked to stop, or 0; the same on all.
     """
     if trainer.world_size == 1:
         return wish, requested()
     if not pace.is_time():
         return False, 0
-    own = [int(wish), requested(), pace.proposal()] if trainer.is_global_zero else [0, requested(), 0]
-    told = torch.tensor(own, device=trainer.strategy.root_device)
-    wished, number, pause = trainer.strategy.reduce(told, reduce_op="max").tolist()
+    local = [int(wish), requested(), pace.proposal()] if trainer.is_global_zero else [0, requested(), 0]
+    on_device = torch.tensor(local, device=trainer.strategy.root_device)
+    wished, number, pause = trainer.strategy.reduce(on_device, reduce_op="max").tolist()
     pace.restart(pause)
     return bool(wished), number

@@ -182,7 +182,7 @@ class SparseByHand(Plain):
 def test_first_order_evidence_where_forward_fails_and_where_gradients_are_sparse():
     summary, _ = check_same(Adversarial)
     assert summary["kind"] == "undecided"
-    assert "kinks were not looked at: Adversarial.forward fails" in summary["reason"]
+    assert "kinks were not checked: Adversarial.forward fails" in summary["reason"]
     assert "forward_fn" not in summary["reason"]
     summary, module = check_same(SparseByHand)
     assert summary["gradient_norm"] == pytest.approx(float(module.square) ** 0.5, rel=1e-6)
