@@ -109,7 +109,7 @@ def _reads_before_first_batch(make_trainer, name, callbacks, sampler=None):
 @pytest.fixture(autouse=True)
 def _large_training_set(monkeypatch):
     """Batches are not kept in memory, as those of a set of more than 256 MiB."""
-    monkeypatch.setattr(full_batch, "_KEPT", 0)
+    monkeypatch.setattr(full_batch, "_MAX_CACHED", 0)
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "regression", "labels", "l1", "mnn", "mnn with two hidden layers"])
