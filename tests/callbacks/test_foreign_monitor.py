@@ -329,7 +329,7 @@ def test_two_hidden_layers_have_local_volumes(make_trainer):
     second = AngularVolumeMonitor(modules="activation.call_2", **FEW)
     make_trainer(max_epochs=1, callbacks=[second]).fit(model, GaussianData(20, 5))
     assert list(second.summary()["local_volume"]) == [ALL_LAYERS, "activation.call_2"]
-    assert "nobody's output" in second.summary()["first_layer"]["log_volume_reason"]
+    assert "no module's output" in second.summary()["first_layer"]["log_volume_reason"]
     replicas = AngularVolumeMonitor(measure=("end",), **FEW)
     make_trainer(max_epochs=1, callbacks=[replicas]).fit(MNN(5, (4, 3), replicas=2), GaussianData(20, 5, replicas=2))
     assert replicas.summary()["local_volume"] is None
@@ -612,7 +612,7 @@ def hooked():
 
 @pytest.mark.parametrize(
     ("module", "reason"),
-    [(Deeper, None), (pruned, "no parameters but computed"), (hooked, "forward hooks, which may change")],
+    [(Deeper, None), (pruned, "not parameters but computed"), (hooked, "forward hooks, which may change")],
 )
 def test_which_first_layers_have_cones(module, reason):
     found = measured(module(), inputs_and_targets(6, 3), probe=2)["first_layer"]

@@ -83,8 +83,8 @@ def squared_error_loss(
     if isinstance(first, str):
         return first
     both_zero = not (first.gradient.any() or first.of_mse.any())  # for example for one sample without an active unit
-    if not both_zero and isinstance(reason := _factor(first), str):
-        return reason
+    if not both_zero and isinstance(mismatch := _factor(first), str):
+        return mismatch
     found = _compared(trainer, pl_module, loss_fn, _FAR)
     if isinstance(found, str):
         return found

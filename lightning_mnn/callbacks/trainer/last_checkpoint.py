@@ -73,8 +73,8 @@ class LastCheckpoint(Checkpoint):
         self._generators: dict[str, Any] | None = None  # of the checkpoint that was loaded
         self._limits: tuple[int | None, int] | None = None  # of epochs and steps, while they are raised
 
-    def epochs_until_due(self, done: int) -> float:  # noqa: ARG002 (as of the other callbacks)
-        """Epochs after ``done`` of them until one at whose end the callback must act: it can wait."""
+    def epochs_until_due(self, done: int) -> float:  # noqa: ARG002 (the signature of the other callbacks)
+        """Number of epochs until one at whose end the callback must act: infinite, it can wait."""
         return math.inf
 
     @override

@@ -1,1 +1,1 @@
-"""What the AngularVolumeMonitor measures."""
+"""The volumes that the AngularVolumeMonitor measures."""

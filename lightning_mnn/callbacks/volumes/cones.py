@@ -1,4 +1,4 @@
-"""Which layers' units have cones, which of these are worth measuring, and their volume or why there is none."""
+"""Cones of a layer's units: which exist, how many are measured, and their volume or why there is none."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ if TYPE_CHECKING:
 
     VolumeOrReason = tuple[RegionVolume | None, str | None]
 
-_MOST_SAMPLES = 2**20  # of a cone, however large the budget
-_FEW = 8  # samples of a pass that tells what a module calls its network on
+_MAX_SAMPLES = 2**20  # samples of a cone, however large the budget
+_FEW = 8  # samples of the pass that finds the inputs on which a module calls its network
 
 
 class OverBudgetError(ValueError):
-    """Too few cones could be measured within a budget."""
+    """The budget allows too few cones."""
 
 
 @dataclass(frozen=True)
 class ConePlan:
-    """How the cones of each of some networks' layers are measured.
+    """Settings for measuring the cones of one layer, or of one layer of each replica.
 
     Attributes:
-        target_standard_error: of one cone's log measure.
-        num_units: how many cones of each layer; None: all.
-        max_samples: most samples of each.
+        target_standard_error: standard error of one cone's log measure.
+        num_units: number of cones to measure in each layer; None: all.
+        max_samples: maximal number of samples of each cone.
     """
 
     target_standard_error: float
@@ -62,9 +62,9 @@ class ConePlan:
         """As many cones as a budget of multiplications allows, of each of ``replicas`` layers of (width, dim) weights.
 
         Raises:
-            OverBudgetError: it does not allow two of each (one, where there is only one).
+            OverBudgetError: it does not allow two of each layer (one, if the layer has only one).
         """
-        sweep = replicas * num_samples * dim  # multiplications of one in each replica
+        sweep = replicas * num_samples * dim  # multiplications of one sweep in each replica
         samples = predicted_samples(dim, target_standard_error)
         num_units = int(min(width, budget / (sweep * samples)))
         least = min(2, width)
@@ -74,13 +74,13 @@ class ConePlan:
         return cls(
             target_standard_error,
             num_units if num_units < width else None,
-            int(min(_MOST_SAMPLES, budget / (sweep * num_units))),
+            int(min(_MAX_SAMPLES, budget / (sweep * num_units))),
         )
 
     def measure(self, inputs: Tensor, rows: Tensor, seed: int) -> VolumeOrReason:
         """The volume of the region of rows (d1, d0) on inputs (N, d0), or why there is none.
 
-        What is no reason to end the training is a reason here.
+        Errors of the measurement become the reason, since they must not end training.
         """
         try:
             volume = region_log_volume(
@@ -97,17 +97,17 @@ class ConePlan:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a module is a Linear whose weights are parameters and not computed, with torch's own forward."""
+    """Whether a module is a Linear with torch's own forward whose weights are parameters, not computed from others."""
     parameters = dict(module.named_parameters(recurse=False))
     return type(module) is nn.Linear and parameters.keys() <= {"weight", "bias"} and "forward" not in vars(module)
 
 
 def reason_not_alone(trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network) -> str | None:
-    """Why a module's regions are not those of its network on the training inputs; None where they are.
+    """Why a module's regions are not those of its network on the training inputs; None if they are.
 
-    The network is that of an ``nn.Sequential`` in the module, whose layers must run once in a pass, one after the
-    other, the first on the flattened inputs of the batch: in the module's forward and in its ``training_step``, as far
-    as these can be run. They are on a few samples, without a trace.
+    The network is that of an ``nn.Sequential`` in the module. In a pass its layers must run once, one after the other,
+    the first on the flattened inputs of the batch. This must hold in the module's forward and in its ``training_step``,
+    as far as these can be run; both are run on a few samples, isolated from training.
     """
     first = network.hidden_weights[0].data_ptr()
     layers = next(
@@ -115,7 +115,7 @@ def reason_not_alone(trainer: pl.Trainer, pl_module: pl.LightningModule, network
     )
     layers = [layer for layer in layers if not isinstance(layer, nn.Flatten)]
     if any(map(has_forward_hooks, layers)):
-        return "its nn.Sequential has layers with forward hooks, which may change what these give"
+        return "its nn.Sequential has layers with forward hooks, which may change their outputs"
     few = torch.arange(min(_FEW, num_samples(trainer.train_dataloader)))
 
     def reason(run: ModelFunction) -> str | None:
@@ -128,30 +128,30 @@ def reason_not_alone(trainer: pl.Trainer, pl_module: pl.LightningModule, network
     reasons: dict[str, str | None] = {}
     with torch.no_grad():
         if forward_parts(pl_module, [None, None]) is not None:
-            with ignored_errors():  # of a wrong guess of what it takes
+            with ignored_errors():  # the guess of its arguments may be wrong
                 reasons["forward"] = reason(forward_on)
-        with ignored_errors():  # what cannot be run in eval mode, or by itself
+        with ignored_errors():  # it may be impossible to run it in eval mode, or by itself
             reasons["training_step"] = reason(step_for_its_passes)
-    told = [f"its {what} {why}" for what, why in reasons.items() if why is not None]
+    problems = [f"its {method} {problem}" for method, problem in reasons.items() if problem is not None]
     if not reasons:
-        told = ["neither its forward nor its training_step can be run by itself"]
-    return next((reason for part in gather(told) for reason in part), None)
+        problems = ["neither its forward nor its training_step can be run by itself"]
+    return next((problem for part in gather(problems) for problem in part), None)
 
 
 def _begins(layers: nn.Sequential, weights: int) -> bool:
-    """Whether the first Linear of an ``nn.Sequential`` is the one of some weights."""
+    """Whether the first Linear of an ``nn.Sequential`` has these weights (their address in memory)."""
     linear = next((layer for layer in layers if isinstance(layer, nn.Linear)), None)
     return linear is not None and linear.weight.data_ptr() == weights
 
 
 def _calls(layers: Sequence[nn.Module], run: Callable[[], Any]) -> list[tuple[nn.Module, Any, Any]]:
-    """Which of some layers are called, on what, and what they give."""
+    """The calls of some layers in a run: the layer, its input and its output."""
     calls: list[tuple[nn.Module, Any, Any]] = []
 
-    def note(layer: nn.Module, inputs: Any, output: Any) -> None:
+    def record(layer: nn.Module, inputs: Any, output: Any) -> None:
         calls.append((layer, inputs[0] if inputs else None, output))
 
-    handles = [layer.register_forward_hook(note) for layer in layers]
+    handles = [layer.register_forward_hook(record) for layer in layers]
     try:
         run()
     finally:
@@ -163,7 +163,7 @@ def _calls(layers: Sequence[nn.Module], run: Callable[[], Any]) -> list[tuple[nn
 def _reason_not_plain(
     calls: list[tuple[nn.Module, Any, Any]], layers: Sequence[nn.Module], inputs: Tensor
 ) -> str | None:
-    """Why calls of layers are not one chain that begins with the inputs (n, d0); None where they are."""
+    """Why calls of layers are not one chain that begins with the inputs (n, d0); None if they are."""
     times = sum(layer is layers[0] for layer, _, _ in calls)
     if times != 1:
         return f"calls the first Linear of its nn.Sequential {times} times, and not once"

@@ -1,6 +1,6 @@
 """Local volumes in any LightningModule: the pattern of a probe set, under random moves of all parameters.
 
-What :class:`~lightning_mnn.callbacks.AngularVolumeMonitor` does where a module's regions are no products of cones.
+:class:`~lightning_mnn.callbacks.AngularVolumeMonitor` uses it if a module's regions are not products of cones.
 """
 
 from __future__ import annotations
@@ -46,24 +46,24 @@ if TYPE_CHECKING:
     from lightning_mnn.landscape.volumes.region_volume import RegionVolume
 
 _NOT_MEASURED = "not measured at the last weights"
-_FIRST = 4  # samples of the probe that a move is first tried on: most large moves change every layer there
-_SMALL = 1e-3  # σ of a move that tells which layers move with the parameters
+_FIRST = 4  # samples of the probe on which a move is tried first: most large moves already change every layer there
+_SMALL = 1e-3  # σ of the move that finds which layers depend on the parameters
 _AT_ZERO = frozenset({"relu", "leaky_relu", "prelu", "rrelu", "abs", "absolute"})  # two pieces that meet at 0
 
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """What is measured, and how.
+    """Settings of a measurement.
 
     Attributes:
-        probe: so many samples of the training set, or a batch as the training loader yields it.
+        probe: number of samples of the training set, or a batch as the training loader yields it.
         sigmas: sizes σ of the moves; None: half decades from 1e-6 to 1, those that the dtype of the weights resolves.
-        num_draws: moves at each σ.
+        num_draws: number of moves at each σ.
         modules: names or patterns of the layers; None: all.
         forward_fn: how to run the module on a batch; None: see :func:`pass_of_training`.
-        target_standard_error: of the log measure of a cone of the first layer.
-        budget: most multiplications for the cones of the first layer.
-        seed: of the probe, the moves and the cones.
+        target_standard_error: standard error of the log measure of a cone of the first layer.
+        budget: maximal number of multiplications for the cones of the first layer.
+        seed: seed of the probe, the moves and the cones.
     """
 
     probe: Any = 32
@@ -76,8 +76,8 @@ class ProbeSettings:
     seed: int = 0
 
     @property
-    def of_passes(self) -> list[str]:
-        """The arguments given that say how a module's passes are run and looked at."""
+    def forward_arguments(self) -> list[str]:
+        """Names of the given arguments that control how a module's passes are run and evaluated."""
         given = {
             "modules": self.modules is not None,
             "forward_fn": self.forward_fn is not None,
@@ -88,13 +88,13 @@ class ProbeSettings:
 
 @dataclass(frozen=True)
 class Found:
-    """What was found at some weights; of weights that nothing was measured at, by default.
+    """Results at some weights; the default is that nothing was measured there.
 
     Attributes:
-        volume: keep probabilities; None where there are none.
-        reason: why there are none, or none of some σ.
+        volume: keep probabilities; None if there are none.
+        reason: why there are none, or none for some σ.
         first_layer: name of the layer whose cones were to be measured.
-        cones: their volume; None where there is none.
+        cones: their volume; None if there is none.
         cones_reason: why there is none.
     """
 
@@ -105,7 +105,7 @@ class Found:
     cones_reason: str | None = _NOT_MEASURED
 
     def plain(self) -> dict[str, Any]:
-        """For ``summary.json``."""
+        """Plain values for ``summary.json``."""
         curves = None
         if self.volume is not None:
             both = {ALL_LAYERS: self.volume.total} | self.volume.layers
@@ -123,10 +123,10 @@ class Found:
 
 
 def check_kinks(trainer: pl.Trainer, pl_module: pl.LightningModule, settings: ProbeSettings) -> ProbeSettings:
-    """Run the module once on its probe, so that what cannot work is said before training.
+    """Run the module once on its probe, so that errors are raised before training.
 
     Returns:
-        The settings, with what is to be run in them.
+        The settings, completed with the ``forward_fn`` to run.
 
     Raises:
         NoKinksError: no kink was met, or none of those asked for.
@@ -140,14 +140,14 @@ def check_kinks(trainer: pl.Trainer, pl_module: pl.LightningModule, settings: Pr
         chosen = pass_of_training(trainer, pl_module, batch, settings.modules, "AngularVolumeMonitor")
         settings = replace(settings, forward_fn=chosen)
     with isolated(trainer, pl_module):
-        _Passes(trainer, pl_module, settings).look()
+        _Passes(trainer, pl_module, settings).find_layers()
     return settings
 
 
 def measure_local_volume(trainer: pl.Trainer, pl_module: pl.LightningModule, settings: ProbeSettings) -> Found:
     """Measure a module's keep probabilities and its first layer's cones, the same on every process.
 
-    Processes share the draws.
+    The draws are divided among the processes.
 
     Args:
         trainer: the Trainer that trains the module.
@@ -160,14 +160,14 @@ def measure_local_volume(trainer: pl.Trainer, pl_module: pl.LightningModule, set
     """
     with isolated(trainer, pl_module):
         passes = _Passes(trainer, pl_module, settings)
-        look = passes.look()
-        volume, reason = _keep_probabilities(trainer, settings, passes, look)
-    cones = on_first_process(trainer, lambda: _first_cones(look.first, settings, trainer.global_step))
-    return Found(volume, reason, look.first.name if look.first else None, *cones)
+        layers = passes.find_layers()
+        volume, reason = _keep_probabilities(trainer, settings, passes, layers)
+    cones = on_first_process(trainer, lambda: _first_cones(layers.first, settings, trainer.global_step))
+    return Found(volume, reason, layers.first.name if layers.first else None, *cones)
 
 
 def log_local_volume(trainer: pl.Trainer, pl_module: pl.LightningModule, found: Found, settings: ProbeSettings) -> None:
-    """Log what was found, and a picture of it to loggers that can show it."""
+    """Log the results, and a picture of them to loggers that can show pictures."""
     scalars: dict[str, Tensor | float | None] = {}
     if found.volume is not None:
         total = found.volume.total
@@ -191,7 +191,7 @@ def log_local_volume(trainer: pl.Trainer, pl_module: pl.LightningModule, found: 
 
 
 def keep_names(sigmas: Sequence[float]) -> list[str]:
-    """The logged names of the probabilities at some σ, in as few digits as tell these apart.
+    """The logged names of the probabilities at some σ, with as few digits as distinguish them.
 
     >>> keep_names([0.001, 0.00316]), keep_names([0.0010, 0.0011])
     (['volume/keep/1e-03', 'volume/keep/3e-03'], ['volume/keep/1.0e-03', 'volume/keep/1.1e-03'])
@@ -204,33 +204,33 @@ def keep_names(sigmas: Sequence[float]) -> list[str]:
 
 @dataclass
 class _FirstLayer:
-    """The first layer of kinks that the parameters move."""
+    """The first layer of kinks whose input depends on the parameters."""
 
     name: str
     reason: str | None  # why its units have no cones
     linear: nn.Linear | None = None
     rows: Tensor | None = None  # (d1, d0), with the bias as one more column
-    inputs: list[Tensor] = field(default_factory=list)  # (n, d0) of each part of the probe
+    inputs: list[Tensor] = field(default_factory=list)  # (n, d0) for each part of the probe
 
 
 @dataclass
-class _Look:
-    """What a pass over the probe with gradients tells, beside one with moved parameters.
+class _LayersOfProbe:
+    """The layers found by a pass over the probe with gradients, and by one with moved parameters.
 
-    Gradients alone would not do: what torch computes anew in the backward pass (checkpoints) has none in the forward.
+    Gradients alone are not enough: what torch recomputes in the backward pass (checkpointing) has none in the forward.
     """
 
-    moved: set[str]  # layers whose input is another where the parameters move
-    moved_sources: set[str]  # layers of which the input of the module before is
-    hooked: set[int] = field(default_factory=set)  # ids of modules with hooks of others
-    layers: list[str] = field(default_factory=list)  # that the parameters move
+    moved: set[str]  # layers whose input changes when the parameters move
+    moved_sources: set[str]  # layers for which the input of the preceding module changes
+    hooked: set[int] = field(default_factory=set)  # ids of modules with forward hooks
+    layers: list[str] = field(default_factory=list)  # layers that depend on the parameters
     first: _FirstLayer | None = None
     opaque: tuple[str, ...] = ()
-    nan: dict[str, Tensor] = field(default_factory=dict)  # whether a layer meets NaN, which is read at the end
-    not_a_number: list[str] = field(default_factory=list)  # that do
+    nan: dict[str, Tensor] = field(default_factory=dict)  # whether a layer's input has NaN; read at the end
+    nan_layers: list[str] = field(default_factory=list)  # layers whose input has NaN
 
-    def note(self, kink: Kink) -> None:
-        """Take note of a kink call."""
+    def record(self, kink: Kink) -> None:
+        """Record a kink call."""
         is_nan = kink.input.isnan().any()
         self.nan[kink.name] = self.nan.get(kink.name, is_nan) | is_nan
         if not (kink.depends_on_weights or kink.name in self.moved):
@@ -245,7 +245,7 @@ class _Look:
 
 
 class _Passes:
-    """Passes of a module over its probe, all alike; for use within ``isolated``."""
+    """Identical passes of a module over its probe; for use within ``isolated``."""
 
     def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule, settings: ProbeSettings) -> None:
         self._trainer, self._module, self._settings = trainer, pl_module, settings
@@ -255,21 +255,19 @@ class _Passes:
         self._take: Any = None
         self._trace = KinkTrace(pl_module, self._met, settings.modules)
 
-    def look(self) -> _Look:
-        """Which layers there are.
+    def find_layers(self) -> _LayersOfProbe:
+        """Find the layers.
 
         Raises:
             NoKinksError: none was met.
         """
-        look, met = (
-            _Look(*self._moved_layers(), hooked={id(p) for p in self._module.modules() if has_forward_hooks(p)}),
-            [],
-        )
+        hooked = {id(p) for p in self._module.modules() if has_forward_hooks(p)}
+        found, met = _LayersOfProbe(*self._moved_layers(), hooked=hooked), []
 
         def take(kink: Kink) -> None:
             if kink.num_pieces > 1:
                 met.append(kink.name)
-                look.note(kink)
+                found.record(kink)
 
         with torch.enable_grad():
             for part in self.parts:
@@ -277,16 +275,18 @@ class _Passes:
         if not met:
             raise no_kinks(self._module, self._trace, self._settings.modules)
         if (
-            look.first is not None and isinstance(self._module, NetworkModule) and not self._trace.left_out
+            found.first is not None and isinstance(self._module, NetworkModule) and not self._trace.left_out
         ):  # it has no Linear
             inputs = [flat_batch(part)[0] for part in self.parts]
-            look.first = _FirstLayer(look.first.name, None, None, self._module.network().rows, inputs)
-        look.opaque = tuple(sorted(self._trace.opaque))
-        look.not_a_number = [name for name, is_nan in zip(look.nan, fetched(*look.nan.values()), strict=True) if is_nan]
-        return look
+            found.first = _FirstLayer(found.first.name, None, None, self._module.network().rows, inputs)
+        found.opaque = tuple(sorted(self._trace.opaque))
+        found.nan_layers = [
+            name for name, is_nan in zip(found.nan, fetched(*found.nan.values()), strict=True) if is_nan
+        ]
+        return found
 
     def _moved_layers(self) -> tuple[set[str], set[str]]:
-        """The layers whose input, and those of which the input of the module before, a small move changes."""
+        """Layers whose input changes by a small move, and layers for which the preceding module's input changes."""
         if not (self.parameters and _are_plain(self.parameters)):
             return set(), set()
         here, there = self._inputs(), {}
@@ -295,13 +295,13 @@ class _Passes:
         pairs = [(name, place) for name in here for place in range(2)]
         same = fetched(*(_same(here[name][place], there.get(name, (None, None))[place]) for name, place in pairs))
         differ = [
-            {name for (name, at), holds in zip(pairs, same, strict=True) if at == place and not holds}
+            {name for (name, at), equal in zip(pairs, same, strict=True) if at == place and not equal}
             for place in (0, 1)
         ]
         return differ[0], differ[1]
 
     def _inputs(self) -> dict[str, tuple[Tensor | None, Tensor | None]]:
-        """Of each layer its input, and that of the module before, on the first part of the probe."""
+        """For each layer its input, and that of the preceding module, on the first part of the probe."""
         found: dict[str, tuple[Tensor | None, Tensor | None]] = {}
 
         def take(kink: Kink) -> None:
@@ -313,13 +313,13 @@ class _Passes:
         return found
 
     def pattern(self, part: Any, layers: Sequence[str]) -> dict[str, Tensor]:
-        """The pieces of the units of some layers; where a layer met NaN, other numbers than any pieces."""
+        """The pieces of the units of some layers; for a NaN input, a number that is not a piece."""
         found: dict[str, Tensor] = {}
 
         def take(kink: Kink) -> None:
             if kink.name in layers:
                 pieces, is_nan = kink.pieces_or_nan()
-                found[kink.name] = torch.where(is_nan, ~pieces, pieces)  # none that a unit can be on
+                found[kink.name] = torch.where(is_nan, ~pieces, pieces)  # not a piece that a unit can be on
 
         with torch.no_grad():
             self._pass(part, take)
@@ -330,10 +330,10 @@ class _Passes:
 
     def _pass(self, part: Any, take: Any) -> None:
         self._take = take
-        seed_generators(0)  # each pass draws the same
-        batch = apply_to_collection(part, torch.Tensor, torch.clone)  # which a pass may change
+        seed_generators(0)  # each pass draws the same numbers
+        batch = apply_to_collection(part, torch.Tensor, torch.clone)  # a pass may change it
         with warnings.catch_warnings(), precision_context(self._trainer, autocast=False), full_precision(), self._trace:
-            warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")  # of checkpointed blocks
+            warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")  # from checkpointed blocks
             forward_on(self._module, batch, self._forward)
 
 
@@ -351,25 +351,26 @@ def _probe_parts(trainer: pl.Trainer, pl_module: pl.LightningModule, settings: P
     try:
         total = num_samples(loader)
     except NotEnumerableError as error:
-        told = f"{error}; or give AngularVolumeMonitor a batch of the training set, probe=batch"
-        raise NotEnumerableError(told) from error
+        remedy = "or give AngularVolumeMonitor a batch of the training set, probe=batch"
+        raise NotEnumerableError(f"{error}; {remedy}") from error
     chosen = chosen_samples(total, settings.probe, settings.seed)
     parts = [part for part in (chosen[:_FIRST], chosen[_FIRST:]) if len(part)]
     return [as_in_training(trainer, pl_module, batch) for part in parts for batch in exact_shard(loader, chosen=part)]
 
 
 def _first_layer(kink: Kink, *, moves: bool, hooked: bool) -> _FirstLayer:
-    """Whether the units of the first layer have cones: f(W x + b) at inputs that no parameter moves, kinks at 0."""
+    """The first layer; units have cones if it is f(W x + b) with kinks at 0 and inputs that no parameter changes."""
     linear, inputs = kink.source, kink.source_input
     if kink.num_pieces != 2 or kink.function not in _AT_ZERO:
-        return _FirstLayer(kink.name, f"{kink.function} has other kinks than one at 0")
+        return _FirstLayer(kink.name, f"{kink.function} has kinks other than one at 0")
     if type(linear) is not nn.Linear:
-        what = "nobody's output" if linear is None else f"the output of a {type(linear).__name__}"
+        what = "no module's output" if linear is None else f"the output of a {type(linear).__name__}"
         return _FirstLayer(kink.name, f"its input is {what}, and not that of a Linear: a unit has no cone of its own")
     if not is_plain_linear(linear):
-        return _FirstLayer(kink.name, "the weights of its Linear are no parameters but computed (parametrized, pruned)")
+        reason = "the weights of its Linear are not parameters but computed (parametrized, pruned)"
+        return _FirstLayer(kink.name, reason)
     if hooked:
-        return _FirstLayer(kink.name, "its Linear has forward hooks, which may change what it gives")
+        return _FirstLayer(kink.name, "its Linear has forward hooks, which may change its output")
     if moves or not isinstance(inputs, torch.Tensor) or inputs.requires_grad:
         return _FirstLayer(kink.name, "the inputs of its Linear depend on parameters themselves")
     rows = linear.weight.detach()
@@ -379,7 +380,7 @@ def _first_layer(kink: Kink, *, moves: bool, hooked: bool) -> _FirstLayer:
 
 
 def _are_plain(parameters: Sequence[Tensor]) -> bool:
-    """Whether each parameter is here as a whole, and not a shard of one."""
+    """Whether each parameter is a whole tensor of this process, and not a shard."""
     return all(type(parameter.data) is torch.Tensor for parameter in parameters)
 
 
@@ -391,34 +392,34 @@ def _same(a: Tensor | None, b: Tensor | None) -> Tensor:
 
 
 def _keep_probabilities(
-    trainer: pl.Trainer, settings: ProbeSettings, passes: _Passes, look: _Look
+    trainer: pl.Trainer, settings: ProbeSettings, passes: _Passes, found: _LayersOfProbe
 ) -> tuple[LocalVolume | None, str | None]:
     """The curves, or why there are none; with curves, what they leave out."""
     parameters = passes.parameters
-    if not look.layers:
+    if not found.layers:
         return None, "no kink depends on a parameter that requires a gradient"
-    if look.not_a_number:
-        return None, f"the input of {look.not_a_number[0]} contains NaN"
+    if found.nan_layers:
+        return None, f"the input of {found.nan_layers[0]} contains NaN"
     if not _are_plain(parameters):
-        return None, "the parameters are no plain tensors, each whole on its device"
+        return None, "the parameters are not plain tensors, each whole on its device"
     finest = finest_sigma(parameters)
     wanted = SIGMAS if settings.sigmas is None else tuple(settings.sigmas)
     sigmas = tuple(sigma for sigma in wanted if sigma >= finest)
     hidden = f"σ below {finest:.1e} would be lost in the rounding of the weights" if sigmas != wanted else None
     if not sigmas:
         return None, hidden
-    unseen = f"kinks of {', '.join(look.opaque)} are not seen" if look.opaque else None
-    runs = [lambda part=part: passes.pattern(part, look.layers) for part in passes.parts]
+    unseen = f"kinks of {', '.join(found.opaque)} cannot be seen" if found.opaque else None
+    runs = [lambda part=part: passes.pattern(part, found.layers) for part in passes.parts]
     draws = range(trainer.global_rank, settings.num_draws, trainer.world_size)
     seed = generator(settings.seed, "local volume", trainer.global_step).initial_seed()
 
-    def own() -> Mapping[str, Tensor] | str:
+    def local_counts() -> Mapping[str, Tensor] | str:
         try:
             return count_kept(parameters, runs, sigmas, draws, seed=seed)
         except (ValueError, ArithmeticError) as error:
             return str(error)
 
-    counts = gather_results(own)
+    counts = gather_results(local_counts)
     errors = [part for part in counts if isinstance(part, str)]
     if errors:
         return None, errors[0]
@@ -433,7 +434,7 @@ def _first_cones(first: _FirstLayer | None, settings: ProbeSettings, step: int) 
         return None, "no kink depends on a parameter that requires a gradient"
     if first.rows is None:
         return None, first.reason
-    device = "cpu" if first.rows.device.type == "mps" else first.rows.device  # which has no float64
+    device = "cpu" if first.rows.device.type == "mps" else first.rows.device  # MPS has no float64
     rows, inputs = (tensor.to(device).double() for tensor in (first.rows, torch.cat(first.inputs)))
     if rows.shape[1] > inputs.shape[1]:  # a bias
         inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1)

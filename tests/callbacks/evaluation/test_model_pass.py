@@ -123,7 +123,7 @@ def test_a_step_without_a_loss_is_named(result, told):
 def test_sizes_of_batches():
     assert batch_size([{"a": (torch.tensor(1.0), X)}, torch.zeros(9)]) == 2
     assert batch_size(Pair("text", [X.T])) == 3
-    with pytest.raises(TypeError, match="no tensor with an axis of samples in a dict"):
+    with pytest.raises(TypeError, match="no tensor with a sample axis in a dict"):
         batch_size({"a": "text", "b": torch.tensor(1)})
 
 
