@@ -448,7 +448,7 @@ def test_a_module_without_kinks_is_named(make_trainer):
         def forward(self, x):
             return self.net(x)
 
-    with pytest.raises(TypeError, match="Linear met no kink"):
+    with pytest.raises(TypeError, match="Linear has no kink"):
         make_trainer(max_epochs=1, callbacks=[ActivationPatternRecorder(strict=True)]).fit(
             Linear(), TensorData(torch.ones(4, 3), torch.ones(4), dtype="float64")
         )

@@ -267,7 +267,7 @@ def test_modules_narrow_the_layers():
     monitor = AngularVolumeMonitor(modules="features.*", **FEW)
     fit(module, loader, monitor)
     assert list(monitor.summary()["local_volume"]) == [ALL_LAYERS, "features.1", "features.2", "features.4"]
-    with pytest.raises(NoKinksError, match=r"modules='encoder' matches none of .* that LeNet met.*features\.1"):
+    with pytest.raises(NoKinksError, match=r"modules='encoder' matches none of .* LeNet.*features\.1"):
         fit(*foreign_model("lenet"), AngularVolumeMonitor(modules="encoder"))
 
 
@@ -275,7 +275,7 @@ def test_what_cannot_work_is_said_before_training():
     module, loader = foreign_model("mlp")
     module.layers = nn.Linear(8, 3)
     trainer = foreign_trainer(callbacks=[AngularVolumeMonitor(strict=True)])
-    with pytest.raises(NoKinksError, match="MLP met no kink in its forward pass"):
+    with pytest.raises(NoKinksError, match="MLP has no kink in its forward pass"):
         trainer.fit(module, loader)
     assert trainer.global_step == 0
     module, loader = foreign_model("mlp")

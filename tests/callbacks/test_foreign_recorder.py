@@ -245,7 +245,7 @@ def test_layers_are_narrowed_and_names_that_match_nothing_are_told(tmp_path):
         foreign_trainer(callbacks=[recorder], fast_dev_run=True).fit(module, loader)
         assert list(recorder.layers) == expected
     module, loader = foreign_model("lenet")
-    with pytest.raises(TypeError, match=r"modules='nothing' matches none .* LeNet met .*: features\.1, features\.2"):
+    with pytest.raises(TypeError, match=r"modules='nothing' matches none .* LeNet.*: features\.1, features\.2"):
         foreign_trainer(callbacks=[ActivationPatternRecorder(modules="nothing")]).fit(module, loader)
 
 

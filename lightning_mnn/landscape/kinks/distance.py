@@ -1,4 +1,4 @@
-"""KinkDistance: how far a point of weight space is from the nearest kink of the network, over all samples."""
+"""KinkDistance: the distance of a point of weight space to the nearest kink of the network, over all samples."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ if TYPE_CHECKING:
 
 _ROUNDINGS = 16.0  # spacings of floats at a layer's root mean square, within which a unit may be on its kink
 
-_WIDE = 64.0  # times that, a band in which units are counted to know how dense they lie
+_WIDE = 64.0  # times that: units in this band are counted to estimate their density
 
-_NAME = 256  # bytes of a layer's name that processes tell each other
+_NAME = 256  # bytes of a layer's name that processes exchange
 
 
 @dataclass(frozen=True)
 class KinkDistance:
-    """How far the units of a network are from their kinks, over all samples.
+    """Distances of the units of a network to their kinks, over all samples.
 
-    Units that are tied identically (on their kink at all weights nearby, as windows of zeros in a max-pooling are)
-    bend nothing, and are left out.
+    Identically tied units (on their kink for all weights nearby, as windows of zeros in a max-pooling) cause no kink of
+    the network, and are left out.
 
     Attributes:
         nearest: smallest distance of a unit, in units of its function's input; infinite without units.
         relative: smallest distance relative to the root mean square of the layer's input.
-        layer: where ``relative`` is attained; empty without units.
-        count: units on their kink within rounding.
-        ties: units that are tied identically.
-        units: number of units looked at, tied ones included.
-        by_chance: how many units would be on their kink within rounding by chance, as dense as others lie near theirs.
-        spacing: ε of the coarsest floats in which one is; 0 where none is.
+        layer: layer with the distance ``relative``; empty without units.
+        count: number of units on their kink within rounding.
+        ties: number of identically tied units.
+        units: number of all units, tied ones included.
+        by_chance: expected number of units on their kink within rounding by chance, from the density of units nearby.
+        spacing: ε of the coarsest floats of a unit on its kink; 0 if there is none.
     """
 
     nearest: float = math.inf
@@ -67,23 +67,22 @@ def kink_distance(
 
     A unit is on its kink within rounding if its distance is at most 16 ε times the root mean square of its layer's
     input over the batches so far, where ε is the spacing of that dtype at 1: the error of a dot product of some hundred
-    terms, and a cautious bound for channels much smaller than the rest of their layer. Whether such a unit is tied
-    identically is seen from the same batch at θ ± s, where s is random and √ε relative to the weights of each tensor
-    (where all are zero, of the network): a kink opens on both sides, a tie stays closed on one at least. So does a
-    maximum of two zeros that ReLUs put out, one of which is about to leave. In float32 about one kink in a hundred
-    opens too little to be told from a tie. In half precision, where no step is both small and above rounding, all
-    such units count as on their kink.
+    terms, and a cautious bound for channels much smaller than the rest of their layer. To find out whether such a unit
+    is identically tied, the same batch is run at θ ± s. Here s is random, √ε relative to the weights of each tensor (or
+    of the network, where all of a tensor are zero). A unit on a kink leaves it on both sides; a tied unit stays on it
+    on at least one side. So does a maximum of two zeros from ReLUs, one of which is about to become positive. In
+    float32 about one kink in a hundred moves too little to be distinguished from a tie. In half precision no step is
+    both small and above rounding, so all such units count as on their kink.
 
-    The batches with such units are passed through three times, others once. Products of float32 keep all of its digits.
-    Memory is that of a number for each unit, of one batch at a time. The host waits for a GPU once a batch, and at the
-    end.
+    Batches with such units are run three times, others once. Products of float32 use its full precision. The memory is
+    one number for each unit, for one batch at a time. The host waits for a GPU once per batch, and at the end.
 
     Args:
-        passes: of each batch of this process's samples a function that runs one forward pass, the same each time it is
-            called, and calls its argument with each kink call: ``with KinkTrace(module, on_kink): module(inputs)``.
-        parameters: θ; those that require a gradient are moved, and put back bit for bit.
+        passes: for each batch of this process's samples, a function that runs one forward pass, the same on each call,
+            and calls its argument with each kink call: ``with KinkTrace(module, on_kink): module(inputs)``.
+        parameters: θ; those that require a gradient are moved, and restored bit for bit.
         process_group: the processes.
-        seed: of the direction of s.
+        seed: seed of the direction of s.
 
     >>> from torch import nn
     >>> from lightning_mnn.landscape import KinkTrace
@@ -104,11 +103,11 @@ def kink_distance(
 
 
 class KinkMeter:
-    """What :func:`kink_distance` finds, batch by batch, for a pass that does something else beside.
+    """:func:`kink_distance` batch by batch, for a pass that also does something else.
 
     Args:
-        parameters: θ; those that require a gradient are moved, and put back bit for bit.
-        seed: of the direction of s.
+        parameters: θ; those that require a gradient are moved, and restored bit for bit.
+        seed: seed of the direction of s.
     """
 
     def __init__(self, parameters: Sequence[Tensor], seed: int = 0) -> None:
@@ -116,7 +115,7 @@ class KinkMeter:
         self._jitter = Jitter(parameters, seed)
 
     def take(self, run: Callable[[Callable[[Kink], None]], None]) -> None:
-        """Take note of the kinks of one batch.
+        """Record the kinks of one batch.
 
         Args:
             run: runs one forward pass, as for :func:`kink_distance`.
@@ -135,13 +134,13 @@ class KinkMeter:
                 self._layers[name] = new if before is None else _joined(before, new)
 
     def found(self, process_group: ProcessGroup | None = None) -> KinkDistance:
-        """The distance over the batches of all processes, each of which calls this."""
+        """The distance over the batches of all processes; each process must call this."""
         return _summary(_gathered(self._layers, ProcessGroup() if process_group is None else process_group))
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """What is known of a layer: nearest distance, ε, Σ x² and number of the x in its input, and units."""
+    """Statistics of a layer: nearest distance, ε, Σ x² over its input and the number of x, and counts of units."""
 
     nearest: float
     spacing: float
@@ -169,16 +168,16 @@ def _joined(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Call:
-    """The units of one kink call, and which of them are on their kink within rounding; nothing is read from the device.
+    """The units of one kink call, and which are on their kink within rounding; the host reads nothing from the device.
 
     Args:
         kink: the call.
-        before: the numbers of its layer, (8,), from the batches before; None: this is the first.
+        before: the numbers of its layer, (8,), from earlier batches; None: this is the first.
 
     Attributes:
         eps: ε of its floats.
-        closed: the units on their kink within rounding; those that open at a step in both directions stay in
-            ``opened``.
+        closed: units on their kink within rounding.
+        opened: closed units that left their kink at every step so far.
     """
 
     def __init__(self, kink: Kink, before: Tensor | None) -> None:
@@ -196,11 +195,11 @@ class _Call:
         self.opened = self.closed
 
     def step(self, kink: Kink) -> None:
-        """Take note of which closed units are open near θ."""
+        """Record which closed units left their kink near θ."""
         self.opened = self.opened & (kink.distance().detach().flatten() > self._tolerance)
 
     def measures(self) -> Tensor:
-        """The numbers of a :class:`_Layer`, (8,): closed units that opened are on their kink, the others tied."""
+        """The numbers of a :class:`_Layer`, (8,): closed units that opened are on a kink, the others are tied."""
         counted = torch.where(self.closed & ~self.opened, math.inf, self._distances)
         nearest = counted.min() if len(counted) else torch.full_like(self._squares, math.inf)
         closed, opened = self.closed.sum(), self.opened.sum()
@@ -212,7 +211,7 @@ class _Call:
 
 
 class _FirstPass:
-    """Consumes the kinks of a batch at θ, given what is known of the layers from the batches before."""
+    """Records the kinks of a batch at θ, given the numbers of the layers from earlier batches."""
 
     def __init__(self, before: dict[str, Tensor]) -> None:
         self._before = before
@@ -229,7 +228,7 @@ class _FirstPass:
 
 
 class _SecondPass:
-    """Consumes the kinks of the same batch near θ, and notes which units are still closed."""
+    """Records the kinks of the same batch near θ, and which units are still closed."""
 
     def __init__(self, closed: dict[str, _Call]) -> None:
         self._closed = closed
@@ -240,12 +239,12 @@ class _SecondPass:
 
 
 def _on_host(tensors: Sequence[Tensor]) -> list[Any]:
-    """The numbers of tensors of one shape, which are fetched at once."""
+    """The numbers of tensors of the same shape, fetched in one transfer."""
     return torch.stack([tensor.to(tensors[0].device) for tensor in tensors]).tolist() if tensors else []
 
 
 def _gathered(layers: dict[str, Tensor], process_group: ProcessGroup) -> dict[str, _Layer]:
-    """The layers over all processes, of which each may have met others."""
+    """The layers over all processes; each process may have found other layers."""
     rows = torch.zeros(len(layers), _NAME + 8, dtype=torch.float64)
     for row, name, numbers in zip(rows, layers, _on_host(list(layers.values())), strict=True):
         label = name.encode()[-_NAME:]

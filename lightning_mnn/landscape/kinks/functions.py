@@ -1,4 +1,4 @@
-"""The piecewise-linear functions of torch: on which piece is a number, and how far is the nearest kink?"""
+"""The piecewise-linear functions of torch: which piece a number is on, and its distance to the nearest kink."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SMOOTH = frozenset([
 ])
 
 # fmt: on
-# Functions with kinks that cannot be told from outside.
+# Functions with kinks that cannot be determined from their inputs here.
 # fmt: off
 OPAQUE = frozenset([
     "aminmax", "ceil", "cosine_embedding_loss", "cummax", "cummin", "floor", "fmod", "fractional_max_pool2d",
@@ -39,12 +39,12 @@ OPAQUE = frozenset([
 ])
 
 # fmt: on
-# Functions that have such kinks where they take maxima or minima, and none where they take sums or means.
+# Functions that have such kinks if they compute maxima or minima, and none if they compute sums or means.
 _REDUCTIONS = frozenset(["embedding_bag", "index_reduce", "scatter_reduce"])
 
 
 class _Order(NamedTuple):
-    """How a norm's order is told, and for which of them there are kinks that are not known here."""
+    """Which argument of a norm is its order, and which orders have kinks that are not supported here."""
 
     name: str
     place: int
@@ -74,12 +74,12 @@ _ORDERS = {
 
 
 def has_kinks(name: str) -> bool:
-    """Whether a function of torch is one whose kinks are known here."""
+    """Whether the kinks of a function of torch are supported here."""
     return name in _FUNCTIONS
 
 
 def is_smooth(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a call of torch is of a smooth function, that is none of pieces; an ELU is one if its slopes at 0 agree.
+    """Whether a call of torch is of a smooth nonlinear function, without pieces; an ELU is if its slopes at 0 agree.
 
     >>> x = torch.zeros(1)
     >>> is_smooth("elu", (x,), {}), is_smooth("elu", (x, 0.5), {}), is_smooth("tanh", (x,), {})
@@ -89,7 +89,7 @@ def is_smooth(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
 
 
 def has_unseen_kinks(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a call of torch has kinks that cannot be told from outside.
+    """Whether a call of torch has kinks that cannot be determined here.
 
     >>> has_unseen_kinks("sort", (), {}), has_unseen_kinks("embedding_bag", (), {"mode": "mean"})
     (True, False)
@@ -103,12 +103,12 @@ def has_unseen_kinks(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> 
 
 
 def function_of(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Function | None:
-    """The kinks of one call of torch by the function's name; None where it has none.
+    """The kinks of one call of torch, found by the function's name; None if it has none.
 
     Args:
-        name: of the function or method, without leading and trailing underscores.
-        args: of the call.
-        kwargs: of the call.
+        name: name of the function or method, without leading and trailing underscores.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
     """
     build = _FUNCTIONS.get(name)
     if build is None:
@@ -122,7 +122,7 @@ def _at_zero(input: Tensor, *_: Any, **__: Any) -> Function:  # noqa: A002 (torc
 
 
 def _elu(input: Tensor, alpha: float = 1.0, *_: Any, **__: Any) -> Function | None:  # noqa: A002
-    """α (exp(x) − 1) below 0, whose slope α at 0 is that of x above if α = 1."""
+    """α (exp(x) − 1) below 0 and x above; no kink if α = 1, as the slopes at 0 then agree."""
     return None if alpha == 1 else Elementwise(input)
 
 
@@ -176,7 +176,7 @@ def _norm(name: str) -> Callable[..., Function | None]:
 
 
 def _first(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
-    """What a function is called on, by whatever name."""
+    """The first tensor among the arguments, positional or by keyword."""
     tensor: Tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
     return tensor
 

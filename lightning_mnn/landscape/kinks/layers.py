@@ -1,8 +1,8 @@
-"""From kink calls to patterns: which numbers of a call belong to which sample, and what is kept of them.
+"""From kink calls to patterns: which numbers of a call belong to which sample, and their packed patterns.
 
-What a kink call gives for a batch has the samples on an axis of its own (the first, or the second of a sequence-first
-model), or folded with others into one axis: (B·k, H), where k may be the steps of a sequence. Sizes alone do not say
-which axis that is, so a module is first run on three samples and on two.
+The output of a kink call for a batch has the samples on their own axis (the first, or the second of a sequence-first
+model), or merged with another axis: (B·k, H), where k may be the steps of a sequence. Sizes alone do not determine this
+axis, so a module is first run on three samples and on two.
 """
 
 from __future__ import annotations
@@ -23,29 +23,31 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _MORE, _FEWER = 3, 2  # samples of the two passes that are compared
-_LIKELIER = 0.5  # an order is known if the passes differ under it at most by this part of what they do under others
-_ROUNDING = 0.02  # two runs on one sample differ at most by this part of what two samples differ by, also in bfloat16
+_MAX_RATIO = (
+    0.5  # an order is accepted if the passes differ under it at most by this times their difference under others
+)
+_ROUNDING = 0.02  # largest difference of two runs on one sample, relative to that of two samples, also in bfloat16
 
 
 class NoKinksError(TypeError):
-    """A module has no kinks, or none of those that were asked for."""
+    """A module has no kinks, or none of the requested ones."""
 
 
 class UnknownLayersError(NoKinksError, MisfitError):
-    """A module has none of the layers that were asked for."""
+    """A module has none of the requested layers."""
 
 
 @dataclass(frozen=True)
 class KinkLayer:
-    """The units of one kink call, and where they are in what it gives for a batch.
+    """The units of one kink call, and their position in its output for a batch.
 
     Attributes:
-        num_units: units, each of which is one number for each sample.
-        num_pieces: pieces that a unit can be on.
-        active_pieces: those that count as active; None where none is set apart, as in max-pooling.
-        axis: the axis that holds the samples.
-        outer: how often they follow one another on it, and
-        inner: how many entries there each has: the axis is (outer, n, inner).
+        num_units: number of units, each with one number for each sample.
+        num_pieces: number of pieces that a unit can be on.
+        active_pieces: the pieces that count as active; None where there are none, as in max-pooling.
+        axis: the axis with the samples. It is an (outer, n, inner) array of n samples.
+        outer: number of repetitions of the n samples on the axis.
+        inner: number of successive entries of each sample on the axis.
         rest: sizes of the other axes.
     """
 
@@ -63,14 +65,14 @@ class KinkLayer:
         return num_digits(self.num_pieces) * -(-self.num_units // 8)
 
     def fits(self, shape: Sequence[int]) -> bool:
-        """Whether a call gives as many units for each sample, and a whole number of samples."""
+        """Whether an output has this number of units for each sample, and a whole number of samples."""
         if len(shape) != len(self.rest) + 1:
             return False
         rest = (*shape[: self.axis], *shape[self.axis + 1 :])
         return rest == self.rest and shape[self.axis] % (self.outer * self.inner) == 0
 
     def rows(self, values: Tensor) -> Tensor:
-        """What a call gives, one row a sample: (n, units).
+        """The output of a call with one row for each sample: (n, units).
 
         >>> layer = KinkLayer(num_units=4, inner=2, rest=(2,))
         >>> layer.rows(torch.arange(12).reshape(6, 2))
@@ -85,14 +87,14 @@ class KinkLayer:
 
 @dataclass(frozen=True)
 class FoundLayers:
-    """What a module's passes on a few samples show.
+    """Layers found by passes of a module on a few samples.
 
     Attributes:
         layers: the layers by name, in the order of the forward pass.
-        without_samples: kink calls that give the same shape for any number of samples.
-        mixed: layers in which a sample's numbers depend on the samples beside it, or on chance.
-        smooth: smooth nonlinear functions that were met.
-        opaque: what was met whose kinks cannot be seen.
+        without_samples: kink calls with the same shape for any number of samples.
+        mixed: layers in which a sample's numbers depend on the other samples of the batch, or on random numbers.
+        smooth: smooth nonlinear functions found.
+        opaque: functions and modules found whose kinks cannot be seen.
     """
 
     layers: Mapping[str, KinkLayer]
@@ -103,10 +105,10 @@ class FoundLayers:
 
 
 @dataclass(frozen=True)
-class _Look:
-    """What a layer gives in one pass."""
+class _Output:
+    """Output of a layer in one pass."""
 
-    values: Tensor  # distances to the kink, which tell samples apart where pieces may agree by chance
+    values: Tensor  # distances to the kink: they differ between samples, while pieces may agree by chance
     num_pieces: int
     active_pieces: tuple[int, ...] | None
 
@@ -116,19 +118,19 @@ def find_layers(
     run: Callable[[int], Any],
     modules: Names = None,
 ) -> FoundLayers:
-    """Find a module's kink layers, and on which axis of each the samples are.
+    """Find a module's kink layers, and the axis of the samples in each.
 
-    The module runs twice, on three samples and on the first two of them. The axis whose size changes holds the samples;
-    where it is k times as long as they are many, the order is the one in which the two passes agree.
+    The module runs twice, on three samples and on the first two of them. The axis whose size changes is that of the
+    samples. If its size is k times the number of samples, the order on it is the one in which the two passes agree.
 
     Args:
         module: the module.
-        run: runs it on the first so many samples.
-        modules: names or patterns of the layers to take (see :class:`KinkTrace`).
+        run: runs the module on the first n samples, for its argument n.
+        modules: names or patterns of the layers to find (see :class:`KinkTrace`).
 
     Raises:
         NoKinksError: no layer is found.
-        ValueError: where the samples of a layer are cannot be told.
+        ValueError: the axis or the order of the samples in a layer cannot be determined.
 
     >>> net = torch.nn.Sequential(torch.nn.Conv1d(1, 4, 2), torch.nn.ReLU(), torch.nn.MaxPool1d(3))
     >>> inputs = torch.randn(3, 1, 7)
@@ -136,16 +138,16 @@ def find_layers(
     >>> {name: (layer.num_units, layer.num_pieces) for name, layer in found.layers.items()}
     {'1': (24, 2), '2': (8, 3)}
     """
-    (more, trace), (fewer, _) = (_look(module, run, n, modules) for n in (_MORE, _FEWER))
+    (more, trace), (fewer, _) = (_outputs(module, run, n, modules) for n in (_MORE, _FEWER))
     layers, without_samples, mixed = {}, [], []
-    for name, look in more.items():
+    for name, output in more.items():
         other = fewer.get(name)
         if other is None:
-            raise _unclear(name, f"it is met with {_MORE} samples, and not with {_FEWER}")
-        if look.values.shape == other.values.shape:
+            raise _unclear(name, f"it is called with {_MORE} samples, and not with {_FEWER}")
+        if output.values.shape == other.values.shape:
             without_samples.append(name)
             continue
-        layers[name], agree = _layer(name, look, other)
+        layers[name], agree = _layer(name, output, other)
         if not agree:
             mixed.append(name)
     if not layers:
@@ -155,26 +157,26 @@ def find_layers(
     )
 
 
-def _look(
+def _outputs(
     module: torch.nn.Module, run: Callable[[int], Any], num: int, modules: Names
-) -> tuple[dict[str, _Look], KinkTrace]:
-    found: dict[str, _Look] = {}
+) -> tuple[dict[str, _Output], KinkTrace]:
+    found: dict[str, _Output] = {}
 
-    def take(kink: Kink) -> None:
+    def record(kink: Kink) -> None:
         if kink.num_pieces > 1:
-            found[kink.name] = _Look(kink.distance().cpu().to(torch.float64), kink.num_pieces, kink.active_pieces)
+            found[kink.name] = _Output(kink.distance().cpu().to(torch.float64), kink.num_pieces, kink.active_pieces)
 
-    trace = KinkTrace(module, take, modules)
+    trace = KinkTrace(module, record, modules)
     with trace:
         run(num)
     return found, trace
 
 
-def _layer(name: str, look: _Look, other: _Look) -> tuple[KinkLayer, bool]:
+def _layer(name: str, output: _Output, other: _Output) -> tuple[KinkLayer, bool]:
     """The layer, and whether its numbers for a sample are the same in both passes."""
-    large, small = look.values.shape, other.values.shape
+    large, small = output.values.shape, other.values.shape
     changed = [axis for axis, (a, b) in enumerate(zip(large, small, strict=False)) if a != b]
-    same_kind = len(large) == len(small) and look.num_pieces == other.num_pieces
+    same_kind = len(large) == len(small) and output.num_pieces == other.num_pieces
     if not same_kind or len(changed) != 1:
         raise _unclear(name, f"its shape is {tuple(large)} for {_MORE} samples and {tuple(small)} for {_FEWER}")
     axis = changed[0]
@@ -183,19 +185,21 @@ def _layer(name: str, look: _Look, other: _Look) -> tuple[KinkLayer, bool]:
         raise _unclear(name, f"its shape is {tuple(large)} for {_MORE} samples and {tuple(small)} for {_FEWER}")
     rest = (*large[:axis], *large[axis + 1 :])
     layers = [
-        KinkLayer(fold * math.prod(rest), look.num_pieces, look.active_pieces, axis, fold // inner, inner, tuple(rest))
+        KinkLayer(
+            fold * math.prod(rest), output.num_pieces, output.active_pieces, axis, fold // inner, inner, tuple(rest)
+        )
         for inner in range(1, fold + 1)
         if fold % inner == 0
     ]
-    values = [(layer.rows(look.values), layer.rows(other.values)) for layer in layers]
+    values = [(layer.rows(output.values), layer.rows(other.values)) for layer in layers]
     errors = [_difference(a[:_FEWER], b) for a, b in values]
     best = min(range(len(layers)), key=errors.__getitem__)
     if len(layers) == 1:
         a, _ = values[0]
         between_samples = max(_difference(a[:1], a[1:2]), _difference(a[1:2], a[2:3]))
         return layers[0], errors[0] <= _ROUNDING * between_samples
-    if any(errors[best] > _LIKELIER * error or error == 0 for i, error in enumerate(errors) if i != best):
-        raise _unclear(name, f"the order of {fold} × n entries on its axis {axis} agrees with none that is known")
+    if any(errors[best] > _MAX_RATIO * error or error == 0 for i, error in enumerate(errors) if i != best):
+        raise _unclear(name, f"the order of {fold} × n entries on its axis {axis} agrees with no known order")
     return layers[best], True
 
 
@@ -205,7 +209,7 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 def _unclear(name: str, why: str) -> ValueError:
     return ValueError(
-        f"which numbers of the layer {name} belong to which sample cannot be told: {why}. Leave it out by modules= "
+        f"which numbers of the layer {name} belong to which sample is unknown: {why}. Leave it out by modules= "
         "with the names or patterns of the others"
     )
 
@@ -213,25 +217,24 @@ def _unclear(name: str, why: str) -> ValueError:
 def no_kinks(
     module: torch.nn.Module, trace: KinkTrace, modules: Names, without_samples: Sequence[str] = ()
 ) -> NoKinksError:
-    """The error that says why no layer was found.
+    """The error for a module in which no layer was found, with the reason.
 
     Args:
         module: the module.
-        trace: of a pass over it.
-        modules: names or patterns of the layers that were asked for.
-        without_samples: layers that give no number for each sample.
+        trace: the trace of a pass of it.
+        modules: names or patterns of the requested layers.
+        without_samples: layers without a number for each sample.
     """
     name = type(module).__name__
     if not trace.names and trace.left_out:
         return UnknownLayersError(
-            f"modules={modules!r} matches none of the layers that {name} met in its forward pass: "
-            f"{', '.join(trace.left_out)}"
+            f"modules={modules!r} matches none of the layers in the forward pass of {name}: {', '.join(trace.left_out)}"
         )
     unseen = f"; the kinks of {', '.join(sorted(trace.opaque))} cannot be seen" if trace.opaque else ""
-    shapeless = f"; {', '.join(without_samples)} give no number for each sample" if without_samples else ""
+    shapeless = f"; {', '.join(without_samples)} have no number for each sample" if without_samples else ""
     return NoKinksError(
-        f"{name} met no kink in its forward pass, that is no ReLU, LeakyReLU, clamp, maximum, max-pooling or the like"
-        f"{unseen}{shapeless}. Where its forward is not what training runs, give a forward_fn(module, batch)"
+        f"{name} has no kink in its forward pass: no ReLU, LeakyReLU, clamp, maximum, max-pooling or similar function"
+        f"{unseen}{shapeless}. If training does not run its forward, give a forward_fn(module, batch)"
     )
 
 
@@ -241,7 +244,7 @@ class PatternRows:
     Args:
         layers: the layers by name.
         num_samples: N.
-        device: where the patterns are kept.
+        device: device of the patterns.
         start: the first row to fill.
         ignored: names of kink calls that are not layers.
 
@@ -269,8 +272,8 @@ class PatternRows:
         self.row = start
         self._num_samples = num_samples
         self._ignored = ignored
-        self._met: dict[str, int] = {}  # samples that each layer gave in this batch
-        self._nan: dict[str, Tensor] = {}  # whether a layer has met NaN, which is read at the end
+        self._counts: dict[str, int] = {}  # number of samples of each layer in this batch
+        self._nan: dict[str, Tensor] = {}  # whether a layer had a NaN input; read at the end
         self.bits = {
             name: torch.zeros(
                 num_digits(layer.num_pieces), num_samples, -(-layer.num_units // 8), dtype=torch.uint8, device=device
@@ -279,52 +282,52 @@ class PatternRows:
         }
 
     def take(self, kink: Kink) -> None:
-        """Pack what a kink call gives.
+        """Pack the pieces of a kink call.
 
         Raises:
-            PatternError: a call that is not one of the layers, or gives another number of units.
+            PatternError: the call is not one of the layers, or has another number of units.
         """
         layer = self.layers.get(kink.name)
         if layer is None:
             if kink.num_pieces == 1 or kink.name in self._ignored:
                 return
-            raise _changing(kink.name, "it was not met in the pass on a few samples")
+            raise _changing(kink.name, "it was not called in the pass on a few samples")
         if kink.num_pieces != layer.num_pieces:
             raise _changing(kink.name, f"its units had {layer.num_pieces} pieces, and now {kink.num_pieces}")
         pieces, is_nan = kink.pieces_or_nan()
         if not layer.fits(pieces.shape):
             raise _changing(
                 kink.name,
-                f"it had {layer.num_units} units for each sample (axis {layer.axis} holds the samples, the others were "
-                f"{layer.rest}), and now its shape is {tuple(pieces.shape)}",
+                f"it had {layer.num_units} units for each sample (samples on axis {layer.axis}, the other axes of "
+                f"sizes {layer.rest}), and now its shape is {tuple(pieces.shape)}",
             )
         self._nan[kink.name] = self._nan.get(kink.name, is_nan) | is_nan
         rows = layer.rows(pieces)
-        self._met[kink.name] = len(rows)
-        if self.row + len(rows) <= self._num_samples:  # or end_batch says so
+        self._counts[kink.name] = len(rows)
+        if self.row + len(rows) <= self._num_samples:  # otherwise end_batch raises
             packed = PiecePattern(rows, layer.num_pieces).pack().bits
             self.bits[kink.name][:, self.row : self.row + len(rows)] = packed
 
     def end_batch(self) -> None:
-        """Go on with the rows of the next batch.
+        """Advance to the rows of the next batch.
 
         Raises:
-            PatternError: a layer was not met in the batch, or layers gave different numbers of samples.
+            PatternError: a layer was not called in the batch, or layers had different numbers of samples.
         """
-        missing = [name for name in self.layers if name not in self._met]
+        missing = [name for name in self.layers if name not in self._counts]
         if missing:
-            raise _changing(missing[0], "it was not met in every batch")
-        counts = set(self._met.values())
+            raise _changing(missing[0], "it was not called in every batch")
+        counts = set(self._counts.values())
         if len(counts) > 1 or self.row + max(counts) > self._num_samples:
             raise PatternError(
-                f"the layers gave different numbers of samples of one batch, or more than the {self._num_samples} that "
-                f"are recorded: {self._met}. Leave some out by modules="
+                f"the layers have different numbers of samples of one batch, or more than the {self._num_samples} that "
+                f"are recorded: {self._counts}. Leave some out by modules="
             )
         self.row += counts.pop()
-        self._met = {}
+        self._counts = {}
 
     def check(self) -> None:
-        """Check that what was packed are pieces of numbers; a GPU is waited for here alone.
+        """Check that no packed piece is that of a NaN; only here the host waits for a GPU.
 
         Raises:
             PatternError: the input of a kink was NaN.
@@ -332,7 +335,7 @@ class PatternRows:
         check_numbers(list(self._nan), list(self._nan.values()))
 
     def patterns(self) -> dict[str, PackedPattern]:
-        """The patterns by layer, views of the rows; they say something where :meth:`check` passes."""
+        """The patterns by layer, views of the rows; they are valid if :meth:`check` passes."""
         return {
             name: PackedPattern(bits if len(bits) > 1 else bits[0], self.layers[name].num_units, layer.num_pieces)
             for (name, bits), layer in zip(self.bits.items(), self.layers.values(), strict=True)
@@ -341,6 +344,6 @@ class PatternRows:
 
 def _changing(name: str, why: str) -> PatternError:
     return PatternError(
-        f"the layer {name} is not the same in every batch: {why}. Where batches are padded to their longest sample, "
+        f"the layer {name} is not the same in every batch: {why}. If batches are padded to their longest sample, "
         "pad them to one length; or leave the layer out by modules= with the names or patterns of the others"
     )

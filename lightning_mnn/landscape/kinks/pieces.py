@@ -1,4 +1,4 @@
-"""The pieces of a piecewise-linear function: on which is a number, and how far is the next."""
+"""The pieces of a piecewise-linear function: which piece a number is on, and its distance to the nearest kink."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Function(Protocol):
 
     @property
     def num_pieces(self) -> int:
-        """How many pieces there are."""
+        """Number of pieces."""
 
     @property
     def active_pieces(self) -> tuple[int, ...] | None:
-        """Those that count as active."""
+        """The pieces that count as active; None: the function has no active pieces."""
 
     @property
     def requires_grad(self) -> bool:
@@ -70,15 +70,15 @@ class Elementwise:
 
 
 class Largest:
-    """The largest of k numbers along the last axis of what ``numbers`` returns; the piece is its index.
+    """The largest of k numbers, along the last axis of the result of ``numbers``; the piece is its index.
 
     Args:
         x: the tensor that the function is called on.
         num_pieces: k.
-        numbers: all that compete, (..., k); −inf for those of a window that lie outside.
-        winner: a faster way to the index of the largest; None: from the numbers.
-        gap: a faster way to the largest less the second; None: from the numbers.
-        others: what else the numbers depend on.
+        numbers: returns all k numbers, (..., k); −inf for entries of a window outside the input.
+        winner: a faster function for the index of the largest; None: it is computed from the numbers.
+        gap: a faster function for the largest less the second largest; None: it is computed from the numbers.
+        others: other tensors that the numbers depend on.
 
     >>> call = Largest(torch.tensor([[1.0, 4.0, 2.0]]), 3, lambda: torch.tensor([[1.0, 4.0, 2.0]]))
     >>> call.pieces(), call.distance()
@@ -113,7 +113,7 @@ class Largest:
         return self._numbers().argmax(-1) if self._winner is None else self._winner()
 
     def distance(self) -> Tensor:
-        """Largest less second largest; infinite where there is one number only."""
+        """Largest less second largest; infinite if there is only one number."""
         if self._gap is not None:
             return self._gap()
         numbers = self._numbers()

@@ -1,4 +1,4 @@
-"""Max-pooling as a largest of several numbers."""
+"""Max-pooling as the largest of several numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def max_pooling(num_axes: int) -> Callable[..., Function]:
-    """From the arguments of torch's ``max_pool`` of so many axes to the largest that it takes in each window."""
+    """A function from the arguments of torch's ``max_pool`` of this many axes to its :class:`Largest`."""
 
     def build(
         input: Tensor,  # noqa: A002
@@ -35,7 +35,7 @@ def max_pooling(num_axes: int) -> Callable[..., Function]:
         sizes = input.shape[-num_axes:]
 
         def windows() -> list[Tensor]:
-            """Of each place in a window the numbers there, (..., windows), −inf outside of the input."""
+            """For each position in a window, the numbers there, (..., windows); −inf outside the input."""
             each = list(zip(sizes, kernel, step, pad, spread, strict=True))
             outs = [_pooled(*options, ceil_mode=ceil_mode) for options in each]
             ends = [
@@ -52,7 +52,7 @@ def max_pooling(num_axes: int) -> Callable[..., Function]:
             return found
 
         def winner() -> Tensor:
-            """The first of the largest, as torch's pooling has it, whose own indices take longer to be had."""
+            """Index of the first of the largest, as in torch's pooling; computing torch's own indices is slower."""
             best, *others = windows()
             found = torch.zeros_like(best, dtype=torch.uint8 if len(others) < 256 else torch.int64)
             for i, window in enumerate(others, start=1):
@@ -74,14 +74,14 @@ def max_pooling(num_axes: int) -> Callable[..., Function]:
 
 
 def _pooled(n: int, kernel: int, step: int, pad: int, spread: int, *, ceil_mode: bool) -> int:
-    """Windows of a max-pooling along an axis of size n."""
+    """Number of windows of a max-pooling along an axis of size n."""
     span = n + 2 * pad - spread * (kernel - 1) - 1
     out = (-(-span // step) if ceil_mode else span // step) + 1
-    return out - 1 if ceil_mode and (out - 1) * step >= n + pad else out  # none begins beyond the input
+    return out - 1 if ceil_mode and (out - 1) * step >= n + pad else out  # no window starts beyond the input
 
 
 def adaptive_max_pooling(num_axes: int) -> Callable[..., Function]:
-    """The same of torch's ``adaptive_max_pool``."""
+    """The same for torch's ``adaptive_max_pool``."""
 
     def build(input: Tensor, output_size: Any, *_: Any, **__: Any) -> Function:  # noqa: A002
         sizes = input.shape[-num_axes:]
@@ -100,12 +100,12 @@ def adaptive_max_pooling(num_axes: int) -> Callable[..., Function]:
 
 
 def _windows(x: Tensor, places: Sequence[Tensor], valid: Sequence[Tensor]) -> Tensor:
-    """The numbers of each window, (..., out_1, …, out_m, k), −inf where a window reaches out of x.
+    """The numbers of each window, (..., out_1, …, out_m, k); −inf where a window extends beyond x.
 
     Args:
         x: (..., n_1, …, n_m).
-        places: of each axis the indices of each window, (out, k), on the device of x.
-        valid: of each axis whether they lie in x and in the window, (out, k).
+        places: for each axis, the indices of each window, (out, k), on the device of x.
+        valid: for each axis, whether they lie in x and in the window, (out, k).
     """
     m = len(places)
     index: list[Any] = []

@@ -1,7 +1,8 @@
-"""KinkTrace: every piecewise-linear function that a module calls in a forward pass, whoever wrote the module.
+"""KinkTrace: every piecewise-linear function that any module calls in a forward pass.
 
-A *kink call* is one call of such a function: an ``nn.ReLU``, ``F.relu``, ``clamp``, ``maximum``, max-pooling and their
-kin. Each of its units (an entry of its output) lies on one of a few *pieces*, on each of which the function is affine.
+A *kink call* is one call of such a function: an ``nn.ReLU``, ``F.relu``, ``clamp``, ``maximum``, max-pooling and
+similar functions. Each of its units (an entry of its output) lies on one of a few *pieces*. The function is affine on
+each piece.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 Names: TypeAlias = "str | Sequence[str] | None"
 
-# Modules that are one function: their name is the layer's.
+# Modules that are a single function: the layer has the name of the module.
 KINK_MODULES = (
     nn.ReLU,
     nn.LeakyReLU,
@@ -56,26 +57,26 @@ KINK_MODULES = (
 
 
 class PatternError(ValueError):
-    """A pass gave no pattern, or one that is not comparable with the others: of NaN, or of other layers than before."""
+    """A pass gave no pattern, because of NaN, or one that cannot be compared, because the layers differ from before."""
 
 
 class Kink:
     """One kink call, at the moment before the function runs.
 
-    It is to be used at once: a function that works in place overwrites the input.
+    Use it immediately: an in-place function overwrites the input.
 
     Attributes:
         name: the layer: the path of a kink module (``features.3``), or that of the innermost module in whose forward a
             function is called, ``.F.`` and the function (``block.F.relu``); a second call of a name in one pass is
             ``….call_2``.
         function: name of the function, such as ``relu`` or ``max_pool2d``.
-        num_pieces: pieces that a unit can be on.
-        active_pieces: those that count as active (ReLU: the upper one; ReLU6: the middle one), or None where none is
-            set apart, as in a maximum.
+        num_pieces: number of pieces that a unit can be on.
+        active_pieces: the pieces that count as active (ReLU: the upper one; ReLU6: the middle one), or None where the
+            function has no active pieces, such as a maximum.
         input: the tensor that the function is called on.
         depends_on_weights: whether the input requires a gradient, so that it can change with the weights.
-        source: the module whose output the input is, None where it is nobody's.
-        source_input: what that module was called on; None where that is not one tensor.
+        source: the module that returned the input, None where no module did.
+        source_input: the argument of that module; None if it had several arguments.
     """
 
     def __init__(self, name: str, function: str, call: Function, source: tuple[nn.Module, Any] | None) -> None:
@@ -92,8 +93,8 @@ class Kink:
     def pieces(self) -> Tensor:
         """Piece of each unit, integers from 0 to ``num_pieces`` − 1, of the shape of the function's output.
 
-        Of an elementwise function the pieces are counted from below, a value on a breakpoint to the lower one, as in
-        torch's ``relu``. Of a maximum over k numbers the piece is the index of the largest.
+        For an elementwise function the pieces are counted from below; a value on a breakpoint belongs to the lower
+        piece, as in torch's ``relu``. For a maximum over k numbers the piece is the index of the largest.
 
         Raises:
             PatternError: an input is NaN.
@@ -103,7 +104,7 @@ class Kink:
         return pieces
 
     def pieces_or_nan(self) -> tuple[Tensor, Tensor]:
-        """The same, and whether an input is NaN, bool (), so that they say nothing: no GPU is waited for."""
+        """The pieces, and whether an input is NaN, bool (), so that they are invalid; without a wait for a GPU."""
         # amax is 20 times faster than isnan().any()
         is_nan = self.input.amax().isnan() if self.input.numel() else torch.zeros((), dtype=torch.bool)
         return self._call.pieces(), is_nan
@@ -111,20 +112,20 @@ class Kink:
     def distance(self) -> Tensor:
         """Distance of each unit to the nearest kink, in units of the function's input, of the shape of its output.
 
-        |x − b| to the nearest breakpoint b; of a maximum the difference of the largest number and the second.
+        |x − b| to the nearest breakpoint b; for a maximum, the difference between the two largest numbers.
         """
         return self._call.distance()
 
 
 def check_numbers(names: Sequence[str], are_nan: Sequence[Tensor]) -> None:
-    """Check that no layer has met NaN; a GPU is waited for once.
+    """Check that no layer had a NaN input; the host waits once for a GPU.
 
     Args:
-        names: of the layers.
-        are_nan: whether each has, bool ().
+        names: names of the layers.
+        are_nan: whether the input of each was NaN, bool ().
 
     Raises:
-        PatternError: one has.
+        PatternError: the input of a layer was NaN.
     """
     for name, is_nan in zip(names, fetched(*are_nan), strict=True):
         if is_nan:
@@ -132,24 +133,23 @@ def check_numbers(names: Sequence[str], are_nan: Sequence[Tensor]) -> None:
 
 
 class KinkTrace:
-    """Hands each kink call of a forward pass to a function: ``with trace: module(inputs)``, once for each pass.
+    """A context that passes each kink call of a forward pass to a function: ``with trace: module(inputs)`` per pass.
 
-    Calls are met in whatever way they are written: as modules, as functions, as methods of tensors (by a
-    ``TorchFunctionMode``); modules that ``torch.compile`` made faster run as they were written. Nothing stays
-    behind on the module. What cannot be seen is what torch does in one piece (``nn.RNN`` with ReLU), scripted
-    modules, custom autograd functions, what runs within ``torch.vmap``, and kinks that are made of comparisons.
-    What metrics of torchmetrics call is passed over.
+    A ``TorchFunctionMode`` catches calls in any form: modules, functions and methods of tensors. Modules compiled by
+    ``torch.compile`` run as they were written. Nothing remains on the module afterwards. The trace cannot see inside
+    fused operations of torch (``nn.RNN`` with ReLU), scripted modules, custom autograd functions, code within
+    ``torch.vmap``, and kinks that come from comparisons. Calls inside metrics of torchmetrics are ignored.
 
     Args:
-        module: its submodules' names are those of the layers.
-        on_kink: what is called with each :class:`Kink`, without a gradient, before the function runs.
-        modules: names or patterns (``*``, ``?``) of the layers to hand on, or of modules whose layers are; None: all.
+        module: the module; the names of its submodules give the names of the layers.
+        on_kink: is called with each :class:`Kink`, without a gradient, before the function runs.
+        modules: names or patterns (``*``, ``?``) of the layers to trace, or of modules that contain them; None: all.
 
     Attributes:
-        names: layers met so far, in the order of the forward pass, those that ``modules`` leaves out excepted.
-        left_out: layers met that ``modules`` leaves out.
-        smooth: smooth nonlinear functions met: between the kinks the module is not linear where it has them.
-        opaque: what was met whose kinks cannot be seen.
+        names: layers found so far, in the order of the forward pass, without those that ``modules`` leaves out.
+        left_out: layers found that ``modules`` leaves out.
+        smooth: smooth nonlinear functions found: with them the module is not linear between its kinks.
+        opaque: functions and modules found whose kinks cannot be seen.
 
     >>> found = []
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1), nn.Tanh())
@@ -181,7 +181,7 @@ class KinkTrace:
         self._stack: ExitStack | None = None
 
     def __enter__(self) -> Self:
-        """Begin a pass."""
+        """Start a pass."""
         self._within, self._output = [], None
         self._calls.clear()
         with ExitStack() as stack:
@@ -189,14 +189,14 @@ class KinkTrace:
             for part in self._parts:
                 stack.callback(part.register_forward_pre_hook(self._enter_module).remove)
                 stack.callback(part.register_forward_hook(self._leave_module, always_call=True).remove)
-            stack.enter_context(_Mode(self._met))
+            stack.enter_context(_Mode(self._on_call))
             self._stack = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """End the pass, and take everything back."""
+        """End the pass, and remove all hooks and modes."""
         stack, self._stack, self._output = self._stack, None, None
         if stack is not None:
             stack.close()
@@ -205,13 +205,13 @@ class KinkTrace:
         self._within.append(module)
 
     def _leave_module(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        while self._within and self._within.pop() is not module:  # what an exception left there
+        while self._within and self._within.pop() is not module:  # modules that an exception left on the stack
             pass
         self._output = (module, inputs[0] if len(inputs) == 1 else None, output)
 
     @torch.no_grad()
-    def _met(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        """Look at a call of torch, and hand it on if it has kinks."""
+    def _on_call(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Inspect a call of torch, and pass it to ``on_kink`` if it has kinks."""
         if self._metrics and any(id(part) in self._metrics for part in self._within):
             return
         if is_smooth(name, args, kwargs):
@@ -252,26 +252,26 @@ class KinkTrace:
 
 
 class _Mode(TorchFunctionMode):
-    """Tells of each call of torch before it happens."""
+    """Reports each call of torch before it runs."""
 
-    def __init__(self, met: Callable[[str, Sequence[Any], dict[str, Any]], None]) -> None:
+    def __init__(self, on_call: Callable[[str, Sequence[Any], dict[str, Any]], None]) -> None:
         super().__init__()
-        self._met = met
+        self._on_call = on_call
 
     @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self._met(getattr(func, "__name__", "").strip("_"), args, kwargs)
+        self._on_call(getattr(func, "__name__", "").strip("_"), args, kwargs)
         return func(*args, **kwargs)
 
 
 def _is_wrapped(value: Any) -> bool:
-    """Whether a tensor stands for others, as within ``torch.vmap``, so that its numbers cannot be looked at."""
+    """Whether a tensor wraps another, as within ``torch.vmap``, so that its numbers cannot be read."""
     return isinstance(value, torch.Tensor) and is_functorch_tensor(value)
 
 
 def _is_metric(module: nn.Module) -> bool:
-    """Whether a module is a metric of torchmetrics, which need not be imported for that."""
+    """Whether a module is a metric of torchmetrics, tested without an import of torchmetrics."""
     return any(kind.__module__.partition(".")[0] == "torchmetrics" for kind in type(module).__mro__)
 
 

@@ -67,7 +67,7 @@ def test_what_cannot_be_told_is_refused():
         (lambda h: h.flatten(0, 1) * 0 + 1, "agrees with none that is known"),  # all alike
     ):
         module = Form(form)
-        with pytest.raises(ValueError, match="layer relu belong to which sample cannot be told: ") as error:
+        with pytest.raises(ValueError, match="layer relu belong to which sample is unknown: ") as error:
             find_layers(module, lambda n, module=module: module(inputs[:n]))
         assert why in str(error.value)
 
@@ -97,10 +97,10 @@ def test_layers_that_change_from_batch_to_batch_are_named():
         module(torch.randn(2, 5, 4))
     with trace:
         module.linear(inputs)
-    with pytest.raises(ValueError, match="layer relu is not the same in every batch: it was not met in every batch"):
+    with pytest.raises(ValueError, match="layer relu is not the same in every batch: it was not called in every batch"):
         rows.end_batch()
     module.form = F.relu
-    with pytest.raises(ValueError, match=r"layer F\.relu .*: it was not met in the pass on a few samples"), trace:
+    with pytest.raises(ValueError, match=r"layer F\.relu .*: it was not called in the pass on a few samples"), trace:
         module(inputs)
     module.form = lambda h: h
     with trace:
@@ -142,5 +142,5 @@ def test_no_kinks_and_names_that_match_nothing():
     with pytest.raises(NoKinksError, match=r"modules='leaky' matches none of the layers .*: relu"):
         find_layers(module, lambda n: module(inputs[:n]), "leaky")
     module.relu = nn.Tanh()
-    with pytest.raises(NoKinksError, match="Form met no kink in its forward pass"):
+    with pytest.raises(NoKinksError, match="Form has no kink in its forward pass"):
         find_layers(module, lambda n: module(inputs[:n]))
