@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     Run: TypeAlias = Callable[[], Mapping[str, Tensor]]
 
 
-RESOLVED_SPACINGS = 8  # spacings of floats at 1: moves of a smaller σ would be rounding errors
+RESOLVED_SPACINGS = 8  # spacings of floats at 1: moves with a smaller σ would be rounding errors
 
 
 @contextmanager
 def moved(parameters: Iterable[Tensor], sigma: float, *, seed: int = 0) -> Iterator[None]:
-    """A context in which the parameters stand at a random move of size σ; afterwards they are as before, bit for bit.
+    """A context in which the parameters are moved at random with size σ; afterwards they are restored bit for bit.
 
     >>> weight = torch.ones(4)
     >>> with moved([weight], 0.1):
@@ -51,14 +51,15 @@ def finest_sigma(parameters: Iterable[Tensor]) -> float:
     """
     spacings = [torch.finfo(tensor.dtype).eps for tensor in parameters]
     if not spacings:
-        raise ValueError("parameters must hold at least one tensor to move, got none")
+        raise ValueError("parameters must have at least one tensor to move, got none")
     return RESOLVED_SPACINGS * max(spacings)
 
 
 class RandomMoves:
-    """Moves tensors along one direction at a time, and puts them back at the end.
+    """Moves tensors along one direction at a time, and restores them at the end.
 
-    Their memory is written to past autograd, whose count of changes would tell others of a change that is undone.
+    It writes to their memory without autograd, so that autograd's version counter does not count changes that are
+    undone.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -72,18 +73,18 @@ class RandomMoves:
         self._direction: list[Tensor] = []
 
     def __enter__(self) -> Self:
-        """Nothing has moved yet."""
+        """Return the moves; nothing has moved yet."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Put all back."""
+        """Restore all tensors."""
         for target, origin in zip(self._targets, self._origins, strict=True):
             target.copy_(origin)
 
     def turn(self, seed: int) -> None:
         """Choose another direction."""
         generators: dict[torch.device, torch.Generator] = {}
-        self._direction.clear()  # its memory goes before as much is asked for
+        self._direction.clear()  # free its memory before the new direction is allocated
         for origin, scale in zip(self._origins, self._scales, strict=True):
             device = origin.device
             drawn_by = generators.setdefault(device, torch.Generator(device).manual_seed(seed))
@@ -91,23 +92,23 @@ class RandomMoves:
             self._direction.append(torch.randn(origin.shape, generator=drawn_by, dtype=dtype, device=device) * scale)
 
     def go(self, sigma: float) -> None:
-        """Stand at the origin plus σ times the direction."""
+        """Set the tensors to their origin plus σ times the direction."""
         for target, origin, direction in zip(self._targets, self._origins, self._direction, strict=True):
             torch.add(origin, direction, alpha=sigma, out=target)
 
 
-COARSE_SPACING = 1e-4  # spacing of floats from which no step is both above rounding and small
+COARSE_SPACING = 1e-4  # spacing of floats above which no step is both larger than rounding and small
 
 
 class Jitter:
-    """A random direction in which each number θ of a tensor moves by r · max(|θ|, root mean square), r from a normal.
+    """A random direction that moves each number θ of a tensor by r · max(|θ|, root mean square), with r normal.
 
-    Where all of a tensor is zero, the root mean square is that of all tensors. Those that do not require a gradient
-    stay. The direction is drawn when it is first needed, and takes the memory of the parameters.
+    If a tensor is all zeros, the root mean square is that of all tensors. Tensors that do not require a gradient do not
+    move. The direction is drawn at its first use, and needs as much memory as the parameters.
 
     Args:
-        parameters: what moves.
-        seed: of r.
+        parameters: the tensors to move.
+        seed: seed of r.
     """
 
     def __init__(self, parameters: Sequence[Tensor], seed: int = 0) -> None:
@@ -117,10 +118,10 @@ class Jitter:
 
     @contextmanager
     def moved(self, step: float) -> Iterator[None]:
-        """Inside, the parameters are moved by a step in the direction; afterwards as before, bit for bit."""
+        """A context in which the parameters are moved by a step; afterwards they are restored bit for bit."""
         if self._direction is None:
             self._direction = self._drawn()
-        kept = [parameter.detach().clone() for parameter in self._free]
+        originals = [parameter.detach().clone() for parameter in self._free]
         try:
             with torch.no_grad():
                 for parameter, direction in zip(self._free, self._direction, strict=True):
@@ -128,7 +129,7 @@ class Jitter:
             yield
         finally:
             with torch.no_grad():
-                for parameter, old in zip(self._free, kept, strict=True):
+                for parameter, old in zip(self._free, originals, strict=True):
                     parameter.copy_(old)
 
     def _drawn(self) -> list[Tensor]:
@@ -140,7 +141,7 @@ class Jitter:
         for value, square in zip(values, squares, strict=True):
             overall = torch.stack([other.to(square.device) for other in squares]).sum() / max(numbers, 1)
             mean = square / max(value.numel(), 1)
-            least = torch.where(mean > 0, mean, torch.where(overall > 0, overall, 1.0)).sqrt()
+            smallest = torch.where(mean > 0, mean, torch.where(overall > 0, overall, 1.0)).sqrt()
             drawn = torch.randn(value.shape, generator=random, dtype=torch.float64).to(value)
-            found.append(drawn.mul_(value.abs().clamp(min=least.to(value.dtype))))
+            found.append(drawn.mul_(value.abs().clamp(min=smallest.to(value.dtype))))
         return found

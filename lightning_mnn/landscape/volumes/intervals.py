@@ -22,7 +22,8 @@ class LogEstimate:
 
     Attributes:
         value: natural logarithm; a float, with leading axes a tensor on the CPU.
-        standard_error: of the value, in nats: value ± 1.96 of it covers 95 %. A closed form has its rounding error.
+        standard_error: of the value, in nats: value ± 1.96 standard errors covers 95 %. For a closed form, its rounding
+            error.
     """
 
     value: float | Tensor
@@ -31,13 +32,13 @@ class LogEstimate:
 
 @dataclass(frozen=True)
 class Proportion:
-    """A probability, by the hits among independent trials, with its 95 % confidence interval (Clopper and Pearson).
+    """A probability from the hits among independent trials, with its 95 % confidence interval (Clopper and Pearson).
 
     Attributes:
-        hits: trials that hit.
-        trials: all of them.
-        low: 0 where nothing hit.
-        high: 1 where all hit. It counts the trials that were not decided as hits, as `low` counts them as misses.
+        hits: number of hits.
+        trials: number of all trials.
+        low: lower end of the interval, with undecided trials counted as misses; 0 if there are no hits.
+        high: upper end of the interval, with undecided trials counted as hits; 1 if all are hits.
 
     >>> Proportion.of(0, 100).high < 0.037
     True
@@ -52,10 +53,10 @@ class Proportion:
 
     @classmethod
     def of(cls, hits: int, trials: int, undecided: int = 0, *, confidence: float = 0.95) -> Proportion:
-        """The proportion of `hits` among `trials`, of which others are `undecided`.
+        """The proportion of `hits` among `trials`, with some other trials `undecided`.
 
         Raises:
-            ValueError: no trials, or more hits than trials.
+            ValueError: there are no trials, or hits and undecided are more than the trials.
         """
         most = hits + undecided
         if trials < 1 or not 0 <= hits <= most <= trials:
@@ -67,18 +68,18 @@ class Proportion:
 
     @property
     def value(self) -> float:
-        """The share of hits."""
+        """The fraction of hits."""
         return self.hits / self.trials
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A probability by independent runs, in natural logarithms.
+    """A probability from independent runs, in natural logarithms.
 
     Attributes:
-        log_value: of the mean over the runs, which is unbiased; −inf where no run met the event.
-        log_low: of the lower end of the 95 % confidence interval.
-        log_high: of its upper end.
+        log_value: log of the mean over the runs, which is unbiased; −inf if the event occurred in no run.
+        log_low: log of the lower end of the 95 % confidence interval.
+        log_high: log of its upper end.
     """
 
     log_value: float
@@ -102,7 +103,7 @@ class Estimate:
 
     @property
     def standard_error(self) -> float:
-        """That of `log_value` whose ± 1.96 covers the interval; infinite where its lower end is 0."""
+        """Standard error of `log_value`, so that ± 1.96 of it covers the interval; infinite if the lower end is 0."""
         if self.log_low == -math.inf:
             return math.inf
         return max(self.log_high - self.log_value, self.log_value - self.log_low) / float(stats.norm.ppf(0.975))

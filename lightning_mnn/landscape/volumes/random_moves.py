@@ -1,8 +1,9 @@
 """Local volume: how far can all parameters of a network move at random before its activation pattern changes?
 
-Where the region of a pattern is no product of cones, its size near the parameters θ is told by the *keep probability*
-P(σ): that θ + Δ has the pattern of θ on a probe set, where Δ is isotropic in each parameter tensor and relative to it,
-Δ_l = σ ‖θ_l‖/√n_l · N(0, I) for a tensor of n_l numbers, so that ‖Δ_l‖ ≈ σ ‖θ_l‖. A tensor of zeros does not move.
+If the region of a pattern is not a product of cones, the *keep probability* P(σ) describes its size near the parameters
+θ: the probability that θ + Δ has the same pattern as θ on a probe set. Δ is isotropic in each parameter tensor and
+relative to it: Δ_l = σ ‖θ_l‖/√n_l · N(0, I) for a tensor of n_l numbers, so that ‖Δ_l‖ ≈ σ ‖θ_l‖. A tensor of zeros
+does not move.
 
 Shapes: K values of σ.
 """
@@ -35,22 +36,21 @@ SIGMAS = tuple(10.0 ** (k / 2) for k in range(-12, 1))
 
 ALL_LAYERS = "all layers"
 
-_AT_ONCE = 128  # draws of which a part of the probe is run before a GPU is waited for
+_AT_ONCE = 128  # draws for which a part of the probe is run before the host waits for a GPU
 
 
 @dataclass(frozen=True)
 class KeepCurve:
     """Keep probabilities of one layer, or of all together, over the sizes σ of the move.
 
-    The crossing of ½ is bracketed by the probabilities' own 95 % intervals: with confidence 95 %, P > ½ at every σ of
-    the curve up to ``half_sigma_low``, and P < ½ at every one from ``half_sigma_high`` on, whatever the curve does in
-    between and whether or not it falls everywhere. (Each side is a sequence of one-sided tests of 2.5 % that stops at
-    the first that fails.)
+    The crossing of ½ is bracketed by the 95 % intervals of the probabilities. With 95 % confidence, P > ½ at every σ of
+    the curve up to ``half_sigma_low``, and P < ½ at every σ from ``half_sigma_high`` on. The curve need not be
+    decreasing. (Each side is a sequence of one-sided tests of 2.5 % that stops at the first failed test.)
 
     Attributes:
         sigmas: σ, ascending, (K,).
-        kept: at each σ the probability, by draws of Δ, with its exact 95 % interval. Draws at different σ share their
-            directions, those at one σ are independent.
+        kept: the probability at each σ, from draws of Δ, with its exact 95 % interval. Draws at different σ share their
+            directions; draws at one σ are independent.
 
     >>> kept = tuple(Proportion.of(hits, 100) for hits in (100, 90, 20, 0))
     >>> curve = KeepCurve((0.001, 0.01, 0.1, 1.0), kept)
@@ -63,13 +63,13 @@ class KeepCurve:
 
     @property
     def half_sigma_low(self) -> float | None:
-        """The last σ of those at the start whose intervals lie above ½; None: the first one's does not."""
+        """The last σ of the run at the start whose intervals lie above ½; None if there is no such run."""
         above = self._num_above
         return self.sigmas[above - 1] if above else None
 
     @property
     def half_sigma_high(self) -> float | None:
-        """The first σ of those at the end whose intervals lie below ½; None: the last one's does not."""
+        """The first σ of the run at the end whose intervals lie below ½; None if there is no such run."""
         below = 0
         while below < len(self.kept) and self.kept[-1 - below].high < 0.5:
             below += 1
@@ -77,9 +77,9 @@ class KeepCurve:
 
     @property
     def half_sigma(self) -> float | None:
-        """σ½ where the probability falls to ½, between two values by a straight line over log σ.
+        """σ½, where the probability falls to ½, by linear interpolation over log σ.
 
-        It is the first crossing after ``half_sigma_low``; None where there is none among the values of σ.
+        It is the first crossing after ``half_sigma_low``; None if there is none in the range of σ.
         """
         values = [proportion.value for proportion in self.kept]
         for k in range(max(0, self._num_above - 1), len(values) - 1):
@@ -90,14 +90,14 @@ class KeepCurve:
 
     @property
     def _num_above(self) -> int:
-        """Length of the run at the start whose intervals lie above ½."""
+        """Number of σ at the start whose intervals lie above ½."""
         above = 0
         while above < len(self.kept) and self.kept[above].low > 0.5:
             above += 1
         return above
 
     def plain(self) -> dict[str, Any]:
-        """In plain values: lists ``sigma``, ``probability``, ``low`` and ``high``, and σ½ with its bracket."""
+        """Plain values: lists ``sigma``, ``probability``, ``low`` and ``high``, and σ½ with its bracket."""
         return {
             "sigma": list(self.sigmas),
             "probability": [proportion.value for proportion in self.kept],
@@ -115,7 +115,7 @@ class LocalVolume:
 
     Attributes:
         total: of all layers together.
-        layers: of each layer's own pattern, in the order of the forward pass; all parameters move nonetheless.
+        layers: of each layer's own pattern, in the order of the forward pass; all parameters move for each of them.
     """
 
     total: KeepCurve
@@ -123,7 +123,7 @@ class LocalVolume:
 
     @classmethod
     def of_counts(cls, sigmas: Sequence[float], counts: Mapping[str, Tensor], num_draws: int) -> LocalVolume:
-        """The curves of counts as :func:`count_kept` finds them, or of the sums of such counts of other draws."""
+        """The curves from counts of :func:`count_kept`, or from sums of such counts over several sets of draws."""
         curves = {
             name: KeepCurve(tuple(sigmas), tuple(Proportion.of(int(hits), num_draws) for hits in kept))
             for name, kept in counts.items()
@@ -141,23 +141,23 @@ def local_volume(
 ) -> LocalVolume:
     """Keep probabilities P(σ) of the pattern of a probe set, by draws of Δ around the parameters.
 
-    Products of float32 keep all of its digits in the passes: a small move would be lost in fewer.
+    Products of float32 use its full precision in the passes, because lower precision would hide a small move.
 
-    Cost: at most ``len(sigmas) * num_draws`` passes over the probe, and as many normal numbers as there are parameters
-    for each draw. Memory: the parameters twice more.
+    Cost: at most ``len(sigmas) * num_draws`` passes over the probe, and one normal number per parameter for each draw.
+    Memory: two more copies of the parameters.
 
     Args:
-        parameters: the tensors θ_l, moved in place and put back bit for bit, also where a run fails.
-        runs: each runs the network, as the parameters are, on a part of the probe, and returns by layer the piece of
-            every unit. Equal parameters must give equal patterns. A draw's later parts are left out where every layer
-            has changed already, so it pays to begin with a small part.
+        parameters: the tensors θ_l, moved in place and restored bit for bit, also if a run fails.
+        runs: each runs the network with the current parameters on a part of the probe, and returns by layer the piece
+            of every unit. Equal parameters must give equal patterns. The later parts are skipped for draws for which
+            every layer has already changed, so the first part should be small.
         sigmas: sizes σ of the moves, ascending.
-        num_draws: of Δ at each σ.
-        seed: of the draws; draw i depends on it and on i alone.
+        num_draws: number of draws of Δ at each σ.
+        seed: seed of the draws; draw i depends only on it and on i.
 
     Raises:
-        ValueError: σ that are not positive, finite and ascending, or below :func:`finest_sigma`; ``num_draws`` < 1; no
-            parameter, no part or no layer; patterns that change from pass to pass at the same parameters.
+        ValueError: the σ are not positive, finite and ascending, or below :func:`finest_sigma`; ``num_draws`` < 1;
+            there is no parameter, part or layer; or patterns change between passes at the same parameters.
 
     >>> weight, x = torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     >>> curve = local_volume([weight], [lambda: {"unit": weight * x > 0}], sigmas=[0.01, 3.0]).layers["unit"]
@@ -172,14 +172,14 @@ def local_volume(
 def count_kept(
     parameters: Iterable[Tensor], runs: Sequence[Run], sigmas: Sequence[float], draws: Iterable[int], *, seed: int = 0
 ) -> dict[str, Tensor]:
-    """How many of some draws keep each layer's pattern, and all layers', at each σ: numbers that add up over draws.
+    """Number of draws that keep each layer's pattern, and that of all layers, at each σ; additive over draws.
 
     Args:
         parameters: see :func:`local_volume`.
         runs: see :func:`local_volume`.
         sigmas: see :func:`local_volume`.
-        draws: the numbers of the draws.
-        seed: of the draws.
+        draws: indices of the draws.
+        seed: seed of the draws.
 
     Returns:
         By layer, and under ``ALL_LAYERS``, int64 (K,).
@@ -190,22 +190,22 @@ def count_kept(
     tensors, seeds = list(parameters), [generator(seed, "local volume", draw).initial_seed() for draw in draws]
     check_sigmas(sigmas, finest_sigma(tensors))
     if not runs:
-        raise ValueError("runs must hold at least one part of the probe, got none")
+        raise ValueError("runs must have at least one part of the probe, got none")
     with torch.no_grad(), full_precision():
         parts = [_Part(run) for run in runs]
         names = list(dict.fromkeys(name for part in parts for name in part.reference))
         if not names:
             raise ValueError("runs return no layer: there is no pattern that could change")
         if bool(torch.stack([part.changed(names) for part in parts]).any()):
-            raise ValueError("runs return another pattern at the same parameters: they must be deterministic")
+            raise ValueError("runs return different patterns at the same parameters: they must be deterministic")
         counts = torch.zeros(len(sigmas), len(names) + 1, dtype=torch.int64)
         with RandomMoves(tensors) as moves:
             for start in range(0, len(seeds), _AT_ONCE):
                 some = seeds[start : start + _AT_ONCE]
                 kept = torch.ones(len(some), *counts.shape, dtype=torch.bool)
                 for part in parts:
-                    still = kept.any(-1)
-                    kept[still] &= ~_changed(part, names, moves, some, sigmas, still)
+                    pending = kept.any(-1)
+                    kept[pending] &= ~_changed(part, names, moves, some, sigmas, pending)
                 counts += kept.sum(0)
     return dict(zip((*names, ALL_LAYERS), counts.unbind(1), strict=True))
 
@@ -228,7 +228,7 @@ def check_sigmas(sigmas: Any, finest: float = 0.0) -> None:
 
 
 class _Part:
-    """A part of the probe, and its pattern at the parameters as they are.
+    """A part of the probe, and its pattern at the original parameters.
 
     Args:
         run: see :func:`local_volume`.
@@ -240,43 +240,48 @@ class _Part:
         self._device = next((pieces.device for pieces in self.reference.values()), torch.device("cpu"))
 
     def changed(self, names: Sequence[str]) -> Tensor:
-        """Which layers are otherwise now than in the reference, and whether any is, bool (names + 1,)."""
+        """Which layers differ from the reference now, and whether any does, bool (names + 1,)."""
         now = self._run()
         flags = [self._changed_layer(name, now) for name in names]
-        flags.append(torch.stack(flags).any() | self._told(now.keys() != self.reference.keys()))
+        flags.append(torch.stack(flags).any() | self._flag(now.keys() != self.reference.keys()))
         return torch.stack(flags)
 
     def _changed_layer(self, name: str, now: Mapping[str, Tensor]) -> Tensor:
         if name not in self.reference:
-            return self._told(flag=False)
+            return self._flag(value=False)
         before, after = self.reference[name], now.get(name)
         if after is None or before.shape != after.shape:
-            return self._told(flag=True)
+            return self._flag(value=True)
         return (before != after).any().to(self._device)
 
-    def _told(self, flag: bool) -> Tensor:  # noqa: FBT001 (a flag is what it is about)
-        """A flag of the host's, which is no copy to the device."""
-        return torch.full((), flag, dtype=torch.bool, device=self._device)
+    def _flag(self, value: bool) -> Tensor:  # noqa: FBT001 (its only argument)
+        """A flag on the device, made without a copy from the host."""
+        return torch.full((), value, dtype=torch.bool, device=self._device)
 
 
 def _changed(
-    part: _Part, names: Sequence[str], moves: RandomMoves, seeds: Sequence[int], sigmas: Sequence[float], still: Tensor
+    part: _Part,
+    names: Sequence[str],
+    moves: RandomMoves,
+    seeds: Sequence[int],
+    sigmas: Sequence[float],
+    pending: Tensor,
 ) -> Tensor:
-    """What a part of the probe says of the moves that are still of interest; a GPU is waited for once.
+    """Which layers change on a part of the probe for each pending move; the host waits once for a GPU.
 
     Args:
         part: the part.
-        names: of the layers.
-        moves: of the parameters.
-        seeds: of the directions, D of them.
-        sigmas: sizes, K of them.
-        still: which moves, bool (D, K).
+        names: names of the layers.
+        moves: moves of the parameters.
+        seeds: D seeds of directions.
+        sigmas: K sizes.
+        pending: which moves to test, bool (D, K).
 
     Returns:
-        Of those moves, direction by direction, what :meth:`_Part.changed` says, on the CPU.
+        The results of :meth:`_Part.changed` for these moves, direction by direction, on the CPU.
     """
     found = []
-    for seed, wanted in zip(seeds, still.tolist(), strict=True):
+    for seed, wanted in zip(seeds, pending.tolist(), strict=True):
         if any(wanted):
             moves.turn(seed)
         for sigma, is_wanted in zip(sigmas, wanted, strict=True):

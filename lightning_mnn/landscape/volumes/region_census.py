@@ -1,9 +1,9 @@
-"""What the regions of random weights contain.
+"""Census of the regions of random weights: what they contain.
 
-Weights W ~ N(0, I) lie in the region of their activation pattern, so the share of draws whose regions pass a test
-estimates the angular volume V of the union of such regions: V(L_ε) and V(G) of the paper, which need no region's own
-volume. Every region's draw depends on a seed and its index alone: any process can take any part of a census, and the
-parts add up.
+Weights W ~ N(0, I) lie in the region of their activation pattern. So the fraction of draws whose regions pass a test
+estimates the angular volume V of the union of such regions, such as V(L_ε) and V(G) of the paper, without the volume of
+any single region. Each draw depends only on a seed and its index, so any process can compute any part of a census, and
+the counts of the parts can be added.
 
 Shapes: N samples, d0 inputs, d1 hidden units.
 """
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 MAX_NODES = 20_000  # branches of one region's search for a minimum: about 1.5 ms each at N = 40
 
-_CHUNKS = 8  # tasks a process: regions take unequal times
+_CHUNKS = 8  # tasks per process, because regions need unequal times
 
 LABELS = {"plus_minus": (-1.0, 0.0), "zero_one": (0.0, 0.5)}  # the lower label and the threshold
 
@@ -74,7 +74,8 @@ class DataSet(NamedTuple):
             threshold: decision threshold of the classification error; None infers it from the labels.
 
         Raises:
-            ValueError: wrong shapes, NaN or infinity, or labels whose threshold is not given and cannot be inferred.
+            ValueError: shapes are wrong, values are NaN or infinite, or the threshold is not given and cannot be
+                inferred.
 
         >>> DataSet.of(torch.eye(2), torch.tensor([0, 1])).threshold
         0.5
@@ -83,7 +84,9 @@ class DataSet(NamedTuple):
         if inputs.ndim != 2 or 0 in inputs.shape:
             raise ValueError(f"inputs must have shape (N, d0), neither zero, got {tuple(inputs.shape)}")
         if targets.shape != inputs.shape[:1]:
-            raise ValueError(f"targets must have shape ({len(inputs)},), one a sample, got {tuple(targets.shape)}")
+            raise ValueError(
+                f"targets must have shape ({len(inputs)},), one for each sample, got {tuple(targets.shape)}"
+            )
         for name, values in (("inputs", inputs), ("targets", targets)):
             if not bool(values.isfinite().all()):
                 raise ValueError(
@@ -102,7 +105,7 @@ class DataSet(NamedTuple):
 
 @dataclass(frozen=True)
 class GaussianData:
-    """Gaussian inputs with random labels, drawn anew for each region: volumes are averages over the data.
+    """Gaussian inputs with random labels, drawn again for each region: volumes are averages over the data.
 
     Attributes:
         num_samples: N.
@@ -110,7 +113,7 @@ class GaussianData:
         labels: "plus_minus" for ±1 or "zero_one" for {0, 1}, each with probability ½.
 
     Raises:
-        ValueError: a size is not a whole number of at least 1, or labels of another name.
+        ValueError: a size is not a whole number of at least 1, or the labels have another name.
 
     >>> GaussianData(3, 2).draw(seed=0, index=7).inputs.shape
     torch.Size([3, 2])
@@ -127,7 +130,7 @@ class GaussianData:
         one_of("labels", self.labels, sorted(LABELS))
 
     def draw(self, seed: int, index: int) -> DataSet:
-        """The data that region number `index` of a seed is classified on."""
+        """The data set on which region number `index` of a seed is classified."""
         shape = (self.num_samples, self.input_dim)
         inputs = torch.randn(shape, generator=generator(seed, "census inputs", index), dtype=torch.float64)
         ones = torch.randint(0, 2, shape[:1], generator=generator(seed, "census labels", index)).double()
@@ -137,19 +140,19 @@ class GaussianData:
 
 @dataclass(frozen=True)
 class Case:
-    """Everything that a census depends on but the number of regions; it can be pickled.
+    """Everything that a census depends on except the number of regions; it can be pickled.
 
     Attributes:
-        data: a data set, or Gaussian data drawn anew for each region.
+        data: a data set, or Gaussian data drawn again for each region.
         width: d1.
         negative_slope: ρ.
-        epsilon: ε, the classification error (a fraction) beyond which a region is sub-optimal.
-        seed: of the draws.
-        max_nodes: largest number of branches of a region's search for a minimum; with 0 none is searched, so that all
-            are undecided and only ranks and residuals are counted.
+        epsilon: ε, the classification error (a fraction) above which a region is sub-optimal.
+        seed: seed of the draws.
+        max_nodes: largest number of branches of a region's search for a minimum; with 0 there is no search, so all are
+            undecided and only ranks and residuals are counted.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of its range.
 
     >>> case = Case(GaussianData(4, 2), width=2)
     >>> case.outcome(0) == case.outcome(0)
@@ -164,42 +167,40 @@ class Case:
     max_nodes: int = MAX_NODES
 
     def __post_init__(self) -> None:
-        """Check what would otherwise fail, or mislead, in the middle of a census."""
+        """Check the arguments before a census starts."""
         positive_integer("width", self.width)
         real_number("negative_slope", self.negative_slope)
         if self.negative_slope == 1:
-            raise ArgumentError(
-                "negative_slope", 1, "must not be 1, with which the network is linear", "choose 0 for ReLU"
-            )
+            raise ArgumentError("negative_slope", 1, "must not be 1: the network would be linear", "choose 0 for ReLU")
         real_number("epsilon", self.epsilon, at_least=0, below=1, remedy="it is a fraction of the samples")
         seed_number("seed", self.seed)
         whole_number("max_nodes", self.max_nodes, at_least=0)
 
     def draw(self, index: int) -> tuple[Tensor, DataSet]:
-        """The weights W that pick region number `index`, float64 (d1, d0), and the data that it is a region of."""
+        """The weights W, float64 (d1, d0), and the data set, of region number `index`."""
         data = self.data.draw(self.seed, index) if isinstance(self.data, GaussianData) else self.data
         return draw_weights(self.width, data.inputs.shape[1], self.seed, index), data
 
     def outcome(self, index: int) -> Outcome:
-        """What region number `index` contains."""
+        """The outcome of region number `index`."""
         return self.outcome_at(*self.draw(index))
 
     def outcome_at(self, weights: Tensor, data: DataSet) -> Outcome:
-        """What the region of weights W, (d1, d0), contains."""
+        """The outcome of the region of weights W, (d1, d0)."""
         pattern = ActivationPattern.from_preactivations(data.inputs @ weights.T)
         region = Region(data.inputs, pattern, self.negative_slope)
         return classify(region, data.targets, threshold=data.threshold, epsilon=self.epsilon, max_nodes=self.max_nodes)
 
 
 class Outcome(NamedTuple):
-    """What one region contains.
+    """Test results of one region.
 
     Attributes:
         rank_deficient: rank(A∘X) < N.
         suboptimal: the residual of the region's least-squares fit, which all its minima share, misclassifies more than
             a fraction ε of the samples.
-        zero_error: that residual is zero, up to rounding.
-        exists: whether the region holds a differentiable local minimum; None: undecided.
+        zero_error: this residual is zero, up to rounding.
+        exists: whether the region contains a differentiable local minimum; None: undecided.
     """
 
     rank_deficient: bool
@@ -210,7 +211,7 @@ class Outcome(NamedTuple):
     def marks(self) -> dict[str, bool | None]:
         """Whether the region counts as a hit, by the names of :class:`Census`' attributes; None: undecided.
 
-        What is known of the residual decides where the search for a minimum did not.
+        If the search for a minimum is undecided, the residual can still exclude a hit.
 
         >>> Outcome(rank_deficient=False, suboptimal=False, zero_error=True, exists=None).marks()["suboptimal_minimum"]
         False
@@ -233,20 +234,20 @@ def classify(
     epsilon: float = 0.0,
     max_nodes: int = MAX_NODES,
 ) -> Outcome:
-    """What a region contains: a minimum, with which errors.
+    """Classify a region: whether it contains a minimum, and with which errors.
 
     Args:
         region: the region of one network.
         targets: y, (N,).
         threshold: decision threshold of the classification error; None infers it from the labels.
-        epsilon: the classification error beyond which a region is sub-optimal.
+        epsilon: the classification error above which a region is sub-optimal.
         max_nodes: largest number of branches of the search for a minimum.
 
     Raises:
         ValueError: the targets do not fit the region, or have no classification error.
 
     >>> region = Region(torch.eye(2), ActivationPattern(torch.tensor([[True, False], [False, False]])))
-    >>> classify(region, torch.tensor([1.0, -1.0]))  # no unit sees the second sample
+    >>> classify(region, torch.tensor([1.0, -1.0]))  # no unit is active on the second sample
     Outcome(rank_deficient=True, suboptimal=True, zero_error=False, exists=True)
     """
     if max(region.inputs.ndim, region.pattern.active.ndim) > 2:
@@ -266,7 +267,7 @@ def draw_weights(width: int, input_dim: int, seed: int, index: int) -> Tensor:
     """Weights W ~ N(0, I), float64 (d1, d0): always the same for a seed and an index.
 
     Raises:
-        ValueError: a negative seed.
+        ValueError: the seed is negative.
 
     >>> bool((draw_weights(3, 2, seed=0, index=5) == draw_weights(3, 2, seed=0, index=5)).all())
     True
@@ -275,9 +276,9 @@ def draw_weights(width: int, input_dim: int, seed: int, index: int) -> Tensor:
 
 
 def count(case: Case, start: int, stop: int) -> Counter[str]:
-    """How many of the regions `start`, …, `stop` − 1 of a case are what: numbers that add up over parts.
+    """Counts of the outcomes of the regions `start`, …, `stop` − 1 of a case, which can be added over parts.
 
-    A census in parts stores these (they are a dictionary of integers) and makes them a :class:`Census` with
+    A census in parts stores these counts (a dictionary of integers) and converts them to a :class:`Census` with
     :meth:`Census.from_counts`.
 
     >>> case = Case(GaussianData(4, 2), width=2)
@@ -288,7 +289,7 @@ def count(case: Case, start: int, stop: int) -> Counter[str]:
 
 
 def tally(outcomes: Iterable[Outcome]) -> Counter[str]:
-    """Number of "regions", of hits by the names of :class:`Census`' attributes, and of "undecided …" by them.
+    """Number of "regions", and of hits and "undecided …" regions by the names of :class:`Census`' attributes.
 
     >>> sorted(tally([Outcome(False, False, True, None)]))
     ['regions', 'undecided', 'undecided any_minimum', 'undecided global_minimum']
@@ -304,16 +305,17 @@ def tally(outcomes: Iterable[Outcome]) -> Counter[str]:
 
 @dataclass(frozen=True)
 class Census:
-    """What the regions of random weights contain: each proportion estimates an angular volume.
+    """Proportions of the regions of random weights that pass each test; each estimates an angular volume.
 
     Attributes:
         rank_deficient: rank(A∘X) < N.
         suboptimal_residual: the residual e* of the region's least-squares fit, which all its minima share,
-            misclassifies more than a fraction ε of the samples: necessary for L_ε, and all that Theorem 6 rests on.
-        suboptimal_minimum: V(L_ε): the region holds a differentiable local minimum, and e* is as above.
-        global_minimum: V(G): it holds one, and e* = 0.
-        any_minimum: it holds one.
-        undecided: whether it holds one was not found out within the allowed number of branches.
+            misclassifies more than a fraction ε of the samples. This is necessary for L_ε, and Theorem 6 uses only
+            this.
+        suboptimal_minimum: V(L_ε): the region contains a differentiable local minimum, and e* is as above.
+        global_minimum: V(G): the region contains one, and e* = 0.
+        any_minimum: the region contains one.
+        undecided: the allowed number of branches did not decide whether the region contains one.
     """
 
     rank_deficient: Proportion
@@ -328,7 +330,7 @@ class Census:
         """The census of all regions from the counts of parts of them (see :func:`count`), in any order.
 
         Raises:
-            ValueError: no regions.
+            ValueError: there are no regions.
         """
         total: Counter[str] = Counter()
         for part in parts:
@@ -350,7 +352,7 @@ def census(
     max_nodes: int = MAX_NODES,
     processes: int = 1,
 ) -> Census:
-    """Draw weights W ~ N(0, I) and classify the regions that they lie in.
+    """Draw weights W ~ N(0, I) and classify their regions.
 
     Args:
         inputs: X, (N, d0).
@@ -358,15 +360,16 @@ def census(
         width: d1.
         negative_slope: ρ.
         threshold: decision threshold of the classification error; None infers it from the labels.
-        epsilon: ε, the classification error (a fraction) beyond which a region is sub-optimal.
+        epsilon: ε, the classification error (a fraction) above which a region is sub-optimal.
         num_regions: number of draws.
-        seed: of the draws: equal seeds give equal regions, whatever the slope or ε.
-        max_nodes: largest number of branches of a region's search for a minimum; beyond, it counts as undecided.
-        processes: number of worker processes, which no result depends on. More than one are fresh interpreters, so a
-            script must guard its entry point by ``if __name__ == "__main__"``.
+        seed: seed of the draws: equal seeds give equal regions, for any slope and ε.
+        max_nodes: largest number of branches of a region's search for a minimum; above it the region is undecided.
+        processes: number of worker processes; results do not depend on it. More than one are started as new
+            interpreters, so a script must guard its entry point by ``if __name__ == "__main__"``.
 
     Raises:
-        ValueError: wrong shapes, NaN, targets without a classification error, or a number out of its range.
+        ValueError: shapes are wrong, values are NaN, the targets have no classification error, or a number is out of
+            its range.
 
     >>> found = census(torch.eye(2), torch.tensor([1.0, -1.0]), width=2, num_regions=50)
     >>> found.rank_deficient.low < 1 - (1 - 1 / 4) ** 2 < found.rank_deficient.high
@@ -390,12 +393,12 @@ def ensemble_census(
     max_nodes: int = MAX_NODES,
     processes: int = 1,
 ) -> Census:
-    """Draw weights W ~ N(0, I) with Gaussian data of their own, and classify the regions that they lie in.
+    """Draw weights W ~ N(0, I), each with its own Gaussian data, and classify their regions.
 
     The proportions estimate volumes averaged over the data (see :class:`GaussianData` and :func:`census`).
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: a number is out of its range.
 
     >>> ensemble_census(6, 2, width=2, num_regions=20).rank_deficient.hits  # d0·d1 < N
     20

@@ -63,8 +63,8 @@ def test_what_cannot_be_told_is_refused():
     for form, why in (
         (lambda h: h.flatten(1) @ h.flatten(1).T, "its shape is (3, 3) for 3 samples and (2, 2) for 2"),
         (lambda h: torch.cat([h, h[:1]]), "its shape is (4, 3, 4) for 3 samples"),
-        (lambda h: h.flatten(0, 1)[torch.randperm(len(h) * 3)], "agrees with none that is known"),
-        (lambda h: h.flatten(0, 1) * 0 + 1, "agrees with none that is known"),  # all alike
+        (lambda h: h.flatten(0, 1)[torch.randperm(len(h) * 3)], "agrees with no known order"),
+        (lambda h: h.flatten(0, 1) * 0 + 1, "agrees with no known order"),  # all alike
     ):
         module = Form(form)
         with pytest.raises(ValueError, match="layer relu belong to which sample is unknown: ") as error:
@@ -72,7 +72,7 @@ def test_what_cannot_be_told_is_refused():
         assert why in str(error.value)
 
 
-def test_layers_without_samples_and_mixed_ones_are_told():
+def test_layers_without_samples_and_mixed_ones_are_reported():
     inputs = torch.randn(7, 3, 4)
 
     def both(h):

@@ -194,7 +194,7 @@ def test_bad_input_is_named():
     x, y = planar(4)
     for match, change in {
         r"inputs must have shape \(N, d0\), neither zero, got \(4,\)": {"inputs": x[:, 0]},
-        r"targets must have shape \(4,\), one a sample, got \(3,\)": {"targets": y[:3]},
+        r"targets must have shape \(4,\), one for each sample, got \(3,\)": {"targets": y[:3]},
         "inputs must be finite, got nan": {"inputs": x * math.nan},
         "targets must be finite, got inf": {"targets": y + math.inf},
         "targets must be two labels.*give threshold": {"targets": torch.arange(4)},

@@ -235,10 +235,10 @@ def test_coarse_numbers_do_not_resolve_small_moves():
         ({"sigmas": [0.0, 0.1]}, "sigmas must be positive, finite and ascending"),
         ({"sigmas": [0.1, math.inf]}, "sigmas must be positive, finite and ascending"),
         ({"num_draws": 0}, "num_draws must be at least 1"),
-        ({"parameters": []}, "parameters must hold at least one tensor to move"),
-        ({"runs": []}, "runs must hold at least one part of the probe"),
+        ({"parameters": []}, "parameters must have at least one tensor to move"),
+        ({"runs": []}, "runs must have at least one part of the probe"),
         ({"runs": [dict]}, "runs return no layer"),
-        ({"runs": [lambda: {"noise": torch.randn(9) > 0}]}, "runs return another pattern at the same parameters"),
+        ({"runs": [lambda: {"noise": torch.randn(9) > 0}]}, "runs return different patterns at the same parameters"),
     ],
 )
 def test_bad_arguments_are_named(options, message):
