@@ -192,7 +192,7 @@ class ActivationPatternRecorder(ScheduledCallback):
             return
         self._recorded_step = trainer.global_step
         bits = to_host([pattern.bits for pattern in patterns.values()])
-        on_host = {name: replace(p, bits=own) for (name, p), own in zip(patterns.items(), bits, strict=True)}
+        on_host = {name: replace(p, bits=copy) for (name, p), copy in zip(patterns.items(), bits, strict=True)}
         digest = digest_of(on_host)
         if self.store is not None:
             self.store.write(trainer.global_step, self.completed_epochs, on_host, digest)

@@ -111,7 +111,7 @@ class PatternStore:
             raise KeyError(f"{self.path} has no step {step}; it has {self.steps}")
         group = self._group(self._folder(step))
         found = {}
-        with _damage_named(self._folder(step)):
+        with _damage_as_error(self._folder(step)):
             for name, array in sorted(group.arrays()):
                 bits = torch.from_numpy(array[...])
                 layer = str(array.attrs.get("layer", name))  # older stores have none
@@ -131,7 +131,7 @@ class PatternStore:
                 shutil.rmtree(self._folder(later))
 
     def _group(self, folder: Path) -> zarr.Group:
-        with _damage_named(folder):
+        with _damage_as_error(folder):
             return zarr.open_group(folder, mode="r")
 
     def _folder(self, step: int) -> Path:
@@ -192,7 +192,7 @@ def digest_of(patterns: Mapping[str, PackedPattern]) -> str | list[str]:
 
 
 @contextmanager
-def _damage_named(folder: Path) -> Iterator[None]:
+def _damage_as_error(folder: Path) -> Iterator[None]:
     """Turn errors of zarr into one that names the folder of the files."""
     try:
         yield

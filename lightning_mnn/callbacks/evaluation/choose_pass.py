@@ -112,29 +112,30 @@ def pass_of_training(
         )
         rank_zero_info(f"{who}: {name}.training_step {what}: the training_step is run; {_REMEDY}")
         return step_for_its_passes
-    _print_forward(who, pl_module, len(parts[0]), _apart(in_forward, in_step))
+    _log_forward(who, pl_module, len(parts[0]), _different(in_forward, in_step))
     return None
 
 
-def _print_forward(who: str, pl_module: pl.LightningModule, taken: int, apart: list[str]) -> None:
+def _log_forward(who: str, pl_module: pl.LightningModule, num_parts: int, different: list[str]) -> None:
     """Log what may be wrong in running a module's forward."""
     name = type(pl_module).__name__
-    if taken > 1:
-        names = list(inspect.signature(pl_module.forward).parameters)[:taken]
+    if num_parts > 1:
+        names = list(inspect.signature(pl_module.forward).parameters)[:num_parts]
         rank_zero_info(
-            f"{who}: {name}.forward is called with the first {taken} parts of a batch as {', '.join(names)}; {_REMEDY}"
+            f"{who}: {name}.forward is called with the first {num_parts} parts of a batch as {', '.join(names)}; "
+            f"{_REMEDY}"
         )
-    if apart:
+    if different:
         rank_zero_info(
-            f"{who}: {name}.forward has {', '.join(apart)} on other pieces than training_step has for the same samples "
-            f"(training_step computes the inputs of forward); the forward is run; {_REMEDY}"
+            f"{who}: {name}.forward has {', '.join(different)} on other pieces than training_step has for the same "
+            f"samples (training_step computes the inputs of forward); the forward is run; {_REMEDY}"
         )
 
 
-def _apart(
+def _different(
     in_forward: dict[str, tuple[Tensor | None, bool]], in_step: dict[str, tuple[Tensor | None, bool]]
 ) -> list[str]:
-    """Layers that two passes have on other pieces."""
+    """Layers that are on different pieces in two passes."""
     return [layer for layer in in_forward if layer in in_step and not _agree(in_forward[layer][0], in_step[layer][0])]
 
 

@@ -54,17 +54,19 @@ def in_double(pl_module: pl.LightningModule) -> Iterator[Double]:
     gradients to the old precision.
     """
     copies: dict[int, nn.Parameter] = {}
-    originals = [(part, name, own) for part in pl_module.modules() for name, own in _slots(part)]
-    for _, _, own in originals:
-        if id(own) not in copies:
-            copies[id(own)] = nn.Parameter(_double(own.detach(), copy=True), requires_grad=own.requires_grad)
+    originals = [(part, name, parameter) for part in pl_module.modules() for name, parameter in _slots(part)]
+    for _, _, parameter in originals:
+        if id(parameter) not in copies:
+            copies[id(parameter)] = nn.Parameter(
+                _double(parameter.detach(), copy=True), requires_grad=parameter.requires_grad
+            )
     try:
-        for part, name, own in originals:
-            part.register_parameter(name, copies[id(own)])
+        for part, name, parameter in originals:
+            part.register_parameter(name, copies[id(parameter)])
         yield Double(copies)
     finally:
-        for part, name, own in originals:
-            part.register_parameter(name, own)
+        for part, name, parameter in originals:
+            part.register_parameter(name, parameter)
 
 
 class DoubleBatch(FullBatch):

@@ -172,9 +172,9 @@ class _SilentLogger(DummyLogger):
         self._logger = logger
 
     def __getattribute__(self, name: str) -> Any:
-        own = super().__getattribute__
+        attribute = super().__getattribute__
         # the Trainer selects one of a logger's folders by its class
-        return type(own("_logger")) if name == "__class__" else own(name)
+        return type(attribute("_logger")) if name == "__class__" else attribute(name)
 
     @property
     def name(self) -> Any:

@@ -156,7 +156,7 @@ class KinkProbe:
         trace = KinkTrace(pl_module, rows.take, self.modules)
         with isolated(trainer, pl_module), _as_training(trainer):
             for batch in self._batches(trainer, pl_module):
-                with trace, self._noting_partial(trainer, high - rows.row):
+                with trace, self._note_on_partial_batch(trainer, high - rows.row):
                     forward_on(pl_module, batch, self._run)
                 rows.end_batch()
             rows.check()
@@ -209,7 +209,7 @@ class KinkProbe:
             )
 
     @contextmanager
-    def _noting_partial(self, trainer: pl.Trainer, left: int) -> Iterator[None]:
+    def _note_on_partial_batch(self, trainer: pl.Trainer, left: int) -> Iterator[None]:
         """Add a note to an error in a last batch that is smaller than those in training."""
         size = 0 if self._is_batch else _dropping(trainer)
         try:

@@ -55,9 +55,9 @@ def network_of(pl_module: pl.LightningModule) -> Network | None:
     stated = _stated(pl_module)
     if stated is not None:
         return stated
-    own = {id(tensor) for tensor in (*pl_module.parameters(), *pl_module.buffers())}
+    tensors = {id(tensor) for tensor in (*pl_module.parameters(), *pl_module.buffers())}
     for part in pl_module.modules():
-        if own != {id(tensor) for tensor in part.parameters()}:
+        if tensors != {id(tensor) for tensor in part.parameters()}:
             continue
         network = _sequential(part)
         slopes = {id(kink.weight) for kink in part.modules() if isinstance(kink, nn.PReLU)}

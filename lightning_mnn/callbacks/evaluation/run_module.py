@@ -168,11 +168,11 @@ def forward_on(
 
 def forward_parts(pl_module: pl.LightningModule, batch: Any) -> Sequence[Any] | None:
     """The leading parts of a batch that a module's own forward takes; None if it cannot be run on a batch."""
-    taken = _required_arguments(pl_module)
+    required = _required_arguments(pl_module)
     parts = [batch] if isinstance(batch, Tensor) else batch
-    if taken is None or not isinstance(parts, Sequence) or len(parts) < taken:
+    if required is None or not isinstance(parts, Sequence) or len(parts) < required:
         return None
-    return parts[:taken]
+    return parts[:required]
 
 
 def step_for_its_passes(pl_module: pl.LightningModule, batch: Any, remedy: str = _FORWARD_FN) -> Any:

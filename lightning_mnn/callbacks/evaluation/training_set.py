@@ -240,14 +240,14 @@ def patterns_of_training_set(trainer: pl.Trainer, pl_module: pl.LightningModule)
         return [layer.pattern for layer in _statistics_of_module[pl_module][1].layers]
     _check_weights(trainer, network)
 
-    def own() -> list[Tensor]:
+    def local_patterns() -> list[Tensor]:
         blocks = [
             to_host([pattern.pack().bits for pattern in exact_patterns(network.to(inputs.device), inputs)])
             for inputs, _ in _batches(trainer, network, network.output_weights.dtype)
         ]
         return [torch.cat(parts, dim=-2) for parts in zip(*blocks, strict=True)]
 
-    layers = zip(*(part for part in gather_results(own) if part), strict=True)
+    layers = zip(*(part for part in gather_results(local_patterns) if part), strict=True)
     return [
         PackedPattern(torch.cat(parts, dim=-2), width) for parts, width in zip(layers, network.hidden_dims, strict=True)
     ]
@@ -277,14 +277,14 @@ def _work_of_rank(trainer: pl.Trainer, network: Network) -> float:
 def _gram(trainer: pl.Trainer, network: Network) -> Tensor:
     """XᵀX over all processes, float64 (..., d0, d0)."""
 
-    def own() -> Tensor | None:
+    def local_gram() -> Tensor | None:
         gram: Tensor | float = 0.0
         for inputs, _ in _batches(trainer, network, network.output_weights.dtype):
             wide = network.augment(inputs.to(torch.float64))
             gram = gram + wide.mT @ wide
         return gram.cpu() if isinstance(gram, torch.Tensor) else None
 
-    total = sum(part for part in gather_results(own) if part is not None)
+    total = sum(part for part in gather_results(local_gram) if part is not None)
     assert isinstance(total, torch.Tensor)  # noqa: S101 (a training set has a sample)
     return total
 

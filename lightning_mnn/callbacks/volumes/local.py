@@ -129,7 +129,7 @@ def check_kinks(trainer: pl.Trainer, pl_module: pl.LightningModule, settings: Pr
         The settings, completed with the ``forward_fn`` to run.
 
     Raises:
-        NoKinksError: no kink was met, or none of those asked for.
+        NoKinksError: no kink was met, or none that ``modules`` names.
         TypeError: the samples of the training set cannot be enumerated, or the module cannot be run.
     """
     if settings.forward_fn is None and not isinstance(pl_module, NetworkModule):
