@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 from hydra import compose, initialize_config_module
 
+from lightning_mnn.config.build import build
 from lightning_mnn.model.optim import build_schedule
-from lightning_mnn.tasks.train import _build, train
+from lightning_mnn.tasks.train import train
 
 ROUNDS = 3
 REPLICAS = 30
@@ -79,9 +80,9 @@ def command_seconds(overrides):
 def loops_seconds(overrides):
     """Seconds of one loop, times the number of replicas."""
     cfg = config_of([*overrides, "data.replicas=1", "model.replicas=1"], "unused")
-    data = _build(cfg.data)
+    data = build(cfg, "data")
     data.setup()
-    model = _build(cfg.model, input_dim=data.input_dim)
+    model = build(cfg, "model", input_dim=data.input_dim)
     w, z = (p.detach().clone().requires_grad_() for p in (model.hidden_weights[0], model.output_weights))
     x, y, epochs = data.inputs, data.targets, cfg.trainer.max_epochs
     batch = data.batch_size or len(x)

@@ -19,6 +19,7 @@ from scipy.special import logsumexp, ndtr, ndtri
 from lightning_mnn.landscape import ActivationPattern, Region, polish, region_log_volume
 from lightning_mnn.landscape.volumes import annealing, cone
 from lightning_mnn.landscape.volumes.annealing import analytic_centre
+from lightning_mnn.landscape.volumes.closed_forms import ConeGroup
 from lightning_mnn.landscape.volumes.cone import log_cone_measure
 from tests.landscape.volumes.cones import orthant, random_cone
 
@@ -96,7 +97,7 @@ def cost(values, seconds):
 
 def sampled(normals, interior, seed):
     """Value and standard error by sampling, whether or not there is a closed form."""
-    group = cone._Group(normals, interior)
+    group = ConeGroup(normals, interior)
     value, error = cone._sample([group], np.array([TARGET]), 2**20, torch.Generator().manual_seed(seed))
     return value[0], error[0]
 

@@ -29,7 +29,7 @@ from lightning_mnn.loggers.media import log_table
 from lightning_mnn.loggers.wandb import ResumableWandbLogger
 from lightning_mnn.runs.resume import RunState
 from lightning_mnn.runs.wandb import settings_of, wandb_options
-from lightning_mnn.tasks.train import _go_on, _loggers
+from lightning_mnn.tasks.train import _loggers, _resume_loggers
 from tests.children import PATIENCE, processes, run_the_command, wait_for
 from tests.wandb_files import records_of, summary_of
 
@@ -270,7 +270,7 @@ def test_a_folder_of_another_run_is_not_taken_for_a_failed_beginning(tmp_path, m
 
 def test_without_a_table_a_run_goes_on_from_its_row(tmp_path):
     logger = ResumableWandbLogger(save_dir=tmp_path, mode="offline", settings=QUIET)
-    _go_on([logger], 7)
+    _resume_loggers([logger], 7)
     logger.log_metrics({"a": 1.0}, step=70)
     assert logger.rows == 8
     logger.finish()

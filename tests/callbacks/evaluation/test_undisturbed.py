@@ -195,7 +195,7 @@ def test_what_is_large_is_not_copied_but_checked(make_trainer, tmp_path, monkeyp
             module.memory.append(torch.ones(2))
         assert len(module.memory) == 5000
         assert module.memory[0] is first
-        monkeypatch.setattr("lightning_mnn.callbacks.evaluation.isolation._MOST_OTHERS", 1000)
+        monkeypatch.setattr("lightning_mnn.callbacks.evaluation.isolation._MAX_RESTORED", 1000)
         with isolated(trainer, module):
             pass
         with pytest.raises(RuntimeError, match=r"changed a parameter, of shape \(50, 50\)"), torch.no_grad():  # noqa: SIM117

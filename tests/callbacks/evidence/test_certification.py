@@ -119,7 +119,7 @@ def test_float32_is_certified_in_float64_next_to_its_weights(make_trainer):
 
 @pytest.mark.parametrize("polish", [False, True])
 def test_a_set_too_large_to_certify_on_is_judged_by_necessary_conditions(make_trainer, monkeypatch, polish):
-    monkeypatch.setattr("lightning_mnn.callbacks.evidence.certification._MOST", 28 * 12 - 1)
+    monkeypatch.setattr("lightning_mnn.callbacks.evidence.certification._MAX_PER_PROCESS", 28 * 12 - 1)
     detector = LocalMinimumDetector(polish=polish)
     fit(make_trainer, detector, epochs=3)
     assert detector.certificates == []
