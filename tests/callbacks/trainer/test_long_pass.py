@@ -71,7 +71,7 @@ def test_short_work_says_nothing(work, caplog, terminal):
     assert terminal.getvalue() == ""
 
 
-@pytest.mark.parametrize("bar", [None, SimpleNamespace(progress=object())], ids=str)
+@pytest.mark.parametrize("bar", [None, SimpleNamespace(progress=object())], ids=["none", "of rich"])
 def test_there_is_no_bar_where_none_is_wanted_or_another_is_up(work, caplog, terminal, bar):
     with caplog.at_level(logging.INFO):
         work(2.0, bar=bar)
