@@ -116,7 +116,7 @@ _RENAMED = {
 
 
 def __getattr__(name: str) -> Any:
-    """What had another name in version 0.1."""
+    """Objects under their names of version 0.1."""
     if name not in _RENAMED:
         raise AttributeError(f"module 'lightning_mnn.landscape' has no attribute {name!r}")
     new = _RENAMED[name]

@@ -28,17 +28,17 @@ def decay_rate(
 ) -> NDArray[np.float64]:
     """γ_ε of Theorem 6: 0.23 · max(d0/N, ε)^(3/4), and for the ReLU 0.23 · ε^(3/4).
 
-    The theorem has the limit of d0/N; here it is the run's own d0/N. The width does not enter.
+    The theorem uses the limit of d0/N; here it is the d0/N of the run. The result does not depend on the width.
 
     Args:
         num_samples: N.
         input_dim: d0.
         width: d1.
-        epsilon: least classification error (a fraction) of the minima that are counted.
+        epsilon: smallest classification error (a fraction) of the counted minima.
         negative_slope: ρ.
 
     Raises:
-        ValueError: a size is not positive, ε lies outside [0, 1], or ρ = 1.
+        ValueError: a size is below 1, ε is outside [0, 1], or ρ = 1.
 
     >>> round(float(decay_rate(320, 40, 40, epsilon=0.1)), 5)
     0.0409
@@ -62,7 +62,7 @@ def suboptimal_log_volume(
 ) -> NDArray[np.float64]:
     """Theorem 6: upper bound −γ_ε N^(3/4) (d1 d0)^(1/4) on log E V(L_ε).
 
-    L_ε is the union of the regions that hold a differentiable local minimum with classification error above ε.
+    L_ε is the union of the regions that contain a differentiable local minimum with classification error above ε.
 
     >>> round(float(suboptimal_log_volume(320, 40, 40)), 3)
     -19.571
@@ -73,7 +73,7 @@ def suboptimal_log_volume(
 
 
 def sufficient_width(num_samples: ArrayLike, input_dim: ArrayLike) -> NDArray[np.int64]:
-    """Theorem 8: the width 4⌈N/(2 d0 − 2)⌉ suffices for a zero-error point off every kink, for almost every X.
+    """Theorem 8: the width 4⌈N/(2 d0 − 2)⌉ is enough for a zero-error point off every kink, for almost every X.
 
     Raises:
         ValueError: ``input_dim`` < 2.
@@ -92,8 +92,8 @@ def global_log_volume(
 ) -> NDArray[np.float64]:
     """Theorem 9: lower bound −d1* d0 log N on log V(G), with d1* = 2N/d0 or the width of a teacher that made y.
 
-    G is the union of the regions that hold a global minimum with zero error. The bound holds with probability
-    1 − :func:`global_failure_probability`; the width d1 does not enter beyond d1 ≥ d1*.
+    G is the union of the regions that contain a global minimum with zero error. The bound is valid with probability
+    1 − :func:`global_failure_probability`. It depends on the width d1 only by the condition d1 ≥ d1*.
 
     >>> round(float(global_log_volume(320, 40, 40)), 3)
     -3691.725
@@ -104,7 +104,7 @@ def global_log_volume(
 
 
 def global_failure_probability(num_samples: ArrayLike, input_dim: ArrayLike) -> NDArray[np.float64]:
-    """δ of Theorem 9: √(8/π) d0^(−1/2) + 2 d0^(1/2) √(log d0) / N (above 1 it says nothing).
+    """δ of Theorem 9: √(8/π) d0^(−1/2) + 2 d0^(1/2) √(log d0) / N (above 1 it gives no information).
 
     >>> round(float(global_failure_probability(320, 40)), 4)
     0.3282
@@ -123,8 +123,8 @@ def log_volume_ratio(
 ) -> NDArray[np.float64]:
     """Theorem 10: upper bound −γ_ε N^(3/4) (d1 d0)^(1/4) on log(V(L_ε) / V(G)).
 
-    To leading order V(G) costs nothing beside V(L_ε): the width that Theorem 10 assumes, d1 ≻ N log⁴N / d0, makes the
-    exponent of Theorem 6 dominate that of Theorem 9, so the bound is Theorem 6's.
+    To leading order V(G) does not change the bound: with the width that Theorem 10 assumes, d1 ≻ N log⁴N / d0, the
+    exponent of Theorem 6 dominates that of Theorem 9, so the bound is that of Theorem 6.
 
     >>> float(log_volume_ratio(320, 40, 40)) == float(suboptimal_log_volume(320, 40, 40))
     True
@@ -133,16 +133,16 @@ def log_volume_ratio(
 
 
 def log_num_cells(num_samples: ArrayLike, input_dim: ArrayLike) -> NDArray[np.float64]:
-    """Log of the number of cells into which N samples cut the space of one unit's weights: 2 Σ_{k<d0} C(N−1, k).
+    """Log of the number of cells into which N samples divide the space of one unit's weights: 2 Σ_{k<d0} C(N−1, k).
 
     Each sample x_n is a hyperplane w·x_n = 0. The count (T. M. Cover 1965, "Geometrical and statistical properties of
-    systems of linear inequalities") is that of samples in general position: any d0 of them linearly independent.
-    Samples x_n = 0 and multiples of others, which are not, cut fewer. The average cell's Gaussian measure is its
-    inverse.
+    systems of linear inequalities") is for samples in general position: any d0 of them are linearly independent.
+    Samples x_n = 0 and multiples of others are not in general position, and give fewer cells. The average Gaussian
+    measure of a cell is the inverse of the count.
 
     Args:
         num_samples: N.
-        input_dim: d0, with a hidden bias one more.
+        input_dim: d0; one more with a hidden bias.
 
     >>> np.exp(log_num_cells([8, 12, 20], [3, 4, 4])).round(6).tolist()
     [58.0, 464.0, 2320.0]

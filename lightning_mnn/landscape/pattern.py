@@ -1,7 +1,7 @@
 """Activation patterns: which side of each kink every sample is on.
 
 Shapes: N samples, d1 hidden units, ``...`` leading axes (replicas). A unit has two pieces, inactive (0) and active (1),
-or more: ReLU6 has three, a window of max-pooling as many as it has inputs.
+or more: ReLU6 has three, a window of max-pooling has one for each input.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _BITS = 8
 
 @dataclass(frozen=True)
 class PackedPattern:
-    """An activation pattern at one bit per sample and unit: what is stored, sent and compared.
+    """An activation pattern with one bit per sample and unit, the form that is stored, sent and compared.
 
-    Unit ``8 b + j`` is bit ``j`` (the least significant is 0) of byte ``b``; the bits beyond the width are 0. Units of
-    more than two pieces have as many bits as a piece has binary digits, in an axis of their own before the samples, the
-    least significant digit first.
+    Unit ``8 b + j`` is bit ``j`` (the least significant is 0) of byte ``b``; the bits beyond the width are 0. Units
+    with more than two pieces have one bit for each binary digit of the piece, on an extra axis before the samples, with
+    the least significant digit first.
 
     Attributes:
-        bits: uint8 array (..., N, ⌈d1/8⌉), or (..., digits, N, ⌈d1/8⌉) where there are more than two pieces.
+        bits: uint8 array (..., N, ⌈d1/8⌉), or (..., digits, N, ⌈d1/8⌉) for more than two pieces.
         width: number of units d1.
-        num_pieces: pieces that a unit can be on.
+        num_pieces: number of pieces that a unit can be on.
 
     Raises:
         ValueError: the bits do not fit the width or the pieces.
@@ -50,7 +50,7 @@ class PackedPattern:
         expected = -(-self.width // _BITS)
         if self.bits.dtype != torch.uint8 or self.bits.shape[-1] != expected:
             raise ValueError(
-                f"bits must be uint8 with {expected} bytes a sample for width={self.width}, "
+                f"bits must be uint8 with {expected} bytes per sample for width={self.width}, "
                 f"got {self.bits.dtype} of shape {tuple(self.bits.shape)}"
             )
         digits = num_digits(self.num_pieces)
@@ -73,14 +73,16 @@ class PackedPattern:
         """The pattern as booleans (..., N, d1).
 
         Raises:
-            ValueError: units of more than two pieces.
+            ValueError: the units have more than two pieces.
 
         >>> pattern = ActivationPattern(torch.tensor([[True, False, True]]))
         >>> pattern.pack().unpack().active
         tensor([[ True, False,  True]])
         """
         if num_digits(self.num_pieces) > 1:
-            raise ValueError(f"a unit of {self.num_pieces} pieces is not just active or not: use unpack_pieces()")
+            raise ValueError(
+                f"a unit with {self.num_pieces} pieces has more states than active or not: use unpack_pieces()"
+            )
         return ActivationPattern(_unpack(self.bits, self.width).bool())
 
     def unpack_pieces(self) -> PiecePattern:
@@ -95,11 +97,11 @@ class PackedPattern:
         return PiecePattern((digits * powers[:, None, None]).sum(-3), self.num_pieces)
 
     def is_comparable(self, other: PackedPattern) -> bool:
-        """Whether both are patterns of as many samples and units, of as many pieces."""
+        """Whether both patterns have the same numbers of samples, units and pieces."""
         return (self.width, self.num_pieces, self.bits.shape) == (other.width, other.num_pieces, other.bits.shape)
 
     def flips(self, other: PackedPattern) -> Tensor:
-        """Number of (sample, unit) pairs on different pieces, with two of them sides of the kink.
+        """Number of (sample, unit) pairs on different pieces; with two pieces, on different sides of the kink.
 
         Returns:
             int64 (...), on the CPU.
@@ -110,7 +112,7 @@ class PackedPattern:
         return count_flips([(self, other)])[0]
 
     def activity(self, active_pieces: Sequence[int] = (1,)) -> Activity:
-        """Which units are dead or linear on these samples, and which samples activate none.
+        """Which units are dead or linear on these samples, and which samples activate no unit.
 
         Args:
             active_pieces: the pieces on which a unit counts as active.
@@ -137,7 +139,7 @@ class PackedPattern:
         return reduce(np.bitwise_and, [p if piece >> d & 1 else ~p for d, p in enumerate(planes)], within)
 
     def digest(self) -> str | list[str]:
-        """A name of the region: equal patterns have equal digests, different ones differ (BLAKE2b, 128 bits).
+        """A name of the region: equal patterns have equal digests, others different ones (BLAKE2b, 128 bits).
 
         Returns:
             Hexadecimal text; with a leading replica axis, a list of R.
@@ -149,11 +151,11 @@ class PackedPattern:
 
 @dataclass(frozen=True)
 class Activity:
-    """Units that training has made dead or linear, and samples that are lost on a layer; tensors on the CPU.
+    """Dead and linear units, and samples that activate no unit of a layer; tensors on the CPU.
 
     Attributes:
         never_active: number of units that are active on no sample, int64 (...).
-        always_active: number of units that are on one and the same active piece on every sample, int64 (...).
+        always_active: number of units that are on the same active piece on every sample, int64 (...).
         unactivated: whether no unit is active on a sample, bool (..., N).
     """
 
@@ -164,18 +166,18 @@ class Activity:
 
 @dataclass(frozen=True)
 class PiecePattern:
-    """On which piece every unit is on every sample, where there may be more than two.
+    """The piece of every unit on every sample, for units that may have more than two pieces.
 
     Attributes:
         pieces: integers (..., N, d1) from 0 to ``num_pieces`` − 1.
-        num_pieces: pieces that a unit can be on.
+        num_pieces: number of pieces that a unit can be on.
     """
 
     pieces: Tensor
     num_pieces: int
 
     def pack(self) -> PackedPattern:
-        """The pattern at one bit per sample, unit and binary digit, packed on the device it is on."""
+        """The pattern with one bit per sample, unit and binary digit, packed on its own device."""
         width = self.pieces.shape[-1]
         if num_digits(self.num_pieces) == 1:
             return PackedPattern(_pack(self.pieces), width, self.num_pieces)
@@ -198,8 +200,8 @@ class ActivationPattern:
     def from_preactivations(cls, preactivations: Tensor) -> ActivationPattern:
         """The pattern of pre-activations (..., N, d1).
 
-        A pre-activation of exactly zero lies on a kink, where the slope is undefined; it counts as inactive, as it does
-        in torch's ``relu`` and ``leaky_relu``.
+        A pre-activation of exactly zero is on a kink, where the slope is undefined; it counts as inactive, as in
+        torch's ``relu`` and ``leaky_relu``.
 
         Raises:
             ValueError: a pre-activation is NaN.
@@ -217,7 +219,7 @@ class ActivationPattern:
         return self.active.to(dtype) * (1 - negative_slope) + negative_slope
 
     def pack(self) -> PackedPattern:
-        """The pattern at one bit per sample and unit, packed on the device it is on."""
+        """The pattern with one bit per sample and unit, packed on its own device."""
         return PackedPattern(_pack(self.active), self.active.shape[-1])
 
     def flips(self, other: ActivationPattern) -> Tensor:
@@ -238,7 +240,7 @@ class ActivationPattern:
 
 
 def num_digits(num_pieces: int) -> int:
-    """Binary digits of a piece.
+    """Number of binary digits of a piece.
 
     >>> num_digits(2), num_digits(3), num_digits(9)
     (1, 2, 4)
@@ -247,7 +249,7 @@ def num_digits(num_pieces: int) -> int:
 
 
 def count_flips(pairs: Sequence[tuple[PackedPattern, PackedPattern]]) -> list[Tensor]:
-    """The flips of pairs of patterns (see :meth:`PackedPattern.flips`), for which a GPU is waited for once."""
+    """The flips of pairs of patterns (see :meth:`PackedPattern.flips`), with one wait for a GPU."""
     for one, other in pairs:
         if not one.is_comparable(other):
             raise ValueError(
@@ -265,9 +267,9 @@ def _flips(differing: np.ndarray, num_pieces: int) -> Tensor:
 
 
 def distinct_patterns(layers: Sequence[PackedPattern]) -> Tensor:
-    """Number of different patterns among the samples, of all layers taken together, int64 (...), on the CPU.
+    """Number of different patterns of samples, over all layers together, int64 (...), on the CPU.
 
-    It is the number of linear regions of input space that hold the samples. The patterns themselves are compared.
+    It is the number of linear regions of input space that contain samples. The patterns are compared, not digests.
 
     Args:
         layers: patterns of the same samples.

@@ -118,7 +118,7 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="bits must be uint8 with 2 bytes"):
         PackedPattern(torch.zeros(3, 1, dtype=torch.uint8), width=9)
     pieces = PiecePattern(torch.zeros(3, 9, dtype=torch.int64), num_pieces=3).pack()
-    with pytest.raises(ValueError, match="3 pieces is not just active or not"):
+    with pytest.raises(ValueError, match="3 pieces has more states than active"):
         pieces.unpack()
     with pytest.raises(ValueError, match="bits must have 4 digits before the samples for num_pieces=9"):
         PackedPattern(pieces.bits, width=9, num_pieces=9)

@@ -1,18 +1,19 @@
-"""Annealed sampling of polyhedral cones: the engine of :func:`~lightning_mnn.landscape.volumes.cone.log_cone_measure`.
+"""Annealed sampling of polyhedral cones, used by :func:`~lightning_mnn.landscape.volumes.cone.log_cone_measure`.
 
-A cone C = {w : b_n·w > 0} is looked at from its analytic centre c, the point that maximises Σ log b_n·w − N|w|²/(2d).
-With H = R Rᵀ the Hessian there, w = c + R⁻ᵀ V y turns the constraints into 1 + a_n·y > 0 with |a_n| ≤ 1, however thin
-the cone. V makes the normal density of w a product over the coordinates of y: exp(−½ Σ λ_j y_j² − h·y − ½|c|²).
+Coordinates of a cone C = {w : b_n·w > 0} are relative to its analytic centre c, which maximises
+Σ log b_n·w − N|w|²/(2d). With the Hessian H = R Rᵀ there, w = c + R⁻ᵀ V y turns the constraints into 1 + a_n·y > 0 with
+|a_n| ≤ 1, also for thin cones. V makes the normal density of w a product over the coordinates of y:
+exp(−½ Σ λ_j y_j² − h·y − ½|c|²).
 
 The Gaussian measure of C is the last of a chain of integrals over C, from β = 0 to 1, of the exponential of
 −(1−β) ½κ²|y|² − β (½ Σ λ_j y_j² + h·y + ½|c|²). The first is a normal distribution that lies in C with a probability of
-about ¾. An island is a population that goes up this chain by waste-free sequential Monte Carlo (Dau & Chopin 2022,
-arXiv 2011.02328): it is weighted, resampled to a few particles, and each of these starts a Markov chain whose every
-state belongs to the next population. The product of the mean weights is an unbiased estimate of the measure, however
-badly the chains mix; bad mixing shows as a spread of the islands.
+about ¾. An island is a population that follows this chain by waste-free sequential Monte Carlo (Dau & Chopin 2022,
+arXiv 2011.02328). At each step it is weighted and resampled to a few particles; each of these starts a Markov chain,
+and all states of the chains form the next population. The product of the mean weights is an unbiased estimate of the
+measure, for any mixing of the chains; bad mixing shows as a spread of the islands.
 
-A Markov chain alternates two moves that reject next to nothing: each coordinate in turn, by a slice of its conditional
-density on the exact chord of C, and the distance from the apex, by a slice of the density along the ray.
+A Markov chain alternates two moves that are almost never rejected: a slice-sampling move of each coordinate in turn, by
+its conditional density on the exact chord of C, and one of the distance from the apex, by the density along the ray.
 
 Shapes: K cones, N constraints, d dimensions, I islands, M particles of each.
 """
@@ -28,22 +29,22 @@ from torch import Tensor
 from lightning_mnn.utilities.interruption import safe_point
 
 _NEWTON_STEPS = 100
-_CENTRED = 1e-6  # squared Newton decrement of a centre that is near enough
-_PILOT = 128  # particles that set the start and the schedule
+_CENTRED = 1e-6  # squared Newton decrement at which the centre is accepted
+_PILOT = 128  # particles that determine the start and the schedule
 PILOT_LENGTH = 4  # states of the pilot's chains
 _INSIDE = 0.75  # probability of C under the first distribution
 _STEP = 0.6  # standard deviation of the log-weights of one step of the chain
-_TAIL = 1 / 3  # part of the precision along a ray that one step takes away; from ½ on the weights have no variance
-_SHRINK = 1e-9  # of a chord at each end, so that rounding puts no point on a wall
+_TAIL = 1 / 3  # largest fraction of the precision along a ray lost in one step; from ½ on the weights have no variance
+_SHRINK = 1e-9  # fraction of a chord removed at each end, so that rounding puts no point on a wall
 _TINY = 1e-300
 
 
 @dataclass(frozen=True)
 class Centred:
-    """Cones seen from their analytic centres.
+    """Cones in coordinates relative to their analytic centres.
 
     Attributes:
-        walls: a_n, (K, N, d); zero rows constrain nothing.
+        walls: a_n, (K, N, d); zero rows are no constraints.
         curvatures: λ, (K, d).
         apex: the point y of w = 0, −h/λ, (K, d).
         offset: ½|c|², (K,).
@@ -79,7 +80,7 @@ def analytic_centre(normals: Tensor, interior: Tensor) -> Tensor:
     """The maximiser c of Σ log b_n·w − N|w|²/(2d) in a cone, (K, d), by Newton's method with a line search.
 
     Args:
-        normals: b_n, (K, N, d); zero rows constrain nothing.
+        normals: b_n, (K, N, d); zero rows are no constraints.
         interior: a point of each open cone, (K, d).
     """
     point: Tensor = interior / interior.norm(dim=-1, keepdim=True) * math.sqrt(normals.shape[-1])
@@ -99,7 +100,7 @@ def analytic_centre(normals: Tensor, interior: Tensor) -> Tensor:
 
 
 def log_inner_ellipsoid(normals: Tensor, interior: Tensor) -> Tensor:
-    """Log volume (K,) of the ellipsoid |y| ≤ 1 of w = c + R⁻ᵀ y, which lies in the cone (arguments as of centre)."""
+    """Log volume (K,) of the ellipsoid |y| ≤ 1 of w = c + R⁻ᵀ y, which lies in the cone (see :func:`centre`)."""
     dim = normals.shape[-1]
     _, scaled, weight = _barrier(normals, analytic_centre(normals, interior))
     ball = dim / 2 * math.log(math.pi) - math.lgamma(dim / 2 + 1)
@@ -107,13 +108,13 @@ def log_inner_ellipsoid(normals: Tensor, interior: Tensor) -> Tensor:
 
 
 def centre(normals: Tensor, interior: Tensor, generator: torch.Generator) -> Centred:
-    """Cones {w : b_n·w > 0} from unit normals (K, N, d; zero rows constrain nothing) and a point of each, (K, d)."""
+    """Cones {w : b_n·w > 0} from unit normals (K, N, d; zero rows are no constraints) and a point of each, (K, d)."""
     point = analytic_centre(normals, interior)
     margins, scaled, weight = _barrier(normals, point)
     factor = _hessian_factor(scaled, weight)
     identity = torch.eye(normals.shape[-1], dtype=normals.dtype, device=normals.device).expand_as(factor)
     to_point = torch.linalg.solve_triangular(factor.mT, identity, upper=True)
-    # A thin cone has directions of 1e-10 of the others' size, whose squares an eigendecomposition would not see.
+    # A thin cone has directions of 1e-10 of the size of others: an eigendecomposition would lose their squares.
     _, sizes, basis = torch.linalg.svd(to_point)
     walls = scaled @ (to_point @ basis.mT)
     start = _normals((len(normals), _PILOT, normals.shape[-1]), generator)
@@ -131,11 +132,11 @@ def centre(normals: Tensor, interior: Tensor, generator: torch.Generator) -> Cen
 def schedule(cones: Centred, generator: torch.Generator) -> Tensor:
     """Steps β_1 < … < β_T = 1 of each cone, (T, K): log-weights have a standard deviation of 0.6 or less, and no tails.
 
-    They are set by a pilot population, so that the islands' estimates know nothing of their own schedule. Cones that
-    arrive earlier repeat β = 1.
+    A pilot population determines them, so that they are independent of the islands' estimates. Cones with fewer steps
+    repeat β = 1.
 
     Raises:
-        ArithmeticError: rounding leaves no step forward.
+        ArithmeticError: β does not increase because of rounding.
     """
     population, log_weights = _start(cones, 1, _PILOT, generator)
     beta = torch.zeros_like(cones.offset)
@@ -146,8 +147,8 @@ def schedule(cones: Centred, generator: torch.Generator) -> Tensor:
         energies = _energies(cones, population)
         step = torch.minimum(_STEP / energies.std(-1)[..., 0].clamp(min=_TINY), _tail_step(cones, population, beta))
         following = (beta + step).clamp(max=1.0)
-        if not bool(((following > beta) | (beta == 1)).all()):  # NaN fails this, too
-            raise ArithmeticError("a cone is too thin for float64: its chain of integrals does not come to an end")
+        if not bool(((following > beta) | (beta == 1)).all()):  # false for NaN too
+            raise ArithmeticError("a cone is too thin for float64: its chain of integrals does not end")
         log_weights = -(following - beta)[:, None, None] * energies
         steps.append(following)
         beta = following
@@ -157,15 +158,15 @@ def schedule(cones: Centred, generator: torch.Generator) -> Tensor:
 def log_measures(
     cones: Centred, steps: Tensor, islands: int, chains: int, length: int, generator: torch.Generator
 ) -> Tensor:
-    """Logs of unbiased estimates of the Gaussian measure of each cone, one an island, (K, I).
+    """Logs of unbiased estimates of the Gaussian measure of each cone, one for each island, (K, I).
 
     Args:
         cones: K cones.
         steps: β_1 … β_T, (T, K).
         islands: independent populations I.
-        chains: Markov chains of each.
-        length: states of each chain, its start included; a population has M = chains · length particles.
-        generator: of the random numbers, on the cones' device.
+        chains: Markov chains of each island.
+        length: states of each chain, including its start; a population has M = chains · length particles.
+        generator: generator of the random numbers, on the cones' device.
     """
     population, log_weights = _start(cones, islands, chains * length, generator)
     total = (cones.log_scale - cones.dim * cones.spread.log())[:, None] + _log_mean(log_weights)
@@ -183,9 +184,8 @@ def _start(cones: Centred, islands: int, size: int, generator: torch.Generator) 
     """Points of the first distribution, (d, K, I, M), and their log-weights (K, I, M): 0 in the cone, −∞ outside."""
     shape = (cones.dim, len(cones.walls), islands, size)
     population = _normals(shape, generator) / cones.spread[:, None, None]
-    blocks = torch.split(
-        population, max(1, _PILOT // islands), dim=-1
-    )  # all constraints of all may not fit into memory
+    # In blocks, because the distances of all particles may not fit into memory.
+    blocks = torch.split(population, max(1, _PILOT // islands), dim=-1)
     inside = torch.cat(
         [(_distances(cones, block.flatten(2)) > 0).all(-1).view(block.shape[1:]) for block in blocks], -1
     )
@@ -193,7 +193,7 @@ def _start(cones: Centred, islands: int, size: int, generator: torch.Generator) 
 
 
 def _resample(population: Tensor, log_weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Particles (d, K, I, count) drawn by their weights from each island, systematically."""
+    """Particles (d, K, I, count) from systematic resampling of each island by its weights."""
     sums = torch.softmax(log_weights, -1).cumsum(-1)
     grid = torch.arange(count, dtype=sums.dtype, device=sums.device)
     shift = torch.rand((*sums.shape[:-1], 1), dtype=sums.dtype, device=sums.device, generator=generator)
@@ -203,7 +203,7 @@ def _resample(population: Tensor, log_weights: Tensor, count: int, generator: to
 
 
 def _run_chains(cones: Centred, particles: Tensor, beta: Tensor, length: int, generator: torch.Generator) -> Tensor:
-    """States of the Markov chains that start at particles (d, K, I, chains), the starts first, (d, K, I, M)."""
+    """States of the Markov chains from particles (d, K, I, chains), with the starts first, (d, K, I, M)."""
     points = particles.flatten(2)
     distances = _distances(cones, points).clamp_(min=_TINY)
     columns = cones.walls.mT.contiguous()
@@ -252,8 +252,9 @@ def _move_along_rays(
 ) -> None:
     """One slice-sampling move y ↦ apex + r (y − apex) of every particle, in place (shapes as in _move_coordinates).
 
-    The density of r > 0 is r^(d−1) exp(−½ a r² − b r), whose logarithm is concave: Newton's method finds the ends of a
-    slice from outside. What is left of the error only makes the interval too wide, and points off the slice stay.
+    The density of r > 0 is r^(d−1) exp(−½ a r² − b r). Its logarithm is concave, so Newton's method approaches the ends
+    of a slice from outside. A remaining error only makes the interval too wide; moves to points off the slice are
+    rejected.
     """
     rays = points - apex
     power = len(points) - 1
@@ -278,7 +279,7 @@ def _move_along_rays(
 
 
 def _tail_step(cones: Centred, population: Tensor, beta: Tensor) -> Tensor:
-    """Largest step in β, (K,), that takes no more than a third of the precision along the ray of any point."""
+    """Largest step in β, (K,), that reduces the precision along the ray of any point by at most a third."""
     rays = (population - cones.apex.mT[..., None, None]).square()
     first = cones.spread[:, None] ** 2 * rays.sum(0)[:, 0]
     last = (cones.curvatures.mT[..., None] * rays[:, :, 0]).sum(0)
@@ -310,7 +311,7 @@ def _hessian_factor(scaled: Tensor, weight: Tensor) -> Tensor:
     identity = torch.eye(scaled.shape[-1], dtype=scaled.dtype, device=scaled.device)
     factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(scaled.mT @ scaled + weight[..., None] * identity)
-    if bool(failed.any()):  # a thin cone: its squares are beyond float64's digits
+    if bool(failed.any()):  # a thin cone: float64 loses the squares, so factor without them
         ridge = (weight.sqrt()[..., None] * identity).expand(len(scaled), -1, -1)
         factor = torch.linalg.qr(torch.cat([scaled, ridge], dim=-2), mode="r").R.mT
         factor = factor * factor.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]

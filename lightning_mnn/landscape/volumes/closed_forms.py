@@ -1,4 +1,4 @@
-"""Cones taken apart into orthogonal groups, and those measures that have a closed form."""
+"""Split cones into orthogonal groups of constraints, and compute the measures that have a closed form."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ _EPS = float(np.finfo(np.float64).eps)
 
 _EMPTY = 64 * _EPS  # ‖λᵀB‖ ≤ this · Σ λ with λ ≥ 0 shows that no w has B w > 0 beyond rounding
 
-THIN_MARGIN = 1e-11  # smallest margin at the centre from which float64 still knows where the walls are
+THIN_MARGIN = 1e-11  # smallest margin at the centre for which float64 resolves the walls
 
-_FLOOR = 1e-9  # error of a closed form at least: what the rounding of the normals alone may do to it
+_MIN_ERROR = 1e-9  # smallest error of a closed form, from the rounding of the normals
 
-_SURE = 1e-3  # relative rounding error from which a closed form is worse than sampling
+_MAX_ERROR = 1e-3  # relative rounding error above which a closed form is worse than sampling
 
-_SMALL = 1e-3  # area of a spherical polygon below which its angles do not tell it well
+_SMALL = 1e-3  # area of a spherical polygon below which its angles give it inaccurately
 
-_NEAR = 0.5  # cosine of the angle from the middle of a small polygon to its corners
+_MIN_COSINE = 0.5  # of the angle from the middle of a small polygon to its corners
 
-_DENSE = 2048  # constraints whose products with each other are formed at once
+_DENSE = 2048  # largest number of constraints whose Gram matrix is formed
 
-_IGNORED = 1e-6  # change of the log from which nearly orthogonal groups are not called so
+_IGNORED = 1e-6  # change of the log above which nearly orthogonal groups do not count as orthogonal
 
-_CLEAR = 1e-8  # smallest eigenvalue of a Gram matrix, of the largest, that is certainly not zero
+_MIN_EIGENVALUE = 1e-8  # of a Gram matrix, relative to the largest: larger ones are certainly not zero
 
-_HULL = 5  # dimension up to which the redundant constraints cost less to find than to carry
+_MAX_HULL_DIM = 5  # dimension up to which removing redundant constraints saves time
 
-_WIDE = 3  # constraints a dimension from which looking for the redundant ones pays
+_MIN_HULL_RATIO = 3  # constraints per dimension from which removing redundant ones saves time
 
 
 @dataclass(frozen=True)
 class ConeGroup:
-    """Constraints that are left to sampling: unit normals (n, r) of rank r, and a point of their cone (r,)."""
+    """Constraints for sampling: unit normals (n, r) of rank r, and a point of their cone (r,)."""
 
     normals: Array
     interior: Array
@@ -56,7 +56,7 @@ class ConeGroup:
 
 @dataclass(frozen=True)
 class _Parts:
-    """A cone taken apart: the logs of what has a closed form, their rounding error, and the rest."""
+    """A split cone: the sum of the logs in closed form, its rounding error, and the remaining groups."""
 
     value: float
     standard_error: float
@@ -64,13 +64,13 @@ class _Parts:
 
 
 def take_apart(unit: Array, point: Array | None, index: int | None) -> _Parts:
-    """Split a cone into independent groups of constraints, and settle those with a closed form."""
+    """Split a cone into independent groups of constraints, and compute the measures of those with a closed form."""
     interior = _found_interior(unit, index) if point is None else _checked_interior(unit, point, index)
     labels, error = _orthogonal_groups(unit, interior)
     value, groups = 0.0, []
     for label in range(int(labels.max()) + 1):
         group = _reduced(unit[labels == label], interior)
-        if group.normals.shape[1] <= _HULL:
+        if group.normals.shape[1] <= _MAX_HULL_DIM:
             group = ConeGroup(group.normals[_facets(group)], group.interior)
         closed = _closed_form(group)
         if closed is None:
@@ -88,7 +88,7 @@ def _found_interior(unit: Array, index: int | None) -> Array:
         total = multipliers.sum()
         if total > 0 and np.linalg.norm(multipliers @ unit) <= _EMPTY * total:
             raise ValueError(f"normals: {cone} is empty, no w has a positive product with all of them")
-    raise ArithmeticError(f"{cone} is too thin for float64 to tell whether it is empty: give an interior_point")
+    raise ArithmeticError(f"{cone} is too thin for float64 to decide whether it is empty: give an interior_point")
 
 
 def _checked_interior(unit: Array, point: Array, index: int | None) -> Array:
@@ -102,11 +102,11 @@ def _checked_interior(unit: Array, point: Array, index: int | None) -> Array:
 
 
 def _orthogonal_groups(unit: Array, interior: Array) -> tuple[NDArray[np.integer], float]:
-    """Labels (N,) of groups that are orthogonal to each other, and how much calling them so may change the log."""
+    """Labels (N,) of groups that are orthogonal to each other, and a bound on the change of the log by that."""
     sines = unit @ interior / np.linalg.norm(interior)
     noise, ignored, count = 4 * unit.shape[1] * _EPS, 0.0, 0
     labels = np.full(len(unit), -1)
-    gram = unit @ unit.T if len(unit) <= _DENSE else None  # beyond, a row at a time
+    gram = unit @ unit.T if len(unit) <= _DENSE else None  # for more, one row at a time
     while (labels < 0).any():
         queue = [int(labels.argmin())]
         labels[queue] = count
@@ -117,7 +117,7 @@ def _orthogonal_groups(unit: Array, interior: Array) -> tuple[NDArray[np.integer
             tied = products > noise
             labels[others[tied]] = count
             queue += others[tied].tolist()
-            # 2/π of a product at an orthant; in thin cones a small turn of a wall is a large part of them.
+            # 2/π of a product for an orthant; in a thin cone a small rotation of a wall changes more of the measure.
             ignored += float((products[~tied] / sines[others[~tied]]).sum() / sines[n]) / math.pi
         count += 1
     if count > 1 and ignored > _IGNORED:
@@ -126,31 +126,31 @@ def _orthogonal_groups(unit: Array, interior: Array) -> tuple[NDArray[np.integer
 
 
 def _reduced(normals: Array, interior: Array) -> ConeGroup:
-    """Constraints and point in coordinates of the constraints' own span."""
+    """Constraints and point in coordinates of the span of the constraints."""
     if len(normals) >= normals.shape[1]:
         squares = np.linalg.eigvalsh(normals.T @ normals)
-        if squares[0] > _CLEAR * squares[-1]:  # of full rank for certain, and for less than the singular values cost
+        if squares[0] > _MIN_EIGENVALUE * squares[-1]:  # certainly of full rank, and cheaper than singular values
             return ConeGroup(normals, interior)
     _, values, basis = np.linalg.svd(normals, full_matrices=False)
     rank = int((values > normals.shape[1] * _EPS * values[0]).sum())
     reduced, inner = normals @ basis[:rank].T, basis[:rank] @ interior
     products = normals @ interior
-    if rank == normals.shape[1] or (np.abs(reduced @ inner - products) > _SURE * products).any():
-        return ConeGroup(normals, interior)  # what looks like rounding holds the point in a thin cone
+    if rank == normals.shape[1] or (np.abs(reduced @ inner - products) > _MAX_ERROR * products).any():
+        return ConeGroup(normals, interior)  # a thin cone: the dropped directions matter for the point
     return ConeGroup(reduced / np.linalg.norm(reduced, axis=1, keepdims=True), inner)
 
 
 def _facets(group: ConeGroup) -> NDArray[np.integer]:
-    """Indices of the constraints that are not redundant, (n,); of three dimensions, in their order around the cone.
+    """Indices of the constraints that are not redundant, (n,); in three dimensions, in their order around the cone.
 
-    With b_n·u = 1 for an interior point u, the constraints that matter are the vertices of the convex hull of the b_n,
-    which lie in a hyperplane.
+    If the b_n are scaled to b_n·u = 1 for an interior point u, they lie in a hyperplane, and the constraints that are
+    not redundant are the vertices of their convex hull.
     """
     num, rank = group.normals.shape
     everything = np.arange(num)
     if rank == 1:
         return everything[:1]
-    if rank > 3 and num < _WIDE * rank:
+    if rank > 3 and num < _MIN_HULL_RATIO * rank:
         return everything
     centre_point = analytic_centre(torch.from_numpy(group.normals)[None], torch.from_numpy(group.interior)[None])[
         0
@@ -159,7 +159,7 @@ def _facets(group: ConeGroup) -> NDArray[np.integer]:
     if not (margins > 0).all():
         raise ArithmeticError("a cone is too thin for float64: its centre cannot be found")
     dual = group.normals / margins[:, None]
-    plane = np.linalg.svd(centre_point[None])[2][1:]  # across the interior point
+    plane = np.linalg.svd(centre_point[None])[2][1:]  # orthogonal to the interior point
     flat = (dual - dual.mean(0)) @ plane.T
     if rank == 2:
         return np.array([flat.argmin(), flat.argmax()])
@@ -173,16 +173,16 @@ def _closed_form(group: ConeGroup) -> tuple[float, float] | None:
     """Log measure and rounding error of a half-space, an arc or a spherical polygon; None otherwise."""
     rank = group.normals.shape[1]
     if rank == 1:
-        return -math.log(2), _EPS  # exact but for the last digit
+        return -math.log(2), _EPS  # exact up to the last digit
     if rank == 2:
         first, second = group.normals
         angle = math.atan2(abs(first[0] * second[1] - first[1] * second[0]), -float(first @ second))
-        return math.log(angle / (2 * math.pi)), _FLOOR + 16 * _EPS / angle
+        return math.log(angle / (2 * math.pi)), _MIN_ERROR + 16 * _EPS / angle
     return _polygon(group) if rank == 3 else None
 
 
 def _polygon(group: ConeGroup) -> tuple[float, float] | None:
-    """The same of a spherical polygon, whose sides are in order: the triangles from an interior point to its sides."""
+    """The same for a spherical polygon with its sides in order; None if rounding errors are too large."""
     sides = group.normals
     corners = np.cross(sides, np.roll(sides, -1, axis=0))
     lengths = np.linalg.norm(corners, axis=1)
@@ -191,23 +191,26 @@ def _polygon(group: ConeGroup) -> tuple[float, float] | None:
     corners /= lengths[:, None]
     corners *= np.sign((sides @ corners.T).sum(0))[:, None]
     noise = 64 * _EPS / lengths.min()  # of a corner
-    if not (sides @ corners.T > -noise).all():  # the hull was not one
+    if not (sides @ corners.T > -noise).all():  # the hull is wrong
         return None
     following = np.roll(sides, -1, axis=0)
-    turns = np.arctan2(lengths, (sides * following).sum(1))  # at the corners; what they lack of 2π is the area
+    turns = np.arctan2(lengths, (sides * following).sum(1))  # at the corners; 2π less their sum is the area
     area = float(2 * math.pi - turns.sum())
     if area > _SMALL:
-        error = _FLOOR + 32 * _EPS * len(sides) / area
+        error = _MIN_ERROR + 32 * _EPS * len(sides) / area
     else:
         area, farthest = _small_area(corners)
-        error = _FLOOR + noise * (len(sides) / math.sqrt(area) + farthest / area) if area > 0 else math.inf
-    return (math.log(area / (4 * math.pi)), error) if error < _SURE else None
+        error = _MIN_ERROR + noise * (len(sides) / math.sqrt(area) + farthest / area) if area > 0 else math.inf
+    return (math.log(area / (4 * math.pi)), error) if error < _MAX_ERROR else None
 
 
 def _small_area(corners: Array) -> tuple[float, float]:
-    """Area of a small spherical polygon, whose digits an excess of angles would lose, and its radius."""
+    """Area of a small spherical polygon, where the excess of angles would lose digits, and its radius.
+
+    The area is the sum of the triangles from the middle to the sides.
+    """
     middle = corners.sum(0) / np.linalg.norm(corners.sum(0))
-    if (corners @ middle < _NEAR).any():  # long and thin: the sides' great circles are not known from their ends
+    if (corners @ middle < _MIN_COSINE).any():  # long and thin: the corners do not determine the sides
         return 0.0, math.inf
     following = np.roll(corners, -1, axis=0)
     volumes = np.abs(np.cross(corners, following) @ middle)

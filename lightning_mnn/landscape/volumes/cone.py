@@ -40,13 +40,13 @@ _CHAINS = 4  # Markov chains of each
 
 _LENGTH = 8  # fewest states of a chain
 
-_PREDICTED = 0.0009  # states of a chain for a standard error of 1, over the square of the schedule's steps, as a rule
+_PREDICTED = 0.0009  # usual states of a chain for a standard error of 1, over the square of the number of steps
 
-_GROWTH = 8  # how many times as long as a pilot the next one is at most
+_GROWTH = 8  # largest ratio of the lengths of successive pilots
 
-_AIM = 0.85  # of the target, for its standard error is known to an eighth after the pilot, and again at the end
+_AIM = 0.85  # of the target, as the standard error is known to 1/8 after the pilot, and again to 1/8 at the end
 
-# Constraint values that are worked on at once: what a cache likes, and what keeps a GPU busy, 128 MiB an array.
+# Constraint values in one chunk: a size for the CPU cache, and one that keeps a GPU busy, 128 MiB per array.
 _CHUNK = {"cpu": 2**18, "cuda": 2**24}
 
 _QUANTILE = float(student.ppf(0.975, _ISLANDS - 1)) / 1.96  # few islands: their spread is itself uncertain
@@ -62,36 +62,35 @@ def log_cone_measure(
 ) -> LogEstimate:
     """Log of the Gaussian measure of a cone: log P(b_n·w > 0 for all n), w ~ N(0, I).
 
-    The cone is taken apart first: orthogonal groups of constraints are independent, and directions that no constraint
-    sees do not matter. A group of rank 1, 2 or 3 (a half-space, an arc, a spherical polygon) has a closed form. Up to
-    rank 5 redundant constraints are dropped, by a convex hull. The rest goes to annealed sampling from the analytic
-    centre (see :mod:`~lightning_mnn.landscape.volumes.annealing`) on 32 independent islands, whose estimates of the
-    measure are unbiased and whose spread gives the standard error. Pilots set the number of samples before, so that the
-    intervals cover what they say: nothing stops when the error happens to be small.
+    First the cone is split: orthogonal groups of constraints are independent, and directions orthogonal to all normals
+    do not matter. A group of rank 1, 2 or 3 (a half-space, an arc, a spherical polygon) has a closed form. Up to rank 5
+    a convex hull removes redundant constraints. The remaining groups use annealed sampling from the analytic centre
+    (see :mod:`~lightning_mnn.landscape.volumes.annealing`) on 32 independent islands. Their estimates of the measure
+    are unbiased, and their spread gives the standard error. Pilots set the number of samples in advance. The sampling
+    does not stop early when the error happens to be small, so the intervals have their stated coverage.
 
-    Cost: a sample is one sweep, N·d multiplications of about 1 ns each on a processor core (2 to 3 ns below some
-    hundred constraints, where small arrays cost more than their arithmetic). Random cones take about
-    4,000 √d + 3 d^1.3/s² samples to a standard error of s (N = 8 d, d = 10 to 80), and at fixed d samples grow as N^⅓:
-    the time grows about as d^2.4/s² with N in proportion, and as N^1.3 at fixed d, however thin the cone. At equal
-    error, nested domains with elliptical slice sampling and Gaussian cooling from a small ball cost 8 and 12 times as
-    much on an orthant in 20 dimensions, 20 and 35 times in 50, and more than 100 times on a random cone of N = 200,
-    d = 20 (``make bench ARGS="volumes"``).
+    Cost: a sample is one sweep, N·d multiplications of about 1 ns each on a CPU core (2 to 3 ns below about a hundred
+    constraints, where overhead dominates). Random cones need about 4,000 √d + 3 d^1.3/s² samples for a standard error
+    of s (N = 8 d, d = 10 to 80), and at fixed d the samples grow as N^⅓. So the time grows about as d^2.4/s² with N
+    proportional to d, and as N^1.3 at fixed d, even for thin cones. At equal error, nested domains with elliptical
+    slice sampling and Gaussian cooling from a small ball cost 8 and 12 times as much on an orthant in 20 dimensions, 20
+    and 35 times in 50, and more than 100 times on a random cone of N = 200, d = 20 (``make bench ARGS="volumes"``).
 
     Args:
         normals: b_n, (..., N, d), of any lengths; CPU or GPU.
-        interior_point: a point of each open cone, (..., d); None looks for one by non-negative least squares.
-        target_standard_error: in nats. The samples are as many as lead to 85 % of it by the pilot: one in some ten
-            estimates ends a little above it, and all do where ``max_samples`` end first.
-        max_samples: most samples of a group of constraints, but that two pilots and a short estimate, some 2,000
-            samples for each of about 3 √d steps, are always made.
-        seed: of the random numbers.
+        interior_point: a point of each open cone, (..., d); None: it is computed by non-negative least squares.
+        target_standard_error: in nats. The number of samples aims at 85 % of it, by the pilot: about one in ten
+            estimates ends a little above the target, and all do if ``max_samples`` is too small for it.
+        max_samples: largest number of samples of a group of constraints. Two pilots and a short estimate, about 2,000
+            samples for each of about 3 √d steps, are always computed.
+        seed: seed of the random numbers.
 
     Returns:
         The estimate; with leading axes, tensors of their shape, on the CPU.
 
     Raises:
         ValueError: an argument is out of range, not finite or of the wrong shape, a normal is zero, the cone is empty,
-            or the interior point is not in it.
+            or the interior point is not inside it.
         ArithmeticError: the cone is too thin for float64.
 
     >>> estimate = log_cone_measure(torch.eye(3))  # an orthant
@@ -128,7 +127,7 @@ def log_cone_measure(
 
 
 def predicted_samples(dim: int, standard_error: float) -> float:
-    """About how many samples one cone takes: 4,000 √d at least, and 3 d^1.3/s² for a standard error of s nats.
+    """Approximate number of samples for one cone: 4,000 √d, and 3 d^1.3/s² more for a standard error of s nats.
 
     Measured on cells of 4 d to 8 d Gaussian normals, d = 10 … 80, s = 0.03 … 1, to within a factor of 2.
 
@@ -141,8 +140,8 @@ def predicted_samples(dim: int, standard_error: float) -> float:
 def log_ellipsoid_volume(normals: Tensor, interior_point: Tensor) -> Tensor:
     """Log volume of the Dikin ellipsoid of a cone at its analytic centre c, the ball |y| ≤ 1 of w = c + R⁻ᵀ y.
 
-    It lies in the cone and has nearly its shape, so that it tells how cones of one size compare, for the cost of a few
-    matrix products: of trained networks' cones it explains all but a nat of the differences of several.
+    It lies in the cone and has nearly its shape, so it compares cones of the same dimensions for the cost of a few
+    matrix products. For cones of trained networks, which differ by several nats, it explains all but one nat.
 
     Args:
         normals: b_n, (..., N, d).
@@ -164,7 +163,7 @@ def log_ellipsoid_volume(normals: Tensor, interior_point: Tensor) -> Tensor:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Run torch on one thread: the steps are too short to be shared, and threads that wait for each other stall."""
+    """Run torch on one thread: the steps are too short for several threads, which would mostly wait."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -176,9 +175,9 @@ def _one_thread() -> Iterator[None]:
 def _check_numbers(target_standard_error: float, max_samples: int) -> None:
     if not target_standard_error > 0:
         raise ValueError(f"target_standard_error must be positive, got {target_standard_error}")
-    least = _ISLANDS * _CHAINS * _LENGTH
-    if max_samples < least:
-        raise ValueError(f"max_samples must be at least {least}, got {max_samples}")
+    smallest = _ISLANDS * _CHAINS * _LENGTH
+    if max_samples < smallest:
+        raise ValueError(f"max_samples must be at least {smallest}, got {max_samples}")
 
 
 def _unit_normals(normals: Tensor | ArrayLike) -> Tensor:
@@ -187,8 +186,8 @@ def _unit_normals(normals: Tensor | ArrayLike) -> Tensor:
     if rows.ndim < 2 or 0 in rows.shape:
         raise ValueError(f"normals must have shape (..., N, d) with N and d at least 1, got {tuple(rows.shape)}")
     if not bool(rows.isfinite().all()):
-        raise ValueError("normals must be finite: they hold NaN or infinite entries")
-    largest = rows.abs().amax(-1, keepdim=True)  # or the squares of small entries would vanish
+        raise ValueError("normals must be finite: they have NaN or infinite entries")
+    largest = rows.abs().amax(-1, keepdim=True)  # scaling by it keeps the squares of small entries from underflow
     if not bool((largest > 0).all()):
         where = (largest[..., 0] == 0).nonzero()[0].tolist()
         raise ValueError(f"normals must not be zero, row {where} is: a sample x_n = 0 constrains nothing, leave it out")
@@ -202,7 +201,7 @@ def _interior_points(interior_point: Tensor | ArrayLike, unit: Tensor) -> Tensor
     if points.shape != shape:
         raise ValueError(f"interior_point must have shape {shape} to go with the normals, got {tuple(points.shape)}")
     if not bool(points.isfinite().all()):
-        raise ValueError("interior_point must be finite: it holds NaN or infinite entries")
+        raise ValueError("interior_point must be finite: it has NaN or infinite entries")
     largest = points.abs().amax(-1, keepdim=True)
     return points / torch.where(largest > 0, largest, 1.0)
 
@@ -210,11 +209,11 @@ def _interior_points(interior_point: Tensor | ArrayLike, unit: Tensor) -> Tensor
 def _tensor(values: Tensor | ArrayLike) -> Tensor:
     if isinstance(values, torch.Tensor):
         return values.detach()
-    return torch.from_numpy(np.array(values, dtype=np.float64))  # not by way of torch's float32
+    return torch.from_numpy(np.array(values, dtype=np.float64))  # torch.tensor would make float32
 
 
 def _chunks(groups: list[tuple[int, ConeGroup]], device: torch.device) -> list[list[tuple[int, ConeGroup]]]:
-    """Groups of one rank and of nearly one size, as many as fit together."""
+    """Groups of equal rank and similar size, as many as fit into one chunk."""
     chunks: list[list[tuple[int, ConeGroup]]] = []
     for item in sorted(groups, key=lambda item: item[1].normals.shape[::-1]):
         num, rank = item[1].normals.shape
@@ -244,7 +243,7 @@ def _sample(
 def _sample_padded(
     normals: Array, interior: Array, targets: Array, max_samples: int, generator: torch.Generator
 ) -> tuple[Array, Array]:
-    """The same of unit normals (K, N, d), rows of zeros after those of smaller groups, and points (K, d)."""
+    """The same for unit normals (K, N, d), padded with rows of zeros for smaller groups, and points (K, d)."""
     on_device = (torch.from_numpy(part).to(generator.device) for part in (normals, interior))
     cones = centre(next(on_device), next(on_device), generator)
     thinnest = float(cones.margins.min())
@@ -264,28 +263,29 @@ def _sample_padded(
 
 
 def _lengths(cones: Centred, steps: Tensor, targets: Array, most: int, generator: torch.Generator) -> NDArray[np.int64]:
-    """How long the chains of each cone are to be, (K,), by pilots whose samples are used for nothing else.
+    """Lengths of the chains of each cone, (K,), from pilots whose samples are used for nothing else.
 
-    An estimate that ends when its own standard error is small enough ends early where that is too small by chance, and
-    its intervals cover too little: the length is set first. A short pilot exaggerates it, so it counts within a factor
-    of 2 of what cones take as a rule; where it says far more than that, longer pilots follow, and have the say.
+    The length is set in advance. If an estimate stopped when its own standard error is small enough, it would stop too
+    early when that is small by chance, and its intervals would cover too little. A short pilot gives too large lengths,
+    so its length is limited to within a factor of 2 of the usual one for cones. If it is far larger than that, longer
+    pilots follow, without this limit.
 
     Args:
         cones: K cones.
         steps: β_1 … β_T, (T, K).
         targets: standard errors, (K,).
-        most: states of a chain that are left.
-        generator: of the random numbers.
+        most: largest number of states of a chain.
+        generator: generator of the random numbers.
     """
     rule = _PREDICTED * len(steps) ** 2 / targets**2
     lengths, pending = np.zeros(len(targets)), np.arange(len(targets))
     pilot = max(PILOT_LENGTH, int(min(rule.max(), most) / 4))
-    least, largest = rule / 2, rule * 2
+    smallest, largest = rule / 2, rule * 2
     while True:
         _, errors = _one_round(cones, steps, pending, pilot, generator)
         most -= pilot
         needed = np.nan_to_num(pilot * (errors / (_AIM * targets[pending])) ** 2, nan=np.inf)
-        lengths[pending] = np.clip(needed, least[pending], largest[pending])
+        lengths[pending] = np.clip(needed, smallest[pending], largest[pending])
         pending, needed = pending[needed > 2 * largest[pending]], needed[needed > 2 * largest[pending]]
         largest[pending] = np.inf
         following = int(min(needed.max(initial=0.0), most) / _GROWTH)
@@ -310,7 +310,7 @@ def _one_round(
     means = ratios.mean(1)
     relative, spread = ratios.std(1, ddof=1) / means / math.sqrt(_ISLANDS), logs.std(1, ddof=1)
     values = largest[:, 0] + np.log(means) + relative**2 / 2  # the mean is unbiased, its logarithm is not
-    # Where the spread is large the mean rests on the largest few: a normal law of the logs is a second opinion.
+    # If the spread is large, the mean depends on the few largest: compare with the mean of a lognormal distribution.
     second = logs.mean(1) + spread**2 / 2
     error = np.hypot(np.maximum(relative, spread / math.sqrt(_ISLANDS)), np.minimum(spread, 1) * (values - second))
     return values, _QUANTILE * error

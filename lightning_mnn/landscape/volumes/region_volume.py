@@ -1,6 +1,6 @@
 """Angular volume of cones and regions: V(R) = P(W ∈ R), the entries of W i.i.d. N(0, 1).
 
-Volumes are natural logarithms throughout: a cone of 100 half-spaces in 20 dimensions is about e^−45 already.
+All volumes are natural logarithms: a cone of 100 half-spaces in 20 dimensions already has a volume of about e^−45.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from lightning_mnn.landscape.regions.region import Region
 
 
-_ENTRIES = 2**26  # of the normals of all cones that are worked on at once
+_ENTRIES = 2**26  # entries of the normals of all cones in one batch
 
-_TINY = 1e-250  # below, the incomplete beta function is near float64's smallest number and loses its digits
+_TINY = 1e-250  # below it, the incomplete beta function is near float64's smallest number and loses digits
 
 
 def log_cap_measure(sine: ArrayLike, dim: int) -> NDArray[np.float64]:
     """Log of the Gaussian measure of a spherical cap: log(½ I_{sin²θ}((d−1)/2, ½)) for half-angles θ ≤ π/2.
 
-    Where the regularised incomplete beta function I underflows it is replaced by its hypergeometric form
-    I_x(a, b) = xᵃ (1−x)ᵇ / (a B(a, b)) · ₂F₁(a+b, 1; a+1; x), whose logarithm is exact to rounding.
+    If the regularised incomplete beta function I underflows, it is replaced by its hypergeometric form
+    I_x(a, b) = xᵃ (1−x)ᵇ / (a B(a, b)) · ₂F₁(a+b, 1; a+1; x), whose logarithm is exact up to rounding.
 
     Args:
         sine: sin θ in [0, 1], any shape; a tensor may be on any device.
@@ -45,7 +45,7 @@ def log_cap_measure(sine: ArrayLike, dim: int) -> NDArray[np.float64]:
         Natural logarithms, an array of the shape of ``sine``; −inf where sin θ = 0 and d > 1.
 
     Raises:
-        ValueError: ``sine`` outside [0, 1] or ``dim`` < 1.
+        ValueError: ``sine`` is outside [0, 1], or ``dim`` < 1.
 
     >>> round(float(np.exp(log_cap_measure(math.sin(0.3), 2))), 6) == round(2 * 0.3 / (2 * math.pi), 6)
     True
@@ -69,13 +69,14 @@ def log_cap_measure(sine: ArrayLike, dim: int) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class RegionVolume(LogEstimate):
-    """Log of the angular volume of a region, and what it is made of; tensors are on the CPU.
+    """Log of the angular volume of a region, and its parts; tensors are on the CPU.
 
     Attributes:
-        lower_bound: rigorous, from spherical caps (see :func:`log_volume_lower_bound`); of the shape of ``value``.
+        lower_bound: a rigorous bound from spherical caps (see :func:`log_volume_lower_bound`), of the shape of
+            ``value``.
         units: the units whose cones were measured, (m,).
         unit_values: log measures of their cones, (..., m).
-        unit_standard_errors: of these, (..., m).
+        unit_standard_errors: standard errors of these, (..., m).
     """
 
     lower_bound: float | Tensor
@@ -96,15 +97,16 @@ def region_log_volume(
     """Log of the angular volume V(D_A) = Π γ(C_i) of a region: the sum over its units of their cones' log measures.
 
     Args:
-        region: the region, with inputs (..., N, d0). Samples x_n = 0 constrain nothing.
+        region: the region, with inputs (..., N, d0). Samples x_n = 0 constrain no unit.
         hidden_weights: a point W (..., d1, d0) of it.
         target_standard_error: of one unit's cone, in nats; that of the sum is about √d1 times as large.
-        num_units: measure the cones of this many units, drawn at random, and infer the others' from the ellipsoids
-            inside their cones (see :func:`~lightning_mnn.landscape.volumes.cone.log_ellipsoid_volume`): unbiased, with
-            the spread of what the ellipsoids miss in the standard error, which takes a dozen units to be sound. None:
-            all.
-        max_samples: most samples a cone (see :func:`~lightning_mnn.landscape.volumes.cone.log_cone_measure`).
-        seed: of the random numbers.
+        num_units: measure the cones of this many units, drawn at random, and estimate the others from the ellipsoids
+            inside their cones (see :func:`~lightning_mnn.landscape.volumes.cone.log_ellipsoid_volume`). The estimate is
+            unbiased. The standard error includes the spread of the difference from the ellipsoids; it is reliable from
+            about twelve units. None: all units.
+        max_samples: largest number of samples per cone (see
+            :func:`~lightning_mnn.landscape.volumes.cone.log_cone_measure`).
+        seed: seed of the random numbers.
 
     Raises:
         ValueError: the weights do not lie in the region, a unit lies on a kink (the volume is that of an open region),
@@ -131,7 +133,7 @@ def region_log_volume(
         quantile = student.ppf(0.975, len(units) - 1) / 1.96  # the spread of few units is itself uncertain
         ellipsoids = _ellipsoids(cones)
         missed = values - ellipsoids[..., units]
-        # Their spread holds the values' own errors too, so that less of those is left to add.
+        # Their spread already includes the errors of the values, so only a part of these is added.
         variance = quantile**2 * width * (factor - 1) * missed.var(-1) + factor * variance
         total = ellipsoids.sum(-1) + factor * missed.sum(-1)
     else:
@@ -143,7 +145,7 @@ def region_log_volume(
 
 
 def log_volume_lower_bound(region: Region, hidden_weights: Tensor) -> Tensor | float:
-    """A rigorous lower bound on log V(D_A) of the region that holds the given weights: a spherical cap in each cone.
+    """A rigorous lower bound on log V(D_A) of the region of the given weights, from a spherical cap in each cone.
 
     The cone of row i contains the cap around w_i of half-angle θ_i = min_n arcsin(|w_i·x_n| / ‖w_i‖‖x_n‖), so
     V(D_A) = Π γ(C_i) ≥ Π ½ I_{sin²θ_i}((d0−1)/2, ½). The sines are lowered by the rounding error of the products.
@@ -177,7 +179,7 @@ def _checked_preactivations(region: Region, weights: Tensor) -> Tensor:
     """w_i·x_n, (..., N, d1), of weights that lie in the region."""
     preactivations = region.inputs.detach() @ weights.mT
     if not torch.equal(preactivations > 0, region.pattern.active.expand(preactivations.shape)):
-        raise ValueError("hidden_weights do not lie in the region: their activation pattern is another one")
+        raise ValueError("hidden_weights do not lie in the region: they have a different activation pattern")
     return preactivations
 
 
@@ -200,7 +202,7 @@ class _UnitCones:
         return self.sides[..., units, :, None] * self.inputs[..., None, :, :], self.rows[..., units, :]
 
     def batches(self, units: Tensor) -> tuple[Tensor, ...]:
-        """Units whose normals fit into memory together."""
+        """Batches of units whose normals fit into memory together."""
         return torch.split(units, max(1, _ENTRIES // max(1, self.inputs.numel())))
 
 
@@ -210,7 +212,7 @@ def _unit_cones(region: Region, weights: Tensor) -> _UnitCones:
     if inputs.ndim == 2:
         inputs, used = inputs[used], used[used]
     if not bool(used.all()):
-        raise ValueError("inputs hold samples x_n = 0 in some networks: measure the networks one by one")
+        raise ValueError("inputs have samples x_n = 0 in some networks: measure the networks one by one")
     preactivations = inputs @ weights.mT
     rounding = (inputs.shape[-1] + 4) * np.finfo(np.float64).eps
     noise = rounding * inputs.norm(dim=-1)[..., None] * weights.norm(dim=-1)[..., None, :]

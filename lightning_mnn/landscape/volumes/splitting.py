@@ -1,13 +1,13 @@
 """Multilevel splitting: probabilities of rare events of random weights W ~ N(0, I).
 
-An event {score(W) ≥ level} too rare to be met by direct draws is reached through nested events of rising levels: the
-particles that reach one level are copied over those that do not, and spread by moves that keep N(0, I) restricted to
-what lies at or above that level. The product of the shares that reach each level estimates the probability.
+An event {score(W) ≥ level} that is too rare for direct draws is reached through nested events of rising levels. The
+particles that reach a level replace those that do not. Then moves spread them, which leave N(0, I) restricted to scores
+at or above that level invariant. The product of the fractions that reach each level estimates the probability.
 
-A pilot run chooses the levels and the sizes of the moves, and the runs that count are independent of it. Given levels
-and moves, the estimate of a run is exactly unbiased, however few its particles and however slowly they mix (Del Moral,
-Feynman–Kac Formulae, 2004, §7.4.2), with ties between scores or without; too few particles only make it vary, which the
-spread of the runs shows. Levels that a run chooses from its own particles would bias it.
+A pilot run chooses the levels and the sizes of the moves; the runs of the estimate are independent of it. Given levels
+and moves, the estimate of a run is exactly unbiased, for any number of particles and any speed of mixing (Del Moral,
+Feynman–Kac Formulae, 2004, §7.4.2), with or without ties between scores. Too few particles only increase its variance,
+which the spread of the runs shows. If a run chose the levels from its own particles, it would be biased.
 
 Shapes: R runs, P particles, N samples, d0 inputs, d1 hidden units; W is (d1, d0).
 """
@@ -33,21 +33,21 @@ from lightning_mnn.utilities.validation import ArgumentError, positive_integer
 
 Score = Callable[[Tensor], Tensor]
 
-_SURVIVORS = 0.25  # share of the pilot's particles that reach the next level
+_SURVIVORS = 0.25  # fraction of the pilot's particles that reach the next level
 
-_ACCEPTANCE = 0.3  # share of moves that the pilot aims at
+_ACCEPTANCE = 0.3  # target fraction of accepted moves for the pilot
 
-_STALLED = 5  # rounds of moves without a particle above the level, after which the pilot gives up
+_MAX_STALLED = 5  # sets of moves without a particle above the level, after which the pilot gives up
 
 _CONFIDENCE = 0.95
 
-_BOTH = 0.975  # of each of two intervals that are to hold together
+_BOTH = 0.975  # confidence of each of two intervals that must be valid together
 
-_BATCH = 2_000_000  # entries of the matrices that are decomposed at a time
+_BATCH = 2_000_000  # entries of the matrices decomposed in one batch
 
-_CLEAR = 1e-9  # eigenvalues of GᵀG, relative to its mean diagonal, that are certainly not zero
+_MIN_EIGENVALUE = 1e-9  # of GᵀG, relative to its mean diagonal: larger ones are certainly not zero
 
-_STRENGTHS = (-8, 1, 19)  # of ridge regressions, relative to the mean diagonal of GᵀG: powers of ten, and how many
+_STRENGTHS = (-8, 1, 19)  # of ridge regressions, relative to the mean diagonal of GᵀG: powers of ten, and their number
 
 _BELOW_ONE = 1 - 1e-6
 
@@ -57,12 +57,11 @@ class RareEvent(Estimate):
     """The probability of {score(W) ≥ level}, W ~ N(0, I), by multilevel splitting.
 
     Attributes:
-        levels: those that the particles went through, the last one asked for.
-        evaluations: number of weights whose score was computed, the pilot's included.
-        log_runs: natural logarithm of each run's own estimate, (R,) on the CPU; −inf where its particles died out.
-        population: weights where the event happens, (R', P, d1, d0) on the CPU, of the R' runs that reached it:
-            distributed as W given the event, but for copies that stayed alike. R' in the order of the finite
-            `log_runs`.
+        levels: levels of the particles, ending with the given one.
+        evaluations: number of weights whose score was computed, including those of the pilot.
+        log_runs: natural logarithm of each run's own estimate, (R,) on the CPU; −inf if no particle reached a level.
+        population: weights in the event, (R', P, d1, d0) on the CPU, for the R' runs that reached it, in the order of
+            the finite `log_runs`. They are distributed as W given the event, except for copies that are still equal.
     """
 
     levels: tuple[float, ...]
@@ -76,11 +75,11 @@ class RareCensus:
     """Volumes of unions of sub-optimal regions, too small for direct draws.
 
     Attributes:
-        suboptimal_residual: P(the region's least-squares residual misclassifies more than a fraction ε), necessary for
-            L_ε and all that Theorem 6 rests on; its `population` are weights in such regions.
-        suboptimal_minimum: V(L_ε): of regions that hold a differentiable local minimum as well.
-        undecided: share of the classified regions of which it was not found out whether they hold one; the interval of
-            `suboptimal_minimum` reaches from none of them doing so to all.
+        suboptimal_residual: P(the region's least-squares residual misclassifies more than a fraction ε). This is
+            necessary for L_ε, and Theorem 6 uses only this. Its `population` are weights in such regions.
+        suboptimal_minimum: V(L_ε): of regions that also contain a differentiable local minimum.
+        undecided: fraction of the classified regions for which the search for a minimum did not decide. The interval of
+            `suboptimal_minimum` covers the cases that none or all of them contain one.
     """
 
     suboptimal_residual: RareEvent
@@ -100,25 +99,25 @@ def rare_event(
 ) -> RareEvent:
     """Estimate P(score(W) ≥ level) for W ~ N(0, I) by multilevel splitting, on the CPU.
 
-    Each run's estimate is unbiased, whatever the score; how well the score leads to the event decides how much the runs
-    vary, and so how wide the interval is. It takes (R + 1) P (1 + 2 · steps · number of levels) scores, with about one
-    level for each factor of four in the probability.
+    Each run's estimate is unbiased for any score. A score that leads better to the event gives a smaller variance
+    between runs, and so a narrower interval. The estimate needs (R + 1) P (1 + 2 · steps · number of levels) scores,
+    with about one level for each factor of four in the probability.
 
     Args:
-        score: maps weights, float64 (B, d1, d0) on the CPU, to their scores, (B,), on any device; it may be discrete,
-            and −inf.
+        score: maps weights, float64 (B, d1, d0) on the CPU, to their scores, (B,), on any device; scores may be
+            discrete, and −inf.
         shape: (d1, d0).
-        level: the score from which on the event happens.
+        level: the smallest score of the event.
         particles: P, of each run.
         runs: R, at least 2; the interval comes from their spread.
-        steps: rounds of two moves of every particle at each level.
-        seed: of the draws.
+        steps: number of times that every particle makes its two moves at each level.
+        seed: seed of the draws.
 
     Returns:
-        The estimate. Where no run met the event its value is 0 and its upper limit that of what the runs did reach.
+        The estimate. If no run reached the event, its value is 0 and its upper limit comes from the last level reached.
 
     Raises:
-        ValueError: a number out of its range, or scores that are NaN or of another shape.
+        ValueError: a number is out of its range, or scores are NaN or of another shape.
 
     >>> result = rare_event(lambda w: w[:, 0, 0], (1, 1), level=5.0, particles=200)
     >>> result.low < 2.8665e-7 < result.high  # of a standard normal variable
@@ -170,10 +169,10 @@ def rare_census(
     seed: int = 0,
     max_nodes: int = MAX_NODES,
 ) -> RareCensus:
-    """Estimate V(L_ε) and its necessary condition by multilevel splitting, where direct draws meet no such region.
+    """Estimate V(L_ε) and its necessary condition by multilevel splitting, where direct draws find no such region.
 
-    V(L_ε) is the probability of a sub-optimal residual times the share of the regions at the end of each run that hold
-    a minimum: unbiased as well, and its interval comes from the spread of the runs' products.
+    V(L_ε) is the probability of a sub-optimal residual times the fraction of the regions at the end of each run that
+    contain a minimum. This is also unbiased, and its interval comes from the spread of the runs' products.
 
     Args:
         inputs: X, (N, d0).
@@ -181,13 +180,13 @@ def rare_census(
         width: d1.
         negative_slope: ρ.
         threshold: decision threshold of the classification error; None infers it from the labels.
-        epsilon: ε, the classification error (a fraction) beyond which a region is sub-optimal.
+        epsilon: ε, the classification error (a fraction) above which a region is sub-optimal.
         particles: P, of each run.
         runs: R, at least 2.
-        steps: rounds of two moves of every particle at each level.
-        regions: how many particles of each run have their regions searched for a minimum.
-        seed: of the draws.
-        max_nodes: largest number of branches of a region's search for a minimum; beyond, it is undecided.
+        steps: number of times that every particle makes its two moves at each level.
+        regions: number of particles of each run whose regions are searched for a minimum.
+        seed: seed of the draws.
+        max_nodes: largest number of branches of a region's search for a minimum; above it the region is undecided.
 
     Raises:
         ValueError: as :func:`rare_event` and :func:`~lightning_mnn.landscape.volumes.region_census.census`.
@@ -211,17 +210,17 @@ def rare_census(
         log_runs = residual.log_runs.clone()
         log_runs[alive] += marks.double().mean(1).log()
         estimates.append(_thinned(residual.log_runs, log_runs))
-    least, most = estimates
-    highest = min(max(most.log_high, least.log_high), residual.log_high)
-    minimum = replace(least, log_low=min(least.log_low, highest), log_high=highest)
+    lowest, largest = estimates
+    highest = min(max(largest.log_high, lowest.log_high), residual.log_high)
+    minimum = replace(lowest, log_low=min(lowest.log_low, highest), log_high=highest)
     return RareCensus(residual, minimum, float((possible & ~found).double().mean()) if verdicts else 0.0)
 
 
 def unactivated_score(inputs: Tensor) -> Score:
     """A score that is at least 0 exactly where some sample activates no unit: max_n −max_i w_i·x_n/‖x_n‖.
 
-    For the ReLU such a sample is a zero column of A∘X. With orthogonal inputs the probability of one is
-    1 − (1 − 2^−d1)^N. It is computed where the weights are.
+    For the ReLU such a sample is a zero column of A∘X. With orthogonal inputs the probability that there is one is
+    1 − (1 − 2^−d1)^N. It is computed on the device of the weights.
 
     Args:
         inputs: X, (N, d0), on any device.
@@ -238,9 +237,9 @@ def suboptimal_score(
 ) -> Score:
     """A score of at least k exactly where the region's least-squares residual misclassifies k samples or more.
 
-    It is that number plus a fraction that leads from k to k + 1. For the ReLU the fraction tells how nearly one sample
-    more activates no unit, since what no unit sees is not fitted; for other slopes, how little regularisation makes a
-    ridge regression misclassify one sample more: by none, if least squares does. It is computed on the CPU.
+    It is that number plus a fraction that leads from k to k + 1. For the ReLU the fraction measures how close one more
+    sample is to activating no unit, because such a sample is not fitted. For other slopes it measures how little
+    regularisation makes a ridge regression misclassify one more sample. It is computed on the CPU.
 
     Args:
         inputs: X, (N, d0), on any device.
@@ -249,10 +248,10 @@ def suboptimal_score(
         threshold: decision threshold of the classification error; None infers it from the labels.
 
     Raises:
-        ValueError: wrong shapes, NaN, or targets without a classification error.
+        ValueError: shapes are wrong, values are NaN, or the targets have no classification error.
 
     >>> score = suboptimal_score(torch.eye(2), torch.tensor([1.0, -1.0]))
-    >>> score(-torch.ones(1, 3, 2, dtype=torch.float64)).floor()  # no unit sees a sample
+    >>> score(-torch.ones(1, 3, 2, dtype=torch.float64)).floor()  # no unit is active
     tensor([2.], dtype=torch.float64)
     """
     data = DataSet.of(inputs, targets, threshold)
@@ -266,7 +265,7 @@ def suboptimal_score(
 
 
 def fewest_wrong(num_samples: int, epsilon: float) -> int:
-    """The smallest number of samples that is more than a fraction ε of all N.
+    """The smallest number of samples above a fraction ε of all N.
 
     >>> fewest_wrong(20, 0.0), fewest_wrong(20, 0.1)
     (1, 3)
@@ -282,8 +281,8 @@ def _score_regions(data: DataSet, negative_slope: float, weights: Tensor) -> Ten
     gram = (slopes @ slopes.mT) * (inputs @ inputs.T)
     scale = gram.diagonal(dim1=1, dim2=2).mean(1)
     gram = gram / torch.where(scale > 0, scale, 1.0)[:, None, None]
-    # Cholesky's factor of GᵀG less a small multiple of the identity exists if all eigenvalues are larger: then e* = 0.
-    _, failed = torch.linalg.cholesky_ex(gram - _CLEAR * torch.eye(len(inputs), dtype=gram.dtype))
+    # If GᵀG less a small multiple of the identity has a Cholesky factor, all eigenvalues are larger, and e* = 0.
+    _, failed = torch.linalg.cholesky_ex(gram - _MIN_EIGENVALUE * torch.eye(len(inputs), dtype=gram.dtype))
     doubtful = failed > 0
     wrongs = wrong(targets, targets, threshold).sum().double().repeat(len(weights))
     wrongs[doubtful] = _count_wrong(khatri_rao(slopes[doubtful], inputs), targets, threshold)
@@ -295,9 +294,9 @@ def _score_regions(data: DataSet, negative_slope: float, weights: Tensor) -> Ten
 
 
 def _smallest_activation(inputs: Tensor, preactivations: Tensor, skipped: Tensor) -> Tensor:
-    """How nearly one sample more than those `skipped`, (B,), activates no unit: from 0 to 1, (B,).
+    """How close one more sample than the `skipped` ones, (B,), is to activating no unit: from 0 to 1, (B,).
 
-    It is Φ(−max_i w_i·x_n/‖x_n‖) of the sample that is next, for pre-activations (B, N, d1).
+    It is Φ(−max_i w_i·x_n/‖x_n‖) of the next sample, for pre-activations (B, N, d1).
     """
     lengths = inputs.norm(dim=1)
     largest = preactivations.amax(2) / torch.where(lengths > 0, lengths, 1.0)
@@ -306,10 +305,10 @@ def _smallest_activation(inputs: Tensor, preactivations: Tensor, skipped: Tensor
 
 
 def _ridge_lead(gram: Tensor, targets: Tensor, threshold: float, skipped: Tensor) -> Tensor:
-    """How little regularisation makes a ridge regression misclassify one sample more than those `skipped`, (B,).
+    """How little regularisation makes a ridge regression misclassify one more sample than the `skipped` ones, (B,).
 
-    Of strengths λ on a logarithmic scale, relative to the mean diagonal of GᵀG, (B, N, N); 1 for the least, 0 for the
-    greatest or if none does.
+    The strengths λ are on a logarithmic scale, relative to the mean diagonal of GᵀG, (B, N, N). The result is 1 for the
+    smallest strength, and 0 for the largest or if no strength does.
     """
     strengths = torch.logspace(*_STRENGTHS, dtype=gram.dtype)
     values, vectors = torch.linalg.eigh(gram)
@@ -326,15 +325,15 @@ def _ridge_lead(gram: Tensor, targets: Tensor, threshold: float, skipped: Tensor
 
 
 def _ranked(values: Tensor, rank: Tensor) -> Tensor:
-    """The value of a rank, counted from the least at 0, along the last axis; the greatest beyond it."""
+    """The value of a given rank along the last axis, from 0 for the smallest; the largest value for higher ranks."""
     last = values.shape[-1] - 1
     return values.sort(-1).values.gather(-1, rank.clamp(max=last)[..., None])[..., 0]
 
 
 def _count_wrong(features: Tensor, targets: Tensor, threshold: float) -> Tensor:
-    """Number of samples that the least-squares fit misclassifies, float64 (B,), of matrices (A∘X)ᵀ, (B, N, d0·d1).
+    """Number of samples that the least-squares fit misclassifies, float64 (B,), for matrices (A∘X)ᵀ, (B, N, d0·d1).
 
-    Singular values count as :func:`~lightning_mnn.landscape.regions.existence.find_minimum` counts them.
+    Singular values count as zero by the rule of :func:`~lightning_mnn.landscape.regions.existence.find_minimum`.
     """
     left, values, _ = torch.linalg.svd(features, full_matrices=False)
     limit = max(features.shape[1:]) * torch.finfo(features.dtype).eps * values.amax(1, keepdim=True)
@@ -344,7 +343,7 @@ def _count_wrong(features: Tensor, targets: Tensor, threshold: float) -> Tensor:
 
 
 class _Population:
-    """Particles of several runs, each at or above one level after the other."""
+    """Particles of several runs, at or above a level that rises."""
 
     def __init__(self, score: Score, shape: tuple[int, int, int, int], draw: torch.Generator) -> None:
         self.score, self.random, self.evaluations = score, draw, 0
@@ -352,17 +351,17 @@ class _Population:
         self.scores = self._scored(self.weights)
 
     def climb(self, level: float) -> Tensor:
-        """Copy the particles that reach a level over those that do not, as evenly as possible.
+        """Replace the particles below a level by copies of those that reach it, as evenly as possible.
 
-        Runs without any are dropped.
+        Runs without a particle that reaches it are dropped.
 
         Returns:
-            The share of each run's particles that reached it, (R,).
+            The fraction of each run's particles that reached it, (R,).
         """
         reached = self.scores >= level
         counts, particles = reached.sum(1), reached.shape[1]
         alive = counts > 0
-        # In a random order, for the first ones get a copy more.
+        # In a random order, because the first ones may get one more copy.
         keys = torch.rand(reached.shape, generator=self.random) + (~reached)
         parents = keys.argsort(1).gather(1, torch.arange(particles) % counts.clamp(min=1)[:, None])[alive]
         rows = torch.arange(len(parents))[:, None]
@@ -370,17 +369,17 @@ class _Population:
         return counts / particles
 
     def move(self, level: float, size: float) -> float:
-        """Move every particle twice: all of its units, and then one of them further.
+        """Move every particle twice: first all of its units, then one unit by a larger step.
 
-        A move is to √(1−s²) W + s ξ, ξ ~ N(0, I), unless that lies below the level. Such moves are reversible with
-        respect to N(0, I), and with their refusals to its restriction (preconditioned Crank–Nicolson).
+        A move is to √(1−s²) W + s ξ, ξ ~ N(0, I), and is rejected if that lies below the level. Such moves are
+        reversible with respect to N(0, I), and with the rejections to its restriction (preconditioned Crank–Nicolson).
 
         Args:
-            level: that of the particles.
-            size: s of the move of all units, at most 1; that of one is √d1 times as large.
+            level: level of the particles.
+            size: s of the move of all units, at most 1; that of one unit is √d1 times as large, at most 1.
 
         Returns:
-            The share of the moves of all units that were made.
+            The fraction of accepted moves of all units.
         """
         width, rows = self.weights.shape[2], self.scores.shape
         share = self._try(self._moved(size), level)
@@ -415,12 +414,12 @@ class _Population:
 
 
 def _plan(pilot: _Population, level: float, steps: int) -> dict[float, float]:
-    """Levels up to the one asked for, and the size s of the moves at each, from a run of its own."""
+    """Levels up to the given one, and the size s of the moves at each, from a pilot run."""
     plan: dict[float, float] = {}
     current, size, stalled = -math.inf, 1.0, 0
     while current < level:
         reached = _next_level(pilot.scores.flatten(), current)
-        if reached is None and stalled < _STALLED:
+        if reached is None and stalled < _MAX_STALLED:
             stalled += 1
         else:
             current, stalled = level if reached is None else min(reached, level), 0
@@ -434,22 +433,22 @@ def _plan(pilot: _Population, level: float, steps: int) -> dict[float, float]:
 
 
 def _next_level(scores: Tensor, current: float) -> float | None:
-    """The score that a set share of particles reach, or the next beyond the level that they are on; None if none is."""
+    """The score that a fixed fraction of particles reach, or the next one above the current level; None if none is."""
     quantile = float(scores.sort().values[-math.ceil(_SURVIVORS * len(scores))])
     above = scores[scores > current]
     return quantile if quantile > current else float(above.min()) if len(above) else None
 
 
 def _direct(hits: int, trials: int) -> Estimate:
-    """A probability by independent draws."""
+    """A probability from independent draws."""
     share = Proportion.of(hits, trials)
     return Estimate(*(math.log(part) if part else -math.inf for part in (share.value, share.low, share.high)))
 
 
 def _thinned(before: Tensor, log_runs: Tensor) -> Estimate:
-    """A probability by `log_runs`, or where all are −inf its upper limit by what they were `before` the last step.
+    """A probability from `log_runs`; if all are −inf, its upper limit from the values `before` the last step.
 
-    That no run went on is then one observation a run, for its particles may be alike.
+    In that case each run is one observation of a failure, because its particles may be equal.
     """
     if bool(log_runs.isfinite().any()):
         return _estimate(log_runs)
@@ -459,12 +458,12 @@ def _thinned(before: Tensor, log_runs: Tensor) -> Estimate:
 
 
 def _estimate(log_runs: Tensor) -> Estimate:
-    """A probability by the logarithms of unbiased estimates of independent runs, (R,), at least one of them finite.
+    """A probability from the logarithms of unbiased estimates of independent runs, (R,), with at least one finite.
 
     The interval is Cox's for the mean of a lognormal variable, with quantiles of Student's t (Olsson 2005, J. Stat.
-    Educ. 13(1)): products of many shares are close to lognormal, and skewed where they vary. If some runs met nothing,
-    it is the product of the intervals of the share of those that did and of their mean, each at 97.5 %. Runs that are
-    all alike are taken for as many trials that all hit.
+    Educ. 13(1)), because products of many fractions are close to lognormal. If some runs did not reach the event, the
+    interval is the product of two intervals of 97.5 %: that of the fraction of runs that did, and that of their mean.
+    If all runs are equal, they count as trials that are all hits.
     """
     logs = log_runs[log_runs.isfinite()].numpy()
     log_value = float(log_runs.logsumexp(0)) - math.log(len(log_runs))
