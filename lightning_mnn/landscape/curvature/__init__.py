@@ -1,1 +1,1 @@
-"""Curvature: a loss with its derivatives, its extreme eigenvalues, and what they say of a point."""
+"""Curvature: a loss with its derivatives, its extreme eigenvalues, and second-order tests of a point."""

@@ -24,9 +24,7 @@ if TYPE_CHECKING:
     from lightning_mnn.landscape.curvature.loss_surface import LossSurface
 
 _RESIDUAL = 1e-4  # residual of a step in its model, relative to the gradient
-_MISFIT = (
-    0.1  # largest error of the predicted gradient, relative to the first; along a tail or a power it is 1/4 or more
-)
+_MISFIT = 0.1  # largest error of the predicted gradient, relative to the first; 1/4 or more along a tail or a power
 _FALL = 0.3  # largest error of the predicted decrease of the loss, relative to it
 _STEPS = 10
 _OF_WEIGHTS = 0.125  # times the gradient of a move of all weights by a spacing of floats in the steepest direction

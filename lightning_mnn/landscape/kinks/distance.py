@@ -70,7 +70,7 @@ def kink_distance(
     terms, and a cautious bound for channels much smaller than the rest of their layer. To find out whether such a unit
     is identically tied, the same batch is run at θ ± s. Here s is random, √ε relative to the weights of each tensor (or
     of the network, where all of a tensor are zero). A unit on a kink leaves it on both sides; a tied unit stays on it
-    on at least one side. So does a maximum of two zeros from ReLUs, one of which is about to become positive. In
+    on at least one side. So does a maximum of two zeros from ReLUs, if one of them is about to become positive. In
     float32 about one kink in a hundred moves too little to be distinguished from a tie. In half precision no step is
     both small and above rounding, so all such units count as on their kink.
 

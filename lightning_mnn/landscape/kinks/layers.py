@@ -23,9 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _MORE, _FEWER = 3, 2  # samples of the two passes that are compared
-_MAX_RATIO = (
-    0.5  # an order is accepted if the passes differ under it at most by this times their difference under others
-)
+_MAX_RATIO = 0.5  # largest difference of the passes under the accepted order, relative to that under any other order
 _ROUNDING = 0.02  # largest difference of two runs on one sample, relative to that of two samples, also in bfloat16
 
 

@@ -76,7 +76,7 @@ class Kink:
         input: the tensor that the function is called on.
         depends_on_weights: whether the input requires a gradient, so that it can change with the weights.
         source: the module that returned the input, None where no module did.
-        source_input: the argument of that module; None if it had several arguments.
+        source_input: the argument of that module; None unless it had exactly one positional argument.
     """
 
     def __init__(self, name: str, function: str, call: Function, source: tuple[nn.Module, Any] | None) -> None:

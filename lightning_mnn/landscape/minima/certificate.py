@@ -375,8 +375,10 @@ def _candidate_kinks(problem: Problem, point: Point, outputs: Outputs) -> list[T
     near = problem.process_group.join(sines[sines < _MAX_KINK_SINE]).sort().values
     if not len(near):
         return []
-    most = min(point.hidden.numel(), _MAX_KINKS)  # more constraints than weights would leave no freedom
-    floor = torch.cat([near, near.new_tensor([_MAX_KINK_SINE])])[: most + 1].clamp(min=torch.finfo(torch.float64).eps)
+    max_count = min(point.hidden.numel(), _MAX_KINKS)  # more constraints than weights would leave no freedom
+    floor = torch.cat([near, near.new_tensor([_MAX_KINK_SINE])])[: max_count + 1].clamp(
+        min=torch.finfo(torch.float64).eps
+    )
     ratios = floor[1:] / floor[:-1]
     widest = ratios.sort(descending=True).indices[:_MAX_ATTEMPTS].tolist()
     ends = [end for end in widest if float(ratios[end]) >= _MIN_GAP_RATIO]

@@ -11,7 +11,7 @@ Branches decide s_i = ±1 only. A branch is closed by a dual that bounds t*. If 
 the cones do not intersect S_A either, so the branches with zeros in place of its signs are closed too. If t* = 0, the
 rows with a positive weight in the dual can only be zero, all of them: one branch remains.
 
-Shapes: N samples, of which N' are not zero, d0 inputs, d1 hidden units, k dimensions of S_A.
+Shapes: N samples, N' of them not zero, d0 inputs, d1 hidden units, k dimensions of S_A.
 """
 
 from __future__ import annotations

@@ -123,8 +123,8 @@ def _smallest_eigenvalue(matrix: Tensor, factor: Tensor, info: Tensor, floor: fl
 
 def _by_eigenvalues(face: FaceMap, matrix: Tensor, rhs: Tensor, *, dual: bool) -> Solution:
     values, vectors = torch.linalg.eigh(matrix)
-    kept = values > (10 * (len(matrix) + 10) * _EPS * values[-1]).clamp(min=_ROUNDED * face.size**2)
-    inverse = torch.where(kept, 1 / values, 0.0)
+    nonzero = values > (10 * (len(matrix) + 10) * _EPS * values[-1]).clamp(min=_ROUNDED * face.size**2)
+    inverse = torch.where(nonzero, 1 / values, 0.0)
 
     def apply(residual: Tensor) -> Tensor:
         if dual:
@@ -134,18 +134,18 @@ def _by_eigenvalues(face: FaceMap, matrix: Tensor, rhs: Tensor, *, dual: bool) -
     theta = apply(rhs)
     for _ in range(_REFINEMENTS):
         theta = theta + apply(rhs - face.predict(theta))
-    smallest = float(values[kept][0]) ** 0.5 if bool(kept.any()) else None
+    smallest = float(values[nonzero][0]) ** 0.5 if bool(nonzero.any()) else None
     return Solution(theta, smallest, onto=False, method="eigenvalues of the Gram matrix")
 
 
 def _by_singular_values(face: FaceMap, rhs: Tensor) -> Solution:
     left, values, right = torch.linalg.svd(face.dense(), full_matrices=False)
-    kept = values > (_ZERO * values[0]).clamp(min=_ROUNDED * face.size)
-    inverse = torch.where(kept, 1 / values, 0.0)
+    nonzero = values > (_ZERO * values[0]).clamp(min=_ROUNDED * face.size)
+    inverse = torch.where(nonzero, 1 / values, 0.0)
     theta = rhs.new_zeros(face.num_parameters)
     for _ in range(_REFINEMENTS):
         theta = theta + right.T @ (inverse * (left.T @ (rhs - face.predict(theta))))
-    rank = int(kept.sum())
+    rank = int(nonzero.sum())
     smallest = float(values[rank - 1]) if rank else None
     return Solution(face.project(theta), smallest, onto=rank == face.num_samples, method="singular values")
 
@@ -164,7 +164,7 @@ def _iterate(face: FaceMap, rhs: Tensor, longest: float, max_iterations: int) ->
         gradient = face.project(face.correlate(residual))
         goal = 4 * _EPS * face.size * float(face.process_group.sum(residual @ residual)) ** 0.5
         direction, square = gradient, gradient @ gradient
-        diagonal, beside, last = [], [], (0.0, 1.0)
+        diagonal, off_diagonal, last = [], [], (0.0, 1.0)
         while not (finished := float(square) ** 0.5 <= goal) and spent < max_iterations and not too_long:
             safe_point()
             change = face.predict(direction)
@@ -174,12 +174,12 @@ def _iterate(face: FaceMap, rhs: Tensor, longest: float, max_iterations: int) ->
             ratio, square = float(gradient @ gradient) / float(square), gradient @ gradient
             direction = gradient + ratio * direction
             diagonal.append(1 / share + last[0] / last[1])
-            beside.append(ratio**0.5 / share)
+            off_diagonal.append(ratio**0.5 / share)
             last = (ratio, share)
             spent += 1
             too_long = float(theta.norm()) > longest
         if diagonal:
-            ritz = min(ritz, float(eigvalsh_tridiagonal(diagonal, beside[:-1])[0]))
+            ritz = min(ritz, float(eigvalsh_tridiagonal(diagonal, off_diagonal[:-1])[0]))
         if not finished:
             break
     return Solution(

@@ -1,7 +1,7 @@
 """FaceMap: the linear map from flat weights to predictions inside one activation pattern, also on a face of its region.
 
-Shapes: N samples (of this process), d0 inputs, d1 hidden units, f free columns. A vector of parameters θ holds the rows
-w̃_i = z_i w_i, unit by unit, then the coefficients of the free columns: d1·d0 + f numbers.
+Shapes: N samples (of this process), d0 inputs, d1 hidden units, f free columns. A vector of parameters θ consists of
+the rows w̃_i = z_i w_i, unit by unit, and the coefficients of the free columns: d1·d0 + f numbers.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Volumes: of cones, of regions, of what they hold, and of rare events."""
+"""Volumes: of cones, of regions, of the minima in them, and of rare events."""

@@ -229,8 +229,8 @@ def _sample(
     groups: list[ConeGroup], targets: Array, max_samples: int, generator: torch.Generator
 ) -> tuple[Array, Array]:
     """Log measures and standard errors of groups of one rank, (K,), by annealed sampling."""
-    most, rank = len(groups[-1].normals), groups[0].normals.shape[1]
-    normals = np.zeros((len(groups), most, rank))
+    max_constraints, rank = len(groups[-1].normals), groups[0].normals.shape[1]
+    normals = np.zeros((len(groups), max_constraints, rank))
     for padded, group in zip(normals, groups, strict=True):
         padded[: len(group.normals)] = group.normals
     interior = np.stack([group.interior for group in groups])
@@ -255,14 +255,16 @@ def _sample_padded(
     )
     values, errors = np.empty(len(normals)), np.empty(len(normals))
     for length in np.unique(lengths):
-        alike = np.flatnonzero(lengths == length)
-        values[alike], errors[alike] = _one_round(cones, steps, alike, int(length), generator)
+        equal = np.flatnonzero(lengths == length)
+        values[equal], errors[equal] = _one_round(cones, steps, equal, int(length), generator)
     if not np.isfinite(values + errors).all():
         raise ArithmeticError("a cone is too thin for float64: its estimate is not finite")
     return values, errors
 
 
-def _lengths(cones: Centred, steps: Tensor, targets: Array, most: int, generator: torch.Generator) -> NDArray[np.int64]:
+def _lengths(
+    cones: Centred, steps: Tensor, targets: Array, max_states: int, generator: torch.Generator
+) -> NDArray[np.int64]:
     """Lengths of the chains of each cone, (K,), from pilots whose samples are used for nothing else.
 
     The length is set in advance. If an estimate stopped when its own standard error is small enough, it would stop too
@@ -274,28 +276,28 @@ def _lengths(cones: Centred, steps: Tensor, targets: Array, most: int, generator
         cones: K cones.
         steps: β_1 … β_T, (T, K).
         targets: standard errors, (K,).
-        most: largest number of states of a chain.
+        max_states: largest number of states of a chain.
         generator: generator of the random numbers.
     """
     rule = _PREDICTED * len(steps) ** 2 / targets**2
     lengths, pending = np.zeros(len(targets)), np.arange(len(targets))
-    pilot = max(PILOT_LENGTH, int(min(rule.max(), most) / 4))
+    pilot = max(PILOT_LENGTH, int(min(rule.max(), max_states) / 4))
     smallest, largest = rule / 2, rule * 2
     while True:
         _, errors = _one_round(cones, steps, pending, pilot, generator)
-        most -= pilot
+        max_states -= pilot
         needed = np.nan_to_num(pilot * (errors / (_AIM * targets[pending])) ** 2, nan=np.inf)
         lengths[pending] = np.clip(needed, smallest[pending], largest[pending])
         pending, needed = pending[needed > 2 * largest[pending]], needed[needed > 2 * largest[pending]]
         largest[pending] = np.inf
-        following = int(min(needed.max(initial=0.0), most) / _GROWTH)
+        following = int(min(needed.max(initial=0.0), max_states) / _GROWTH)
         if following <= pilot:
             break
         pilot = min(following, _GROWTH * pilot)
-    most = max(most, _LENGTH)
-    octaves = np.log2(np.clip(lengths, _LENGTH, most) / _LENGTH)
-    few = _LENGTH * 2 ** (np.ceil(8 * octaves) / 8) if len(targets) > 1 else np.clip(lengths, _LENGTH, most)
-    chosen: NDArray[np.int64] = np.minimum(np.ceil(few), most).astype(np.int64)
+    max_states = max(max_states, _LENGTH)
+    octaves = np.log2(np.clip(lengths, _LENGTH, max_states) / _LENGTH)
+    few = _LENGTH * 2 ** (np.ceil(8 * octaves) / 8) if len(targets) > 1 else np.clip(lengths, _LENGTH, max_states)
+    chosen: NDArray[np.int64] = np.minimum(np.ceil(few), max_states).astype(np.int64)
     return chosen
 
 

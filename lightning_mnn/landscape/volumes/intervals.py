@@ -58,12 +58,12 @@ class Proportion:
         Raises:
             ValueError: there are no trials, or hits and undecided are more than the trials.
         """
-        most = hits + undecided
-        if trials < 1 or not 0 <= hits <= most <= trials:
+        possible = hits + undecided
+        if trials < 1 or not 0 <= hits <= possible <= trials:
             raise ValueError(f"hits ({hits}) and undecided ({undecided}) must be among at least 1 trials, got {trials}")
         tail = (1 - confidence) / 2
         low = float(stats.beta.ppf(tail, hits, trials - hits + 1)) if hits else 0.0
-        high = float(stats.beta.ppf(1 - tail, most + 1, trials - most)) if most < trials else 1.0
+        high = float(stats.beta.ppf(1 - tail, possible + 1, trials - possible)) if possible < trials else 1.0
         return cls(hits, trials, low, high)
 
     @property

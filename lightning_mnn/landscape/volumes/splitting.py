@@ -471,8 +471,8 @@ def _estimate(log_runs: Tensor) -> Estimate:
         return Estimate(log_value, -math.inf, 0.0)
     variance = float(logs.var(ddof=1))
     if len(logs) == len(log_runs) and variance == 0:
-        alike = math.log(Proportion.of(len(logs), len(logs)).low)
-        return Estimate(log_value, log_value + alike, min(log_value - alike, 0.0))
+        log_lower = math.log(Proportion.of(len(logs), len(logs)).low)
+        return Estimate(log_value, log_value + log_lower, min(log_value - log_lower, 0.0))
     confidence, log_low, log_high = _CONFIDENCE, 0.0, 0.0
     if len(logs) < len(log_runs):
         alive = Proportion.of(len(logs), len(log_runs), confidence=_BOTH)
