@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 
 def check_labels(targets: Tensor, threshold: float) -> None:
-    """Check that targets are the two labels of a threshold: {0, 1} for 0.5, ±1 for 0; for others none equals it.
+    """Check that targets are the two labels of a threshold: {0, 1} for 0.5, and ±1 for 0.
+
+    For any other threshold, no target may be equal to it.
 
     Raises:
         ValueError: there are other targets.
