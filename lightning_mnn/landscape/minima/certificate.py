@@ -290,7 +290,7 @@ def search(problem: Problem, point: Point, max_distance: float) -> tuple[Optimal
         if optimality.ends:
             optimality, found = leave_kinks(problem, found, optimality) or (optimality, found)
         optimality, found = _check_distance(problem, given, optimality, found, max_distance)
-        if optimality.kind not in MINIMA and problem.is_zero(outputs):  # a minimum on any kinks, and near any
+        if optimality.kind not in MINIMA and problem.is_zero(outputs):  # a minimum, whether or not it is on kinks
             found = replace(found, point=start, outputs=outputs)
             optimality = Optimality(_zero_kind(problem, outputs), "every error is zero up to rounding")
         if optimality.kind in MINIMA:

@@ -133,9 +133,8 @@ def _independent(kinks: _Forces, smallest: float, flatter: int) -> KinkVerdict:
     hull = np.minimum(ahead, behind) - uncertainty <= multipliers
     stationary = bool((hull & (multipliers <= np.maximum(ahead, behind) + uncertainty)).all())
     inert = (ahead == 0) & (behind == 0) & (multipliers == 0) & (kinks.uncertainty == 0) & (kinks.noise == 0)
-    certain = np.where(
-        inert, -1.0, gains - np.sign(gains) * uncertainty
-    )  # has the sign of the gain only beyond rounding
+    # Gains less their uncertainty: a gain that may be rounding changes its sign.
+    certain = np.where(inert, -1.0, gains - np.sign(gains) * uncertainty)
     open_ends = ~inert & (np.abs(gains) <= uncertainty)
     side, sample = np.unravel_index(int(np.where(open_ends, -np.inf, certain).argmax()), gains.shape)
     if not open_ends[side, sample] and certain[side, sample] > 0:

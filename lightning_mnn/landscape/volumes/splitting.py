@@ -1,8 +1,8 @@
 """Multilevel splitting: probabilities of rare events of random weights W ~ N(0, I).
 
 An event {score(W) ≥ level} that is too rare for direct draws is reached through nested events of rising levels. The
-particles that reach a level replace those that do not. Then moves spread them, which leave N(0, I) restricted to scores
-at or above that level invariant. The product of the fractions that reach each level estimates the probability.
+particles that reach a level replace those that do not. Then moves spread them; the moves leave N(0, I), restricted to
+scores at or above that level, invariant. The product of the fractions that reach each level estimates the probability.
 
 A pilot run chooses the levels and the sizes of the moves; the runs of the estimate are independent of it. Given levels
 and moves, the estimate of a run is exactly unbiased, for any number of particles and any speed of mixing (Del Moral,
