@@ -102,7 +102,7 @@ def main(devices: int, options: dict, out: Path) -> None:
         ActivationPatternRecorder(Schedule(every=2), dirpath=out.parent),
     )
     if "split" in options:  # each process keeps its samples, and no Gram matrix is formed
-        certification._WHOLE = 0
+        certification._MAX_GATHERED = 0
         least_squares.GRAM_LIMIT = options["split"]
     detector = LocalMinimumDetector(
         Schedule(every=3), stop_training=False, polish=options.get("polish", False), max_distance=10.0
