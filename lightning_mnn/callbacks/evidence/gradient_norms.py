@@ -50,7 +50,7 @@ class GradientNorms:
         return max(norms, default=None)
 
     def ends(self) -> dict[str, dict[int, float]]:
-        """The squares of each optimiser's first and last norm, as a judge of first order notes them."""
+        """The squares of each optimiser's first and last norm, as a tier of first order notes them."""
         found = {index: [float(norm) ** 2 for norm in both] for index, both in self._ends.items()}
         return {name: {index: both[k] for index, both in found.items()} for k, name in enumerate(("first", "last"))}
 
