@@ -26,7 +26,7 @@ KINDS: dict[str | None, tuple[str, str, str]] = {
     "not_stationary": ("not stationary", "#7f7f7f", "x"),
     "on_kink": ("on a kink", "#56b4e9", "^"),
     "undecided": ("undecided", "#bfbfbf", "+"),
-    None: ("not judged", "#000000", "."),
+    None: ("not classified", "#000000", "."),
 }
 
 NOTE: dict[str, Any] = {

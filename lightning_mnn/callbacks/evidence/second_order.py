@@ -266,7 +266,7 @@ class SecondOrderTier(Tier):
             found.append(
                 f"no kink depends on a weight that is trained now ({', '.join(batch.met)} depend on none)"
                 if batch.met
-                else f"{type(pl_module).__name__} met no kink: its loss is treated as smooth"
+                else f"{type(pl_module).__name__} has no kink in its forward pass: its loss is treated as smooth"
             )
         self._notes = found
         for note in found:
