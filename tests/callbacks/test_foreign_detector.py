@@ -791,7 +791,7 @@ def test_manual_optimisation_has_the_gradients_of_its_steps(make_trainer, batch_
     found = detector.summary()
     assert found["evidence"] == "first_order"
     assert found["kind"] == ("not_stationary" if batch_size == 14 else "undecided")
-    assert "Manual optimises by hand" in found["reason"]
+    assert "Manual optimises manually" in found["reason"]
     assert found["gradient_norm"] == pytest.approx(module.norms[-1], rel=1e-12)
     assert found["relative_gradient"] == pytest.approx(module.norms[-1] / module.norms[0], rel=1e-12)
     x, _ = data()
@@ -836,7 +836,7 @@ def test_errors_name_the_remedy(make_trainer):
     smooth = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)).double()
     summary = fit(make_trainer, Plain(smooth, nn.functional.mse_loss), *data())[0].summary()
     assert summary["evidence"] == "second_order"
-    assert re.search("Plain met no kink: its loss is treated as smooth", summary["reason"])
+    assert re.search("Plain has no kink in its forward pass: its loss is treated as smooth", summary["reason"])
     deep = nn.Sequential(*two_layers(), nn.Identity())
     with pytest.raises(NoKinksError, match=r"modules='other' matches none of the layers that Plain met: net.1"):
         fit(make_trainer, Plain(deep, nn.functional.mse_loss), *data(), LocalMinimumDetector(modules="other"))
