@@ -90,7 +90,7 @@ def training_set_statistics(
             count_batch()
         return reader.part()
 
-    return store_statistics(trainer, pl_module, network, gather_results(local_part))
+    return store_statistics(trainer, pl_module, network, gather_results(local_part), moment)
 
 
 def statistics_reader(
@@ -105,15 +105,28 @@ def statistics_reader(
 
 
 def store_statistics(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network, parts: list[StatisticsPart]
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    network: Network,
+    parts: list[StatisticsPart],
+    moment: Any = None,
 ) -> NetworkStatistics:
-    """Merge the statistics of all processes, and store them for the next caller of :func:`training_set_statistics`."""
+    """Merge the statistics of all processes, and store them for the next caller of :func:`training_set_statistics`.
+
+    Args:
+        trainer: the Trainer that trains the module.
+        pl_module: the module.
+        network: its network.
+        parts: the results of all processes.
+        moment: identifies the weights; None: computed here, which waits for a GPU once.
+    """
     statistics, threshold, gram = merged_parts(parts)
     if not isinstance(pl_module, NetworkModule):
         _thresholds[pl_module] = threshold
     if gram is not None:
         _input_ranks[pl_module] = gram_rank(gram)
-    _statistics_of_module[pl_module] = _moment(trainer, network), statistics
+    moment = _moment(trainer, network) if moment is None else moment
+    _statistics_of_module[pl_module] = moment, statistics
     return statistics
 
 
