@@ -270,7 +270,7 @@ def test_the_budget_bounds_the_probe_and_what_is_held(tmp_path):
     for probe, budget, most in ((31, 30 * one, 30), (None, one - 1, 0)):
         recorder = ActivationPatternRecorder(probe=probe, memory_budget=budget, strict=True)
         needed = (probe or 1) * one
-        with pytest.raises(ValueError, match=f"take {needed} bytes .* more than memory_budget={budget}: .* {most} sam"):
+        with pytest.raises(ValueError, match=f"need {needed} bytes .* more than memory_budget={budget}: .* {most} sam"):
             foreign_trainer(callbacks=[recorder]).fit(module, loader)
 
 
