@@ -220,7 +220,7 @@ def test_a_run_is_resumed_with_the_residency_that_it_began_with(tmp_path, make_t
 
     weights, saved = fit(), tmp_path / "step=13.ckpt"
     monkeypatch.setattr("lightning_mnn.data.images.image_data.free_memory", lambda device: 0.0)
-    with pytest.raises(ValueError, match=r"residency was memory, and is stream: set data\.residency=memory"):
+    with pytest.raises(ValueError, match=r"residency was memory, and is now stream: set data\.residency=memory"):
         fit(saved)
     assert all(torch.equal(w, v) for w, v in zip(weights, fit(saved, residency="memory"), strict=True))
     fit()
@@ -245,9 +245,9 @@ class OtherImages(MappedImages):
         ({"groups": [["cow"], ["ant"]]}, "samples was 83, and is"),
         ({"groups": [["cow"], ["ant", "bee", "dog"]]}, "samples of label 0 and 1 was .*: resume it on the data that"),
         ({"groups": [["cow", "dog"], ["ant", "bee"]]}, "samples of label 0 and 1 was|digest of the images was"),
-        ({"labels": "plus_minus"}, "labels was zero_one, and is plus_minus: set data.labels=zero_one"),
-        ({"whiten": 0.1}, "whiten was None, and is 0.1: set data.whiten=null"),
-        ({"equal_norms": True}, "equal_norms was False, and is True: set data.equal_norms=false"),
+        ({"labels": "plus_minus"}, "labels was zero_one, and is now plus_minus: set data.labels=zero_one"),
+        ({"whiten": 0.1}, "whiten was None, and is now 0.1: set data.whiten=null"),
+        ({"equal_norms": True}, "equal_norms was False, and is now True: set data.equal_norms=false"),
     ],
 )
 @pytest.mark.parametrize("late", [False, True], ids=["setup first", "setup last"])
@@ -281,7 +281,7 @@ def test_other_images_are_told_and_moved_ones_are_not(tmp_path):
     ordered[1].load_state_dict(ordered[0].state_dict())  # the batches are the same
     small = MappedImages(tmp_path / "here", residency="stream", batch_size=5, buffer_bytes=100)
     small.setup()
-    with pytest.raises(ValueError, match=r"buffer_bytes was 1073741824, and is 100: set data\.buffer_bytes="):
+    with pytest.raises(ValueError, match=r"buffer_bytes was 1073741824, and is now 100: set data\.buffer_bytes="):
         small.load_state_dict(first.state_dict())
 
     class SameArray(OtherImages):
