@@ -226,7 +226,7 @@ def test_a_run_is_resumed_with_the_residency_that_it_began_with(tmp_path, make_t
     fit()
     monkeypatch.setattr("lightning_mnn.data.images.image_data.free_memory", lambda device: 1e9)
     latest = max(tmp_path.glob("step=13*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
-    with pytest.raises(ValueError, match=r"residency was stream, and is memory: set data\.residency=stream"):
+    with pytest.raises(ValueError, match=r"residency was stream, and is now memory: set data\.residency=stream"):
         fit(latest)
 
 
