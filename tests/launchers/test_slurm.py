@@ -63,7 +63,7 @@ def test_a_sweep_whose_size_is_open_is_refused_before_anything_is_submitted(tmp_
 @pytest.mark.parametrize("name", ["sweep_%j", "50%", r"one\two"])
 def test_a_folder_that_slurm_would_read_otherwise_is_refused(tmp_path, name):
     assert _files_of(str(tmp_path / "a 'folder'")) == tmp_path / "a 'folder'" / ".submitit"
-    with pytest.raises(ValueError, match=r"hydra.sweep.dir=.*: choose another"):
+    with pytest.raises(ValueError, match=r"hydra.sweep.dir=.*: choose a folder without"):
         _files_of(str(tmp_path / name))
 
 
