@@ -131,7 +131,7 @@ VALUES = [
     ("trainer.num_nodes=2", "trainer.num_nodes=2: needs a cluster", "choose hydra/launcher=slurm"),
     ("trainer.num_nodes=0", "trainer.num_nodes=0: must be at least 1 and a whole number"),
     # sizes that cannot be allocated
-    ("replicas=1000000000", "replicas=1000000000: needs", "GiB for the", "choose a smaller one"),
+    ("replicas=1000000000", "replicas=1000000000: needs", "GiB for the", "choose a smaller value"),
     ("model.hidden_dims=[1000000000000]", "model.hidden_dims=[1000000000000]: needs", "GiB for"),
     ("data.num_samples=1000000000000", "data.num_samples=1000000000000: needs", "GiB for the inputs"),
     ("data.input_dim=100000000000", "data.input_dim=100000000000: needs", "GiB for the"),

@@ -164,12 +164,12 @@ BEGUN = [
     (
         f"ckpt_path={LAST} model.hidden_dims=[9]",
         lambda: None,
-        f"ckpt_path={LAST}: belongs to another network:  hidden_weights.0",
+        f"ckpt_path={LAST}: belongs to another network: hidden_weights.0",
     ),
     (
         f"ckpt_path={LAST} replicas=2",
         lambda: None,
-        f"ckpt_path={LAST}: belongs to another network:  hidden_weights.0 is 8×6",
+        f"ckpt_path={LAST}: belongs to another network: hidden_weights.0 is 8×6",
     ),
     (f"ckpt_path={LAST} optimizer=sgd", lambda: None, f"ckpt_path={LAST}: belongs to a run with optimizer=adam"),
 ]

@@ -149,7 +149,7 @@ def test_unfinished_runs_are_left_out_and_named(capsys, monkeypatch):
         (None, ".", "contains no scan.csv, census.csv or metrics.csv .* no training runs"),
         ("version_0/metrics.csv", ".", "contains log folders: .* folder=.*version_0"),
         ("csv/version_3/metrics.csv", ".", "contains log folders: .* folder=.*csv/version_3"),
-        ("events.out.tfevents.1", ".", "TensorBoard alone.*add a CSVLogger"),
+        ("events.out.tfevents.1", ".", "only a log of TensorBoard.*add a CSVLogger"),
         ("plan.json", ".", "an experiment that is not finished: run its command again"),
         ("metrics.csv", ".", "has none of minimum"),
         ("scan.csv", ".", "contains no summary.json, .*resume=true"),
