@@ -41,7 +41,7 @@ def test_replicas_count_alike_and_reset_clears():
 
 
 def test_bad_input_is_named():
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="must have the same shape"):
         MeanClassificationError()(torch.ones(2), torch.ones(3))
     with pytest.raises(ValueError, match=r"labels are not binary: threshold=0\.5 expects 0 and 1, found 2"):
         MeanClassificationError()(torch.ones(2), torch.tensor([0.0, 2.0]))
