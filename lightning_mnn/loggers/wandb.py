@@ -331,7 +331,7 @@ def _init(options: Mapping[str, Any], messages: _Messages) -> Any:
     if isinstance(settings, wandb.Settings) and settings.silent:
         wandb.setup(wandb.Settings(silent=True))  # before it prints where it found an API key
         tell_terminal_to(messages)
-    with _without_terminal():
+    with without_terminal():
         return wandb.init(**options)
 
 
@@ -344,7 +344,7 @@ def _end_service() -> None:
 
 
 @contextmanager
-def _without_terminal() -> Iterator[None]:
+def without_terminal() -> Iterator[None]:
     """A context in which the standard input is not a terminal, so that nothing asks the user."""
     terminal = sys.stdin
     with Path(os.devnull).open() as empty:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_mnn.figures import PANELS, Panel
+from lightning_mnn.loggers.wandb import without_terminal
 from lightning_mnn.runs.folders import remove_job_folder
 from lightning_mnn.utilities.compat.wandb_internals import forget_foreign_service, workspace_content
 
@@ -175,10 +177,12 @@ def _save(entity: str | None, project: str, name: str) -> str:
     """
     import wandb  # noqa: PLC0415 (slow)
 
+    logged_in = False
     forget_foreign_service()
     wandb.setup(wandb.Settings(silent=True))
     try:
-        logged_in = wandb.login(prompt=False)
+        with suppress(wandb.errors.UsageError), without_terminal():  # login(prompt=False) of newer releases
+            logged_in = wandb.login()
         if logged_in:
             return str(workspace(entity or str(wandb.Api().default_entity), project, name).save().url)
     except Exception as error:  # noqa: BLE001 (of many types, and none has a remedy for the user)
