@@ -13,6 +13,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
+from lightning_mnn.config.choices import drop_arguments_of_other_names
 from lightning_mnn.config.mistakes import UserError, explained, nearest, one_line, print_error
 from lightning_mnn.runs import footprint
 from lightning_mnn.runs.folders import check_names, register_resolvers
@@ -68,6 +69,7 @@ def run(cfg: DictConfig) -> float | None:
         ValueError: there is no such task, or ``resume`` or ``name`` has an invalid value.
     """
     check_names(cfg)
+    drop_arguments_of_other_names(cfg)
     if cfg.task not in TASKS:
         near = "|".join(dict.fromkeys([*nearest(str(cfg.task), TASKS, 1), *TASKS]))
         raise UserError(f"task={cfg.task}: there is no such task: choose task={near}")

@@ -48,6 +48,7 @@ class Model:
     replicas: int
     optimizer: Any
     schedule: Any
+    frozen: list[str]
     threshold: float | None
     regression: bool
     dtype: str
@@ -131,6 +132,7 @@ class Adam:
     lr: float
     betas: list[float]
     eps: float
+    weight_decay: float
     fused: bool | None
 
 
@@ -142,6 +144,7 @@ class SGD:
     lr: float
     momentum: float
     nesterov: bool
+    weight_decay: float
 
 
 @dataclass

@@ -1,10 +1,11 @@
 """MNN: the multilayer piecewise-linear network of Soudry & Hoffer (2017) as a LightningModule.
 
-Shapes: B samples of a batch, d0 inputs, d1 (d2) hidden units, R replicas.
+Shapes: B samples of a batch, d0 inputs, d1 (d2, …) hidden units, R replicas.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
@@ -22,7 +23,7 @@ from lightning_mnn.landscape.network import Network
 from lightning_mnn.loggers.media import log_scalars
 from lightning_mnn.model.bundling import epochs_at_a_time, may_bundle
 from lightning_mnn.model.gradients import SquaredErrorGradient
-from lightning_mnn.model.optim import build_optimizer, build_schedule
+from lightning_mnn.model.optim import OPTIMIZERS, build_optimizer, build_schedule, is_elementwise, needs_closure
 from lightning_mnn.utilities.compat.lightning_internals import (
     StepCount,
     count_batches,
@@ -53,13 +54,11 @@ if TYPE_CHECKING:
     from pytorch_lightning.utilities.types import OptimizerLRScheduler
 
 
-_MAX_HIDDEN_LAYERS = 2
-
 _GENERATOR_BYTES = 5056  # size of torch's state of a generator; there is one per replica
 
 
 class MNN(pl.LightningModule):
-    """ŷ = z · f(W x), or z · f(W₂ f(W₁ x)), without biases, trained on MSE = ‖y − ŷ‖²/N.
+    """ŷ = z · f(W x), or deeper, z · f(W₂ f(W₁ x)), …, without biases, trained on MSE = ‖y − ŷ‖²/N.
 
     f(u) = u where u > 0 and ρ u elsewhere. Weights are drawn by He's rule: N(0, 2 / ((1 + ρ²) fan-in)) in every layer,
     including the output layer. ``replicas=R`` trains R independent networks side by side as batched products. Replica r
@@ -70,12 +69,15 @@ class MNN(pl.LightningModule):
 
     Args:
         input_dim: d0.
-        hidden_dims: widths (d1,) or (d1, d2).
+        hidden_dims: widths (d1,), (d1, d2), … of the hidden layers.
         negative_slope: ρ, any real but 1 (0: ReLU, between 0 and 1: leaky ReLU, −1: absolute value).
         replicas: R.
-        optimizer: ``name`` (adam, sgd, lbfgs) and the arguments of that torch optimiser.
-        schedule: ``name`` (constant, exponential_tail, one_cycle) and its arguments (see
-            :mod:`lightning_mnn.model.optim`).
+        optimizer: ``name`` of any optimiser of ``torch.optim``, as "adam" or "RMSprop", and its arguments. With
+            replicas it must act on each weight by itself, which LBFGS, Adafactor and Muon do not.
+        schedule: ``name`` (constant, exponential_tail, one_cycle, or a class of ``torch.optim.lr_scheduler``) and its
+            arguments (see :func:`lightning_mnn.model.optim.build_schedule`).
+        frozen: names or patterns of the parameters that are not trained: "output_weights", "hidden_weights.0",
+            "hidden_weights.*".
         threshold: decision threshold of the classification error; None: 0.5 for labels {0, 1}, 0 for ±1.
         regression: targets are any real numbers, and there is no classification error.
         dtype: "float64" or "float32"; in float32 a minimum can hardly be distinguished from a point near it.
@@ -85,9 +87,9 @@ class MNN(pl.LightningModule):
             except those that it already has.
 
     Raises:
-        ValueError: ρ = 1, a size that is not positive, more than two hidden layers, an unknown dtype, optimiser or
-            schedule; LBFGS with several replicas or processes. Before training starts: inputs of another dimension, NaN
-            or infinity in the data, labels that are not binary.
+        ValueError: ρ = 1, a size that is not positive, an unknown dtype, optimiser, schedule or frozen parameter; an
+            optimiser that couples replicas, with several of them; LBFGS with several processes. Before training starts:
+            inputs of another dimension, NaN or infinity in the data, labels that are not binary.
         DivergenceError: (in training) the loss or a weight of any replica is no longer finite.
 
     >>> MNN(input_dim=3, hidden_dims=(5,), replicas=4)(torch.zeros(7, 3)).shape
@@ -103,6 +105,7 @@ class MNN(pl.LightningModule):
         *,
         optimizer: Mapping[str, Any] | None = None,
         schedule: Mapping[str, Any] | None = None,
+        frozen: Sequence[str] = (),
         threshold: float | None = None,
         regression: bool = False,
         dtype: str = "float64",
@@ -112,6 +115,7 @@ class MNN(pl.LightningModule):
         super().__init__()
         optimizer = dict(optimizer or {"name": "adam", "lr": 1e-3})
         schedule = dict(schedule or {"name": "constant"})
+        frozen = [frozen] if isinstance(frozen, str) else list(frozen)
         input_dim = positive_integer("input_dim", input_dim)
         hidden_dims = _checked_widths(hidden_dims)
         replicas = positive_integer("replicas", replicas)
@@ -124,8 +128,10 @@ class MNN(pl.LightningModule):
         truth_value("default_callbacks", default_callbacks)
         seed_number("seed", seed)
         dtype_named(dtype)
-        if replicas > 1 and optimizer.get("name") == "lbfgs":
-            problem = "must be 1 with the optimizer lbfgs, whose line search couples them"
+        name = str(optimizer.get("name"))
+        if replicas > 1 and name.lower() in OPTIMIZERS and not is_elementwise(name):
+            how = "whose line search couples them" if needs_closure(name) else "which couples the weights of a matrix"
+            problem = f"must be 1 with the optimizer {name}, {how}"
             raise ArgumentError("replicas", replicas, problem, "or choose adam or sgd")
         _check_size(input_dim, hidden_dims, replicas)
         self.save_hyperparameters()  # plain values only, so that checkpoints load without executing code
@@ -136,8 +142,9 @@ class MNN(pl.LightningModule):
         for fan_in, width in zip([input_dim, *hidden_dims], hidden_dims, strict=False):
             self.hidden_weights.append(self._draw(generators, (width, fan_in), fan_in))
         self.output_weights = self._draw(generators, (hidden_dims[-1],), hidden_dims[-1])
+        self._freeze(frozen)
         build_optimizer(self.parameters(), optimizer)  # invalid options must fail here, not in fit
-        build_schedule(torch.optim.SGD(self.parameters(), lr=1.0), schedule, total_steps=1)
+        build_schedule(build_optimizer(self.parameters(), optimizer), schedule, total_steps=1000)
         self.threshold = threshold
         self._gradient: SquaredErrorGradient | None = None
         self._saved_steps_per_batch: int | None = None  # of the checkpoint that training is resumed from
@@ -146,6 +153,19 @@ class MNN(pl.LightningModule):
         std = math.sqrt(2 / ((1 + self.hparams["negative_slope"] ** 2) * fan_in))
         drawn = torch.stack([torch.randn(shape, generator=g, dtype=torch.float64) * std for g in generators])
         return nn.Parameter((drawn if len(generators) > 1 else drawn[0]).to(dtype_named(self.hparams["dtype"])))
+
+    def _freeze(self, frozen: Sequence[str]) -> None:
+        """Train no parameter that a pattern names; at least one must be left."""
+        names = [name for name, _ in self.named_parameters()]
+        for pattern in frozen:
+            if not fnmatch.filter(names, str(pattern)):
+                raise ArgumentError("frozen", pattern, "names no parameter", f"choose of {', '.join(names)}")
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(not any(fnmatch.fnmatchcase(name, pattern) for pattern in frozen))
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            raise ArgumentError(
+                "frozen", frozen, "must leave a parameter to train", f"choose some of {', '.join(names)}"
+            )
 
     @property
     def replicas(self) -> int:
@@ -177,7 +197,7 @@ class MNN(pl.LightningModule):
         bundled = (
             isinstance(data, ExactData)
             and type(self) is MNN
-            and self.hparams["optimizer"]["name"] != "lbfgs"
+            and not needs_closure(self.hparams["optimizer"]["name"])
             and may_bundle(self.trainer)
         )
         share_step_count(self.trainer)
@@ -327,7 +347,7 @@ class MNN(pl.LightningModule):
     @override
     def on_fit_start(self) -> None:
         """Check the training set before any work is done on it."""
-        if self.trainer.world_size > 1 and self.hparams["optimizer"]["name"] == "lbfgs":
+        if self.trainer.world_size > 1 and needs_closure(self.hparams["optimizer"]["name"]):
             raise ValueError(
                 "optimizer lbfgs runs on one process only, since its line search needs the whole loss: use devices=1"
             )
@@ -384,6 +404,6 @@ def _check_size(input_dim: int, hidden_dims: Sequence[int], replicas: int) -> No
 
 def _checked_widths(hidden_dims: Any) -> list[int]:
     widths = list(hidden_dims) if isinstance(hidden_dims, Iterable) and not isinstance(hidden_dims, str) else []
-    if not 1 <= len(widths) <= _MAX_HIDDEN_LAYERS:
-        raise ArgumentError("hidden_dims", hidden_dims, "must be a list of one or two widths", "as [40] or [40,20]")
+    if not widths:
+        raise ArgumentError("hidden_dims", hidden_dims, "must be a list of one or more widths", "as [40] or [40,20]")
     return [positive_integer("hidden_dims", width) for width in widths]

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import lr_scheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from typing_extensions import override
 
 from lightning_mnn.utilities.validation import ArgumentError, one_of, positive_integer, real_number, truth_value
@@ -73,20 +74,33 @@ def _without_hooks(step: Any) -> Any:
     return step.__wrapped__ if getattr(step, "hooked", False) else step
 
 
-_WHOLE_NUMBERS = ("max_iter", "max_eval", "history_size")
-_SWITCHES = (
-    *("amsgrad", "nesterov", "maximize", "differentiable", "capturable", "decoupled_weight_decay", "foreach", "fused"),
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    name.lower(): kind
+    for name, kind in vars(torch.optim).items()
+    if inspect.isclass(kind)
+    and issubclass(kind, torch.optim.Optimizer)
+    and kind not in (torch.optim.Optimizer, torch.optim.SparseAdam)  # which needs sparse gradients
+} | {"adam": Adam}
+
+_ELEMENTWISE = frozenset(
+    ("adadelta", "adagrad", "adam", "adamax", "adamw", "asgd", "nadam", "radam", "rmsprop", "rprop", "sgd")
 )
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "adam": Adam,
-    "sgd": torch.optim.SGD,
-    "lbfgs": torch.optim.LBFGS,
-}
+
+def is_elementwise(name: str) -> bool:
+    """Whether an optimiser moves each weight by its own gradients alone, so that replicas do not affect one another."""
+    return name.lower() in _ELEMENTWISE
+
+
+def needs_closure(name: str) -> bool:
+    """Whether a step of an optimiser evaluates the loss itself."""
+    return name.lower() == "lbfgs"
 
 
 def build_optimizer(parameters: Iterable[torch.nn.Parameter], options: Mapping[str, Any]) -> torch.optim.Optimizer:
-    """The optimiser ``options["name"]`` (adam, sgd or lbfgs) with the other options as its arguments.
+    """The optimiser of ``torch.optim`` that ``options["name"]`` names, with the other options as its arguments.
+
+    Capitals do not matter: "adamw" is ``torch.optim.AdamW``. Parameters that require no gradient are left out.
 
     Raises:
         ArgumentError: an unknown name or argument, or a value out of its range.
@@ -96,60 +110,123 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], options: Mapping[s
     0.9
     """
     name, arguments = _split("optimizer", options, OPTIMIZERS)
+    known = inspect.signature(OPTIMIZERS[name]).parameters
     for key, value in arguments.items():
-        _check_option(key, value, inspect.signature(OPTIMIZERS[name]).parameters[key].default)
-    if arguments.get("nesterov") and (not arguments.get("momentum") or arguments.get("dampening")):
+        arguments[key] = _checked_option(key, value, known[key].default)
+    if name == "sgd" and arguments.get("nesterov") and (not arguments.get("momentum") or arguments.get("dampening")):
         raise ArgumentError(
             "optimizer.nesterov", arguments["nesterov"], "needs a momentum above 0, and no dampening", "or choose false"
         )
-    if "betas" in arguments:
-        arguments["betas"] = tuple(arguments["betas"])
-    return OPTIMIZERS[name](parameters, **arguments)
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    try:
+        return OPTIMIZERS[name](trained, **arguments)
+    except (ValueError, RuntimeError) as error:  # torch's own checks of the values and of the shapes
+        remedy = 'or freeze the others, as in model.frozen=["output_weights"]' if name == "muon" else "or leave it out"
+        raise ArgumentError("optimizer", dict(options), f"is refused by torch: {error}", remedy) from error
 
 
-def _check_option(key: str, value: Any, default: Any) -> None:
-    """Check an argument of an optimiser. Where torch's default is None (torch chooses), None is also allowed here."""
+def _checked_option(key: str, value: Any, default: Any) -> Any:
+    """An argument of an optimiser, of the type of torch's default; where that is None, None is also allowed."""
     name = f"optimizer.{key}"
     if value is None and default is None:
-        return
-    if key == "betas":
-        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
-            raise ArgumentError(name, value, "must be two numbers, at least 0 and below 1", "as [0.9, 0.999]")
-        for beta in value:
-            real_number(name, beta, at_least=0, below=1)
-    elif key == "line_search_fn":
-        one_of(name, value, (None, "strong_wolfe"))
-    elif key in _WHOLE_NUMBERS:
-        positive_integer(name, value)
-    elif key in _SWITCHES:
-        truth_value(name, value)
-    elif key != "params":
-        real_number(name, value, at_least=0)
+        return None
+    if isinstance(default, tuple):
+        return _checked_numbers(name, value, default)
+    if key in _WORDS:
+        return one_of(name, value, _WORDS[key])
+    if key in _WHOLE_NUMBERS:
+        return positive_integer(name, value)
+    if isinstance(default, bool) or key in _SWITCHES:
+        return truth_value(name, value)
+    return real_number(name, value) if key in _SIGNED else real_number(name, value, at_least=0)
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, options: Mapping[str, Any], total_steps: float) -> LambdaLR | None:
+_WORDS = {
+    "line_search_fn": (None, "strong_wolfe"),
+    "adjust_lr_fn": (None, "original", "match_rms_adamw"),
+}
+_SIGNED = ("beta2_decay",)
+_WHOLE_NUMBERS = ("max_iter", "max_eval", "history_size", "ns_steps")
+_SWITCHES = ("foreach", "fused")  # torch's default for them is None
+
+
+def _checked_numbers(name: str, value: Any, default: tuple[Any, ...]) -> tuple[Any, ...]:
+    betas = name.endswith("betas")
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != len(default):
+        problem = f"must be {_COUNTS[len(default)]} numbers" + (", at least 0 and below 1" if betas else "")
+        raise ArgumentError(name, value, problem, f"as {list(default)}")
+    for number, usual in zip(value, default, strict=True):
+        if betas:
+            real_number(name, number, at_least=0, below=1)
+        elif not (number is None and usual is None):
+            real_number(name, number)
+    return tuple(value)
+
+
+_COUNTS = {2: "two", 3: "three"}
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, options: Mapping[str, Any], total_steps: float
+) -> LRScheduler | None:
     """The learning-rate schedule ``options["name"]``, stepped once per optimiser step; None for a constant rate.
 
     Args:
         optimizer: the optimiser whose learning rate is the peak rate.
-        options: ``name`` (constant, exponential_tail or one_cycle) and the arguments of that function.
+        options: ``name`` and the arguments of that schedule: constant, exponential_tail, one_cycle, or a class of
+            ``torch.optim.lr_scheduler`` (capitals do not matter), as "CosineAnnealingLR". A length that such a class
+            needs (``T_max``, ``total_steps``, ``total_iters``) is that of the run, unless it is given.
         total_steps: length of the run in optimiser steps.
 
     Raises:
         ArgumentError: an unknown name or argument, a value out of its range, or a schedule that needs the run's length
             when that is not known.
+
+    >>> optimizer = build_optimizer([torch.nn.Parameter(torch.zeros(2))], {"name": "sgd", "lr": 0.1})
+    >>> build_schedule(optimizer, {"name": "CosineAnnealingLR"}, total_steps=50).T_max
+    50
     """
-    name, arguments = _split("schedule", options, SCHEDULES)
+    name, arguments = _split("schedule", options, SCHEDULES | _torch_schedules())
+    if name not in SCHEDULES:
+        return _torch_schedule(optimizer, name, arguments, total_steps)
     factor = SCHEDULES[name](**arguments)
     if name == "constant":
         return None
-    if not math.isfinite(total_steps):
-        problem, remedy = (
-            "needs the length of the run",
-            "set max_epochs or max_steps of the Trainer, or choose constant",
-        )
-        raise ArgumentError("schedule.name", name, problem, remedy)
+    _check_length(name, total_steps)
     return LambdaLR(optimizer, lambda step: factor(min(step / max(total_steps, 1), 1.0)))
+
+
+def _torch_schedules() -> dict[str, type[LRScheduler]]:
+    """The schedules of torch that plain values describe and that need no metric."""
+    others = ("LRScheduler", "LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler", "ReduceLROnPlateau")
+    return {
+        name.lower(): kind
+        for name, kind in vars(lr_scheduler).items()
+        if inspect.isclass(kind) and issubclass(kind, LRScheduler) and not name.startswith("_") and name not in others
+    }
+
+
+def _torch_schedule(
+    optimizer: torch.optim.Optimizer, name: str, arguments: dict[str, Any], total_steps: float
+) -> LRScheduler:
+    kind = _torch_schedules()[name]
+    known = inspect.signature(kind).parameters
+    for length in ("T_max", "total_steps", "total_iters"):
+        if length in known and length not in arguments and "epochs" not in arguments:
+            _check_length(name, total_steps)
+            arguments[length] = max(int(total_steps), 1)
+    if "max_lr" in known:
+        arguments.setdefault("max_lr", optimizer.param_groups[0]["lr"])
+    try:
+        return kind(optimizer, **arguments)
+    except (ValueError, TypeError) as error:
+        raise ArgumentError("schedule", {"name": name, **arguments}, f"is refused by torch: {error}") from error
+
+
+def _check_length(name: str, total_steps: float) -> None:
+    if not math.isfinite(total_steps):
+        remedy = "set max_epochs or max_steps of the Trainer, or choose constant"
+        raise ArgumentError("schedule.name", name, "needs the length of the run", remedy)
 
 
 def constant() -> Callable[[float], float]:
@@ -196,11 +273,15 @@ SCHEDULES: dict[str, Callable[..., Callable[[float], float]]] = {
 
 
 def _split(kind: str, options: Mapping[str, Any], known: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name, in lower case, and arguments; both are known."""
     arguments = dict(options)
-    name = arguments.pop("name", None)
+    given = arguments.pop("name", None)
+    name = given.lower() if isinstance(given, str) else given
     if name not in known:
-        raise ArgumentError(f"{kind}.name", name, f"must be one of {', '.join(sorted(known))}")
-    known_arguments = [key for key in inspect.signature(known[name]).parameters if key != "params"]
+        raise ArgumentError(f"{kind}.name", given, f"must be one of {', '.join(sorted(known))}")
+    known_arguments = [
+        key for key in inspect.signature(known[name]).parameters if key not in ("params", "optimizer", "last_epoch")
+    ]
     for key, value in arguments.items():
         if key not in known_arguments:
             remedy = f"leave it out; it has {', '.join(known_arguments) or 'none'}"

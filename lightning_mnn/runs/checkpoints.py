@@ -62,11 +62,14 @@ def check_fits(given: str, model: MNN) -> None:
                 f"belongs to another network: {name} is {_as_text(saved.get(name))}, not {_as_text(own.get(name))}"
             )
             raise ArgumentError("ckpt_path", given, problem, "choose widths, replicas and data as in that run")
-    before = ((state.get("hyper_parameters") or {}).get("optimizer") or {}).get("name")
-    now = model.hparams["optimizer"]["name"]
-    if before not in (None, now):
+    hparams = state.get("hyper_parameters") or {}
+    before, now = (hparams.get("optimizer") or {}).get("name"), model.hparams["optimizer"]["name"]
+    if before is not None and before.lower() != now.lower():
         problem = f"belongs to a run with optimizer={before}, whose state {now} cannot use"
         raise ArgumentError("ckpt_path", given, problem, f"choose optimizer={before}")
+    if (frozen := hparams.get("frozen", [])) != model.hparams["frozen"]:
+        problem = "belongs to a run that trained other parameters"
+        raise ArgumentError("ckpt_path", given, problem, f"choose model.frozen=[{','.join(frozen)}]")
 
 
 def _shapes(weights: dict[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -15,7 +15,17 @@ if TYPE_CHECKING:
     from lightning_mnn.data import ExactData
 
 # Tensors of the weights' size that an optimiser keeps, at least.
-_STATES = {"adam": 2, "sgd": 0, "lbfgs": 2}
+_STATES = {
+    "adam": 2,
+    "adamw": 2,
+    "nadam": 2,
+    "radam": 2,
+    "adamax": 2,
+    "adadelta": 2,
+    "lbfgs": 2,
+    "rmsprop": 1,
+    "rprop": 2,
+}
 
 
 def check_training_memory(trainer: pl.Trainer, model: DictConfig, input_dim: int, datamodule: ExactData) -> None:
@@ -36,7 +46,7 @@ def check_training_memory(trainer: pl.Trainer, model: DictConfig, input_dim: int
     device = trainer.strategy.root_device
     on_cpu = device.type == "cpu"  # the processes share its memory
     name, samples = _batch(datamodule)
-    states = _STATES.get(optimizer.name, 0) * int(optimizer.get("history_size", 1))
+    states = _STATES.get(str(optimizer.name).lower(), 0) * int(optimizer.get("history_size", 1))
     layers = (input_dim, *widths, 1)
     weights = (2 + states) * replicas * sum(a * b for a, b in pairwise(layers))
     activations = 2 * replicas * sum(widths) * samples

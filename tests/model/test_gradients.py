@@ -14,7 +14,7 @@ def autograd(model, inputs, targets):
 
 
 @given(
-    dims=st.lists(st.integers(1, 6), min_size=1, max_size=2),
+    dims=st.lists(st.integers(1, 6), min_size=1, max_size=4),
     slope=st.sampled_from([0.0, 0.3, -1.0, 2.0]),
     replicas=st.integers(1, 3),
     shared=st.booleans(),

@@ -120,16 +120,70 @@ def test_other_optimisers_lower_the_loss(make_trainer, name):
     assert after < 0.3 * before
 
 
+_EIGHT = {
+    "Adam": {"lr": 0.02},
+    "AdamW": {"lr": 0.02},
+    "SGD": {"lr": 0.02, "momentum": 0.9, "nesterov": True},
+    "RMSprop": {"lr": 0.005},
+    "Adagrad": {"lr": 0.1},
+    "NAdam": {"lr": 0.02},
+    "RAdam": {"lr": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", _EIGHT)
+def test_optimisers_of_torch_train_replicas_as_single_networks(make_trainer, name):
+    def trained(seed, replicas):
+        options = {"optimizer": {"name": name} | _EIGHT[name], "default_callbacks": False}
+        model = MNN(6, (10,), replicas=replicas, seed=seed, **options)
+        before = [weights.detach().clone() for weights in model.parameters()]
+        trainer = make_trainer(max_epochs=25, log_every_n_steps=1)
+        trainer.fit(model, GaussianData(20, 6, replicas=replicas, seed=seed, dtype="float64"))
+        assert not model.automatic_optimization  # its steps are bundled, and its gradients written in place
+        assert not any(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+        return model, float(trainer.callback_metrics["train/mse"])
+
+    together, mse = trained(3, 5)
+    assert mse < 0.9
+    for replica in range(5):
+        for several, one in zip(together.parameters(), trained(3 + replica, 1)[0].parameters(), strict=True):
+            torch.testing.assert_close(several[replica], one, rtol=0, atol=1e-10)
+
+
+def test_frozen_parameters_stay(make_trainer):
+    model = MNN(6, (8, 5), frozen=["output_weights", "hidden_weights.1"], optimizer=ADAM, default_callbacks=False)
+    before = [weights.detach().clone() for weights in model.parameters()]
+    make_trainer(max_epochs=5).fit(model, GaussianData(20, 6))
+    same = [torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)]
+    assert dict(zip(dict(model.named_parameters()), same, strict=True)) == {
+        "output_weights": True,
+        "hidden_weights.0": False,
+        "hidden_weights.1": True,
+    }
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon_trains_the_matrices_alone(make_trainer):
+    with pytest.raises(ValueError, match=r"optimizer is refused by torch: .*freeze the others"):
+        MNN(6, (8,), optimizer={"name": "muon"})
+    model = MNN(6, (8,), frozen=["output_weights"], optimizer={"name": "muon", "lr": 0.1}, default_callbacks=False)
+    x, y = GaussianData(20, 6).tensors()
+    before = (model(x).detach() - y).square().mean()
+    make_trainer(max_epochs=30).fit(model, GaussianData(20, 6))
+    assert (model(x).detach() - y).square().mean() < 0.5 * before
+
+
 @pytest.mark.usefixtures("away")
-def test_two_hidden_layers_train_and_are_surveyed(make_trainer):
+@pytest.mark.parametrize("depth", [2, 4])
+def test_deeper_networks_train_and_are_checked(make_trainer, depth):
     trainer = make_trainer(max_epochs=20)
-    trainer.fit(MNN(6, (8, 5), optimizer=ADAM), GaussianData(20, 6))
+    trainer.fit(MNN(6, (8, 5, 4, 3)[:depth], optimizer=ADAM), GaussianData(20, 6))
     detector, recorder, monitor = (
         next(c for c in trainer.callbacks if isinstance(c, kind))
         for kind in (LocalMinimumDetector, ActivationPatternRecorder, AngularVolumeMonitor)
     )
     assert detector.summary()["rank"] is None
-    assert len(recorder.store.read(20)) == 2
+    assert len(recorder.store.read(20)) == depth
     assert monitor.summary()["log_volume_lower_bound"] is None
 
 
@@ -209,10 +263,15 @@ def test_the_module_brings_only_the_callbacks_that_are_missing(make_trainer):
         ({"negative_slope": 1.0}, "negative_slope must be a real number other than 1 .*got 1"),
         ({"negative_slope": math.nan}, "negative_slope must be a real number"),
         ({"hidden_dims": (0,)}, "hidden_dims must be at least 1 and a whole number, got 0"),
-        ({"hidden_dims": ()}, "one or two widths"),
-        ({"hidden_dims": 40}, "hidden_dims must be a list of one or two widths, got 40"),
+        ({"hidden_dims": ()}, "one or more widths"),
+        ({"hidden_dims": 40}, "hidden_dims must be a list of one or more widths, got 40"),
         ({"hidden_dims": (4.7,)}, "hidden_dims must be at least 1 and a whole number, got 4.7"),
-        ({"hidden_dims": (3, 3, 3)}, "one or two widths"),
+        (
+            {"frozen": ["weights"]},
+            "frozen names no parameter, got 'weights': choose of output_weights, hidden_weights.0",
+        ),
+        ({"frozen": ["*"]}, "frozen must leave a parameter to train"),
+        ({"optimizer": {"name": "Adafactor"}, "replicas": 2}, "replicas must be 1 with the optimizer Adafactor, which"),
         ({"input_dim": 0}, "input_dim must be at least 1 and a whole number, got 0"),
         ({"replicas": 0}, "replicas must be at least 1 and a whole number, got 0"),
         ({"dtype": "float16"}, "dtype must be one of"),

@@ -14,7 +14,14 @@ def weights():
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("adam", torch.optim.Adam), ("sgd", torch.optim.SGD), ("lbfgs", torch.optim.LBFGS)]
+    ("name", "kind"),
+    [
+        ("adam", torch.optim.Adam),
+        ("sgd", torch.optim.SGD),
+        ("lbfgs", torch.optim.LBFGS),
+        ("AdamW", torch.optim.AdamW),
+        ("RMSprop", torch.optim.RMSprop),
+    ],
 )
 def test_optimizers_by_name(name, kind):
     optimizer = build_optimizer(weights(), {"name": name, "lr": 0.25})
@@ -118,7 +125,10 @@ def test_one_cycle():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "adagrad"}, "optimizer.name must be one of adam, lbfgs, sgd, got 'adagrad'"),
+        ({"name": "newton"}, "optimizer.name must be one of adadelta, adafactor, adagrad, adam, .* got 'newton'"),
+        ({"name": "sparseadam"}, "optimizer.name must be one of"),
+        ({"name": "rprop", "etas": [0.5]}, r"optimizer.etas must be two numbers, got \[0.5\]: as \[0.5, 1.2\]"),
+        ({"name": "rprop", "etas": [0.5, 0.9]}, "optimizer is refused by torch: Invalid eta values"),
         ({"lr": 1.0}, "got None"),
         ({"name": "sgd", "beta": 1}, "optimizer.beta is no argument of sgd, got 1: leave it out; it has lr, momentum"),
         ({"name": "adam", "lr": "abc"}, "optimizer.lr must be a number, at least 0, got 'abc'"),
@@ -136,10 +146,37 @@ def test_bad_optimizers_are_named(options, message):
         build_optimizer(weights(), options)
 
 
+def test_parameters_without_a_gradient_are_left_out():
+    frozen, trained = torch.nn.Parameter(torch.zeros(3), requires_grad=False), weights()[0]
+    assert build_optimizer([frozen, trained], {"name": "sgd"}).param_groups[0]["params"] == [trained]
+
+
+@pytest.mark.parametrize(
+    ("options", "last"),
+    [
+        ({"name": "CosineAnnealingLR"}, 0.0),  # its length is the run's
+        ({"name": "cosineannealinglr", "T_max": 1000, "eta_min": 0.5}, 0.5),
+        ({"name": "StepLR", "step_size": 400, "gamma": 0.5}, 0.5),
+        ({"name": "OneCycleLR", "final_div_factor": 1.0}, 2.0 / 25),  # its largest rate is the optimiser's
+    ],
+)
+def test_schedules_of_torch_by_name(options, last):
+    optimizer = build_optimizer(weights(), {"name": "sgd", "lr": 2.0})
+    schedule = build_schedule(optimizer, options, 1000)
+    for _ in range(999):
+        optimizer.step()
+        schedule.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(last, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "steps", "message"),
     [
         ({"name": "cosine"}, 10, "schedule.name must be one of"),
+        ({"name": "ReduceLROnPlateau"}, 10, "schedule.name must be one of"),
+        ({"name": "CosineAnnealingLR"}, math.inf, "needs the length of the run"),
+        ({"name": "StepLR"}, 10, "schedule is refused by torch: .*step_size"),
+        ({"name": "LambdaLR"}, 10, "schedule.name must be one of"),
         ({"name": "one_cycle"}, math.inf, "needs the length of the run"),
         ({"name": "one_cycle", "wamup": 0.1}, 10, "schedule.wamup is no argument of one_cycle, got 0.1: leave it out"),
         ({"name": "one_cycle", "warmup": 1.0}, 10, "warmup must be a number, at least 0 and below 1, got 1.0"),
