@@ -83,7 +83,11 @@ VALUES = [
     ("optimizer.betas=[0.9,2]", "optimizer.betas=[0.9,2]: must be a number, at least 0 and below 1"),
     ("optimizer.eps=-1", "optimizer.eps=-1: must be a number, at least 0"),
     ("optimizer.name=newton", "optimizer.name=newton: must be one of adadelta, adafactor, adagrad, adam"),
-    ("model.frozen=[weights]", "model.frozen=[weights]: names no parameter", "choose of output_weights, hidden_weights.0"),
+    (
+        "model.frozen=[weights]",
+        "model.frozen=[weights]: names no parameter",
+        "choose of output_weights, hidden_weights.0",
+    ),
     ("optimizer.name=sgd optimizer.betas=[0.9,0.9]", "optimizer.betas=[0.9,0.9]: is no argument of sgd", "it has lr"),
     ("+optimizer.foo=1", "optimizer.foo=1: is no argument of adam", "leave it out; it has lr, betas"),
     ("optimizer=sgd optimizer.momentum=0", "optimizer.nesterov=true: needs a momentum above 0", "or choose false"),

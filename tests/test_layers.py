@@ -22,11 +22,11 @@ FLOORS = (  # folders from the ground up: a module imports from lower ones, and 
     ("launchers.jobs", "model"),
     ("launchers", "runs"),
     ("tasks",),
-    ("app",),
+    ("app", "results"),
     ("__main__",),
 )
 FLOOR = {folder: floor for floor, folders in enumerate(FLOORS) for folder in folders}
-KNOW_HYDRA = ("config", "launchers", "runs", "tasks", "app", "__main__")
+KNOW_HYDRA = ("config", "launchers", "runs", "tasks", "app", "results", "__main__")
 MOST_MODULES = 10  # of a folder
 MOST_LINES = 540  # of a module
 COMPAT = "lightning_mnn.utilities.compat"

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 _MARKS = (".hydra", JOB_RECORD, "plan.json", "summary.json")  # a folder that contains any of these is a job's
-_LISTS = ("hidden_dims", "visits")  # values of a summary that are lists, but not over replicas
+_LISTS = ("hidden_dims", "visits", "objective_differs_by")  # values of a summary that are lists, but not over replicas
 _START_OVERRIDES = ("resume",)  # overrides that determine how a job is started, not what it computes
 _TASK_OVERRIDES = ("task", "experiment")  # overrides that determine a job's task
 
