@@ -33,6 +33,10 @@ class Config:
     resume: Any  # not bool: Hydra would accept "yes" as true
     folder: str | None
     sweep: str | None
+    x: str | None
+    y: Any  # a column or a list of them
+    color: str | None
+    band: str
     dry_run: bool
     dashboard: Any
 

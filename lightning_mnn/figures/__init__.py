@@ -1,5 +1,6 @@
 """Figures drawn from saved results."""
 
+from lightning_mnn.figures.bands import band_figure
 from lightning_mnn.figures.census import census_figure
 from lightning_mnn.figures.local_volume import local_volume_figure
 from lightning_mnn.figures.model import model_figure
@@ -12,6 +13,7 @@ __all__ = [
     "FIGURES",
     "PANELS",
     "Panel",
+    "band_figure",
     "census_figure",
     "error_figure",
     "local_volume_figure",

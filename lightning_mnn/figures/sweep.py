@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from matplotlib import colormaps
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from lightning_mnn.figures.style import COLORS, KINDS, mark_zeros, plain, save, tidy
+from lightning_mnn.figures.scales import (
+    MAX_NAMED_VALUES,
+    REPETITION,
+    Row,
+    Scale,
+    colors_of,
+    distinct,
+    draw_places,
+    identity,
+    label_of,
+    name_places,
+    number_in,
+    numbers_of,
+    scale_of,
+)
+from lightning_mnn.figures.style import KINDS, mark_zeros, plain, save, tidy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,11 +35,8 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-Row = dict[str, Any]
 
-_MAX_NAMED_VALUES = 8  # values that an axis or a legend names one by one
 _MAX_BARS = 48
-_REPETITION = "seed"  # its values are a sample and have no order
 _MAX_FOREIGN_PANELS = 8  # panels of values that another program logged
 _MIN_LOG_RATIO = 30  # ratio of the largest to the smallest value from which on an axis is logarithmic
 
@@ -58,21 +66,6 @@ class Measure:
         counted = [row for row in rows if not (self.of_job and row["replica"])]
         values = [(row, self.value(row)) for row in counted]
         return [(row, float(value)) for row, value in values if value is not None and math.isfinite(value)]
-
-
-@dataclass(frozen=True)
-class Scale:
-    """An axis of swept values: the key, its values in order, their names and places, and the kind of axis."""
-
-    key: str
-    values: tuple[str, ...]
-    names: tuple[str, ...]
-    places: tuple[float, ...]
-    kind: str = "categories"
-
-    def index(self, row: Row) -> int:
-        """The index of a row's value."""
-        return self.values.index(_identity(row.get(self.key))) if self.key else 0
 
 
 def _rank_share(row: Row) -> float | None:
@@ -125,7 +118,7 @@ def sweep_figure(folder: Path) -> Path | None:
     if not measures:
         return None
     x_key, color_key = choose_axes(rows, swept, measures)
-    x, color = _scale(rows, x_key), _scale(rows, color_key)
+    x, color = scale_of(rows, x_key), scale_of(rows, color_key)
     classified = any(row.get("kind") is not None for row in rows)
     panels = len(measures) + classified
     columns = min(3, panels)
@@ -152,13 +145,13 @@ def choose_axes(rows: Sequence[Row], swept: Sequence[str], measures: Sequence[Me
     >>> choose_axes(rows, ["seed"], mse), choose_axes(rows, ["a", "seed"], mse), choose_axes(rows, ["a", "b"], mse)
     (('seed', ''), ('a', ''), ('b', 'a'))
     """
-    keys = [key for key in swept if key != _REPETITION and _count(rows, key) > 1]
+    keys = [key for key in swept if key != REPETITION and _count(rows, key) > 1]
     if not keys:
-        return (_REPETITION if _REPETITION in swept else ""), ""
+        return (REPETITION if REPETITION in swept else ""), ""
     if len(keys) > 2:
         known = [measure.known(rows) for measure in measures]
         shares = {
-            key: sum(_explained([(_identity(row[key]), v) for row, v in pairs]) for pairs in known) for key in keys
+            key: sum(_explained([(identity(row[key]), v) for row, v in pairs]) for pairs in known) for key in keys
         }
         keys.sort(key=lambda key: -shares[key])
     first, second, *_ = [*keys, ""]
@@ -169,11 +162,11 @@ def choose_axes(rows: Sequence[Row], swept: Sequence[str], measures: Sequence[Me
 
 def _axis_fitness(rows: Sequence[Row], key: str) -> tuple[bool, int]:
     """How suitable a key is for the axis: numbers before names, many values before few."""
-    return _numbers(rows, key) is not None, _count(rows, key)
+    return numbers_of(rows, key) is not None, _count(rows, key)
 
 
 def _count(rows: Sequence[Row], key: str) -> int:
-    return len(_distinct(rows, key))
+    return len(distinct(rows, key))
 
 
 def _explained(pairs: Sequence[tuple[str, float]]) -> float:
@@ -190,7 +183,7 @@ def _explained(pairs: Sequence[tuple[str, float]]) -> float:
 def _logged(name: str) -> Measure:
     """The measure that another program logged or returned under a name."""
     unit = "seconds of the job" if name == "seconds" else "at the end"
-    return Measure(name, unit, lambda row: _number(row.get(name)), of_job=True)
+    return Measure(name, unit, lambda row: number_in(row.get(name)), of_job=True)
 
 
 def _measures(rows: Sequence[Row]) -> list[Measure]:
@@ -201,106 +194,14 @@ def _measures(rows: Sequence[Row]) -> list[Measure]:
     return [_BOUND if measure is MEASURES[4] and not measured else measure for measure in MEASURES]
 
 
-def _identity(value: Any) -> str:
-    """A text that is the same for equal values, and different for others."""
-    return json.dumps(value)
-
-
-def _distinct(rows: Sequence[Row], key: str) -> dict[str, Any]:
-    """The distinct values of a key in the order of the rows, keyed by their identity."""
-    values = (row.get(key) for row in rows)
-    return {_identity(value): value for value in values}
-
-
-def _names(values: Sequence[Any]) -> tuple[str, ...]:
-    """Names of swept values in the figure; values whose short names would be equal are written in full.
-
-    >>> _names([1.0, 1.00000001, 0.5]), _names(["null", None]), _names([0.1, 0.2])
-    (('1.0', '1.00000001', '0.5'), ('"null"', 'null'), ('0.1', '0.2'))
-    """
-    shared = Counter(map(_label, values))
-    return tuple(_label(value) if shared[_label(value)] == 1 else _identity(value) for value in values)
-
-
-def _label(value: Any) -> str:
-    """The short name of a swept value.
-
-    >>> _label(0.001), _label([20, 30]), _label([20]), _label(None), _label(True)
-    ('0.001', '20, 30', '20', 'null', 'true')
-    """
-    if isinstance(value, list):
-        return ", ".join(map(_label, value))
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _number(value: Any) -> float | None:
-    """A swept value, or the item of a list of one, as a number; None if it is not a finite number.
-
-    >>> _number([20]), _number(float("inf")), _number("20")
-    (20.0, None, None)
-    """
-    if isinstance(value, list) and len(value) == 1:
-        return _number(value[0])
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if number and math.isfinite(value) else None
-
-
-def _numbers(rows: Sequence[Row], key: str) -> dict[str, float] | None:
-    """A key's values in increasing order, keyed by identity; None if one is not a number or the key has no order."""
-    if not key or key == _REPETITION:
-        return None
-    found = {value: _number(given) for value, given in _distinct(rows, key).items()}
-    numbers = {value: number for value, number in found.items() if number is not None}
-    return dict(sorted(numbers.items(), key=lambda pair: pair[1])) if len(numbers) == len(found) else None
-
-
-def _scale(rows: Sequence[Row], key: str) -> Scale:
-    """The layout of a key's values: numbers by their size, everything else side by side in the order of the command."""
-    numbers, distinct = _numbers(rows, key), _distinct(rows, key) if key else {"": ""}
-    if numbers is not None and len(numbers) > 1:
-        names = _names([distinct[value] for value in numbers])
-        return Scale(key, tuple(numbers), names, tuple(numbers.values()), _spacing(list(numbers.values())))
-    return Scale(key, tuple(distinct), _names(list(distinct.values())), tuple(map(float, range(len(distinct)))))
-
-
-def _spacing(values: Sequence[float]) -> str:
-    """The kind of axis that spaces increasing values most evenly; with zero, "symlog" from its smallest positive value.
-
-    >>> _spacing([1, 2, 3]), _spacing([1e-3, 1e-2, 1e-1]), _spacing([0.0, 0.01, 0.1]), _spacing([-1, 0, 1])
-    ('linear', 'log', 'symlog', 'linear')
-    """
-    positive = [value for value in values if value > 0]
-    if values[0] < 0 or len(positive) < 2:
-        return "linear"
-
-    def unevenness(places: Sequence[float]) -> float:
-        gaps = [b - a for a, b in pairwise(places)]
-        return float(np.std(gaps) / np.mean(gaps))
-
-    even = len(positive) == 2 and positive[1] / positive[0] < 10
-    if even or (len(positive) > 2 and unevenness(positive) <= unevenness([math.log(value) for value in positive])):
-        return "linear"
-    return "log" if len(positive) == len(values) else "symlog"
-
-
-def _colors(scale: Scale) -> list[str]:
-    """A colour for each value; many numbers get a continuous colour map."""
-    count = len(scale.values)
-    if scale.kind != "categories" and count > len(COLORS):
-        return [to_hex(colormaps["viridis"](0.9 * place / (count - 1))) for place in range(count)]
-    return [COLORS[place % len(COLORS)] for place in range(count)]
-
-
 def _draw_measure(ax: Axes, rows: Sequence[Row], measure: Measure, x: Scale, color: Scale) -> None:
     """Draw a dot for each network, and a line or bars at the medians of each colour."""
     known = measure.known(rows)
     foot = _set_heights(ax, measure, [value for _, value in known])
-    side_by_side = _draw_places(ax, x)
+    side_by_side = draw_places(ax, x)
     size = 5 if len(known) <= 200 else 3
     colors = len(color.values)
-    for number, hue in enumerate(_colors(color)):
+    for number, hue in enumerate(colors_of(color)):
         groups: dict[int, list[float]] = {}
         for row, value in known:
             if color.index(row) == number:
@@ -313,13 +214,13 @@ def _draw_measure(ax: Axes, rows: Sequence[Row], measure: Measure, x: Scale, col
                 np.linspace(middle - spread, middle + spread, len(heights)), heights,
                 "o", color=hue, ms=size, alpha=0.55, mew=0, zorder=3,
             )  # fmt: skip
-            if spread and x.key != _REPETITION:
+            if spread and x.key != REPETITION:
                 ax.hlines(float(np.median(heights)), middle - half, middle + half, color=hue, lw=2.2, zorder=4)
         if groups and not side_by_side:  # lower lines are wider, so that overlapping lines are all visible
             medians = [(x.places[index], float(np.median(heights))) for index, heights in sorted(groups.items())]
             width = 1.8 + (1.2 * (colors - 1 - number) if colors <= 3 else 0)
             ax.plot(*zip(*medians, strict=True), color=hue, lw=width, alpha=0.85, zorder=4)
-    if x.key == _REPETITION:
+    if x.key == REPETITION:
         ax.axhline(float(np.median([max(value, foot) for _, value in known])), color="0.3", lw=1.2, ls="--", zorder=2)
     ax.set_title(plain(measure.title), fontsize=11)
     ax.set_ylabel(measure.unit)
@@ -332,8 +233,8 @@ def _draw_kinds(ax: Axes, rows: Sequence[Row], x: Scale, color: Scale) -> None:
     crowded = len(x.values) * len(color.values) > _MAX_BARS
     title = "Certified kinds" if all(row.get("evidence") in (None, "certificate") for row in rows) else "Kinds"
     title += f", pooled over {color.key}" if crowded and color.key else ""
-    color = _scale(rows, "") if crowded else color
-    hues, share = _colors(color), _share(len(color.values))
+    color = scale_of(rows, "") if crowded else color
+    hues, share = colors_of(color), _share(len(color.values))
     for index in range(len(x.values)):
         for number in range(len(color.values)):
             same = [row["kind"] for row in rows if x.index(row) == index and color.index(row) == number]
@@ -344,7 +245,7 @@ def _draw_kinds(ax: Axes, rows: Sequence[Row], x: Scale, color: Scale) -> None:
                 below += part
             if color.key:  # marks the colour of the bar
                 ax.bar(place, 3.5, 0.92 * share, -5, color=hues[number])
-    _name_places(ax, list(map(float, range(len(x.values)))), x.names)
+    name_places(ax, list(map(float, range(len(x.values)))), x.names)
     ax.set_xlim(-0.6, len(x.values) - 0.4)
     ax.set(xlabel=x.key, ylim=(-6 if color.key else 0, 100))
     ax.yaxis.set_major_locator(MaxNLocator(steps=[2, 5, 10]))
@@ -380,41 +281,6 @@ def _set_heights(ax: Axes, measure: Measure, values: Sequence[float]) -> float:
     return foot
 
 
-def _draw_places(ax: Axes, x: Scale) -> bool:
-    """Set up the axis of the swept values.
-
-    Returns:
-        Whether the values are categories side by side, so that there is space for dots beside each other.
-    """
-    if x.kind == "categories":
-        _name_places(ax, x.places, x.names)
-        ax.set_xlim(-0.6, len(x.places) - 0.4)
-        return True
-    if x.kind == "symlog":
-        least = min(value for value in x.places if value > 0)
-        ax.set_xscale("symlog", linthresh=least, linscale=0.5)
-    else:
-        ax.set_xscale(x.kind)
-    if len(x.places) <= _MAX_NAMED_VALUES:
-        ax.set_xticks(x.places, list(map(plain, x.names)))
-        ax.xaxis.set_minor_locator(NullLocator())
-    elif x.kind == "log":
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.margins(x=0.08)
-    return False
-
-
-def _name_places(ax: Axes, places: Sequence[float], names: Sequence[str]) -> None:
-    """Label places on an axis: all, or every second, third, … if there are many; long names are slanted."""
-    every = math.ceil(len(names) / 16)
-    labels = [name if len(name) <= 16 else name[:15] + "…" for name in names[::every]]
-    slanted: dict[str, Any] = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"}
-    ax.set_xticks(
-        list(places)[::every], list(map(plain, labels)), **(slanted if max(map(len, labels)) * len(labels) > 45 else {})
-    )
-
-
 def _share(count: int) -> float:
     """The width of each of several items beside each other at one place."""
     return 0.8 / count
@@ -434,11 +300,11 @@ def _legend(figure: Figure, rows: Sequence[Row], color: Scale, *, classified: bo
         bars = [ax.bar(0, 0, color=KINDS[kind][1], label=KINDS[kind][0], alpha=0.85) for kind in present]
         figure.legend(handles=bars, loc="outside lower right", ncols=len(bars), **look)
     if color.key:
-        hues = _colors(color)
+        hues = colors_of(color)
         last = len(hues) - 1
-        chosen = range(len(hues)) if last < _MAX_NAMED_VALUES else sorted({round(last * k / 4) for k in range(5)})
+        chosen = range(len(hues)) if last < MAX_NAMED_VALUES else sorted({round(last * k / 4) for k in range(5)})
         handles = [ax.plot([], [], "o-", color=hues[k], label=plain(color.names[k]))[0] for k in chosen]
-        title = color.key if last < _MAX_NAMED_VALUES else f"{color.key} ({last + 1} values)"
+        title = color.key if last < MAX_NAMED_VALUES else f"{color.key} ({last + 1} values)"
         figure.legend(handles=handles, loc="outside lower left", ncols=min(len(handles), 6), title=title, **look)
 
 
@@ -454,14 +320,16 @@ def _title(rows: Sequence[Row], jobs: int, swept: Sequence[str], x: Scale, color
     pooled = [
         f"{key} ({count} values)" for key in swept if key not in (x.key, color.key) and (count := _count(rows, key)) > 1
     ] + ["the networks of each job"] * (len(rows) > finished)
-    if x.key == _REPETITION:
+    if x.key == REPETITION:
         marks = "dots: networks; broken line: median of all"
     elif len(rows) == 1:
         marks = ""
     else:
         marks = "dots: networks; lines: medians" + (f", pooled over {' and '.join(pooled)}" if pooled else "")
     common = [
-        f"{name} = {_label(rows[0][key])}" for name, key in _COMMON.items() if key in rows[0] and _count(rows, key) == 1
+        f"{name} = {label_of(rows[0][key])}"
+        for name, key in _COMMON.items()
+        if key in rows[0] and _count(rows, key) == 1
     ]
     lines = (f"{counted}{networks}" + (f" against {against}" if against else ""), ", ".join(common), marks)
     return "\n".join(line for line in lines if line)

@@ -19,7 +19,21 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 # Keys for a run's place and start, for other tasks, and those that other keys only refer to.
-_NO_SETTINGS = ("run_dir", "logger", "resume", "folder", "sweep", "dry_run", "dashboard", "row", "table_1")
+_NO_SETTINGS = (
+    "run_dir",
+    "logger",
+    "resume",
+    "folder",
+    "sweep",
+    "x",
+    "y",
+    "color",
+    "band",
+    "dry_run",
+    "dashboard",
+    "row",
+    "table_1",
+)
 
 # Overrides that a run's name leaves out.
 _NOT_IN_NAME = (*_NO_SETTINGS, "experiment", "name", "task", "threads", "ckpt_path", "data.root", "data.cache")

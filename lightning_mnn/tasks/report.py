@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lightning_mnn.figures import census_figure, model_figure, run_figure, scan_figure, sweep_figure
+from lightning_mnn.figures import band_figure, census_figure, model_figure, run_figure, scan_figure, sweep_figure
 from lightning_mnn.runs.folders import remove_job_folder
 from lightning_mnn.runs.logs import has_logs
 from lightning_mnn.tasks.sweep import Status, by_task, is_finished, is_foreign, read_sweep, resume_commands, write_table
@@ -45,7 +45,8 @@ def report(cfg: DictConfig) -> None:
     draw ``figure.png`` of the finished ones, grouped by what was swept. Jobs that failed, were stopped or have not
     started are in the table without measures, and their names are printed with the command that runs them. Of jobs of
     other tasks only the names are printed. In a sweep of another program the measures are what its ``CSVLogger`` wrote
-    and what its jobs returned (see :func:`lightning_mnn.runs.logs.results_of`).
+    and what its jobs returned (see :func:`lightning_mnn.runs.logs.results_of`). With ``cfg.x``, a column of the table,
+    it also draws the columns ``cfg.y`` against it (see :func:`lightning_mnn.figures.band_figure`).
 
     If the folder is a log folder of another program, written by Lightning's ``CSVLogger``, and the three callbacks
     logged to it, the figure shows their results (see :func:`lightning_mnn.figures.model_figure`).
@@ -63,7 +64,14 @@ def report(cfg: DictConfig) -> None:
         raise ValueError(f"folder={cfg.folder} and sweep={cfg.sweep} are two reports: give one of them")
     console = Console(soft_wrap=True, highlight=False)
     if "sweep" in given:
-        _report_sweep(_existing_folder("sweep", cfg.sweep), console)
+        folder = _existing_folder("sweep", cfg.sweep)
+        _report_sweep(folder, console)
+        if cfg.get("x") is not None:
+            columns = [cfg.y] if isinstance(cfg.y, str) else list(cfg.y)
+            for path in band_figure(folder, cfg.x, columns, cfg.color, cfg.band):
+                console.print(f"[bold]written:[/] {shown(path)}")
+    elif cfg.get("x") is not None:
+        raise ValueError(f"x={cfg.x} is a column of a sweep's table: give sweep=DIR, not folder=DIR")
     else:
         _report_folder(_existing_folder("folder", cfg.get("folder")), console)
 

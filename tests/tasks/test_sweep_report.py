@@ -423,3 +423,45 @@ def test_of_many_keys_those_are_shown_that_explain_most():
     ]
     assert choose_axes(rows, ["a", "b", "c", "d", "seed"], MEASURES[:1]) == ("b", "c")
     assert choose_axes(rows, ["a", "d", "seed"], MEASURES[:1]) == ("a", "")
+
+
+def _curves(ax):
+    return {line.get_label(): dict(zip(*line.get_data(), strict=True)) for line in ax.lines}
+
+
+@pytest.mark.parametrize("band", ["std", "quartiles"])
+def test_bands_are_over_the_networks_of_each_point(tmp_path, drawn, band):
+    def change(num_samples, hidden_dims, seed):
+        return {"mse": num_samples * (1 + len(hidden_dims)) * (1 + seed**2), "mce": 0.1 * seed, "seed": seed}
+
+    axes = {"data.num_samples": [40, 80], "model.hidden_dims": ["[8]", "[20]"], "seed": [1, 2, 4]}
+    write_sweep(tmp_path, axes, change)
+    report(settings(f"sweep={tmp_path}", "x=data.num_samples", "color=model.hidden_dims", "y=mse", f"band={band}"))
+    (ax,) = drawn[-1].axes
+    factor = {"std": (2 + 5 + 17) / 3, "quartiles": 5}[band]
+    expected = {"8": 1 + len("[8]"), "20": 1 + len("[20]")}
+    assert _curves(ax) == {
+        name: {n: pytest.approx(n * scale * factor) for n in (40, 80)} for name, scale in expected.items()
+    }
+    edge = ax.collections[0].get_paths()[0].vertices
+    low, high = {"std": (8 - 63**0.5, 8 + 63**0.5), "quartiles": (3.5, 11)}[band]
+    for n in (40, 80):
+        heights = edge[edge[:, 0] == n, 1]
+        assert (heights.min(), heights.max()) == (pytest.approx(n * 4 * low), pytest.approx(n * 4 * high))
+    assert (tmp_path / "figure_bands.pdf").read_bytes().startswith(b"%PDF")
+    assert imread(tmp_path / "figure_bands.png").shape[2] == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["x=data.seed"], "x is no column with values of the finished jobs, got 'data.seed': choose of job, folder"),
+        (["x=seed", "y=[mse,kind]"], "y has no numbers, got 'kind'"),
+        (["x=seed", "color=model"], "color is no column"),
+        (["x=seed", "band=range"], "band must be one of std, quartiles, got 'range'"),
+    ],
+)
+def test_columns_that_cannot_be_drawn_are_named(tmp_path, overrides, message):
+    write_sweep(tmp_path, {"seed": [1, 2]}, lambda seed: {"seed": seed})
+    with pytest.raises(ValueError, match=message):
+        report(settings(f"sweep={tmp_path}", *overrides))

@@ -1,0 +1,119 @@
+"""The figure of a sweep for a paper: chosen columns of its table, as curves with a band over repetitions."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from matplotlib.figure import Figure
+
+from lightning_mnn.figures.scales import Row, Scale, colors_of, draw_places, number_in, scale_of
+from lightning_mnn.figures.style import plain, save, tidy
+from lightning_mnn.utilities.files import whole_file
+from lightning_mnn.utilities.validation import ArgumentError, one_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from matplotlib.axes import Axes
+
+BANDS = ("std", "quartiles")
+
+_MIN_LOG_RATIO = 30  # ratio of the largest to the smallest value from which on an axis is logarithmic
+_UNITS = {
+    "mse": "training MSE",
+    "mce": "training error (fraction)",
+    "test_mse": "test MSE",
+    "test_mce": "test error (fraction)",
+    "data.num_samples": "N",
+    "num_samples": "N",
+    "seconds": "seconds",
+    "log_volume": "log-volume (nats)",
+    "steps": "optimiser steps",
+    "model.hidden_dims": "hidden units",
+}
+
+
+def band_figure(folder: Path, x: str, y: Sequence[str], color: str | None = None, band: str = "std") -> list[Path]:
+    """Draw ``figure_bands.png`` and ``figure_bands.pdf`` of a sweep from its ``sweep.parquet``.
+
+    A panel for each column of ``y`` against the column ``x``: for each value of the column ``color`` the curve of the
+    mean over the networks of all finished jobs, with a band of one standard deviation to each side (of n − 1; none
+    for one network); or the curve of the median with a band from the lower to the upper quartile. If all values of a
+    panel are positive and span a factor of 30 or more, its axis is logarithmic, and a band that would reach 0 ends at
+    the smallest value.
+
+    Args:
+        folder: the folder of the sweep.
+        x: column of the horizontal axis.
+        y: columns to draw, with numbers.
+        color: column of the colours; None: one curve.
+        band: "std" or "quartiles".
+
+    Returns:
+        The paths of both files.
+
+    Raises:
+        ArgumentError: a column does not exist or has no numbers, or ``band`` is none of the two.
+    """
+    one_of("band", band, BANDS)
+    rows = [row for row in pq.read_table(folder / "sweep.parquet").to_pylist() if row["status"] == "finished"]
+    for name, column in (("x", x), ("color", color), *(("y", column) for column in y)):
+        if column is not None and not any(row.get(column) is not None for row in rows):
+            known = ", ".join(key for key in (rows[0] if rows else ()) if any(row[key] is not None for row in rows))
+            raise ArgumentError(name, column, "is no column with values of the finished jobs", f"choose of {known}")
+    for column in y:
+        if all(number_in(row[column]) is None for row in rows):
+            raise ArgumentError("y", column, "has no numbers", "choose another column")
+    figure = Figure(figsize=(4.2 * len(y), 3.4), dpi=150, layout="constrained")
+    scales = scale_of(rows, x), scale_of(rows, color or "")
+    for ax, column in zip(figure.subplots(1, len(y), squeeze=False).flat, y, strict=True):
+        _draw_curves(ax, rows, column, *scales, band)
+    if color is not None:
+        handles, names = figure.axes[0].get_legend_handles_labels()
+        title = plain(_UNITS.get(color, color))
+        figure.legend(handles, names, title=title, loc="outside right upper", frameon=False)
+    path = folder / "figure_bands.pdf"
+    with whole_file(path) as unfinished:
+        figure.savefig(unfinished, format="pdf")
+    return [save(figure, folder / "figure_bands.png"), path]
+
+
+def statistics_of(values: Sequence[float], band: str) -> tuple[float, float, float]:
+    """Middle, low and high of a band over repetitions.
+
+    >>> statistics_of([1.0, 2.0, 3.0], "std"), statistics_of([1.0, 2.0, 3.0, 4.0, 9.0], "quartiles")
+    ((2.0, 1.0, 3.0), (3.0, 2.0, 4.0))
+    """
+    if band == "quartiles":
+        low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
+        return middle, low, high
+    mean, spread = float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return mean, mean - spread, mean + spread
+
+
+def _draw_curves(ax: Axes, rows: Sequence[Row], column: str, x: Scale, color: Scale, band: str) -> None:
+    known = [(row, value) for row in rows if (value := number_in(row[column])) is not None]
+    values = [value for _, value in known]
+    log = min(values) > 0 and max(values) / min(values) >= _MIN_LOG_RATIO
+    draw_places(ax, x)
+    for number, (hue, name) in enumerate(zip(colors_of(color), color.names, strict=True)):
+        groups: dict[int, list[float]] = {}
+        for row, value in known:
+            if color.index(row) == number:
+                groups.setdefault(x.index(row), []).append(value)
+        if not groups:
+            continue
+        places = [x.places[index] for index in sorted(groups)]
+        middles, lows, highs = zip(*(statistics_of(groups[index], band) for index in sorted(groups)), strict=True)
+        floor = min(values) if log else -math.inf
+        look: dict[str, Any] = {"color": hue, "zorder": 3}
+        ax.plot(places, middles, "o-", ms=4, lw=1.6, label=plain(name), **look)
+        ax.fill_between(places, np.maximum(lows, floor), highs, alpha=0.2, lw=0, **look)
+    ax.set_yscale("log" if log else "linear")
+    ax.set_xlabel(plain(_UNITS.get(x.key, x.key)))
+    ax.set_ylabel(plain(_UNITS.get(column, column)))
+    tidy(ax)
