@@ -104,7 +104,6 @@ class ReasonCode(StrEnum):
 
     # Second-order evidence: curvature
     HESSIAN_ZERO = auto()
-    CURVATURE_SUFFICIENT = auto()
     NEGATIVE_CURVATURE = auto()
     CURVATURE_EXPLAINED_BY_GRADIENT = auto()
     CURVATURE_NOT_CONFIRMED = auto()
@@ -294,7 +293,6 @@ SENTENCES = {
     ReasonCode.NOT_FINITE: "the loss ({loss}) or the norm of its gradient ({norm}) is not finite",
     ReasonCode.ONE_SIDED: "the gradient and the Hessian are those of one side of kinks only",
     ReasonCode.HESSIAN_ZERO: "the Hessian is zero up to rounding",
-    ReasonCode.CURVATURE_SUFFICIENT: "no negative curvature",
     ReasonCode.NEGATIVE_CURVATURE: "negative curvature: the loss falls by {fall:.1e} at {length:.1e} along v",
     ReasonCode.CURVATURE_EXPLAINED_BY_GRADIENT: (
         "negative curvature, but the remaining gradient can explain it (up to {explained:.1e}): train on"

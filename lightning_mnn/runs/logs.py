@@ -91,7 +91,7 @@ def _verdict(minimum: Any) -> dict[str, Any]:
     """Kind, reason code and evidence of a LocalMinimumDetector; lists of kinds and codes are over replicas."""
     if not isinstance(minimum, dict) or "kind" not in minimum:
         return {}
-    kinds, codes = minimum["kind"], minimum.get("reason_code")  # jobs of earlier versions have no code
+    kinds, codes = minimum["kind"], minimum.get("reason_code")  # jobs of earlier versions have none
     several = isinstance(kinds, list) and len(kinds) > 1
     if not several:
         kinds, codes = (value[0] if isinstance(value, list) and value else value for value in (kinds, codes))

@@ -142,8 +142,7 @@ def check_stationarity(
     elif not (math.isfinite(loss) and math.isfinite(norm)):
         kind, because = Kind.NOT_STATIONARY, Reason.of(ReasonCode.NOT_FINITE, loss=loss, norm=norm)
     elif relative > gradient_tolerance:
-        kind = Kind.NOT_STATIONARY
-        code = ReasonCode.GRADIENT_ABOVE_TOLERANCE
+        kind, code = Kind.NOT_STATIONARY, ReasonCode.GRADIENT_ABOVE_TOLERANCE
         because = Reason.of(code, *facts, relative=relative, tolerance=gradient_tolerance)
     else:
         kind, because = Kind.UNDECIDED, Reason.of(ReasonCode.GRADIENT_SMALL, *facts, relative=relative)
@@ -236,10 +235,11 @@ def check_curvature(
         largest_eigenvalue=spectrum.largest,
         products=spectrum.products,
     )
-    kind, because = _classify(surface, stationary.gradient_norm, spectrum, curvature_tolerance)
-    found = replace(found, kind=kind, because=because)
-    if kind is Kind.DIFFERENTIABLE_MINIMUM:
+    against = _against_minimum(surface, stationary.gradient_norm, spectrum, curvature_tolerance)
+    if against is None:
         found = _Minimum(surface, spectrum, found, reference, max_products, seed).classified()
+    else:
+        found = replace(found, kind=against[0], because=against[1])
     facts = (*found.because.facts, _eigenvalues(spectrum), stationary.because, Reason.of(ReasonCode.NOT_A_PROOF))
     return replace(found, because=replace(found.because, facts=facts))
 
@@ -324,8 +324,10 @@ def _is_bounded(smallest: float, error: float, largest: float, tolerance: float)
     return largest > 0 and smallest - error >= -tolerance * largest
 
 
-def _classify(surface: LossSurface, norm: float, spectrum: Spectrum, tolerance: float) -> tuple[Kind, Reason]:
-    """The verdict by λ_min, for a gradient of this norm; a minimum is provisional."""
+def _against_minimum(
+    surface: LossSurface, norm: float, spectrum: Spectrum, tolerance: float
+) -> tuple[Kind, Reason] | None:
+    """The verdict by λ_min, for a gradient of this norm; None if λ_min is that of a minimum."""
     low, error, high = spectrum.smallest, spectrum.smallest_error, spectrum.largest
     if max(high, -low) <= spectrum.rounding:
         return Kind.UNDECIDED, Reason.of(ReasonCode.HESSIAN_ZERO)
@@ -337,7 +339,7 @@ def _classify(surface: LossSurface, norm: float, spectrum: Spectrum, tolerance: 
         length, lower = fall
         return Kind.SADDLE, Reason.of(ReasonCode.NEGATIVE_CURVATURE, fall=lower, length=length)
     if _is_bounded(low, error, high, tolerance):
-        return Kind.DIFFERENTIABLE_MINIMUM, Reason.of(ReasonCode.CURVATURE_SUFFICIENT)
+        return None
     if _is_negative(low, high, spectrum.largest_error, tolerance):
         code = ReasonCode.CURVATURE_EXPLAINED_BY_GRADIENT if is_explained else ReasonCode.CURVATURE_NOT_CONFIRMED
         return Kind.UNDECIDED, Reason.of(code, explained=explained)
