@@ -292,10 +292,8 @@ def _kink_facts(kinks: KinkDistance, dtype: torch.dtype, jump: float | None) -> 
     if kinks.spacing > torch.finfo(dtype).eps:  # pre-activations have fewer digits than the weights
         coarse = next(name for name in _FLOATS if torch.finfo(getattr(torch, name)).eps == kinks.spacing)
         facts.append(Reason.of(ReasonCode.COARSE_PREACTIVATIONS, dtype=coarse))
-    compared = (
-        Reason.of(ReasonCode.SIDES_NOT_COMPARED) if jump is None else Reason.of(ReasonCode.SIDES_COMPARED, jump=jump)
-    )
-    return [*facts, compared]
+    code = ReasonCode.SIDES_NOT_COMPARED if jump is None else ReasonCode.SIDES_COMPARED
+    return [*facts, Reason.of(code, jump=jump)]
 
 
 def _eigenvalues(found: Spectrum) -> Reason:
