@@ -17,7 +17,7 @@ from lightning_mnn.callbacks.evidence.certificate import CertificateTier, NotSqu
 from lightning_mnn.callbacks.evidence.first_order import FirstOrderTier
 from lightning_mnn.callbacks.evidence.second_order import SecondOrderTier
 from lightning_mnn.callbacks.evidence.squared_error import SquaredErrorLoss, squared_error_loss
-from lightning_mnn.callbacks.evidence.tiers import Evidence
+from lightning_mnn.callbacks.evidence.tiers import Evidence, Finding
 from lightning_mnn.callbacks.schedule import Schedule
 from lightning_mnn.callbacks.scheduled import ScheduledCallback
 from lightning_mnn.callbacks.trainer.long_pass import long_pass
@@ -26,6 +26,7 @@ from lightning_mnn.landscape.curvature.loss_surface import NoDerivativeError
 from lightning_mnn.loggers.media import log_scalars
 from lightning_mnn.utilities.interruption import TimeLimitError, time_limit
 from lightning_mnn.utilities.validation import MisfitError, positive_integer, real_number, truth_value
+from lightning_mnn.verdicts import Kind, Reason, ReasonCode
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -262,16 +263,18 @@ class LocalMinimumDetector(ScheduledCallback):
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().finish(trainer, pl_module)
         tier = self._certify(trainer, pl_module, end=True)
-        for replica, (kind, reason) in enumerate(zip(*(kinds := tier.kinds()), strict=True)):
-            name = f" (replica {replica})" if len(kinds[0]) > 1 else ""
-            rank_zero_info(f"LocalMinimumDetector{name}: {kind}: {reason}")
+        findings = tier.findings()
+        for replica, found in enumerate(findings):
+            name = f" (replica {replica})" if len(findings) > 1 else ""
+            rank_zero_info(f"LocalMinimumDetector{name}: {found.kind}: {found.reason}")
 
     @override
     def summary(self) -> dict[str, Any]:
         if (received := self.received()) is not None:
             return received
         if self.failure is not None:
-            return {"evidence": str(Evidence.NONE), "kind": "undecided", "reason": self.failure}
+            finding = Finding.of(Kind.UNDECIDED, Reason.of(ReasonCode.ERROR, cause=self.failure))
+            return {"evidence": str(Evidence.NONE), **finding.plain()}
         return {} if self._tier is None else self._tier.summary()
 
     @override

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from matplotlib import patheffects
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from lightning_mnn.verdicts import Kind
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -19,13 +21,13 @@ if TYPE_CHECKING:
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
 # Name in the legend, colour and marker of each kind; None: not certified, or only necessary conditions are fulfilled.
-KINDS: dict[str | None, tuple[str, str, str]] = {
-    "differentiable_minimum": ("differentiable minimum", "#0072b2", "o"),
-    "kink_minimum": ("minimum on kinks", "#e69f00", "D"),
-    "saddle": ("saddle", "#cc79a7", "s"),
-    "not_stationary": ("not stationary", "#7f7f7f", "x"),
-    "on_kink": ("on a kink", "#56b4e9", "^"),
-    "undecided": ("undecided", "#bfbfbf", "+"),
+KINDS: dict[Kind | None, tuple[str, str, str]] = {
+    Kind.DIFFERENTIABLE_MINIMUM: ("differentiable minimum", "#0072b2", "o"),
+    Kind.KINK_MINIMUM: ("minimum on kinks", "#e69f00", "D"),
+    Kind.SADDLE: ("saddle", "#cc79a7", "s"),
+    Kind.NOT_STATIONARY: ("not stationary", "#7f7f7f", "x"),
+    Kind.ON_KINK: ("on a kink", "#56b4e9", "^"),
+    Kind.UNDECIDED: ("undecided", "#bfbfbf", "+"),
     None: ("not classified", "#000000", "."),
 }
 

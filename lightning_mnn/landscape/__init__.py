@@ -7,7 +7,6 @@ from lightning_mnn.landscape import bounds
 from lightning_mnn.landscape.curvature.lanczos import Spectrum, extreme_eigenvalues, products_needed
 from lightning_mnn.landscape.curvature.loss_surface import LossSurface, NoDerivativeError
 from lightning_mnn.landscape.curvature.second_order import (
-    SecondOrderKind,
     SecondOrderVerdict,
     check_curvature,
     check_stationarity,
@@ -18,7 +17,7 @@ from lightning_mnn.landscape.kinks.tracing import Kink, KinkTrace
 from lightning_mnn.landscape.labels import infer_threshold
 from lightning_mnn.landscape.minima.certificate import Certificate, certify
 from lightning_mnn.landscape.minima.first_order import FirstOrderVerdict, first_order_verdicts
-from lightning_mnn.landscape.minima.optimality import Direction, Kind
+from lightning_mnn.landscape.minima.optimality import Direction
 from lightning_mnn.landscape.minima.planted import Planted, planted_kink_minimum, planted_minimum, planted_saddle
 from lightning_mnn.landscape.minima.polishing import Polished, polish
 from lightning_mnn.landscape.network import Network
@@ -38,6 +37,7 @@ from lightning_mnn.landscape.volumes.region_volume import (
 )
 from lightning_mnn.landscape.volumes.splitting import RareCensus, RareEvent, rare_census, rare_event
 from lightning_mnn.utilities.distributed import DistributedGroup, ProcessGroup
+from lightning_mnn.verdicts import Kind, Reason, ReasonCode
 
 __all__ = [
     "ActivationPattern",
@@ -69,9 +69,10 @@ __all__ = [
     "Proportion",
     "RareCensus",
     "RareEvent",
+    "Reason",
+    "ReasonCode",
     "Region",
     "RegionVolume",
-    "SecondOrderKind",
     "SecondOrderVerdict",
     "Spectrum",
     "bounds",
@@ -106,6 +107,7 @@ __all__ = [
 
 _RENAMED = {
     "ProcessTeam": "DistributedGroup",
+    "SecondOrderKind": "Kind",
     "Survey": "NetworkStatistics",
     "Team": "ProcessGroup",
     "judge_curvature": "check_curvature",

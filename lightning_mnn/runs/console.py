@@ -14,12 +14,15 @@ from rich.table import Table
 from rich.tree import Tree
 
 from lightning_mnn.utilities.errors import EarlyEnd
+from lightning_mnn.verdicts import STATIONARY, Kind
 
 KINDS = {
-    "differentiable_minimum": "a differentiable local minimum",
-    "kink_minimum": "a local minimum on kinks",
-    "saddle": "a saddle point",
-    "not_stationary": "no verified local minimum",
+    Kind.DIFFERENTIABLE_MINIMUM: "a differentiable local minimum",
+    Kind.KINK_MINIMUM: "a local minimum on kinks",
+    Kind.SADDLE: "a saddle point",
+    Kind.NOT_STATIONARY: "no verified local minimum",
+    Kind.ON_KINK: "a point on kinks",
+    Kind.UNDECIDED: "a point that could not be classified",
 }
 
 
@@ -84,8 +87,8 @@ def _of_certified(summary: dict[str, Any], key: str) -> Any:
     """A measure of the certified replicas; None if there are none."""
     kinds, values = summary["kind"], summary.get(key)
     if not isinstance(kinds, list):
-        return None if kinds == "not_stationary" else values
-    found = [value for kind, value in zip(kinds, values or [], strict=False) if kind != "not_stationary"]
+        return values if kinds in STATIONARY else None
+    found = [value for kind, value in zip(kinds, values or [], strict=False) if kind in STATIONARY]
     return found or None
 
 

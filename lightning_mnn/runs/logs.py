@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 _VERSION = re.compile(r"version_(\d+)")
 _OWN_METRICS = ("minimum/", "pattern/", "volume/")  # of our callbacks: their result is the last value
 _STEP_COLUMNS = ("step", "epoch")
-_NOT_DRAWN = ("kind", "evidence", "replicas", *_STEP_COLUMNS)
+_NOT_DRAWN = ("kind", "reason_code", "evidence", "replicas", *_STEP_COLUMNS)
 _RESERVED = (
     "job",
     "folder",
     "status",
     "replica",
     "kind",
+    "reason_code",
     "evidence",
     "seconds",
     *_STEP_COLUMNS,
@@ -36,9 +37,9 @@ _RESERVED = (
 def results_of(record: Mapping[str, Any], logs: Mapping[str, Points]) -> dict[str, Any]:
     """The results of a job of another program, as columns of the table of its sweep.
 
-    ``kind`` and ``evidence``, if its Trainer had a LocalMinimumDetector; ``return_value``, or one column for each of
-    its entries; for each logged metric the last value, and ``.min`` and ``.max`` over training; the last ``epoch`` and
-    ``step``; ``seconds`` since the job's start.
+    ``kind``, ``reason_code`` and ``evidence``, if its Trainer had a LocalMinimumDetector; ``return_value``, or one
+    column for each of its entries; for each logged metric the last value, and ``.min`` and ``.max`` over training; the
+    last ``epoch`` and ``step``; ``seconds`` since the job's start.
 
     Args:
         record: its ``job.json``.
@@ -87,14 +88,15 @@ def _priority(name: str) -> int:
 
 
 def _verdict(minimum: Any) -> dict[str, Any]:
-    """Kind and evidence of a LocalMinimumDetector; a list of kinds is over replicas."""
+    """Kind, reason code and evidence of a LocalMinimumDetector; lists of kinds and codes are over replicas."""
     if not isinstance(minimum, dict) or "kind" not in minimum:
         return {}
-    kinds = minimum["kind"]
-    if isinstance(kinds, list) and len(kinds) == 1:
-        kinds = kinds[0]
-    replicas = {"replicas": len(kinds)} if isinstance(kinds, list) else {}
-    return {"kind": kinds, "evidence": minimum.get("evidence")} | replicas
+    kinds, codes = minimum["kind"], minimum.get("reason_code")  # jobs of earlier versions have none
+    several = isinstance(kinds, list) and len(kinds) > 1
+    if not several:
+        kinds, codes = (value[0] if isinstance(value, list) and value else value for value in (kinds, codes))
+    replicas = {"replicas": len(kinds)} if several else {}
+    return {"kind": kinds, "reason_code": codes, "evidence": minimum.get("evidence")} | replicas
 
 
 def read_logs(folder: Path) -> dict[str, Points]:

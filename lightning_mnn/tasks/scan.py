@@ -21,7 +21,6 @@ from rich.table import Table
 from lightning_mnn.callbacks import LocalMinimumDetector, Schedule
 from lightning_mnn.data import GaussianData
 from lightning_mnn.figures.scaling import FIGURES, scan_figure
-from lightning_mnn.landscape.minima.optimality import Kind
 from lightning_mnn.model.mnn import MNN
 from lightning_mnn.runs.quiet import quieten
 from lightning_mnn.tasks.experiment import (
@@ -36,6 +35,7 @@ from lightning_mnn.tasks.parts import Part, initialise_folder
 from lightning_mnn.utilities.errors import DivergenceError
 from lightning_mnn.utilities.files import shown, write_csv, write_json
 from lightning_mnn.utilities.validation import ArgumentError, one_of, positive_integer, real_number
+from lightning_mnn.verdicts import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

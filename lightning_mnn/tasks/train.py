@@ -39,6 +39,7 @@ from lightning_mnn.utilities.compat.lightning_internals import completed_epochs
 from lightning_mnn.utilities.errors import DivergenceError, EarlyEnd
 from lightning_mnn.utilities.files import whole_file, write_json
 from lightning_mnn.utilities.validation import ArgumentError
+from lightning_mnn.verdicts import MINIMA, Kind, Reason, ReasonCode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,7 +52,18 @@ if TYPE_CHECKING:
 
 # What the callbacks measure; null if a callback is off.
 MEASURES = (
-    *("mse", "mce", "wrong", "kind", "zero_error", "distance", "margin_ratio", "min_preactivation", "kinks"),
+    *(
+        "mse",
+        "mce",
+        "wrong",
+        "kind",
+        "reason_code",
+        "zero_error",
+        "distance",
+        "margin_ratio",
+        "min_preactivation",
+        "kinks",
+    ),
     *("rank", "rank_cap", "log_volume", "log_volume_standard_error", "log_volume_lower_bound", "regions_visited"),
 )
 
@@ -247,8 +259,13 @@ def summarise(
     ended = None
     if failure is not None:  # the last check does not describe the final weights
         ended = EarlyEnd.DIVERGENCE if isinstance(failure, DivergenceError) else EarlyEnd.INTERRUPTION
-        reason = _reason(failure, trainer.global_step) + _certified_before(found["kind"])
-        verdict = {"kind": "not_stationary", "reason": reason, "zero_error": False}
+        because, before = _reason(failure, trainer.global_step), _certified_before(found["kind"])
+        verdict: dict[str, Any] = {
+            "kind": str(Kind.NOT_STATIONARY),
+            "reason_code": str(because.code),
+            "reason": f"{because}{before}",
+            "zero_error": False,
+        }
         found |= {key: [value] * model.replicas if model.replicas > 1 else value for key, value in verdict.items()}
     return found | {
         "finished": False,  # until everything else is written
@@ -268,18 +285,19 @@ def summarise(
     }
 
 
-def _reason(failure: BaseException, steps: int) -> str:
+def _reason(failure: BaseException, steps: int) -> Reason:
     """Why a run ended early."""
     if isinstance(failure, DivergenceError):
-        return str(failure)
-    lost = f" by the loss of process {failure.rank}" if isinstance(failure, LostProcessError) else ""
-    return f"interrupted after {steps} steps{lost}"
+        return Reason.of(ReasonCode.DIVERGED, cause=str(failure))
+    if isinstance(failure, LostProcessError):
+        return Reason.of(ReasonCode.PROCESS_LOST, steps=steps, rank=failure.rank)
+    return Reason.of(ReasonCode.INTERRUPTED, steps=steps)
 
 
 def _certified_before(kinds: Any) -> str:
     """How many replicas were certified at the last check, in words."""
     listed = kinds if isinstance(kinds, list) else [kinds]
-    minima = sum(kind in ("differentiable_minimum", "kink_minimum") for kind in listed)
+    minima = sum(kind in MINIMA for kind in listed)
     return f"; {minima} of {len(listed)} were at certified minima at the last check" if len(listed) > 1 else ""
 
 

@@ -162,7 +162,7 @@ def test_a_stationary_start_on_kinks_waits_for_the_next_check(make_trainer):
     make_trainer(max_epochs=1, callbacks=[detector, Look()]).fit(module, DataLoader(dataset, batch_size=_BATCH))
     ((reads, kind, reason),) = seen
     assert reads <= _SAMPLES + _FEW
-    assert (kind, "whose sides were not compared" in reason) == ("on_kink", True)
+    assert (kind, "the sides of these kinks were not compared" in reason) == ("on_kink", True)
 
 
 # What there is too little time for

@@ -5,7 +5,10 @@ import pytest
 from lightning_mnn import landscape
 
 
-@pytest.mark.parametrize(("old", "new"), [("Survey", "NetworkStatistics"), ("judge_curvature", "check_curvature")])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("Survey", "NetworkStatistics"), ("judge_curvature", "check_curvature"), ("SecondOrderKind", "Kind")],
+)
 def test_a_former_name_gives_the_same_object_with_a_warning(old, new):
     with pytest.warns(DeprecationWarning, match=f"lightning_mnn.landscape.{old} is now {new}"):
         assert getattr(landscape, old) is getattr(landscape, new)

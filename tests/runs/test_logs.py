@@ -105,7 +105,12 @@ def test_return_values_of_any_form_are_columns():
 
 def test_kinds_of_replicas_are_one_each():
     one, two = (
-        {"evidence": "certificate", "kind": list(kinds), "reason": []} for kinds in (["saddle"], ["saddle", "saddle"])
+        {"evidence": "certificate", "kind": ["saddle"] * count, "reason_code": ["force_on_inactive_unit"] * count}
+        for count in (1, 2)
     )
-    assert results_of({"minimum": one}, {}) == {"kind": "saddle", "evidence": "certificate", "seconds": None}
+    assert results_of({"minimum": one}, {}) == {
+        "kind": "saddle", "reason_code": "force_on_inactive_unit", "evidence": "certificate", "seconds": None
+    }  # fmt: skip
     assert results_of({"minimum": two}, {})["replicas"] == 2
+    earlier = results_of({"minimum": {"kind": "saddle", "evidence": "certificate"}}, {})  # without a code
+    assert (earlier["kind"], earlier["reason_code"]) == ("saddle", None)

@@ -25,7 +25,7 @@ SUMMARY = {
     "mse", "mce", "wrong", "kind", "zero_error", "distance", "margin_ratio", "min_preactivation", "kinks", "rank",
     "rank_cap", "log_volume", "log_volume_standard_error", "log_volume_lower_bound", "regions_visited", "epochs",
     "steps", "seconds", "num_samples", "input_dim", "hidden_dims", "negative_slope", "replicas", "seed", "processes",
-    "visits",
+    "visits", "reason_code",
 }  # fmt: skip
 FOLDER = {"summary.json", "metrics.csv", "figure.png", "patterns.zarr", "checkpoints", ".hydra", "wandb"}
 SMALL = ("data.num_samples=20", "data.input_dim=6", "model.hidden_dims=[8]", "trainer.accelerator=cpu")
@@ -77,7 +77,7 @@ def test_quickstart_leaves_a_complete_run_folder():
     assert undocumented_keys("summary.json", summary) == []
     with (folder / "metrics.csv").open(newline="") as file:
         assert undocumented_names(set(next(csv.reader(file))) - {"step"}) == []
-    assert summary["kind"] == "differentiable_minimum"
+    assert (summary["kind"], summary["reason_code"]) == ("differentiable_minimum", "zero_error")
     assert summary["zero_error"] is True
     assert summary["mse"] <= 1e-25
     assert (summary["mce"], summary["wrong"]) == (0.0, 0)
@@ -102,7 +102,7 @@ def test_quickstart_leaves_a_complete_run_folder():
     assert {"train/mse", "minimum/mse", "pattern/flips", "volume/log_lower_bound"} <= series.keys()
     for name, (_, values) in series.items():
         assert logged[name] == pytest.approx(values[-1], rel=1e-12), name
-    assert logged["kind"] == "differentiable_minimum"
+    assert (logged["kind"], logged["reason_code"]) == ("differentiable_minimum", "zero_error")
     assert "figure" in logged
     assert series["minimum/mse"][1][-1] == summary["mse"]
 
@@ -114,7 +114,9 @@ def test_a_sweep_over_replicas_and_slopes():
     for path, slope in zip(folders, (0.0, 0.1), strict=True):
         summary = summary_of(path.parent)
         assert summary["negative_slope"] == slope
-        assert {len(summary[key]) for key in ("mse", "mce", "kind", "rank", "log_volume_lower_bound")} == {2}
+        assert {
+            len(summary[key]) for key in ("mse", "mce", "kind", "reason_code", "rank", "log_volume_lower_bound")
+        } == {2}
         assert {p.name for p in path.parent.iterdir()} >= FOLDER
         assert wandb_summary(path.parent)["train/mse"] == read_metrics(path.parent / "metrics.csv")["train/mse"][1][-1]
 
@@ -162,7 +164,7 @@ def test_divergence_ends_with_a_message_and_keeps_what_it_had():
     assert {p.name for p in folder.iterdir()} >= FOLDER - {"checkpoints"}
     summary = summary_of(folder)
     assert summary["kind"] == "not_stationary"
-    assert "diverged" in summary["reason"]
+    assert summary["reason_code"] == "diverged"
     command(*SMALL, "optimizer=sgd", "optimizer.lr=100", "replicas=2", "hydra.run.dir=two", expect=1)
     assert summary_of(Path("two"))["kind"] == ["not_stationary"] * 2
 
@@ -179,6 +181,7 @@ def test_an_interrupted_run_leaves_what_it_had():
     assert process.exitcode == 128 + signal.SIGINT
     assert {p.name for p in Path("cut").iterdir()} >= FOLDER - {"checkpoints", "figure.png"}
     summary = summary_of(Path("cut"))
+    assert summary["reason_code"] == "interrupted"
     assert summary["reason"] == f"interrupted after {summary['steps']} steps"
     assert summary["steps"] > 0
     assert "interrupted" in Path("out.txt").read_text()

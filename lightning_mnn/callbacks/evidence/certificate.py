@@ -21,6 +21,7 @@ from lightning_mnn.callbacks.evidence.squared_error import SquaredErrorLoss, sti
 from lightning_mnn.callbacks.evidence.tiers import (
     Difference,
     Evidence,
+    Finding,
     Tier,
     conditions,
     descriptions,
@@ -28,20 +29,20 @@ from lightning_mnn.callbacks.evidence.tiers import (
     unseen_batches,
 )
 from lightning_mnn.landscape.minima.first_order import FirstOrderVerdict, first_order_verdicts
-from lightning_mnn.landscape.minima.optimality import Kind
 from lightning_mnn.landscape.regions.statistics import NetworkStatistics, rank_cap
 from lightning_mnn.utilities.interruption import time_limit
 from lightning_mnn.utilities.transfer import plain
+from lightning_mnn.verdicts import STATIONARY, Kind, Reason, ReasonCode
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pytorch_lightning as pl
     from torch import Tensor
 
     from lightning_mnn.callbacks.evaluation.run_module import ModelFunction
     from lightning_mnn.landscape.minima.certificate import Certificate
     from lightning_mnn.landscape.network import Network
-
-_MINIMA = (Kind.DIFFERENTIABLE_MINIMUM, Kind.KINK_MINIMUM)
 
 
 class NotSquaredErrorError(Exception):
@@ -159,20 +160,22 @@ class CertificateTier(Tier):
         self._certifiable, self._reason_not_certified = False, f"no certificate: {why}"
 
     @override
-    def kinds(self) -> tuple[list[str], list[str]]:
-        """Kind and reason of each replica: a certificate's where there is one."""
-        more = "".join(f"; {note}" for note in self._notes)
-        if not self.certificates:
-            more += "" if self._reason_not_certified is None else f"; {self._reason_not_certified}"
-            return [str(verdict.kind) for verdict in self.verdicts], [found.reason + more for found in self.verdicts]
-        kinds, reasons = [], []
-        for replica, found in enumerate(self.certificates):
-            moved = self._moved[replica] if self._moved else 0.0
-            kinds.append(str(Kind.NOT_STATIONARY if moved else found.kind))
-            to = found.kind if found.is_minimum else "no minimum yet"
-            far = f"moved: polishing led a relative distance of {moved:.1e} away, to {to}; "
-            reasons.append((far + f"max_distance = {self._max_distance:g}" if moved else found.reason) + more)
-        return kinds, reasons
+    def findings(self) -> list[Finding]:
+        """The verdict on each replica: a certificate's where there is one."""
+        notes = list(self._notes)
+        if not self.certificates and self._reason_not_certified is not None:
+            notes.append(self._reason_not_certified)
+        results: Sequence[Certificate | FirstOrderVerdict] = self.certificates or self.verdicts
+        return [Finding.of(*self._verdict(replica, found), notes) for replica, found in enumerate(results)]
+
+    def _verdict(self, replica: int, found: Certificate | FirstOrderVerdict) -> tuple[Kind, Reason]:
+        """The kind of one replica, and the reason; not stationary if polishing moved it too far."""
+        moved = self._moved[replica] if self._moved else 0.0
+        if not self.certificates or not moved:
+            return found.kind, found.because
+        to = found.kind if found.kind.is_minimum else "no minimum yet"
+        code = ReasonCode.POLISHED_TOO_FAR
+        return Kind.NOT_STATIONARY, Reason.of(code, distance=moved, to=to, limit=self._max_distance)
 
     @override
     def scalars(self) -> dict[str, Any]:
@@ -187,8 +190,8 @@ class CertificateTier(Tier):
             "minimum/rank_cap": self._rank_cap,
         }
         if self.certificates:
-            kinds, _ = self.kinds()
-            certified = [kind in _MINIMA for kind in kinds]
+            kinds = [found.kind for found in self.findings()]
+            certified = [kind.is_minimum for kind in kinds]
             scalars["minimum/certified"] = sum(certified) / len(certified)
             scalars["minimum/on_kinks"] = kinds.count(Kind.KINK_MINIMUM) / len(kinds)
             found = [c for c, yes in zip(self.certificates, certified, strict=True) if yes]
@@ -202,7 +205,7 @@ class CertificateTier(Tier):
     def summary(self) -> dict[str, Any]:
         if self.statistics is None:
             return {}
-        kinds, reasons = self.kinds()
+        verdicts = self.findings()
         found = {
             "evidence": str(self.evidence),
             "objective": "mse",
@@ -210,8 +213,7 @@ class CertificateTier(Tier):
             "mse": plain(self.statistics.mse),
             "mce": plain(self.statistics.mce),
             "wrong": plain(self.statistics.wrong),
-            "kind": kinds,
-            "reason": reasons,
+            **{key: [verdict.plain()[key] for verdict in verdicts] for key in ("kind", "reason_code", "reason")},
             "zero_error": plain(self.statistics.zero_error),
             "rounding_bound": plain(self.statistics.rounding_bound),
             "stationarity": plain(self.statistics.stationarity),
@@ -220,9 +222,9 @@ class CertificateTier(Tier):
             "kinks": plain(self.statistics.kinks),
             "rank_cap": plain(self._rank_cap),
         }
-        stationary = [kind in (*_MINIMA, Kind.SADDLE) for kind in kinds]
+        stationary = [verdict.kind in STATIONARY for verdict in verdicts]
         for name in ("zero_error", "kinks", "rank_cap"):  # of the certified point, if there is one
-            values = found[name] if isinstance(found[name], list) else [found[name]] * len(kinds)
+            values = found[name] if isinstance(found[name], list) else [found[name]] * len(verdicts)
             pairs = zip(self.certificates, stationary, values, strict=False)
             found[name] = [getattr(c, name) if yes else value for c, yes, value in pairs] or values
         for name in ("mse", "mce"):

@@ -12,9 +12,10 @@ from typing_extensions import override
 from lightning_mnn.callbacks.evaluation.full_batch import FullBatch
 from lightning_mnn.callbacks.evaluation.run_module import LossNotEvaluableError
 from lightning_mnn.callbacks.evidence.gradient_norms import index_of, numbers_of
-from lightning_mnn.callbacks.evidence.tiers import Evidence, Tier, check_weights, conditions
+from lightning_mnn.callbacks.evidence.tiers import Evidence, Finding, Tier, check_weights, conditions
 from lightning_mnn.data.loaders.shards import NotEnumerableError
 from lightning_mnn.utilities.distributed import gather
+from lightning_mnn.verdicts import Kind, Reason, ReasonCode
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -121,16 +122,17 @@ class FirstOrderTier(Tier):
         return kinks, batch.notes()
 
     @override
-    def kinds(self) -> tuple[list[str], list[str]]:
-        relative = self._relative()
+    def findings(self) -> list[Finding]:
+        relative, kind = self._relative(), Kind.UNDECIDED
         if relative is None:
-            kind, reason = "undecided", "there was no optimiser step yet" if self._reads else "no gradient was seen"
+            because = Reason.of(ReasonCode.NO_STEP_YET if self._reads else ReasonCode.NO_GRADIENT_SEEN)
+        elif not self._full_batch_steps:
+            because = Reason.of(ReasonCode.STEP_GRADIENT_OF_MINI_BATCH, relative=relative)
+        elif relative > self._gradient_tolerance:
+            kind, because = Kind.NOT_STATIONARY, Reason.of(ReasonCode.STEP_GRADIENT_ABOVE_TOLERANCE, relative=relative)
         else:
-            batch = "full batch" if self._full_batch_steps else "mini-batch"
-            reason = f"the norm of the last step's gradient, of a {batch}, is {relative:.1e} times that of the first"
-            moving = relative > self._gradient_tolerance and self._full_batch_steps
-            kind = "not_stationary" if moving else "undecided"
-        return [kind], ["; ".join([reason, *self._notes])]
+            because = Reason.of(ReasonCode.STEP_GRADIENT_SMALL, relative=relative)
+        return [Finding.of(kind, because, self._notes)]
 
     @override
     def scalars(self) -> dict[str, Any]:
@@ -140,8 +142,8 @@ class FirstOrderTier(Tier):
     def summary(self) -> dict[str, Any]:
         if not self._notes:
             return {}
-        (kind,), (reason,) = self.kinds()
-        found = {"evidence": str(self.evidence), "kind": kind, "reason": reason, **self._measures()}
+        (finding,) = self.findings()
+        found = {"evidence": str(self.evidence), **finding.plain(), **self._measures()}
         return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in found.items()}
 
     @override

@@ -15,15 +15,11 @@ from lightning_mnn.callbacks.evaluation.full_batch import FullBatch, Reduction
 from lightning_mnn.callbacks.evaluation.isolation import trained_parameters
 from lightning_mnn.callbacks.evaluation.run_module import LossNotEvaluableError
 from lightning_mnn.callbacks.evidence.gradient_norms import GradientNorms
-from lightning_mnn.callbacks.evidence.tiers import Evidence, Tier, check_weights, conditions, diverged
+from lightning_mnn.callbacks.evidence.tiers import Evidence, Finding, Tier, check_weights, conditions, diverged
 from lightning_mnn.data.loaders.shards import batch_size_of, draws, num_samples
 from lightning_mnn.landscape.curvature.loss_surface import NoDerivativeError
-from lightning_mnn.landscape.curvature.second_order import (
-    SecondOrderKind,
-    SecondOrderVerdict,
-    check_curvature,
-    check_stationarity,
-)
+from lightning_mnn.landscape.curvature.second_order import SecondOrderVerdict, check_curvature, check_stationarity
+from lightning_mnn.verdicts import Kind, Reason, ReasonCode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -92,8 +88,7 @@ class SecondOrderTier(Tier):
     @property
     @override
     def passed(self) -> bool:
-        passing = (SecondOrderKind.UNDECIDED, SecondOrderKind.MINIMUM)
-        return self.verdict is not None and self.verdict.kind in passing
+        return self.verdict is not None and self.verdict.kind in (Kind.UNDECIDED, Kind.DIFFERENTIABLE_MINIMUM)
 
     @property
     @override
@@ -127,10 +122,14 @@ class SecondOrderTier(Tier):
         batch = self._full_batch(trainer, pl_module)
         try:
             self.verdict = self._verdict_in_float64(trainer, pl_module) or self._curvature(batch)
-        except (NoDerivativeError, FloatingPointError, LossNotEvaluableError) as error:
-            self._undecided(f"no eigenvalue of the Hessian: {error}")
-        except torch.OutOfMemoryError:
-            self._undecided("no eigenvalue of the Hessian: its products do not fit into memory; use smaller batches")
+        except NoDerivativeError as error:
+            self._without_eigenvalue(ReasonCode.NO_SECOND_DERIVATIVE, error)
+        except FloatingPointError as error:
+            self._without_eigenvalue(ReasonCode.PRODUCT_NOT_FINITE, error)
+        except LossNotEvaluableError as error:
+            self._without_eigenvalue(ReasonCode.LOSS_NOT_EVALUABLE, error)
+        except torch.OutOfMemoryError as error:
+            self._without_eigenvalue(ReasonCode.OUT_OF_MEMORY, error)
 
     @override
     def finalize(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, polish: bool) -> bool:
@@ -142,15 +141,15 @@ class SecondOrderTier(Tier):
     @override
     def run_out(self, why: str) -> None:
         self._ran_out = True
-        self._undecided(f"no eigenvalue of the Hessian: {why}")
+        self._without_eigenvalue(ReasonCode.TIME_LIMIT, why)
 
     @override
-    def kinds(self) -> tuple[list[str], list[str]]:
+    def findings(self) -> list[Finding]:
         if self.verdict is None:
-            return [str(SecondOrderKind.UNDECIDED)], ["not checked yet"]
-        moving, close = self.verdict.kind is SecondOrderKind.NOT_STATIONARY, self.verdict.relative_kink < _CLOSE
+            return [Finding.of(Kind.UNDECIDED, Reason.of(ReasonCode.NOT_CHECKED))]
+        moving, close = self.verdict.kind is Kind.NOT_STATIONARY, self.verdict.relative_kink < _CLOSE
         kinked = [_ON_KINKS] if moving and close and not self.verdict.kinks else []
-        return [str(self.verdict.kind)], ["; ".join([self.verdict.reason, *kinked, *self._notes])]
+        return [Finding.of(self.verdict.kind, self.verdict.because, [*kinked, *self._notes])]
 
     @override
     def scalars(self) -> dict[str, Any]:
@@ -161,8 +160,8 @@ class SecondOrderTier(Tier):
     def summary(self) -> dict[str, Any]:
         if self.verdict is None:
             return {}
-        (kind,), (reason,) = self.kinds()
-        found = {"evidence": str(self.evidence), "kind": kind, "reason": reason, **self._measures()}
+        (finding,) = self.findings()
+        found = {"evidence": str(self.evidence), **finding.plain(), **self._measures()}
         return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in found.items()}
 
     @override
@@ -216,7 +215,7 @@ class SecondOrderTier(Tier):
         """The verdict in float64, for weights of a lower precision; None if float64 does not apply or is impossible."""
         assert self.verdict is not None  # noqa: S101
         trained = trained_parameters(trainer, pl_module)
-        if trained[0].dtype == torch.float64 or self.verdict.kind is not SecondOrderKind.UNDECIDED:
+        if trained[0].dtype == torch.float64 or self.verdict.kind is not Kind.UNDECIDED:
             return None
         try:
             with in_double(pl_module) as double:
@@ -241,10 +240,12 @@ class SecondOrderTier(Tier):
             batch.check()
         return found
 
-    def _undecided(self, reason: str) -> None:
+    def _without_eigenvalue(self, code: ReasonCode, cause: Exception | str) -> None:
+        """State why an undecided point stays undecided."""
         assert self.verdict is not None  # noqa: S101
-        if self.verdict.kind is SecondOrderKind.UNDECIDED:
-            self.verdict = replace(self.verdict, reason=f"{self.verdict.reason}; {reason}")
+        if self.verdict.kind is Kind.UNDECIDED:
+            because = Reason.of(code, self.verdict.because, cause=str(cause))
+            self.verdict = replace(self.verdict, because=because)
 
     def _note(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: FullBatch, kinks: KinkDistance) -> None:
         """Collect the notes that a reader of the reason needs; each is also logged once."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
@@ -14,9 +14,12 @@ from lightning_mnn.utilities.errors import DivergenceError
 from lightning_mnn.utilities.transfer import fetched
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pytorch_lightning as pl
 
-_MINIMA = ("differentiable_minimum", "kink_minimum")
+    from lightning_mnn.verdicts import Kind, Reason, ReasonCode
+
 _EVAL_MODE_EFFECTS = {
     "batch norm is at its running statistics": (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     "dropout is off": (
@@ -65,6 +68,29 @@ def descriptions(differences: list[Difference]) -> list[str]:
 def has_weight_decay(trainer: pl.Trainer) -> bool:
     """Whether an optimiser applies weight decay in addition to the loss."""
     return any(group.get("weight_decay", 0) for optimizer in trainer.optimizers for group in optimizer.param_groups)
+
+
+class Finding(NamedTuple):
+    """What a tier found for one replica.
+
+    Attributes:
+        kind: the verdict.
+        reason_code: the fact that decided.
+        reason: the same in words, with notes on what the verdict is about.
+    """
+
+    kind: Kind
+    reason_code: ReasonCode
+    reason: str
+
+    @classmethod
+    def of(cls, kind: Kind, because: Reason, notes: Sequence[str] = ()) -> Finding:
+        """A verdict with notes on it."""
+        return cls(kind, because.code, "; ".join([str(because), *notes]))
+
+    def plain(self) -> dict[str, str]:
+        """The same as plain text, by the keys of a summary."""
+        return {"kind": str(self.kind), "reason_code": str(self.reason_code), "reason": self.reason}
 
 
 class Tier(ABC):
@@ -120,8 +146,8 @@ class Tier(ABC):
         del why
 
     @abstractmethod
-    def kinds(self) -> tuple[list[str], list[str]]:
-        """Kind and reason of each replica."""
+    def findings(self) -> list[Finding]:
+        """The verdict on each replica."""
 
     @abstractmethod
     def scalars(self) -> dict[str, Any]:
@@ -142,7 +168,7 @@ class Tier(ABC):
     @property
     def found_minimum(self) -> bool:
         """Whether the verdict is that all replicas are at a minimum."""
-        return all(kind in _MINIMA for kind in self.kinds()[0])
+        return all(found.kind.is_minimum for found in self.findings())
 
 
 def check_weights(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

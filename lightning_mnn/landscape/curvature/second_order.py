@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +17,7 @@ from lightning_mnn.landscape.curvature.flat_directions import Descent, Flatness,
 from lightning_mnn.landscape.curvature.lanczos import Ends, Spectrum, extreme_eigenvalues, products_needed
 from lightning_mnn.landscape.curvature.newton import NewtonCheck, NewtonDoubt, Scales, newton_check
 from lightning_mnn.landscape.perturbation import Jitter
+from lightning_mnn.verdicts import Kind, Reason, ReasonCode, Reasoned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,27 +38,16 @@ _FLAT = 1e-8  # fraction of the largest eigenvalue up to which the smallest coun
 _MAX_GAIN = 1e-3  # fraction of the loss that a Newton step may still gain at a minimum
 _MAX_DISTANCE = 1e-3  # largest distance of the minimum, relative to the weights
 _SLOPE_ROUNDINGS = 8.0  # additional tolerance for a slope, in rounding errors of a gradient
-_NOT_COMPARED = ", whose sides were not compared"
 _SLOPE_ERROR = 0.3  # largest relative difference between a measured slope and the one that the curvature predicts
 
 
-class SecondOrderKind(StrEnum):
-    """Kind of a point of weight space, as far as first and second derivatives show."""
-
-    MINIMUM = "differentiable_minimum"
-    SADDLE = "saddle"
-    NOT_STATIONARY = "not_stationary"
-    ON_KINK = "on_kink"
-    UNDECIDED = "undecided"
-
-
 @dataclass(frozen=True)
-class SecondOrderVerdict:
+class SecondOrderVerdict(Reasoned):
     """Classification of a point of weight space by second-order evidence: derivatives in floats, not a proof.
 
     Attributes:
         kind: the verdict.
-        reason: the fact that decided, in words.
+        because: the fact that decided: ``reason_code`` is its code, ``reason`` its sentence.
         loss: L(θ).
         gradient_norm: ‖∇L(θ)‖.
         relative_gradient: ‖∇L(θ)‖ relative to the reference.
@@ -78,8 +67,8 @@ class SecondOrderVerdict:
         gradients: number of other gradients and losses.
     """
 
-    kind: SecondOrderKind
-    reason: str
+    kind: Kind
+    because: Reason
     loss: float
     gradient_norm: float
     relative_gradient: float
@@ -142,37 +131,22 @@ def check_stationarity(
     norm = float(gradient.double().norm())
     relative = norm / reference
     jump: float | None = 0.0
-    sides = _where(kinks.relative)
     if kinks.count:
         by_chance = max(_MIN_BY_CHANCE, kinks.count / 2) <= kinks.by_chance
         left_out = not compare_sides or (relative > gradient_tolerance and by_chance)
         jump = None if left_out else _jump(surface, kinks.spacing) / reference
-        change = (
-            _NOT_COMPARED * (not compare_sides)
-            if jump is None
-            else f", between whose sides the gradient changes by {jump:.1e} of the reference"
-        )
-        sides = (
-            f"{kinks.count} of {kinks.units} units are on a kink within rounding ({kinks.by_chance:.1g} would be by "
-            f"chance; nearest in {kinks.layer}){_coarse(kinks.spacing, surface.dtype)}{change}"
-        )
+    facts = _kink_facts(kinks, surface.dtype, jump)
     descends = relative > gradient_tolerance and (jump is None or jump < _MAX_JUMP * relative)  # on every side
     if not descends and not (jump is not None and jump <= jump_tolerance):
-        kind = SecondOrderKind.ON_KINK
-        reason = f"{sides}: the gradient and the Hessian are those of one side only"
+        kind, because = Kind.ON_KINK, Reason.of(ReasonCode.ONE_SIDED, *facts)
     elif not (math.isfinite(loss) and math.isfinite(norm)):
-        kind = SecondOrderKind.NOT_STATIONARY
-        reason = f"the loss ({loss}) or the norm of its gradient ({norm}) is not finite"
+        kind, because = Kind.NOT_STATIONARY, Reason.of(ReasonCode.NOT_FINITE, loss=loss, norm=norm)
     elif relative > gradient_tolerance:
-        kind = SecondOrderKind.NOT_STATIONARY
-        reason = (
-            f"the gradient's norm is {relative:.1e} of the reference: above the tolerance of {gradient_tolerance:.0e}; "
-            f"{sides}"
-        )
+        kind, code = Kind.NOT_STATIONARY, ReasonCode.GRADIENT_ABOVE_TOLERANCE
+        because = Reason.of(code, *facts, relative=relative, tolerance=gradient_tolerance)
     else:
-        kind = SecondOrderKind.UNDECIDED
-        reason = f"the gradient's norm is {relative:.1e} of the reference, and {sides}"
-    return SecondOrderVerdict(kind, reason, loss, norm, relative, kinks.nearest, kinks.relative, kinks.count, jump)
+        kind, because = Kind.UNDECIDED, Reason.of(ReasonCode.GRADIENT_SMALL, *facts, relative=relative)
+    return SecondOrderVerdict(kind, because, loss, norm, relative, kinks.nearest, kinks.relative, kinks.count, jump)
 
 
 def check_curvature(
@@ -230,7 +204,7 @@ def check_curvature(
     """
     if not curvature_tolerance > 0:
         raise ValueError(f"curvature_tolerance must be positive, got {curvature_tolerance}")
-    if stationary.kind is not SecondOrderKind.UNDECIDED:
+    if stationary.kind is not Kind.UNDECIDED:
         return stationary
 
     def enough(ends: Ends) -> bool:
@@ -261,11 +235,13 @@ def check_curvature(
         largest_eigenvalue=spectrum.largest,
         products=spectrum.products,
     )
-    kind, reason = _classify(surface, stationary.gradient_norm, spectrum, curvature_tolerance)
-    found = replace(found, kind=kind, reason=reason)
-    if kind is SecondOrderKind.MINIMUM:
+    against = _against_minimum(surface, stationary.gradient_norm, spectrum, curvature_tolerance)
+    if against is None:
         found = _Minimum(surface, spectrum, found, reference, max_products, seed).classified()
-    return replace(found, reason=f"{found.reason}; {stationary.reason}. Second-order evidence, not a proof")
+    else:
+        found = replace(found, kind=against[0], because=against[1])
+    facts = (*found.because.facts, _eigenvalues(spectrum), stationary.because, Reason.of(ReasonCode.NOT_A_PROOF))
+    return replace(found, because=replace(found.because, facts=facts))
 
 
 def second_order_verdict(
@@ -306,20 +282,25 @@ def second_order_verdict(
     )
 
 
-def _where(relative_kink: float) -> str:
-    return (
-        "no kink depends on the weights"
-        if relative_kink == math.inf
-        else f"the nearest kink at {relative_kink:.1e} of its scale"
-    )
+def _kink_facts(kinks: KinkDistance, dtype: torch.dtype, jump: float | None) -> list[Reason]:
+    """What is known of the kinks next to a point."""
+    if not kinks.count:
+        known = kinks.relative < math.inf
+        return [Reason.of(ReasonCode.NEAREST_KINK, relative=kinks.relative) if known else Reason.of(ReasonCode.NO_KINK)]
+    counts = {"count": kinks.count, "units": kinks.units, "by_chance": kinks.by_chance}
+    facts = [Reason.of(ReasonCode.UNITS_ON_KINKS, layer=kinks.layer, **counts)]
+    if kinks.spacing > torch.finfo(dtype).eps:  # pre-activations have fewer digits than the weights
+        coarse = next(name for name in _FLOATS if torch.finfo(getattr(torch, name)).eps == kinks.spacing)
+        facts.append(Reason.of(ReasonCode.COARSE_PREACTIVATIONS, dtype=coarse))
+    code = ReasonCode.SIDES_NOT_COMPARED if jump is None else ReasonCode.SIDES_COMPARED
+    return [*facts, Reason.of(code, jump=jump)]
 
 
-def _coarse(spacing: float, dtype: torch.dtype) -> str:
-    """The dtype in which pre-activations are rounded, if it has fewer digits than the weights."""
-    if spacing <= torch.finfo(dtype).eps:
-        return ""
-    name = next(name for name in _FLOATS if torch.finfo(getattr(torch, name)).eps == spacing)
-    return f", in the rounding of {name}, in which the module's own step computes (autocast within it)"
+def _eigenvalues(found: Spectrum) -> Reason:
+    """The extreme eigenvalues, as a fact."""
+    bound = found.smallest - found.smallest_error
+    numbers = {"smallest": found.smallest, "bound": bound, "largest": found.largest, "products": found.products}
+    return Reason.of(ReasonCode.EIGENVALUES, **numbers)
 
 
 def _jump(surface: LossSurface, spacing: float) -> float:
@@ -341,34 +322,29 @@ def _is_bounded(smallest: float, error: float, largest: float, tolerance: float)
     return largest > 0 and smallest - error >= -tolerance * largest
 
 
-def _classify(surface: LossSurface, norm: float, spectrum: Spectrum, tolerance: float) -> tuple[SecondOrderKind, str]:
-    """The verdict by λ_min, for a gradient of this norm; a minimum is provisional."""
+def _against_minimum(
+    surface: LossSurface, norm: float, spectrum: Spectrum, tolerance: float
+) -> tuple[Kind, Reason] | None:
+    """The verdict by λ_min, for a gradient of this norm; None if λ_min is that of a minimum."""
     low, error, high = spectrum.smallest, spectrum.smallest_error, spectrum.largest
-    ends = f"{low:.2e} (at least {low - error:.2e}) and λ_max = {high:.2e}, by {spectrum.products} products"
     if max(high, -low) <= spectrum.rounding:
-        return SecondOrderKind.UNDECIDED, f"the Hessian is zero up to rounding: λ_min = {ends}"
+        return Kind.UNDECIDED, Reason.of(ReasonCode.HESSIAN_ZERO)
     norm = norm if norm > spectrum.rounding * _size(surface) else 0.0  # zero up to rounding explains no curvature
-    explained_curvature = _EXPLAINED * norm / _local_size(surface, spectrum.vector) if norm else 0.0
-    fall = _verified_fall(surface, spectrum.vector, low) if -low > spectrum.rounding + explained_curvature else None
+    explained = _EXPLAINED * norm / _local_size(surface, spectrum.vector) if norm else 0.0
+    is_explained = -low <= spectrum.rounding + explained
+    fall = None if is_explained else _verified_fall(surface, spectrum.vector, low)
     if fall is not None:
         length, lower = fall
-        return SecondOrderKind.SADDLE, f"the loss falls by {lower:.1e} at {length:.1e} along v: λ_min = {ends}"
+        return Kind.SADDLE, Reason.of(ReasonCode.NEGATIVE_CURVATURE, fall=lower, length=length)
     if _is_bounded(low, error, high, tolerance):
-        return SecondOrderKind.MINIMUM, f"λ_min = {ends}"
+        return None
     if _is_negative(low, high, spectrum.largest_error, tolerance):
-        doubt = (
-            f"but the remaining gradient can explain it (up to {explained_curvature:.1e}): train on"
-            if -low <= spectrum.rounding + explained_curvature
-            else "but along its direction the loss does not fall as predicted, beyond rounding and before a kink"
-        )
-        return SecondOrderKind.UNDECIDED, f"negative curvature, {doubt}: λ_min = {ends}"
+        code = ReasonCode.CURVATURE_EXPLAINED_BY_GRADIENT if is_explained else ReasonCode.CURVATURE_NOT_CONFIRMED
+        return Kind.UNDECIDED, Reason.of(code, explained=explained)
     if spectrum.rounding > tolerance * max(high, -low):
-        return SecondOrderKind.UNDECIDED, f"rounding hides the sign of λ_min = {ends}; float64 may show it"
+        return Kind.UNDECIDED, Reason.of(ReasonCode.ROUNDING_HIDES_CURVATURE)
     needed = products_needed(surface.size, min(tolerance / 2, 0.5), spectrum.failure)
-    return SecondOrderKind.UNDECIDED, (
-        f"more products are needed for the sign (max_products, and memory_budget; {needed} are enough for most): "
-        f"λ_min = {ends}"
-    )
+    return Kind.UNDECIDED, Reason.of(ReasonCode.MORE_PRODUCTS_FOR_SIGN, needed=needed)
 
 
 def _size(surface: LossSurface) -> float:
@@ -432,24 +408,23 @@ class _Minimum:
         self._count(check.products, check.gradients)
         doubt = self._reason_not_near_minimum(check)
         if doubt is not None:
-            return self._with(SecondOrderKind.UNDECIDED, doubt)
+            return replace(self._verdict, kind=Kind.UNDECIDED, because=doubt)
         with self._surface.moved(check.step):
             return self._verdict_there(check)
 
-    def _reason_not_near_minimum(self, check: NewtonCheck) -> str | None:
+    def _reason_not_near_minimum(self, check: NewtonCheck) -> Reason | None:
         """The reason why Newton's method leads to no stationary point, or to one too far from θ."""
-        gain = f"a Newton step would gain {check.gain:.1e} of the loss of {self._verdict.loss:.1e}"
+        gain = {"gain": check.gain, "loss": self._verdict.loss}
         if check.doubt is NewtonDoubt.FLAT:
-            return "the gradient has a part along directions without curvature, where the loss may fall further"
+            return Reason.of(ReasonCode.GRADIENT_ALONG_FLAT_DIRECTION)
         if check.doubt is NewtonDoubt.PRODUCTS:
-            return f"more products are needed to follow Newton's method (max_products); {gain}"
+            return Reason.of(ReasonCode.MORE_PRODUCTS_FOR_NEWTON, **gain)
         if check.doubt is NewtonDoubt.MODEL:
-            return f"{gain}, but along it the quadratic model is wrong: the gradient is off by {check.misfit:.0%}"
+            return Reason.of(ReasonCode.QUADRATIC_MODEL_WRONG, **gain, misfit=check.misfit)
         if not (self._is_zero(check) or check.gain <= _MAX_GAIN * abs(self._verdict.loss)):
-            return f"{gain}: train on"
+            return Reason.of(ReasonCode.NEWTON_STEP_GAINS, **gain)
         if check.length > _MAX_DISTANCE * self._scales.length:
-            far = check.length / self._scales.length
-            return f"{gain}, at a distance of {far:.1e} of the weights: train on"
+            return Reason.of(ReasonCode.NEWTON_STEP_FAR, **gain, distance=check.length / self._scales.length)
         return None
 
     def _verdict_there(self, check: NewtonCheck) -> SecondOrderVerdict:
@@ -467,8 +442,7 @@ class _Minimum:
         self._verdict = replace(self._verdict, flat=flat.kind)
         self._count(flat.products, flat.gradients)
         if flat.kind is Flatness.CONSTANT:
-            constant = "flat, but the loss is constant in its flat directions"
-            return self._with(SecondOrderKind.MINIMUM, f"{constant}; {self._near(check)}")
+            return self._minimum(ReasonCode.FLAT_MINIMUM, check)
         return self._flat_verdict(check, [v for v in (flat.vector, self._spectrum.vector) if v is not None], flat.kind)
 
     def _is_zero(self, check: NewtonCheck) -> bool:
@@ -480,10 +454,7 @@ class _Minimum:
         lower_bound = smallest - self._spectrum.smallest_error
         length = max(4 * (check.gradient_norm + check.gradient_error) / lower_bound, check.length)
         if length > _MAX_DISTANCE * self._scales.length:
-            far = length / self._scales.length
-            return self._with(
-                SecondOrderKind.UNDECIDED, f"rounding hides where the minimum is, up to {far:.1e} of the weights"
-            )
+            return self._undecided(ReasonCode.ROUNDING_HIDES_MINIMUM, distance=length / self._scales.length)
         here = self._surface.value_and_gradient()[1]
         self._count(0, 3)
         for sign in (1.0, -1.0):
@@ -491,10 +462,8 @@ class _Minimum:
                 there = self._surface.value_and_gradient()[1]
             slope, expected = float((there - here).double() @ vector.double()), sign * length * smallest
             if abs(slope - expected) > _SLOPE_ERROR * abs(expected) + _SLOPE_ROUNDINGS * check.gradient_error:
-                return self._with(
-                    SecondOrderKind.UNDECIDED, f"the smallest curvature differs {length:.1e} along its direction"
-                )
-        return self._with(SecondOrderKind.MINIMUM, f"strict; {self._near(check)}")
+                return self._undecided(ReasonCode.CURVATURE_VARIES, length=length)
+        return self._minimum(ReasonCode.STRICT_MINIMUM, check)
 
     def _flat_verdict(self, check: NewtonCheck, vectors: list[Tensor], flat: Flatness) -> SecondOrderVerdict:
         """The verdict where there are flat directions in which the loss was not shown to be constant."""
@@ -507,25 +476,23 @@ class _Minimum:
             lowest = min(lowest, found.lowest)
         nowhere_below = lowest >= -self._scales.loss_error(check.loss)
         if flat is Flatness.UNKNOWN and self._is_zero(check) and nowhere_below:
-            return self._with(SecondOrderKind.MINIMUM, f"a loss of zero; {self._near(check)}")
+            return self._minimum(ReasonCode.ZERO_LOSS, check)
         if flat is Flatness.UNKNOWN:
-            return self._with(SecondOrderKind.UNDECIDED, "more products are needed for flat directions (max_products)")
-        return self._with(SecondOrderKind.UNDECIDED, "there are flat directions that no symmetry explains")
+            return self._undecided(ReasonCode.MORE_PRODUCTS_FOR_FLAT_DIRECTIONS)
+        return self._undecided(ReasonCode.FLAT_DIRECTIONS_UNEXPLAINED)
 
     def _descent_verdict(self, found: Descent) -> SecondOrderVerdict:
-        return self._with(
-            SecondOrderKind.SADDLE,
-            f"degenerate: along a direction without curvature the loss falls as the step to the power "
-            f"{found.order:.1f}, by {found.fall:.1e} at {found.length:.1e}",
-        )
+        descent = {"order": found.order, "fall": found.fall, "length": found.length}
+        return replace(self._verdict, kind=Kind.SADDLE, because=Reason.of(ReasonCode.DEGENERATE_DESCENT, **descent))
 
-    def _near(self, check: NewtonCheck) -> str:
+    def _minimum(self, code: ReasonCode, check: NewtonCheck) -> SecondOrderVerdict:
         distance = check.length / self._scales.length
-        return f"{distance:.1e} of the weights away by Newton's method, which gains {check.gain:.1e}"
+        near = Reason.of(ReasonCode.NEWTON_DISTANCE, distance=distance, gain=check.gain)
+        return replace(self._verdict, kind=Kind.DIFFERENTIABLE_MINIMUM, because=Reason.of(code, near))
+
+    def _undecided(self, code: ReasonCode, **values: float) -> SecondOrderVerdict:
+        return replace(self._verdict, kind=Kind.UNDECIDED, because=Reason.of(code, **values))
 
     def _count(self, products: int, gradients: int) -> None:
         found = self._verdict
         self._verdict = replace(found, products=found.products + products, gradients=found.gradients + gradients)
-
-    def _with(self, kind: SecondOrderKind, reason: str) -> SecondOrderVerdict:
-        return replace(self._verdict, kind=kind, reason=f"{reason}: {self._verdict.reason}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from lightning_mnn.landscape.labels import infer_threshold, wrong
-from lightning_mnn.landscape.minima.optimality import Direction, Kind, Optimality, check_optimality, leave_kinks
+from lightning_mnn.landscape.minima.optimality import Direction, Optimality, check_optimality, leave_kinks
 from lightning_mnn.landscape.minima.problem import MAX_KINK_ROUNDINGS, Outputs, Point, Problem, Units, in_units
 from lightning_mnn.landscape.minima.stationary_point import FaceSolution, solve_on_face
 from lightning_mnn.landscape.regions.least_squares import GRAM_LIMIT
@@ -20,6 +20,7 @@ from lightning_mnn.landscape.regions.rank import khatri_rao_rank
 from lightning_mnn.landscape.regions.region import gram_rank
 from lightning_mnn.utilities.distributed import ProcessGroup
 from lightning_mnn.utilities.interruption import safe_point
+from lightning_mnn.verdicts import Kind, Reason, ReasonCode, Reasoned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,16 +34,14 @@ _MAX_ATTEMPTS = 4  # sets of kinks that are tried
 
 _MAX_KINKS = 5000  # kinks in one set
 
-MINIMA = (Kind.DIFFERENTIABLE_MINIMUM, Kind.KINK_MINIMUM)
-
 
 @dataclass(frozen=True)
-class Certificate:
+class Certificate(Reasoned):
     """The classification of a point of weight space, proved up to a stated rounding error; see :func:`certify`.
 
     Attributes:
         kind: kind of the minimum or saddle that was found, or ``not_stationary``.
-        reason: the fact that decided, in words.
+        because: the fact that decided: ``reason_code`` is its code, ``reason`` its sentence.
         zero_error: whether e = 0 up to ``rounding_bound``: the paper's global minimum.
         mse: ‖e‖²/N of the weights below.
         mce: their fraction of misclassified samples; None where the targets are not two labels.
@@ -64,7 +63,7 @@ class Certificate:
     """
 
     kind: Kind
-    reason: str
+    because: Reason
     zero_error: bool
     mse: float
     mce: float | None
@@ -86,7 +85,7 @@ class Certificate:
     @property
     def is_minimum(self) -> bool:
         """Whether the certificate is of a local minimum."""
-        return self.kind in MINIMA
+        return self.kind.is_minimum
 
 
 def certify(
@@ -290,14 +289,16 @@ def search(problem: Problem, point: Point, max_distance: float) -> tuple[Optimal
         if optimality.ends:
             optimality, found = leave_kinks(problem, found, optimality) or (optimality, found)
         optimality, found = _check_distance(problem, given, optimality, found, max_distance)
-        if optimality.kind not in MINIMA and problem.is_zero(outputs):  # a minimum, whether or not it is on kinks
+        if not optimality.kind.is_minimum and problem.is_zero(outputs):  # a minimum, whether or not it is on kinks
             found = replace(found, point=start, outputs=outputs)
-            optimality = Optimality(_zero_kind(problem, outputs), "every error is zero up to rounding")
-        if optimality.kind in MINIMA:
+            optimality = Optimality(_zero_kind(problem, outputs), Reason.of(ReasonCode.ZERO_ERROR))
+        if optimality.kind.is_minimum:
             return optimality, found
         tried.append((optimality, found))
         if kinks is None and large and found.solution.too_long:
-            return replace(optimality, reason=f"{optimality.reason}; kinks were not tried at this size"), found
+            because = optimality.because
+            more = replace(because, facts=(*because.facts, Reason.of(ReasonCode.KINKS_NOT_TRIED)))
+            return replace(optimality, because=more), found
         if kinks is None:
             untried.extend(_candidate_kinks(problem, start, outputs)[: 1 if large else _MAX_ATTEMPTS])
         if optimality.unclear is not None and not large and len(tried) <= _MAX_ATTEMPTS:
@@ -312,14 +313,13 @@ def _check_distance(
     if optimality.kind is Kind.NOT_STATIONARY:
         return optimality, found
     if not _distance(found) <= max_distance:
-        reason = f"lies at a relative distance of {_distance(found):.1e}, beyond max_distance = {max_distance:g}"
-        return Optimality(Kind.NOT_STATIONARY, f"the nearest {optimality.kind} found {reason}"), found
+        because = Reason.of(ReasonCode.TOO_FAR, kind=optimality.kind, distance=_distance(found), limit=max_distance)
+        return Optimality(Kind.NOT_STATIONARY, because), found
     rise, uncertainty = problem.rise(given, found.outputs)
     if not rise <= uncertainty:
-        reason = "has a higher loss than the given weights"
-        return Optimality(Kind.NOT_STATIONARY, f"the nearest {optimality.kind} found {reason}"), found
+        return Optimality(Kind.NOT_STATIONARY, Reason.of(ReasonCode.HIGHER_LOSS, kind=optimality.kind)), found
     if rise > 0 and problem.is_zero(given):  # of two exact fits, prefer the given one
-        return Optimality(Kind.NOT_STATIONARY, "the given weights have no error"), found
+        return Optimality(Kind.NOT_STATIONARY, Reason.of(ReasonCode.GIVEN_WEIGHTS_FIT)), found
     return optimality, found
 
 
@@ -415,7 +415,7 @@ def certificate_of(
     width = point.hidden.shape[1] - int(biased)
     return Certificate(
         kind=optimality.kind,
-        reason=optimality.reason,
+        because=optimality.because,
         zero_error=problem.is_zero(outputs),
         mse=units.squares(problem.squared_error(outputs.errors) / problem.num_samples),
         mce=None if mistakes is None else float(process_group.sum(mistakes.sum())) / problem.num_samples,

@@ -5,25 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lightning_mnn.landscape.minima.optimality import Kind
+from lightning_mnn.verdicts import Kind, Reason, ReasonCode, Reasoned
 
 if TYPE_CHECKING:
     from lightning_mnn.landscape.regions.statistics import NetworkStatistics
 
 
 @dataclass(frozen=True)
-class FirstOrderVerdict:
+class FirstOrderVerdict(Reasoned):
     """The outcome of the first-order tests at one point.
 
     Attributes:
         kind: ``differentiable_minimum`` where both tests pass, else ``not_stationary``.
-        reason: the test that decided, in words.
+        because: the test that decided: ``reason_code`` is its code, ``reason`` its sentence.
         stationarity: ‖G e‖ / (‖G‖_F ‖y‖).
         relative_preactivation: smallest |w·x| / (‖w‖‖x‖).
     """
 
     kind: Kind
-    reason: str
+    because: Reason
     stationarity: float
     relative_preactivation: float
 
@@ -60,13 +60,13 @@ def _verdict(
 ) -> FirstOrderVerdict:
     moving = not stationarity <= stationarity_tolerance  # NaN counts as moving
     on_kink = not sine >= sine_tolerance
-    gradient = f"‖G e‖/(‖G‖‖y‖) = {stationarity:.1e}"
-    kink = f"smallest |w·x|/(‖w‖‖x‖) = {sine:.1e}"
     if moving:
-        reason = f"{gradient}, above {stationarity_tolerance:.1e}"
+        code, tolerance = ReasonCode.STATIONARITY_ABOVE_TOLERANCE, stationarity_tolerance
     elif on_kink:
-        reason = f"G e = 0, but {kink}, below {sine_tolerance:.1e}: at a kink, which first-order tests cannot classify"
+        code, tolerance = ReasonCode.PREACTIVATION_BELOW_TOLERANCE, sine_tolerance
     else:
-        reason = f"{gradient}; {kink}" + ("; necessary conditions only, with two hidden layers" if depth > 1 else "")
+        code = ReasonCode.NECESSARY_CONDITIONS_ONLY if depth > 1 else ReasonCode.FIRST_ORDER_TESTS_PASSED
+        tolerance = stationarity_tolerance
+    because = Reason.of(code, stationarity=stationarity, sine=sine, tolerance=tolerance)
     kind = Kind.NOT_STATIONARY if moving or on_kink else Kind.DIFFERENTIABLE_MINIMUM
-    return FirstOrderVerdict(kind, reason, stationarity, sine)
+    return FirstOrderVerdict(kind, because, stationarity, sine)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.optimize import linprog
 
+from lightning_mnn.verdicts import ReasonCode
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -32,21 +34,26 @@ class KinkVerdict:
 
     Attributes:
         holds: True: no step lowers the loss; False: some step does; None: undecided.
-        reason: the fact that decided, in words.
+        reason_code: the fact that decided.
         stationary: whether multipliers exist in the hull of the slopes: 0 is in Clarke's subdifferential.
         step: a step v that lowers the loss, if one was found, (d0,).
         worst: position in B of the sample whose multiplier is furthest outside its interval, and the side it would
             leave to; None if all are inside.
         ends: degenerate kinks: samples whose multiplier is at an end of its interval up to rounding, and the side of
             that end. If it is at both ends (samples without an error), only one is given.
+        upward: number of dependent kinks that bend upwards.
     """
 
     holds: bool | None
-    reason: str
+    reason_code: ReasonCode
     stationary: bool = True
     step: Array | None = None
     worst: tuple[int, int] | None = None
     ends: tuple[tuple[int, int], ...] = ()
+    upward: int = 0
+
+
+_HOLDS = KinkVerdict(holds=True, reason_code=ReasonCode.CERTIFIED_ON_KINKS)
 
 
 @dataclass(frozen=True)
@@ -126,7 +133,7 @@ def _independent(kinks: _Forces, smallest: float, flatter: int) -> KinkVerdict:
     multipliers = multipliers - inverse.T @ (force + kinks.inputs.T @ multipliers)
     left = force + kinks.inputs.T @ multipliers  # the part of the force that no multipliers balance
     if np.linalg.norm(left) > 2 * kinks.noise + 1e-12 * np.linalg.norm(force):
-        return KinkVerdict(holds=False, reason="a force along the kinks", stationary=False, step=left)
+        return KinkVerdict(holds=False, reason_code=ReasonCode.FORCE_ALONG_KINKS, stationary=False, step=left)
     summing = sum(kinks.inputs.shape) * _EPS * (np.linalg.norm(force) + np.abs(multipliers).sum())
     uncertainty = kinks.uncertainty + (kinks.noise + summing) / smallest + np.linalg.norm(inverse.T @ left)
     gains = np.stack([ahead - multipliers, multipliers - behind])  # of leaving to either side
@@ -141,7 +148,7 @@ def _independent(kinks: _Forces, smallest: float, flatter: int) -> KinkVerdict:
         sign = 1 if side == 0 else -1
         return KinkVerdict(
             holds=False,
-            reason="a multiplier is outside its interval",
+            reason_code=ReasonCode.MULTIPLIER_OUTSIDE_INTERVAL,
             stationary=stationary,
             step=np.asarray(sign * inverse[:, sample]),
             worst=(int(sample), sign),
@@ -149,8 +156,8 @@ def _independent(kinks: _Forces, smallest: float, flatter: int) -> KinkVerdict:
     if open_ends.any():
         open_ends[1 - flatter] &= ~open_ends[flatter]
         ends = tuple((int(position), 1 if row == 0 else -1) for row, position in np.argwhere(open_ends))
-        return KinkVerdict(holds=None, reason="a multiplier is within rounding of the end of its interval", ends=ends)
-    return KinkVerdict(holds=True, reason="every multiplier is inside its interval")
+        return KinkVerdict(holds=None, reason_code=ReasonCode.MULTIPLIER_AT_END, ends=ends)
+    return _HOLDS
 
 
 def _dependent(kinks: _Forces) -> KinkVerdict:
@@ -166,9 +173,10 @@ def _dependent(kinks: _Forces) -> KinkVerdict:
     step = _tried_step(kinks)
     if upward.sum() > _MAX_UPWARD:
         if step is not None:
-            return KinkVerdict(holds=False, reason="a step off dependent kinks was found", stationary=False, step=step)
-        reason = f"{int(upward.sum())} dependent kinks that bend upwards, more than {_MAX_UPWARD}"
-        return KinkVerdict(holds=None, reason=reason)
+            return KinkVerdict(
+                holds=False, reason_code=ReasonCode.STEP_OFF_DEPENDENT_KINKS, stationary=False, step=step
+            )
+        return KinkVerdict(holds=None, reason_code=ReasonCode.DEPENDENT_KINKS_TOO_MANY, upward=int(upward.sum()))
     return _by_multipliers(kinks, resolved, upward, step) if resolved.any() else _unresolved(kinks, step)
 
 
@@ -181,15 +189,14 @@ def _by_multipliers(
         margin, left = _largest_margin(reduced, lower, upper)
         if margin is None or margin < -kinks.scale - kinks.noise:
             step = _best_in_cells(kinks, upward) if step is None else step
-            reason = "dependent kinks without multipliers"
             if step is None:
-                return KinkVerdict(holds=None, reason=f"{reason}, yet no step was found")
+                return KinkVerdict(holds=None, reason_code=ReasonCode.DEPENDENT_KINKS_UNDECIDED)
             stationary = margin is not None and not upward.any()
-            return KinkVerdict(holds=False, reason=reason, stationary=stationary, step=step)
+            code = ReasonCode.DEPENDENT_KINKS_WITHOUT_MULTIPLIERS
+            return KinkVerdict(holds=False, reason_code=code, stationary=stationary, step=step)
         if not margin * smallest > reduced.noise + left:
-            reason = "multipliers of dependent kinks within rounding of their intervals' ends"
-            return KinkVerdict(holds=None, reason=reason)
-    return KinkVerdict(holds=True, reason="multipliers of dependent kinks exist inside their intervals")
+            return KinkVerdict(holds=None, reason_code=ReasonCode.DEPENDENT_MULTIPLIERS_AT_END)
+    return _HOLDS
 
 
 def _resolved_only(kinks: _Forces, resolved: NDArray[np.bool_]) -> tuple[_Forces, float]:
@@ -220,10 +227,10 @@ def _unresolved(kinks: _Forces, step: Array | None) -> KinkVerdict:
         not (kinks.ahead.any() or kinks.behind.any() or kinks.force.any() or kinks.uncertainty.any())
         and kinks.noise == 0
     ):
-        return KinkVerdict(holds=True, reason="the samples on kinks have no error")
+        return _HOLDS
     if step is not None:
-        return KinkVerdict(holds=False, reason="a step off dependent kinks was found", stationary=False, step=step)
-    return KinkVerdict(holds=None, reason="rounding hides the forces of the kinks")
+        return KinkVerdict(holds=False, reason_code=ReasonCode.STEP_OFF_DEPENDENT_KINKS, stationary=False, step=step)
+    return KinkVerdict(holds=None, reason_code=ReasonCode.ROUNDING_HIDES_KINK_FORCES)
 
 
 def _intervals(ahead: Array, behind: Array, upward: NDArray[np.bool_]) -> Iterator[tuple[Array, Array]]:

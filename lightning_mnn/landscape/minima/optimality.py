@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from lightning_mnn.landscape.minima.kink_multipliers import check_multipliers
 from lightning_mnn.landscape.minima.problem import MAX_KINK_ROUNDINGS, ROUNDOFF, Problem
 from lightning_mnn.landscape.minima.stationary_point import DEPENDENT_KINKS, FaceSolution, bases_of_kinks, solve_on_face
 from lightning_mnn.utilities.interruption import safe_point
+from lightning_mnn.verdicts import Kind, Reason, ReasonCode
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,15 +30,6 @@ _ROWS = 4096  # samples per block
 _STEP_LENGTH = 1e-4  # relative length of a step off degenerate kinks
 
 _STEP_LIMIT = 5_000_000  # samples times parameters, for the dense matrix of that step
-
-
-class Kind(StrEnum):
-    """Kind of a point of weight space."""
-
-    DIFFERENTIABLE_MINIMUM = "differentiable_minimum"
-    KINK_MINIMUM = "kink_minimum"
-    SADDLE = "saddle"
-    NOT_STATIONARY = "not_stationary"
 
 
 class Direction(NamedTuple):
@@ -59,7 +50,7 @@ class Optimality:
 
     Attributes:
         kind: a minimum, a saddle, or ``not_stationary`` where floats prove neither.
-        reason: the fact that decided, in words.
+        because: the fact that decided.
         direction: for a saddle, a move that lowers the loss.
         release: (sample, unit, side) of a kink to drop: the loss falls as the point leaves it to that side.
         ends: (sample, unit, side) of degenerate kinks, with a multiplier at the end of its interval; given only where
@@ -69,7 +60,7 @@ class Optimality:
     """
 
     kind: Kind
-    reason: str
+    because: Reason
     direction: Direction | None = None
     release: tuple[int, int, int] | None = None
     ends: tuple[tuple[int, int, int], ...] = ()
@@ -84,30 +75,27 @@ def check_optimality(problem: Problem, found: FaceSolution) -> Optimality:
     rounding-error bound; where a sign decides, the number must exceed its bound.
     """
     if not found.solution.finished or found.solution.too_long:
-        return _undecided(_unsolved(found))
+        return Optimality(Kind.NOT_STATIONARY, _reason_unsolved(found))
     flips, doubts, off, unclear = _signs(problem, found)
     if problem.is_zero(found.outputs):  # a minimum in any region
         kind = Kind.KINK_MINIMUM if doubts or found.kinks is not None else Kind.DIFFERENTIABLE_MINIMUM
-        return Optimality(kind, "every error is zero up to rounding")
+        return Optimality(kind, Reason.of(ReasonCode.ZERO_ERROR))
     if flips:
-        return _undecided(f"the nearest stationary point lies outside the region: {flips} activations differ there")
+        return _undecided(ReasonCode.OUTSIDE_REGION, flips=flips)
     if doubts:
-        reason = f"{doubts} pre-activations of the nearest stationary point are within rounding of a kink"
-        return Optimality(Kind.NOT_STATIONARY, reason, unclear=unclear)
+        return replace(_undecided(ReasonCode.PREACTIVATIONS_WITHIN_ROUNDING, count=doubts), unclear=unclear)
     if off:
-        return _undecided(f"{off} samples could not be kept on their kinks, as inputs there are nearly dependent")
+        return _undecided(ReasonCode.KINKS_DEPENDENT, count=off)
     return _check_forces(problem, found) or _check_units(problem, found)
 
 
-def _unsolved(found: FaceSolution) -> str:
+def _reason_unsolved(found: FaceSolution) -> Reason:
     """The reason why there is no solution to test."""
+    method = found.solution.method
     if found.solution.too_long:
-        return (
-            f"no stationary point of the region within max_distance: the nearest is at a relative distance of at least "
-            f"{found.distance:.1e}, by {found.solution.method}"
-        )
+        return Reason.of(ReasonCode.NO_POINT_WITHIN_DISTANCE, distance=found.distance, method=method)
     left = float(found.face.project(found.forces).norm())
-    return f"least squares not solved by {found.solution.method}: ‖G e‖ = {left:.1e} is left"
+    return Reason.of(ReasonCode.LEAST_SQUARES_UNSOLVED, method=method, left=left)
 
 
 def _check_forces(problem: Problem, found: FaceSolution) -> Optimality | None:
@@ -116,15 +104,15 @@ def _check_forces(problem: Problem, found: FaceSolution) -> Optimality | None:
     squares = problem.process_group.sum((found.face.slopes * problem.norms[:, None]).square().sum(0))
     hidden = found.noise[:-1] > _MAX_ROUNDING * size_of_e * squares.sqrt()
     if not found.drift <= _MAX_ROUNDING * size_of_e or bool(hidden[squares > 0].any()):
-        return _undecided("weights so large, or equations so ill-conditioned, that rounding hides whether G e = 0")
+        return _undecided(ReasonCode.ROUNDING_HIDES_GRADIENT)
     gradient = found.face.project(found.forces)
     size = found.point.hidden.numel()
     rows = gradient[:size].reshape(found.point.hidden.shape).norm(dim=1)
     nonzero = (rows > found.noise[:-1]) & (found.point.output != 0)
     if bool(nonzero.any()) or float(gradient[size:].norm()) > float(found.noise[-1]):
-        return _undecided(f"G e = 0 could not be reached: {found.solution.method}")
+        return _undecided(ReasonCode.GRADIENT_NOT_ZERO, method=found.solution.method)
     if _has_nonzero_entry(problem, found):
-        return _undecided("inputs so uneven that rounding hides whether each number of G e is zero")
+        return _undecided(ReasonCode.UNEVEN_INPUTS)
     return None
 
 
@@ -163,21 +151,22 @@ def _check_units(problem: Problem, found: FaceSolution) -> Optimality:
         if optimality is not None:
             failures.append(optimality)
     if not failures:
-        kind = Kind.DIFFERENTIABLE_MINIMUM if found.kinks is None else Kind.KINK_MINIMUM
-        return Optimality(kind, _certified_reason(found))
+        return _certified(found)
     moving = [failure for failure in failures if failure.kind is not Kind.SADDLE and not failure.ends]
     saddles = [failure for failure in failures if failure.kind is Kind.SADDLE]
     worst = min(moving or saddles or failures, key=lambda failure: not failure.release)
     return replace(worst, ends=sum((failure.ends for failure in failures), ())) if worst.ends else worst
 
 
-def _certified_reason(found: FaceSolution) -> str:
-    kinks = "no sample on a kink" if found.kinks is None else "the multipliers of all kinks are inside their intervals"
-    return f"G e = 0 up to rounding, by {found.solution.method}; {kinks}"
+def _certified(found: FaceSolution) -> Optimality:
+    method = found.solution.method
+    if found.kinks is None:
+        return Optimality(Kind.DIFFERENTIABLE_MINIMUM, Reason.of(ReasonCode.CERTIFIED, method=method))
+    return Optimality(Kind.KINK_MINIMUM, Reason.of(ReasonCode.CERTIFIED_ON_KINKS, method=method))
 
 
-def _undecided(reason: str) -> Optimality:
-    return Optimality(Kind.NOT_STATIONARY, reason)
+def _undecided(code: ReasonCode, *facts: Reason, **values: Any) -> Optimality:
+    return Optimality(Kind.NOT_STATIONARY, Reason.of(code, *facts, **values))
 
 
 def _signs(problem: Problem, found: FaceSolution) -> tuple[int, int, int, Tensor]:
@@ -219,17 +208,17 @@ def _check_unit_kinks(problem: Problem, found: FaceSolution, unit: int, kinks: T
     if verdict.holds:
         return None
     samples = problem.process_group.join(kinks).nonzero()[:, 0].tolist()
+    because = Reason.of(verdict.reason_code, unit=unit, upward=verdict.upward)
     if verdict.holds is None:
         ends = tuple((samples[position], unit, side) for position, side in verdict.ends)
-        return Optimality(Kind.NOT_STATIONARY, f"kinks of unit {unit} undecided: {verdict.reason}", ends=ends)
+        return Optimality(Kind.NOT_STATIONARY, because, ends=ends)
     release = None if verdict.worst is None else (samples[verdict.worst[0]], unit, verdict.worst[1])
-    reason = f"unit {unit} would leave a kink: {verdict.reason}"
     step = torch.as_tensor(verdict.step, dtype=torch.float64, device=problem.inputs.device)
     direction = _descent(problem, found, unit, step, turn=0.0)
     if direction is None:
-        return Optimality(Kind.NOT_STATIONARY, f"{reason}, but the loss falls by less than rounding", release=release)
+        return replace(_undecided(ReasonCode.FALL_WITHIN_ROUNDING, because), release=release)
     kind = Kind.SADDLE if verdict.stationary else Kind.NOT_STATIONARY
-    return Optimality(kind, reason, direction, release)
+    return Optimality(kind, because, direction, release)
 
 
 def _uncertainty(found: FaceSolution) -> Tensor:
@@ -268,20 +257,20 @@ def _check_inactive_unit(problem: Problem, found: FaceSolution, unit: int, kinks
     else:
         step, pull = force, float(force @ force)
     if abs(pull) <= noise * float(step.norm()):
-        return _undecided(f"unit {unit} with z = 0: the forces of its kinks are within rounding, or cancel")
+        return _undecided(ReasonCode.INACTIVE_UNIT_UNDECIDED, unit=unit)
     slope = float(
         problem.process_group.sum(
             (_activated(found.outputs.preactivations[:, unit], problem.slope) * found.outputs.errors).sum()
         )
     )
     allowed = noise * float(found.point.hidden[unit].norm())
-    reason = f"unit {unit} has z = 0 and a force on it: G e is not zero"
     if abs(slope) > allowed:
-        return _undecided(f"{reason}, nor is its gradient")
+        return _undecided(ReasonCode.GRADIENT_ON_INACTIVE_UNIT, unit=unit)
+    because = Reason.of(ReasonCode.FORCE_ON_INACTIVE_UNIT, unit=unit)
     direction = _descent(problem, found, unit, step, turn=math.copysign(1.0, pull))
     if direction is None:
-        return _undecided(f"{reason}, but the loss falls by less than rounding")
-    return Optimality(Kind.SADDLE, reason, direction)
+        return _undecided(ReasonCode.FALL_WITHIN_ROUNDING, because)
+    return Optimality(Kind.SADDLE, because, direction)
 
 
 def _activated(u: Tensor, slope: float) -> Tensor:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_mnn.landscape.minima.certificate import (
-    MINIMA,
     Case,
     Certificate,
     certificate_of,
@@ -21,11 +20,12 @@ from lightning_mnn.landscape.minima.certificate import (
     split_replicas,
     turn_inactive_units,
 )
-from lightning_mnn.landscape.minima.optimality import Direction, Kind, Optimality, check_optimality, leave_kinks
+from lightning_mnn.landscape.minima.optimality import Direction, Optimality, check_optimality, leave_kinks
 from lightning_mnn.landscape.minima.problem import Outputs, Point, Problem
 from lightning_mnn.landscape.minima.stationary_point import FaceSolution, solve_on_face
 from lightning_mnn.landscape.regions.least_squares import GRAM_LIMIT
 from lightning_mnn.utilities.interruption import safe_point
+from lightning_mnn.verdicts import Kind, Reason, ReasonCode
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -151,18 +151,19 @@ def _polish(case: Case, threshold: float | None, max_distance: float, max_steps:
     state = _state(problem, found.start, None)  # its negligible output weights are zero
     losses = [problem.squared_error(state.outputs.errors)]
     use_active_set = False  # the first phase ignores kinks
-    while optimality.kind not in MINIMA and len(losses) <= max_steps:
+    while not optimality.kind.is_minimum and len(losses) <= max_steps:
         safe_point()
         found = turn_inactive_units(problem, solve_on_face(problem, state.point, state.active, state.kinks), 0.0)
         optimality = check_optimality(problem, found)
         if optimality.ends:
             optimality, found = leave_kinks(problem, found, optimality) or (optimality, found)
         following = None
-        if optimality.kind in MINIMA:
+        if optimality.kind.is_minimum:
             rise, uncertainty = problem.rise(state.outputs, found.outputs)
             following = _state(problem, found.point, None) if rise <= uncertainty else None
             if following is None:
-                optimality = Optimality(Kind.NOT_STATIONARY, "the minimum found has a higher loss")
+                because = Reason.of(ReasonCode.HIGHER_LOSS, kind=optimality.kind)
+                optimality = Optimality(Kind.NOT_STATIONARY, because)
         following = following or _next(problem, state, found, optimality, use_active_set=use_active_set)
         if following is None:
             break
@@ -171,14 +172,14 @@ def _polish(case: Case, threshold: float | None, max_distance: float, max_steps:
         use_active_set = use_active_set or not losses[-1] < _MAX_LOSS_RATIO * losses[-2]
         if start.distance(state.point) > _MAX_EXCURSION * max_distance:
             break
-    if optimality.kind not in MINIMA:  # test the last weights: the result above is of those before the last step
+    if not optimality.kind.is_minimum:  # test the last weights: the result above is of those before the last step
         found = solve_on_face(problem, state.point, state.active, state.kinks)
         optimality = check_optimality(problem, found)
-        if optimality.kind in MINIMA:
-            optimality = Optimality(Kind.NOT_STATIONARY, "stopped before the step to the minimum of its region")
+        if optimality.kind.is_minimum:
+            optimality = Optimality(Kind.NOT_STATIONARY, Reason.of(ReasonCode.STOPPED_BEFORE_MINIMUM))
         elif optimality.kind is Kind.SADDLE and not problem.rise(state.outputs, found.outputs)[0] <= 0:
-            optimality = Optimality(Kind.NOT_STATIONARY, f"next to a saddle: {optimality.reason}")
-    reached = optimality.kind in MINIMA
+            optimality = Optimality(Kind.NOT_STATIONARY, Reason.of(ReasonCode.NEXT_TO_SADDLE, optimality.because))
+    reached = optimality.kind.is_minimum
     found = replace(found, start=start if reached else state.point)
     certificate = certificate_of(case, optimality, found, found.start, threshold, biased=biased)
     distance = certificate.distance if reached else start.distance(state.point)

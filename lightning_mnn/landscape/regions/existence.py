@@ -24,9 +24,11 @@ import torch
 
 from lightning_mnn.landscape.labels import infer_threshold, wrong
 from lightning_mnn.landscape.pattern import ActivationPattern
+from lightning_mnn.landscape.regions.branch_cover import covered
 from lightning_mnn.landscape.regions.gordan import alternatives
 from lightning_mnn.landscape.regions.region import Region, khatri_rao
 from lightning_mnn.landscape.units import unit_exponent
+from lightning_mnn.verdicts import Reason, ReasonCode, Reasoned
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,7 +73,7 @@ class ClosedBranch:
 
 
 @dataclass(frozen=True)
-class Existence:
+class Existence(Reasoned):
     """Whether a region contains a differentiable local minimum.
 
     ``zero_error``, ``mse`` and ``mce`` are those of every such minimum of the region; they are known even if there is
@@ -80,7 +82,7 @@ class Existence:
     Attributes:
         exists: True with a point, False with a proof, None where neither was found. A proof covers minima whose margin,
             as defined below, is above ``excluded_margin``; floats cannot decide about smaller margins.
-        reason: the reason, in words.
+        because: the fact that decided: ``reason_code`` is its code, ``reason`` its sentence.
         zero_error: e* = 0 up to rounding: the paper's global minimum.
         mse: ‖e*‖²/N.
         mce: fraction of misclassified samples; None where the targets are not two labels.
@@ -94,7 +96,7 @@ class Existence:
     """
 
     exists: bool | None
-    reason: str
+    because: Reason
     zero_error: bool
     mse: float
     mce: float | None
@@ -187,7 +189,7 @@ def check_proof(region: Region, targets: Tensor, existence: Existence) -> bool:
     if model.doubt or not (strict | support.any(1)).all():
         return False
     signs = np.array([[_FREE if sign is None else sign for sign in branch.signs] for branch in existence.proof])
-    return _covered(np.array(given), signs, strict, support) > 0
+    return covered(np.array(given), signs, strict, support) > 0
 
 
 def _find(
@@ -201,37 +203,34 @@ def _find(
     scaled = region.residual(targets) / unit if model is None else torch.from_numpy(model.residual).to(targets)
     rounding = 8 * max(num_samples, dim * width) * _EPS * float((targets / unit).norm())
     given = None if output_signs is None else output_signs.sign().cpu().numpy().astype(np.int8)
+    doubt = Reason.of(ReasonCode.REGION_TOO_LARGE, size=size, limit=_LARGEST) if model is None else model.doubt
     verdict = Existence(
         exists=None,
-        reason="undecided",
+        because=doubt or Reason.of(ReasonCode.NOT_CHECKED),
         zero_error=float(scaled.norm()) <= rounding,
         mse=float(scaled.square().mean()) * unit * unit,
         mce=None if threshold is None else float(wrong(targets - unit * scaled, targets, threshold).double().mean()),
         output_signs=None if given is None else tuple(given.tolist()),
     )
-    if model is None:
-        return replace(verdict, reason=f"undecided: too large, N·d0·d1² = {size} is above {_LARGEST}")
-    if model.doubt:
-        return replace(verdict, reason=f"undecided: {model.doubt}")
+    if model is None or doubt is not None:
+        return verdict
     for unit, interior in enumerate(model.interiors):
         if isinstance(interior, ClosedBranch):
-            reason = f"the region is empty: no weights of unit {unit} have its pattern"
-            return replace(verdict, exists=False, reason=reason, excluded_margin=_EXCLUDED, proof=(interior,))
+            because = Reason.of(ReasonCode.REGION_EMPTY, unit=unit)
+            return replace(verdict, exists=False, because=because, excluded_margin=_EXCLUDED, proof=(interior,))
     search = _Search(model, given)
     outcome = search.run(max_nodes)
-    if isinstance(outcome, str):
-        return replace(verdict, reason=f"undecided: {outcome}")
+    if isinstance(outcome, Reason):
+        return replace(verdict, because=outcome)
     if outcome is None:
-        signs = "any" if given is None else "these"
-        branches = f"{len(search.closed)} branches"
-        reason = f"no minimum with {signs} signs and a margin above {_EXCLUDED:.0e}, by a proof of {branches}"
-        proof = tuple(search.closed)
-        return replace(verdict, exists=False, reason=reason, excluded_margin=_EXCLUDED, proof=proof)
+        signs, proof = "any" if given is None else "these", tuple(search.closed)
+        because = Reason.of(ReasonCode.NO_MINIMUM, signs=signs, margin=_EXCLUDED, branches=len(proof))
+        return replace(verdict, exists=False, because=because, excluded_margin=_EXCLUDED, proof=proof)
     hidden, output, margin = outcome
     return replace(
         verdict,
         exists=True,
-        reason=f"a minimum with margin {margin:.1e}",
+        because=Reason.of(ReasonCode.MINIMUM_FOUND, margin=margin),
         margin=margin,
         hidden_weights=torch.from_numpy(model.weight_unit * hidden).to(targets),
         output_weights=torch.from_numpy(model.weight_unit * output).to(targets),
@@ -279,9 +278,9 @@ class _Model:
         directions = self.inputs[self.used] / self.lengths[self.used, None]
         self.facets: Array = self.sides[self.used].T[:, :, None] * directions  # σ_ni x̂_n, (d1, N', d0)
         smallest = self.lengths[(self.inputs != 0).any(1)].min(initial=np.inf) / (self.lengths.max() or 1)
-        self.doubt: str | None = None
+        self.doubt: Reason | None = None
         if smallest < _MIN_LENGTH:
-            self.doubt = f"an input is {smallest:.1e} times as long as the longest"
+            self.doubt = Reason.of(ReasonCode.INPUT_TOO_SHORT, relative=smallest)
         self.fits: dict[bytes, _Fit] = {}
         left, values, _, rank = self._decompose(self.features)
         left, values = left[:, :rank], values[:rank]
@@ -289,12 +288,12 @@ class _Model:
         residual = self.targets - left @ coordinates
         self.residual: Array = residual - left @ (left.T @ residual)
         if rank and values[-1] < _MIN_SINGULAR * values[0]:
-            self.doubt = f"the rank is in doubt: a singular value is {values[-1] / values[0]:.1e} of the largest"
+            self.doubt = Reason.of(ReasonCode.RANK_IN_DOUBT, relative=float(values[-1] / values[0]))
         size, length = float(np.linalg.norm(coordinates)), float(np.linalg.norm(self.targets))
         if size <= _ZERO * length:
             coordinates[:] = 0
         elif size <= _CLOSED * length:
-            self.doubt = f"G y = 0 is in doubt: its size is {size / length:.1e} of ‖y‖"
+            self.doubt = Reason.of(ReasonCode.FIT_IN_DOUBT, relative=size / length)
         self.scale = float(np.linalg.norm(coordinates / values)) or length / (np.linalg.norm(self.features) or 1) or 1.0
         self.prediction: Array = left @ coordinates / self.scale  # ŷ
         self.interiors = [self._interior(unit) for unit in range(len(self.facets))]
@@ -319,7 +318,7 @@ class _Model:
             branch = self.branch(nothing, everywhere, np.zeros(len(self.targets)))
             if self.check_dual(branch)[0]:
                 return branch
-        self.doubt = f"whether unit {unit} can have its pattern is in doubt"
+        self.doubt = Reason.of(ReasonCode.PATTERN_IN_DOUBT, unit=unit)
         return point
 
     def fit(self, nonzero: Bools) -> _Fit:
@@ -405,12 +404,12 @@ class _Search:
         self.groups = [units for units in groups if len(units) > 1]
         self.settled: Bools = np.isin(np.arange(width), [unit for units in self.groups for unit in units])
 
-    def run(self, max_nodes: int) -> tuple[Array, Array, float] | str | None:
+    def run(self, max_nodes: int) -> tuple[Array, Array, float] | Reason | None:
         """A minimum (W, z, margin); None if the closed branches prove that there is none; or why it is undecided."""
         stack, nodes, undecided = [self.root], 0, 0
         while stack:
             if nodes == max_nodes:
-                return f"more than {max_nodes} branches"
+                return Reason.of(ReasonCode.TOO_MANY_BRANCHES, limit=max_nodes)
             nodes += 1
             signs = stack.pop()
             outcome = self.relax(signs)
@@ -427,7 +426,7 @@ class _Search:
                 if found is not None:
                     return found
             undecided += not children
-        return f"t* = 0 is in doubt in {undecided} branches" if undecided else None
+        return Reason.of(ReasonCode.BRANCHES_IN_DOUBT, branches=undecided) if undecided else None
 
     def relax(self, signs: Signs) -> Array | ClosedBranch | None:
         """A point of S_A with the decided rows in their cones and the others free, or the dual; None if undecided."""
@@ -485,34 +484,3 @@ class _Search:
         hidden = model.scale * flat / np.where(signs, output, 1)[:, None]
         hidden[signs == 0] = (interiors / np.linalg.norm(interiors, axis=1, keepdims=True))[signs == 0]
         return (hidden, output, margin) if model.is_minimum(hidden, output) else None
-
-
-def _covered(assigned: NDArray[np.int_], signs: NDArray[np.int_], strict: Bools, support: Bools) -> int:
-    """Whether closed branches cover all signs that agree with the assigned ones.
-
-    A strict branch also covers zeros in place of its signs. Other branches do so only if a row of their support is not
-    zero.
-
-    Returns:
-        2 if strict branches alone cover all, 1 if all branches together do, 0 if not.
-    """
-    known, free = assigned != _FREE, signs == _FREE
-    fits = free | (assigned == signs) | ((assigned == 0) & (signs != 0))
-    nonzero = support & (assigned != 0)
-    possible = (fits | ~known).all(1) & (strict | nonzero.any(1))
-    certain = (fits & (known | free)).all(1) & (strict | (nonzero & known).any(1))
-    if certain.any():
-        return 2 if (certain & strict).any() else 1
-    counts = (~free & ~known)[possible].sum(0)
-    row = int(counts.argmax())
-    if not counts[row]:
-        return 0
-
-    def child(sign: int) -> int:
-        chosen = np.where(np.arange(len(assigned)) == row, sign, assigned)
-        return _covered(chosen, signs[possible], strict[possible], support[possible])
-
-    plus = child(1)
-    minus = child(-1) if plus else 0
-    zero = 2 if max(plus, minus) == 2 else child(0) if minus else 0  # a strict cover of a sign covers zero
-    return min(plus, minus, zero)

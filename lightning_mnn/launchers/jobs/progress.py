@@ -102,14 +102,14 @@ def _training(trainer: pl.Trainer, outputs: Any, started: float) -> dict[str, An
 
 
 def _verdict(trainer: pl.Trainer) -> dict[str, Any] | None:
-    """Evidence, kind and reason of the Trainer's LocalMinimumDetector; None: there is none."""
+    """Evidence, kind, reason code and reason of the Trainer's LocalMinimumDetector; None: there is none."""
     module: Any = sys.modules.get("lightning_mnn.callbacks.local_minimum_detector")
     if module is None:
         return None
     callbacks: list[Any] = getattr(trainer, "callbacks", [])
     summaries = [one.summary() for one in callbacks if isinstance(one, module.LocalMinimumDetector)]
     found = next((summary for summary in summaries if "kind" in summary), None)
-    return None if found is None else {key: found[key] for key in ("evidence", "kind", "reason")}
+    return None if found is None else {key: found[key] for key in ("evidence", "kind", "reason_code", "reason")}
 
 
 def _loss(trainer: pl.Trainer, outputs: Any) -> float | None:

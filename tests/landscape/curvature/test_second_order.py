@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from lightning_mnn.landscape import (
+    Kind,
     KinkDistance,
     LossSurface,
-    SecondOrderKind,
+    ReasonCode,
     check_curvature,
     check_stationarity,
     kink_distance,
@@ -52,10 +53,10 @@ def test_planted_minima(slope, dtype, seed):
     _, surface, kinks = network(planted_minimum(60, 6, 5, slope, seed=seed), dtype)
     verdict = second_order_verdict(surface, kinks, 1.0)
     if dtype == torch.float64:
-        assert verdict.kind is SecondOrderKind.MINIMUM, verdict
+        assert verdict.kind is Kind.DIFFERENTIABLE_MINIMUM, verdict
         assert verdict.flat == "constant"  # scalings of units, and units with one pattern
     else:  # where moves that show more than rounding may cross kinks
-        assert verdict.kind in (SecondOrderKind.MINIMUM, SecondOrderKind.UNDECIDED)
+        assert verdict.kind in (Kind.DIFFERENTIABLE_MINIMUM, Kind.UNDECIDED)
     assert "not a proof" in verdict.reason
     assert (verdict.kinks, verdict.nearest_kink) == (0, kinks.nearest)
     assert verdict.loss > 0.01
@@ -72,7 +73,7 @@ def test_planted_saddles(slope, dtype, seed):
     model, surface, kinks = network(planted_saddle(60, 6, 5, slope, seed=seed), dtype)
     before = [p.clone() for p in model.parameters()]
     verdict = second_order_verdict(surface, kinks, 1.0)
-    assert verdict.kind is SecondOrderKind.SADDLE, verdict
+    assert verdict.kind is Kind.SADDLE, verdict
     assert verdict.relative_gradient <= 1e-4  # rounding
     exact = float(torch.linalg.eigvalsh(dense_hessian(surface).double())[0])
     assert exact < 0
@@ -83,12 +84,12 @@ def test_planted_saddles(slope, dtype, seed):
 def test_a_kink_minimum_is_on_a_kink():
     _, surface, kinks = network(planted_kink_minimum(40, 5, 4))
     verdict = second_order_verdict(surface, kinks, 1.0)
-    assert verdict.kind is SecondOrderKind.ON_KINK
+    assert verdict.kind is Kind.ON_KINK
     assert verdict.kinks == kinks.count > 0
     assert (verdict.smallest_eigenvalue, verdict.products) == (None, 0)
     assert "one side" in verdict.reason
     assert verdict.relative_jump > 1e-3
-    assert check_stationarity(surface, kinks, 1.0, jump_tolerance=1e-3).kind is SecondOrderKind.ON_KINK
+    assert check_stationarity(surface, kinks, 1.0, jump_tolerance=1e-3).kind is Kind.ON_KINK
 
 
 def test_kinks_that_matter_little_may_pass():
@@ -104,20 +105,20 @@ def test_kinks_that_matter_little_may_pass():
         changed = replace(planted, inputs=inputs, targets=targets)
         _, surface, kinks = network(changed)
         assert kinks.count == 1
-        assert second_order_verdict(surface, kinks, 1.0).kind is SecondOrderKind.ON_KINK
+        assert second_order_verdict(surface, kinks, 1.0).kind is Kind.ON_KINK
         tolerant = second_order_verdict(surface, kinks, 1.0, gradient_tolerance=1.0, jump_tolerance=1e-6)
         if error == 1:
-            assert tolerant.kind is SecondOrderKind.ON_KINK
+            assert tolerant.kind is Kind.ON_KINK
             assert tolerant.relative_jump > 1e-3
         else:
-            assert tolerant.kind is SecondOrderKind.MINIMUM
+            assert tolerant.kind is Kind.DIFFERENTIABLE_MINIMUM
             assert "on a kink within rounding" in tolerant.reason
 
 
 def test_a_slope_on_all_sides_of_a_kink_is_no_stationary_point():
     planted = planted_kink_minimum(40, 5, 4)
     tilted = replace(planted, targets=planted.targets + 100 * planted.inputs[:, 0].abs())
-    for case, kind in ((planted, SecondOrderKind.ON_KINK), (tilted, SecondOrderKind.NOT_STATIONARY)):
+    for case, kind in ((planted, Kind.ON_KINK), (tilted, Kind.NOT_STATIONARY)):
         _, surface, kinks = network(case)
         assert kinks.count > 0
         verdict = check_stationarity(surface, kinks, 1.0)
@@ -125,7 +126,7 @@ def test_a_slope_on_all_sides_of_a_kink_is_no_stationary_point():
         gradient = surface.value_and_gradient()[1]
         with surface.moved(-1e-9 * gradient / gradient.norm()):
             falls = verdict.loss - surface.loss()
-        if kind is SecondOrderKind.NOT_STATIONARY:
+        if kind is Kind.NOT_STATIONARY:
             assert falls >= 0.4e-9 * verdict.gradient_norm  # half of what the slope promises, at the least
             assert "on a kink within rounding" in verdict.reason
 
@@ -134,10 +135,10 @@ def test_far_from_stationary():
     _, surface, kinks = network(planted_minimum(60, 6, 5))
     with surface.moved(0.01 * torch.ones(surface.size, dtype=torch.float64)):
         verdict = second_order_verdict(surface, kinks, 1.0)
-        assert verdict.kind is SecondOrderKind.NOT_STATIONARY
+        assert verdict.kind is Kind.NOT_STATIONARY
         assert verdict.relative_gradient == verdict.gradient_norm > 1e-3
         assert verdict.smallest_eigenvalue is None
-        assert check_stationarity(surface, kinks, verdict.gradient_norm * 1e4).kind is SecondOrderKind.UNDECIDED
+        assert check_stationarity(surface, kinks, verdict.gradient_norm * 1e4).kind is Kind.UNDECIDED
 
 
 def quadratic(diagonal, *, offset=1.0, other=None):
@@ -157,7 +158,7 @@ def test_kinks_as_many_as_by_chance_cost_gradients_only_where_they_decide():
     by_chance = KinkDistance(0.0, 0.0, "1", count=12, units=10**6, by_chance=9.0, spacing=2.0**-52)
     with surface.moved(torch.ones(5, dtype=torch.float64)):
         far = check_stationarity(surface, by_chance, 1.0)
-        assert (far.kind, far.relative_jump, far.kinks, len(passes)) == (SecondOrderKind.NOT_STATIONARY, None, 12, 1)
+        assert (far.kind, far.relative_jump, far.kinks, len(passes)) == (Kind.NOT_STATIONARY, None, 12, 1)
         assert "12 of 1000000 units are on a kink within rounding (9 would be by chance" in far.reason
         many = check_stationarity(surface, replace(by_chance, count=30), 1.0)
         assert many.relative_jump is not None
@@ -166,7 +167,7 @@ def test_kinks_as_many_as_by_chance_cost_gradients_only_where_they_decide():
 
 def test_a_strict_minimum():
     verdict = second_order_verdict(quadratic(torch.linspace(1, 2, 50, dtype=torch.float64)), KinkDistance(), 1.0)
-    assert verdict.kind is SecondOrderKind.MINIMUM
+    assert verdict.kind is Kind.DIFFERENTIABLE_MINIMUM
     assert "strict" in verdict.reason
     assert verdict.smallest_eigenvalue - verdict.eigenvalue_error <= 1 <= verdict.smallest_eigenvalue
 
@@ -176,7 +177,7 @@ def test_negative_curvature_is_seen_in_the_loss(offset, dtype):
     diagonal = torch.linspace(0, 1, 50, dtype=dtype)
     diagonal[3] = -0.01
     verdict = second_order_verdict(quadratic(diagonal, offset=offset), KinkDistance(), 1.0)
-    assert verdict.kind is SecondOrderKind.SADDLE, verdict
+    assert verdict.kind is Kind.SADDLE, verdict
 
 
 @pytest.mark.parametrize("slope", [0.0, 1e-4])
@@ -196,7 +197,7 @@ def test_negative_curvature_that_the_loss_belies(slope):
     diagonal = torch.linspace(0, 0.5, 20, dtype=torch.float64)
     surface = quadratic(diagonal, other=lambda step: Wrong.apply(step) + slope * step.sum())
     verdict = second_order_verdict(surface, KinkDistance(), 1.0)
-    assert verdict.kind is SecondOrderKind.UNDECIDED
+    assert verdict.kind is Kind.UNDECIDED
     assert "does not fall" in verdict.reason
     assert verdict.smallest_eigenvalue < 0
 
@@ -205,20 +206,20 @@ def test_undecided_names_the_remedy():
     diagonal = torch.cos(torch.arange(500, dtype=torch.float64) * math.pi / 499) + 1  # smallest 0, and many near it
     surface = quadratic(diagonal)
     few = second_order_verdict(surface, KinkDistance(), 1.0, max_products=20)
-    assert few.kind is SecondOrderKind.UNDECIDED
+    assert few.kind is Kind.UNDECIDED
     assert "max_products" in few.reason
     assert few.products == 21
     many = second_order_verdict(quadratic(diagonal + 0.01), KinkDistance(), 1.0, max_products=300)
-    assert many.kind is SecondOrderKind.MINIMUM
+    assert many.kind is Kind.DIFFERENTIABLE_MINIMUM
     assert "strict" in many.reason
     more = second_order_verdict(surface, KinkDistance(), 1.0, max_products=300)
-    assert more.kind is SecondOrderKind.UNDECIDED  # eigenvalues of 1e-5 and of 0 are not told apart
+    assert more.kind is Kind.UNDECIDED  # eigenvalues of 1e-5 and of 0 are not told apart
     flat = second_order_verdict(quadratic(torch.zeros(5)), KinkDistance(), 1.0)
-    assert flat.kind is SecondOrderKind.UNDECIDED
+    assert flat.kind is Kind.UNDECIDED
     assert "the Hessian is zero" in flat.reason
     noisy = quadratic(torch.linspace(0, 1, 30, dtype=torch.float32))
     hidden = second_order_verdict(noisy, KinkDistance(), 1.0, curvature_tolerance=1e-8)
-    assert hidden.kind is SecondOrderKind.UNDECIDED
+    assert hidden.kind is Kind.UNDECIDED
     assert "rounding" in hidden.reason
 
 
@@ -226,7 +227,7 @@ def test_not_finite():
     theta = torch.ones(2, requires_grad=True)
     surface = LossSurface([theta], lambda: [(math.nan, theta.sum)])
     verdict = second_order_verdict(surface, KinkDistance(), 1.0)
-    assert verdict.kind is SecondOrderKind.NOT_STATIONARY
+    assert verdict.kind is Kind.NOT_STATIONARY
     assert "not finite" in verdict.reason
 
 
@@ -310,7 +311,7 @@ def test_a_head_on_separable_features_has_no_minimum(steps):
     found = second_order_verdict(surface, KinkDistance(), reference)
     assert found.relative_gradient < 0.01
     tolerant = second_order_verdict(surface, KinkDistance(), reference, gradient_tolerance=0.1)
-    assert tolerant.kind is SecondOrderKind.UNDECIDED
+    assert tolerant.kind is Kind.UNDECIDED
     assert tolerant.newton_gain == pytest.approx(loss().item() / 2, rel=0.5)  # as of exp(−y)
 
 
@@ -325,7 +326,7 @@ def test_a_network_with_more_weights_than_samples_is_at_a_minimum_without_error(
             parameter.add_(slip * torch.randn_like(parameter))
     surface = LossSurface(list(model.parameters()), lambda: [(1.0, lambda: nn.functional.mse_loss(model(x)[:, 0], y))])
     found = second_order_verdict(surface, KinkDistance(), 1.0)
-    assert found.kind is SecondOrderKind.MINIMUM, found
+    assert found.kind is Kind.DIFFERENTIABLE_MINIMUM, found
     assert found.flat == "constant"
 
 
@@ -337,4 +338,4 @@ def test_what_a_newton_step_would_still_gain_is_told():
             found = second_order_verdict(surface, KinkDistance(), 1e3)
         assert found.kind == kind
         assert found.newton_gain == pytest.approx(0.5 * step**2 * float(diagonal.sum()), rel=1e-6)
-        assert ("train on" in found.reason) is (kind == "undecided")
+        assert (found.reason_code == ReasonCode.NEWTON_STEP_GAINS) is (kind == "undecided")

@@ -97,6 +97,7 @@ def test_a_run_that_gets_signals_ends_at_a_step_and_goes_on_as_if_it_had_got_non
         summary = summary_of(run)
         lost = f" by the loss of process {target}" if number is SIGKILL else ""
         assert not summary["finished"]
+        assert summary["reason_code"] == ("process_lost" if lost else "interrupted")
         assert summary["reason"] == f"interrupted after {summary['steps']} steps{lost}"
         step = torch.load(last, weights_only=True)["global_step"]
         assert step == summary["steps"] if not lost else step <= summary["steps"]
