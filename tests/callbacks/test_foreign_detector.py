@@ -954,7 +954,7 @@ FITTED = dict.fromkeys(("factor", "offset", "scale", "gradient_scale"), 1.0)
 def test_checkpoints_of_version_0_1_are_understood(name, tier, state):
     detector = LocalMinimumDetector()
     detector.load_state_dict({"judge": {"name": name, "why": "no reason"} | state})
-    assert type(detector._resumed()) is tier
+    assert type(detector._tiers.resumed(detector._saved)) is tier
 
 
 CASES = [("Deep", 9), ("Deep", 1), ("Plain", 9), ("Plain", 1), ("Manual", 9)]  # of one sample one process has none
