@@ -164,7 +164,7 @@ VALUES = [
     ("callbacks.local_minimum_detector.max_distance=abc", "detector.max_distance=abc: must be a number, at least 0"),
     ("callbacks.angular_volume_monitor.epsilon=2", "monitor.epsilon=2: must be a number, at least 0 and at most 1"),
     ("callbacks.angular_volume_monitor.measure=end", "monitor.measure=end: must contain any of start", "as [end]"),
-    ("callbacks.angular_volume_monitor.budget=abc", "monitor.budget=abc: must be a number, above 0", "measure=[]"),
+    ("callbacks.angular_volume_monitor.cones.budget=abc", "cones.budget=abc: must be a number, above 0", "measure=[]"),
     (
         "callbacks.activation_pattern_recorder.probe=abc",
         "recorder.probe=abc: must be a number of samples",
@@ -255,6 +255,8 @@ COMPOSITION = [
     ("optimizer.momentum=0.9", "optimizer.momentum=0.9: there is no key optimizer.momentum", "+optimizer.momentum=0.9"),
     ("logger.wandb.best.mean=[a]", "logger.wandb.best.mean=[a]: there is no key", "logger.wandb.best.max"),
     ("foo=1", "foo=1: there is no key foo", "A new key needs a +, as +foo=1"),
+    ("callbacks.angular_volume_monitor.budget=1", "there is no key", "did you mean", "monitor.cones.budget?"),
+    ("callbacks.local_minimum_detector.max_products=9", "there is no key", "detector.second_order.max_products?"),
     ("foo", "foo: is not an override", "write foo=VALUE"),
     ("seed==1", "seed==1: cannot be read", "quote special characters"),
     ("seed=[1", "seed=[1: cannot be read", "quote special characters"),

@@ -2,11 +2,13 @@
 
 import csv
 import importlib
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,9 +19,17 @@ from pytorch_lightning.loggers.logger import Logger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_mnn import MNN
-from lightning_mnn.callbacks import ActivationPatternRecorder, AngularVolumeMonitor, LocalMinimumDetector, Schedule
+from lightning_mnn.callbacks import (
+    ActivationPatternRecorder,
+    AngularVolumeMonitor,
+    ConeSettings,
+    LocalMinimumDetector,
+    LocalVolumeSettings,
+    Schedule,
+    SecondOrderSettings,
+)
 from lightning_mnn.callbacks.environment import VARIABLE, asked_for, factory
-from lightning_mnn.callbacks.scheduled import ScheduledCallback
+from lightning_mnn.callbacks.scheduled import ScheduledCallback, callback_of_lightning
 from lightning_mnn.data import GaussianData
 from lightning_mnn.loggers.media import log_histogram, log_image, log_table
 from tests.documented import page, undocumented_keys, undocumented_names
@@ -48,7 +58,7 @@ trainer:
   - class_path: lightning_mnn.callbacks.ActivationPatternRecorder
     init_args: {schedule: {growth: 3.0, unit: step}, probe: 5}
   - class_path: lightning_mnn.callbacks.AngularVolumeMonitor
-    init_args: {measure: [start, end], budget: 1.0e+6}
+    init_args: {measure: [start, end], cones: {budget: 1.0e+6}}
 """
 ON_THE_COMMAND_LINE = [
     "--trainer.callbacks+=lightning_mnn.callbacks.LocalMinimumDetector",
@@ -60,7 +70,7 @@ ON_THE_COMMAND_LINE = [
     "--trainer.callbacks.probe=5",
     "--trainer.callbacks+=lightning_mnn.callbacks.AngularVolumeMonitor",
     "--trainer.callbacks.measure=[start, end]",
-    "--trainer.callbacks.budget=1e6",
+    "--trainer.callbacks.cones.budget=1e6",
 ]
 
 
@@ -87,8 +97,34 @@ def test_lightning_cli_makes_the_callbacks(way, namespace, monkeypatch, tmp_path
     assert not detector.stop_training
     assert detector.loss_fn is cross_entropy_of
     assert (recorder.schedule, recorder.probe) == (Schedule(growth=3.0, unit="step"), 5)
-    assert (monitor.measure, monitor.budget) == (("start", "end"), 1e6)
+    assert (monitor.measure, monitor.cones) == (("start", "end"), ConeSettings(budget=1e6))
     assert made.trainer.global_step == 6
+
+
+def test_lightning_cli_reads_configs_of_before_settings_were_grouped(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["program"])
+    cli = importlib.import_module("pytorch_lightning.cli")
+    options = {"class_path": "lightning_mnn.callbacks.AngularVolumeMonitor", "init_args": {"budget": 1e6, "probe": 4}}
+    with pytest.warns(DeprecationWarning, match=r"cones=ConeSettings\(budget=…\)|LocalVolumeSettings\(probe=…\)"):
+        made = cli.LightningCLI(
+            type(foreign_model("mlp")[0]),
+            args=[
+                "--trainer.logger=false",
+                "--trainer.accelerator=cpu",
+                f"--trainer.callbacks=[{json.dumps(options)}]",
+            ],
+            run=False,
+            seed_everything_default=False,
+        )
+    monitor = next(one for one in made.trainer.callbacks if isinstance(one, AngularVolumeMonitor))
+    assert (monitor.cones, monitor.local_volume.probe) == (ConeSettings(budget=1e6), 4)
+
+
+@pytest.mark.parametrize("broken", [None, SimpleNamespace()])
+def test_a_missing_or_broken_lightning_does_not_matter(broken, monkeypatch):
+    assert issubclass(ScheduledCallback, callback_of_lightning())
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", broken)
+    assert callback_of_lightning() is object
 
 
 class TestHydra:
@@ -252,7 +288,12 @@ class TestLoggers:
         callbacks = [
             LocalMinimumDetector(Schedule(every=2), stop_training=False),
             ActivationPatternRecorder(Schedule(every=2, unit="step")),
-            AngularVolumeMonitor(Schedule(every=1), measure=("start", "end"), measure_every=1, num_draws=4),
+            AngularVolumeMonitor(
+                Schedule(every=1),
+                measure=("start", "end"),
+                measure_every=1,
+                local_volume=LocalVolumeSettings(num_draws=4),
+            ),
         ]
         trainer = foreign_trainer(namespace, logger=made, callbacks=callbacks, max_epochs=3)
         try:
@@ -340,9 +381,9 @@ def test_each_scalar_name_and_each_key_of_a_summary_is_documented(tmp_path, make
     names, keys = Names(), set()
     for name in [*ZOO, *OTHERS]:
         callbacks = [
-            LocalMinimumDetector(max_products=3),
+            LocalMinimumDetector(second_order=SecondOrderSettings(max_products=3)),
             ActivationPatternRecorder(dirpath=tmp_path / name),
-            AngularVolumeMonitor(probe=4, sigmas=(1e-4, 1e-2, 1.0), num_draws=2),
+            AngularVolumeMonitor(local_volume=LocalVolumeSettings(probe=4, sigmas=(1e-4, 1e-2, 1.0), num_draws=2)),
         ]
         foreign_trainer(logger=names, callbacks=callbacks, max_epochs=1).fit(*foreign_model(name, num_samples=8))
         keys |= {key for callback in callbacks for key in callback.summary()}

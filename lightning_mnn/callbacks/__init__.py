@@ -8,37 +8,46 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_mnn.callbacks.activation_pattern_recorder import ActivationPatternRecorder
     from lightning_mnn.callbacks.angular_volume_monitor import AngularVolumeMonitor
+    from lightning_mnn.callbacks.evidence.choose_tier import FirstOrderTolerances, SecondOrderSettings
     from lightning_mnn.callbacks.local_minimum_detector import LocalMinimumDetector
     from lightning_mnn.callbacks.pattern_store import PatternStore
     from lightning_mnn.callbacks.schedule import Schedule
     from lightning_mnn.callbacks.trainer.last_checkpoint import LastCheckpoint
     from lightning_mnn.callbacks.trainer.run_progress import RunProgress
+    from lightning_mnn.callbacks.volumes.cones import ConeSettings
+    from lightning_mnn.callbacks.volumes.probe import LocalVolumeSettings
 
 __all__ = [
     "ActivationPatternRecorder",
     "AngularVolumeMonitor",
+    "ConeSettings",
+    "FirstOrderTolerances",
     "LastCheckpoint",
     "LocalMinimumDetector",
+    "LocalVolumeSettings",
     "PatternStore",
     "RunProgress",
     "Schedule",
+    "SecondOrderSettings",
 ]
 
 _MODULES = {
     "ActivationPatternRecorder": "activation_pattern_recorder",
     "AngularVolumeMonitor": "angular_volume_monitor",
+    "ConeSettings": "volumes.cones",
+    "FirstOrderTolerances": "evidence.choose_tier",
     "LastCheckpoint": "trainer.last_checkpoint",
     "LocalMinimumDetector": "local_minimum_detector",
+    "LocalVolumeSettings": "volumes.probe",
     "PatternStore": "pattern_store",
     "RunProgress": "trainer.run_progress",
     "Schedule": "schedule",
+    "SecondOrderSettings": "evidence.choose_tier",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """A class, looked up again each time: ``lightning.pytorch`` may have been imported since (see join_lightning)."""
+    """A class, imported when it is first used."""
     if name not in _MODULES:
         raise AttributeError(f"module 'lightning_mnn.callbacks' has no attribute {name!r}")
-    found = getattr(importlib.import_module(f"lightning_mnn.callbacks.{_MODULES[name]}"), name)
-    importlib.import_module("lightning_mnn.callbacks.scheduled").join_lightning()
-    return found
+    return getattr(importlib.import_module(f"lightning_mnn.callbacks.{_MODULES[name]}"), name)

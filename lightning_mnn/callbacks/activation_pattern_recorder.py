@@ -43,8 +43,7 @@ class ActivationPatternRecorder(ScheduledCallback):
     Works with any module that calls piecewise-linear functions: ReLU and its variants, clamp, maximum, max-pooling, as
     modules or as functions (see :class:`lightning_mnn.landscape.kinks.tracing.KinkTrace`). A module that defines its
     network by a method ``network()``, as MNN does, is evaluated in float64. Any other module runs over the samples in
-    eval mode, without gradients, in the precision of training, at the scheduled times only. Afterwards the module is
-    unchanged, and training continues bit for bit as without the recorder.
+    eval mode, without gradients, in the precision of training, at the scheduled times only.
 
     Each unit of a layer is on one of two pieces, or of more: ReLU6 has three, a window of max-pooling as many as it has
     inputs. A layer with more than two is stored in binary digits (see :class:`lightning_mnn.landscape.PackedPattern`).
@@ -54,26 +53,10 @@ class ActivationPatternRecorder(ScheduledCallback):
 
     which ``memory_budget`` bounds; in addition there is one layer of one snapshot, or the layer's output for one batch.
 
-    A checkpoint names the first and the last snapshot, and a resumed run reads them from the store. If no store is
-    written, the checkpoint contains their bits. A resumed run searches for the store at its old path and, by its name,
-    in the folder of the resumed run. If the store is missing, is damaged or contains other patterns, the recorder
-    warns, training continues, and flips are counted from there.
-
     If there is no comparable pattern after the first snapshot (weights that are NaN, a layer that is new or is not
     called any more, a training set that became smaller), the recorder warns and leaves out that snapshot.
 
-    Logs, as means over the replicas:
-
-    - ``pattern/flips``: number of (sample, unit) pairs whose piece differs from that of the last snapshot;
-      ``flips_from_start``: from that of the first; ``hamming_from_start``: the same as a fraction of all pairs;
-    - ``pattern/never_active_units`` and ``always_active_units``: units that are active on no recorded sample, and units
-      that are on one and the same active piece on all (for functions that have active pieces: a maximum has none);
-    - ``pattern/unactivated_samples``: samples on which some layer has no active unit;
-    - ``pattern/distinct``: number of different patterns among the recorded samples, all layers together, which is the
-      number of linear regions of input space that they are in;
-    - ``pattern/regions_visited``: number of different patterns of the whole sample set among the snapshots;
-    - ``pattern/<layer>/flips``, ``flips_from_start``, ``hamming_from_start``, ``never_active_units``,
-      ``always_active_units`` and ``distinct``: the same for each layer.
+    What is logged is listed in the page Logged names; what checkpoints and the store hold, in Files.
 
     Args:
         schedule: when to record, besides the start and the end; None: after 1, 2, 4, 8, … epochs.
@@ -82,10 +65,9 @@ class ActivationPatternRecorder(ScheduledCallback):
             incomplete ones (``drop_last``). Or a batch of samples as the training loader yields it, the same on every
             process, where the first axis of each tensor is the samples: for data whose samples cannot be enumerated,
             such as those of an ``IterableDataset``.
-        dirpath: folder of ``patterns.zarr``; None: the folder of the first logger's run, or without a logger the
-            Trainer's ``default_root_dir``; if that is the current folder, nothing is written. A store that another run
-            left there is not changed: ``patterns-v1.zarr`` and so on is written instead. A ``fast_dev_run`` writes
-            nothing.
+        dirpath: folder of ``patterns.zarr`` (if another run left one there, of ``patterns-v1.zarr`` and so on); None:
+            the folder of the first logger's run, or without a logger the Trainer's ``default_root_dir``; if that is the
+            current folder, nothing is written.
         seed: seed of the probe.
         modules: names or patterns (``*``, ``?``) of the layers to record, or of modules that contain them; None: all.
         memory_budget: bytes that the recorder may use on the device, 32 MiB by default.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import math
-import sys
 from abc import abstractmethod
 from pathlib import Path
 from secrets import token_hex
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_warn
-from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_mnn.callbacks.evaluation.run_module import StepFailedError
+from lightning_mnn.callbacks.evaluation.snapshots import weights_of
 from lightning_mnn.callbacks.evaluation.training_set import forget
 from lightning_mnn.callbacks.trainer.last_checkpoint import LastCheckpoint
 from lightning_mnn.utilities.compat.lightning_internals import trains_in_children
@@ -23,7 +23,7 @@ from lightning_mnn.utilities.distributed import gather, share_error
 from lightning_mnn.utilities.errors import DivergenceError
 from lightning_mnn.utilities.files import read_json, write_json
 from lightning_mnn.utilities.interruption import Interrupted, stop_at_this_step, stopping
-from lightning_mnn.utilities.transfer import digests, fetched
+from lightning_mnn.utilities.transfer import fetched
 from lightning_mnn.utilities.validation import (
     ArgumentError,
     MisfitError,
@@ -38,12 +38,30 @@ if TYPE_CHECKING:
     from lightning_mnn.callbacks.schedule import Schedule
 
 
-class ScheduledCallback(pl.Callback):
+def callback_of_lightning() -> type:
+    """``Callback`` of ``lightning.pytorch``, whose LightningCLI accepts only its own; ``object`` if there is none.
+
+    It is imported even if the program uses ``pytorch_lightning``, which takes 0.1 to 0.4 s and 7 MB (beside the 5 s of
+    ``pytorch_lightning`` and torch): a class has its bases from the beginning, and the program may import it later.
+    """
+    try:
+        found: type = importlib.import_module("lightning.pytorch").Callback
+    except Exception:  # noqa: BLE001 (not installed, or broken: then no program uses it)
+        return object
+    return found
+
+
+if TYPE_CHECKING:
+    OtherCallback = object
+else:
+    OtherCallback = callback_of_lightning()
+
+
+class ScheduledCallback(pl.Callback, OtherCallback):
     """A callback that acts before training, at scheduled times, and at the end; in one process never twice at a step.
 
     It runs in the Trainer of ``pytorch_lightning`` and in that of ``lightning.pytorch``, and is an instance of the
-    ``Callback`` of both. For ``lightning.pytorch`` this requires that it is already imported when a callback is created
-    or its class is looked up in ``lightning_mnn.callbacks``.
+    ``Callback`` of both.
 
     If the run is asked to stop while a callback acts, the action stops (see
     :mod:`lightning_mnn.utilities.interruption`). If the run can be resumed from this step, so that a
@@ -69,7 +87,6 @@ class ScheduledCallback(pl.Callback):
     ends_diverged = True  # whether a DivergenceError in the callback ends training
 
     def __init__(self, schedule: Schedule, *, strict: bool = False) -> None:
-        join_lightning()
         self.schedule = schedule
         self.strict = truth_value("strict", strict)
         self.failure: str | None = None
@@ -279,12 +296,6 @@ class ScheduledCallback(pl.Callback):
         self._pending = not done and self.failure is None and trainer.global_step != self._last_step
 
 
-def weights_of(pl_module: pl.LightningModule) -> list[Tensor]:
-    """Digests that change when a parameter of a module does; they stay on its device, so that nothing waits for it."""
-    known = [parameter for parameter in pl_module.parameters() if not is_lazy(parameter)]
-    return digests(known)
-
-
 class FinalCheck(pl.Callback):
     """Makes the scheduled callbacks of a Trainer act again if others changed the weights at the end of training."""
 
@@ -322,17 +333,6 @@ def _together(work: Callable[[], object]) -> None:
         share_error(None)
 
 
-def join_lightning() -> None:
-    """Make the callbacks also those of ``lightning.pytorch``, if it is imported: its LightningCLI accepts only its own.
-
-    It is not imported here, since a user of ``pytorch_lightning`` may have another release of it, or a broken one, and
-    would wait half a second.
-    """
-    other = getattr(sys.modules.get("lightning.pytorch"), "Callback", None)
-    if other is not None and not issubclass(ScheduledCallback, other):
-        ScheduledCallback.__bases__ = (*ScheduledCallback.__bases__, other)
-
-
 def or_stop_here(trainer: pl.Trainer, action: Callable[[], None]) -> bool:
     """Run an action at a step from which the run can be resumed; if it is interrupted, stop training at that step.
 
@@ -353,6 +353,3 @@ def or_stop_here(trainer: pl.Trainer, action: Callable[[], None]) -> bool:
         stop_at_this_step(stop.number)
         return False
     return True
-
-
-join_lightning()

@@ -194,10 +194,12 @@ def _missing_value(error: OmegaConfBaseException) -> str:
 def _unknown_key(error: OmegaConfBaseException, key: str, command: Sequence[str]) -> str:
     """The message for a key that the config does not have."""
     above, _, name = key.rpartition(".")
-    siblings = [str(sibling) for sibling in error.parent_node] if isinstance(error.parent_node, DictConfig) else []
-    near = ", ".join(f"{above}.{one}".lstrip(".") for one in nearest(name, siblings))
-    below = (one for one in command if one.lstrip("+~").startswith(f"{key}."))
-    given = _given(key, command) or next(below, key)
+    below = list(_keys(error.parent_node)) if isinstance(error.parent_node, DictConfig) else []
+    moved = [one for one in below if one.endswith(f".{name}")]
+    found = moved[:3] or nearest(name, (one for one in below if "." not in one))
+    near = ", ".join(f"{above}.{one}".lstrip(".") for one in found)
+    longer = (one for one in command if one.lstrip("+~").startswith(f"{key}."))
+    given = _given(key, command) or next(longer, key)
     return _line(given, f"there is no key {key}", f"did you mean {near}? A new key needs a +, as +{given.lstrip('+~')}")
 
 

@@ -17,7 +17,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
 
-from lightning_mnn.callbacks import ActivationPatternRecorder, AngularVolumeMonitor, LocalMinimumDetector, Schedule
+from lightning_mnn.callbacks import (
+    ActivationPatternRecorder,
+    AngularVolumeMonitor,
+    LocalMinimumDetector,
+    Schedule,
+    SecondOrderSettings,
+)
 
 BATCH = 128
 STEPS = 64
@@ -35,8 +41,9 @@ def detector_and_monitor():
     data = TensorDataset(torch.randn(SOME, 3, 32, 32), torch.randint(10, (SOME,)))
     epoch = statistics.median(fit(data, [], max_epochs=3)[1].epochs)
     look = seconds_of(data, TimedDetector(Schedule(every=1)))
-    options = {"patience": 1, "gradient_tolerance": 1e6, "stop_training": False}  # so that it goes on to the Hessian
-    both = seconds_of(data, TimedDetector(Schedule(every=1), max_products=PRODUCTS, **options))
+    options = {"patience": 1, "stop_training": False}
+    hessian = SecondOrderSettings(max_products=PRODUCTS, gradient_tolerance=1e6)  # so that it goes on to the Hessian
+    both = seconds_of(data, TimedDetector(Schedule(every=1), **options, second_order=hessian))
     product = (both - look) / PRODUCTS
     print(f"{SOME} images: an epoch {epoch:.1f} s")
     print(f"  detector: a check {look / epoch:.2f} epochs, a Hessian-vector product {product / epoch:.2f} epochs")

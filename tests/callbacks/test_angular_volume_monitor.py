@@ -15,7 +15,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mnn import MNN
-from lightning_mnn.callbacks import AngularVolumeMonitor, LocalMinimumDetector, Schedule
+from lightning_mnn.callbacks import (
+    AngularVolumeMonitor,
+    ConeSettings,
+    LocalMinimumDetector,
+    LocalVolumeSettings,
+    Schedule,
+)
 from lightning_mnn.callbacks.angular_volume_monitor import MOMENTS
 from lightning_mnn.data import GaussianData
 from lightning_mnn.landscape import ActivationPattern, Region, bounds, region_log_volume
@@ -224,7 +230,7 @@ def test_the_budget_sets_how_many_units_are_measured(make_trainer):
     one = 20 * 6 * predicted_samples(6, 0.5)  # unit of one network
     found = {}
     for units in (1.9, 3.5, 100):
-        monitor = AngularVolumeMonitor(budget=units * one)
+        monitor = AngularVolumeMonitor(cones=ConeSettings(budget=units * one))
         trainer = make_trainer(max_epochs=1, callbacks=[monitor])
         trainer.fit(MNN(6, (5,)), GaussianData(20, 6))
         found[units] = monitor.summary(), monitor.volumes[0]
@@ -239,8 +245,8 @@ def test_the_budget_sets_how_many_units_are_measured(make_trainer):
 
 
 def test_the_size_of_mnist_is_over_budget():
-    monitor = AngularVolumeMonitor()
-    assert 2 * 70000 * 784 * predicted_samples(784, monitor.target_standard_error) > 1000 * monitor.budget
+    settings = AngularVolumeMonitor().cones
+    assert 2 * 70000 * 784 * predicted_samples(784, settings.target_standard_error) > 1000 * settings.budget
 
 
 def test_two_hidden_layers_have_a_reason(make_trainer):
@@ -317,8 +323,7 @@ def test_two_processes_measure_what_one_does(tmp_path):
         ({"measure": "end"}, r"measure must contain any of .*, got 'end'"),
         ({"measure": ("middle",)}, r"measure must contain any of .*, got \('middle',\)"),
         ({"measure_every": 0}, "measure_every must be at least 1 and a whole number, got 0"),
-        ({"target_standard_error": 0}, "target_standard_error must be a number, above 0, got 0"),
-        ({"budget": -1.0}, r"budget must be a number, above 0, got -1\.0: measure=\[\] measures nothing"),
+        ({"cones": 0.5}, r"cones must be a ConeSettings, got 0\.5: give ConeSettings\(…\), or leave it out"),
         ({"seed": -1}, "seed must not be negative, got -1"),
         ({"epsilon": 2}, "epsilon must be a number, at least 0 and at most 1, got 2"),
     ],
@@ -326,3 +331,29 @@ def test_two_processes_measure_what_one_does(tmp_path):
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         AngularVolumeMonitor(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_standard_error": 0}, "target_standard_error must be a number, above 0, got 0"),
+        ({"budget": -1.0}, r"budget must be a number, above 0, got -1\.0: measure=\[\] measures nothing"),
+    ],
+)
+def test_bad_settings_of_cones_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        ConeSettings(**options)
+
+
+def test_the_arguments_before_they_were_grouped_still_work():
+    with pytest.warns(DeprecationWarning, match="AngularVolumeMonitor") as warned:
+        monitor = AngularVolumeMonitor(Schedule(every=3), budget=1e6, sigmas=[1e-3], probe=8)
+    assert [str(one.message).partition(" is now ")[::2] for one in warned] == [
+        ("AngularVolumeMonitor(budget=…)", "AngularVolumeMonitor(cones=ConeSettings(budget=…))"),
+        ("AngularVolumeMonitor(sigmas=…)", "AngularVolumeMonitor(local_volume=LocalVolumeSettings(sigmas=…))"),
+        ("AngularVolumeMonitor(probe=…)", "AngularVolumeMonitor(local_volume=LocalVolumeSettings(probe=…))"),
+    ]
+    assert all(one.filename == __file__ for one in warned)
+    assert monitor.cones == ConeSettings(budget=1e6)
+    assert monitor.local_volume == LocalVolumeSettings(sigmas=[1e-3], probe=8)
+    assert monitor.schedule == Schedule(every=3)

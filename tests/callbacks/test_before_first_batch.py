@@ -16,6 +16,7 @@ from lightning_mnn.callbacks import (
     AngularVolumeMonitor,
     LocalMinimumDetector,
     Schedule,
+    SecondOrderSettings,
     local_minimum_detector,
 )
 from lightning_mnn.callbacks.evaluation import full_batch
@@ -114,7 +115,7 @@ def _large_training_set(monkeypatch):
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "regression", "labels", "l1", "mnn", "mnn with two hidden layers"])
 def test_the_detector_reads_the_training_set_once_before_the_first_batch(make_trainer, name):
-    detector = LocalMinimumDetector(stop_training=False, max_products=2)
+    detector = LocalMinimumDetector(stop_training=False, second_order=SecondOrderSettings(max_products=2))
     reads = _reads_before_first_batch(make_trainer, name, [detector])
     assert _SAMPLES <= reads <= _SAMPLES + _FEW
     tiers = {"regression": "certificate", "labels": "certificate", "mnn": "certificate", "mlp": "second_order"}
@@ -124,7 +125,7 @@ def test_the_detector_reads_the_training_set_once_before_the_first_batch(make_tr
 
 def test_drawn_samples_are_read_once_too(make_trainer):
     sampler = WeightedRandomSampler([1.0] * _SAMPLES, _SAMPLES, generator=torch.Generator())
-    detector = LocalMinimumDetector(max_products=2)
+    detector = LocalMinimumDetector(second_order=SecondOrderSettings(max_products=2))
     reads = _reads_before_first_batch(make_trainer, "mlp", [detector], sampler)
     assert _SAMPLES <= reads <= _SAMPLES + _FEW
 
@@ -157,7 +158,7 @@ def test_a_stationary_start_on_kinks_waits_for_the_next_check(make_trainer):
         def on_train_start(self, trainer, pl_module):
             seen.append((dataset.reads, detector.summary()["kind"], detector.summary()["reason"]))
 
-    detector = LocalMinimumDetector(Schedule(every=1), max_products=2)
+    detector = LocalMinimumDetector(Schedule(every=1), second_order=SecondOrderSettings(max_products=2))
     module = Foreign(net, nn.functional.cross_entropy)
     make_trainer(max_epochs=1, callbacks=[detector, Look()]).fit(module, DataLoader(dataset, batch_size=_BATCH))
     ((reads, kind, reason),) = seen
@@ -177,7 +178,11 @@ def clocked(monkeypatch, make_trainer):
         clock = SimpleNamespace(monotonic=lambda: dataset.seconds)
         for own in (interruption, local_minimum_detector, long_pass):
             monkeypatch.setattr(own, "time", clock)
-        options = {"stop_training": False, "max_products": 2, "strict": True} | options
+        options = {
+            "stop_training": False,
+            "second_order": SecondOrderSettings(max_products=2),
+            "strict": True,
+        } | options
         detector = LocalMinimumDetector(Schedule(every=1), max_seconds=max_seconds, **options)
         loader = DataLoader(dataset, batch_size=_BATCH)
         make_trainer(max_epochs=epochs, callbacks=[detector]).fit(module, loader)
@@ -204,7 +209,8 @@ def test_without_a_gradient_of_training_there_is_no_evidence(clocked, monkeypatc
 
 
 def test_products_that_take_too_long_leave_first_order_evidence(clocked):
-    summary = clocked("mlp", 2.5 * _SAMPLES, max_products=64, gradient_tolerance=1e9).summary()
+    more = SecondOrderSettings(max_products=64, gradient_tolerance=1e9)
+    summary = clocked("mlp", 2.5 * _SAMPLES, second_order=more).summary()
     assert (summary["evidence"], summary["kind"]) == ("first_order", "undecided")
     assert "no eigenvalue of the Hessian: a check took longer than max_seconds=400" in summary["reason"]
     assert summary["smallest_eigenvalue"] is None
@@ -247,7 +253,9 @@ def test_a_long_pass_is_announced_once_and_a_short_one_is_not(clocked, caplog):
 def test_a_short_pass_says_nothing(make_trainer, caplog):
     module, dataset = _case("mlp")
     with caplog.at_level(logging.INFO):
-        trainer = make_trainer(max_epochs=1, callbacks=[LocalMinimumDetector(max_products=2)])
+        trainer = make_trainer(
+            max_epochs=1, callbacks=[LocalMinimumDetector(second_order=SecondOrderSettings(max_products=2))]
+        )
         trainer.fit(module, DataLoader(dataset, batch_size=_BATCH))
     assert not any("batches of the training set" in record.message for record in caplog.records)
 

@@ -16,7 +16,15 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_mnn import MNN
-from lightning_mnn.callbacks import ActivationPatternRecorder, AngularVolumeMonitor, LocalMinimumDetector, Schedule
+from lightning_mnn.callbacks import (
+    ActivationPatternRecorder,
+    AngularVolumeMonitor,
+    FirstOrderTolerances,
+    LocalMinimumDetector,
+    LocalVolumeSettings,
+    Schedule,
+    SecondOrderSettings,
+)
 from lightning_mnn.callbacks.evidence.certificate import CertificateTier
 from lightning_mnn.callbacks.evidence.first_order import FirstOrderTier
 from lightning_mnn.callbacks.evidence.second_order import SecondOrderTier
@@ -186,7 +194,13 @@ class Noise(Dataset):
 
 def test_samples_that_change_have_no_certificate(make_trainer):
     left = []
-    for callbacks in ([], [detector := LocalMinimumDetector(Schedule(every=1)), AngularVolumeMonitor(num_draws=2)]):
+    for callbacks in (
+        [],
+        [
+            detector := LocalMinimumDetector(Schedule(every=1)),
+            AngularVolumeMonitor(local_volume=LocalVolumeSettings(num_draws=2)),
+        ],
+    ):
         module = Plain(two_layers(), nn.functional.mse_loss, lr=0.1)
         make_trainer(max_epochs=2, callbacks=callbacks).fit(module, DataLoader(Noise(), batch_size=5))
         left.append(module.state_dict())
@@ -282,7 +296,7 @@ def test_two_layers_on_batches_of_any_form(make_trainer, form, tmp_path):
         return outputs_and_targets(module.net, batch)
 
     others = (
-        AngularVolumeMonitor(num_draws=2, sigmas=(1e-3, 1.0), forward_fn=forward_fn),
+        AngularVolumeMonitor(local_volume=LocalVolumeSettings(num_draws=2, sigmas=(1e-3, 1.0), forward_fn=forward_fn)),
         ActivationPatternRecorder(dirpath=tmp_path, forward_fn=forward_fn),
     )
     make_trainer(max_epochs=2, callbacks=[detector, *others]).fit(module, loader)
@@ -627,7 +641,9 @@ def test_frozen_layers_below_the_last_kink(make_trainer, head_only):
 
     module, (x, y) = Head(nn.Sequential(*two_layers(), nn.Identity()), nn.functional.mse_loss), data()
     module.net[0].requires_grad_(requires_grad=not head_only)
-    detector = LocalMinimumDetector(Schedule(every=1), stop_training=False, patience=1, gradient_tolerance=2.0)
+    detector = LocalMinimumDetector(
+        Schedule(every=1), stop_training=False, patience=1, second_order=SecondOrderSettings(gradient_tolerance=2.0)
+    )
     found = fit(make_trainer, module, x, y, detector)[0].summary()
     assert ("no kink depends on a weight that is trained now (net.1 depend on none)" in found["reason"]) is head_only
     features = torch.cat([module.net[:2](x), torch.ones(14, 1)], 1).detach()
@@ -737,7 +753,7 @@ def test_what_cannot_be_differentiated_is_no_crash(make_trainer):
     net.append(nn.Identity())
     with torch.no_grad():
         y = net(x)[:, 0] + torch.tensor([0.1, -0.1]).repeat(7)
-    flat = LocalMinimumDetector(gradient_tolerance=2.0)
+    flat = LocalMinimumDetector(second_order=SecondOrderSettings(gradient_tolerance=2.0))
     found = fit(make_trainer, Once(net, nn.functional.mse_loss), x, y, flat)[0].summary()
     assert found["kind"] == "undecided"
     assert "no eigenvalue of the Hessian: the loss cannot be differentiated twice" in found["reason"]
@@ -852,9 +868,9 @@ def test_errors_name_the_remedy(make_trainer):
         fit(make_trainer, Plain(deep, nn.functional.mse_loss, lr=1e200), *data(), epochs=4)
     for name in ("gradient_tolerance", "curvature_tolerance"):
         with pytest.raises(ValueError, match=f"{name} must be a number, above 0, got 0"):
-            LocalMinimumDetector(**{name: 0})
+            SecondOrderSettings(**{name: 0})
     with pytest.raises(ValueError, match="max_products must be at least 1 and a whole number, got 0"):
-        LocalMinimumDetector(max_products=0)
+        SecondOrderSettings(max_products=0)
 
 
 # A good guest
@@ -892,7 +908,10 @@ def test_training_is_the_same_with_and_without(make_trainer, options):
     x, y = (part.float() for part in data())
     left = []
     detector = LocalMinimumDetector(
-        Schedule(every=1, unit="step"), gradient_tolerance=10.0, patience=1, stop_training=False, max_products=6
+        Schedule(every=1, unit="step"),
+        patience=1,
+        stop_training=False,
+        second_order=SecondOrderSettings(gradient_tolerance=10.0, max_products=6),
     )
     for callbacks in ([], [detector]):
         pl.seed_everything(3, verbose=False)
@@ -954,7 +973,14 @@ FITTED = dict.fromkeys(("factor", "offset", "scale", "gradient_scale"), 1.0)
 def test_checkpoints_of_version_0_1_are_understood(name, tier, state):
     detector = LocalMinimumDetector()
     detector.load_state_dict({"judge": {"name": name, "why": "no reason"} | state})
-    assert type(detector._resumed()) is tier
+    assert type(detector._tiers.resumed(detector._saved)) is tier
+
+
+def test_the_arguments_before_they_were_grouped_still_work():
+    with pytest.warns(DeprecationWarning, match="first_order=FirstOrderTolerances|second_order=SecondOrderSettings"):
+        detector = LocalMinimumDetector(preactivation_tolerance=1e-9, max_products=9)
+    assert detector.first_order == FirstOrderTolerances(preactivation_tolerance=1e-9)
+    assert detector.second_order == SecondOrderSettings(max_products=9)
 
 
 CASES = [("Deep", 9), ("Deep", 1), ("Plain", 9), ("Plain", 1), ("Manual", 9)]  # of one sample one process has none
@@ -978,7 +1004,9 @@ def test_two_processes_agree_with_one(tmp_path):
 
 def classified(devices, kind, num_samples, folder):
     """What a detector finds in a module that does not move."""
-    detector = LocalMinimumDetector(Schedule(every=1), stop_training=False, gradient_tolerance=10.0, patience=1)
+    detector = LocalMinimumDetector(
+        Schedule(every=1), stop_training=False, patience=1, second_order=SecondOrderSettings(gradient_tolerance=10.0)
+    )
     trainer = pl.Trainer(
         max_epochs=2,
         accelerator="cpu",

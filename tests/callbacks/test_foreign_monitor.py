@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_mnn import MNN
-from lightning_mnn.callbacks import AngularVolumeMonitor, Schedule
+from lightning_mnn.callbacks import AngularVolumeMonitor, ConeSettings, LocalVolumeSettings, Schedule
 from lightning_mnn.data import GaussianData
 from lightning_mnn.landscape import ActivationPattern, Region, region_log_volume
 from lightning_mnn.landscape.kinks.layers import NoKinksError
@@ -25,7 +26,7 @@ from lightning_mnn.utilities.seeding import generator
 from tests.children import side_by_side
 from tests.foreign_models import NAMESPACES, OTHERS, ZOO, foreign_model, foreign_trainer
 
-FEW = {"sigmas": (1e-6, 1e-2, 1.0), "num_draws": 4}
+FEW = LocalVolumeSettings(sigmas=(1e-6, 1e-2, 1.0), num_draws=4)
 
 
 class Sequences(pl.LightningModule):
@@ -118,14 +119,14 @@ def naive_pattern(module, x):
 @pytest.mark.parametrize("name", [*(name for name in ZOO if name != "resnet18"), *OTHERS])
 def test_it_logs_in_every_model(name):
     module, loader = foreign_model(name)
-    monitor = AngularVolumeMonitor(**FEW)
+    monitor = AngularVolumeMonitor(local_volume=FEW)
     metrics = fit(module, loader, monitor).callback_metrics
     found = monitor.summary()
     json.dumps(found)
     curves = found["local_volume"]
     assert curves.keys() > {ALL_LAYERS}
     for layer, curve in curves.items():
-        assert curve["sigma"] == list(FEW["sigmas"])
+        assert curve["sigma"] == list(FEW.sigmas)
         assert all(
             0 <= a <= p <= b <= 1 for a, p, b in zip(curve["low"], curve["probability"], curve["high"], strict=True)
         )
@@ -146,7 +147,7 @@ def test_it_logs_in_every_model(name):
 @pytest.mark.parametrize("namespace", NAMESPACES)
 def test_it_logs_in_a_resnet(namespace):
     module, loader = foreign_model("resnet18", namespace)
-    monitor = AngularVolumeMonitor(sigmas=[1e-6, 1e-1], num_draws=1, probe=2)
+    monitor = AngularVolumeMonitor(local_volume=LocalVolumeSettings(sigmas=[1e-6, 1e-1], num_draws=1, probe=2))
     metrics = fit(module, loader, monitor, namespace, max_epochs=1).callback_metrics
     layers = [name for name in monitor.summary()["local_volume"] if name != ALL_LAYERS]
     assert len(layers) == 18
@@ -158,7 +159,7 @@ def test_it_logs_in_a_resnet(namespace):
 @pytest.mark.parametrize(("name", "sigmas"), [("mlp", [0.001, 0.005, 0.02]), ("lenet", [1e-5, 1e-4, 1e-3])])
 def test_keep_probabilities_agree_with_a_naive_simulation(name, sigmas):
     module, loader = foreign_model(name)
-    monitor = AngularVolumeMonitor(sigmas=sigmas, num_draws=150, seed=2)
+    monitor = AngularVolumeMonitor(seed=2, local_volume=LocalVolumeSettings(sigmas=sigmas, num_draws=150))
     fit(module, loader, monitor)
     x = loader.dataset.tensors[0]
     still = copy.deepcopy(module).eval()
@@ -182,7 +183,7 @@ def test_keep_probabilities_agree_with_a_naive_simulation(name, sigmas):
 
 def test_the_first_layer_has_exact_cones():
     module, loader = foreign_model("mlp")
-    monitor = AngularVolumeMonitor(probe=10, seed=4, **FEW)
+    monitor = AngularVolumeMonitor(seed=4, local_volume=replace(FEW, probe=10))
     metrics = fit(module, loader, monitor).callback_metrics
     chosen = torch.randperm(24, generator=generator(4, "probe"))[:10].sort().values
     x = torch.cat([loader.dataset.tensors[0][chosen], torch.ones(10, 1)], dim=1).double()
@@ -199,7 +200,7 @@ def test_the_first_layer_has_exact_cones():
     assert (found["log_volume"], found["log_volume_standard_error"]) == (expected.value, expected.standard_error)
     assert metrics["volume/layers.1/log_volume"] == expected.value
     assert metrics["volume/layers.1/log_volume_standard_error"] == expected.standard_error
-    over = AngularVolumeMonitor(budget=10.0, **FEW)
+    over = AngularVolumeMonitor(cones=ConeSettings(budget=10.0), local_volume=FEW)
     fit(module, loader, over)
     assert "above the budget" in over.summary()["first_layer"]["log_volume_reason"]
 
@@ -208,7 +209,7 @@ def test_the_first_layer_has_exact_cones():
 def test_each_step_of_a_sequence_is_a_half_space(frozen, layers):
     torch.manual_seed(0)
     module, loader = Sequences(frozen), sequences()
-    monitor = AngularVolumeMonitor(**FEW)
+    monitor = AngularVolumeMonitor(local_volume=FEW)
     fit(module, loader, monitor)
     first = 0 if frozen is None else 2
     with torch.no_grad():
@@ -226,7 +227,7 @@ def test_each_step_of_a_sequence_is_a_half_space(frozen, layers):
 
 def test_checkpointed_blocks_count():
     torch.manual_seed(0)
-    monitor = AngularVolumeMonitor(**FEW)
+    monitor = AngularVolumeMonitor(local_volume=FEW)
     fit(Checkpointed(), sequences(), monitor)
     found = monitor.summary()
     assert list(found["local_volume"]) == [ALL_LAYERS, "block.2", "block.4"]
@@ -235,7 +236,7 @@ def test_checkpointed_blocks_count():
 
 def test_frozen_parameters_do_not_move():
     torch.manual_seed(0)
-    monitor = AngularVolumeMonitor(**FEW)
+    monitor = AngularVolumeMonitor(local_volume=FEW)
     fit(Sequences(slice(0, 4)), sequences(), monitor)
     found = monitor.summary()
     assert found["local_volume"] is found["first_layer"]["log_volume"] is None
@@ -245,7 +246,7 @@ def test_frozen_parameters_do_not_move():
 @pytest.mark.parametrize("name", ["functional", "lenet", "no_forward"])
 def test_training_is_not_touched(name):
     left = []
-    options = FEW | {"measure": ("start", "end"), "measure_every": 1}
+    options = {"local_volume": FEW, "measure": ("start", "end"), "measure_every": 1}
     for callbacks in ([AngularVolumeMonitor(Schedule(every=1, unit="step"), **options)], []):
         module, loader = foreign_model(name, shuffle=True)
         torch.manual_seed(3)
@@ -264,11 +265,11 @@ def test_training_is_not_touched(name):
 
 def test_modules_narrow_the_layers():
     module, loader = foreign_model("lenet")
-    monitor = AngularVolumeMonitor(modules="features.*", **FEW)
+    monitor = AngularVolumeMonitor(local_volume=replace(FEW, modules="features.*"))
     fit(module, loader, monitor)
     assert list(monitor.summary()["local_volume"]) == [ALL_LAYERS, "features.1", "features.2", "features.4"]
     with pytest.raises(NoKinksError, match=r"modules='encoder' matches none of .* LeNet.*features\.1"):
-        fit(*foreign_model("lenet"), AngularVolumeMonitor(modules="encoder"))
+        fit(*foreign_model("lenet"), AngularVolumeMonitor(local_volume=LocalVolumeSettings(modules="encoder")))
 
 
 def test_what_cannot_work_is_said_before_training():
@@ -294,10 +295,10 @@ def test_what_cannot_work_is_said_before_training():
 @pytest.mark.parametrize("name", ["mlp", "dict_batches"])
 def test_a_batch_may_be_the_probe(name):
     module, loader = foreign_model(name)
-    monitor = AngularVolumeMonitor(probe=next(iter(loader)), **FEW)
+    monitor = AngularVolumeMonitor(local_volume=replace(FEW, probe=next(iter(loader))))
     fit_unchanged(module, DataLoader(Stream(loader.dataset), batch_size=8), monitor)
     same, _ = foreign_model(name)
-    chosen = AngularVolumeMonitor(probe=8, **FEW)
+    chosen = AngularVolumeMonitor(local_volume=replace(FEW, probe=8))
     fit_unchanged(same, DataLoader(torch.utils.data.Subset(loader.dataset, range(8)), batch_size=8), chosen)
     assert monitor.summary()["local_volume"] is not None
     assert monitor.summary()["local_volume"] == chosen.summary()["local_volume"]
@@ -309,14 +310,14 @@ def test_a_forward_of_ones_own():
     def forward(module, batch):
         return module.discriminator(module.generator(batch[0][:, :4]))
 
-    monitor = AngularVolumeMonitor(forward_fn=forward, **FEW)
+    monitor = AngularVolumeMonitor(local_volume=replace(FEW, forward_fn=forward))
     fit(module, loader, monitor)
     assert list(monitor.summary()["local_volume"]) == [ALL_LAYERS, "generator.1", "discriminator.1"]
     assert monitor.summary()["first_layer"]["layer"] == "generator.1"
 
 
 def test_two_hidden_layers_have_local_volumes(make_trainer):
-    monitor, model = AngularVolumeMonitor(**FEW), MNN(5, (4, 3), 0.1)
+    monitor, model = AngularVolumeMonitor(local_volume=FEW), MNN(5, (4, 3), 0.1)
     trainer = make_trainer(max_epochs=2, callbacks=[monitor])
     trainer.fit(model, GaussianData(20, 5))
     found = monitor.summary()
@@ -326,11 +327,11 @@ def test_two_hidden_layers_have_local_volumes(make_trainer):
     region, seed = Region(x, ActivationPattern(x @ rows.T > 0)), generator(0, "volume", 2).initial_seed()
     expected = region_log_volume(region, rows, target_standard_error=0.5, seed=seed)
     assert found["first_layer"]["log_volume"] == pytest.approx(expected.value, rel=1e-12)
-    second = AngularVolumeMonitor(modules="activation.call_2", **FEW)
+    second = AngularVolumeMonitor(local_volume=replace(FEW, modules="activation.call_2"))
     make_trainer(max_epochs=1, callbacks=[second]).fit(model, GaussianData(20, 5))
     assert list(second.summary()["local_volume"]) == [ALL_LAYERS, "activation.call_2"]
     assert "no module's output" in second.summary()["first_layer"]["log_volume_reason"]
-    replicas = AngularVolumeMonitor(measure=("end",), **FEW)
+    replicas = AngularVolumeMonitor(measure=("end",), local_volume=FEW)
     make_trainer(max_epochs=1, callbacks=[replicas]).fit(MNN(5, (4, 3), replicas=2), GaussianData(20, 5, replicas=2))
     assert replicas.summary()["local_volume"] is None
     assert "train them one by one" in replicas.summary()["local_volume_reason"]
@@ -340,7 +341,7 @@ def test_it_measures_when_it_is_told_to_and_goes_on_where_it_was(tmp_path):
     def run(name, **options):
         module, loader = foreign_model("mlp")
         logger = CSVLogger(tmp_path / name)
-        monitor = AngularVolumeMonitor(Schedule(every=1), measure=("start", "end"), measure_every=2, **FEW)
+        monitor = AngularVolumeMonitor(Schedule(every=1), measure=("start", "end"), measure_every=2, local_volume=FEW)
         trainer = foreign_trainer(callbacks=[monitor], logger=logger, max_epochs=5, **options)
         return module, loader, trainer, monitor, logger
 
@@ -361,7 +362,7 @@ def test_it_measures_when_it_is_told_to_and_goes_on_where_it_was(tmp_path):
 def test_mixed_precision_is_judged_in_the_weights_own():
     found = {}
     for precision in ("32-true", "bf16-mixed", "bf16-true", "64-true"):
-        monitor = AngularVolumeMonitor(num_draws=4)
+        monitor = AngularVolumeMonitor(local_volume=LocalVolumeSettings(num_draws=4))
         fit_unchanged(*foreign_model("mlp"), monitor, precision=precision)
         found[precision] = monitor.summary()
     assert found["bf16-mixed"] == found["32-true"]
@@ -369,7 +370,7 @@ def test_mixed_precision_is_judged_in_the_weights_own():
     coarse = found["bf16-true"]
     assert coarse["local_volume"][ALL_LAYERS]["sigma"] == list(SIGMAS[-3:])
     assert coarse["local_volume_reason"] == "σ below 6.2e-02 would be lost in the rounding of the weights"
-    kept = AngularVolumeMonitor(sigmas=[1e-3])
+    kept = AngularVolumeMonitor(local_volume=LocalVolumeSettings(sigmas=[1e-3]))
     fit_unchanged(*foreign_model("mlp"), kept, precision="bf16-true")
     assert kept.summary()["local_volume"] is None
 
@@ -377,21 +378,21 @@ def test_mixed_precision_is_judged_in_the_weights_own():
 def test_weights_that_are_not_numbers_do_not_end_the_training():
     module, loader = foreign_model("mlp")
     module.lr = 1e30
-    monitor = AngularVolumeMonitor(**FEW)
+    monitor = AngularVolumeMonitor(local_volume=FEW)
     fit(module, loader, monitor)
     assert monitor.summary()["local_volume"] is None
     assert monitor.summary()["local_volume_reason"] == "the input of layers.1 contains NaN"
 
 
 def test_fast_dev_run():
-    monitor = AngularVolumeMonitor(**FEW)
+    monitor = AngularVolumeMonitor(local_volume=FEW)
     fit(*foreign_model("mlp"), monitor, fast_dev_run=True)
     assert monitor.summary()["local_volume"][ALL_LAYERS]["probability"][0] > 0
 
 
 def test_tensorboard_shows_the_curves(tmp_path):
     logger = TensorBoardLogger(tmp_path)
-    fit(*foreign_model("mlp"), AngularVolumeMonitor(**FEW), logger=[logger, CSVLogger(tmp_path)])
+    fit(*foreign_model("mlp"), AngularVolumeMonitor(local_volume=FEW), logger=[logger, CSVLogger(tmp_path)])
     events = EventAccumulator(logger.log_dir, size_guidance={"images": 0}).Reload()
     (picture,) = events.Images("volume/local")
     assert picture.step == 6
@@ -404,7 +405,7 @@ def test_wandb_shows_the_curves(tmp_path):
     import wandb
 
     logger = WandbLogger(save_dir=tmp_path, offline=True)
-    fit(*foreign_model("mlp"), AngularVolumeMonitor(**FEW), logger=logger)
+    fit(*foreign_model("mlp"), AngularVolumeMonitor(local_volume=FEW), logger=logger)
     wandb.finish()
     (picture,) = tmp_path.glob("wandb/offline-run-*/files/media/images/volume/*.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -429,7 +430,7 @@ def test_two_processes_share_the_draws_of_one(tmp_path):
 )
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        AngularVolumeMonitor(**options)
+        LocalVolumeSettings(**options)
 
 
 class TwoLayers(pl.LightningModule):
@@ -488,8 +489,8 @@ def loop(net, x):
     return x
 
 
-def measured(module, data, **options):
-    monitor = AngularVolumeMonitor(**FEW, **options)
+def measured(module, data, *, strict=False, **options):
+    monitor = AngularVolumeMonitor(local_volume=replace(FEW, **options), strict=strict)
     fit(module, DataLoader(data, batch_size=4), monitor)
     return monitor.summary()
 
@@ -566,15 +567,15 @@ def test_arguments_for_passes_are_used_or_refused(make_trainer):
         assert found["log_volume_reason"] == f"{name} are given, which are arguments of the local volume"
         assert list(found["local_volume"]) == [ALL_LAYERS, "net.1"]
         with pytest.raises(TypeError, match=f"{name} are for modules without a method network\\(\\); MNN has one"):
-            make_trainer(max_epochs=1, callbacks=[AngularVolumeMonitor(**options)]).fit(
-                MNN(3, (4,)), GaussianData(8, 3)
-            )
+            make_trainer(
+                max_epochs=1, callbacks=[AngularVolumeMonitor(local_volume=LocalVolumeSettings(**options))]
+            ).fit(MNN(3, (4,)), GaussianData(8, 3))
     with pytest.raises(ZeroDivisionError):
         measured(TwoLayers(), data, forward_fn=lambda module, batch: 1 / 0, strict=True)
     stream = DataLoader(Stream(data), batch_size=4)
     with pytest.raises(TypeError, match=r"IterableDataset cannot be enumerated.*probe=batch"):
         fit(TwoLayers(), stream, AngularVolumeMonitor(strict=True))
-    monitor = AngularVolumeMonitor(probe=batch, **FEW)
+    monitor = AngularVolumeMonitor(local_volume=replace(FEW, probe=batch))
     fit(TwoLayers(), stream, monitor)
     assert monitor.summary()["local_volume"]["net.1"]["probability"][0] > 0
 
@@ -582,7 +583,7 @@ def test_arguments_for_passes_are_used_or_refused(make_trainer):
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_data_that_draw_random_numbers_are_seen_by_training_as_without(noise):
     left = []
-    for callbacks in ([AngularVolumeMonitor(Schedule(every=1), measure=("start", "end"), **FEW)], []):
+    for callbacks in ([AngularVolumeMonitor(Schedule(every=1), measure=("start", "end"), local_volume=FEW)], []):
         module = TwoLayers(step=lambda m, batch: (m(batch[0])[:, 0] - batch[1]).square().mean())
         torch.manual_seed(1)
         foreign_trainer(callbacks=callbacks).fit(module, DataLoader(data := Noisy(noise), batch_size=4, shuffle=True))
@@ -630,7 +631,7 @@ def test_the_layers_of_training_are_moved():
 
 def main(devices: int, out: Path) -> None:
     """Measure in a fit on several processes."""
-    monitor = AngularVolumeMonitor(sigmas=[1e-4, 2e-3, 1.0], num_draws=15)
+    monitor = AngularVolumeMonitor(local_volume=LocalVolumeSettings(sigmas=[1e-4, 2e-3, 1.0], num_draws=15))
     options = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto"}
     trainer = fit_unchanged(*foreign_model("functional"), monitor, **options)
     assert trainer.world_size == devices

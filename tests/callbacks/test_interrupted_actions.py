@@ -9,6 +9,7 @@ from lightning_mnn import MNN
 from lightning_mnn.callbacks import (
     ActivationPatternRecorder,
     AngularVolumeMonitor,
+    FirstOrderTolerances,
     LastCheckpoint,
     LocalMinimumDetector,
     PatternStore,
@@ -55,7 +56,7 @@ def interrupt(monkeypatch):
 def train(make_trainer, folder, *, resume=False, **options):
     """What the callbacks found, and the weights."""
     detector = {"stop_training": False, "max_distance": 10.0}
-    detector |= {"stationarity_tolerance": 10.0, "preactivation_tolerance": 1e-12}  # a certificate is soon asked for
+    detector["first_order"] = FirstOrderTolerances(10.0, 1e-12)  # a certificate is soon asked for
     every = Schedule(every=4)
     callbacks = [
         LocalMinimumDetector(every, **detector | options.get("detector", {})),

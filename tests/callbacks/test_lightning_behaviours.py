@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_mnn.callbacks import ActivationPatternRecorder, AngularVolumeMonitor, LocalMinimumDetector, Schedule
+from lightning_mnn.callbacks import (
+    ActivationPatternRecorder,
+    AngularVolumeMonitor,
+    LocalMinimumDetector,
+    LocalVolumeSettings,
+    Schedule,
+)
 from tests.children import side_by_side
 from tests.foreign_models import NAMESPACES, ZOO, foreign_model, foreign_trainer
 
@@ -18,11 +24,11 @@ OWN = ("minimum/", "pattern/", "volume/")
 
 
 def three_callbacks(folder):
-    few = {"measure_every": 2, "probe": 8, "sigmas": (1e-3, 1e-2, 1e-1), "num_draws": 4}
+    few = LocalVolumeSettings(probe=8, sigmas=(1e-3, 1e-2, 1e-1), num_draws=4)
     return [
         LocalMinimumDetector(Schedule(every=1), stop_training=False, strict=True),
         ActivationPatternRecorder(Schedule(every=1, unit="step"), dirpath=folder, strict=True),
-        AngularVolumeMonitor(Schedule(every=1), **few, strict=True),
+        AngularVolumeMonitor(Schedule(every=1), measure_every=2, local_volume=few, strict=True),
     ]
 
 

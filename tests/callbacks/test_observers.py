@@ -30,7 +30,13 @@ from torch.utils.data import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_mnn.callbacks import ActivationPatternRecorder, AngularVolumeMonitor, LocalMinimumDetector, Schedule
+from lightning_mnn.callbacks import (
+    ActivationPatternRecorder,
+    AngularVolumeMonitor,
+    LocalMinimumDetector,
+    LocalVolumeSettings,
+    Schedule,
+)
 from tests.children import PATIENCE
 from tests.foreign_models import foreign_trainer
 from tests.strange_projects import PROJECTS, project
@@ -41,7 +47,7 @@ def observers(folder, **options):
     return [
         LocalMinimumDetector(Schedule(every=1), **options),
         ActivationPatternRecorder(dirpath=folder, **options),
-        AngularVolumeMonitor(num_draws=2, **options),
+        AngularVolumeMonitor(**options, local_volume=LocalVolumeSettings(num_draws=2)),
     ]
 
 

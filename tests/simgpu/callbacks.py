@@ -16,7 +16,15 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mnn import MNN
-from lightning_mnn.callbacks import ActivationPatternRecorder, AngularVolumeMonitor, LocalMinimumDetector, Schedule
+from lightning_mnn.callbacks import (
+    ActivationPatternRecorder,
+    AngularVolumeMonitor,
+    ConeSettings,
+    LocalMinimumDetector,
+    LocalVolumeSettings,
+    Schedule,
+    SecondOrderSettings,
+)
 from lightning_mnn.data import GaussianData
 from tests.children import PATIENCE
 from tests.foreign_models import foreign_model
@@ -84,11 +92,14 @@ MODELS = {
 
 
 def three(**options):
-    detector = {"schedule": Schedule(every=1), "stop_training": False, "gradient_tolerance": 1e9, "max_products": 12}
+    second_order = SecondOrderSettings(gradient_tolerance=1e9, max_products=12)
+    detector = {"schedule": Schedule(every=1), "stop_training": False, "second_order": second_order}
     return [
         LocalMinimumDetector(**detector | options),
         ActivationPatternRecorder(Schedule(every=1)),
-        AngularVolumeMonitor(num_draws=4, target_standard_error=0.1),
+        AngularVolumeMonitor(
+            local_volume=LocalVolumeSettings(num_draws=4), cones=ConeSettings(target_standard_error=0.1)
+        ),
     ]
 
 
@@ -141,7 +152,7 @@ def test_certificates_and_patterns_are_those_of_the_cpu(name, fit):
 
 
 def test_volumes_are_those_of_the_cpu(fit):
-    monitors = [AngularVolumeMonitor(target_standard_error=0.05) for _ in range(2)]
+    monitors = [AngularVolumeMonitor(cones=ConeSettings(target_standard_error=0.05)) for _ in range(2)]
     for device, monitor in zip(("cpu", "cuda"), monitors, strict=True):
         fit(device, mnn, [monitor])
     (expected,), (found,) = (monitor.volumes for monitor in monitors)

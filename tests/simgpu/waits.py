@@ -13,7 +13,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mnn import MNN
-from lightning_mnn.callbacks import ActivationPatternRecorder, AngularVolumeMonitor, LocalMinimumDetector, Schedule
+from lightning_mnn.callbacks import (
+    ActivationPatternRecorder,
+    AngularVolumeMonitor,
+    LocalMinimumDetector,
+    LocalVolumeSettings,
+    Schedule,
+)
 from lightning_mnn.data import GaussianData, StreamedLoader
 from lightning_mnn.data.loaders.rows import RowArray
 from lightning_mnn.landscape import (
@@ -310,4 +316,13 @@ def test_a_snapshot_waits_as_often_for_any_number_of_samples(train):
 
 
 def test_draws_of_a_monitor_wait_for_nothing(train):
-    assert each(lambda draws: train(1, [AngularVolumeMonitor(num_draws=draws)], CNN(), images()), 4, 14) == 0
+    assert (
+        each(
+            lambda draws: train(
+                1, [AngularVolumeMonitor(local_volume=LocalVolumeSettings(num_draws=draws))], CNN(), images()
+            ),
+            4,
+            14,
+        )
+        == 0
+    )

@@ -130,7 +130,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from lightning_mnn import MNN
-from lightning_mnn.callbacks import ActivationPatternRecorder, AngularVolumeMonitor, LocalMinimumDetector, Schedule
+from lightning_mnn.callbacks import ActivationPatternRecorder, AngularVolumeMonitor, LocalMinimumDetector
+from lightning_mnn.callbacks import LocalVolumeSettings, Schedule, SecondOrderSettings
 from lightning_mnn.data import GaussianData
 
 torch.backends.cuda.matmul.fp32_precision = "tf32"
@@ -157,8 +158,9 @@ options = dict(accelerator="cpu", max_epochs=2, logger=False, enable_checkpointi
                enable_model_summary=False)
 for dtype in ("float32", "float64"):
     pl.Trainer(**options).fit(MNN(6, (5,), dtype=dtype), GaussianData(20, 6))
-detector = LocalMinimumDetector(Schedule(every=1), gradient_tolerance=1e9)
-callbacks = [detector, ActivationPatternRecorder(), AngularVolumeMonitor(num_draws=3)]
+detector = LocalMinimumDetector(Schedule(every=1), second_order=SecondOrderSettings(gradient_tolerance=1e9))
+few = LocalVolumeSettings(num_draws=3)
+callbacks = [detector, ActivationPatternRecorder(), AngularVolumeMonitor(local_volume=few)]
 data = DataLoader(TensorDataset(torch.randn(20, 1, 8), torch.randint(3, (20,))), batch_size=10)
 pl.Trainer(callbacks=callbacks, **options).fit(Net(), data)
 assert detector.summary()["largest_eigenvalue"] is not None, detector.summary()

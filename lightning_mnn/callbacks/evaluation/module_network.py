@@ -97,23 +97,6 @@ def _place(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.numel()
 
 
-def required_network(callback: pl.Callback, pl_module: pl.LightningModule) -> Network:
-    """The network of a module.
-
-    Raises:
-        TypeError: there is none that the callback can evaluate.
-    """
-    network = network_of(pl_module)
-    if network is None:
-        raise TypeError(
-            f"{type(callback).__name__} needs a piecewise-linear network with one output: an MNN, a module with a "
-            "method network() -> lightning_mnn.landscape.Network, or one nn.Sequential(Linear, ReLU, Linear → 1), "
-            "where ReLU may be LeakyReLU or a PReLU with one slope, with biases only where there is one hidden layer; "
-            f"{type(pl_module).__name__} has none. ActivationPatternRecorder works with any ReLU module"
-        )
-    return network
-
-
 def _sequential(module: nn.Module) -> Network | None:
     if not isinstance(module, nn.Sequential):
         return None

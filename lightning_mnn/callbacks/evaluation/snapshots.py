@@ -21,6 +21,7 @@ from lightning_mnn.utilities.compat.torch_internals import (
     inner_schedulers,
 )
 from lightning_mnn.utilities.seeding import set_shared_states, shared_states
+from lightning_mnn.utilities.transfer import digests
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -223,3 +224,9 @@ def seed_generators(seed: int) -> None:
         torch.cuda.manual_seed_all(seed)
     if torch.backends.mps.is_available():
         torch.mps.manual_seed(seed)
+
+
+def weights_of(pl_module: pl.LightningModule) -> list[Tensor]:
+    """Digests that change when a parameter of a module does; they stay on its device, so that nothing waits for it."""
+    known = [parameter for parameter in pl_module.parameters() if not is_lazy(parameter)]
+    return digests(known)

@@ -12,7 +12,7 @@ from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from lightning_mnn.callbacks import ActivationPatternRecorder, LocalMinimumDetector, Schedule
+from lightning_mnn.callbacks import ActivationPatternRecorder, LocalMinimumDetector, Schedule, SecondOrderSettings
 from tests.children import side_by_side
 
 mse = nn.functional.mse_loss
@@ -206,7 +206,9 @@ class Unusual(Plain):
 
 
 def test_usual_things_of_a_step_work_in_a_pass(tmp_path):
-    detector = LocalMinimumDetector(Schedule(every=1), gradient_tolerance=10.0, stop_training=False)
+    detector = LocalMinimumDetector(
+        Schedule(every=1), stop_training=False, second_order=SecondOrderSettings(gradient_tolerance=10.0)
+    )
     _, summary = run(Unusual, detector=detector, logger=CSVLogger(tmp_path, name="a", version="b"))
     assert summary["evidence"] == "second_order"
     assert summary["smallest_eigenvalue"] is not None
