@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_mnn.landscape import tolerances
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -31,9 +33,6 @@ def check_labels(targets: Tensor, threshold: float) -> None:
             f"labels are not binary: threshold={threshold:g} expects {expected}, found {found:g}. "
             "Map the classes to two labels first"
         )
-
-
-_MAX_PRODUCT = 1e-12  # (ŷ − threshold)(y − threshold)/s² up to which a prediction counts as on the threshold
 
 
 def infer_threshold(targets: Tensor) -> float | None:
@@ -69,4 +68,4 @@ def wrong(predictions: Tensor, targets: Tensor, threshold: float) -> Tensor:
     """
     half = (targets - threshold).abs()
     size = torch.clamp(torch.ones_like(half), min=half, max=2 * half)
-    return ~((predictions - threshold) / size * ((targets - threshold) / size) > _MAX_PRODUCT)
+    return ~((predictions - threshold) / size * ((targets - threshold) / size) > tolerances.MAX_THRESHOLD_PRODUCT)

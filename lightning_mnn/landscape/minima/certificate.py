@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.labels import infer_threshold, wrong
 from lightning_mnn.landscape.minima.optimality import Direction, Optimality, check_optimality, leave_kinks
-from lightning_mnn.landscape.minima.problem import MAX_KINK_ROUNDINGS, Outputs, Point, Problem, Units, in_units
+from lightning_mnn.landscape.minima.problem import Outputs, Point, Problem, Units, in_units
 from lightning_mnn.landscape.minima.stationary_point import FaceSolution, solve_on_face
-from lightning_mnn.landscape.regions.least_squares import GRAM_LIMIT
+from lightning_mnn.landscape.regions.least_squares import MAX_GRAM_ROWS
 from lightning_mnn.landscape.regions.rank import khatri_rao_rank
 from lightning_mnn.landscape.regions.region import gram_rank
 from lightning_mnn.utilities.distributed import ProcessGroup
@@ -26,13 +27,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-_MAX_KINK_SINE = 1e-2  # |w·x|/(‖w‖‖x‖) up to which a sample may be moved onto its kink
+_MAX_KINK_SETS = 4  # sets of kinks that are tried
 
-_MIN_GAP_RATIO = 10.0  # ratio of two successive sorted sines that may separate kinks from the rest
-
-_MAX_ATTEMPTS = 4  # sets of kinks that are tried
-
-_MAX_KINKS = 5000  # kinks in one set
+_MAX_KINKS_PER_SET = 5000  # kinks in one set
 
 
 @dataclass(frozen=True)
@@ -276,8 +273,9 @@ def search(problem: Problem, point: Point, max_distance: float) -> tuple[Optimal
     active = outputs.preactivations > 0
     longest = max_distance * float(start.theta.norm())
     tried = []
-    large = min(problem.num_samples, start.theta.numel()) > GRAM_LIMIT
-    on_kinks = (outputs.preactivations.abs() <= MAX_KINK_ROUNDINGS * outputs.uncertainty) & (problem.norms > 0)[:, None]
+    large = min(problem.num_samples, start.theta.numel()) > MAX_GRAM_ROWS
+    on_kinks = outputs.preactivations.abs() <= tolerances.MAX_KINK_ROUNDINGS * outputs.uncertainty
+    on_kinks &= (problem.norms > 0)[:, None]
     untried: list[Tensor | None] = [on_kinks] if bool(problem.process_group.max(on_kinks.any().long())) else []
     untried.append(None)
     while untried:
@@ -300,8 +298,8 @@ def search(problem: Problem, point: Point, max_distance: float) -> tuple[Optimal
             more = replace(because, facts=(*because.facts, Reason.of(ReasonCode.KINKS_NOT_TRIED)))
             return replace(optimality, because=more), found
         if kinks is None:
-            untried.extend(_candidate_kinks(problem, start, outputs)[: 1 if large else _MAX_ATTEMPTS])
-        if optimality.unclear is not None and not large and len(tried) <= _MAX_ATTEMPTS:
+            untried.extend(_candidate_kinks(problem, start, outputs)[: 1 if large else _MAX_KINK_SETS])
+        if optimality.unclear is not None and not large and len(tried) <= _MAX_KINK_SETS:
             untried.insert(0, optimality.unclear if found.kinks is None else optimality.unclear | found.kinks)
     return min(tried, key=lambda pair: (pair[0].kind is not Kind.SADDLE, pair[1].distance))
 
@@ -372,16 +370,16 @@ def _candidate_kinks(problem: Problem, point: Point, outputs: Outputs) -> list[T
     sizes = problem.norms[:, None] * point.sizes
     sines = torch.where(sizes > 0, outputs.preactivations.abs() / sizes, torch.inf)
     at_zero = (point.sizes == 0) & (problem.norms > 0)[:, None]  # rows w = 0: all their samples
-    near = problem.process_group.join(sines[sines < _MAX_KINK_SINE]).sort().values
+    near = problem.process_group.join(sines[sines < tolerances.MAX_KINK_SINE]).sort().values
     if not len(near):
         return []
-    max_count = min(point.hidden.numel(), _MAX_KINKS)  # more constraints than weights would leave no freedom
-    floor = torch.cat([near, near.new_tensor([_MAX_KINK_SINE])])[: max_count + 1].clamp(
+    max_count = min(point.hidden.numel(), _MAX_KINKS_PER_SET)  # more constraints than weights would leave no freedom
+    floor = torch.cat([near, near.new_tensor([tolerances.MAX_KINK_SINE])])[: max_count + 1].clamp(
         min=torch.finfo(torch.float64).eps
     )
     ratios = floor[1:] / floor[:-1]
-    widest = ratios.sort(descending=True).indices[:_MAX_ATTEMPTS].tolist()
-    ends = [end for end in widest if float(ratios[end]) >= _MIN_GAP_RATIO]
+    widest = ratios.sort(descending=True).indices[:_MAX_KINK_SETS].tolist()
+    ends = [end for end in widest if float(ratios[end]) >= tolerances.MIN_KINK_GAP_RATIO]
     return [(sines <= near[end]) | at_zero for end in ends]
 
 
@@ -474,6 +472,6 @@ def _rank(problem: Problem, active: Tensor, input_rank: int | None) -> tuple[int
         input_rank = int(gram_rank(process_group.sum(inputs.T @ inputs)))
     unactivated = int(process_group.sum((~active.any(1)).sum())) if problem.slope == 0 else 0
     cap = min(problem.num_samples - unactivated, int(gram_rank(process_group.sum(slopes.T @ slopes))) * input_rank)
-    if min(problem.num_samples, slopes.shape[1] * inputs.shape[1]) > GRAM_LIMIT:
+    if min(problem.num_samples, slopes.shape[1] * inputs.shape[1]) > MAX_GRAM_ROWS:
         return None, cap
     return khatri_rao_rank(process_group.join(inputs), process_group.join(slopes)), cap

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.optimize import linprog
 
+from lightning_mnn.landscape import tolerances
 from lightning_mnn.verdicts import ReasonCode
 
 if TYPE_CHECKING:
@@ -23,9 +24,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-_MAX_UPWARD = 8  # kinks that bend upwards whose sides are enumerated: at most 2^8 linear programs
-_EPS = float(np.finfo(np.float64).eps)
-_INDEPENDENT = 1e-7  # smallest singular value, relative to the largest, of inputs that count as independent
+_MAX_UPWARD_KINKS = 8  # kinks that bend upwards whose sides are enumerated: at most 2^8 linear programs
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class _Forces:
     @property
     def scale(self) -> float:
         """Size below which a result of a linear program counts as zero."""
-        return float(1e-9 * (np.abs(self.force).max() + np.abs(self.ahead).max()))
+        return float(tolerances.LINEAR_PROGRAM_ERROR_RATIO * (np.abs(self.force).max() + np.abs(self.ahead).max()))
 
 
 def check_multipliers(
@@ -114,7 +113,7 @@ def check_multipliers(
         inputs / norms[:, None], np.sign(z) * g, ahead, slope * ahead, noise, max(1.0, abs(slope)) * bounds
     )  # fmt: skip
     values = np.linalg.svd(kinks.inputs, compute_uv=False)
-    if len(norms) <= inputs.shape[1] and values[-1] > _INDEPENDENT * values[0]:
+    if len(norms) <= inputs.shape[1] and values[-1] > tolerances.MIN_INDEPENDENT_SINGULAR_RATIO * values[0]:
         return _independent(kinks, float(values[-1]), flatter=int(abs(slope) <= 1))
     return _dependent(kinks)
 
@@ -132,9 +131,9 @@ def _independent(kinks: _Forces, smallest: float, flatter: int) -> KinkVerdict:
     multipliers = -inverse.T @ force
     multipliers = multipliers - inverse.T @ (force + kinks.inputs.T @ multipliers)
     left = force + kinks.inputs.T @ multipliers  # the part of the force that no multipliers balance
-    if np.linalg.norm(left) > 2 * kinks.noise + 1e-12 * np.linalg.norm(force):
+    if np.linalg.norm(left) > 2 * kinks.noise + tolerances.MAX_UNBALANCED_FORCE_RATIO * np.linalg.norm(force):
         return KinkVerdict(holds=False, reason_code=ReasonCode.FORCE_ALONG_KINKS, stationary=False, step=left)
-    summing = sum(kinks.inputs.shape) * _EPS * (np.linalg.norm(force) + np.abs(multipliers).sum())
+    summing = sum(kinks.inputs.shape) * tolerances.FLOAT64_EPS * (np.linalg.norm(force) + np.abs(multipliers).sum())
     uncertainty = kinks.uncertainty + (kinks.noise + summing) / smallest + np.linalg.norm(inverse.T @ left)
     gains = np.stack([ahead - multipliers, multipliers - behind])  # of leaving to either side
     hull = np.minimum(ahead, behind) - uncertainty <= multipliers
@@ -171,7 +170,7 @@ def _dependent(kinks: _Forces) -> KinkVerdict:
     resolved = np.abs(kinks.ahead - kinks.behind) > 4 * kinks.uncertainty
     upward = resolved & (kinks.ahead > kinks.behind)
     step = _tried_step(kinks)
-    if upward.sum() > _MAX_UPWARD:
+    if upward.sum() > _MAX_UPWARD_KINKS:
         if step is not None:
             return KinkVerdict(
                 holds=False, reason_code=ReasonCode.STEP_OFF_DEPENDENT_KINKS, stationary=False, step=step
@@ -207,9 +206,10 @@ def _resolved_only(kinks: _Forces, resolved: NDArray[np.bool_]) -> tuple[_Forces
     half = np.abs(kinks.ahead - kinks.behind) / 2
     others = np.where((kinks.ahead == 0) & (kinks.uncertainty == 0), 0.0, half + kinks.uncertainty)
     _, values, right = np.linalg.svd(kinks.inputs[resolved], full_matrices=False)
-    span = right[values > _INDEPENDENT * values[0]]
+    span = right[values > tolerances.MIN_INDEPENDENT_SINGULAR_RATIO * values[0]]
     unresolved = kinks.inputs[~resolved & (others > 0)]
-    outside = np.linalg.norm(unresolved - unresolved @ span.T @ span, axis=1).max(initial=0.0) > _INDEPENDENT
+    beyond = np.linalg.norm(unresolved - unresolved @ span.T @ span, axis=1)
+    outside = bool((beyond > tolerances.MIN_INDEPENDENT_SINGULAR_RATIO).any())
     reduced = _Forces(
         inputs=kinks.inputs[resolved],
         force=kinks.force + (kinks.ahead + kinks.behind)[~resolved] / 2 @ kinks.inputs[~resolved],
@@ -264,7 +264,8 @@ def _largest_margin(kinks: _Forces, lower: Array, upper: Array) -> tuple[float |
     multipliers = found.x[:-1] * scale
     multipliers = multipliers - np.linalg.pinv(kinks.inputs.T) @ (kinks.force + kinks.inputs.T @ multipliers)
     left = float(np.linalg.norm(kinks.force + kinks.inputs.T @ multipliers))
-    summing = sum(kinks.inputs.shape) * _EPS * (np.linalg.norm(kinks.force) + np.abs(multipliers).sum())
+    terms = np.linalg.norm(kinks.force) + np.abs(multipliers).sum()
+    summing = sum(kinks.inputs.shape) * tolerances.FLOAT64_EPS * terms
     inside = np.minimum(multipliers - lower, upper - multipliers) - kinks.uncertainty
     return float(inside.min()), left + float(summing)
 
@@ -309,5 +310,5 @@ def _best_in_cells(kinks: _Forces, upward: NDArray[np.bool_]) -> Array | None:
 def _in_span(step: Array, rows: Array) -> Array:
     """The part of a step in the span of the rows: the rest changes no pre-activation, and could be of any size."""
     _, values, right = np.linalg.svd(rows, full_matrices=False)
-    span = right[values > _INDEPENDENT * values[0]]
+    span = right[values > tolerances.MIN_INDEPENDENT_SINGULAR_RATIO * values[0]]
     return np.asarray(span.T @ (span @ step))

@@ -13,23 +13,21 @@ import numpy as np
 import torch
 from scipy.optimize import linprog
 
+from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.minima.kink_multipliers import check_multipliers
-from lightning_mnn.landscape.minima.problem import MAX_KINK_ROUNDINGS, ROUNDOFF, Problem
-from lightning_mnn.landscape.minima.stationary_point import DEPENDENT_KINKS, FaceSolution, bases_of_kinks, solve_on_face
+from lightning_mnn.landscape.minima.stationary_point import FaceSolution, bases_of_kinks, solve_on_face
 from lightning_mnn.utilities.interruption import safe_point
 from lightning_mnn.verdicts import Kind, Reason, ReasonCode
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lightning_mnn.landscape.minima.problem import Problem
 
-_MAX_ROUNDING = 1e-6  # largest rounding errors, relative to the residual, for which G e can be tested
 
-_ROWS = 4096  # samples per block
+_SAMPLES_PER_BLOCK = 4096  # samples per block
 
-_STEP_LENGTH = 1e-4  # relative length of a step off degenerate kinks
-
-_STEP_LIMIT = 5_000_000  # samples times parameters, for the dense matrix of that step
+_MAX_MATRIX_ENTRIES = 5_000_000  # samples times parameters, for the dense matrix of that step
 
 
 class Direction(NamedTuple):
@@ -102,8 +100,8 @@ def _check_forces(problem: Problem, found: FaceSolution) -> Optimality | None:
     """None if G e = 0 on the face up to rounding, for the units that may move; otherwise why it is undecided."""
     size_of_e = problem.squared_error(found.outputs.errors) ** 0.5
     squares = problem.process_group.sum((found.face.slopes * problem.norms[:, None]).square().sum(0))
-    hidden = found.noise[:-1] > _MAX_ROUNDING * size_of_e * squares.sqrt()
-    if not found.drift <= _MAX_ROUNDING * size_of_e or bool(hidden[squares > 0].any()):
+    hidden = found.noise[:-1] > tolerances.MAX_ROUNDING_PER_RESIDUAL * size_of_e * squares.sqrt()
+    if not found.drift <= tolerances.MAX_ROUNDING_PER_RESIDUAL * size_of_e or bool(hidden[squares > 0].any()):
         return _undecided(ReasonCode.ROUNDING_HIDES_GRADIENT)
     gradient = found.face.project(found.forces)
     size = found.point.hidden.numel()
@@ -123,10 +121,10 @@ def _has_nonzero_entry(problem: Problem, found: FaceSolution) -> bool:
     input may still lower the loss.
     """
     coefficients, outputs = found.face.slopes.abs(), found.outputs
-    spread = (problem.num_samples + 2) * ROUNDOFF * outputs.errors.abs() + outputs.bounds
+    spread = (problem.num_samples + 2) * tolerances.UNIT_ROUNDOFF * outputs.errors.abs() + outputs.bounds
     noise = torch.zeros_like(found.rows)
-    for start in range(0, len(spread), _ROWS):  # in blocks, so that memory does not hold a second training set
-        part = slice(start, start + _ROWS)
+    for start in range(0, len(spread), _SAMPLES_PER_BLOCK):  # memory need not hold a second training set
+        part = slice(start, start + _SAMPLES_PER_BLOCK)
         noise += coefficients[part].T @ (problem.inputs[part].abs() * spread[part, None])
     free = found.point.output != 0
     if found.kinks is not None:
@@ -186,7 +184,7 @@ def _signs(problem: Problem, found: FaceSolution) -> tuple[int, int, int, Tensor
     unclear = counted & ~flipped & ~(u.abs() > uncertainty + problem.norms[:, None] * drift)
     off = torch.zeros_like(unclear)
     if found.kinks is not None:
-        off = found.kinks & (u.abs() > MAX_KINK_ROUNDINGS * uncertainty)
+        off = found.kinks & (u.abs() > tolerances.MAX_KINK_ROUNDINGS * uncertainty)
     flips, doubts, left = problem.process_group.sum(torch.stack([flipped.sum(), unclear.sum(), off.sum()])).tolist()
     return int(flips), int(doubts), int(left), unclear
 
@@ -304,7 +302,7 @@ def _descent(problem: Problem, found: FaceSolution, unit: int, step: Tensor, tur
         share = min(1.0, pull / square) if square else 0.0
         reach, change = share * reach, share * change
     gained = problem.process_group.sum((change * (2 * outputs.errors - change)).sum())
-    count = (problem.num_samples + 10) * ROUNDOFF
+    count = (problem.num_samples + 10) * tolerances.UNIT_ROUNDOFF
     uncertainty = problem.process_group.sum(
         (change.abs() * (2 * outputs.bounds + count * (outputs.errors.abs() + change.abs()))).sum()
     )
@@ -326,7 +324,7 @@ def leave_kinks(
     """
     assert found.kinks is not None  # noqa: S101 (ends are kinks)
     process_group = problem.process_group
-    if problem.num_samples * found.point.theta.numel() > _STEP_LIMIT or not bool(found.point.output.any()):
+    if problem.num_samples * found.point.theta.numel() > _MAX_MATRIX_ENTRIES or not bool(found.point.output.any()):
         return None
     width = len(found.point.output)
     dropped = _pairs(problem, width, optimality.ends)
@@ -337,7 +335,7 @@ def leave_kinks(
     bases = {} if remaining is None else bases_of_kinks(problem, remaining)
     face = problem.map(active, None if bool(live.all()) else live, bases)
     _, values, right = torch.linalg.svd(process_group.join(face.dense()), full_matrices=True)
-    rank = int((values > 1e-10 * values[0]).sum())
+    rank = int((values > tolerances.MAX_ZERO_SINGULAR_RATIO * values[0]).sum())
     null_space = face.project(right[rank:])  # rows: moves on the face that change no prediction
     outward = torch.zeros(len(optimality.ends), face.num_parameters, dtype=torch.float64)
     dim, inputs = found.point.hidden.shape[1], process_group.join(problem.inputs)
@@ -355,7 +353,7 @@ def leave_kinks(
         bounds=[(-1, 1)] * count + [(None, 1)],
         method="highs",
     )
-    if best.x is None or (rates @ best.x[:-1]).min() <= 1e-6:
+    if best.x is None or (rates @ best.x[:-1]).min() <= tolerances.MIN_KINK_EXIT_RATE:
         return None
     move = torch.as_tensor(best.x[:-1], device=null_space.device) @ null_space
     theta = found.point.theta
@@ -365,7 +363,10 @@ def leave_kinks(
     rates_of_u = torch.where(live, 1 / torch.where(live, found.point.output, 1.0), 0.0) * (problem.inputs @ rows.T)
     unmoved = found.kinks | (rates_of_u == 0)
     ahead = torch.where(unmoved, torch.inf, (found.outputs.preactivations / rates_of_u).abs())
-    share = min(0.5 * float(process_group.min(ahead.min())), _STEP_LENGTH * float(theta.norm()) / float(move.norm()))
+    share = min(
+        0.5 * float(process_group.min(ahead.min())),
+        tolerances.MAX_KINK_EXIT_RATIO * float(theta.norm()) / float(move.norm()),
+    )
     theta = theta + share * move
     near = found.point.moved(theta[:size].reshape(rows.shape), theta[size:])
     again = solve_on_face(problem, near, active, remaining)
@@ -376,7 +377,7 @@ def leave_kinks(
 def _row_space_part(inputs: Tensor, rows: Tensor) -> Tensor:
     """The parts of rows in the span of the inputs: the rest changes no pre-activation."""
     _, values, right = torch.linalg.svd(inputs, full_matrices=False)
-    span: Tensor = right[values > DEPENDENT_KINKS * values[0]]
+    span: Tensor = right[values > tolerances.MAX_ZERO_SINGULAR_RATIO * values[0]]
     return rows @ span.T @ span
 
 

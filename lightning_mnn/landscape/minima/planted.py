@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.network import Network
 
 if TYPE_CHECKING:
@@ -21,13 +22,9 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-_MAX_ATTEMPTS = 40  # draws of a whole problem before the sizes are reported as unsuitable
-_CANDIDATES = 64  # directions drawn for each one that is used
-_COST = 1e3  # unit roundoffs, relative to the residual, that a planted minimum may have without a redraw
-_MAX_COST = 1e10  # above it, rounding hides the residual
-_MIN_SINE = 1e-6  # of a pre-activation off its kink
-_MAX_RESIDUAL = 10.0  # root mean square, where multipliers lie between the margin and 1
-_MIN_FORCE = 1e-2  # ‖g_i‖ / √(Σ e_n² ‖x_n‖²) of the row that makes a saddle
+_MAX_PROBLEM_DRAWS = 40  # draws of a whole problem before the sizes are reported as unsuitable
+_DRAWS_PER_DIRECTION = 64  # directions drawn for each one that is used
+_MAX_ROUNDINGS_WITHOUT_REDRAW = 1e3  # unit roundoffs of a planted minimum, relative to the residual
 
 
 @dataclass(frozen=True)
@@ -119,8 +116,8 @@ def planted_minimum(
     given_inputs = _given("inputs", inputs, (num_samples, input_dim))
     given_targets = _given("targets", targets, (num_samples,))
     rng = np.random.default_rng(seed)
-    best, smallest_cost = None, _MAX_COST
-    for _ in range(_MAX_ATTEMPTS):
+    best, smallest_cost = None, tolerances.MAX_PLANTED_ROUNDINGS
+    for _ in range(_MAX_PROBLEM_DRAWS):
         x = rng.standard_normal((num_samples, input_dim)) if given_inputs is None else given_inputs
         y = _random_labels(rng, num_samples, labels) if given_targets is None else given_targets
         w = _clear_direction(rng, x)
@@ -133,7 +130,7 @@ def planted_minimum(
         cost = t * float(np.linalg.norm(x @ w)) / max(float(np.linalg.norm(residual)), 1e-300)
         if cost < smallest_cost:
             best, smallest_cost = (x, y, w, u, t), cost
-        if cost <= _COST:
+        if cost <= _MAX_ROUNDINGS_WITHOUT_REDRAW:
             break
     if best is None:
         raise ValueError(
@@ -195,7 +192,7 @@ def planted_kink_minimum(
         raise ValueError(f"margin must lie between 0 and 1, got {margin}")
     rng = np.random.default_rng(seed)
     max_groups = min(width, num_samples // (3 * input_dim))
-    for attempt in range(_MAX_ATTEMPTS):
+    for attempt in range(_MAX_PROBLEM_DRAWS):
         num_groups = max(1, max_groups >> (attempt // 8))  # fewer equations after several failed draws
         x = rng.standard_normal((num_samples, input_dim))
         kinks = rng.permutation(num_samples)[: num_groups * kinks_per_unit].reshape(num_groups, kinks_per_unit)
@@ -208,7 +205,7 @@ def planted_kink_minimum(
         slopes = _slopes(x @ directions.T, negative_slope)
         residual = _residual_on_face(rng, x, slopes, kinks, signs[:, None] * multipliers, negative_slope)
         smallest_sine = min(_smallest_sine(x, w, on_kink) for w, on_kink in zip(directions, kinks, strict=True))
-        if residual is not None and smallest_sine >= _MIN_SINE:
+        if residual is not None and smallest_sine >= tolerances.MIN_PLANTED_SINE:
             break
     else:
         raise ValueError(
@@ -253,7 +250,7 @@ def planted_saddle(
     _check_sizes(num_samples, input_dim, width, negative_slope, smallest_width=3)
     if input_dim < 2:
         raise ValueError(f"input_dim must be at least 2, got {input_dim}: a row of one number cannot be rotated")
-    for start in np.random.SeedSequence(seed).generate_state(_MAX_ATTEMPTS):
+    for start in np.random.SeedSequence(seed).generate_state(_MAX_PROBLEM_DRAWS):
         planted = planted_minimum(num_samples, input_dim, width, negative_slope, labels=(-1.0, 1.0), seed=int(start))
         x, residual = planted.inputs.numpy(), planted.residual.numpy()
         row = _turned_row(np.random.default_rng(start), x, residual, negative_slope)
@@ -298,7 +295,7 @@ def _slopes(preactivations: Array, negative_slope: float) -> Array:
 
 def _clear_direction(rng: np.random.Generator, inputs: Array, on_kink: NDArray[np.int64] | None = None) -> Array:
     """A random unit vector w with w·x_n = 0 on the given kinks: of several draws, the farthest from all other kinks."""
-    drawn = rng.standard_normal((_CANDIDATES, inputs.shape[1]))
+    drawn = rng.standard_normal((_DRAWS_PER_DIRECTION, inputs.shape[1]))
     if on_kink is not None:
         drawn = _orthogonal(drawn, inputs[on_kink])
     drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
@@ -378,8 +375,9 @@ def _residual_on_face(
         missing = wanted.reshape(-1) - equations @ residual
         residual[free] += np.linalg.lstsq(equations[:, free], missing)[0]
     missing = wanted.reshape(-1) - equations @ residual
-    exact = np.linalg.norm(missing) <= 1e-13 * np.linalg.norm(equations) * np.linalg.norm(residual)
-    moderate = np.linalg.norm(residual[free]) <= _MAX_RESIDUAL * math.sqrt(num_samples)
+    size = np.linalg.norm(equations) * np.linalg.norm(residual)
+    exact = np.linalg.norm(missing) <= tolerances.MAX_PLANTED_EQUATION_ERROR * size
+    moderate = np.linalg.norm(residual[free]) <= tolerances.MAX_PLANTED_RESIDUAL * math.sqrt(num_samples)
     return residual if exact and moderate else None
 
 
@@ -395,7 +393,7 @@ def _turned_row(rng: np.random.Generator, inputs: Array, residual: Array, negati
     def height(rows: Array) -> Array:
         return np.asarray((rows * gradient(rows)).sum(axis=1))
 
-    drawn = rng.standard_normal((2 * _CANDIDATES, inputs.shape[1]))
+    drawn = rng.standard_normal((2 * _DRAWS_PER_DIRECTION, inputs.shape[1]))
     heights = height(drawn)
     below, above = drawn[heights < 0], drawn[heights > 0]
     count = min(len(below), len(above))
@@ -414,10 +412,12 @@ def _turned_row(rng: np.random.Generator, inputs: Array, residual: Array, negati
         rows = rows - force * ((rows * force).sum(axis=1, keepdims=True) / squared)
     scale = float(np.linalg.norm(residual[:, None] * inputs))
     force = gradient(rows)
-    fits = (np.linalg.norm(force, axis=1) >= _MIN_FORCE * scale) & (np.abs(height(rows)) <= 1e-14 * scale)
+    fits = (np.linalg.norm(force, axis=1) >= tolerances.MIN_PLANTED_FORCE_RATIO * scale) & (
+        np.abs(height(rows)) <= tolerances.MAX_PLANTED_SLOPE_RATIO * scale
+    )
     sines = np.where(fits, _smallest_sine(inputs, rows.T), 0.0)
     chosen = int(sines.argmax())
-    return rows[chosen] if sines[chosen] >= _MIN_SINE else None
+    return rows[chosen] if sines[chosen] >= tolerances.MIN_PLANTED_SINE else None
 
 
 def _planted(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.minima.certificate import (
     Case,
     Certificate,
@@ -23,7 +24,7 @@ from lightning_mnn.landscape.minima.certificate import (
 from lightning_mnn.landscape.minima.optimality import Direction, Optimality, check_optimality, leave_kinks
 from lightning_mnn.landscape.minima.problem import Outputs, Point, Problem
 from lightning_mnn.landscape.minima.stationary_point import FaceSolution, solve_on_face
-from lightning_mnn.landscape.regions.least_squares import GRAM_LIMIT
+from lightning_mnn.landscape.regions.least_squares import MAX_GRAM_ROWS
 from lightning_mnn.utilities.interruption import safe_point
 from lightning_mnn.verdicts import Kind, Reason, ReasonCode
 
@@ -32,10 +33,7 @@ if TYPE_CHECKING:
 
     from lightning_mnn.utilities.distributed import ProcessGroup
 
-_MAX_LOSS_RATIO = 0.7  # a step after which more than this fraction of the loss is left ends the first phase
-
-_MAX_EXCURSION = 100.0  # times max_distance, where the search is given up
-_UNRESOLVED_SINE = 1e-9  # |w·x|/(‖w‖‖x‖) that may be zero but for the rounding of a solution
+_MAX_FAST_LOSS_RATIO = 0.7  # a step after which more than this fraction of the loss is left ends the first phase
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ def polish(
         raise ValueError(f"max_steps must be at least 0, got {max_steps}")
     if max_steps is None and min(inputs.ndim, hidden_weights.ndim) > 1:
         samples, parameters = inputs.shape[-2], hidden_weights.shape[-2] * hidden_weights.shape[-1]
-        max_steps = 1000 if min(samples, parameters) <= GRAM_LIMIT else 10
+        max_steps = 1000 if min(samples, parameters) <= MAX_GRAM_ROWS else 10
     cases = split_replicas(
         hidden_weights,
         output_weights,
@@ -169,8 +167,8 @@ def _polish(case: Case, threshold: float | None, max_distance: float, max_steps:
             break
         state = following
         losses.append(min(losses[-1], problem.squared_error(state.outputs.errors)))  # min: rounding of the sums
-        use_active_set = use_active_set or not losses[-1] < _MAX_LOSS_RATIO * losses[-2]
-        if start.distance(state.point) > _MAX_EXCURSION * max_distance:
+        use_active_set = use_active_set or not losses[-1] < _MAX_FAST_LOSS_RATIO * losses[-2]
+        if start.distance(state.point) > tolerances.MAX_POLISH_EXCURSION * max_distance:
             break
     if not optimality.kind.is_minimum:  # test the last weights: the result above is of those before the last step
         found = solve_on_face(problem, state.point, state.active, state.kinks)
@@ -264,7 +262,7 @@ def _step(problem: Problem, state: _State, found: FaceSolution, *, use_active_se
             reached = (crossings == first) & torch.isfinite(crossings)
             if not bool(torch.isfinite(first)):  # or by pairs that may be on a kink, up to rounding
                 sizes = problem.norms[:, None] * state.point.sizes
-                reached = (u.abs() <= _UNRESOLVED_SINE * sizes) & (sizes > 0)
+                reached = (u.abs() <= tolerances.MAX_UNRESOLVED_SINE * sizes) & (sizes > 0)
                 reached = reached if kinks is None else reached & ~kinks
         if bool(problem.process_group.max(reached.any().long())):
             kinks = reached if kinks is None else kinks | reached

@@ -15,14 +15,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.regions.linear_map import FaceMap
 from lightning_mnn.landscape.units import row_powers, times_power, unit_exponent
 from lightning_mnn.utilities.distributed import ProcessGroup
 from lightning_mnn.utilities.transfer import fetched
-
-ROUNDOFF = 2.0**-53  # of float64, the precision of all computations here
-MAX_KINK_ROUNDINGS = 8.0  # a pre-activation of at most this many times its rounding error is on its kink
-_MAX_ROUNDING = 1e-6  # largest rounding errors of ŷ, relative to y, for which e = 0 can be tested
 
 
 @dataclass(frozen=True)
@@ -195,7 +192,7 @@ class Problem:
         """
         preactivations = self.inputs @ point.hidden.T
         sizes = point.sizes
-        uncertainty = self.norms[:, None] * ((point.hidden.shape[1] + 4) * ROUNDOFF * sizes)
+        uncertainty = self.norms[:, None] * ((point.hidden.shape[1] + 4) * tolerances.UNIT_ROUNDOFF * sizes)
         activated = torch.where(preactivations > 0, preactivations, self.slope * preactivations)
         steepness = torch.full_like(uncertainty, max(1.0, abs(self.slope)))
         steepness.masked_fill_(preactivations > uncertainty, 1.0).masked_fill_(
@@ -204,12 +201,12 @@ class Problem:
         weights = point.output.abs() * sizes
         errors = self.targets - activated @ point.output - self.free @ point.free
         terms = (steepness @ weights) * self.norms + self.free.abs() @ point.free.abs()
-        gamma = (sum(point.hidden.shape) + self.free.shape[1] + 7) * ROUNDOFF
+        gamma = (sum(point.hidden.shape) + self.free.shape[1] + 7) * tolerances.UNIT_ROUNDOFF
         bounds = torch.where(terms > 0, gamma * (self.targets.abs() + terms), 0.0)
         idle = terms == 0
         if kinks is not None:
-            on_kink = kinks & (preactivations.abs() <= MAX_KINK_ROUNDINGS * uncertainty)
-            bounds = bounds + MAX_KINK_ROUNDINGS * ((on_kink * steepness * uncertainty) @ point.output.abs())
+            on_kink = kinks & (preactivations.abs() <= tolerances.MAX_KINK_ROUNDINGS * uncertainty)
+            bounds = bounds + tolerances.MAX_KINK_ROUNDINGS * ((on_kink * steepness * uncertainty) @ point.output.abs())
             idle = steepness.masked_fill_(on_kink, 0.0) @ weights == 0
         if self.free.shape[1]:
             idle = torch.zeros_like(idle)
@@ -223,7 +220,7 @@ class Problem:
         sizes = self.process_group.sum(torch.stack([outputs.bounds.square().sum(), self.targets.square().sum()]))
         fits = self.process_group.min((outputs.errors.abs() <= outputs.bounds).all().long())
         bounds, targets, fit = fetched(*sizes, fits)
-        return bool(fit) and bounds <= _MAX_ROUNDING**2 * targets
+        return bool(fit) and bounds <= tolerances.MAX_ROUNDING_PER_TARGET**2 * targets
 
     def squared_error(self, errors: Tensor) -> float:
         """‖e‖² over all samples."""

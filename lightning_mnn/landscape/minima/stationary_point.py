@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_mnn.landscape.minima.problem import ROUNDOFF, Outputs, Point, Problem
+from lightning_mnn.landscape import tolerances
+from lightning_mnn.landscape.minima.problem import Outputs, Point, Problem
 from lightning_mnn.landscape.regions.least_squares import Solution, solve
 from lightning_mnn.utilities.transfer import fetched
 
@@ -16,11 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_mnn.landscape.regions.linear_map import FaceMap
-
-
-_SPANNED = 1e-12  # part of an input outside a span, relative to the input, that counts as zero
-
-DEPENDENT_KINKS = 1e-10  # singular values of kinks' inputs, relative to the largest, that count as zero
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,7 @@ def solve_on_face(
     point = near.moved(theta[: hidden.numel()].reshape(hidden.shape), theta[hidden.numel() :])
     outputs = problem.outputs(point, kinks)
     coefficients = face.slopes if kinks is None else torch.where(kinks, 0.0, face.slopes)
-    summing = (problem.num_samples + 2) * ROUNDOFF * outputs.errors.abs()
+    summing = (problem.num_samples + 2) * tolerances.UNIT_ROUNDOFF * outputs.errors.abs()
     forces = replace(face, slopes=coefficients).correlate(outputs.errors)
     noises = [_noise(problem, coefficients, spread) for spread in (summing, summing + outputs.bounds)]
     error, drift = _errors(problem, face, solution, outputs, forces, noises[0])
@@ -123,7 +119,7 @@ def bases_of_kinks(problem: Problem, kinks: Tensor) -> dict[int, Tensor]:
         if count:
             inputs = problem.process_group.join(problem.inputs[samples[unit]])
             _, values, right = torch.linalg.svd(inputs / inputs.norm(dim=1, keepdim=True), full_matrices=False)
-            found[unit] = right, (values > DEPENDENT_KINKS * values[0]).sum()
+            found[unit] = right, (values > tolerances.MAX_ZERO_SINGULAR_RATIO * values[0]).sum()
     ranks = fetched(*(rank for _, rank in found.values()))
     return {unit: right[: int(rank)].T for (unit, (right, _)), rank in zip(found.items(), ranks, strict=True)}
 
@@ -133,7 +129,7 @@ def _spanned(problem: Problem, kinks: Tensor, bases: dict[int, Tensor]) -> Tenso
     kinks = kinks.clone()
     for unit, basis in bases.items():
         beyond = (problem.inputs - problem.inputs @ basis @ basis.T).norm(dim=1)
-        kinks[:, unit] |= (beyond <= _SPANNED * problem.norms) & (problem.norms > 0)
+        kinks[:, unit] |= (beyond <= tolerances.MAX_OFF_SPAN_RATIO * problem.norms) & (problem.norms > 0)
     return kinks
 
 
