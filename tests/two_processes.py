@@ -103,7 +103,7 @@ def main(devices: int, options: dict, out: Path) -> None:
     )
     if "split" in options:  # each process keeps its samples, and no Gram matrix is formed
         certification._MAX_GATHERED = 0
-        least_squares.GRAM_LIMIT = options["split"]
+        least_squares.MAX_GRAM_ROWS = options["split"]
     detector = LocalMinimumDetector(
         Schedule(every=3), stop_training=False, polish=options.get("polish", False), max_distance=10.0
     )

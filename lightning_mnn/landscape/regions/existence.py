@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.labels import infer_threshold, wrong
 from lightning_mnn.landscape.pattern import ActivationPattern
 from lightning_mnn.landscape.regions.branch_cover import covered
@@ -40,16 +41,9 @@ if TYPE_CHECKING:
     Bools = NDArray[np.bool_]
     Signs = NDArray[np.int8]
 
-_CLOSED = 1e-9  # largest error of the equations of a dual, relative to the bound that it proves
-_OPEN = 1e-7  # a margin above this counts as positive; between _CLOSED and _OPEN a branch is undecided
-_EXCLUDED = 2 * _CLOSED  # closed branches exclude margins min s_i σ_ni x̂_n·w̃_i / ‖w̃‖ above this
-_STATIONARY = 1e-10  # largest ‖G e‖ / (‖G‖_F ‖y‖) of a minimum
-_ZERO = 1e-12  # relative size up to which a number is zero up to rounding
-_MIN_SINGULAR = 1e-10  # relative size from which a singular value is certainly not zero
-_MIN_LENGTH = 1e-10  # length of an input, relative to the longest, from which its part in G is not lost in rounding
-_LARGEST = 20_000_000  # entries of the largest dense matrix of inequalities, N·d1 × d0·d1
-_EPS = float(np.finfo(np.float64).eps)
-_FREE = 2  # code for the sign of a row that is not decided
+_EXCLUDED_MARGIN = 2 * tolerances.MAX_DUAL_ERROR_RATIO  # closed branches exclude larger s_i σ_ni x̂_n·w̃_i / ‖w̃‖
+_MAX_INEQUALITY_ENTRIES = 20_000_000  # entries of the largest dense matrix of inequalities, N·d1 × d0·d1
+_FREE_SIGN = 2  # code for the sign of a row that is not decided
 
 
 @dataclass(frozen=True)
@@ -180,7 +174,7 @@ def check_proof(region: Region, targets: Tensor, existence: Existence) -> bool:
         existence: a verdict on it.
     """
     width = region.pattern.active.shape[-1]
-    given = (_FREE,) * width if existence.output_signs is None else existence.output_signs
+    given = (_FREE_SIGN,) * width if existence.output_signs is None else existence.output_signs
     if existence.exists is not False or not existence.proof or len(given) != width:
         return False
     model = _Model(region, targets)
@@ -188,7 +182,9 @@ def check_proof(region: Region, targets: Tensor, existence: Existence) -> bool:
     strict, support = np.array([each for each, _ in checked]), np.array([rows for _, rows in checked])
     if model.doubt or not (strict | support.any(1)).all():
         return False
-    signs = np.array([[_FREE if sign is None else sign for sign in branch.signs] for branch in existence.proof])
+    signs = np.array(
+        [[_UNDECIDED_SIGN if sign is None else sign for sign in branch.signs] for branch in existence.proof]
+    )
     return covered(np.array(given), signs, strict, support) > 0
 
 
@@ -198,12 +194,16 @@ def _find(
     targets = targets.detach().to(region.inputs)
     (num_samples, width), dim = region.pattern.active.shape, region.inputs.shape[-1]
     size = num_samples * dim * width**2
-    model = _Model(region, targets) if size <= _LARGEST else None
+    model = _Model(region, targets) if size <= _MAX_INEQUALITY_ENTRIES else None
     unit = 2.0 ** unit_exponent(float(targets.abs().max())) if model is None else model.target_unit
     scaled = region.residual(targets) / unit if model is None else torch.from_numpy(model.residual).to(targets)
-    rounding = 8 * max(num_samples, dim * width) * _EPS * float((targets / unit).norm())
+    rounding = 8 * max(num_samples, dim * width) * tolerances.FLOAT64_EPS * float((targets / unit).norm())
     given = None if output_signs is None else output_signs.sign().cpu().numpy().astype(np.int8)
-    doubt = Reason.of(ReasonCode.REGION_TOO_LARGE, size=size, limit=_LARGEST) if model is None else model.doubt
+    doubt = (
+        Reason.of(ReasonCode.REGION_TOO_LARGE, size=size, limit=_MAX_INEQUALITY_ENTRIES)
+        if model is None
+        else model.doubt
+    )
     verdict = Existence(
         exists=None,
         because=doubt or Reason.of(ReasonCode.NOT_CHECKED),
@@ -217,15 +217,17 @@ def _find(
     for unit, interior in enumerate(model.interiors):
         if isinstance(interior, ClosedBranch):
             because = Reason.of(ReasonCode.REGION_EMPTY, unit=unit)
-            return replace(verdict, exists=False, because=because, excluded_margin=_EXCLUDED, proof=(interior,))
+            return replace(
+                verdict, exists=False, because=because, excluded_margin=_MIN_EXCLUDED_MARGIN, proof=(interior,)
+            )
     search = _Search(model, given)
     outcome = search.run(max_nodes)
     if isinstance(outcome, Reason):
         return replace(verdict, because=outcome)
     if outcome is None:
         signs, proof = "any" if given is None else "these", tuple(search.closed)
-        because = Reason.of(ReasonCode.NO_MINIMUM, signs=signs, margin=_EXCLUDED, branches=len(proof))
-        return replace(verdict, exists=False, because=because, excluded_margin=_EXCLUDED, proof=proof)
+        because = Reason.of(ReasonCode.NO_MINIMUM, signs=signs, margin=_MIN_EXCLUDED_MARGIN, branches=len(proof))
+        return replace(verdict, exists=False, because=because, excluded_margin=_MIN_EXCLUDED_MARGIN, proof=proof)
     hidden, output, margin = outcome
     return replace(
         verdict,
@@ -279,7 +281,7 @@ class _Model:
         self.facets: Array = self.sides[self.used].T[:, :, None] * directions  # σ_ni x̂_n, (d1, N', d0)
         smallest = self.lengths[(self.inputs != 0).any(1)].min(initial=np.inf) / (self.lengths.max() or 1)
         self.doubt: Reason | None = None
-        if smallest < _MIN_LENGTH:
+        if smallest < tolerances.MIN_INPUT_LENGTH_RATIO:
             self.doubt = Reason.of(ReasonCode.INPUT_TOO_SHORT, relative=smallest)
         self.fits: dict[bytes, _Fit] = {}
         left, values, _, rank = self._decompose(self.features)
@@ -287,12 +289,12 @@ class _Model:
         coordinates = left.T @ self.targets
         residual = self.targets - left @ coordinates
         self.residual: Array = residual - left @ (left.T @ residual)
-        if rank and values[-1] < _MIN_SINGULAR * values[0]:
+        if rank and values[-1] < tolerances.MIN_NONZERO_SINGULAR_RATIO * values[0]:
             self.doubt = Reason.of(ReasonCode.RANK_IN_DOUBT, relative=float(values[-1] / values[0]))
         size, length = float(np.linalg.norm(coordinates)), float(np.linalg.norm(self.targets))
-        if size <= _ZERO * length:
+        if size <= tolerances.MAX_ZERO_RATIO * length:
             coordinates[:] = 0
-        elif size <= _CLOSED * length:
+        elif size <= tolerances.MAX_DUAL_ERROR_RATIO * length:
             self.doubt = Reason.of(ReasonCode.FIT_IN_DOUBT, relative=size / length)
         self.scale = float(np.linalg.norm(coordinates / values)) or length / (np.linalg.norm(self.features) or 1) or 1.0
         self.prediction: Array = left @ coordinates / self.scale  # ŷ
@@ -301,7 +303,7 @@ class _Model:
     @staticmethod
     def _decompose(features: Array) -> tuple[Array, Array, Array, int]:
         left, values, right = np.linalg.svd(features, full_matrices=features.shape[0] < features.shape[1])
-        rank = int((values > max(features.shape) * _EPS * values.max(initial=0)).sum())
+        rank = int((values > max(features.shape) * tolerances.FLOAT64_EPS * values.max(initial=0)).sum())
         return left, values, right, rank
 
     def _interior(self, unit: int) -> Array | ClosedBranch:
@@ -309,10 +311,10 @@ class _Model:
         if not self.used.any():
             return np.ones(self.inputs.shape[1])
         everywhere = np.zeros(self.facets.shape[:2])
-        nothing = np.full(len(self.facets), _FREE, dtype=np.int8)
+        nothing = np.full(len(self.facets), _FREE_SIGN, dtype=np.int8)
         for point, multipliers in alternatives(self.facets[unit]):
             smallest = float((self.facets[unit] @ point).min())
-            if smallest > _OPEN * np.linalg.norm(point):
+            if smallest > tolerances.MIN_OPEN_MARGIN * np.linalg.norm(point):
                 return point / smallest
             everywhere[unit] = multipliers
             branch = self.branch(nothing, everywhere, np.zeros(len(self.targets)))
@@ -331,7 +333,7 @@ class _Model:
             coordinates = left.T @ self.prediction
             gap = self.prediction - left @ coordinates
             gap -= left @ (left.T @ gap)
-            if np.linalg.norm(gap) <= _ZERO * np.linalg.norm(self.prediction):
+            if np.linalg.norm(gap) <= tolerances.MAX_ZERO_RATIO * np.linalg.norm(self.prediction):
                 gap[:] = 0
             basis = np.zeros((columns.size, right.shape[0] - rank + 1))
             basis[columns] = np.column_stack([right[rank:].T, right[:rank].T @ (coordinates / values)])
@@ -349,7 +351,7 @@ class _Model:
         """A branch with a dual from multipliers (d1, N'); it is closed if :meth:`check_dual` confirms the dual."""
         spread = np.zeros(self.slopes.shape)
         spread[self.used] = multipliers.T
-        named = tuple(None if sign == _FREE else int(sign) for sign in signs)
+        named = tuple(None if sign == _FREE_SIGN else int(sign) for sign in signs)
         return ClosedBranch(named, torch.from_numpy(spread), torch.from_numpy(functional / self.input_unit))
 
     def check_dual(self, branch: ClosedBranch) -> tuple[bool, Bools]:
@@ -360,34 +362,36 @@ class _Model:
             signs as long as one of these rows is not zero.
         """
         multipliers, functional = branch.multipliers.cpu().numpy(), branch.functional.cpu().numpy() * self.input_unit
-        signs = np.array([_FREE if sign is None else sign for sign in branch.signs])
+        signs = np.array([_FREE_SIGN if sign is None else sign for sign in branch.signs])
         nothing = np.zeros(len(self.facets), dtype=bool)
         fitting = (multipliers.shape, functional.shape) == (self.slopes.shape, self.targets.shape)
         if not fitting or signs.shape != nothing.shape or not (multipliers >= 0).all():
             return False, nothing
         weights, totals = multipliers[self.used].T, multipliers[self.used].sum(0)
         pulls = (weights[:, None, :] @ self.facets)[:, 0]
-        if (signs == _FREE).all():
-            empty = (totals > 0) & (np.linalg.norm(pulls, axis=1) <= _CLOSED * totals)
+        if (signs == _FREE_SIGN).all():
+            empty = (totals > 0) & (np.linalg.norm(pulls, axis=1) <= tolerances.MAX_DUAL_ERROR_RATIO * totals)
             return bool(empty.any()), nothing
         decided = np.abs(signs) == 1
         if totals[~decided].any():
             return False, nothing
         off = np.where(decided, signs, 0)[:, None] * pulls + (functional @ self.features).reshape(pulls.shape)
         error, value = float(np.linalg.norm(off[signs != 0])), -float(functional @ self.prediction)
-        rounding = _ZERO * float(np.linalg.norm(functional)) * float(np.linalg.norm(self.prediction))
-        strict = value < -rounding and error <= _CLOSED * -value
-        return strict, (totals > 0) & (max(error, value) <= _CLOSED * totals)
+        size = float(np.linalg.norm(functional)) * float(np.linalg.norm(self.prediction))
+        rounding = tolerances.MAX_ZERO_RATIO * size
+        strict = value < -rounding and error <= tolerances.MAX_DUAL_ERROR_RATIO * -value
+        return strict, (totals > 0) & (max(error, value) <= tolerances.MAX_DUAL_ERROR_RATIO * totals)
 
     def is_minimum(self, hidden: Array, output: Array) -> bool:
         """Whether a point lies in the region beyond rounding, and G e = 0 up to a tolerance."""
         preactivations = self.inputs @ hidden.T
-        rounding = (self.inputs.shape[1] + 4) * _EPS * self.lengths[:, None] * np.linalg.norm(hidden, axis=1)
+        sizes = self.lengths[:, None] * np.linalg.norm(hidden, axis=1)
+        rounding = (self.inputs.shape[1] + 4) * tolerances.FLOAT64_EPS * sizes
         inside = (self.sides * preactivations > rounding)[self.used].all()
         residual = self.targets - (self.slopes * preactivations) @ output
         size, gradient = np.linalg.norm(self.features), np.linalg.norm(residual @ self.features)
         reach = np.linalg.norm(self.targets) or size * np.linalg.norm(hidden * output[:, None])
-        return bool(inside and gradient <= _STATIONARY * size * reach)
+        return bool(inside and gradient <= tolerances.MAX_STATIONARITY * size * reach)
 
 
 class _Search:
@@ -396,7 +400,7 @@ class _Search:
     def __init__(self, model: _Model, output_signs: Signs | None) -> None:
         width = len(model.facets)
         self.model, self.given = model, output_signs is not None
-        self.root: Signs = np.full(width, _FREE, dtype=np.int8) if output_signs is None else output_signs
+        self.root: Signs = np.full(width, _FREE_SIGN, dtype=np.int8) if output_signs is None else output_signs
         self.closed: list[ClosedBranch] = []
         # C − C is the whole space: two units with one pattern have any sum, so their signs need no branches.
         labels = np.unique(model.sides[model.used], axis=1, return_inverse=True)[1]
@@ -439,7 +443,8 @@ class _Search:
         last = np.eye(fit.margins.shape[2])[-1:]
         rows = (signs[decided, None, None] * fit.margins[decided]).reshape(-1, last.size)
         for point, multipliers in alternatives(np.concatenate([last, rows])):
-            smallest = max(_OPEN * point[-1], _ZERO * np.linalg.norm(point))  # also above the rounding of the rows
+            rounding = tolerances.MAX_ZERO_RATIO * np.linalg.norm(point)  # of the rows
+            smallest = max(tolerances.MIN_OPEN_MARGIN * point[-1], rounding)
             if point[-1] > 0 and (rows @ point > smallest).all():
                 return np.asarray(fit.point + fit.directions @ (point[:-1] / point[-1]))
             weights[decided] = multipliers[1:].reshape(-1, weights.shape[1])
@@ -454,8 +459,8 @@ class _Search:
         """The two branches of the most violated row, the better one last; none if every row is in its cone or zero."""
         margins = self.model.margins(flat)
         plus, minus = margins.min(1, initial=1), (-margins).min(1, initial=1)
-        open_rows = (signs == _FREE) & ~self.settled & (np.linalg.norm(flat, axis=1) > _ZERO)
-        violations = np.where(open_rows, _OPEN - np.maximum(plus, minus), 0)
+        open_rows = (signs == _FREE_SIGN) & ~self.settled & (np.linalg.norm(flat, axis=1) > tolerances.MAX_ZERO_RATIO)
+        violations = np.where(open_rows, tolerances.MIN_OPEN_MARGIN - np.maximum(plus, minus), 0)
         row = int(violations.argmax())
         if violations[row] <= 0:
             return []
@@ -465,8 +470,9 @@ class _Search:
     def point(self, signs: Signs, flat: Array) -> tuple[Array, Array, float] | None:
         """W, z and the margin from flat weights with rows in their cones or zero, if they are a minimum."""
         model, interiors = self.model, np.array(self.model.interiors)
-        sides = np.where(model.margins(flat).min(1, initial=1) > 0, 1, -1) * (np.linalg.norm(flat, axis=1) > _ZERO)
-        signs = np.where((signs == _FREE) & ~self.settled, sides, signs).astype(np.int8)
+        nonzero = np.linalg.norm(flat, axis=1) > tolerances.MAX_ZERO_RATIO
+        sides = np.where(model.margins(flat).min(1, initial=1) > 0, 1, -1) * nonzero
+        signs = np.where((signs == _FREE_SIGN) & ~self.settled, sides, signs).astype(np.int8)
         centred = self.relax(signs)
         flat = centred.copy() if isinstance(centred, np.ndarray) else flat
         for first, second, *others in self.groups:

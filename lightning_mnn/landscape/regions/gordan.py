@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.optimize import linprog, nnls
 
+from lightning_mnn.landscape import tolerances
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -40,7 +42,10 @@ def alternatives(rows: Array) -> Iterator[tuple[Array, Array]]:
         A_ub=np.column_stack([-rows, np.ones(len(rows))]),
         b_ub=np.zeros(len(rows)),
         bounds=[(-1, 1)] * (rows.shape[1] + 1),
-        options={"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10},
+        options={
+            "primal_feasibility_tolerance": tolerances.MAX_INFEASIBILITY,
+            "dual_feasibility_tolerance": tolerances.MAX_INFEASIBILITY,
+        },
     )
     if result.success:
         yield np.asarray(result.x)[:-1], np.maximum(-result.ineqlin.marginals, 0)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from scipy.linalg import eigvalsh_tridiagonal
 
+from lightning_mnn.landscape import tolerances
 from lightning_mnn.utilities.interruption import safe_point
 from lightning_mnn.utilities.transfer import fetched
 
@@ -16,12 +17,9 @@ if TYPE_CHECKING:
 
     from lightning_mnn.landscape.regions.linear_map import FaceMap
 
-GRAM_LIMIT = 6000  # the largest Gram matrix that is formed: 0.3 GB, a second or two to factor
-_MAX_OPERATIONS = 2e9  # about a second of one core: limit for the decomposition of a deficient matrix itself
-_ZERO = 1e-11  # singular values, relative to the largest, that are dropped: their solutions would be rounding errors
-_REFINEMENTS = 3
-_EPS = torch.finfo(torch.float64).eps
-_ROUNDED = 10 * _EPS  # rounding error left by projection, relative to the matrix before it
+MAX_GRAM_ROWS = 6000  # the largest Gram matrix that is formed: 0.3 GB, a second or two to factor
+_MAX_SVD_OPERATIONS = 2e9  # about a second of one core: limit for the decomposition of a deficient matrix itself
+_NUM_REFINEMENTS = 3
 
 
 @dataclass(frozen=True)
@@ -62,14 +60,14 @@ def solve(face: FaceMap, rhs: Tensor, longest: float = float("inf"), max_iterati
         max_iterations: largest number of iterations of conjugate gradients.
     """
     dual = face.process_group.size == 1 and face.num_samples <= face.num_parameters
-    if (face.num_samples if dual else face.num_parameters) > GRAM_LIMIT:
+    if (face.num_samples if dual else face.num_parameters) > MAX_GRAM_ROWS:
         return _iterate(face, rhs, longest, max_iterations)
     matrix = face.gram() if dual else face.normal_matrix()
     solution = _by_cholesky(face, matrix, rhs, dual=dual)
     if solution is not None:
         return solution
     operations = face.num_samples * face.num_parameters * len(matrix)
-    if face.process_group.size == 1 and operations <= _MAX_OPERATIONS:
+    if face.process_group.size == 1 and operations <= _MAX_SVD_OPERATIONS:
         return _by_singular_values(face, rhs)
     return _by_eigenvalues(face, matrix, rhs, dual=dual)
 
@@ -83,11 +81,11 @@ def _apply(face: FaceMap, factor: Tensor, residual: Tensor, *, dual: bool) -> Te
 
 def _by_cholesky(face: FaceMap, matrix: Tensor, rhs: Tensor, *, dual: bool) -> Solution | None:
     factor, info = torch.linalg.cholesky_ex(matrix)
-    smallest = _smallest_eigenvalue(matrix, factor, info, _ROUNDED * face.size**2)
+    smallest = _smallest_eigenvalue(matrix, factor, info, tolerances.PROJECTION_ROUNDING_RATIO * face.size**2)
     if smallest is None:
         return None
     theta = _apply(face, factor, rhs, dual=dual)
-    for _ in range(_REFINEMENTS):
+    for _ in range(_NUM_REFINEMENTS):
         theta = theta + _apply(face, factor, rhs - face.predict(theta), dual=dual)
     return Solution(theta, smallest**0.5, onto=dual, method="Cholesky factor of the Gram matrix")
 
@@ -109,7 +107,7 @@ def _smallest_eigenvalue(matrix: Tensor, factor: Tensor, info: Tensor, floor: fl
     failed, length, trace = fetched(info, vector.norm(), matrix.diagonal().sum())
     if failed or not length > 0:
         return None
-    estimate, noise = 1 / length, max((len(matrix) + 10) * _EPS * trace, floor)
+    estimate, noise = 1 / length, max((len(matrix) + 10) * tolerances.FLOAT64_EPS * trace, floor)
     for share in (0.5, 0.05):
         shift = share * estimate
         if shift <= 10 * noise:
@@ -123,7 +121,8 @@ def _smallest_eigenvalue(matrix: Tensor, factor: Tensor, info: Tensor, floor: fl
 
 def _by_eigenvalues(face: FaceMap, matrix: Tensor, rhs: Tensor, *, dual: bool) -> Solution:
     values, vectors = torch.linalg.eigh(matrix)
-    nonzero = values > (10 * (len(matrix) + 10) * _EPS * values[-1]).clamp(min=_ROUNDED * face.size**2)
+    rounding = 10 * (len(matrix) + 10) * tolerances.FLOAT64_EPS * values[-1]
+    nonzero = values > rounding.clamp(min=tolerances.PROJECTION_ROUNDING_RATIO * face.size**2)
     inverse = torch.where(nonzero, 1 / values, 0.0)
 
     def apply(residual: Tensor) -> Tensor:
@@ -132,7 +131,7 @@ def _by_eigenvalues(face: FaceMap, matrix: Tensor, rhs: Tensor, *, dual: bool) -
         return face.project(vectors @ (inverse * (vectors.T @ face.project(face.correlate(residual)))))
 
     theta = apply(rhs)
-    for _ in range(_REFINEMENTS):
+    for _ in range(_NUM_REFINEMENTS):
         theta = theta + apply(rhs - face.predict(theta))
     smallest = float(values[nonzero][0]) ** 0.5 if bool(nonzero.any()) else None
     return Solution(theta, smallest, onto=False, method="eigenvalues of the Gram matrix")
@@ -140,10 +139,11 @@ def _by_eigenvalues(face: FaceMap, matrix: Tensor, rhs: Tensor, *, dual: bool) -
 
 def _by_singular_values(face: FaceMap, rhs: Tensor) -> Solution:
     left, values, right = torch.linalg.svd(face.dense(), full_matrices=False)
-    nonzero = values > (_ZERO * values[0]).clamp(min=_ROUNDED * face.size)
+    rounding = tolerances.MAX_DROPPED_SINGULAR_RATIO * values[0]
+    nonzero = values > rounding.clamp(min=tolerances.PROJECTION_ROUNDING_RATIO * face.size)
     inverse = torch.where(nonzero, 1 / values, 0.0)
     theta = rhs.new_zeros(face.num_parameters)
-    for _ in range(_REFINEMENTS):
+    for _ in range(_NUM_REFINEMENTS):
         theta = theta + right.T @ (inverse * (left.T @ (rhs - face.predict(theta))))
     rank = int(nonzero.sum())
     smallest = float(values[rank - 1]) if rank else None
@@ -162,7 +162,7 @@ def _iterate(face: FaceMap, rhs: Tensor, longest: float, max_iterations: int) ->
     for _ in range(2):
         residual = rhs - face.predict(theta)
         gradient = face.project(face.correlate(residual))
-        goal = 4 * _EPS * face.size * float(face.process_group.sum(residual @ residual)) ** 0.5
+        goal = 4 * tolerances.FLOAT64_EPS * face.size * float(face.process_group.sum(residual @ residual)) ** 0.5
         direction, square = gradient, gradient @ gradient
         diagonal, off_diagonal, last = [], [], (0.0, 1.0)
         while not (finished := float(square) ** 0.5 <= goal) and spent < max_iterations and not too_long:

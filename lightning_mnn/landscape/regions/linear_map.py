@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_mnn.utilities.distributed import ProcessGroup
 
-_BLOCK = 2048  # samples whose features are formed at a time
+_SAMPLES_PER_BLOCK = 2048  # samples whose features are formed at a time
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ class FaceMap:
         """
         size = self.num_parameters
         total = self.inputs.new_zeros(size, size)
-        for start in range(0, self.inputs.shape[0], _BLOCK):
-            block = slice(start, start + _BLOCK)
+        for start in range(0, self.inputs.shape[0], _SAMPLES_PER_BLOCK):
+            block = slice(start, start + _SAMPLES_PER_BLOCK)
             features = (self.slopes[block, :, None] * self.inputs[block, None, :]).flatten(1)
             features = torch.cat([features, self.free[block]], 1)
             total.addmm_(features.T, features)

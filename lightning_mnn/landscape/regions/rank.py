@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from scipy.linalg.lapack import dpstrf
 
+from lightning_mnn.landscape import tolerances
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -82,8 +84,10 @@ def _count_by_elimination(x: Tensor, a: Tensor, gram: Tensor, threshold: float) 
     """Number of eigenvalues of K = `gram` above `threshold`; overwrites `gram`."""
     size, rank = len(gram), 0
     done: list[_Elimination] = []
-    while (trace := float(gram.trace())) > _RESOLUTION * threshold:
-        step, factor = _eliminate(gram, max(_SPLIT * float(gram.diagonal().max()), _CLEARANCE * threshold))
+    while (trace := float(gram.trace())) > tolerances.MAX_TRACE_PER_THRESHOLD * threshold:
+        largest = float(gram.diagonal().max())
+        smallest = max(tolerances.MIN_PIVOT_RATIO * largest, tolerances.MIN_PIVOT_PER_THRESHOLD * threshold)
+        step, factor = _eliminate(gram, smallest)
         rank += len(step.chosen)
         if rank == size or _energy(x, a, [*done, step]) <= threshold:
             return rank
@@ -94,8 +98,8 @@ def _count_by_elimination(x: Tensor, a: Tensor, gram: Tensor, threshold: float) 
         return rank
     # With Z B the remainder, the small eigenvalues λ of K are those of the pencil Z K Zᵀ − λ Z Zᵀ: use its inertia.
     eye = torch.eye(size, dtype=gram.dtype, device=gram.device)
-    for n in range(0, size, _CHUNK):
-        weights = _rest(eye[:, n : n + _CHUNK], done)
+    for n in range(0, size, _CHUNK_COLUMNS):
+        weights = _rest(eye[:, n : n + _CHUNK_COLUMNS], done)
         gram.addmm_(weights, weights.T, alpha=-threshold)
     return rank + int((torch.linalg.eigvalsh(gram) > 0).sum())
 
@@ -107,7 +111,8 @@ def _eliminate(gram: Tensor, tolerance: float) -> tuple[_Elimination, Tensor]:
     order = torch.from_numpy(pivots).to(gram.device, torch.int64) - 1
     factor = torch.from_numpy(packed[:, :count]).to(gram.device)
     chosen = factor[:count].T.contiguous().T
-    if _largest_eigenvalue(partial(_solve, chosen), order[:count], 4) <= _GROWTH / tolerance:
+    inverse = _largest_eigenvalue(partial(_solve, chosen), order[:count], 4)
+    if inverse <= tolerances.MAX_PIVOT_PER_EIGENVALUE / tolerance:
         weights = torch.linalg.solve_triangular(chosen, factor[count:], upper=False, left=False)
         return _Elimination(order[:count], order[count:], weights), chosen
     # Rare: an eigenvalue is far below the pivots. Use eigenvectors instead of rows.
@@ -150,12 +155,12 @@ def _chunks(x: Tensor, a: Tensor) -> Iterator[Tensor]:
     """B in chunks of its columns, which are products of a unit and an input, or samples."""
     (size, width), units = x.shape, a.shape[1]
     if size <= width * units:
-        step = max(1, _CHUNK // width)
-        for i, j in itertools.product(range(0, units, step), range(0, width, _CHUNK)):
-            yield (a[:, i : i + step, None] * x[:, None, j : j + _CHUNK]).flatten(1)
+        step = max(1, _CHUNK_COLUMNS // width)
+        for i, j in itertools.product(range(0, units, step), range(0, width, _CHUNK_COLUMNS)):
+            yield (a[:, i : i + step, None] * x[:, None, j : j + _CHUNK_COLUMNS]).flatten(1)
     else:
-        for n in range(0, size, _CHUNK):
-            yield (a[n : n + _CHUNK].T[:, None, :] * x[n : n + _CHUNK].T[None, :, :]).flatten(0, 1)
+        for n in range(0, size, _CHUNK_COLUMNS):
+            yield (a[n : n + _CHUNK_COLUMNS].T[:, None, :] * x[n : n + _CHUNK_COLUMNS].T[None, :, :]).flatten(0, 1)
 
 
 def _gram(x: Tensor, a: Tensor, eliminations: list[_Elimination]) -> Tensor:
@@ -187,8 +192,4 @@ def _scaled(values: Tensor, name: str) -> Tensor:
     return values * math.ldexp(1.0, -max(math.frexp(largest)[1], -1000))
 
 
-_CHUNK = 512
-_SPLIT = 1e-9  # K gives eigenvalues of at least this fraction of its largest to three digits or more
-_RESOLUTION = 1e12  # K resolves the threshold if its trace is at most this multiple of it
-_CLEARANCE = 1e6  # a pivot must exceed the threshold by this factor: the squared singular value may be smaller
-_GROWTH = 1e3  # largest ratio of smallest pivot to smallest eigenvalue; below 30 in random regions
+_CHUNK_COLUMNS = 512

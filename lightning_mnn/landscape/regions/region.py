@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.regions.least_squares import solve
 from lightning_mnn.landscape.regions.linear_map import FaceMap
 from lightning_mnn.landscape.regions.rank import khatri_rao_rank
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_mnn.landscape.pattern import ActivationPattern
-
-_UNSOLVED = 1e-9  # ‖G r‖/(‖G‖‖y‖) above which an iteration has not found the residual
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ class Region:
             ArithmeticError: an iterative fit of a large region did not converge.
         """
         fit = self.least_squares(targets)
-        if bool((fit.gradient > _UNSOLVED).any()):
+        if bool((fit.gradient > tolerances.MAX_FIT_STATIONARITY).any()):
             raise ArithmeticError(
                 f"the least-squares fit of this region was not found by {fit.method}: "
                 f"‖G r‖/(‖G‖‖y‖) = {float(fit.gradient.max()):.1e}; "

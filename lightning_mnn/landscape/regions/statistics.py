@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.labels import wrong
 from lightning_mnn.landscape.network import Network, smallest_sines
 from lightning_mnn.landscape.pattern import ActivationPattern, PackedPattern
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-
-_ROUNDOFF = 2.0**-53  # of float64, the precision of the pass
 
 # How a field of the statistics of parts is merged into that of the whole.
 _SUM = {"merge": lambda parts: reduce(torch.add, parts)}
@@ -283,7 +282,9 @@ def _layer_statistics(
     slopes = pattern.slopes(network.negative_slope)
     sample_norms, weight_norms = inputs.norm(dim=-1), weights.norm(dim=-1)
     sizes = torch.where(sample_norms[..., None] > 0, u.abs(), torch.inf)
-    roundoff = network.unit_roundoff + (weights.shape[-1] + 2) * _ROUNDOFF  # of a weight, and of this product
+    roundoff = (
+        network.unit_roundoff + (weights.shape[-1] + 2) * tolerances.UNIT_ROUNDOFF
+    )  # of a weight, and of this product
     tolerance = roundoff * sample_norms[..., None] * weight_norms[..., None, :]
     return Layer(
         correlation=correlate(coefficients, inputs, residual),
@@ -305,7 +306,7 @@ def _rounding_bound(network: Network, inputs: Tensor, targets: Tensor) -> Tensor
     for weights in network.hidden_weights[1:]:
         reach = slope * (weights.abs() @ reach[..., None])[..., 0]
     largest = (network.output_weights.abs() * reach).sum(-1)
-    products = (inputs.shape[-1] + sum(network.hidden_dims) + 4) * _ROUNDOFF
+    products = (inputs.shape[-1] + sum(network.hidden_dims) + 4) * tolerances.UNIT_ROUNDOFF
     gamma = (len(network.hidden_weights) + 2) * network.unit_roundoff + products
     size: Tensor = targets.abs() + inputs.norm(dim=-1) * largest[..., None]
     if network.output_bias is not None:

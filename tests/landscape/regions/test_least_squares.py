@@ -50,7 +50,7 @@ def test_solutions_agree_with_numpy(seed, iterate):
     np.testing.assert_allclose(face.gram(), matrix @ matrix.T, atol=1e-12)
     with pytest.MonkeyPatch.context() as patch:
         if iterate:
-            patch.setattr(least_squares, "GRAM_LIMIT", 0)
+            patch.setattr(least_squares, "MAX_GRAM_ROWS", 0)
         solution = solve(face, rhs, max_iterations=2000)
     expected = np.linalg.lstsq(matrix, rhs.numpy(), rcond=1e-12)[0]
     values = np.linalg.svd(matrix, compute_uv=False)
@@ -67,7 +67,7 @@ def test_solutions_agree_with_numpy(seed, iterate):
 
 
 def test_an_iteration_stops_when_its_solution_is_too_long(monkeypatch):
-    monkeypatch.setattr(least_squares, "GRAM_LIMIT", 0)
+    monkeypatch.setattr(least_squares, "MAX_GRAM_ROWS", 0)
     rng = np.random.default_rng(0)
     x, a = torch.from_numpy(rng.standard_normal((60, 10))), torch.from_numpy(rng.choice([0.0, 1.0], (60, 5)))
     face = FaceMap(x, a, torch.zeros(60, 0).double())
@@ -105,7 +105,7 @@ def test_a_region_fits_its_linear_model(shape):
 
 
 def test_an_unfinished_fit_is_no_residual(monkeypatch):
-    monkeypatch.setattr(least_squares, "GRAM_LIMIT", 0)
+    monkeypatch.setattr(least_squares, "MAX_GRAM_ROWS", 0)
     rng = np.random.default_rng(0)
     x = torch.from_numpy(rng.standard_normal((60, 10)) * np.logspace(0, -4, 10))
     region = Region(x, ActivationPattern(torch.from_numpy(rng.random((60, 5)) < 0.5)))

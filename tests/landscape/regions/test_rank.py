@@ -86,7 +86,7 @@ def test_any_defects_agree_with_numpy(shape, defects, negative_slope, seed):
     ("num_samples", "input_dim", "width"), [(300, 30, 20), (400, 12, 10), (60, 80, 1), (200, 30, 2)]
 )
 def test_graded_spectra_agree_with_numpy(num_samples, input_dim, width, chunk, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK", chunk)
+    monkeypatch.setattr(module, "_CHUNK_COLUMNS", chunk)
     rng, clear = np.random.default_rng(0), 0
     for smallest in (1e-3, 1e-5, 1e-7, 1e-9, 1e-11, 1e-16):
         count = min(num_samples, input_dim)
@@ -146,7 +146,7 @@ def test_neither_scale_nor_gradients_matter():
 
 @pytest.mark.parametrize(("num_samples", "input_dim", "width"), [(10, 5, 9), (10, 17, 3), (50, 3, 4)])
 def test_the_matrix_is_only_seen_in_chunks(num_samples, input_dim, width, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK", 8)
+    monkeypatch.setattr(module, "_CHUNK_COLUMNS", 8)
     rng = np.random.default_rng(0)
     inputs, slopes = rng.standard_normal((num_samples, input_dim)), rng.standard_normal((num_samples, width))
     chunks = [chunk.numpy() for chunk in module._chunks(torch.from_numpy(inputs), torch.from_numpy(slopes))]
