@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Self, TypeAlias
 
 import torch
 
+from lightning_mnn.landscape import tolerances
 from lightning_mnn.utilities.seeding import generator
 from lightning_mnn.utilities.seeding import generator as seeded
 from lightning_mnn.utilities.transfer import widest_dtype
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     Run: TypeAlias = Callable[[], Mapping[str, Tensor]]
-
-
-RESOLVED_SPACINGS = 8  # spacings of floats at 1: moves with a smaller σ would be rounding errors
 
 
 @contextmanager
@@ -52,7 +50,7 @@ def finest_sigma(parameters: Iterable[Tensor]) -> float:
     spacings = [torch.finfo(tensor.dtype).eps for tensor in parameters]
     if not spacings:
         raise ValueError("parameters must have at least one tensor to move, got none")
-    return RESOLVED_SPACINGS * max(spacings)
+    return tolerances.MIN_MOVE_SPACINGS * max(spacings)
 
 
 class RandomMoves:
@@ -95,9 +93,6 @@ class RandomMoves:
         """Set the tensors to their origin plus σ times the direction."""
         for target, origin, direction in zip(self._targets, self._origins, self._direction, strict=True):
             torch.add(origin, direction, alpha=sigma, out=target)
-
-
-COARSE_SPACING = 1e-4  # spacing of floats above which no step is both larger than rounding and small
 
 
 class Jitter:

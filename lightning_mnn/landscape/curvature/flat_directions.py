@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.curvature.newton import NewtonCheck, NewtonDoubt, Scales, conjugate_gradients, newton_check
 from lightning_mnn.utilities.seeding import generator as seeded
 
@@ -19,28 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_mnn.landscape.curvature.loss_surface import LossSurface
-
-_SIZES = 12  # number of step sizes, each half of the one before
-_CORRECTED = 7  # number of step sizes for steps with a correction across the direction
-_LARGEST = 0.5  # largest step, relative to the scale of lengths
-_SIGNIFICANT = 16.0  # times the error of a loss: smallest significant change
-_ORDERS = (2.5, 12.0)  # orders of a descent as a power of the step; slope and curvature are tested elsewhere
-_MAX_ORDER_CHANGE = 0.5  # largest difference of the orders between one size and the next
-_MIN_FALL = 0.3  # fraction of the fall predicted by a power that is needed at each smaller size
-_PRODUCTS = 12  # products of a correction
-_DRAWS = 3  # number of random flat directions
-_MOVES = (1e-2, 1e-3)  # along them, relative to the scale of lengths; larger moves cross kinks that are near
-_MOVE_AT_KINKS = 1e-4  # additional move for losses with kinks
-_COARSE_MOVES = (1e-1, 3e-2)  # in float32, whose rounding hides a power of smaller moves
-_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 0.7, 0.8, 0.9, 1.0)  # of the weights' own flat part, subtracted or added
-_TAIL = 2.0  # a tail: the loss changes outwards only beyond this multiple of the share at which it changes inwards
-_STEPS, _STEP = 7, 0.16  # steps on the manifold towards smaller weights, and their size relative to the flat part
-_MAX_CHANGE = 1e-6  # relative change of the loss on that way above which it crossed a kink; a tail changes it less
-_FLAT = 1e-8  # remaining curvature of the flat part of a random vector, relative to the largest
-_MIN_PART = 1e-4  # fraction of a random vector from which its flat part is not only a remainder of small curvature
-_MISFIT = 0.24  # largest misfit of the gradient on the way back to a manifold: along a tail or a power it is larger
-_MIN_REMAINDER = 0.5  # fraction of a move that must remain on the manifold
-_NO_PART = 1e-6  # relative to the scale of lengths: up to this the weights have no flat part
 
 
 @dataclass(frozen=True)
@@ -100,13 +79,13 @@ def probe(surface: LossSurface, vector: Tensor, scales: Scales, *, corrected: bo
     4.0
     """
     here = surface.loss()
-    error = _SIGNIFICANT * scales.loss_error(here)
+    error = tolerances.MIN_LOSS_CHANGE_ERRORS * scales.loss_error(here)
     lowest, losses, products = here, 1, 0
     for with_correction in (False, True)[: 2 if corrected else 1]:
         for sign in (1.0, -1.0):
             falls: list[tuple[float, float]] = []
-            for size in range(_CORRECTED if with_correction else _SIZES):
-                length = _LARGEST * scales.length / 2**size
+            for size in range(tolerances.CORRECTED_PROBE_SIZES if with_correction else tolerances.PROBE_SIZES):
+                length = tolerances.MAX_PROBE_STEP_RATIO * scales.length / 2**size
                 step = sign * length * vector
                 if with_correction:
                     correction, used = _across(surface, step, vector)
@@ -134,7 +113,7 @@ def _across(surface: LossSurface, step: Tensor, vector: Tensor) -> tuple[Tensor,
         solved = conjugate_gradients(
             lambda v: within(surface.product(v)),
             gradient,
-            max_products=_PRODUCTS,
+            max_products=tolerances.CORRECTION_PRODUCTS,
             goes_on=lambda more: surface.process_group.any([more], surface.device)[0],
         )
     return solved.step, solved.products + 1
@@ -151,9 +130,12 @@ def _power(falls: list[tuple[float, float]], error: float) -> Descent | None:
             continue
         orders = math.log2(first / second), math.log2(second / third)
         order = orders[1]
-        steady = abs(orders[0] - orders[1]) <= _MAX_ORDER_CHANGE and _ORDERS[0] <= order <= _ORDERS[1]
+        steady = (
+            abs(orders[0] - orders[1]) <= tolerances.MAX_ORDER_CHANGE
+            and tolerances.DESCENT_ORDERS[0] <= order <= tolerances.DESCENT_ORDERS[1]
+        )
         expected = ((third * (smaller / length) ** order, fall) for smaller, fall in falls[place + 1 :])
-        if steady and all(fall >= _MIN_FALL * power for power, fall in expected if power > error):
+        if steady and all(fall >= tolerances.MIN_FALL_RATIO * power for power, fall in expected if power > error):
             return Descent(order, length, third)
         return None
     return None
@@ -223,9 +205,7 @@ def flat_check(
     >>> str(flat_check(product, Scales(2.0, 8.0, 2.0**-52), 1e-14).kind)
     'constant'
     """
-    search = _Flat(surface, scales, curvature_error, max_products, seed)
-    if kinks:
-        search.sizes = (*search.sizes, _MOVE_AT_KINKS) if surface.dtype == torch.float64 else search.sizes
+    search = _Flat(surface, scales, curvature_error, max_products, seed, kinks=kinks)
     kind = search.kind()
     return FlatCheck(kind, search.vector, search.products, search.gradients)
 
@@ -234,7 +214,14 @@ class _Flat:
     """Moves in flat directions."""
 
     def __init__(
-        self, surface: LossSurface, scales: Scales, curvature_error: float, max_products: int, seed: int
+        self,
+        surface: LossSurface,
+        scales: Scales,
+        curvature_error: float,
+        max_products: int,
+        seed: int,
+        *,
+        kinks: bool,
     ) -> None:
         self.vector: Tensor | None = None
         self.products = self.gradients = 0
@@ -246,16 +233,19 @@ class _Flat:
         self._loss = surface.loss()
         free = [torch.full_like(p.detach(), float(p.requires_grad)).flatten() for p in surface.parameters]
         self._free = torch.cat(free)
-        self.sizes: tuple[float, ...] = _MOVES if surface.dtype == torch.float64 else _COARSE_MOVES
+        wide = surface.dtype == torch.float64
+        self.sizes = tolerances.FLAT_MOVE_RATIOS if wide else tolerances.FLOAT32_FLAT_MOVE_RATIOS
+        if wide and kinks:
+            self.sizes = (*self.sizes, tolerances.KINK_FLAT_MOVE_RATIO)
 
     def kind(self) -> Flatness:
         found = self._test_own_part()
-        for _ in range(_DRAWS):
+        for _ in range(tolerances.FLAT_DRAWS):
             if found is not Flatness.CONSTANT:
                 return found
             drawn = torch.randn(self._surface.size, generator=self._random, dtype=torch.float64)
             part = self._part_without_curvature(drawn.to(self._free) * self._free)
-            if part is None or not float(part.norm()) > _MIN_PART * float(drawn.norm()):
+            if part is None or not float(part.norm()) > tolerances.MIN_FLAT_PART_RATIO * float(drawn.norm()):
                 return Flatness.UNKNOWN
             found = self._moved(part / part.norm(), [size * self._scales.length for size in self.sizes])
         return found
@@ -266,7 +256,7 @@ class _Flat:
         if own is None:
             return Flatness.UNKNOWN
         length = float(own.double().norm())
-        if length <= _NO_PART * self._scales.length:
+        if length <= tolerances.MAX_ABSENT_PART_RATIO * self._scales.length:
             return Flatness.CONSTANT
         self.vector = own / length
         if self._is_tail(own):
@@ -276,18 +266,20 @@ class _Flat:
     def _towards_smaller_weights(self) -> Flatness:
         """Whether the gradient stays zero on the manifold, towards smaller weights."""
         total = torch.zeros_like(self._free)
-        for _ in range(_STEPS):
+        for _ in range(tolerances.SHRINKING_STEPS):
             own = self._own_part(total)
             if own is None:
                 return Flatness.UNKNOWN
-            step = total - _STEP * own
+            step = total - tolerances.SHRINKING_STEP_SHARE * own
             check = self._led_back(step)
-            if check.doubt is not None and not abs(check.loss - self._loss) <= _MAX_CHANGE * abs(self._loss):
+            change = tolerances.MAX_LOSS_CHANGE_RATIO * abs(self._loss)
+            if check.doubt is not None and not abs(check.loss - self._loss) <= change:
                 return Flatness.CONSTANT  # up to the first kink
             if check.doubt is NewtonDoubt.PRODUCTS:
                 return Flatness.UNKNOWN
             back = float(check.step.double() @ own.double()) / float(own.double().square().sum())
-            if check.doubt is not None or back > (1 - _MIN_REMAINDER) * _STEP:
+            lost = 1 - tolerances.MIN_REMAINING_MOVE_SHARE
+            if check.doubt is not None or back > lost * tolerances.SHRINKING_STEP_SHARE:
                 return Flatness.VARIES
             total = step + check.step
         return Flatness.CONSTANT
@@ -301,12 +293,12 @@ class _Flat:
     def _is_tail(self, own: Tensor) -> bool:
         """Whether the loss changes inwards along the weights' own flat part, and not outwards."""
         inwards, outwards = self._first_change(-own), self._first_change(own)
-        return inwards < math.inf and outwards > _TAIL * inwards
+        return inwards < math.inf and outwards > tolerances.MIN_TAIL_RATIO * inwards
 
     def _first_change(self, own: Tensor) -> float:
         """The first share of a direction at which the loss changes; infinite if it does not."""
-        error = _SIGNIFICANT * self._scales.loss_error(self._loss)
-        for share in _SHARES:
+        error = tolerances.MIN_LOSS_CHANGE_ERRORS * self._scales.loss_error(self._loss)
+        for share in tolerances.FLAT_PART_SHARES:
             with self._surface.moved(share * own):
                 loss = self._surface.loss()
             self.gradients += 1
@@ -325,14 +317,18 @@ class _Flat:
             self._surface.product,
             -image,
             smallest_curvature=self._curvature_error,
-            residual=max(_FLAT, self._curvature_error * size / float(image.double().norm())),
+            residual=max(
+                tolerances.MAX_FLAT_CURVATURE_RATIO, self._curvature_error * size / float(image.double().norm())
+            ),
             max_products=self._max_products,
             goes_on=lambda more: self._surface.process_group.any([more], self._surface.device)[0],
         )
         self.products += solved.products
         left = vector - solved.step
         off = float(solved.residual.double().norm())
-        within = max(2 * _FLAT * self._scales.curvature * size, self._curvature_error * size)
+        within = max(
+            2 * tolerances.MAX_FLAT_CURVATURE_RATIO * self._scales.curvature * size, self._curvature_error * size
+        )
         return left if off <= within else None
 
     def _moved(self, vector: Tensor, moves: list[float]) -> Flatness:
@@ -342,7 +338,7 @@ class _Flat:
             check = self._led_back(move * vector)
             left = move + float(check.step.double() @ vector.double())
             same = abs(check.loss - self._loss) <= 2 * self._scales.loss_error(max(abs(check.loss), abs(self._loss)))
-            if check.doubt is None and same and left / move >= _MIN_REMAINDER:
+            if check.doubt is None and same and left / move >= tolerances.MIN_REMAINING_MOVE_SHARE:
                 return Flatness.CONSTANT
             if check.doubt is not NewtonDoubt.PRODUCTS:
                 found, self.vector = Flatness.VARIES, vector
@@ -355,7 +351,7 @@ class _Flat:
                 self._surface,
                 self._scales,
                 self._curvature_error,
-                largest_misfit=_MISFIT,
+                largest_misfit=tolerances.MAX_RETURN_MISFIT,
                 max_products=self._max_products,
             )
         self.products += check.products

@@ -15,6 +15,7 @@ from scipy.linalg import eigh_tridiagonal
 from scipy.optimize import brentq
 from scipy.special import betaincinv
 
+from lightning_mnn.landscape import tolerances
 from lightning_mnn.utilities.interruption import safe_point
 from lightning_mnn.utilities.seeding import generator as seeded
 from lightning_mnn.utilities.transfer import fetched
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     Array = NDArray[np.float64]
-
-_ROUNDINGS = 16.0  # rounding error of an eigenvalue, in units of the spacing of floats at the largest
-_BREAKDOWN = 8.0  # in the same units: up to this the part of a product outside the basis counts as zero
 
 
 @dataclass(frozen=True)
@@ -230,7 +228,7 @@ class _Lanczos:
         self._defect = max(self._defect, defect)
         self._scale = max(self._scale, abs(block.alpha[-1]) + beta + (block.beta[-1] if block.beta else 0.0))
         self.num_products += 1
-        broken = beta <= _BREAKDOWN * eps * self._scale
+        broken = beta <= tolerances.MAX_BREAKDOWN_ROUNDINGS * eps * self._scale
         block.beta.append(0.0 if broken else beta)
         ends = self._ends(block)
         if broken:
@@ -272,7 +270,7 @@ class _Lanczos:
             smallest, lowest = min(smallest, other.smallest), min(lowest, other.smallest - other.below)
             largest, highest = max(largest, other.largest), max(highest, other.largest + other.above)
         eps = torch.finfo(self._basis.dtype).eps
-        rounding = _ROUNDINGS * eps * self._scale + 2 * self._defect
+        rounding = tolerances.EIGENVALUE_ROUNDINGS * eps * self._scale + 2 * self._defect
         return Ends(smallest, smallest - lowest, largest, highest - largest, rounding)
 
     def _fresh(self) -> Tensor:

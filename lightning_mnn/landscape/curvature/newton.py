@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.perturbation import Jitter
 from lightning_mnn.utilities.interruption import safe_point
 from lightning_mnn.utilities.transfer import fetched
@@ -23,15 +24,7 @@ if TYPE_CHECKING:
 
     from lightning_mnn.landscape.curvature.loss_surface import LossSurface
 
-_RESIDUAL = 1e-4  # residual of a step in its model, relative to the gradient
-_MISFIT = 0.1  # largest error of the predicted gradient, relative to the first; 1/4 or more along a tail or a power
-_FALL = 0.3  # largest error of the predicted decrease of the loss, relative to it
-_STEPS = 10
-_OF_WEIGHTS = 0.125  # times the gradient of a move of all weights by a spacing of floats in the steepest direction
-_JITTER = 64.0  # step, in spacings of floats relative to the weights, for which rounding of the gradient is measured
-_ROUNDINGS = 8.0  # times its rounding error: up to this a gradient is zero
-_LOSS_ROUNDINGS = 8.0  # error of a loss, in spacings of its floats
-_ZERO = 256.0  # error of predictions, in spacings of floats, whose square counts as a loss of zero
+_MAX_STEPS = 10
 
 
 class NewtonDoubt(StrEnum):
@@ -59,12 +52,12 @@ class Scales:
     def loss_error(self, loss: float) -> float:
         """Rounding error of a loss: of its sum, and of predictions whose errors it squares."""
         zero = self.eps**2 * self.curvature * self.length**2
-        return _LOSS_ROUNDINGS * (self.eps * abs(loss) + math.sqrt(abs(loss) * zero) + zero)
+        return tolerances.LOSS_ROUNDINGS * (self.eps * abs(loss) + math.sqrt(abs(loss) * zero) + zero)
 
     @property
     def zero(self) -> float:
         """The loss up to which a loss counts as zero: the square of the rounding error of predictions."""
-        return (_ZERO * self.eps) ** 2 * self.curvature * self.length**2
+        return (tolerances.ZERO_PREDICTION_SPACINGS * self.eps) ** 2 * self.curvature * self.length**2
 
 
 @dataclass(frozen=True)
@@ -101,7 +94,7 @@ def newton_check(
     scales: Scales,
     curvature_error: float,
     *,
-    largest_misfit: float = _MISFIT,
+    largest_misfit: float,
     max_products: int = 128,
 ) -> NewtonCheck:
     """Follow Newton's method from θ until the gradient is zero up to rounding, and check its model at each step.
@@ -122,7 +115,7 @@ def newton_check(
     >>> from lightning_mnn.landscape import LossSurface
     >>> theta = torch.tensor([1e-9, 9.0], dtype=torch.float64, requires_grad=True)
     >>> tail = LossSurface([theta], lambda: [(1.0, lambda: 1 + theta[0] ** 2 + torch.exp(-theta[1]))])
-    >>> found = newton_check(tail, Scales(9.0, 2.0, 2.0**-52), 1e-15)
+    >>> found = newton_check(tail, Scales(9.0, 2.0, 2.0**-52), 1e-15, largest_misfit=0.1)
     >>> str(found.doubt), 0.3 < found.misfit < 0.4
     ('model', True)
     """
@@ -164,7 +157,7 @@ def conjugate_gradients(
     gradient: Tensor,
     *,
     smallest_curvature: float = 0.0,
-    residual: float = _RESIDUAL,
+    residual: float | None = None,
     max_products: int = 128,
     goes_on: Callable[[bool], bool] = bool,
 ) -> Solution:
@@ -174,7 +167,7 @@ def conjugate_gradients(
         product: v ↦ H v.
         gradient: g, (n,).
         smallest_curvature: pᵀH p/‖p‖² up to which a direction counts as flat.
-        residual: ‖g + H d‖/‖g‖ at which it stops.
+        residual: ‖g + H d‖/‖g‖ at which it stops; None: 1e-4.
         max_products: number of products after which it stops.
         goes_on: combines the answers of several processes into one.
 
@@ -184,7 +177,7 @@ def conjugate_gradients(
     """
     step, left = torch.zeros_like(gradient), gradient.clone()
     direction, square = -left, float(left.double().square().sum())
-    goal, products = residual**2 * square, 0
+    goal, products = (tolerances.MAX_STEP_RESIDUAL_RATIO if residual is None else residual) ** 2 * square, 0
     while goes_on(square > goal and products < max_products):
         safe_point()
         image = product(direction)
@@ -222,8 +215,8 @@ class _Run:
         self.norm = float(gradient.double().norm())
         self.error = max(self._rounding(gradient), self.scales.eps * self.norm, self._smallest_rounding())
         self.total = torch.zeros_like(gradient)
-        for turn in range(_STEPS):
-            if self.norm <= _ROUNDINGS * self.error:
+        for turn in range(_MAX_STEPS):
+            if self.norm <= tolerances.MAX_GRADIENT_ROUNDINGS * self.error:
                 return None
             with self.surface.moved(self.total):
                 solved = conjugate_gradients(
@@ -235,7 +228,7 @@ class _Run:
                 )
             self.products += solved.products
             left = float(solved.residual.double().norm())
-            if left > max(_MISFIT * self.norm, _ROUNDINGS * self.error):
+            if left > max(tolerances.MAX_GRADIENT_MISFIT * self.norm, tolerances.MAX_GRADIENT_ROUNDINGS * self.error):
                 return NewtonDoubt.FLAT if solved.flat else NewtonDoubt.PRODUCTS
             predicted = -0.5 * float(((gradient + solved.residual).double() * solved.step.double()).sum())
             if turn == 0:
@@ -243,7 +236,7 @@ class _Run:
             agrees, gradient = self._apply(solved, predicted)
             if not agrees:
                 return NewtonDoubt.MODEL
-        return None if self.norm <= _ROUNDINGS * self.error else NewtonDoubt.MODEL
+        return None if self.norm <= tolerances.MAX_GRADIENT_ROUNDINGS * self.error else NewtonDoubt.MODEL
 
     def _apply(self, solved: Solution, predicted: float) -> tuple[bool, Tensor]:
         """Make a step. Returns whether loss and gradient at its end agree with the model, and the gradient."""
@@ -251,10 +244,13 @@ class _Run:
         self.total = self.total + solved.step
         self.loss, after = self._at(self.total)
         off = float((after - solved.residual).double().norm())
-        if off > _ROUNDINGS * self.error:
+        if off > tolerances.MAX_GRADIENT_ROUNDINGS * self.error:
             self.misfit = max(self.misfit, off / self.norm)
-        within = _FALL / _MISFIT * self.largest_misfit * predicted + 2 * self.scales.loss_error(before)
-        agrees = off <= max(self.largest_misfit * self.norm, _ROUNDINGS * self.error)
+        within = (
+            tolerances.MAX_DECREASE_ERROR / tolerances.MAX_GRADIENT_MISFIT * self.largest_misfit * predicted
+            + 2 * self.scales.loss_error(before)
+        )
+        agrees = off <= max(self.largest_misfit * self.norm, tolerances.MAX_GRADIENT_ROUNDINGS * self.error)
         self.norm = float(after.double().norm())
         return agrees and abs(before - self.loss - predicted) <= within, after
 
@@ -268,12 +264,12 @@ class _Run:
     def _smallest_rounding(self) -> float:
         """Rough estimate of the error of a gradient from the rounding of the weights."""
         weights = math.sqrt(sum(float(p.detach().double().square().sum()) for p in self.surface.parameters))
-        return _OF_WEIGHTS * self.scales.eps * self.scales.curvature * weights
+        return tolerances.WEIGHT_ROUNDING_FACTOR * self.scales.eps * self.scales.curvature * weights
 
     def _rounding(self, gradient: Tensor) -> float:
         """Rounding error of a gradient: ‖g(θ + s) + g(θ − s) − 2 g(θ)‖/√6 for s of some spacings of floats."""
         jitter, ends = Jitter(self.surface.parameters), []
         for sign in (1.0, -1.0):
-            with jitter.moved(sign * _JITTER * self.scales.eps):
+            with jitter.moved(sign * tolerances.JITTER_SPACINGS * self.scales.eps):
                 ends.append(self._at(None)[1])
         return float((ends[0] + ends[1] - 2 * gradient).double().norm()) / math.sqrt(6)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.curvature.flat_directions import Descent, Flatness, flat_check, probe
 from lightning_mnn.landscape.curvature.lanczos import Ends, Spectrum, extreme_eigenvalues, products_needed
 from lightning_mnn.landscape.curvature.newton import NewtonCheck, NewtonDoubt, Scales, newton_check
@@ -25,20 +26,7 @@ if TYPE_CHECKING:
     from lightning_mnn.landscape.curvature.loss_surface import LossSurface
     from lightning_mnn.landscape.kinks.distance import KinkDistance
 
-_ACROSS = 64.0  # length of a step across kinks, in spacings of floats relative to the weights
-_MAX_ERROR = 0.02  # a negative λ_min needs no more products at this error, relative to the largest |λ|
-_EXPLAINED = 4.0  # times the curvature along the scaling of a unit: the gradient may explain up to this curvature
-_LOSS_ROUNDINGS = 8.0  # error of a loss, in spacings of its floats
-_SIGNIFICANT = 16.0  # times that error: smallest significant change of the loss
-_FLOATS = ("float32", "float16", "bfloat16")
-_MAX_JUMP = 0.5  # fraction of the gradient: if it changes less across kinks, it is zero on no side
-_MIN_BY_CHANCE = 8.0  # units on kinks by chance, from which their number is well known
-_LENGTHS = (1.0, 4.0, 16.0, 64.0)  # of the trial steps, relative to the shortest with a significant effect
-_FLAT = 1e-8  # fraction of the largest eigenvalue up to which the smallest counts as zero
-_MAX_GAIN = 1e-3  # fraction of the loss that a Newton step may still gain at a minimum
-_MAX_DISTANCE = 1e-3  # largest distance of the minimum, relative to the weights
-_SLOPE_ROUNDINGS = 8.0  # additional tolerance for a slope, in rounding errors of a gradient
-_SLOPE_ERROR = 0.3  # largest relative difference between a measured slope and the one that the curvature predicts
+_FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -132,11 +120,13 @@ def check_stationarity(
     relative = norm / reference
     jump: float | None = 0.0
     if kinks.count:
-        by_chance = max(_MIN_BY_CHANCE, kinks.count / 2) <= kinks.by_chance
+        by_chance = max(tolerances.MIN_CHANCE_UNITS, kinks.count / 2) <= kinks.by_chance
         left_out = not compare_sides or (relative > gradient_tolerance and by_chance)
         jump = None if left_out else _jump(surface, kinks.spacing) / reference
     facts = _kink_facts(kinks, surface.dtype, jump)
-    descends = relative > gradient_tolerance and (jump is None or jump < _MAX_JUMP * relative)  # on every side
+    descends = relative > gradient_tolerance and (
+        jump is None or jump < tolerances.MAX_JUMP_PER_GRADIENT * relative
+    )  # on every side
     if not descends and not (jump is not None and jump <= jump_tolerance):
         kind, because = Kind.ON_KINK, Reason.of(ReasonCode.ONE_SIDED, *facts)
     elif not (math.isfinite(loss) and math.isfinite(norm)):
@@ -210,9 +200,11 @@ def check_curvature(
     def enough(ends: Ends) -> bool:
         low, error, high = ends.smallest, ends.below + ends.rounding, ends.largest
         negative = _is_negative(low, high, ends.above + ends.rounding, curvature_tolerance)
-        accurate = error <= _MAX_ERROR * max(high, -low)
+        accurate = error <= tolerances.MAX_EIGENVALUE_ERROR_RATIO * max(high, -low)
         bounded = _is_bounded(low, error, high, curvature_tolerance)
-        flat_or_strict = low <= _FLAT * high or low > error  # otherwise more products show whether it is zero
+        flat_or_strict = (
+            low <= tolerances.MAX_FLAT_CURVATURE_RATIO * high or low > error
+        )  # otherwise more products show whether it is zero
         decided = ends.exhausted or (negative and accurate) or (bounded and flat_or_strict)
         (goes_on,) = surface.process_group.any([not decided], surface.device)
         return not goes_on  # all processes stop together
@@ -290,7 +282,7 @@ def _kink_facts(kinks: KinkDistance, dtype: torch.dtype, jump: float | None) -> 
     counts = {"count": kinks.count, "units": kinks.units, "by_chance": kinks.by_chance}
     facts = [Reason.of(ReasonCode.UNITS_ON_KINKS, layer=kinks.layer, **counts)]
     if kinks.spacing > torch.finfo(dtype).eps:  # pre-activations have fewer digits than the weights
-        coarse = next(name for name in _FLOATS if torch.finfo(getattr(torch, name)).eps == kinks.spacing)
+        coarse = next(name for name in _FLOAT_DTYPES if torch.finfo(getattr(torch, name)).eps == kinks.spacing)
         facts.append(Reason.of(ReasonCode.COARSE_PREACTIVATIONS, dtype=coarse))
     code = ReasonCode.SIDES_NOT_COMPARED if jump is None else ReasonCode.SIDES_COMPARED
     return [*facts, Reason.of(code, jump=jump)]
@@ -306,9 +298,9 @@ def _eigenvalues(found: Spectrum) -> Reason:
 def _jump(surface: LossSurface, spacing: float) -> float:
     """‖∇L(θ + s) − ∇L(θ − s)‖ for a step s that leaves the kinks of θ (those within rounding)."""
     jitter = Jitter(surface.parameters)
-    with jitter.moved(_ACROSS * spacing):
+    with jitter.moved(tolerances.KINK_CROSSING_SPACINGS * spacing):
         gradient = surface.value_and_gradient()[1]
-    with jitter.moved(-_ACROSS * spacing):
+    with jitter.moved(-tolerances.KINK_CROSSING_SPACINGS * spacing):
         return float((gradient - surface.value_and_gradient()[1]).double().norm())
 
 
@@ -330,7 +322,7 @@ def _against_minimum(
     if max(high, -low) <= spectrum.rounding:
         return Kind.UNDECIDED, Reason.of(ReasonCode.HESSIAN_ZERO)
     norm = norm if norm > spectrum.rounding * _size(surface) else 0.0  # zero up to rounding explains no curvature
-    explained = _EXPLAINED * norm / _local_size(surface, spectrum.vector) if norm else 0.0
+    explained = tolerances.EXPLAINED_CURVATURE_FACTOR * norm / _local_size(surface, spectrum.vector) if norm else 0.0
     is_explained = -low <= spectrum.rounding + explained
     fall = None if is_explained else _verified_fall(surface, spectrum.vector, low)
     if fall is not None:
@@ -365,9 +357,11 @@ def _verified_fall(surface: LossSurface, vector: Tensor, curvature: float) -> tu
     than at θ.
     """
     here = surface.loss()
-    noise = _LOSS_ROUNDINGS * torch.finfo(surface.dtype).eps * abs(here)
-    shortest = math.sqrt(2 * _SIGNIFICANT * noise / -curvature) or torch.finfo(surface.dtype).eps ** 0.25
-    for factor in _LENGTHS:
+    noise = tolerances.LOSS_ROUNDINGS * torch.finfo(surface.dtype).eps * abs(here)
+    shortest = (
+        math.sqrt(2 * tolerances.MIN_LOSS_CHANGE_ERRORS * noise / -curvature) or torch.finfo(surface.dtype).eps ** 0.25
+    )
+    for factor in tolerances.TRIAL_STEP_FACTORS:
         length, sides = factor * shortest, []
         for sign in (1.0, -1.0):
             with surface.moved(sign * length * vector):
@@ -401,7 +395,13 @@ class _Minimum:
 
     def classified(self) -> SecondOrderVerdict:
         """The verdict."""
-        check = newton_check(self._surface, self._scales, self._spectrum.rounding, max_products=self._max_products)
+        check = newton_check(
+            self._surface,
+            self._scales,
+            self._spectrum.rounding,
+            largest_misfit=tolerances.MAX_GRADIENT_MISFIT,
+            max_products=self._max_products,
+        )
         self._verdict = replace(
             self._verdict, newton_gain=check.gain, newton_distance=check.length / self._scales.length
         )
@@ -421,9 +421,9 @@ class _Minimum:
             return Reason.of(ReasonCode.MORE_PRODUCTS_FOR_NEWTON, **gain)
         if check.doubt is NewtonDoubt.MODEL:
             return Reason.of(ReasonCode.QUADRATIC_MODEL_WRONG, **gain, misfit=check.misfit)
-        if not (self._is_zero(check) or check.gain <= _MAX_GAIN * abs(self._verdict.loss)):
+        if not (self._is_zero(check) or check.gain <= tolerances.MAX_NEWTON_GAIN_RATIO * abs(self._verdict.loss)):
             return Reason.of(ReasonCode.NEWTON_STEP_GAINS, **gain)
-        if check.length > _MAX_DISTANCE * self._scales.length:
+        if check.length > tolerances.MAX_NEWTON_DISTANCE_RATIO * self._scales.length:
             return Reason.of(ReasonCode.NEWTON_STEP_FAR, **gain, distance=check.length / self._scales.length)
         return None
 
@@ -453,7 +453,7 @@ class _Minimum:
         smallest, vector = self._spectrum.smallest, self._spectrum.vector
         lower_bound = smallest - self._spectrum.smallest_error
         length = max(4 * (check.gradient_norm + check.gradient_error) / lower_bound, check.length)
-        if length > _MAX_DISTANCE * self._scales.length:
+        if length > tolerances.MAX_NEWTON_DISTANCE_RATIO * self._scales.length:
             return self._undecided(ReasonCode.ROUNDING_HIDES_MINIMUM, distance=length / self._scales.length)
         here = self._surface.value_and_gradient()[1]
         self._count(0, 3)
@@ -461,7 +461,10 @@ class _Minimum:
             with self._surface.moved(sign * length * vector):
                 there = self._surface.value_and_gradient()[1]
             slope, expected = float((there - here).double() @ vector.double()), sign * length * smallest
-            if abs(slope - expected) > _SLOPE_ERROR * abs(expected) + _SLOPE_ROUNDINGS * check.gradient_error:
+            if (
+                abs(slope - expected)
+                > tolerances.MAX_SLOPE_ERROR * abs(expected) + tolerances.MAX_GRADIENT_ROUNDINGS * check.gradient_error
+            ):
                 return self._undecided(ReasonCode.CURVATURE_VARIES, length=length)
         return self._minimum(ReasonCode.STRICT_MINIMUM, check)
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_mnn.landscape.perturbation import COARSE_SPACING, Jitter
+from lightning_mnn.landscape import tolerances
+from lightning_mnn.landscape.perturbation import Jitter
 from lightning_mnn.utilities.compat.precision import full_precision
 from lightning_mnn.utilities.distributed import ProcessGroup
 from lightning_mnn.utilities.interruption import safe_point
@@ -21,11 +22,7 @@ if TYPE_CHECKING:
     from lightning_mnn.landscape.kinks.tracing import Kink
 
 
-_ROUNDINGS = 16.0  # spacings of floats at a layer's root mean square, within which a unit may be on its kink
-
-_WIDE = 64.0  # times that: units in this band are counted to estimate their density
-
-_NAME = 256  # bytes of a layer's name that processes exchange
+_NAME_BYTES = 256  # bytes of a layer's name that processes exchange
 
 
 @dataclass(frozen=True)
@@ -125,7 +122,7 @@ class KinkMeter:
             run(first)
             closed = first.closed_calls()
             eps = max((call.eps for call in closed.values()), default=0.0)
-            if closed and eps < COARSE_SPACING:
+            if closed and eps < tolerances.MIN_COARSE_SPACING:
                 for step in (eps**0.5, -(eps**0.5)):
                     with self._jitter.moved(step):
                         run(_SecondPass(closed))
@@ -190,7 +187,7 @@ class _Call:
         squares, numbers = self._squares, self._numbers
         if before is not None:
             squares, numbers = squares + before[2], numbers + before[3]
-        self._tolerance = _ROUNDINGS * self.eps * (squares / numbers.clamp(min=1)).sqrt()
+        self._tolerance = tolerances.MAX_KINK_SPACINGS * self.eps * (squares / numbers.clamp(min=1)).sqrt()
         self.closed = self._distances <= self._tolerance
         self.opened = self.closed
 
@@ -203,7 +200,7 @@ class _Call:
         counted = torch.where(self.closed & ~self.opened, math.inf, self._distances)
         nearest = counted.min() if len(counted) else torch.full_like(self._squares, math.inf)
         closed, opened = self.closed.sum(), self.opened.sum()
-        near = (self._distances <= _WIDE * self._tolerance).sum() - closed
+        near = (self._distances <= tolerances.CHANCE_BAND_WIDTHS * self._tolerance).sum() - closed
         units = torch.full_like(closed, len(self._distances))
         spacing = torch.full_like(self._squares, self.eps)
         found = (nearest, spacing, self._squares, self._numbers, opened, closed - opened, units, near)
@@ -245,15 +242,15 @@ def _on_host(tensors: Sequence[Tensor]) -> list[Any]:
 
 def _gathered(layers: dict[str, Tensor], process_group: ProcessGroup) -> dict[str, _Layer]:
     """The layers over all processes; each process may have found other layers."""
-    rows = torch.zeros(len(layers), _NAME + 8, dtype=torch.float64)
+    rows = torch.zeros(len(layers), _NAME_BYTES + 8, dtype=torch.float64)
     for row, name, numbers in zip(rows, layers, _on_host(list(layers.values())), strict=True):
-        label = name.encode()[-_NAME:]
+        label = name.encode()[-_NAME_BYTES:]
         row[: len(label)] = torch.tensor(list(label), dtype=torch.float64)
-        row[_NAME:] = torch.tensor(numbers, dtype=torch.float64)
+        row[_NAME_BYTES:] = torch.tensor(numbers, dtype=torch.float64)
     found: dict[str, Tensor] = {}
     for row in process_group.join(rows):
-        name = bytes(int(byte) for byte in row[:_NAME].tolist() if byte).decode(errors="replace")
-        found[name] = _joined(found[name], row[_NAME:]) if name in found else row[_NAME:]
+        name = bytes(int(byte) for byte in row[:_NAME_BYTES].tolist() if byte).decode(errors="replace")
+        found[name] = _joined(found[name], row[_NAME_BYTES:]) if name in found else row[_NAME_BYTES:]
     return {name: _Layer(*numbers.tolist()) for name, numbers in found.items()}
 
 
@@ -269,6 +266,6 @@ def _summary(layers: dict[str, _Layer]) -> KinkDistance:
         int(sum(layer.count for layer in every)),
         int(sum(layer.ties for layer in every)),
         int(sum(layer.units for layer in every)),
-        sum(layer.near for layer in every) / (_WIDE - 1),
+        sum(layer.near for layer in every) / (tolerances.CHANCE_BAND_WIDTHS - 1),
         max((layer.spacing for layer in every if layer.count), default=0.0),
     )

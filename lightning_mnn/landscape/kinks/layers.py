@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.kinks.tracing import Kink, KinkTrace, Names, PatternError, check_numbers
 from lightning_mnn.landscape.pattern import PackedPattern, PiecePattern, num_digits
 from lightning_mnn.utilities.validation import MisfitError
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _MORE, _FEWER = 3, 2  # samples of the two passes that are compared
-_MAX_RATIO = 0.5  # largest difference of the passes under the accepted order, relative to that under any other order
-_ROUNDING = 0.02  # largest difference of two runs on one sample, relative to that of two samples, also in bfloat16
 
 
 class NoKinksError(TypeError):
@@ -195,8 +194,12 @@ def _layer(name: str, output: _Output, other: _Output) -> tuple[KinkLayer, bool]
     if len(layers) == 1:
         a, _ = values[0]
         between_samples = max(_difference(a[:1], a[1:2]), _difference(a[1:2], a[2:3]))
-        return layers[0], errors[0] <= _ROUNDING * between_samples
-    if any(errors[best] > _MAX_RATIO * error or error == 0 for i, error in enumerate(errors) if i != best):
+        return layers[0], errors[0] <= tolerances.MAX_REPEAT_ERROR_RATIO * between_samples
+    if any(
+        errors[best] > tolerances.MAX_ORDER_ERROR_RATIO * error or error == 0
+        for i, error in enumerate(errors)
+        if i != best
+    ):
         raise _unclear(name, f"the order of {fold} × n entries on its axis {axis} agrees with no known order")
     return layers[best], True
 
