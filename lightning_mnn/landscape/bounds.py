@@ -16,7 +16,7 @@ from scipy import special
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-_RATE = 0.23  # the constant of Theorem 6
+_RATE_OF_THEOREM_6 = 0.23  # the constant of Theorem 6
 
 
 def decay_rate(
@@ -50,7 +50,7 @@ def decay_rate(
     if negative_slope == 1:
         raise ValueError("negative_slope must not be 1: the network would be linear")
     base = epsilon if negative_slope == 0 else np.maximum(input_dim / num_samples, epsilon)
-    return np.asarray(_RATE * base**0.75)
+    return np.asarray(_RATE_OF_THEOREM_6 * base**0.75)
 
 
 def suboptimal_log_volume(

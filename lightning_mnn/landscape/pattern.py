@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_BITS = 8
+_BITS_PER_BYTE = 8
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class PackedPattern:
 
     def __post_init__(self) -> None:
         """Check that the bytes fit the width, and the digits the pieces."""
-        expected = -(-self.width // _BITS)
+        expected = -(-self.width // _BITS_PER_BYTE)
         if self.bits.dtype != torch.uint8 or self.bits.shape[-1] != expected:
             raise ValueError(
                 f"bits must be uint8 with {expected} bytes per sample for width={self.width}, "
@@ -181,7 +181,7 @@ class PiecePattern:
         width = self.pieces.shape[-1]
         if num_digits(self.num_pieces) == 1:
             return PackedPattern(_pack(self.pieces), width, self.num_pieces)
-        pieces = self.pieces.to(torch.uint8) if self.num_pieces <= 2**_BITS else self.pieces
+        pieces = self.pieces.to(torch.uint8) if self.num_pieces <= 2**_BITS_PER_BYTE else self.pieces
         digits = [_pack((pieces >> digit) & 1) for digit in range(num_digits(self.num_pieces))]
         return PackedPattern(torch.stack(digits, dim=-3), width, self.num_pieces)
 
@@ -294,7 +294,7 @@ def _rows(layer: PackedPattern) -> np.ndarray:
 
 
 def _unpack(bits: Tensor, width: int) -> Tensor:
-    shifts = torch.arange(_BITS, device=bits.device, dtype=torch.uint8)
+    shifts = torch.arange(_BITS_PER_BYTE, device=bits.device, dtype=torch.uint8)
     return ((bits[..., None] >> shifts) & 1).flatten(-2)[..., :width]
 
 
@@ -317,9 +317,9 @@ def _pack_by_numpy(active: Tensor) -> Tensor:
 
 
 def _pack_by_torch(active: Tensor) -> Tensor:
-    padded = torch.nn.functional.pad(active.to(torch.uint8), (0, -active.shape[-1] % _BITS))
-    weights = 2 ** torch.arange(_BITS, device=padded.device, dtype=torch.uint8)
-    return (padded.reshape(*padded.shape[:-1], -1, _BITS) * weights).sum(-1, dtype=torch.uint8)
+    padded = torch.nn.functional.pad(active.to(torch.uint8), (0, -active.shape[-1] % _BITS_PER_BYTE))
+    weights = 2 ** torch.arange(_BITS_PER_BYTE, device=padded.device, dtype=torch.uint8)
+    return (padded.reshape(*padded.shape[:-1], -1, _BITS_PER_BYTE) * weights).sum(-1, dtype=torch.uint8)
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

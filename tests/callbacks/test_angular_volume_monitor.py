@@ -24,8 +24,7 @@ from lightning_mnn.callbacks import (
 )
 from lightning_mnn.callbacks.angular_volume_monitor import MOMENTS
 from lightning_mnn.data import GaussianData
-from lightning_mnn.landscape import ActivationPattern, Region, bounds, region_log_volume
-from lightning_mnn.landscape.volumes import cone
+from lightning_mnn.landscape import ActivationPattern, Region, bounds, region_log_volume, tolerances
 from lightning_mnn.landscape.volumes.cone import predicted_samples
 from lightning_mnn.utilities.seeding import generator
 from tests.test_ddp import run as run_processes
@@ -205,7 +204,7 @@ def test_replicas_measured_at_the_last_check_have_their_own_reasons(make_trainer
 
 
 def test_a_cone_too_thin_for_floats_does_not_end_the_training(make_trainer, monkeypatch):
-    monkeypatch.setattr(cone, "THIN_MARGIN", 1.0)
+    monkeypatch.setattr(tolerances, "MIN_CENTRE_MARGIN", 1.0)
     monitor = AngularVolumeMonitor()
     make_trainer(max_epochs=1, callbacks=[monitor]).fit(MNN(6, (3,)), GaussianData(12, 6))
     assert monitor.summary()["log_volume"] is None

@@ -32,6 +32,7 @@ from lightning_mnn.callbacks.evaluation.run_module import (
 from lightning_mnn.callbacks.evaluation.snapshots import seed_generators
 from lightning_mnn.callbacks.trainer.long_pass import count_batch
 from lightning_mnn.data.loaders.shards import batch_size_of, draws, num_samples
+from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.curvature.loss_surface import LossSurface
 from lightning_mnn.landscape.kinks.distance import KinkDistance, KinkMeter
 from lightning_mnn.landscape.kinks.layers import UnknownLayersError
@@ -290,7 +291,7 @@ class FullBatch:
             return float(self._part(index, changed).detach())
 
         one, two = loss(Tensor.clone), loss(lambda tensor: torch.cat([tensor, tensor]))
-        within = 1e-3 * abs(one)
+        within = tolerances.MAX_REDUCTION_ERROR_RATIO * abs(one)
         if abs(two - 2 * one) < within:
             return Reduction.SUM
         if abs(two - one) >= within or size < 2:  # for example a step that draws random numbers

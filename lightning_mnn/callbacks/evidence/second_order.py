@@ -17,6 +17,7 @@ from lightning_mnn.callbacks.evaluation.run_module import LossNotEvaluableError
 from lightning_mnn.callbacks.evidence.gradient_norms import GradientNorms
 from lightning_mnn.callbacks.evidence.tiers import Evidence, Finding, Tier, check_weights, conditions, diverged
 from lightning_mnn.data.loaders.shards import batch_size_of, draws, num_samples
+from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.curvature.loss_surface import NoDerivativeError
 from lightning_mnn.landscape.curvature.second_order import SecondOrderVerdict, check_curvature, check_stationarity
 from lightning_mnn.verdicts import Kind, Reason, ReasonCode
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from lightning_mnn.landscape.kinks.tracing import Names
 
 
-_CLOSE = 1e-6  # distance, in units of the layer's root mean square, at which a kink is unlikely to be near by chance
 _ON_KINKS = "training may oscillate across kinks, where a gradient need not vanish, as with an L1 loss or penalty"
 
 
@@ -147,7 +147,10 @@ class SecondOrderTier(Tier):
     def findings(self) -> list[Finding]:
         if self.verdict is None:
             return [Finding.of(Kind.UNDECIDED, Reason.of(ReasonCode.NOT_CHECKED))]
-        moving, close = self.verdict.kind is Kind.NOT_STATIONARY, self.verdict.relative_kink < _CLOSE
+        moving, close = (
+            self.verdict.kind is Kind.NOT_STATIONARY,
+            self.verdict.relative_kink < tolerances.MAX_CLOSE_KINK_RATIO,
+        )
         kinked = [_ON_KINKS] if moving and close and not self.verdict.kinks else []
         return [Finding.of(self.verdict.kind, self.verdict.because, [*kinked, *self._notes])]
 

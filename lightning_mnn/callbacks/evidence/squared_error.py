@@ -16,6 +16,7 @@ from lightning_mnn.callbacks.evaluation.training_set import (
     statistics_reader,
     store_statistics,
 )
+from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.curvature.loss_surface import NoDerivativeError
 from lightning_mnn.utilities.distributed import gather_results
 from lightning_mnn.utilities.seeding import generator
@@ -27,10 +28,6 @@ if TYPE_CHECKING:
     from lightning_mnn.callbacks.evaluation.run_module import ModelFunction
     from lightning_mnn.landscape.network import Network
     from lightning_mnn.landscape.regions.statistics import NetworkStatistics
-
-_FAR = 0.1  # step relative to the size of the weights: to a point where no gradient vanishes by chance
-_NEAR = 1e-6  # relative step off the kinks that the weights may lie on
-_ROUNDING = 4e-10  # relative difference up to which two numbers in float64 are equal: its spacing at 1 to the power 0.6
 
 
 @dataclass(frozen=True)
@@ -79,13 +76,13 @@ def squared_error_loss(
     reason = _reason_not_compared(trainer, pl_module)
     if reason is not None:
         return reason
-    first = _compared(trainer, pl_module, loss_fn, _FAR, first=True)
+    first = _compared(trainer, pl_module, loss_fn, tolerances.FAR_STEP_RATIO, first=True)
     if isinstance(first, str):
         return first
     both_zero = not (first.gradient.any() or first.of_mse.any())  # for example for one sample without an active unit
     if not both_zero and isinstance(mismatch := _factor(first), str):
         return mismatch
-    found = _compared(trainer, pl_module, loss_fn, _FAR)
+    found = _compared(trainer, pl_module, loss_fn, tolerances.FAR_STEP_RATIO)
     if isinstance(found, str):
         return found
     factor = _factor(found)
@@ -101,7 +98,7 @@ def _factor(found: _Comparison) -> float | str:
     mse_norm, norm = found.of_mse.norm(), found.gradient.norm()
     factor = float(found.gradient @ found.of_mse / mse_norm.square().clamp(min=torch.finfo(torch.float64).tiny))
     distance = float((found.gradient - factor * found.of_mse).norm() / norm)
-    if not (factor > 0 and distance <= _ROUNDING):
+    if not (factor > 0 and distance <= tolerances.MAX_EQUAL_DIFFERENCE_RATIO):
         return (
             "the loss that it trains is not the mean squared error of its network: their gradients are not parallel "
             f"(their directions differ by {distance:.1e}), as with a penalty, a frozen layer, weights of the samples, "
@@ -124,13 +121,16 @@ def still_fits(
     """
     if _reason_not_compared(trainer, pl_module) is not None:
         return False
-    found = _compared(trainer, pl_module, loss_fn, _NEAR)
+    found = _compared(trainer, pl_module, loss_fn, tolerances.NEAR_STEP_RATIO)
     if isinstance(found, str):
         return False
     expected = fitted.factor * found.mse + fitted.offset
     off = float((found.gradient - fitted.factor * found.of_mse).norm())
     scale = max(fitted.scale, abs(found.loss), abs(expected))
-    return abs(found.loss - expected) <= _ROUNDING * scale and off <= _ROUNDING * fitted.gradient_scale
+    return (
+        abs(found.loss - expected) <= tolerances.MAX_EQUAL_DIFFERENCE_RATIO * scale
+        and off <= tolerances.MAX_EQUAL_DIFFERENCE_RATIO * fitted.gradient_scale
+    )
 
 
 def _reason_not_compared(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:

@@ -26,17 +26,15 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from lightning_mnn.landscape import tolerances
 from lightning_mnn.utilities.interruption import safe_point
 
-_NEWTON_STEPS = 100
-_CENTRED = 1e-6  # squared Newton decrement at which the centre is accepted
-_PILOT = 128  # particles that determine the start and the schedule
-PILOT_LENGTH = 4  # states of the pilot's chains
-_INSIDE = 0.75  # probability of C under the first distribution
-_STEP = 0.6  # standard deviation of the log-weights of one step of the chain
-_TAIL = 1 / 3  # largest fraction of the precision along a ray lost in one step; from ½ on the weights have no variance
-_SHRINK = 1e-9  # fraction of a chord removed at each end, so that rounding puts no point on a wall
-_TINY = 1e-300
+_MAX_NEWTON_STEPS = 100
+_PILOT_PARTICLES = 128  # particles that determine the start and the schedule
+PILOT_STATES = 4  # states of the pilot's chains
+_START_PROBABILITY = 0.75  # probability of C under the first distribution
+_LOG_WEIGHT_SPREAD = 0.6  # standard deviation of the log-weights of one step of the chain
+_MIN_POSITIVE = 1e-300
 
 
 @dataclass(frozen=True)
@@ -84,14 +82,14 @@ def analytic_centre(normals: Tensor, interior: Tensor) -> Tensor:
         interior: a point of each open cone, (K, d).
     """
     point: Tensor = interior / interior.norm(dim=-1, keepdim=True) * math.sqrt(normals.shape[-1])
-    for _ in range(_NEWTON_STEPS):
+    for _ in range(_MAX_NEWTON_STEPS):
         safe_point()
         _, scaled, weight = _barrier(normals, point)
         gradient = weight * point - scaled.sum(-2)
         factor = _hessian_factor(scaled, weight)
         step = -torch.cholesky_solve(gradient[..., None], factor)[..., 0]
         decrement = -(gradient * step).sum(-1, keepdim=True)
-        moving = decrement >= _CENTRED
+        moving = decrement >= tolerances.MAX_CENTRE_DECREMENT
         if not bool(moving.any()):
             break
         length = _line_search(scaled, point, step, weight, decrement)
@@ -117,7 +115,7 @@ def centre(normals: Tensor, interior: Tensor, generator: torch.Generator) -> Cen
     # A thin cone has directions of 1e-10 of the size of others: an eigendecomposition would lose their squares.
     _, sizes, basis = torch.linalg.svd(to_point)
     walls = scaled @ (to_point @ basis.mT)
-    start = _normals((len(normals), _PILOT, normals.shape[-1]), generator)
+    start = _normals((len(normals), _PILOT_PARTICLES, normals.shape[-1]), generator)
     return Centred(
         walls=walls,
         curvatures=sizes.square(),
@@ -125,7 +123,7 @@ def centre(normals: Tensor, interior: Tensor, generator: torch.Generator) -> Cen
         offset=point.square().sum(-1) / 2,
         log_scale=-factor.diagonal(dim1=-2, dim2=-1).log().sum(-1),
         margins=torch.where((normals != 0).any(-1), margins, torch.inf).amin(-1) / point.norm(dim=-1),
-        spread=-(start @ walls.mT).amin(-1).quantile(1 - _INSIDE, dim=-1).clamp(max=-1.0),
+        spread=-(start @ walls.mT).amin(-1).quantile(1 - _START_PROBABILITY, dim=-1).clamp(max=-1.0),
     )
 
 
@@ -138,14 +136,16 @@ def schedule(cones: Centred, generator: torch.Generator) -> Tensor:
     Raises:
         ArithmeticError: β does not increase because of rounding.
     """
-    population, log_weights = _start(cones, 1, _PILOT, generator)
+    population, log_weights = _start(cones, 1, _PILOT_PARTICLES, generator)
     beta = torch.zeros_like(cones.offset)
     steps: list[Tensor] = []
     while not steps or bool((beta < 1).any()):
-        particles = _resample(population, log_weights, _PILOT, generator)
-        population = _run_chains(cones, particles, beta, PILOT_LENGTH, generator)[..., -_PILOT:]
+        particles = _resample(population, log_weights, _PILOT_PARTICLES, generator)
+        population = _run_chains(cones, particles, beta, PILOT_STATES, generator)[..., -_PILOT_PARTICLES:]
         energies = _energies(cones, population)
-        step = torch.minimum(_STEP / energies.std(-1)[..., 0].clamp(min=_TINY), _tail_step(cones, population, beta))
+        step = torch.minimum(
+            _LOG_WEIGHT_SPREAD / energies.std(-1)[..., 0].clamp(min=_MIN_POSITIVE), _tail_step(cones, population, beta)
+        )
         following = (beta + step).clamp(max=1.0)
         if not bool(((following > beta) | (beta == 1)).all()):  # false for NaN too
             raise ArithmeticError("a cone is too thin for float64: its chain of integrals does not end")
@@ -185,7 +185,7 @@ def _start(cones: Centred, islands: int, size: int, generator: torch.Generator) 
     shape = (cones.dim, len(cones.walls), islands, size)
     population = _normals(shape, generator) / cones.spread[:, None, None]
     # In blocks, because the distances of all particles may not fit into memory.
-    blocks = torch.split(population, max(1, _PILOT // islands), dim=-1)
+    blocks = torch.split(population, max(1, _PILOT_PARTICLES // islands), dim=-1)
     inside = torch.cat(
         [(_distances(cones, block.flatten(2)) > 0).all(-1).view(block.shape[1:]) for block in blocks], -1
     )
@@ -205,7 +205,7 @@ def _resample(population: Tensor, log_weights: Tensor, count: int, generator: to
 def _run_chains(cones: Centred, particles: Tensor, beta: Tensor, length: int, generator: torch.Generator) -> Tensor:
     """States of the Markov chains from particles (d, K, I, chains), with the starts first, (d, K, I, M)."""
     points = particles.flatten(2)
-    distances = _distances(cones, points).clamp_(min=_TINY)
+    distances = _distances(cones, points).clamp_(min=_MIN_POSITIVE)
     columns = cones.walls.mT.contiguous()
     precisions = ((1 - beta)[:, None] * cones.spread[:, None] ** 2 + beta[:, None] * cones.curvatures).mT[..., None]
     forces = (beta[:, None] * cones.slopes).mT[..., None]
@@ -234,14 +234,14 @@ def _move_coordinates(
     """
     slack = 2 * torch.empty_like(points).exponential_(generator=generator) / precisions
     share = torch.rand(points.shape, dtype=points.dtype, device=points.device, generator=generator)
-    share = _SHRINK + (1 - 2 * _SHRINK) * share
+    share = tolerances.CHORD_END_FRACTION + (1 - 2 * tolerances.CHORD_END_FRACTION) * share
     for j in range(len(points)):
         column = columns[:, j, None, :]
         ratios = column / distances
         offset = means[j] - points[j]
         reach = (offset.square() + slack[j]).sqrt_()
-        left = torch.maximum(-1 / ratios.amax(-1).clamp_(min=_TINY), offset - reach)
-        right = torch.minimum(-1 / ratios.amin(-1).clamp_(max=-_TINY), offset + reach)
+        left = torch.maximum(-1 / ratios.amax(-1).clamp_(min=_MIN_POSITIVE), offset - reach)
+        right = torch.minimum(-1 / ratios.amin(-1).clamp_(max=-_MIN_POSITIVE), offset + reach)
         move = torch.lerp(left, right, share[j])
         points[j] += move
         distances.addcmul_(move[..., None], column)
@@ -284,7 +284,7 @@ def _tail_step(cones: Centred, population: Tensor, beta: Tensor) -> Tensor:
     first = cones.spread[:, None] ** 2 * rays.sum(0)[:, 0]
     last = (cones.curvatures.mT[..., None] * rays[:, :, 0]).sum(0)
     now = torch.lerp(first, last, beta[:, None])
-    return torch.where(first > last, _TAIL * now / (first - last), torch.inf).amin(-1)
+    return torch.where(first > last, tolerances.MAX_PRECISION_LOSS * now / (first - last), torch.inf).amin(-1)
 
 
 def _energies(cones: Centred, population: Tensor) -> Tensor:
@@ -321,13 +321,13 @@ def _hessian_factor(scaled: Tensor, weight: Tensor) -> Tensor:
 def _line_search(scaled: Tensor, point: Tensor, step: Tensor, weight: Tensor, decrement: Tensor) -> Tensor:
     """Length of a Newton step that stays in the cone and nearly minimises the barrier on its line, (K, 1)."""
     rates = (scaled @ step[..., None])[..., 0]
-    farthest = 0.99 / (-rates).amax(-1, keepdim=True).clamp(min=_TINY)
+    farthest = 0.99 / (-rates).amax(-1, keepdim=True).clamp(min=_MIN_POSITIVE)
     linear, curvature = ((step * other).sum(-1, keepdim=True) for other in (point, step))
     length = 1 / (1 + decrement.clamp(min=0).sqrt())
     for _ in range(8):
         slopes = rates / (1 + length * rates)
         first = weight * (linear + length * curvature) - slopes.sum(-1, keepdim=True)
-        second = (weight * curvature + slopes.square().sum(-1, keepdim=True)).clamp(min=_TINY)
+        second = (weight * curvature + slopes.square().sum(-1, keepdim=True)).clamp(min=_MIN_POSITIVE)
         length = torch.clamp(length - first / second, min=length / 10, max=(length + farthest) / 2)
     return length
 

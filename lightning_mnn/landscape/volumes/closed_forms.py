@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from scipy.spatial import ConvexHull, QhullError
 
+from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.regions.gordan import alternatives
 from lightning_mnn.landscape.volumes.annealing import (
     analytic_centre,
@@ -21,25 +22,7 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 
-_EPS = float(np.finfo(np.float64).eps)
-
-_EMPTY = 64 * _EPS  # ‖λᵀB‖ ≤ this · Σ λ with λ ≥ 0 shows that no w has B w > 0 beyond rounding
-
-THIN_MARGIN = 1e-11  # smallest margin at the centre for which float64 resolves the walls
-
-_MIN_ERROR = 1e-9  # smallest error of a closed form, from the rounding of the normals
-
-_MAX_ERROR = 1e-3  # relative rounding error above which a closed form is worse than sampling
-
-_SMALL = 1e-3  # area of a spherical polygon below which its angles give it inaccurately
-
-_MIN_COSINE = 0.5  # of the angle from the middle of a small polygon to its corners
-
-_DENSE = 2048  # largest number of constraints whose Gram matrix is formed
-
-_IGNORED = 1e-6  # change of the log above which nearly orthogonal groups do not count as orthogonal
-
-_MIN_EIGENVALUE = 1e-8  # of a Gram matrix, relative to the largest: larger ones are certainly not zero
+_MAX_GRAM_ROWS = 2048  # largest number of constraints whose Gram matrix is formed
 
 _MAX_HULL_DIM = 5  # dimension up to which removing redundant constraints saves time
 
@@ -83,10 +66,10 @@ def take_apart(unit: Array, point: Array | None, index: int | None) -> _Parts:
 def _found_interior(unit: Array, index: int | None) -> Array:
     cone = "the cone" if index is None else f"cone {index}"
     for point, multipliers in alternatives(unit):
-        if (unit @ point > (len(point) + 4) * _EPS * np.linalg.norm(point)).all():
+        if (unit @ point > (len(point) + 4) * tolerances.FLOAT64_EPS * np.linalg.norm(point)).all():
             return point
         total = multipliers.sum()
-        if total > 0 and np.linalg.norm(multipliers @ unit) <= _EMPTY * total:
+        if total > 0 and np.linalg.norm(multipliers @ unit) <= tolerances.MAX_EMPTY_CONE_ERROR * total:
             raise ValueError(f"normals: {cone} is empty, no w has a positive product with all of them")
     raise ArithmeticError(f"{cone} is too thin for float64 to decide whether it is empty: give an interior_point")
 
@@ -94,7 +77,7 @@ def _found_interior(unit: Array, index: int | None) -> Array:
 def _checked_interior(unit: Array, point: Array, index: int | None) -> Array:
     products = unit @ point
     n = int(products.argmin())
-    if not products[n] > (len(point) + 4) * _EPS * np.linalg.norm(point):
+    if not products[n] > (len(point) + 4) * tolerances.FLOAT64_EPS * np.linalg.norm(point):
         cone = "the cone" if index is None else f"cone {index}"
         sine = products[n] / (np.linalg.norm(point) or 1)
         raise ValueError(f"interior_point is not inside {cone}: b·w/(‖b‖‖w‖) = {sine:.1e} for constraint {n}")
@@ -104,9 +87,9 @@ def _checked_interior(unit: Array, point: Array, index: int | None) -> Array:
 def _orthogonal_groups(unit: Array, interior: Array) -> tuple[NDArray[np.integer], float]:
     """Labels (N,) of groups that are orthogonal to each other, and a bound on the change of the log by that."""
     sines = unit @ interior / np.linalg.norm(interior)
-    noise, ignored, count = 4 * unit.shape[1] * _EPS, 0.0, 0
+    noise, ignored, count = 4 * unit.shape[1] * tolerances.FLOAT64_EPS, 0.0, 0
     labels = np.full(len(unit), -1)
-    gram = unit @ unit.T if len(unit) <= _DENSE else None  # for more, one row at a time
+    gram = unit @ unit.T if len(unit) <= _MAX_GRAM_ROWS else None  # for more, one row at a time
     while (labels < 0).any():
         queue = [int(labels.argmin())]
         labels[queue] = count
@@ -120,7 +103,7 @@ def _orthogonal_groups(unit: Array, interior: Array) -> tuple[NDArray[np.integer
             # 2/π of a product for an orthant; in a thin cone a small rotation of a wall changes more of the measure.
             ignored += float((products[~tied] / sines[others[~tied]]).sum() / sines[n]) / math.pi
         count += 1
-    if count > 1 and ignored > _IGNORED:
+    if count > 1 and ignored > tolerances.MAX_IGNORED_LOG_CHANGE:
         return np.zeros(len(unit), dtype=np.int64), 0.0
     return labels, ignored if count > 1 else 0.0
 
@@ -129,13 +112,16 @@ def _reduced(normals: Array, interior: Array) -> ConeGroup:
     """Constraints and point in coordinates of the span of the constraints."""
     if len(normals) >= normals.shape[1]:
         squares = np.linalg.eigvalsh(normals.T @ normals)
-        if squares[0] > _MIN_EIGENVALUE * squares[-1]:  # certainly of full rank, and cheaper than singular values
+        if squares[0] > tolerances.MIN_FULL_RANK_EIGENVALUE_RATIO * squares[-1]:  # cheaper than singular values
             return ConeGroup(normals, interior)
     _, values, basis = np.linalg.svd(normals, full_matrices=False)
-    rank = int((values > normals.shape[1] * _EPS * values[0]).sum())
+    rank = int((values > normals.shape[1] * tolerances.FLOAT64_EPS * values[0]).sum())
     reduced, inner = normals @ basis[:rank].T, basis[:rank] @ interior
     products = normals @ interior
-    if rank == normals.shape[1] or (np.abs(reduced @ inner - products) > _MAX_ERROR * products).any():
+    if (
+        rank == normals.shape[1]
+        or (np.abs(reduced @ inner - products) > tolerances.MAX_CLOSED_FORM_ERROR * products).any()
+    ):
         return ConeGroup(normals, interior)  # a thin cone: the dropped directions matter for the point
     return ConeGroup(reduced / np.linalg.norm(reduced, axis=1, keepdims=True), inner)
 
@@ -173,11 +159,11 @@ def _closed_form(group: ConeGroup) -> tuple[float, float] | None:
     """Log measure and rounding error of a half-space, an arc or a spherical polygon; None otherwise."""
     rank = group.normals.shape[1]
     if rank == 1:
-        return -math.log(2), _EPS  # exact up to the last digit
+        return -math.log(2), tolerances.FLOAT64_EPS  # exact up to the last digit
     if rank == 2:
         first, second = group.normals
         angle = math.atan2(abs(first[0] * second[1] - first[1] * second[0]), -float(first @ second))
-        return math.log(angle / (2 * math.pi)), _MIN_ERROR + 16 * _EPS / angle
+        return math.log(angle / (2 * math.pi)), tolerances.MIN_LOG_ERROR + 16 * tolerances.FLOAT64_EPS / angle
     return _polygon(group) if rank == 3 else None
 
 
@@ -190,18 +176,22 @@ def _polygon(group: ConeGroup) -> tuple[float, float] | None:
         return None
     corners /= lengths[:, None]
     corners *= np.sign((sides @ corners.T).sum(0))[:, None]
-    noise = 64 * _EPS / lengths.min()  # of a corner
+    noise = 64 * tolerances.FLOAT64_EPS / lengths.min()  # of a corner
     if not (sides @ corners.T > -noise).all():  # the hull is wrong
         return None
     following = np.roll(sides, -1, axis=0)
     turns = np.arctan2(lengths, (sides * following).sum(1))  # at the corners; 2π less their sum is the area
     area = float(2 * math.pi - turns.sum())
-    if area > _SMALL:
-        error = _MIN_ERROR + 32 * _EPS * len(sides) / area
+    if area > tolerances.MAX_SMALL_AREA:
+        error = tolerances.MIN_LOG_ERROR + 32 * tolerances.FLOAT64_EPS * len(sides) / area
     else:
         area, farthest = _small_area(corners)
-        error = _MIN_ERROR + noise * (len(sides) / math.sqrt(area) + farthest / area) if area > 0 else math.inf
-    return (math.log(area / (4 * math.pi)), error) if error < _MAX_ERROR else None
+        error = (
+            tolerances.MIN_LOG_ERROR + noise * (len(sides) / math.sqrt(area) + farthest / area)
+            if area > 0
+            else math.inf
+        )
+    return (math.log(area / (4 * math.pi)), error) if error < tolerances.MAX_CLOSED_FORM_ERROR else None
 
 
 def _small_area(corners: Array) -> tuple[float, float]:
@@ -210,7 +200,7 @@ def _small_area(corners: Array) -> tuple[float, float]:
     The area is the sum of the triangles from the middle to the sides.
     """
     middle = corners.sum(0) / np.linalg.norm(corners.sum(0))
-    if (corners @ middle < _MIN_COSINE).any():  # long and thin: the corners do not determine the sides
+    if (corners @ middle < tolerances.MIN_CORNER_COSINE).any():  # long and thin: the corners do not determine the sides
         return 0.0, math.inf
     following = np.roll(corners, -1, axis=0)
     volumes = np.abs(np.cross(corners, following) @ middle)

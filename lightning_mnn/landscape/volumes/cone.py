@@ -13,15 +13,16 @@ import numpy as np
 import torch
 from scipy.stats import t as student
 
+from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.volumes.annealing import (
-    PILOT_LENGTH,
+    PILOT_STATES,
     Centred,
     centre,
     log_inner_ellipsoid,
     log_measures,
     schedule,
 )
-from lightning_mnn.landscape.volumes.closed_forms import THIN_MARGIN, ConeGroup, take_apart
+from lightning_mnn.landscape.volumes.closed_forms import ConeGroup, take_apart
 from lightning_mnn.landscape.volumes.intervals import LogEstimate
 from lightning_mnn.utilities.seeding import generator as seeded
 
@@ -38,18 +39,18 @@ _ISLANDS = 32  # independent populations; their spread is the standard error
 
 _CHAINS = 4  # Markov chains of each
 
-_LENGTH = 8  # fewest states of a chain
+_MIN_CHAIN_STATES = 8  # fewest states of a chain
 
-_PREDICTED = 0.0009  # usual states of a chain for a standard error of 1, over the square of the number of steps
+_STATES_PER_SQUARED_STEP = 0.0009  # usual states of a chain for a standard error of 1, over (number of steps)²
 
-_GROWTH = 8  # largest ratio of the lengths of successive pilots
+_MAX_PILOT_GROWTH = 8  # largest ratio of the lengths of successive pilots
 
-_AIM = 0.85  # of the target, as the standard error is known to 1/8 after the pilot, and again to 1/8 at the end
+_TARGET_FRACTION = 0.85  # the standard error is known to 1/8 after the pilot, and again to 1/8 at the end
 
 # Constraint values in one chunk: a size for the CPU cache, and one that keeps a GPU busy, 128 MiB per array.
-_CHUNK = {"cpu": 2**18, "cuda": 2**24}
+_ENTRIES_PER_CHUNK = {"cpu": 2**18, "cuda": 2**24}
 
-_QUANTILE = float(student.ppf(0.975, _ISLANDS - 1)) / 1.96  # few islands: their spread is itself uncertain
+_STUDENT_FACTOR = float(student.ppf(0.975, _ISLANDS - 1)) / 1.96  # few islands: their spread is itself uncertain
 
 
 def log_cone_measure(
@@ -111,7 +112,7 @@ def log_cone_measure(
     values = np.array([part.value for part in parts])
     squares = np.array([part.standard_error**2 for part in parts])
     groups = [(k, group) for k, part in enumerate(parts) for group in part.groups]
-    device = unit.device if unit.device.type in _CHUNK else torch.device("cpu")
+    device = unit.device if unit.device.type in _ENTRIES_PER_CHUNK else torch.device("cpu")
     generator = torch.Generator(device).manual_seed(seeded(seed, "cone").initial_seed())
     for chunk in _chunks(groups, device):
         owners = [k for k, _ in chunk]
@@ -175,14 +176,14 @@ def _one_thread() -> Iterator[None]:
 def _check_numbers(target_standard_error: float, max_samples: int) -> None:
     if not target_standard_error > 0:
         raise ValueError(f"target_standard_error must be positive, got {target_standard_error}")
-    smallest = _ISLANDS * _CHAINS * _LENGTH
+    smallest = _ISLANDS * _CHAINS * _MIN_CHAIN_STATES
     if max_samples < smallest:
         raise ValueError(f"max_samples must be at least {smallest}, got {max_samples}")
 
 
 def _unit_normals(normals: Tensor | ArrayLike) -> Tensor:
     rows = _tensor(normals)
-    rows = (rows.cpu() if rows.device.type not in _CHUNK else rows).to(torch.float64)
+    rows = (rows.cpu() if rows.device.type not in _ENTRIES_PER_CHUNK else rows).to(torch.float64)
     if rows.ndim < 2 or 0 in rows.shape:
         raise ValueError(f"normals must have shape (..., N, d) with N and d at least 1, got {tuple(rows.shape)}")
     if not bool(rows.isfinite().all()):
@@ -218,7 +219,7 @@ def _chunks(groups: list[tuple[int, ConeGroup]], device: torch.device) -> list[l
     for item in sorted(groups, key=lambda item: item[1].normals.shape[::-1]):
         num, rank = item[1].normals.shape
         together = chunks[-1] if chunks and chunks[-1][0][1].normals.shape[1] == rank else []
-        if together and (len(together) + 1) * num * _ISLANDS * _CHAINS <= _CHUNK[device.type]:
+        if together and (len(together) + 1) * num * _ISLANDS * _CHAINS <= _ENTRIES_PER_CHUNK[device.type]:
             together.append(item)
         else:
             chunks.append([item])
@@ -247,11 +248,11 @@ def _sample_padded(
     on_device = (torch.from_numpy(part).to(generator.device) for part in (normals, interior))
     cones = centre(next(on_device), next(on_device), generator)
     thinnest = float(cones.margins.min())
-    if not thinnest >= THIN_MARGIN:  # nor is NaN
+    if not thinnest >= tolerances.MIN_CENTRE_MARGIN:  # nor is NaN
         raise ArithmeticError(f"a cone is too thin for float64: at its centre the smallest margin is {thinnest:.1e}")
     steps = schedule(cones, generator)
     lengths = _lengths(
-        cones, steps, targets, max_samples // (_ISLANDS * _CHAINS * len(steps)) - PILOT_LENGTH, generator
+        cones, steps, targets, max_samples // (_ISLANDS * _CHAINS * len(steps)) - PILOT_STATES, generator
     )
     values, errors = np.empty(len(normals)), np.empty(len(normals))
     for length in np.unique(lengths):
@@ -279,24 +280,25 @@ def _lengths(
         max_states: largest number of states of a chain.
         generator: generator of the random numbers.
     """
-    rule = _PREDICTED * len(steps) ** 2 / targets**2
+    rule = _STATES_PER_SQUARED_STEP * len(steps) ** 2 / targets**2
     lengths, pending = np.zeros(len(targets)), np.arange(len(targets))
-    pilot = max(PILOT_LENGTH, int(min(rule.max(), max_states) / 4))
+    pilot = max(PILOT_STATES, int(min(rule.max(), max_states) / 4))
     smallest, largest = rule / 2, rule * 2
     while True:
         _, errors = _one_round(cones, steps, pending, pilot, generator)
         max_states -= pilot
-        needed = np.nan_to_num(pilot * (errors / (_AIM * targets[pending])) ** 2, nan=np.inf)
+        needed = np.nan_to_num(pilot * (errors / (_TARGET_FRACTION * targets[pending])) ** 2, nan=np.inf)
         lengths[pending] = np.clip(needed, smallest[pending], largest[pending])
         pending, needed = pending[needed > 2 * largest[pending]], needed[needed > 2 * largest[pending]]
         largest[pending] = np.inf
-        following = int(min(needed.max(initial=0.0), max_states) / _GROWTH)
+        following = int(min(needed.max(initial=0.0), max_states) / _MAX_PILOT_GROWTH)
         if following <= pilot:
             break
-        pilot = min(following, _GROWTH * pilot)
-    max_states = max(max_states, _LENGTH)
-    octaves = np.log2(np.clip(lengths, _LENGTH, max_states) / _LENGTH)
-    few = _LENGTH * 2 ** (np.ceil(8 * octaves) / 8) if len(targets) > 1 else np.clip(lengths, _LENGTH, max_states)
+        pilot = min(following, _MAX_PILOT_GROWTH * pilot)
+    max_states = max(max_states, _MIN_CHAIN_STATES)
+    clipped = np.clip(lengths, _MIN_CHAIN_STATES, max_states)
+    octaves = np.log2(clipped / _MIN_CHAIN_STATES)
+    few = _MIN_CHAIN_STATES * 2 ** (np.ceil(8 * octaves) / 8) if len(targets) > 1 else clipped
     chosen: NDArray[np.int64] = np.minimum(np.ceil(few), max_states).astype(np.int64)
     return chosen
 
@@ -315,4 +317,4 @@ def _one_round(
     # If the spread is large, the mean depends on the few largest: compare with the mean of a lognormal distribution.
     second = logs.mean(1) + spread**2 / 2
     error = np.hypot(np.maximum(relative, spread / math.sqrt(_ISLANDS)), np.minimum(spread, 1) * (values - second))
-    return values, _QUANTILE * error
+    return values, _STUDENT_FACTOR * error

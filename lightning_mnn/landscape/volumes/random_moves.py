@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from lightning_mnn.landscape.perturbation import RESOLVED_SPACINGS, RandomMoves, finest_sigma
+from lightning_mnn.landscape import tolerances
+from lightning_mnn.landscape.perturbation import RandomMoves, finest_sigma
 from lightning_mnn.landscape.volumes.intervals import Proportion
 from lightning_mnn.utilities.compat.precision import full_precision
 from lightning_mnn.utilities.interruption import safe_point
@@ -36,7 +37,7 @@ SIGMAS = tuple(10.0 ** (k / 2) for k in range(-12, 1))
 
 ALL_LAYERS = "all layers"
 
-_AT_ONCE = 128  # draws for which a part of the probe is run before the host waits for a GPU
+_DRAWS_PER_CHECK = 128  # draws for which a part of the probe is run before the host waits for a GPU
 
 
 @dataclass(frozen=True)
@@ -200,8 +201,8 @@ def count_kept(
             raise ValueError("runs return different patterns at the same parameters: they must be deterministic")
         counts = torch.zeros(len(sigmas), len(names) + 1, dtype=torch.int64)
         with RandomMoves(tensors) as moves:
-            for start in range(0, len(seeds), _AT_ONCE):
-                some = seeds[start : start + _AT_ONCE]
+            for start in range(0, len(seeds), _DRAWS_PER_CHECK):
+                some = seeds[start : start + _DRAWS_PER_CHECK]
                 kept = torch.ones(len(some), *counts.shape, dtype=torch.bool)
                 for part in parts:
                     pending = kept.any(-1)
@@ -222,8 +223,8 @@ def check_sigmas(sigmas: Any, finest: float = 0.0) -> None:
         raise ArgumentError("sigmas", sigmas, "must be positive, finite and ascending", "as [0.001, 0.01]")
     if values[0] < finest:
         raise ValueError(
-            f"sigmas must be at least {finest:.1e}, {RESOLVED_SPACINGS} spacings of the parameters' floating-point "
-            f"numbers, got {values[0]:.1e}: leave out smaller ones, or use a finer dtype"
+            f"sigmas must be at least {finest:.1e}, {tolerances.MIN_MOVE_SPACINGS} spacings of the parameters' "
+            f"floating-point numbers, got {values[0]:.1e}: leave out smaller ones, or use a finer dtype"
         )
 
 

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 MAX_NODES = 20_000  # branches of one region's search for a minimum: about 1.5 ms each at N = 40
 
-_CHUNKS = 8  # tasks per process, because regions need unequal times
+_TASKS_PER_PROCESS = 8  # tasks per process, because regions need unequal times
 
 LABELS = {"plus_minus": (-1.0, 0.0), "zero_one": (0.0, 0.5)}  # the lower label and the threshold
 
@@ -413,7 +413,7 @@ def _census(case: Case, num_regions: int, processes: int) -> Census:
     regions, processes = positive_integer("num_regions", num_regions), positive_integer("processes", processes)
     if processes == 1:
         return Census.from_counts([count(case, 0, regions)])
-    chunks = min(regions, processes * _CHUNKS)
+    chunks = min(regions, processes * _TASKS_PER_PROCESS)
     edges = [regions * chunk // chunks for chunk in range(chunks + 1)]
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of torch's threads
     workers = ProcessPoolExecutor(processes, context, initializer=torch.set_num_threads, initargs=(1,))

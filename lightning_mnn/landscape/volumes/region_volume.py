@@ -14,6 +14,7 @@ import torch
 from scipy import special
 from scipy.stats import t as student
 
+from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.network import smallest_sines
 from lightning_mnn.landscape.volumes.cone import log_cone_measure, log_ellipsoid_volume
 from lightning_mnn.landscape.volumes.intervals import LogEstimate
@@ -26,9 +27,7 @@ if TYPE_CHECKING:
     from lightning_mnn.landscape.regions.region import Region
 
 
-_ENTRIES = 2**26  # entries of the normals of all cones in one batch
-
-_TINY = 1e-250  # below it, the incomplete beta function is near float64's smallest number and loses digits
+_ENTRIES_PER_BATCH = 2**26  # entries of the normals of all cones in one batch
 
 
 def log_cap_measure(sine: ArrayLike, dim: int) -> NDArray[np.float64]:
@@ -62,9 +61,9 @@ def log_cap_measure(sine: ArrayLike, dim: int) -> NDArray[np.float64]:
     with np.errstate(divide="ignore"):
         direct = np.log(beta)
         log_x = 2 * np.log(sine)  # not log(sine²), which underflows first
-    small = np.where(beta < _TINY, x, 0.0)
+    small = np.where(beta < tolerances.MIN_BETA_VALUE, x, 0.0)
     series = np.log(special.hyp2f1(a + b, 1, a + 1, small)) + b * np.log1p(-small) - math.log(a) - special.betaln(a, b)
-    return np.asarray(-math.log(2) + np.where(beta < _TINY, a * log_x + series, direct))
+    return np.asarray(-math.log(2) + np.where(beta < tolerances.MIN_BETA_VALUE, a * log_x + series, direct))
 
 
 @dataclass(frozen=True)
@@ -203,7 +202,7 @@ class _UnitCones:
 
     def batches(self, units: Tensor) -> tuple[Tensor, ...]:
         """Batches of units whose normals fit into memory together."""
-        return torch.split(units, max(1, _ENTRIES // max(1, self.inputs.numel())))
+        return torch.split(units, max(1, _ENTRIES_PER_BATCH // max(1, self.inputs.numel())))
 
 
 def _unit_cones(region: Region, weights: Tensor) -> _UnitCones:

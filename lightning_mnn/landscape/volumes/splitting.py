@@ -22,6 +22,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.labels import wrong
 from lightning_mnn.landscape.pattern import ActivationPattern
 from lightning_mnn.landscape.regions.region import khatri_rao
@@ -33,23 +34,18 @@ from lightning_mnn.utilities.validation import ArgumentError, positive_integer
 
 Score = Callable[[Tensor], Tensor]
 
-_SURVIVORS = 0.25  # fraction of the pilot's particles that reach the next level
+_SURVIVOR_FRACTION = 0.25  # fraction of the pilot's particles that reach the next level
 
-_ACCEPTANCE = 0.3  # target fraction of accepted moves for the pilot
+_ACCEPTED_FRACTION = 0.3  # target fraction of accepted moves for the pilot
 
-_MAX_STALLED = 5  # sets of moves without a particle above the level, after which the pilot gives up
+_MAX_STALLED_SETS = 5  # sets of moves without a particle above the level, after which the pilot gives up
 
-_CONFIDENCE = 0.95
+_ENTRIES_PER_BATCH = 2_000_000  # entries of the matrices decomposed in one batch
 
-_BOTH = 0.975  # confidence of each of two intervals that must be valid together
+# Strengths of ridge regressions, relative to the mean diagonal of GᵀG: powers of ten, and their number.
+_RIDGE_POWERS = (-8, 1, 19)
 
-_BATCH = 2_000_000  # entries of the matrices decomposed in one batch
-
-_MIN_EIGENVALUE = 1e-9  # of GᵀG, relative to its mean diagonal: larger ones are certainly not zero
-
-_STRENGTHS = (-8, 1, 19)  # of ridge regressions, relative to the mean diagonal of GᵀG: powers of ten, and their number
-
-_BELOW_ONE = 1 - 1e-6
+_MAX_LEAD = 1 - 1e-6
 
 
 @dataclass(frozen=True)
@@ -257,7 +253,7 @@ def suboptimal_score(
     data = DataSet.of(inputs, targets, threshold)
 
     def score(weights: Tensor) -> Tensor:
-        batch = max(1, _BATCH // (len(data.inputs) * max(len(data.inputs), weights[0].numel())))
+        batch = max(1, _ENTRIES_PER_BATCH // (len(data.inputs) * max(len(data.inputs), weights[0].numel())))
         weights = weights.cpu()
         return torch.cat([_score_regions(data, negative_slope, part) for part in torch.split(weights, batch)])
 
@@ -282,7 +278,9 @@ def _score_regions(data: DataSet, negative_slope: float, weights: Tensor) -> Ten
     scale = gram.diagonal(dim1=1, dim2=2).mean(1)
     gram = gram / torch.where(scale > 0, scale, 1.0)[:, None, None]
     # If GᵀG less a small multiple of the identity has a Cholesky factor, all eigenvalues are larger, and e* = 0.
-    _, failed = torch.linalg.cholesky_ex(gram - _MIN_EIGENVALUE * torch.eye(len(inputs), dtype=gram.dtype))
+    _, failed = torch.linalg.cholesky_ex(
+        gram - tolerances.MIN_DEFINITE_EIGENVALUE_RATIO * torch.eye(len(inputs), dtype=gram.dtype)
+    )
     doubtful = failed > 0
     wrongs = wrong(targets, targets, threshold).sum().double().repeat(len(weights))
     wrongs[doubtful] = _count_wrong(khatri_rao(slopes[doubtful], inputs), targets, threshold)
@@ -290,7 +288,7 @@ def _score_regions(data: DataSet, negative_slope: float, weights: Tensor) -> Ten
         lead = _smallest_activation(inputs, preactivations, wrongs.long())
     else:
         lead = _ridge_lead(gram, targets, threshold, wrongs.long())
-    return wrongs + lead.clamp(max=_BELOW_ONE)
+    return wrongs + lead.clamp(max=_MAX_LEAD)
 
 
 def _smallest_activation(inputs: Tensor, preactivations: Tensor, skipped: Tensor) -> Tensor:
@@ -310,7 +308,7 @@ def _ridge_lead(gram: Tensor, targets: Tensor, threshold: float, skipped: Tensor
     The strengths λ are on a logarithmic scale, relative to the mean diagonal of GᵀG, (B, N, N). The result is 1 for the
     smallest strength, and 0 for the largest or if no strength does.
     """
-    strengths = torch.logspace(*_STRENGTHS, dtype=gram.dtype)
+    strengths = torch.logspace(*_RIDGE_POWERS, dtype=gram.dtype)
     values, vectors = torch.linalg.eigh(gram)
     shares = strengths / (values.clamp(min=0)[..., None] + strengths)
     residuals = vectors @ ((vectors.mT @ targets)[..., None] * shares)  # (B, N, number of strengths)
@@ -419,7 +417,7 @@ def _plan(pilot: _Population, level: float, steps: int) -> dict[float, float]:
     current, size, stalled = -math.inf, 1.0, 0
     while current < level:
         reached = _next_level(pilot.scores.flatten(), current)
-        if reached is None and stalled < _MAX_STALLED:
+        if reached is None and stalled < _MAX_STALLED_SETS:
             stalled += 1
         else:
             current, stalled = level if reached is None else min(reached, level), 0
@@ -427,14 +425,14 @@ def _plan(pilot: _Population, level: float, steps: int) -> dict[float, float]:
                 return plan | {current: size}
         for _ in range(steps):
             share = pilot.move(current, size)
-            size = min(1.0, size * math.exp(share - _ACCEPTANCE))
+            size = min(1.0, size * math.exp(share - _ACCEPTED_FRACTION))
         plan[current] = size
     return plan
 
 
 def _next_level(scores: Tensor, current: float) -> float | None:
     """The score that a fixed fraction of particles reach, or the next one above the current level; None if none is."""
-    quantile = float(scores.sort().values[-math.ceil(_SURVIVORS * len(scores))])
+    quantile = float(scores.sort().values[-math.ceil(_SURVIVOR_FRACTION * len(scores))])
     above = scores[scores > current]
     return quantile if quantile > current else float(above.min()) if len(above) else None
 
@@ -473,10 +471,10 @@ def _estimate(log_runs: Tensor) -> Estimate:
     if len(logs) == len(log_runs) and variance == 0:
         log_lower = math.log(Proportion.of(len(logs), len(logs)).low)
         return Estimate(log_value, log_value + log_lower, min(log_value - log_lower, 0.0))
-    confidence, log_low, log_high = _CONFIDENCE, 0.0, 0.0
+    confidence, log_low, log_high = tolerances.INTERVAL_CONFIDENCE, 0.0, 0.0
     if len(logs) < len(log_runs):
-        alive = Proportion.of(len(logs), len(log_runs), confidence=_BOTH)
-        confidence, log_low, log_high = _BOTH, math.log(alive.low), math.log(alive.high)
+        alive = Proportion.of(len(logs), len(log_runs), confidence=tolerances.JOINT_INTERVAL_CONFIDENCE)
+        confidence, log_low, log_high = tolerances.JOINT_INTERVAL_CONFIDENCE, math.log(alive.low), math.log(alive.high)
     centre = float(logs.mean()) + variance / 2
     spread = math.sqrt(variance / len(logs) + variance**2 / (2 * (len(logs) - 1)))
     spread *= float(stats.t.ppf((1 + confidence) / 2, len(logs) - 1))

@@ -146,7 +146,7 @@ def test_score_does_not_depend_on_its_batch(monkeypatch):
         score = suboptimal_score(data.inputs, data.targets, slope)
         whole = score(weights)
         with monkeypatch.context() as patch:
-            patch.setattr("lightning_mnn.landscape.volumes.splitting._BATCH", 300)
+            patch.setattr("lightning_mnn.landscape.volumes.splitting._ENTRIES_PER_BATCH", 300)
             torch.testing.assert_close(score(weights), whole, rtol=1e-9, atol=1e-9)
 
 
