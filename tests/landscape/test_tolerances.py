@@ -1,0 +1,592 @@
+"""Each tolerance decides something: an example near it gets another verdict if the tolerance is ten times off."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_mnn.callbacks.evaluation.full_batch import FullBatch
+from lightning_mnn.callbacks.evidence.squared_error import _Comparison, _factor
+from lightning_mnn.landscape import (
+    ActivationPattern,
+    KinkDistance,
+    KinkTrace,
+    LossSurface,
+    Region,
+    certify,
+    check_stationarity,
+    find_minimum,
+    kink_distance,
+    log_cone_measure,
+    planted_kink_minimum,
+    planted_minimum,
+    polish,
+    second_order_verdict,
+    tolerances,
+)
+from lightning_mnn.landscape.curvature.flat_directions import _power, flat_check, probe
+from lightning_mnn.landscape.curvature.newton import Scales, conjugate_gradients
+from lightning_mnn.landscape.labels import wrong
+from lightning_mnn.landscape.minima import planted
+from lightning_mnn.landscape.minima.kink_multipliers import check_multipliers
+from lightning_mnn.landscape.minima.problem import Problem
+from lightning_mnn.landscape.minima.stationary_point import _spanned, bases_of_kinks
+from lightning_mnn.landscape.perturbation import finest_sigma, moved
+from lightning_mnn.landscape.regions.existence import _Model
+from lightning_mnn.landscape.regions.least_squares import _by_singular_values, solve
+from lightning_mnn.landscape.regions.linear_map import FaceMap
+
+ROOT = Path(__file__).parents[2]
+EPS = 2.0**-52
+LARGER, SMALLER = 10, 1 / 10
+CASES = []
+
+
+def decides(name, *factors, verdict):
+    """Mark a function that gives this verdict, and another one with the tolerance multiplied by any of the factors."""
+
+    def add(function):
+        CASES.append(pytest.param(name, verdict, factors, function, id=f"{name}-{function.__name__}"))
+        return function
+
+    return add
+
+
+def scaled(value, factor):
+    if isinstance(value, tuple):
+        return tuple(part * factor for part in value)
+    return max(1, int(value * factor)) if isinstance(value, int) else value * factor
+
+
+def double(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# Floats
+
+
+@decides("UNIT_ROUNDOFF", LARGER, verdict=(True, False))
+def sums_that_are_rounded_to_one():
+    return 1 + tolerances.UNIT_ROUNDOFF == 1, 1 + 3 * tolerances.UNIT_ROUNDOFF == 1
+
+
+@decides("FLOAT64_EPS", LARGER, SMALLER, verdict=(True, True))
+def next_float_after_one():
+    return 1 + tolerances.FLOAT64_EPS > 1, 1 + tolerances.FLOAT64_EPS / 2 == 1
+
+
+# Certificates of two-layer networks
+
+
+@decides("MAX_KINK_SINE", SMALLER, verdict="kink_minimum")
+@decides("MIN_KINK_GAP_RATIO", LARGER, verdict="kink_minimum")
+def a_minimum_with_its_kink_missed_by_a_sine_of_5e_4():
+    problem = planted_kink_minimum(40, 5, 1)
+    normal, row = problem.inputs[problem.kinks[:, 0]][0], problem.hidden_weights[0]
+    weights = row + 5e-4 * row.norm() * normal / normal.norm()
+    return certify(weights[None], problem.output_weights, problem.inputs, problem.targets, max_distance=0.1).kind
+
+
+@decides("MAX_ROUNDING_PER_TARGET", SMALLER, verdict=True)
+def an_exact_fit_by_units_that_cancel():
+    inputs, size = double([[1.0], [2.0]]), 2.0**27
+    return certify(double([[1.0], [1.0]]), double([size + 1, -size]), inputs, inputs[:, 0]).zero_error
+
+
+@decides("MAX_ROUNDING_PER_RESIDUAL", LARGER, SMALLER, verdict=["differentiable_minimum", "not_stationary"])
+def a_minimum_whose_output_weights_grow():
+    problem, kinds = planted_minimum(30, 4, 2, seed=1), []
+    for size in (2.0**22, 2.0**26):
+        rows = problem.hidden_weights.clone()
+        rows[0] = rows[1] + (rows[0] - rows[1]) / size
+        kinds.append(certify(rows, problem.output_weights * size, problem.inputs, problem.targets).kind)
+    return kinds
+
+
+def near_pair(offset):
+    """Two inputs that differ in direction by an offset, and a third one."""
+    inputs = double([[1.0, 0.0, 0.0], [1.0, offset, 0.0], [0.0, 0.0, 1.0]])
+    return Problem(inputs, torch.ones(3).double(), 0.0, torch.zeros(3, 0).double())
+
+
+@decides("MAX_ZERO_SINGULAR_RATIO", LARGER, verdict=2)
+def the_rank_of_two_inputs_that_differ_by_5e_10():
+    return bases_of_kinks(near_pair(5e-10), torch.tensor([[True], [True], [False]]))[0].shape[1]
+
+
+@decides("MAX_OFF_SPAN_RATIO", SMALLER, verdict=[[True], [True], [False]])
+def the_samples_in_the_span_of_a_kink():
+    problem, kinks = near_pair(5e-13), torch.tensor([[True], [False], [False]])
+    return _spanned(problem, kinks, bases_of_kinks(problem, kinks)).tolist()
+
+
+@decides("MAX_UNBALANCED_FORCE_RATIO", LARGER, verdict=False)
+def a_kink_with_a_force_of_4e_12_along_it():
+    return check_multipliers(np.array([[1.0, 0.0]]), np.array([-1.0]), np.array([0.5, 2e-12]), 1.0, 0.0, 0.0).holds
+
+
+@decides("LINEAR_PROGRAM_ERROR_RATIO", LARGER, verdict=False)
+def two_equal_kinks_with_a_gain_of_5e_9():
+    force = np.array([2 + 1e-8])
+    return check_multipliers(np.array([[1.0], [1.0]]), np.array([-1.0, -1.0]), force, 1.0, 0.0, 0.0).holds
+
+
+@decides("MAX_POLISH_EXCURSION", SMALLER, verdict=True)
+def a_minimum_thirty_times_max_distance_away():
+    random = np.random.default_rng(0)
+    inputs, targets = random.standard_normal((60, 6)), random.integers(0, 2, 60).astype(float)
+    weights, outputs = random.standard_normal((3, 6)) / 2, random.standard_normal(3) / 2
+    start = [torch.from_numpy(part) for part in (weights, outputs, inputs, targets)]
+    return polish(*start, max_distance=polish(*start).distance / 30).certificate.is_minimum
+
+
+# Planted problems
+
+
+@decides("MAX_PLANTED_ROUNDINGS", LARGER, SMALLER, verdict=[True, False])
+def targets_that_are_linear_up_to_noise():
+    found = []
+    for noise in (1e-8, 1e-9):
+        random = np.random.default_rng(0)
+        inputs = random.standard_normal((30, 4))
+        targets = inputs @ np.ones(4) + noise * random.standard_normal(30)
+        found.append(succeeds(planted_minimum, 30, 4, 2, 1 - 1e-12, inputs=double(inputs), targets=double(targets)))
+    return found
+
+
+@decides("MAX_PLANTED_RESIDUAL", SMALLER, verdict=True)
+def residuals_of_moderate_size():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planted, "_MAX_PROBLEM_DRAWS", 1)
+        return all(succeeds(planted_kink_minimum, 40, 5, 4, kinks_per_unit=2, seed=seed) for seed in range(20))
+
+
+def succeeds(function, *args, **options):
+    try:
+        function(*args, **options)
+    except (ValueError, ArithmeticError):
+        return False
+    return True
+
+
+# Labels
+
+
+@decides("MAX_THRESHOLD_PRODUCT", LARGER, SMALLER, verdict=[True, False])
+def predictions_next_to_the_threshold():
+    return wrong(double([0.5 + 5e-13, 0.5 + 5e-12]), double([1.0, 1.0]), 0.5).tolist()
+
+
+# Least squares
+
+
+@decides("MAX_FIT_STATIONARITY", LARGER, SMALLER, verdict=[True, False])
+def fits_with_a_gradient_left():
+    found = []
+    for gradient in (3e-10, 3e-9):
+        fit = SimpleNamespace(gradient=double(gradient), residual=None, method="")
+        found.append(succeeds(Region.residual, SimpleNamespace(least_squares=lambda _, fit=fit: fit), None))
+    return found
+
+
+def face(inputs, bases=None):
+    return FaceMap(inputs, torch.ones(len(inputs), 1).double(), torch.zeros(len(inputs), 0).double(), None, bases or {})
+
+
+@decides("MAX_DROPPED_SINGULAR_RATIO", LARGER, SMALLER, verdict=[0.0, 1.0])
+def solutions_along_small_singular_values():
+    targets = [double([1.0, small]) for small in (3e-12, 3e-11)]
+    return [round(float(_by_singular_values(face(y.diag()), y).theta[1]), 3) for y in targets]
+
+
+@decides("PROJECTION_ROUNDING_RATIO", LARGER, verdict=True)
+def a_singular_value_that_projection_leaves():
+    basis = double([[math.cos(1)], [math.sin(1)], [0.0]])
+    inputs = torch.cat([basis.T, 2 * basis.T + double([[0.0, 0.0, 5e-15]])])
+    return solve(face(inputs, {0: basis}), double([0.0, 1.0])).smallest is not None
+
+
+# Existence of a minimum
+
+
+def exists(inputs, targets):
+    region = Region(double(inputs), ActivationPattern(torch.ones(len(inputs), 1, dtype=torch.bool)))
+    return find_minimum(region, double(targets), threshold=0.5).exists
+
+
+@decides("MIN_NONZERO_SINGULAR_RATIO", LARGER, SMALLER, verdict=[None, True])
+def inputs_of_doubtful_rank():
+    return [exists([[1.0, 0.0], [1.0, small], [1.0, -small]], [1.0, 1.0, 1.0]) for small in (3e-11, 3e-10)]
+
+
+@decides("MIN_INPUT_LENGTH_RATIO", LARGER, SMALLER, verdict=[None, True])
+def an_input_next_to_zero():
+    return [exists([[1.0], [small]], [1.0, 2.0]) for small in (3e-11, 3e-10)]
+
+
+@decides("MIN_OPEN_MARGIN", LARGER, SMALLER, verdict=[None, True])
+def margins_next_to_zero():
+    return [exists([[1.0, 0.0], [0.0, 1.0]], [1.0, margin]) for margin in (3e-8, 3e-7)]
+
+
+@decides("MAX_DUAL_ERROR_RATIO", LARGER, SMALLER, verdict=[False, None])
+def margins_that_a_dual_excludes():
+    return [exists([[1.0, 0.0], [0.0, 1.0]], [1.0, margin]) for margin in (3e-10, 3e-9)]
+
+
+@decides("MAX_ZERO_RATIO", LARGER, SMALLER, verdict=[True, None])
+def targets_whose_correlation_may_be_zero():
+    return [exists([[1.0], [1.0]], [1 + offset, -1.0]) for offset in (1e-12, 1e-11)]
+
+
+@decides("MAX_STATIONARITY", LARGER, SMALLER, verdict=[True, False])
+def points_next_to_a_minimum():
+    pattern = ActivationPattern(torch.ones(2, 1, dtype=torch.bool))
+    model = _Model(Region(torch.eye(2), pattern), torch.ones(2).double())
+    return [model.is_minimum(np.array([[1 + 2 * error, 1.0]]), np.ones(1)) for error in (3e-11, 3e-10)]
+
+
+# Random moves and kinks of any network
+
+
+@decides("MIN_MOVE_SPACINGS", SMALLER, verdict=True)
+def weights_that_the_smallest_move_changes():
+    weights = torch.ones(1000)
+    with moved([weights], finest_sigma([weights])):
+        return float((weights != 1).double().mean()) > 0.9
+
+
+def kinks(inputs, dtype=torch.float64):
+    """The kinks of two units with the weights (1, 1) and (1, 0)."""
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU()).to(dtype)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, 1.0], [1.0, 0.0]]))
+
+    def run(on_kink):
+        with KinkTrace(model, on_kink):
+            model(torch.tensor(inputs, dtype=dtype))
+
+    return kink_distance([run], list(model.parameters()))
+
+
+@decides("MIN_COARSE_SPACING", LARGER, verdict=2)
+def samples_at_the_origin_in_float16():
+    return kinks([[0.0, 0.0]], torch.float16).count
+
+
+@decides("MAX_KINK_SPACINGS", LARGER, SMALLER, verdict=[1, 0])
+def units_some_spacings_off_their_kink():
+    return [kinks([[1.0, -1 + spacings * EPS]]).count for spacings in (4, 40)]
+
+
+@decides("CHANCE_BAND_WIDTHS", SMALLER, verdict=True)
+def a_unit_in_the_band_around_a_kink():
+    return kinks([[1.0, -1 + 200 * EPS]]).by_chance > 0
+
+
+# Stationary points of any network
+
+
+def surface_of(start, function, dtype=torch.float64):
+    theta = torch.tensor(start, dtype=dtype, requires_grad=True)
+    return LossSurface([theta], lambda: [(1.0, lambda: function(theta))])
+
+
+def verdict_of(start, function, **options):
+    return second_order_verdict(surface_of(start, function), KinkDistance(), 1.0, gradient_tolerance=1.0, **options)
+
+
+ON_KINK = KinkDistance(0.0, 0.0, "1", count=1, units=10, spacing=EPS)
+
+
+@decides("KINK_CROSSING_SPACINGS", SMALLER, verdict="on_kink")
+def a_kink_twenty_spacings_away():
+    return check_stationarity(surface_of([1 + 20 * EPS], lambda z: 1e-5 * (z[0] - 1).abs()), ON_KINK, 1.0).kind
+
+
+@decides("MAX_JUMP_PER_GRADIENT", LARGER, SMALLER, verdict=["not_stationary", "on_kink"])
+def slopes_with_a_kink():
+    surfaces = [surface_of([1.0], lambda z, c=change: z[0] + c / 2 * (z[0] - 1).abs()) for change in (0.3, 1.2)]
+    return [check_stationarity(surface, ON_KINK, 1.0).kind for surface in surfaces]
+
+
+@decides("MIN_CHANCE_UNITS", LARGER, verdict=True)
+def kinks_as_many_as_by_chance():
+    many = KinkDistance(0.0, 0.0, "1", count=12, units=10**6, by_chance=9.0, spacing=EPS)
+    return check_stationarity(surface_of([1.0], lambda z: z[0] ** 2), many, 1.0).relative_jump is None
+
+
+def bowl(theta, *, saddle=0.0):
+    """½ Σ λ θ² + 1, with λ from 0 to 1, but for one that may be negative."""
+    values = torch.linspace(0, 1, len(theta), dtype=theta.dtype)
+    values[3] = -saddle if saddle else values[3]
+    return 1 + 0.5 * (values * (theta - 1) ** 2).sum()
+
+
+@decides("MAX_EIGENVALUE_ERROR_RATIO", LARGER, verdict=True)
+def the_error_of_a_negative_eigenvalue():
+    values = torch.cos(torch.linspace(0, math.pi, 400, dtype=torch.float64))
+    found = verdict_of([0.0] * 400, lambda z: 1 + 0.5 * (values * z**2).sum())
+    return found.eigenvalue_error < 0.05 * found.largest_eigenvalue
+
+
+@decides("EXPLAINED_CURVATURE_FACTOR", LARGER, SMALLER, verdict=["saddle", "undecided"])
+def negative_curvature_beside_a_gradient():
+    return [verdict_of([1.0] * 20, lambda z, s=s: bowl(z, saddle=0.01) + s * z[0]).kind for s in (1e-3, 6e-3)]
+
+
+@decides("LOSS_ROUNDINGS", LARGER, verdict="saddle")
+@decides("MIN_LOSS_CHANGE_ERRORS", LARGER, verdict="saddle")
+@decides("TRIAL_STEP_FACTORS", LARGER, verdict="saddle")
+def negative_curvature_only_close_by():
+    return verdict_of([1.0] * 20, lambda z: bowl(z, saddle=0.01) + 1.5e8 * (z[3] - 1) ** 4).kind
+
+
+@decides("MAX_FLAT_CURVATURE_RATIO", LARGER, verdict="differentiable_minimum")
+def curvature_of_3e_8_beside_a_flat_direction():
+    values = double([0.5, 0.6, 0.7, 0.0, 3e-8, 1.0])
+    return verdict_of([1.0] * 6, lambda z: 1 + 0.5 * (values * (z - 1) ** 2).sum()).kind
+
+
+# Newton's method
+
+
+@decides("MAX_STEP_RESIDUAL_RATIO", LARGER, verdict=True)
+def the_residual_of_a_step():
+    values, gradient = torch.logspace(-6, 0, 50, dtype=torch.float64), torch.ones(50).double()
+    found = conjugate_gradients(lambda v: values * v, gradient, max_products=500)
+    return bool(found.residual.norm() < 2e-4 * gradient.norm())
+
+
+@decides("MAX_GRADIENT_MISFIT", SMALLER, verdict="differentiable_minimum")
+def a_bowl_with_a_cubic_term():
+    return verdict_of([2e-4, 0.0], lambda z: 1 + z[0] ** 2 + z[1] ** 2 + 1e2 * z[0] ** 3).kind
+
+
+class Stretched(torch.autograd.Function):
+    """A value times a factor, with the gradient of the value itself."""
+
+    @staticmethod
+    def forward(ctx, value, factor):
+        return value * factor
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+@decides("MAX_DECREASE_ERROR", LARGER, SMALLER, verdict=["differentiable_minimum", "undecided"])
+def losses_that_differ_from_their_gradient():
+    return [
+        verdict_of([1e-5, 1.0], lambda z, f=factor: 1 + Stretched.apply(z[0] ** 2 + (z[1] - 1) ** 2, f)).kind
+        for factor in (1.1, 1.5)
+    ]
+
+
+@decides("ZERO_PREDICTION_SPACINGS", SMALLER, verdict="differentiable_minimum")
+def a_loss_next_to_zero():
+    return verdict_of([1 + 1e-8] * 5, lambda z: 1e-26 + 0.5 * ((z - 1) ** 2).sum()).kind
+
+
+@decides("MAX_NEWTON_GAIN_RATIO", LARGER, SMALLER, verdict=["undecided", "differentiable_minimum"])
+def points_from_which_the_loss_would_fall():
+    return [verdict_of([1 + 4e-4] * 5, lambda z, o=o: o + 0.5 * ((z - 1) ** 2).sum()).kind for o in (1e-4, 1e-3)]
+
+
+@decides("MAX_NEWTON_DISTANCE_RATIO", LARGER, SMALLER, verdict=["undecided", "differentiable_minimum"])
+def points_some_distance_from_a_minimum():
+    return [verdict_of([1 + d] * 5, lambda z: 1 + 0.5 * ((z - 1) ** 2).sum()).kind for d in (5e-3, 5e-4)]
+
+
+@decides("MAX_SLOPE_ERROR", LARGER, SMALLER, verdict=["differentiable_minimum", "undecided"])
+def curvature_that_changes_along_its_direction():
+    def kind(change):
+        return verdict_of([0.0, 1 + 1e-4], lambda z: bend(z[0], change) + 5 * (z[1] - 1) ** 2).kind
+
+    def bend(step, change):  # whose slope differs by this fraction from that of step² / 2 at 1e-4
+        return 1 + step**2 / 2 + change * 1e4 / 3 * step**3
+
+    return [kind(0.1), kind(0.6)]
+
+
+# Directions without curvature
+
+
+def product(theta):
+    """A curved manifold of minima, z[0] z[1] = 1."""
+    return 1 + (theta.prod() - 1) ** 2
+
+
+@decides("WEIGHT_ROUNDING_FACTOR", SMALLER, verdict="differentiable_minimum")
+@decides("MAX_GRADIENT_ROUNDINGS", SMALLER, verdict="differentiable_minimum")
+@decides("MIN_TAIL_RATIO", SMALLER, verdict="differentiable_minimum")
+@decides("MIN_REMAINING_MOVE_SHARE", LARGER, verdict="differentiable_minimum")
+def a_manifold_of_minima():
+    return verdict_of([2.0, 0.5], product).kind
+
+
+def descends(start, function, direction, **options):
+    found = probe(surface_of(start, function), double(direction), Scales(1.0, 2.0, EPS), **options)
+    return found.descent is not None
+
+
+@decides("PROBE_SIZES", SMALLER, verdict=True)
+def a_descent_of_fourth_order():
+    return descends([0.0, 0.0], lambda z: 1 + z[0] ** 2 - z[1] ** 4, [0.0, 1.0], corrected=False)
+
+
+@decides("MAX_PROBE_STEP_RATIO", SMALLER, verdict=True)
+def a_descent_of_eighth_order():
+    return descends([0.0, 0.0], lambda z: 1 + z[0] ** 2 - z[1] ** 8, [0.0, 1.0], corrected=False)
+
+
+@decides("DESCENT_ORDERS", LARGER, SMALLER, verdict=True)
+@decides("CORRECTED_PROBE_SIZES", SMALLER, verdict=True)
+def peanos_surface():
+    return descends([0.0, 0.0], lambda z: 1 + (z[0] - z[1] ** 2) * (z[0] - 3 * z[1] ** 2), [0.0, 1.0])
+
+
+@decides("CORRECTION_PRODUCTS", SMALLER, verdict=True)
+def a_curved_valley_with_several_curvatures():
+    curvatures = double([1.0, 10.0, 100.0])
+
+    def loss(z):
+        return 1 + (curvatures * (z[:3] - z[3] ** 2) ** 2).sum() - 5 * z[3] ** 4
+
+    return descends([0.0] * 4, loss, [0.0, 0.0, 0.0, 1.0])
+
+
+@decides("MAX_ORDER_CHANGE", LARGER, SMALLER, verdict=[True, False])
+def falls_whose_order_changes():
+    return [_power([(1.0, 2.0 ** (6 + c)), (0.5, 8.0), (0.25, 1.0)], 1e-9) is not None for c in (0.3, 1.0)]
+
+
+@decides("MIN_FALL_RATIO", SMALLER, verdict=False)
+def a_fall_that_ends_at_small_steps():
+    return _power([(1.0, 64.0), (0.5, 8.0), (0.25, 1.0), (0.125, 0.02)], 0.05) is not None
+
+
+@decides("FLAT_MOVE_RATIOS", SMALLER, verdict="saddle")
+def a_descent_of_sixth_order():
+    return verdict_of([0.0, 0.0], lambda z: 1 + z[0] ** 2 - z[1] ** 6).kind
+
+
+def flat(start, function, length, dtype=torch.float64, **options):
+    eps = torch.finfo(dtype).eps
+    return flat_check(surface_of(start, function, dtype), Scales(length, 2.0, eps), 8 * eps, **options).kind
+
+
+@decides("FLOAT32_FLAT_MOVE_RATIOS", SMALLER, verdict="varies")
+def a_fourth_power_in_float32():
+    return flat([1.0, 0.0], lambda z: 1 + (z[0] - 1) ** 2 - z[1] ** 4, 0.5, torch.float32)
+
+
+@decides("KINK_FLAT_MOVE_RATIO", LARGER, verdict="constant")
+def a_flat_direction_up_to_a_kink():
+    return flat([1.0, 0.0], lambda z: 1 + (z[0] - 1) ** 2 + (z[1].abs() - 5e-4).relu(), 1.0, kinks=True)
+
+
+@decides("FLAT_PART_SHARES", SMALLER, verdict="varies")
+def a_tail_far_out():
+    return verdict_of([0.0, 100.0], lambda z: z[0] ** 2 + torch.exp(-z[1])).flat
+
+
+@decides("SHRINKING_STEPS", SMALLER, verdict="varies")
+def a_saturated_unit():
+    return flat([1.0, 0.0], lambda z: 1 + (z[1] - 500 * (z[0] - 1) ** 2) ** 2, 1.0)
+
+
+@decides("SHRINKING_STEP_SHARE", SMALLER, verdict="constant")
+def a_manifold_beside_a_tail():
+    return flat([0.0, 45.0, 1.0], lambda z: 1 + z[0] ** 2 + torch.exp(-z[1]) + (z[2] * z[1] - 45) ** 2, 45.0)
+
+
+@decides("MAX_RETURN_MISFIT", LARGER, verdict="varies")
+def a_manifold_that_bends_sharply():
+    return flat([1.0, 0.0], lambda z: 1 + (z[1] - 5 * (z[0] - 1) ** 2) ** 2, 1.0)
+
+
+# Volumes of cones
+
+
+def error_of(normals, interior):
+    return float(log_cone_measure(double(normals), double(interior)).standard_error)
+
+
+@decides("MAX_EMPTY_CONE_ERROR", LARGER, SMALLER, verdict=[True, False])
+def cones_that_may_be_empty():
+    found = []
+    for sine in (2e-14, 1e-13):
+        with pytest.raises((ValueError, ArithmeticError)) as raised:
+            log_cone_measure(double([[1.0, 0.0], [-1.0, sine]]))
+        found.append(raised.type is ValueError)
+    return found
+
+
+@decides("MIN_CENTRE_MARGIN", LARGER, SMALLER, verdict=[False, True])
+def thin_cones():
+    def measure(angle):
+        normals = [
+            [1, 0, 0, 0],
+            [-1, 0, 0, angle],
+            [0, 1, 1, 0.2],
+            [0, 1, -1, 0.3],
+            [0.3, 0.2, 1, 0.1],
+            [0, 0.1, 1, -0.2],
+        ]
+        return error_of(normals, [angle / 2, 1, 0.3, 1])
+
+    return [succeeds(measure, angle) for angle in (1.5e-11, 2e-10)]
+
+
+def pyramid(height):
+    """A cone over a regular pentagon, and its axis."""
+    angles = [2 * math.pi * side / 5 for side in range(5)]
+    return [[math.cos(angle), math.sin(angle), height] for angle in angles], [0.0, 0.0, 1.0]
+
+
+@decides("MIN_CORNER_COSINE", LARGER, verdict=True)
+def a_small_polygon_with_a_closed_form():
+    return error_of(*pyramid(1e-3)) < 1e-8
+
+
+@decides("MAX_CLOSED_FORM_ERROR", SMALLER, verdict=True)
+def a_tiny_polygon_with_a_closed_form():
+    return error_of(*pyramid(1e-10)) < 1e-3
+
+
+@decides("MAX_IGNORED_LOG_CHANGE", LARGER, verdict=False)
+def two_thin_arcs_that_are_nearly_orthogonal():
+    arcs = [[1, 0, 0, 0], [-1, 1e-4, 0, 0], [3e-15, 0, 1, 0], [0, 0, -1, 1e-4]]
+    return error_of(arcs, [5e-5, 1, 5e-5, 1]) < 1e-3
+
+
+# The detector
+
+
+@decides("MAX_EQUAL_DIFFERENCE_RATIO", LARGER, SMALLER, verdict=[True, False])
+def gradients_that_are_nearly_parallel():
+    pairs = [_Comparison(1.0, 1.0, double([1.0, off]), double([1.0, 0.0])) for off in (1e-10, 1e-9)]
+    return [isinstance(_factor(pair), float) for pair in pairs]
+
+
+@decides("MAX_REDUCTION_ERROR_RATIO", LARGER, SMALLER, verdict=["mean", "other"])
+def losses_that_are_nearly_a_mean():
+    found = []
+    for off in (3e-4, 3e-3):
+        batch = SimpleNamespace(_part=lambda _, x, off=off: x.mean() * (1 + off * (len(x) < 4)))
+        found.append(FullBatch._reduction_of(batch, 0, torch.ones(4).double(), 4))
+    return found
+
+
+@pytest.mark.parametrize(("name", "verdict", "factors", "function"), CASES)
+def test_a_tolerance_ten_times_off_gives_another_verdict(name, verdict, factors, function, monkeypatch):
+    value = getattr(tolerances, name)
+    assert function() == verdict
+    for factor in factors:
+        monkeypatch.setattr(tolerances, name, scaled(value, factor))
+        assert function() != verdict, factor
