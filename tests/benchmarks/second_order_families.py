@@ -225,7 +225,7 @@ def to_stationary(parameters, loss, *, iterations=3000, newton=4):
         parameter.grad = None
     surface = LossSurface(parameters, lambda: [(1.0, loss)])
     for _ in range(newton):
-        values, vectors = torch.linalg.eigh(dense(surface))
+        values, vectors = torch.linalg.eigh(surface.hessian.dense())
         value, gradient = surface.value_and_gradient()
         used = values > 1e-9 * values[-1]
         step = -(vectors[:, used] / values[used]) @ (vectors[:, used].T @ gradient)
@@ -234,10 +234,6 @@ def to_stationary(parameters, loss, *, iterations=3000, newton=4):
         if not (better <= value + 1e-12 * abs(value) and after.norm() < gradient.norm()):
             return
         move(parameters, step)
-
-
-def dense(surface):
-    return torch.stack([surface.product(row) for row in torch.eye(surface.size, dtype=F64)])
 
 
 @torch.no_grad()
@@ -249,7 +245,7 @@ def move(parameters, step):
 def is_minimum(surface, reference, *, flat=False):
     """By dense eigenvalues; ``flat``: of a loss of zero, whose Hessian need not be positive."""
     loss, gradient = surface.value_and_gradient()
-    values = torch.linalg.eigvalsh(dense(surface))
+    values = torch.linalg.eigvalsh(surface.hessian.dense())
     if flat:
         return loss < 1e-24
     return float(gradient.norm()) <= 1e-6 * reference and float(values[0]) > 1e-8 * float(values[-1])

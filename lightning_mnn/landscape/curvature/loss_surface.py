@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from typing_extensions import override
 
+from lightning_mnn.landscape.operators import LinearOperator
 from lightning_mnn.utilities.compat.precision import full_precision
 from lightning_mnn.utilities.compat.torch_internals import without_derivative
 from lightning_mnn.utilities.distributed import ProcessGroup
@@ -115,6 +118,11 @@ class LossSurface:
         pieces = self._split(vector.to(self.dtype))
         return self._sum(lambda loss: self._differentiate_twice(loss, pieces))[1]
 
+    @property
+    def hessian(self) -> Hessian:
+        """The Hessian at θ, as a symmetric operator with :meth:`product`."""
+        return Hessian(self)
+
     @contextmanager
     def moved(self, step: Tensor) -> Iterator[None]:
         """A context in which parameters that require a gradient are moved by a step (n,); then they are restored."""
@@ -198,6 +206,34 @@ class LossSurface:
             torch.zeros_like(old) if new is None and old is not None else new
             for old, new in zip(first, second, strict=True)
         ]
+
+
+@dataclass(frozen=True)
+class Hessian(LinearOperator):
+    """The Hessian of a loss at its parameters, which may move."""
+
+    surface: LossSurface
+
+    @property
+    @override
+    def shape(self) -> tuple[int, int]:
+        return self.surface.size, self.surface.size
+
+    @property
+    @override
+    def dtype(self) -> torch.dtype:
+        return self.surface.dtype
+
+    @property
+    @override
+    def device(self) -> torch.device:
+        return self.surface.device
+
+    @override
+    def apply(self, vector: Tensor) -> Tensor:
+        return self.surface.product(vector)
+
+    adjoint = apply
 
 
 def _gradient(

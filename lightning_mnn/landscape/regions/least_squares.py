@@ -75,8 +75,8 @@ def solve(face: FaceMap, rhs: Tensor, longest: float = float("inf"), max_iterati
 def _apply(face: FaceMap, factor: Tensor, residual: Tensor, *, dual: bool) -> Tensor:
     """Pseudo-inverse of F times a residual, from the Cholesky factor of a Gram matrix."""
     if dual:
-        return face.project(face.correlate(torch.cholesky_solve(residual[:, None], factor)[:, 0]))
-    return face.project(torch.cholesky_solve(face.project(face.correlate(residual))[:, None], factor)[:, 0])
+        return face.adjoint(torch.cholesky_solve(residual[:, None], factor)[:, 0])
+    return face.project(torch.cholesky_solve(face.adjoint(residual)[:, None], factor)[:, 0])
 
 
 def _by_cholesky(face: FaceMap, matrix: Tensor, rhs: Tensor, *, dual: bool) -> Solution | None:
@@ -127,8 +127,8 @@ def _by_eigenvalues(face: FaceMap, matrix: Tensor, rhs: Tensor, *, dual: bool) -
 
     def apply(residual: Tensor) -> Tensor:
         if dual:
-            return face.project(face.correlate(vectors @ (inverse * (vectors.T @ residual))))
-        return face.project(vectors @ (inverse * (vectors.T @ face.project(face.correlate(residual)))))
+            return face.adjoint(vectors @ (inverse * (vectors.T @ residual)))
+        return face.project(vectors @ (inverse * (vectors.T @ face.adjoint(residual))))
 
     theta = apply(rhs)
     for _ in range(_NUM_REFINEMENTS):
@@ -156,12 +156,12 @@ def _iterate(face: FaceMap, rhs: Tensor, longest: float, max_iterations: int) ->
     Processes exchange only sums over samples. The lengths of the iterates never decrease (Steihaug 1983), and the Ritz
     values of the coefficients estimate the smallest singular value from above.
     """
-    theta = torch.zeros_like(face.correlate(rhs))
+    theta = rhs.new_zeros(face.num_parameters)
     spent, ritz = 0, float("inf")
     finished = too_long = False
     for _ in range(2):
         residual = rhs - face.predict(theta)
-        gradient = face.project(face.correlate(residual))
+        gradient = face.adjoint(residual)
         goal = 4 * tolerances.FLOAT64_EPS * face.size * float(face.process_group.sum(residual @ residual)) ** 0.5
         direction, square = gradient, gradient @ gradient
         diagonal, off_diagonal, last = [], [], (0.0, 1.0)
@@ -170,7 +170,7 @@ def _iterate(face: FaceMap, rhs: Tensor, longest: float, max_iterations: int) ->
             change = face.predict(direction)
             share = float(square) / float(face.process_group.sum(change @ change))
             theta, residual = theta + share * direction, residual - share * change
-            gradient = face.project(face.correlate(residual))
+            gradient = face.adjoint(residual)
             ratio, square = float(gradient @ gradient) / float(square), gradient @ gradient
             direction = gradient + ratio * direction
             diagonal.append(1 / share + last[0] / last[1])

@@ -12,15 +12,19 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
+from lightning_mnn.landscape.operators import LinearOperator
 from lightning_mnn.utilities.distributed import ProcessGroup
 
 _SAMPLES_PER_BLOCK = 2048  # samples whose features are formed at a time
 
 
 @dataclass(frozen=True)
-class FaceMap:
+class FaceMap(LinearOperator):
     """θ ↦ Σ_i A_ni x_n·w̃_i + Σ_j c_nj b_j, for θ on a face: fixed rows are zero, and others orthogonal to a basis.
+
+    As an operator it projects θ onto the face first. With several processes, images are of this process's samples.
 
     Attributes:
         inputs: X, float64 (N, d0).
@@ -39,7 +43,30 @@ class FaceMap:
     process_group: ProcessGroup = field(default_factory=ProcessGroup)
 
     @property
+    @override
     def shape(self) -> tuple[int, int]:
+        return self.inputs.shape[0], self.num_parameters
+
+    @property
+    @override
+    def dtype(self) -> torch.dtype:
+        return self.inputs.dtype
+
+    @property
+    @override
+    def device(self) -> torch.device:
+        return self.inputs.device
+
+    @override
+    def apply(self, vector: Tensor) -> Tensor:
+        return self.predict(self.project(vector))
+
+    @override
+    def adjoint(self, vector: Tensor) -> Tensor:
+        return self.project(self.correlate(vector))
+
+    @property
+    def row_shape(self) -> tuple[int, int]:
         """(d1, d0)."""
         return self.slopes.shape[1], self.inputs.shape[1]
 
@@ -61,12 +88,12 @@ class FaceMap:
 
     def predict(self, theta: Tensor) -> Tensor:
         """Predictions (N,) for parameters θ, without projection: two products of moderate matrices."""
-        rows = theta[: self.num_parameters - self.free.shape[1]].reshape(self.shape)
+        rows = theta[: self.num_parameters - self.free.shape[1]].reshape(self.row_shape)
         outputs = (self.slopes * (self.inputs @ rows.T)).sum(1)
         return outputs + self.free @ theta[rows.numel() :] if self.free.shape[1] else outputs
 
     def correlate(self, residual: Tensor) -> Tensor:
-        """The adjoint: (Σ_n e_n A_ni x_n)_i and Σ_n e_n c_n, summed over all processes, before projection."""
+        """(Σ_n e_n A_ni x_n)_i and Σ_n e_n c_n, summed over all processes: the adjoint before projection."""
         rows = (self.slopes * residual[:, None]).T @ self.inputs
         return self.process_group.sum(torch.cat([rows.reshape(-1), residual @ self.free]))
 
@@ -75,7 +102,7 @@ class FaceMap:
         if self.live is None and not self.bases:
             return theta
         theta = theta.clone()
-        rows = theta[..., : self.num_parameters - self.free.shape[1]].view(*theta.shape[:-1], *self.shape)
+        rows = theta[..., : self.num_parameters - self.free.shape[1]].view(*theta.shape[:-1], *self.row_shape)
         if self.live is not None:
             rows[..., ~self.live, :] = 0
         for unit, basis in self.bases.items():
@@ -117,8 +144,8 @@ class FaceMap:
         eye = torch.eye(size, dtype=total.dtype, device=total.device)
         return self.project(self.project(total).T) + scale * (eye - self.project(eye))
 
+    @override
     def dense(self) -> Tensor:
-        """The matrix itself on the face, (N, d1·d0 + f)."""
         features = (self.slopes[:, :, None] * self.inputs[:, None, :]).clone()
         if self.live is not None:
             features[:, ~self.live] = 0

@@ -88,12 +88,20 @@ class Region:
         """A, float64 (..., N, d1)."""
         return self.pattern.slopes(self.negative_slope)
 
+    def operators(self) -> list[FaceMap]:
+        """The linear map w̃ ↦ Gᵀ w̃ of each replica, on flat vectors (d1·d0,); one map without replicas."""
+        replicas = max(tensor.shape[0] if tensor.ndim > 2 else 1 for tensor in (self.inputs, self.slopes))
+        inputs = self.inputs.expand(replicas, *self.inputs.shape[-2:])
+        slopes = self.slopes.expand(replicas, *self.slopes.shape[-2:])
+        pairs = zip(inputs, slopes, strict=True)
+        return [FaceMap(x, a, x.new_zeros(len(x), 0), process_group=self.process_group) for x, a in pairs]
+
     def predict(self, flat: Tensor) -> Tensor:
         """Gᵀ w̃: the outputs Σ_i A_ni x_n·w̃_i, (..., N), for flat weights w̃ (..., d1, d0)."""
         return (self.slopes * (self.inputs @ flat.to(torch.float64).mT)).sum(-1)
 
     def correlate(self, residual: Tensor) -> Tensor:
-        """G e: rows Σ_n e_n A_ni x_n, (..., d1, d0), for a residual e (..., N).
+        """G e: rows Σ_n e_n A_ni x_n, (..., d1, d0), for a residual e (..., N); the adjoint of :meth:`predict`.
 
         A differentiable point is a local minimum if and only if its residual satisfies G e = 0.
         """
@@ -108,7 +116,7 @@ class Region:
 
         It counts the singular values above max(N, d0·d1) · eps of the largest, without the (N, d0·d1) matrix.
         """
-        ranks = [khatri_rao_rank(x, a) for x, a in self._replicas()]
+        ranks = [khatri_rao_rank(face.inputs, face.slopes) for face in self.operators()]
         return ranks if self._replicated else ranks[0]
 
     def least_squares(self, targets: Tensor, *, max_iterations: int = 1000) -> LeastSquares:
@@ -122,16 +130,14 @@ class Region:
                 accurate their fit is.
         """
         flats, residuals, gradients, method = [], [], [], ""
-        replicas = self._replicas()
-        targets = targets.to(torch.float64).expand(*(len(replicas),) * self._replicated, targets.shape[-1])
-        for (x, a), y in zip(replicas, targets.reshape(-1, targets.shape[-1]), strict=True):
-            face = FaceMap(x, a, x.new_zeros(len(x), 0), process_group=self.process_group)
+        faces = self.operators()
+        targets = targets.to(torch.float64).expand(*(len(faces),) * self._replicated, targets.shape[-1])
+        for face, y in zip(faces, targets.reshape(-1, targets.shape[-1]), strict=True):
             solution = solve(face, y, max_iterations=max_iterations)
             residual = y - face.predict(solution.theta)
-            squares = self.process_group.sum(torch.stack([(a.norm(dim=1) * x.norm(dim=1)).square().sum(), y @ y]))
-            left = face.correlate(residual).norm()
-            gradients.append(torch.where(left == 0, 0.0, left / squares.prod().sqrt()))
-            flats.append(solution.theta.reshape(face.shape))
+            left = face.adjoint(residual).norm()
+            gradients.append(torch.where(left == 0, 0.0, left / (face.size * self.process_group.sum(y @ y).sqrt())))
+            flats.append(solution.theta.reshape(face.row_shape))
             residuals.append(residual)
             method = solution.method
         parts = (flats, residuals, gradients)
@@ -156,14 +162,6 @@ class Region:
     @property
     def _replicated(self) -> bool:
         return max(self.inputs.ndim, self.slopes.ndim) > 2
-
-    def _replicas(self) -> list[tuple[Tensor, Tensor]]:
-        if not self._replicated:
-            return [(self.inputs, self.slopes)]
-        replicas = max(tensor.shape[0] if tensor.ndim > 2 else 1 for tensor in (self.inputs, self.slopes))
-        inputs = self.inputs.expand(replicas, *self.inputs.shape[-2:])
-        slopes = self.slopes.expand(replicas, *self.slopes.shape[-2:])
-        return list(zip(inputs, slopes, strict=True))
 
 
 def correlate(coefficients: Tensor, inputs: Tensor, residual: Tensor) -> Tensor:

@@ -42,10 +42,6 @@ def network(planted, dtype=torch.float64):
     return model, surface, kink_distance(kink_passes(model, inputs, batch_size=30), list(model.parameters()))
 
 
-def dense_hessian(surface):
-    return torch.stack([surface.product(row) for row in torch.eye(surface.size, dtype=surface.dtype)])
-
-
 @pytest.mark.parametrize("slope", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("seed", range(3))
@@ -60,7 +56,7 @@ def test_planted_minima(slope, dtype, seed):
     assert "not a proof" in verdict.reason
     assert (verdict.kinks, verdict.nearest_kink) == (0, kinks.nearest)
     assert verdict.loss > 0.01
-    exact = torch.linalg.eigvalsh(dense_hessian(surface).double())
+    exact = torch.linalg.eigvalsh(surface.hessian.dense().double())
     assert abs(verdict.smallest_eigenvalue - exact[0]) <= verdict.eigenvalue_error
     assert verdict.smallest_eigenvalue - verdict.eigenvalue_error >= -1e-3 * verdict.largest_eigenvalue
     assert verdict.largest_eigenvalue <= exact[-1] * (1 + 1e-5)
@@ -75,7 +71,7 @@ def test_planted_saddles(slope, dtype, seed):
     verdict = second_order_verdict(surface, kinks, 1.0)
     assert verdict.kind is Kind.SADDLE, verdict
     assert verdict.relative_gradient <= 1e-4  # rounding
-    exact = float(torch.linalg.eigvalsh(dense_hessian(surface).double())[0])
+    exact = float(torch.linalg.eigvalsh(surface.hessian.dense().double())[0])
     assert exact < 0
     assert abs(verdict.smallest_eigenvalue - exact) <= verdict.eigenvalue_error
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))

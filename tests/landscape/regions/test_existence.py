@@ -389,7 +389,7 @@ def test_what_cannot_be_decided_is_said():
 
 def test_regions_too_large_for_dense_matrices_still_have_their_errors(monkeypatch):
     region, y = random_region(0)
-    monkeypatch.setattr(module, "_LARGEST", 100)
+    monkeypatch.setattr(module, "_MAX_INEQUALITY_ENTRIES", 100)
     found = find_minimum(region, y)
     assert found.exists is None
     assert "too large, N·d0·d1² = 1296 is above 100" in found.reason

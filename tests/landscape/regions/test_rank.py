@@ -4,6 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.regions import rank as module
 from lightning_mnn.landscape.regions.rank import khatri_rao_rank
 
@@ -109,7 +110,7 @@ def test_planted_small_singular_values_count(smallest, shape):
 
 
 def test_eigenvectors_may_take_the_place_of_rows(monkeypatch):
-    monkeypatch.setattr(module, "_GROWTH", 0)
+    monkeypatch.setattr(tolerances, "MAX_PIVOT_PER_EIGENVALUE", 0)
     rng = np.random.default_rng(0)
     for _ in range(100):
         shape = rng.integers(1, 61), rng.integers(1, 9), rng.integers(1, 9)
