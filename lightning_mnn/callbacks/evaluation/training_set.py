@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from lightning_mnn.landscape.network import Network
 
 
-_FEW = 8  # samples that are read to find out the form of the training set
+_PROBE_SAMPLES = 8  # samples that are read to find out the form of the training set
 
 _LABELS: tuple[float | None, ...] = (0.5, 0.0)  # thresholds of labels {0, 1} and ±1
 
-_MOST_WORK = 1e12  # largest number of multiplications for the rank of the inputs: about a minute
+_MAX_MULTIPLICATIONS = 1e12  # largest number of multiplications for the rank of the inputs: about a minute
 
 _statistics_of_module: WeakKeyDictionary[pl.LightningModule, tuple[Any, NetworkStatistics]] = WeakKeyDictionary()
 
@@ -99,7 +99,7 @@ def statistics_reader(
     """A reader of batches for :func:`training_set_statistics`, for a pass that may also have other readers."""
     stated = isinstance(pl_module, NetworkModule) or pl_module in _thresholds
     thresholds = [threshold_of(trainer, pl_module)] if stated else _LABELS
-    small = _work_of_rank(trainer, network) <= _MOST_WORK
+    small = _work_of_rank(trainer, network) <= _MAX_MULTIPLICATIONS
     gram = ranked and small and pl_module not in _input_ranks
     return StatisticsReader(network, network.output_weights.dtype, thresholds, gram=gram)
 
@@ -228,7 +228,7 @@ def reason_not_evaluated(trainer: pl.Trainer, network: Network) -> str | None:
 
 
 def _reason_not_read(trainer: pl.Trainer, network: Network) -> str | None:
-    few = torch.arange(min(_FEW, num_samples(trainer.train_dataloader)))
+    few = torch.arange(min(_PROBE_SAMPLES, num_samples(trainer.train_dataloader)))
     read = []
     for _ in range(2):
         (batch,) = exact_shard(trainer.train_dataloader, chosen=few, batch_size=len(few))
@@ -273,7 +273,7 @@ def input_rank(trainer: pl.Trainer, pl_module: pl.LightningModule, network: Netw
     """
     if pl_module not in _input_ranks:
         dim, samples = network.rows.shape[-1], num_samples(trainer.train_dataloader)
-        if _work_of_rank(trainer, network) > _MOST_WORK:
+        if _work_of_rank(trainer, network) > _MAX_MULTIPLICATIONS:
             lead = network.output_weights.shape[:-1]
             _input_ranks[pl_module] = torch.full(lead, min(samples, dim), dtype=torch.int64)
         else:

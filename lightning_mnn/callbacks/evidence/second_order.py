@@ -147,10 +147,8 @@ class SecondOrderTier(Tier):
     def findings(self) -> list[Finding]:
         if self.verdict is None:
             return [Finding.of(Kind.UNDECIDED, Reason.of(ReasonCode.NOT_CHECKED))]
-        moving, close = (
-            self.verdict.kind is Kind.NOT_STATIONARY,
-            self.verdict.relative_kink < tolerances.MAX_CLOSE_KINK_RATIO,
-        )
+        moving = self.verdict.kind is Kind.NOT_STATIONARY
+        close = self.verdict.relative_kink < tolerances.MAX_CLOSE_KINK_RATIO
         kinked = [_ON_KINKS] if moving and close and not self.verdict.kinks else []
         return [Finding.of(self.verdict.kind, self.verdict.because, [*kinked, *self._notes])]
 

@@ -127,10 +127,8 @@ def still_fits(
     expected = fitted.factor * found.mse + fitted.offset
     off = float((found.gradient - fitted.factor * found.of_mse).norm())
     scale = max(fitted.scale, abs(found.loss), abs(expected))
-    return (
-        abs(found.loss - expected) <= tolerances.MAX_EQUAL_DIFFERENCE_RATIO * scale
-        and off <= tolerances.MAX_EQUAL_DIFFERENCE_RATIO * fitted.gradient_scale
-    )
+    equal = tolerances.MAX_EQUAL_DIFFERENCE_RATIO
+    return abs(found.loss - expected) <= equal * scale and off <= equal * fitted.gradient_scale
 
 
 def _reason_not_compared(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:

@@ -124,9 +124,8 @@ def check_stationarity(
         left_out = not compare_sides or (relative > gradient_tolerance and by_chance)
         jump = None if left_out else _jump(surface, kinks.spacing) / reference
     facts = _kink_facts(kinks, surface.dtype, jump)
-    descends = relative > gradient_tolerance and (
-        jump is None or jump < tolerances.MAX_JUMP_PER_GRADIENT * relative
-    )  # on every side
+    on_every_side = jump is None or jump < tolerances.MAX_JUMP_PER_GRADIENT * relative
+    descends = relative > gradient_tolerance and on_every_side
     if not descends and not (jump is not None and jump <= jump_tolerance):
         kind, because = Kind.ON_KINK, Reason.of(ReasonCode.ONE_SIDED, *facts)
     elif not (math.isfinite(loss) and math.isfinite(norm)):
@@ -202,9 +201,8 @@ def check_curvature(
         negative = _is_negative(low, high, ends.above + ends.rounding, curvature_tolerance)
         accurate = error <= tolerances.MAX_EIGENVALUE_ERROR_RATIO * max(high, -low)
         bounded = _is_bounded(low, error, high, curvature_tolerance)
-        flat_or_strict = (
-            low <= tolerances.MAX_FLAT_CURVATURE_RATIO * high or low > error
-        )  # otherwise more products show whether it is zero
+        flat = low <= tolerances.MAX_FLAT_CURVATURE_RATIO * high
+        flat_or_strict = flat or low > error  # otherwise more products show whether it is zero
         decided = ends.exhausted or (negative and accurate) or (bounded and flat_or_strict)
         (goes_on,) = surface.process_group.any([not decided], surface.device)
         return not goes_on  # all processes stop together
@@ -461,10 +459,8 @@ class _Minimum:
             with self._surface.moved(sign * length * vector):
                 there = self._surface.value_and_gradient()[1]
             slope, expected = float((there - here).double() @ vector.double()), sign * length * smallest
-            if (
-                abs(slope - expected)
-                > tolerances.MAX_SLOPE_ERROR * abs(expected) + tolerances.MAX_GRADIENT_ROUNDINGS * check.gradient_error
-            ):
+            rounding = tolerances.MAX_GRADIENT_ROUNDINGS * check.gradient_error
+            if abs(slope - expected) > tolerances.MAX_SLOPE_ERROR * abs(expected) + rounding:
                 return self._undecided(ReasonCode.CURVATURE_VARIES, length=length)
         return self._minimum(ReasonCode.STRICT_MINIMUM, check)
 

@@ -182,9 +182,7 @@ def check_proof(region: Region, targets: Tensor, existence: Existence) -> bool:
     strict, support = np.array([each for each, _ in checked]), np.array([rows for _, rows in checked])
     if model.doubt or not (strict | support.any(1)).all():
         return False
-    signs = np.array(
-        [[_UNDECIDED_SIGN if sign is None else sign for sign in branch.signs] for branch in existence.proof]
-    )
+    signs = np.array([[_FREE_SIGN if sign is None else sign for sign in branch.signs] for branch in existence.proof])
     return covered(np.array(given), signs, strict, support) > 0
 
 
@@ -199,11 +197,8 @@ def _find(
     scaled = region.residual(targets) / unit if model is None else torch.from_numpy(model.residual).to(targets)
     rounding = 8 * max(num_samples, dim * width) * tolerances.FLOAT64_EPS * float((targets / unit).norm())
     given = None if output_signs is None else output_signs.sign().cpu().numpy().astype(np.int8)
-    doubt = (
-        Reason.of(ReasonCode.REGION_TOO_LARGE, size=size, limit=_MAX_INEQUALITY_ENTRIES)
-        if model is None
-        else model.doubt
-    )
+    too_large = Reason.of(ReasonCode.REGION_TOO_LARGE, size=size, limit=_MAX_INEQUALITY_ENTRIES)
+    doubt = too_large if model is None else model.doubt
     verdict = Existence(
         exists=None,
         because=doubt or Reason.of(ReasonCode.NOT_CHECKED),
@@ -217,17 +212,15 @@ def _find(
     for unit, interior in enumerate(model.interiors):
         if isinstance(interior, ClosedBranch):
             because = Reason.of(ReasonCode.REGION_EMPTY, unit=unit)
-            return replace(
-                verdict, exists=False, because=because, excluded_margin=_MIN_EXCLUDED_MARGIN, proof=(interior,)
-            )
+            return replace(verdict, exists=False, because=because, excluded_margin=_EXCLUDED_MARGIN, proof=(interior,))
     search = _Search(model, given)
     outcome = search.run(max_nodes)
     if isinstance(outcome, Reason):
         return replace(verdict, because=outcome)
     if outcome is None:
         signs, proof = "any" if given is None else "these", tuple(search.closed)
-        because = Reason.of(ReasonCode.NO_MINIMUM, signs=signs, margin=_MIN_EXCLUDED_MARGIN, branches=len(proof))
-        return replace(verdict, exists=False, because=because, excluded_margin=_MIN_EXCLUDED_MARGIN, proof=proof)
+        because = Reason.of(ReasonCode.NO_MINIMUM, signs=signs, margin=_EXCLUDED_MARGIN, branches=len(proof))
+        return replace(verdict, exists=False, because=because, excluded_margin=_EXCLUDED_MARGIN, proof=proof)
     hidden, output, margin = outcome
     return replace(
         verdict,

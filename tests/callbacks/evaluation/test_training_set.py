@@ -136,7 +136,7 @@ def test_rank_of_the_inputs_counts_the_ones(make_trainer):
 
 
 def test_rank_of_many_inputs_is_bounded_alone(make_trainer, monkeypatch):
-    monkeypatch.setattr("lightning_mnn.callbacks.evaluation.training_set._MOST_WORK", (30 + 5) * 5**2 - 1)
+    monkeypatch.setattr("lightning_mnn.callbacks.evaluation.training_set._MAX_MULTIPLICATIONS", (30 + 5) * 5**2 - 1)
     x = data()[0]
     x[:, 4] = x[:, 3]
     ranks = []
