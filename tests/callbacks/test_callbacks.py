@@ -88,7 +88,10 @@ def test_patience_counts_consecutive_checks_of_all_replicas(make_trainer, monkey
     def verdicts(statistics, *_):
         from lightning_mnn.landscape import FirstOrderVerdict
 
-        return [FirstOrderVerdict(real[0] if ok else real[1], Reason.of(ReasonCode.ZERO_ERROR), 0.0, 0.0) for ok in next(outcomes)]
+        return [
+            FirstOrderVerdict(real[0] if ok else real[1], Reason.of(ReasonCode.ZERO_ERROR), 0.0, 0.0)
+            for ok in next(outcomes)
+        ]
 
     monkeypatch.setattr("lightning_mnn.callbacks.evidence.certificate.first_order_verdicts", verdicts)
     trainer = make_trainer(max_epochs=50, callbacks=[detector])
