@@ -89,6 +89,10 @@ class ReasonCode(StrEnum):
     STATIONARITY_ABOVE_TOLERANCE = auto()
     PREACTIVATION_BELOW_TOLERANCE = auto()
 
+    # Another objective than the squared error with all weights free
+    NO_OBJECTIVE = auto()
+    OBJECTIVE_OF_REPLICAS = auto()
+
     # The gradient that training's last step followed
     NO_STEP_YET = auto()
     NO_GRADIENT_SEEN = auto()
@@ -275,11 +279,19 @@ SENTENCES = {
     ),
     ReasonCode.FIRST_ORDER_TESTS_PASSED: f"{_STATIONARITY}; {_SINE}",
     ReasonCode.NECESSARY_CONDITIONS_ONLY: (
-        f"{_STATIONARITY}; {_SINE}; necessary conditions only, with two hidden layers"
+        f"{_STATIONARITY}; {_SINE}; necessary conditions only, with more than one hidden layer"
     ),
     ReasonCode.STATIONARITY_ABOVE_TOLERANCE: _STATIONARITY + ", above {tolerance:.1e}",
     ReasonCode.PREACTIVATION_BELOW_TOLERANCE: (
         f"G e = 0, but {_SINE}, below {{tolerance:.1e}}: at a kink, which first-order tests cannot classify"
+    ),
+    ReasonCode.NO_OBJECTIVE: (
+        "decoupled weight decay, as AdamW's, is the gradient of no function: training lowers no objective that could "
+        "have a minimum here"
+    ),
+    ReasonCode.OBJECTIVE_OF_REPLICAS: (
+        "with weight decay or frozen weights a minimum is tested for single networks only, not for replicas: train it "
+        "with replicas=1"
     ),
     ReasonCode.NO_STEP_YET: "there was no optimiser step yet",
     ReasonCode.NO_GRADIENT_SEEN: "no gradient was seen",

@@ -361,40 +361,72 @@ def test_the_package_s_own_networks_need_no_loss(make_trainer, widths, evidence)
 
 def test_a_deep_sequential_of_ones_own_has_second_order_evidence_and_weight_decay_is_told(make_trainer):
     parts = nn.Linear(4, 5, bias=False), nn.ReLU(), nn.Linear(5, 5, bias=False), nn.ReLU(), nn.Linear(5, 1, bias=False)
-    for net, evidence in ((nn.Sequential(*parts).double(), "second_order"), (two_layers(), "certificate")):
+    for net in (nn.Sequential(*parts).double(), two_layers()):
         module = Plain(net, nn.functional.mse_loss, weight_decay=1e-3)
         found = fit(make_trainer, module, *data())[0].summary()
-        assert found["evidence"] == evidence
-        assert "does not include the optimiser's weight_decay" in found["reason"]
+        assert found["evidence"] == "second_order"
+        assert "the loss includes the optimiser's weight decay" in found["reason"]
+        x, y = data()
+        with torch.no_grad():
+            penalty = 0.5e-3 * sum(float(p.square().sum()) for p in module.parameters())
+            expected = float((module(x).squeeze(-1) - y).square().mean()) + penalty
+        assert found["loss"] == pytest.approx(expected, rel=1e-12)
 
 
 class Decayed(MNN):
-    """Trained with weight decay as torch.optim means it, or with its first layer frozen."""
+    """Its optimiser, by its class and arguments, does not move it."""
 
-    def __init__(self, decay):
-        super().__init__(4, [12], regression=True)
-        self.decay = decay
-        if not decay:
-            next(self.parameters()).requires_grad_(requires_grad=False)
+    def __init__(self, kind, frozen=(), replicas=1, **options):
+        super().__init__(4, [12], regression=True, frozen=frozen, replicas=replicas)
+        self.kind, self.options = kind, options
 
     def configure_optimizers(self):
-        free = [p for p in self.parameters() if p.requires_grad]
-        return torch.optim.SGD(free, lr=0.0, weight_decay=self.decay)
+        return self.kind([p for p in self.parameters() if p.requires_grad], lr=0.0, **self.options)
 
 
-@pytest.mark.parametrize(("decay", "code"), [(1e-3, "weight_decay"), (0.0, "frozen_weights")])
-def test_the_objective_of_a_certificate_is_named(make_trainer, decay, code):
-    module, (x, _) = Decayed(decay), (part.float() for part in data())
+SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
+FIRST, LAST = "hidden_weights.0", "output_weights"
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "objective", "differs"),
+    [
+        (Decayed(SGD, weight_decay=1e-3), "not_stationary", "mse_with_weight_decay", ["weight_decay"]),
+        (Decayed(SGD, [FIRST], weight_decay=1e-3), "not_stationary", "mse_with_weight_decay_of_trained_weights", None),
+        (Decayed(ADAMW, weight_decay=1e-3), "undecided", "none", ["decoupled_weight_decay"]),
+        (Decayed(SGD, [FIRST]), "differentiable_minimum", "mse_of_trained_weights", ["frozen_weights"]),
+        (Decayed(SGD, [LAST]), "differentiable_minimum", "mse", []),
+        (Decayed(SGD, replicas=2, weight_decay=1e-3), ["undecided"] * 2, "mse_with_weight_decay", ["weight_decay"]),
+    ],
+)
+def test_the_verdict_is_on_the_objective_that_training_lowers(make_trainer, module, kind, objective, differs):
+    x, _ = (part.float() for part in data())
     with torch.no_grad():
-        y = module(x)  # zero error: a minimum of the squared error at once
-    detector = LocalMinimumDetector(Schedule(every=1), patience=1)
-    _, trainer = fit(make_trainer, module, x, y, detector, epochs=3)
+        y = module(x.double()).reshape(-1, len(x))[0]  # zero error: a minimum of the squared error at once
+    detector = LocalMinimumDetector(Schedule(every=1), patience=1, second_order=SecondOrderSettings(1e-6))
+    fit(make_trainer, module, x.double(), y, detector, epochs=3)
     found = detector.summary()
-    assert (found["kind"], found["objective"]) == ("differentiable_minimum", "mse")
-    assert found["objective_differs_by"] == [code]
-    assert "training minimises" in found["reason"]
-    assert not detector.converged
-    assert trainer.current_epoch == 3
+    assert (found["kind"], found["objective"]) == (kind, objective)
+    assert differs is None or found["objective_differs_by"] == differs
+    assert detector.converged == (kind == "differentiable_minimum")
+    assert found["mse"] == pytest.approx(0, abs=1e-20) if isinstance(kind, str) else True
+
+
+def test_weight_decay_is_part_of_the_gradient_and_the_curvature(make_trainer):
+    """With frozen first layer the penalised error is a quadratic form, whose minimum is known."""
+    x, y = data()
+    module = Decayed(SGD, [FIRST], weight_decay=0.1)
+    features = torch.relu(x @ module.hidden_weights[0].detach().mT)
+    gram = 2 * features.mT @ features / len(x) + 0.1 * torch.eye(12, dtype=torch.float64)
+    with torch.no_grad():
+        module.output_weights.copy_(torch.linalg.solve(gram, 2 * features.mT @ y.squeeze() / len(x)))
+    detector = LocalMinimumDetector(Schedule(every=1), patience=1)
+    found = fit(make_trainer, module, x, y, detector)[0].summary()
+    assert found["kind"] == "differentiable_minimum"
+    values = torch.linalg.eigvalsh(gram)
+    assert abs(found["smallest_eigenvalue"] - float(values[0])) <= found["eigenvalue_error"] + 1e-12
+    assert found["largest_eigenvalue"] == pytest.approx(float(values[-1]), rel=1e-3)
+    assert detector.converged
 
 
 # Second order
@@ -624,7 +656,7 @@ def test_notes_tell_what_the_numbers_are_of(make_trainer):
     detector = LocalMinimumDetector(modules="net.2")
     reason = fit(make_trainer, module, *data(), detector)[0].summary()["reason"]
     for note in (
-        "does not include the optimiser's weight_decay",
+        "the loss includes the optimiser's weight decay",
         "batch norm is at its running statistics",
         "kinks of where cannot be seen",
         "kinks of net.4, net.4.call_2 are left out",

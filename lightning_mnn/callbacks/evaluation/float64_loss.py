@@ -79,6 +79,7 @@ class DoubleBatch(FullBatch):
         loss_fn: ``loss_fn(module, batch)``; None: the module's ``training_step``.
         modules: layers whose kinks count.
         read: called with each batch that is read, as it was collated; None: nothing is called.
+        weight_decay: add the penalty of the optimisers' weight decay; None: unless there is a ``loss_fn``.
     """
 
     def __init__(
@@ -90,9 +91,12 @@ class DoubleBatch(FullBatch):
         modules: Names = None,
         *,
         read: Callable[[Any], object] | None = None,
+        weight_decay: bool | None = None,
     ) -> None:
-        super().__init__(trainer, pl_module, loss_fn, modules, read=read)
+        super().__init__(trainer, pl_module, loss_fn, modules, read=read, weight_decay=weight_decay)
         self._mode = double.mode
+        copies = double.of([parameter for parameter, _ in self.decays])
+        self.decays = [(copy, decay) for copy, (_, decay) in zip(copies, self.decays, strict=True)]
 
     @override
     def _loss(self, index: int, batch: Any) -> Tensor:

@@ -31,6 +31,7 @@ from lightning_mnn.callbacks.evaluation.run_module import (
 )
 from lightning_mnn.callbacks.evaluation.snapshots import seed_generators
 from lightning_mnn.callbacks.trainer.long_pass import count_batch
+from lightning_mnn.callbacks.trainer.weight_decay import penalty_of, weight_decays
 from lightning_mnn.data.loaders.shards import batch_size_of, draws, num_samples
 from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.curvature.loss_surface import LossSurface
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
     from lightning_mnn.callbacks.evaluation.run_module import ModelFunction
+    from lightning_mnn.callbacks.trainer.weight_decay import Decays
 
 _MAX_CACHED = 1 << 28  # bytes of batches up to which they are cached for the next pass
 
@@ -79,11 +81,12 @@ class Measures:
 class FullBatch:
     """L(θ) = Σ_b (n_b / N) L_b(θ) over the batches b of n_b samples, in eval mode, in full precision of the weights.
 
-    L_b is the module's own loss of a batch, treated as the mean over its samples. Each pass reads the same batches with
-    the same augmentations. Each batch starts from the state that the module had when it was opened, such as running
-    means and counters, so that L is a function of the weights alone. Each process has its own part of the training set,
-    or none, so a loss must not communicate with other processes (within :meth:`open`, metrics of torchmetrics do not).
-    Use it within :meth:`open`.
+    L_b is the module's own loss of a batch, treated as the mean over its samples, plus the penalty of the
+    optimisers' weight decay (see :mod:`lightning_mnn.callbacks.trainer.weight_decay`). Each pass reads
+    the same batches with the same augmentations. Each batch starts from the state that the module had when it was
+    opened, such as running means and counters, so that L is a function of the weights alone. Each process has its own
+    part of the training set, or none, so a loss must not communicate with other processes (within :meth:`open`, metrics
+    of torchmetrics do not). Use it within :meth:`open`.
 
     Args:
         trainer: the Trainer that trains the module.
@@ -93,8 +96,10 @@ class FullBatch:
         losses: False: the loss cannot be evaluated, and kinks are those of the module's forward pass, or of
             ``loss_fn``.
         read: called with each batch that is read, as it was collated; None: nothing is called.
+        weight_decay: add the penalty of the optimisers' weight decay; None: unless there is a ``loss_fn``.
 
     Attributes:
+        decays: parameters with weight decay that the loss includes, and its factors.
         met: layers whose kinks :meth:`nearest_kink` met, whether they depend on the weights or not.
         smooth: smooth nonlinear functions that :meth:`nearest_kink` met.
         opaque: calls whose kinks it could not detect.
@@ -110,11 +115,14 @@ class FullBatch:
         *,
         losses: bool = True,
         read: Callable[[Any], object] | None = None,
+        weight_decay: bool | None = None,
     ) -> None:
         self.met: list[str] = []
         self.smooth: list[str] = []
         self.opaque: list[str] = []
         self.left_out: list[str] = []
+        decayed = loss_fn is None if weight_decay is None else weight_decay
+        self.decays: Decays = weight_decays(trainer) if decayed else ()
         self._trainer = trainer
         self._module = pl_module
         self._loss_fn = loss_fn
@@ -288,7 +296,7 @@ class FullBatch:
     def _reduction_of(self, index: int, batch: Any, size: int) -> Reduction:
         def loss(change: Callable[[Tensor], Tensor]) -> float:
             changed = apply_to_collection(batch, Tensor, change, allow_frozen=True)
-            return float(self._part(index, changed).detach())
+            return float(self._loss_part(index, changed).detach())
 
         one, two = loss(Tensor.clone), loss(lambda tensor: torch.cat([tensor, tensor]))
         within = tolerances.MAX_REDUCTION_ERROR_RATIO * abs(one)
@@ -342,6 +350,11 @@ class FullBatch:
         return trained_parameters(self._trainer, self._module)
 
     def _part(self, index: int, batch: Any) -> Tensor:
+        """The loss of a batch with the penalty of weight decay: their mean over the batches has the penalty once."""
+        loss = self._loss_part(index, batch)
+        return loss + penalty_of(self.decays) if self.decays else loss
+
+    def _loss_part(self, index: int, batch: Any) -> Tensor:
         self._restore()
         return self._loss_or_none(index, batch)
 

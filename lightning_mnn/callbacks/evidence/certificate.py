@@ -24,8 +24,8 @@ from lightning_mnn.callbacks.evidence.tiers import (
     Finding,
     Tier,
     conditions,
+    decay_differences,
     descriptions,
-    has_weight_decay,
     unseen_batches,
 )
 from lightning_mnn.landscape.minima.first_order import FirstOrderVerdict, first_order_verdicts
@@ -35,12 +35,13 @@ from lightning_mnn.utilities.transfer import plain
 from lightning_mnn.verdicts import STATIONARY, Kind, Reason, ReasonCode
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import pytorch_lightning as pl
     from torch import Tensor
 
     from lightning_mnn.callbacks.evaluation.run_module import ModelFunction
+    from lightning_mnn.callbacks.evidence.second_order import SecondOrderTier
     from lightning_mnn.landscape.minima.certificate import Certificate
     from lightning_mnn.landscape.network import Network
 
@@ -59,12 +60,16 @@ class CertificateTier(Tier):
         fitted: the constants with which the module's own loss was found to be the squared error; None: it is known to
             be the squared error.
         loss_fn: that loss, if not the module's ``training_step``.
+        of_objective: makes the tier for the objective that training lowers if it is not the squared error with all
+            weights free.
 
     Attributes:
         verdicts: the first-order verdicts of the last check, one per replica.
         certificates: the last certificates, one per replica; empty if there are none.
         statistics: the training-set statistics of the last check.
-        differences: how the mean squared error, which verdicts are about, differs from what training minimises.
+        differences: how the objective that training lowers differs from the squared error with all weights free. If
+            it does, the verdict is on that objective, and is that of the tier ``other``.
+        other: None: the verdict is a certificate, or there is no evidence on the objective.
     """
 
     def __init__(
@@ -74,11 +79,14 @@ class CertificateTier(Tier):
         preactivation_tolerance: float | None,
         fitted: SquaredErrorLoss | None = None,
         loss_fn: ModelFunction | None = None,
+        of_objective: Callable[[], SecondOrderTier] | None = None,
     ) -> None:
         self.verdicts: list[FirstOrderVerdict] = []
         self.certificates: list[Certificate] = []
         self.statistics: NetworkStatistics | None = None
         self.fitted = fitted
+        self.other: SecondOrderTier | None = None
+        self._of_objective = of_objective
         self._loss_fn = loss_fn
         self._max_distance = max_distance
         self._stationarity_tolerance = stationarity_tolerance
@@ -93,23 +101,21 @@ class CertificateTier(Tier):
     @property
     @override
     def evidence(self) -> Evidence:
+        if self.differences:
+            return Evidence.NONE if self.other is None else self.other.evidence
         return Evidence.CERTIFICATE if self._certifiable else Evidence.FIRST_ORDER
 
     @property
     @override
     def passed(self) -> bool:
+        if self.differences:
+            return self.other is not None and self.other.passed
         return all(verdict.kind is Kind.DIFFERENTIABLE_MINIMUM for verdict in self.verdicts)
 
     @property
     @override
-    def found_minimum(self) -> bool:
-        """Whether all replicas are at a minimum of the objective that training minimises."""
-        return super().found_minimum and not self.differences
-
-    @property
-    @override
     def can_certify(self) -> bool:
-        return self._certifiable
+        return self.other is not None if self.differences else self._certifiable
 
     @property
     @override
@@ -126,9 +132,32 @@ class CertificateTier(Tier):
         self._notes = _notes(trainer, pl_module, self.differences, fitted=self.fitted is not None)
         with _restoring_if_foreign(trainer, pl_module):
             self._statistics(trainer, pl_module, network)
+        self._check_other(trainer, pl_module)
+
+    def _check_other(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """If training lowers another objective than the squared error with all weights free, check that one."""
+        if not self.differences or self.reason_no_evidence() is not None:
+            self.other = None
+            return
+        if self.other is None:
+            assert self._of_objective is not None  # noqa: S101 (else there is a reason)
+            self.other = self._of_objective()
+        self.other.check(trainer, pl_module)
+
+    def reason_no_evidence(self) -> Reason | None:
+        """The reason why the objective that training lowers cannot be tested; None if it can."""
+        if Difference.DECOUPLED_WEIGHT_DECAY in self.differences:
+            return Reason.of(ReasonCode.NO_OBJECTIVE)
+        if len(self.verdicts) > 1:
+            return Reason.of(ReasonCode.OBJECTIVE_OF_REPLICAS)
+        return Reason.of(ReasonCode.NOT_CHECKED) if self._of_objective is None else None
 
     @override
     def certify_minimum(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.differences:
+            if self.other is not None:
+                self.other.certify_minimum(trainer, pl_module)
+            return
         self._check_loss(trainer, pl_module)
         with _restoring_if_foreign(trainer, pl_module):
             network = _network(pl_module)
@@ -136,6 +165,8 @@ class CertificateTier(Tier):
 
     @override
     def finalize(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, polish: bool) -> bool:
+        if self.differences:
+            return self.other is not None and self.other.finalize(trainer, pl_module, polish=False)
         network = _network(pl_module)
         if polish:
             self._check_loss(trainer, pl_module)
@@ -143,8 +174,7 @@ class CertificateTier(Tier):
                 polished = polish_on_training_set(trainer, pl_module, network, self._max_distance)
                 self.certificates = [found.certificate for found in polished]
                 self._moved = [found.distance if found.moved else 0.0 for found in polished]
-                same = not self.differences  # otherwise the weights would leave the point that training converged to
-                reached = [same and found.certificate.is_minimum and not found.moved for found in polished]
+                reached = [found.certificate.is_minimum and not found.moved for found in polished]
                 move_to(network, self.certificates, reached)
                 with time_limit(None):  # the weights have moved: the statistics must be those of the new weights
                     self._statistics(trainer, pl_module, network)
@@ -156,6 +186,8 @@ class CertificateTier(Tier):
 
     @override
     def run_out(self, why: str) -> None:
+        if self.other is not None:
+            self.other.run_out(why)
         self.certificates, self._moved = [], []
         self._certifiable, self._reason_not_certified = False, f"no certificate: {why}"
 
@@ -163,6 +195,11 @@ class CertificateTier(Tier):
     def findings(self) -> list[Finding]:
         """The verdict on each replica: a certificate's where there is one."""
         notes = list(self._notes)
+        if self.differences:
+            if self.other is not None:
+                return self.other.findings()
+            because = self.reason_no_evidence() or Reason.of(ReasonCode.NOT_CHECKED)
+            return [Finding.of(Kind.UNDECIDED, because)] * len(self.verdicts)
         if not self.certificates and self._reason_not_certified is not None:
             notes.append(self._reason_not_certified)
         results: Sequence[Certificate | FirstOrderVerdict] = self.certificates or self.verdicts
@@ -189,6 +226,8 @@ class CertificateTier(Tier):
             "minimum/kinks": self.statistics.kinks,
             "minimum/rank_cap": self._rank_cap,
         }
+        if self.other is not None:
+            scalars = self.other.scalars() | scalars
         if self.certificates:
             kinds = [found.kind for found in self.findings()]
             certified = [kind.is_minimum for kind in kinds]
@@ -208,7 +247,7 @@ class CertificateTier(Tier):
         verdicts = self.findings()
         found = {
             "evidence": str(self.evidence),
-            "objective": "mse",
+            "objective": self._objective(),
             "objective_differs_by": [str(difference) for difference in self.differences],
             "mse": plain(self.statistics.mse),
             "mce": plain(self.statistics.mce),
@@ -234,11 +273,21 @@ class CertificateTier(Tier):
         for name in ("distance", "weight_distance", "margin_ratio", "rank"):
             found[name] = [getattr(certificate, name) for certificate in self.certificates]
         several, differs = bool(self.statistics.mse.ndim), found.pop("objective_differs_by")
-        return {key: _one(value, several=several) for key, value in found.items()} | {"objective_differs_by": differs}
+        summary = {key: _one(value, several=several) for key, value in found.items()} | {
+            "objective_differs_by": differs
+        }
+        return summary if self.other is None else self.other.summary() | summary
 
     @override
     def state(self) -> dict[str, Any]:
         return {} if self.fitted is None else {"fitted": vars(self.fitted)}
+
+    def _objective(self) -> str:
+        """The objective that the verdict is on."""
+        if Difference.DECOUPLED_WEIGHT_DECAY in self.differences:
+            return "none"
+        decayed, frozen = (kind in self.differences for kind in (Difference.WEIGHT_DECAY, Difference.FROZEN_WEIGHTS))
+        return "mse" + "_with_weight_decay" * decayed + "_of_trained_weights" * frozen
 
     def _statistics(self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network) -> None:
         """Compute the statistics in one exact pass, and run the first-order tests."""
@@ -271,18 +320,27 @@ _CERTIFIED = {
 
 
 def _differences(trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network) -> list[Difference]:
-    found = [Difference.WEIGHT_DECAY] if has_weight_decay(trainer) else []
+    """How training's objective differs; frozen output weights do not matter if none is zero.
+
+    A minimum over all weights is one over the hidden weights. The converse holds where z_i ≠ 0, as the loss depends on
+    z_i w_i only, and w_i alone can reach all its values of one sign.
+    """
     places, trained = {tensor.data_ptr() for tensor in network.tensors}, trained_parameters(trainer, pl_module)
     weights = [parameter for parameter in pl_module.parameters() if parameter.data_ptr() in places]
     free = {id(parameter) for parameter in trained}
-    frozen = any(id(parameter) not in free for parameter in weights)
-    return found + ([Difference.FROZEN_WEIGHTS] if frozen else [])
+    frozen = [parameter for parameter in weights if id(parameter) not in free]
+    output = network.output_weights
+    harmless = len(network.hidden_weights) == 1 and all(
+        parameter.data_ptr() == output.data_ptr() for parameter in frozen
+    )
+    differs = frozen and not (harmless and bool((output != 0).all()))
+    return decay_differences(trainer) + ([Difference.FROZEN_WEIGHTS] if differs else [])
 
 
 def _notes(
     trainer: pl.Trainer, pl_module: pl.LightningModule, differences: list[Difference], *, fitted: bool
 ) -> list[str]:
-    """Notes on how training differs from the objective of the verdicts."""
+    """Notes on what the verdict is about."""
     if not fitted:
         return unseen_batches(trainer) + descriptions(differences)
     found = conditions(trainer, pl_module)  # includes weight decay

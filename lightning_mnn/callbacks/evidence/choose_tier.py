@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from lightning_mnn.callbacks.evaluation.full_batch import FullBatch
 from lightning_mnn.callbacks.evaluation.module_network import network_of, states_network
@@ -13,11 +16,12 @@ from lightning_mnn.callbacks.evidence.first_order import FirstOrderTier
 from lightning_mnn.callbacks.evidence.second_order import SecondOrderTier
 from lightning_mnn.callbacks.evidence.squared_error import SquaredErrorLoss, squared_error_loss
 from lightning_mnn.callbacks.evidence.tiers import Evidence
-from lightning_mnn.data.loaders.shards import NotEnumerableError, can_be_enumerated, draws
+from lightning_mnn.data.loaders.shards import NotEnumerableError, can_be_enumerated, draws, flat_batch
 from lightning_mnn.utilities.validation import MisfitError, positive_integer, real_number
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
+    from torch import Tensor
 
     from lightning_mnn.callbacks.evaluation.run_module import ModelFunction
     from lightning_mnn.callbacks.evidence.tiers import Tier
@@ -150,12 +154,16 @@ class Tiers:
     def certificate_tier(self, fitted: SquaredErrorLoss | None = None) -> CertificateTier:
         """The tier for a network that is trained on the squared error."""
         tolerances = self.first_order.stationarity_tolerance, self.first_order.preactivation_tolerance
-        return CertificateTier(self.max_distance, *tolerances, fitted, self.loss_fn)
+        other = self._of_network if fitted is None else partial(self.second_order_tier, None)
+        return CertificateTier(self.max_distance, *tolerances, fitted, self.loss_fn, other)
 
     def second_order_tier(self, why: str | None) -> SecondOrderTier:
         """The tier for a loss that can be evaluated."""
-        tolerances = self.second_order.gradient_tolerance, self.second_order.curvature_tolerance
-        return SecondOrderTier(self.loss_fn, self.modules, *tolerances, self.second_order.max_products, why)
+        return SecondOrderTier(self.loss_fn, self.modules, **asdict(self.second_order), why=why)
+
+    def _of_network(self) -> SecondOrderTier:
+        """The tier for the squared error of a network with weight decay or frozen weights."""
+        return SecondOrderTier(_squared_error, self.modules, **asdict(self.second_order), weight_decay=True)
 
     def first_order_tier(self, why: str, *, reads: bool = True) -> FirstOrderTier:
         """The tier for a loss that cannot be evaluated."""
@@ -200,6 +208,12 @@ class Tiers:
         except LossNotEvaluableError as error:
             return self.first_order_tier(str(error))
         return self.certificate_tier(found) if isinstance(found, SquaredErrorLoss) else self.second_order_tier(found)
+
+
+def _squared_error(pl_module: pl.LightningModule, batch: Any) -> Tensor:
+    """The mean squared error of a batch."""
+    inputs, targets = flat_batch(batch)
+    return nn.functional.mse_loss(pl_module(inputs), targets.to(inputs.dtype))
 
 
 def state_of(tier: Tier) -> dict[str, Any]:

@@ -47,6 +47,8 @@ class SecondOrderTier(Tier):
         curvature_tolerance: largest −λ_min/λ_max of a minimum.
         max_products: maximal number of Hessian–vector products of each stage of an expensive check.
         why: why there is no stronger evidence.
+        weight_decay: whether the penalty of the optimisers' weight decay is part of the objective; None: unless there
+            is a ``loss_fn``, which is the whole objective.
 
     Attributes:
         verdict: the verdict on the weights of the last check.
@@ -63,6 +65,8 @@ class SecondOrderTier(Tier):
         curvature_tolerance: float,
         max_products: int,
         why: str | None = None,
+        *,
+        weight_decay: bool | None = None,
     ) -> None:
         self.verdict: SecondOrderVerdict | None = None
         self.reference: float | None = None
@@ -72,6 +76,7 @@ class SecondOrderTier(Tier):
         self._gradient_tolerance = gradient_tolerance
         self._curvature_tolerance = curvature_tolerance
         self._max_products = max_products
+        self._weight_decay = weight_decay
         self.why = why
         self._kinks: KinkDistance | None = None
         self._notes: list[str] = []
@@ -190,7 +195,7 @@ class SecondOrderTier(Tier):
         }
 
     def _full_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> FullBatch:
-        return FullBatch(trainer, pl_module, self._loss_fn, self._modules)
+        return FullBatch(trainer, pl_module, self._loss_fn, self._modules, weight_decay=self._weight_decay)
 
     def _stationarity(
         self, surface: LossSurface, known: tuple[float, Tensor] | None = None, *, compare_sides: bool = True
@@ -220,7 +225,8 @@ class SecondOrderTier(Tier):
             return None
         try:
             with in_double(pl_module) as double:
-                batch = DoubleBatch(trainer, pl_module, double, self._loss_fn, self._modules)
+                decay = self._weight_decay
+                batch = DoubleBatch(trainer, pl_module, double, self._loss_fn, self._modules, weight_decay=decay)
                 return self._curvature(batch, double.of(trained))
         except NoDerivativeError:
             return None
@@ -251,7 +257,7 @@ class SecondOrderTier(Tier):
     def _note(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: FullBatch, kinks: KinkDistance) -> None:
         """Collect the notes that a reader of the reason needs; each is also logged once."""
         found = [] if self.why is None else [f"no certificate: {self.why}"]
-        found += conditions(trainer, pl_module)
+        found += conditions(trainer, pl_module, penalised=bool(batch.decays))
         found += batch.notes()
         loader: Any = trainer.train_dataloader
         if self._reduction is Reduction.OTHER:

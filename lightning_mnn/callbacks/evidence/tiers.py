@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 
 from lightning_mnn.callbacks.evaluation.isolation import trained_parameters
+from lightning_mnn.callbacks.trainer.weight_decay import has_decoupled_decay, weight_decays
 from lightning_mnn.data.loaders.shards import NotEnumerableError, draws, num_samples
 from lightning_mnn.utilities.errors import DivergenceError
 from lightning_mnn.utilities.transfer import fetched
@@ -48,26 +49,30 @@ class Evidence(StrEnum):
 
 
 class Difference(StrEnum):
-    """How the objective of a verdict differs from the objective that training minimises."""
+    """How the objective that training lowers differs from the loss over the training set, with all weights free."""
 
     WEIGHT_DECAY = "weight_decay"
+    DECOUPLED_WEIGHT_DECAY = "decoupled_weight_decay"
     FROZEN_WEIGHTS = "frozen_weights"
 
 
 _DIFFERENCES = {
     Difference.WEIGHT_DECAY: "this loss does not include the optimiser's weight_decay: training minimises another one",
-    Difference.FROZEN_WEIGHTS: "frozen weights count as free in it: training minimises it over the other weights only",
+    Difference.DECOUPLED_WEIGHT_DECAY: "the optimiser's weight decay is decoupled from the gradient (AdamW): training "
+    "lowers no objective, and where it comes to rest the gradient of this loss is not zero",
+    Difference.FROZEN_WEIGHTS: "frozen weights are constants: this is over the other weights",
 }
 
 
-def descriptions(differences: list[Difference]) -> list[str]:
+def descriptions(differences: Sequence[Difference]) -> list[str]:
     """The differences as text."""
     return [_DIFFERENCES[difference] for difference in differences]
 
 
-def has_weight_decay(trainer: pl.Trainer) -> bool:
-    """Whether an optimiser applies weight decay in addition to the loss."""
-    return any(group.get("weight_decay", 0) for optimizer in trainer.optimizers for group in optimizer.param_groups)
+def decay_differences(trainer: pl.Trainer) -> list[Difference]:
+    """What weight decay adds to the objective."""
+    coupled, decoupled = bool(weight_decays(trainer)), has_decoupled_decay(trainer)
+    return [Difference.WEIGHT_DECAY] * coupled + [Difference.DECOUPLED_WEIGHT_DECAY] * decoupled
 
 
 class Finding(NamedTuple):
@@ -213,11 +218,20 @@ def seen_data(trainer: pl.Trainer) -> list[str]:
     return [f"this is for the {chosen} of {total} samples that the sampler chooses from"] if chosen < total else []
 
 
-def conditions(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
-    """Notes on how the loss over the training set differs from the loss in training."""
+def conditions(trainer: pl.Trainer, pl_module: pl.LightningModule, *, penalised: bool = False) -> list[str]:
+    """Notes on how the objective that was tested differs from the loss in training.
+
+    Args:
+        trainer: the Trainer that trains the module.
+        pl_module: the module.
+        penalised: whether the objective includes the penalty of weight decay.
+    """
     found = [*unseen_batches(trainer), *seen_data(trainer)]
-    if has_weight_decay(trainer):
-        found += descriptions([Difference.WEIGHT_DECAY])
+    for difference in decay_differences(trainer):
+        if penalised and difference is Difference.WEIGHT_DECAY:
+            found.append("the loss includes the optimiser's weight decay, ½ · weight_decay · ‖θ‖²")
+        else:
+            found += descriptions([difference])
     for text, kind in _EVAL_MODE_EFFECTS.items():
         if any(isinstance(module, kind) for module in pl_module.modules()):
             found.append(text)
