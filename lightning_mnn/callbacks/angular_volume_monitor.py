@@ -40,8 +40,8 @@ class AngularVolumeMonitor(ScheduledCallback):
     logs a rigorous lower bound, the first one also the paper's theorems at the run's sizes. At chosen moments the
     volume itself is estimated.
 
-    *For any other module* with kinks, including an MNN with two hidden layers, the size is the local volume on a probe
-    set, at the same moments: the probability P(σ) that a random move of all parameters that require a gradient, of
+    *For any other module* with kinks, including a deeper MNN, the size is the local volume on a probe set, at the same
+    moments: the probability P(σ) that a random move of all parameters that require a gradient, of
     relative size σ, keeps the pattern of the probe in eval mode. If the first layer's units have cones (its kinks are
     at 0 and come after an ``nn.Linear`` whose inputs depend on no parameter), their volume on the probe is estimated,
     too.

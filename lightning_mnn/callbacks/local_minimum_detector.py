@@ -67,7 +67,7 @@ class LocalMinimumDetector(ScheduledCallback):
         schedule: when to check, besides the start and the end; None: every 100 epochs.
         patience: number of consecutive cheap checks that every replica must pass.
         stop_training: stop the Trainer when every replica is certified (with second-order evidence: is at a minimum;
-            with two hidden layers: has passed).
+            with more than one hidden layer: has passed).
         polish: try to certify at every check; and at the end of training move the weights to the exact minimum, if it
             lies within ``max_distance``, across kinks if necessary (see :func:`lightning_mnn.landscape.polish`).
         max_distance: largest ‖W̃* − W̃‖/‖W̃‖ at which a minimum still counts as the minimum of these weights.

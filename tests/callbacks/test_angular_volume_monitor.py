@@ -254,7 +254,7 @@ def test_two_hidden_layers_have_a_reason(make_trainer):
     trainer.fit(MNN(4, (3, 3)), GaussianData(12, 4))
     found = monitor.summary()
     assert found["log_volume"] is found["log_volume_lower_bound"] is None
-    assert found["log_volume_reason"] == "with two hidden layers a region is not a product of cones"
+    assert found["log_volume_reason"] == "with more than one hidden layer a region is not a product of cones"
     logged = [name for name in trainer.callback_metrics if name.startswith("volume/")]
     assert not any("lower_bound" in name or "theorem" in name or name == "volume/log_volume" for name in logged)
     assert "volume/half_sigma" in logged

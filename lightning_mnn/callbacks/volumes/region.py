@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _NOT_OF_REPLICAS = 'volumes of replicas are measured only if measure is given, as in measure=["end"]'
 _ON_A_KINK = "a pre-activation is zero up to rounding: the weights lie on a kink"
-_NO_PRODUCT = "with two hidden layers a region is not a product of cones"
+_NO_PRODUCT = "with more than one hidden layer a region is not a product of cones"
 _NO_NETWORK = "not a network with one hidden layer and one output, whose regions are products of cones"
 
 

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -399,3 +401,39 @@ def test_the_force_on_a_resting_unit_counts_in_its_stationarity():
 
 def test_activate_is_f():
     assert activate(np.array([-2.0, 3.0]), 0.5).tolist() == [-1.0, 3.0]
+
+
+def enumerated_minima(inputs, targets, output, slope):
+    """All differentiable minima over W with z fixed: the least-squares solutions that lie in their own regions."""
+    draws = torch.randn(4000, inputs.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    cells = torch.unique(draws @ inputs.mT > 0, dim=0)  # patterns of one unit; few enough to be all met
+    for pattern in itertools.product(range(len(cells)), repeat=len(output)):
+        active = cells[list(pattern)].mT  # (N, d1)
+        slopes = torch.where(active, 1.0, slope).double()
+        features = (slopes[:, :, None] * output[:, None] * inputs[:, None, :]).flatten(1)
+        hidden = torch.linalg.lstsq(features, targets, driver="gelsd").solution.view(len(output), -1)
+        u = inputs @ hidden.mT
+        if bool(((u > 0) == active).all()) and float(u.abs().min()) > 1e-6:
+            yield hidden
+
+
+def mse_of(hidden, output, inputs, targets):
+    return float(np.mean((outputs(*(t.numpy() for t in (hidden, output, inputs)), 0.1) - targets.numpy()) ** 2))
+
+
+def test_with_fixed_output_weights_the_minima_are_the_same():
+    """Of the loss over W alone: theory's condition on z follows from those on W where no z_i is zero."""
+    found = 0
+    for seed in range(6):
+        random = torch.Generator().manual_seed(seed)
+        inputs = torch.randn(7, 2, generator=random, dtype=torch.float64)
+        targets = torch.randn(7, generator=random, dtype=torch.float64)
+        output = torch.tensor([1.3, -0.4], dtype=torch.float64)
+        for hidden in enumerated_minima(inputs, targets, output, 0.1):
+            proof = certify(hidden, output, inputs, targets, 0.1)
+            assert proof.kind == "differentiable_minimum"
+            assert torch.equal(proof.output_weights, output)
+            assert proof.mse == pytest.approx(mse_of(hidden, output, inputs, targets), rel=1e-9)
+            assert proof.mse == pytest.approx(mse_of(proof.hidden_weights, output, inputs, targets), rel=1e-9)
+            found += 1
+    assert found >= 3
