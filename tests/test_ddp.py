@@ -83,4 +83,4 @@ def test_all_processes_stop_where_one_was_told_to_and_seldom_ask_one_another(tmp
     found = run(2, {"stop": 150}, tmp_path / "stopped")
     assert 150 <= found["steps"] == found["saved"] <= 250
     assert found["visits"] == {"samples": 21, "fewest": found["steps"]}  # of both processes
-    assert found["questions"] <= 5
+    assert found["questions"] <= 5 + 4 * found["seconds"]  # about twice a second, however slow the steps are

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -45,12 +46,14 @@ class Counter(pl.Callback):
 
 
 class CountedPace(Pace):
-    """Counts how often the processes ask one another."""
+    """Counts how often the processes ask one another, and in how many seconds."""
 
-    questions = 0
+    questions, first, last = 0, None, 0.0
 
     def proposal(self):
         self.questions += 1
+        self.last = time.monotonic()
+        self.first = self.first or self.last
         return super().proposal()
 
 
@@ -90,7 +93,8 @@ def stop(devices: int, step: int, out: Path) -> None:
             state = torch.load(saver.path, weights_only=True)
             visits = state["GaussianData"]["visits"]
             found = {"steps": trainer.global_step, "saved": state["global_step"], "visits": visits}
-            out.write_text(json.dumps(found | {"questions": saver._pace.questions}))
+            pace = saver._pace
+            out.write_text(json.dumps(found | {"questions": pace.questions, "seconds": pace.last - pace.first}))
 
 
 def main(devices: int, options: dict, out: Path) -> None:
