@@ -346,11 +346,11 @@ def test_bad_settings_of_cones_are_named(options, message):
 
 def test_the_arguments_before_they_were_grouped_still_work():
     with pytest.warns(DeprecationWarning, match="AngularVolumeMonitor") as warned:
-        monitor = AngularVolumeMonitor(Schedule(every=3), budget=1e6, sigmas=[1e-3], probe=8)
+        monitor = AngularVolumeMonitor(Schedule(every=3), budget=1e6, probe=8, sigmas=[1e-3])
     assert [str(one.message).partition(" is now ")[::2] for one in warned] == [
         ("AngularVolumeMonitor(budget=…)", "AngularVolumeMonitor(cones=ConeSettings(budget=…))"),
-        ("AngularVolumeMonitor(sigmas=…)", "AngularVolumeMonitor(local_volume=LocalVolumeSettings(sigmas=…))"),
         ("AngularVolumeMonitor(probe=…)", "AngularVolumeMonitor(local_volume=LocalVolumeSettings(probe=…))"),
+        ("AngularVolumeMonitor(sigmas=…)", "AngularVolumeMonitor(local_volume=LocalVolumeSettings(sigmas=…))"),
     ]
     assert all(one.filename == __file__ for one in warned)
     assert monitor.cones == ConeSettings(budget=1e6)
