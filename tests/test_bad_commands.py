@@ -106,7 +106,7 @@ VALUES = [
     ("data.num_samples=0", "data.num_samples=0: must be at least 1 and a whole number"),
     ("data.labels=abc", "data.labels=abc: must be one of plus_minus, zero_one, teacher"),
     ("data.num_test=-1", "data.num_test=-1: must be at least 0 and a whole number"),
-    ("data.label_noise=2", "data.label_noise=2.0: must be a number, at least 0 and at most 1"),
+    ("data.label_noise=2", "data.label_noise=2: must be a number, at least 0 and at most 1"),
     ("data.random_labels=maybe", "data.random_labels=maybe: must be true or false", "data.random_labels=false"),
     ("data=gaussian_teacher data.label_noise=0.1", "data.label_noise=0.1: needs targets with two labels", "leave it"),
     ("data=mnist data.num_samples=9 replicas=2", "data.num_samples=9: needs replicas=1", "train the seeds one by one"),

@@ -363,12 +363,16 @@ class MNN(pl.LightningModule):
     def _log_errors(self, stage: str) -> None:
         """Log the MSE and MCE of all samples of each loader, the means over replicas."""
         errors, self._errors = self._errors, {}
+        means = {}
         for loader, sums in sorted(errors.items()):
             suffix = f"/dataloader_idx_{loader}" if len(errors) > 1 else ""
             for name, value in sums.means(self.trainer.strategy).items():
-                mean = value.mean().to(self.device, widest_dtype(self.device))
-                log = {f"{stage}/{name}{suffix}": mean}
-                self.log_dict(log, prog_bar=True, batch_size=1, sync_dist=True, add_dataloader_idx=False)
+                means[f"{stage}/{name}{suffix}"] = value.mean().to(self.device, widest_dtype(self.device))
+        fits = self.trainer.state.fn == "fit"
+        options: dict[str, Any] = {"batch_size": 1, "sync_dist": True, "add_dataloader_idx": False}
+        self.log_dict(means, prog_bar=True, logger=not fits, **options)
+        if fits and not self.trainer.sanity_checking:
+            log_scalars(self.trainer, dict(means))  # with the number of this step, as all other values
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -1,5 +1,7 @@
 """Validation and test of an MNN: exact errors of the test set, and what they do to training."""
 
+import json
+
 import numpy as np
 import pytest
 import pytorch_lightning as pl
@@ -8,8 +10,11 @@ from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mnn import MNN
-from lightning_mnn.data import GaussianData, TensorData
+from lightning_mnn.data import GaussianData, TensorData, exact_shard
+from lightning_mnn.data.error_sums import ErrorSums
+from lightning_mnn.loggers import ResumableCSVLogger
 from tests import naive
+from tests.children import side_by_side
 
 
 def naive_errors(model, inputs, targets, threshold):
@@ -109,8 +114,11 @@ def trained(make_trainer, epochs, num_test=11, **flags):
 
 
 @pytest.mark.parametrize("sanity", [0, 2])
-def test_bundles_end_where_validation_is_due(make_trainer, sanity):
-    found, model, trainer = trained(make_trainer, 95, check_val_every_n_epoch=30, num_sanity_val_steps=sanity)
+def test_bundles_end_where_validation_is_due(make_trainer, tmp_path, sanity):
+    flags = {"check_val_every_n_epoch": 30, "num_sanity_val_steps": sanity}
+    found, model, trainer = trained(make_trainer, 95, **flags, logger=ResumableCSVLogger(tmp_path))
+    rows = [step for values, step in trainer.logger.read() if "val/mse" in values]
+    assert rows == [90, 180, 270]
     assert found == [(30, 90), (60, 180), (90, 270)]
     alone, other, _ = trained(make_trainer, 95, limit_val_batches=0)
     assert alone == []
@@ -135,3 +143,44 @@ def test_lightnings_callbacks_use_the_errors(make_trainer, tmp_path):
     model = MNN.load_from_checkpoint(best.best_model_path)
     (found,) = make_trainer().validate(model, data, verbose=False)
     assert found["val/mse"] == pytest.approx(float(best.best_model_score), rel=1e-12)
+
+
+def evaluate(devices, replicas, out):
+    """Train with validation, then test, on some processes; write what is logged."""
+    trainer = pl.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        default_root_dir=out.parent,
+    )
+    model = MNN(4, (6,), replicas=replicas, default_callbacks=False)
+    data = GaussianData(21, 4, num_test=1501, replicas=replicas)  # two batches, neither of which is even
+    trainer.fit(model, data)
+    validated = trainer.callback_metrics["val/mse"], trainer.callback_metrics["val/mce"]
+    (found,) = trainer.test(model, data, verbose=False)
+    sums = ErrorSums(model.threshold)
+    for inputs, targets in exact_shard(data.exact_test_loader(), trainer.global_rank, trainer.world_size):
+        sums.add(model(inputs).detach(), targets)
+    means = sums.means(trainer.strategy)
+    assert trainer.world_size == devices
+    if trainer.is_global_zero:
+        out.write_text(json.dumps([[*map(float, validated)], [*found.values()], [m.tolist() for m in means.values()]]))
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_same_errors(tmp_path):
+    found = []
+    for devices in (1, 2):
+        out = tmp_path / f"{devices}.json"
+        side_by_side(tmp_path / str(devices), devices, evaluate, devices, 2, out)
+        found.append(json.loads(out.read_text()))
+    for validated, tested, (mse, mce) in found:
+        assert validated == pytest.approx(tested, rel=1e-12)
+        assert tested == pytest.approx([np.mean(mse), np.mean(mce)], rel=1e-12)
+        assert len(mse) == len(mce) == 2
+    assert found[1][2][1] == found[0][2][1]
+    assert found[1][2][0] == pytest.approx(found[0][2][0], rel=1e-12)

@@ -444,6 +444,7 @@ def train(devices, folder, materialise):
         batch_size=10,
         buffer_bytes=100 * DIM,
         dtype="float64",
+        tested=True,
     )
     model = MNN(DIM, (5,), optimizer={"name": "sgd", "lr": 0.01}, default_callbacks=False)
     trainer = pl.Trainer(
@@ -460,6 +461,11 @@ def train(devices, folder, materialise):
     assert trainer.world_size == devices
     if trainer.is_global_zero:
         torch.save([w.detach() for w in model.parameters()], folder / "weights.pt")
+    (found,) = trainer.test(model, data, verbose=False)
+    whole = MappedImages(folder, whiten=0.1, dtype="float64", residency="memory", tested=True)
+    whole.setup()
+    errors = model(whole.test_inputs) - whole.test_targets
+    assert found["test/mse"] == pytest.approx(float(errors.square().mean()), rel=1e-9)
 
 
 @pytest.mark.slow
