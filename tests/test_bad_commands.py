@@ -6,6 +6,7 @@ Most run in this process, by the entry that the console script calls.
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.bad_commands import refused_line
@@ -104,6 +105,12 @@ VALUES = [
     ("model.input_dim=7", "model.input_dim=7: must match the data, which have 40 inputs"),
     ("data.num_samples=0", "data.num_samples=0: must be at least 1 and a whole number"),
     ("data.labels=abc", "data.labels=abc: must be one of plus_minus, zero_one, teacher"),
+    ("data.num_test=-1", "data.num_test=-1: must be at least 0 and a whole number"),
+    ("data.label_noise=2", "data.label_noise=2: must be a number, at least 0 and at most 1"),
+    ("data.random_labels=maybe", "data.random_labels=maybe: must be true or false", "data.random_labels=false"),
+    ("data=gaussian_teacher data.label_noise=0.1", "data.label_noise=0.1: needs targets with two labels", "leave it"),
+    ("data=mnist data.num_samples=9 replicas=2", "data.num_samples=9: needs replicas=1", "train the seeds one by one"),
+    ("data=arrays", "data.file=???: has no value", "give data.file=VALUE"),
     ("data.batch_size=0", "data.batch_size=0: must be at least 1 and a whole number"),
     ("data=mnist data.part=abc", "data.part=abc: must be one of all, test, train"),
     ("data=mnist data.residency=disk", "data.residency=disk: must be one of auto, memory, stream"),
@@ -235,6 +242,28 @@ VALUES = [
     ("experiment=figure_5_1 optimizer.lr=abc", "optimizer.lr=abc: must be a number", "optimizer.lr=0.01"),
 ]
 
+# Data of the user's own.
+ARRAYS = [
+    ("data=arrays data.file=no.npz", "data.file=no.npz: is not a file", "give the path of an existing one"),
+    ("data=arrays data.file=folder", "data.file=folder: must be a file .npz, .csv, .parquet", "save the data as one"),
+    ("data=arrays data.file=broken.npz", "data.file=broken.npz: cannot be read", "save it again by numpy.savez"),
+    ("data=arrays data.file=keys.npz", "data.file=keys.npz: lacks targets, it has inputs, labels", "an .npz file has"),
+    (
+        "data=arrays data.file=shape.npz",
+        "data.file=shape.npz: targets must have shape (4,), got (3,)",
+        "one target for",
+    ),
+    ("data=arrays data.file=nan.npz", "data.file=nan.npz: inputs must not contain NaN or infinity", "remove"),
+    ("data=arrays data.file=one.npz", "data.file=one.npz: targets must not all be equal, got 1.0", "nothing to learn"),
+    ("data=arrays data.file=text.npz", "data.file=text.npz: targets must be two labels, and there are 3", "map the"),
+    ("data=arrays data.file=objects.npz", "data.file=objects.npz: cannot be read", "without Python objects"),
+    ("data=arrays data.file=real.npz", "labels are not binary", "(model.regression=true)"),
+    ("data=arrays data.file=good.npz data.target=a", "data.target=a: has no meaning for an .npz file", "leave it out"),
+    ("data=arrays data.file=good.npz data.num_samples=5", "data.num_samples=5: must be at most 4"),
+    ("data=arrays data.file=t.csv", "data.target=null: must name the column of the targets", "it has a, b"),
+    ("data=arrays data.file=t.csv data.target=c", "data.target=c: is no column of t.csv", "it has a, b"),
+]
+
 # What Hydra cannot compose, or would not understand.
 COMPOSITION = [
     ("optimizer=adamx", "optimizer=adamx: there is no such option", "choose optimizer=adam"),
@@ -338,6 +367,30 @@ def test_a_mistake_is_one_line_and_leaves_nothing(command, words, refused):
     assert in_order(line, words), line
 
 
+@pytest.fixture
+def array_files():
+    """Files of arrays in the current folder, all but one with a mistake."""
+    inputs, targets = np.arange(8.0).reshape(4, 2), np.array([0, 1, 1, 0])
+    np.savez("good.npz", inputs=inputs, targets=targets)
+    np.savez("keys.npz", inputs=inputs, labels=targets)
+    np.savez("shape.npz", inputs=inputs, targets=targets[:3])
+    np.savez("nan.npz", inputs=np.where(inputs > 6, np.nan, inputs), targets=targets)
+    np.savez("one.npz", inputs=inputs, targets=np.ones(4))
+    np.savez("text.npz", inputs=inputs, targets=["a", "b", "c", "a"])
+    np.savez("real.npz", inputs=inputs, targets=[0.5, 1.5, 2.5, 0.5])
+    np.savez("objects.npz", inputs=inputs, targets=np.array([None] * 4))
+    Path("broken.npz").write_bytes(Path("good.npz").read_bytes()[:300])
+    Path("t.csv").write_text("a,b\n1,2\n3,4\n")
+    Path("folder").mkdir()
+
+
+@pytest.mark.usefixtures("array_files")
+@pytest.mark.parametrize(("command", "words"), [(row[0], row[1:]) for row in ARRAYS])
+def test_a_mistake_in_arrays_is_one_line(command, words, refused):
+    line = refused(command)
+    assert in_order(line, words), line
+
+
 @pytest.mark.parametrize(("command", "words"), [(row[0], row[1:]) for row in OPTIONS])
 def test_an_unknown_option_is_one_line(command, words, refused):
     line = refused(command, USAGE)
@@ -345,6 +398,6 @@ def test_an_unknown_option_is_one_line(command, words, refused):
 
 
 def test_there_are_enough_of_them():
-    rows = [*VALUES, *COMPOSITION, *RESULTS, *OPTIONS]
+    rows = [*VALUES, *ARRAYS, *COMPOSITION, *RESULTS, *OPTIONS]
     assert len({row[0] for row in rows}) == len(rows) >= 120
     assert os.environ.get("HYDRA_FULL_ERROR") is None

@@ -69,6 +69,29 @@ class Gaussian:
     input_dim: int
     labels: str
     teacher_width: int
+    num_test: int
+    label_noise: float
+    random_labels: bool
+    batch_size: int | None
+    shuffle: bool
+    replicas: int
+    seed: int
+    dtype: str
+
+
+@dataclass
+class Arrays:
+    """``data=arrays``: arguments of :class:`~lightning_mnn.data.ArrayFileData`."""
+
+    _target_: str
+    file: str
+    target: str | None
+    labels: str | None
+    num_samples: int | None
+    test_fraction: float
+    split_seed: int
+    label_noise: float
+    random_labels: bool
     batch_size: int | None
     shuffle: bool
     replicas: int
@@ -93,6 +116,11 @@ class Archive:
     cache: str | None
     buffer_bytes: int
     download: bool
+    num_samples: int | None
+    test_fraction: float
+    split_seed: int
+    label_noise: float
+    random_labels: bool
     batch_size: int | None
     shuffle: bool
     replicas: int
@@ -115,12 +143,18 @@ class ImageFolder:
     equal_norms: bool
     store: str | None
     skip_corrupt: bool
+    test_root: str | None
     workers: int | None
     residency: str
     storage: str | None
     materialise: bool
     cache: str | None
     buffer_bytes: int
+    num_samples: int | None
+    test_fraction: float
+    split_seed: int
+    label_noise: float
+    random_labels: bool
     batch_size: int | None
     shuffle: bool
     replicas: int
@@ -195,6 +229,7 @@ class Trainer:
     log_every_n_steps: int
     enable_model_summary: bool
     use_distributed_sampler: bool
+    limit_val_batches: Any  # a number of batches, or a fraction
 
 
 @dataclass
@@ -232,6 +267,7 @@ SCHEMAS: dict[str, type] = {
     "config": Config,
     "model": Model,
     "gaussian": Gaussian,
+    "arrays": Arrays,
     "archive": Archive,
     "image_folder": ImageFolder,
     "adam": Adam,
@@ -248,7 +284,7 @@ SCHEMAS: dict[str, type] = {
 _PLACES: dict[str, tuple[type, ...]] = {
     "": (Config,),
     "model": (Model,),
-    "data": (Gaussian, Archive, ImageFolder),
+    "data": (Gaussian, Arrays, Archive, ImageFolder),
     "optimizer": (Adam, SGD, LBFGS),
     "schedule": (ExponentialTail, OneCycle),
     "trainer": (Trainer,),

@@ -1,5 +1,6 @@
 """DataModules whose training set can be read exactly once, sample by sample, on any number of processes."""
 
+from lightning_mnn.data.arrays import ArrayData, ArrayFileData
 from lightning_mnn.data.gaussian import GaussianData
 from lightning_mnn.data.images.image_data import ImageData
 from lightning_mnn.data.images.image_folder import ImageFolderData
@@ -11,6 +12,8 @@ from lightning_mnn.data.loaders.shards import exact_shard
 from lightning_mnn.data.loaders.streaming import StreamedLoader
 
 __all__ = [
+    "ArrayData",
+    "ArrayFileData",
     "CIFAR10Data",
     "ExactData",
     "ExactLoader",

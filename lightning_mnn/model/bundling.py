@@ -38,8 +38,8 @@ _KNOWN = ("lightning_mnn.", "pytorch_lightning.callbacks.model_checkpoint", "pyt
 def may_bundle(trainer: pl.Trainer) -> bool:
     """Whether several optimiser steps in one Lightning batch change nothing else in a run.
 
-    This needs one process, one batch per step, no clipping, full precision, whole epochs, and no callback that acts on
-    batches.
+    This needs one process, one batch per step, no clipping, full precision, whole epochs, validation only between
+    epochs, and no callback that acts on batches.
     """
     run: Any = trainer
     return (
@@ -52,17 +52,20 @@ def may_bundle(trainer: pl.Trainer) -> bool:
         and run.limit_train_batches == 1.0
         and not run.overfit_batches
         and not run.fast_dev_run
+        and not (run.enable_validation and (run.val_check_interval != 1.0 or run.check_val_every_n_epoch is None))
         and not any(looks_at_batches(callback) for callback in run.callbacks)
     )
 
 
 def epochs_at_a_time(trainer: pl.Trainer) -> int:
-    """Number of epochs, from the present one on, until a callback acts at the end of one, this one included."""
+    """Number of epochs, this one included, until a callback acts or validation runs at the end of one."""
     run: Any = trainer
     if run.reload_dataloaders_every_n_epochs:
         return 1
     done = run.current_epoch
     left = [_epochs_until_due(callback, done) for callback in run.callbacks]
+    if run.enable_validation and run.val_dataloaders != []:  # None: not loaded yet
+        left.append(run.check_val_every_n_epoch - done % run.check_val_every_n_epoch)
     if run.should_stop:  # min_epochs or min_steps may delay the stop
         left.append((run.min_epochs or 0) - done if not run.min_steps else 1)
     return int(max(1, min(*left, run.max_epochs - done if run.max_epochs > 0 else math.inf, STEPS)))

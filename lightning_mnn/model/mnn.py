@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_mnn.data.checks import check_training_set
-from lightning_mnn.data.loaders.exact import ExactData, ExactLoader
+from lightning_mnn.data.checks import check_batch, check_training_set
+from lightning_mnn.data.error_sums import ErrorSums
+from lightning_mnn.data.loaders.exact import ExactData, ExactLoader, NoLoaders
 from lightning_mnn.data.loaders.shards import flat_batch
 from lightning_mnn.landscape.labels import wrong
 from lightning_mnn.landscape.network import Network
@@ -36,7 +37,7 @@ from lightning_mnn.utilities.compat.lightning_internals import (
 from lightning_mnn.utilities.compat.torch_internals import have_hooks
 from lightning_mnn.utilities.errors import DivergenceError
 from lightning_mnn.utilities.seeding import generator
-from lightning_mnn.utilities.transfer import fetched
+from lightning_mnn.utilities.transfer import fetched, widest_dtype
 from lightning_mnn.utilities.validation import (
     ArgumentError,
     check_memory,
@@ -147,6 +148,7 @@ class MNN(pl.LightningModule):
         build_schedule(build_optimizer(self.parameters(), optimizer), schedule, total_steps=1000)
         self.threshold = threshold
         self._gradient: SquaredErrorGradient | None = None
+        self._errors: dict[int, ErrorSums] = {}  # by loader, during validation or a test
         self._saved_steps_per_batch: int | None = None  # of the checkpoint that training is resumed from
 
     def _draw(self, generators: Sequence[torch.Generator], shape: tuple[int, ...], fan_in: int) -> nn.Parameter:
@@ -323,6 +325,56 @@ class MNN(pl.LightningModule):
         log_scalars(self.trainer, dict(values))  # with the number of this step, also in a bundle
 
     @override
+    def val_dataloader(self) -> NoLoaders:
+        """What a fit uses that is given no samples for validation."""
+        return NoLoaders()
+
+    @override
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._add_errors(batch, dataloader_idx)
+
+    @override
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._add_errors(batch, dataloader_idx)
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        self._errors = {}
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        self._errors = {}
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._log_errors("val")
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._log_errors("test")
+
+    def _add_errors(self, batch: Any, loader: int) -> None:
+        inputs, targets = flat_batch(batch, replicated=self.replicas > 1)
+        check_batch(inputs, targets, int(self.hparams["input_dim"]), self.replicas)
+        if loader not in self._errors:
+            self._errors[loader] = ErrorSums(self.threshold, regression=bool(self.hparams["regression"]))
+        self._errors[loader].add(self(inputs), targets)
+
+    def _log_errors(self, stage: str) -> None:
+        """Log the MSE and MCE of all samples of each loader, the means over replicas."""
+        errors, self._errors = self._errors, {}
+        means = {}
+        for loader, sums in sorted(errors.items()):
+            suffix = f"/dataloader_idx_{loader}" if len(errors) > 1 else ""
+            for name, value in sums.means(self.trainer.strategy).items():
+                means[f"{stage}/{name}{suffix}"] = value.mean().to(self.device, widest_dtype(self.device))
+        fits = self.trainer.state.fn == "fit"
+        options: dict[str, Any] = {"batch_size": 1, "sync_dist": True, "add_dataloader_idx": False}
+        self.log_dict(means, prog_bar=True, logger=not fits, **options)
+        if fits and not self.trainer.sanity_checking:
+            log_scalars(self.trainer, dict(means))  # with the number of this step, as all other values
+
+    @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_optimizer(self.parameters(), self.hparams["optimizer"])
         total_steps = self.trainer.estimated_stepping_batches
@@ -375,14 +427,17 @@ class MNN(pl.LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Continue with the number of steps, whether or not steps are bundled now."""
+        """Continue with the number of steps, whether or not steps are bundled now, and with the labels' threshold."""
         self._saved_steps_per_batch = checkpoint.get("steps_per_batch")
+        if self.threshold is None:
+            self.threshold = checkpoint.get("threshold")
         if "loops" in checkpoint:
             share_saved_step_count(checkpoint)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to replace a valid checkpoint by one with weights that are not finite."""
+        """Save what training has found out; refuse weights that are not finite, which would replace valid ones."""
+        checkpoint["threshold"] = self.threshold
         loader = self.trainer.train_dataloader
         if isinstance(loader, ExactLoader) and loader.state_dict()["next_batch"]:  # within an epoch
             checkpoint["steps_per_batch"] = loader.steps_per_batch

@@ -21,11 +21,19 @@ from lightning_mnn.data.images.samples import BLOCK_NUMBERS, ImageSamples, check
 from lightning_mnn.data.loaders.exact import ExactData, ExactLoader
 from lightning_mnn.data.loaders.resident import ResidentLoader
 from lightning_mnn.data.loaders.rows import written_rows
+from lightning_mnn.data.loaders.selection import held_out, subset
 from lightning_mnn.data.loaders.streaming import BUFFER_BYTES, StreamedLoader
 from lightning_mnn.data.loaders.whitening import ROWS, InputMap, check_floor, input_map, moments, moments_of_group
 from lightning_mnn.utilities.distributed import DistributedGroup, ProcessGroup, part_of
 from lightning_mnn.utilities.resources import free_memory
-from lightning_mnn.utilities.validation import one_of, positive_integer, truth_value
+from lightning_mnn.utilities.validation import (
+    ArgumentError,
+    one_of,
+    positive_integer,
+    real_number,
+    seed_number,
+    truth_value,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,6 +48,8 @@ LABELS = ("zero_one", "plus_minus")
 RESIDENCIES = ("auto", "memory", "stream")
 
 STORAGES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+_TEST_BUFFER_BYTES = 1 << 26  # of a streamed test set, which is read in order
 
 _MEMORY_SHARE = 0.5  # share of the free memory that mapped inputs may use
 
@@ -78,15 +88,21 @@ class ImageData(ExactData):
         buffer_bytes: for streamed data, the size of the samples that are shuffled together, computed as if they were
             float32. Two such buffers are in memory, over all processes; for images stored in bytes, each needs a
             quarter of this size.
+        num_samples: size of a random subset of the training images, drawn with ``seed``; None: all.
+        test_fraction: fraction of the images that are held out at random as a test set, if there is no other.
+        split_seed: seed of that choice; it is the same for all replicas and, by default, for all seeds.
         **options: see :class:`ExactData`.
 
     Attributes:
         inputs: (N, d0) in memory; None for streamed data, and before setup.
-        targets: (N,); None before setup.
+        targets: (N,), or (R, N) if labels are changed and there are replicas; None before setup.
+        test_inputs: of the test set, mapped as the training images; None as ``inputs``, and if there is no test set.
+        test_targets: of the test set.
 
     Raises:
-        ValueError: an argument is out of its range. In setup: classes do not exist, or all images are the same. For
-            streamed data: the full batch, or a shuffled order for each of several replicas. In load_state_dict: the
+        ValueError: an argument is out of its range; a subset of shared images for several replicas. In setup: classes
+            do not exist, or all images are the same; labels of their own for replicas of streamed data. For streamed
+            data: the full batch, or a shuffled order for each of several replicas. In load_state_dict: the
             checkpoint is of other data, or of another residency.
     """
 
@@ -102,6 +118,9 @@ class ImageData(ExactData):
         materialise: bool = False,
         cache: str | Path | None = None,
         buffer_bytes: int = BUFFER_BYTES,
+        num_samples: int | None = None,
+        test_fraction: float = 0.0,
+        split_seed: int = 0,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -122,9 +141,19 @@ class ImageData(ExactData):
         self.materialise = truth_value("materialise", materialise)
         self.cache = Path(cache or os.environ.get("LIGHTNING_MNN_CACHE") or "~/.cache/lightning-mnn").expanduser()
         self.buffer_bytes = positive_integer("buffer_bytes", buffer_bytes)
+        self.num_samples = None if num_samples is None else positive_integer("num_samples", num_samples)
+        if num_samples is not None and self.replicas > 1:
+            problem = "needs replicas=1: each replica would have its own subset, but the images are shared"
+            raise ArgumentError("num_samples", num_samples, problem, "train the seeds one by one")
+        self.test_fraction = real_number("test_fraction", test_fraction, at_least=0, below=1)
+        self.split_seed = seed_number("split_seed", split_seed)
         self.inputs: Tensor | None = None
         self.targets: Tensor | None = None
+        self.test_inputs: Tensor | None = None
+        self.test_targets: Tensor | None = None
         self._streamed: dict[str, Any] = {}  # arguments of StreamedLoader
+        self._streamed_test: dict[str, Any] = {}
+        self._mapping: InputMap | None = None  # of streamed samples
         self._facts: dict[str, Any] = {}  # properties of the data that must be the same when a run is resumed
         self._facts_before: dict[str, Any] = {}
 
@@ -132,35 +161,69 @@ class ImageData(ExactData):
     def source(self) -> LabelledImages:
         """All images with their classes; it is called after ``prepare_data`` has made its files."""
 
+    def test_source(self) -> LabelledImages | None:
+        """The images of a test set with the classes of :meth:`source`; None: there is none."""
+        return None
+
     @override
     def prepare_data(self) -> None:
         """Write the mapped inputs if ``materialise`` is set; a subclass first makes the files that its source needs."""
         if self.materialise and self.residency != "memory":
-            samples = ImageSamples(self.source(), self.groups)
-            if self._streams(samples, ProcessGroup()):
+            samples, test = self._samples()
+            if self._streams(samples, test, ProcessGroup()):
                 self._written(samples)
 
     @override
     def setup(self, stage: str | None = None) -> None:
         if self.targets is not None:
             return
-        samples = ImageSamples(self.source(), self.groups)
+        samples, test = self._samples()
         process_group = (
             DistributedGroup(samples.count) if dist.is_available() and dist.is_initialized() else ProcessGroup()
         )
-        if self._streams(samples, process_group):
-            if self.batch_size is None:
-                raise ValueError(
-                    f"the {samples.count} images are streamed, so the full batch is never in memory: "
-                    "set a batch_size (or residency=memory)"
-                )
-            self._streamed = self._written(samples) if self.materialise else self._on_the_fly(samples, process_group)
+        if self._streams(samples, test, process_group):
+            self._check_streamed(samples)
+            if not self.materialise or test is not None:
+                self._mapping = self._stored_map(samples, process_group)
+            self._streamed = self._written(samples) if self.materialise else self._on_the_fly(samples)
+            self._streamed_test = {} if test is None else self._on_the_fly(test)
         else:
-            self.inputs = self._mapped(samples, self._found_map(samples, process_group))
-        ones = torch.from_numpy(samples.ones).to(self.dtype)
-        self.targets = ones if self.labels == "zero_one" else 2 * ones - 1
+            mapping = self._found_map(samples, process_group)
+            self.inputs = self._mapped(samples, mapping)
+            self.test_inputs = None if test is None else self._mapped(test, mapping)
+        self.targets = self.changed_labels(self._labels(samples))
+        self.test_targets = None if test is None else self._labels(test)
         self._facts = self._found_facts(samples)
         self._check_facts()
+
+    def _samples(self) -> tuple[ImageSamples, ImageSamples | None]:
+        """The training samples and the test samples."""
+        samples, source = ImageSamples(self.source(), self.groups), self.test_source()
+        test = None if source is None else ImageSamples(source, self.groups)
+        if self.test_fraction:
+            if test is not None:
+                raise ArgumentError("test_fraction", self.test_fraction, "must be 0 with data that have a test set")
+            kept, held = held_out(samples.count, self.test_fraction, self.split_seed)
+            samples, test = samples.part(kept.numpy()), samples.part(held.numpy())
+        if self.num_samples is not None:
+            samples = samples.part(subset(samples.count, self.num_samples, self.seed).numpy())
+        return samples, test
+
+    def _check_streamed(self, samples: ImageSamples) -> None:
+        if self.batch_size is None:
+            raise ValueError(
+                f"the {samples.count} images are streamed, so the full batch is never in memory: "
+                "set a batch_size (or residency=memory)"
+            )
+        if self.replicas > 1 and (self.label_noise or self.random_labels):
+            raise ValueError(
+                "streamed images have one list of labels, but label_noise and random_labels give each replica its own: "
+                "set replicas=1, or keep the images in memory (residency=memory)"
+            )
+
+    def _labels(self, samples: ImageSamples) -> Tensor:
+        ones = torch.from_numpy(samples.ones).to(self.dtype)
+        return ones if self.labels == "zero_one" else 2 * ones - 1
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -177,14 +240,26 @@ class ImageData(ExactData):
         assert self.targets is not None  # noqa: S101 (for the type checker)
         if self.inputs is not None:
             return ResidentLoader(self.inputs.to(device), self.targets.to(device), **options)
-        mapping = self._streamed.get("mapping")
+        mapping = None if self.materialise else self._mapping_on(device)
+        streamed: dict[str, Any] = self._streamed | {"mapping": mapping, "buffer_bytes": self.buffer_bytes}
+        return StreamedLoader(targets=self.targets, device=device, **streamed, **options)
+
+    @override
+    def test_loader(self, device: torch.device, **options: Any) -> ExactLoader | None:
+        if self.test_targets is None:
+            return None
+        if self.test_inputs is not None:
+            return ResidentLoader(self.test_inputs.to(device), self.test_targets.to(device), **options)
+        buffer_bytes = min(self.buffer_bytes, _TEST_BUFFER_BYTES)
+        streamed: dict[str, Any] = self._streamed_test | {"mapping": self._mapping_on(device)}
         return StreamedLoader(
-            targets=self.targets,
-            device=device,
-            buffer_bytes=self.buffer_bytes,
-            **self._streamed | {"mapping": mapping and mapping.to(device, self._precision)},
-            **options,
+            targets=self.test_targets, device=device, buffer_bytes=buffer_bytes, **streamed, **options
         )
+
+    def _mapping_on(self, device: torch.device) -> InputMap | None:
+        """The map of streamed samples, moved to a device: both loaders use it, and it may be large."""
+        self._mapping = self._mapping and self._mapping.to(device, self._precision)
+        return self._mapping
 
     @property
     def _device(self) -> torch.device:
@@ -197,13 +272,14 @@ class ImageData(ExactData):
         """The dtype in which the samples are mapped."""
         return torch.promote_types(self.dtype, torch.float32)
 
-    def _streams(self, samples: ImageSamples, process_group: ProcessGroup) -> bool:
+    def _streams(self, samples: ImageSamples, test: ImageSamples | None, process_group: ProcessGroup) -> bool:
         """Whether to stream the samples; the same on all processes."""
         if self.residency != "auto":
             return self.residency == "stream"
         processes = 1 if self.trainer is None or self._device.type == "cuda" else self.trainer.num_devices
         free = torch.tensor(free_memory(self._device) / processes, dtype=torch.float64, device=self._device)
-        return samples.count * samples.shape[1] * self.storage.itemsize > _MEMORY_SHARE * float(process_group.min(free))
+        count = samples.count + (0 if test is None else test.count)
+        return count * samples.shape[1] * self.storage.itemsize > _MEMORY_SHARE * float(process_group.min(free))
 
     def _found_facts(self, samples: ImageSamples) -> dict[str, Any]:
         order: dict[str, Any] = {}
@@ -211,7 +287,8 @@ class ImageData(ExactData):
             order = {"residency": "memory"}
         elif self.shuffle:
             order = {"residency": "stream", "buffer_bytes": self.buffer_bytes}
-        options = {"labels": self.labels, "whiten": self.whiten, "equal_norms": self.equal_norms}
+        names = ("labels", "whiten", "equal_norms", "num_samples", "label_noise", "random_labels")
+        options = {name: getattr(self, name) for name in names}
         ones = int(samples.ones.sum())
         counts = {"samples": samples.count, "samples of label 0 and 1": [samples.count - ones, ones]}
         return order | options | counts | {"digest of the images": samples.digest()}
@@ -235,9 +312,8 @@ class ImageData(ExactData):
             mapping.apply(samples.read(low, high).to(self._device), inputs[low:high])
         return inputs
 
-    def _on_the_fly(self, samples: ImageSamples, process_group: ProcessGroup) -> dict[str, Any]:
-        mapping = self._stored_map(samples, process_group)
-        return {"rows": samples.rows, "chosen": samples.chosen, "mapping": mapping, "dtype": self.storage}
+    def _on_the_fly(self, samples: ImageSamples) -> dict[str, Any]:
+        return {"rows": samples.rows, "chosen": samples.chosen, "dtype": self.storage}
 
     def _written(self, samples: ImageSamples) -> dict[str, Any]:
         """The file of mapped inputs; one process at a time writes it, and the others then find it complete."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import reprlib
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from typing_extensions import override
 
 from lightning_mnn.data.images.image_data import ImageData
@@ -32,6 +35,8 @@ class ImageFolderData(ImageData):
         colour: "rgb" (d0 = 3 · size²) or "grey" (d0 = size²).
         classes: names of the classes to put into the store; a number means the name that is written so. None: all.
         store: folder of the store; None: one in ``cache`` whose name depends on root, size, colour and classes.
+        test_root: folder of the test set, with the same subfolders; it gets a store of its own. None: the test set is
+            the ``test_fraction`` of the images in ``root``, if that is not 0.
         workers: threads that decode images; None: one per processor, at most 16.
         skip_corrupt: whether to leave out images that cannot be read, and list them in the store's ``skipped.txt``.
             Without it, a store that lacks images is an error.
@@ -43,6 +48,8 @@ class ImageFolderData(ImageData):
         OSError: (in prepare_data) images cannot be read; the message names the first ones.
     """
 
+    test_set_remedy = "give a test_root (data.test_root) or a test_fraction"
+
     def __init__(
         self,
         root: str | Path,
@@ -51,6 +58,7 @@ class ImageFolderData(ImageData):
         *,
         classes: Sequence[str] | None = None,
         store: str | Path | None = None,
+        test_root: str | Path | None = None,
         workers: int | None = None,
         skip_corrupt: bool = False,
         **options: Any,
@@ -64,7 +72,14 @@ class ImageFolderData(ImageData):
         self.classes = None if classes is None else sorted(map(str, classes))
         self.workers = None if workers is None else positive_integer("workers", workers)
         self.skip_corrupt = truth_value("skip_corrupt", skip_corrupt)
-        self.store = self._default_store() if store is None else Path(store).expanduser().resolve()
+        self.store = self._default_store(self.root) if store is None else Path(store).expanduser().resolve()
+        self.test_root = None if test_root is None else Path(test_root).expanduser().resolve()
+        if self.test_root is not None:
+            self.test_store = (
+                self._default_store(self.test_root)
+                if store is None
+                else self.store.with_name(f"{self.store.name}-test")
+            )
 
     @property
     @override
@@ -73,14 +88,29 @@ class ImageFolderData(ImageData):
 
     @override
     def prepare_data(self) -> None:
-        self.source()
+        self.test_source()  # which makes the store of the training images, too
         super().prepare_data()
 
     @override
     def source(self) -> LabelledImages:
+        return self._built(self.root, self.store)
+
+    @override
+    def test_source(self) -> LabelledImages | None:
+        names = self.source().names
+        if self.test_root is None:
+            return None
+        found = self._built(self.test_root, self.test_store)
+        if unknown := [name for name in found.names if name not in names]:
+            problem = f"has classes that {self.root} lacks: {reprlib.repr(unknown)}"
+            raise ArgumentError("test_root", str(self.test_root), problem, "name the classes to use by classes=[…]")
+        indices = np.array([names.index(name) for name in found.names])
+        return replace(found, classes=indices[found.classes], names=names)
+
+    def _built(self, root: Path, store: Path) -> LabelledImages:
         return build_store(
-            self.root,
-            self.store,
+            root,
+            store,
             size=self.size,
             colour=self.colour,
             classes=self.classes,
@@ -88,6 +118,6 @@ class ImageFolderData(ImageData):
             skip_corrupt=self.skip_corrupt,
         )
 
-    def _default_store(self) -> Path:
-        content = repr((str(self.root), self.size, self.colour, self.classes))
-        return self.cache / f"{self.root.name}-{hashlib.sha256(os.fsencode(content)).hexdigest()[:12]}"
+    def _default_store(self, root: Path) -> Path:
+        content = repr((str(root), self.size, self.colour, self.classes))
+        return self.cache / f"{root.name}-{hashlib.sha256(os.fsencode(content)).hexdigest()[:12]}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from copy import copy
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +29,11 @@ BLOCK_NUMBERS = 1 << 25  # numbers of samples in a block when moments are comput
 
 
 class ImageSamples:
-    """The images of a source that are used for training.
+    """The images of a source that are used for training, or for the test set.
 
     Attributes:
         rows: of the source.
-        chosen: indices of the rows that are used for training; None: all.
+        chosen: indices of the rows that are used; None: all.
         ones: whether each sample is in the second group, (N,).
     """
 
@@ -57,6 +58,13 @@ class ImageSamples:
     def shape(self) -> tuple[int, int]:
         """(N, d0)."""
         return self.count, self.rows.shape[1]
+
+    def part(self, numbers: NDArray[np.int64]) -> ImageSamples:
+        """Some of the samples, by their indices in ascending order."""
+        part = copy(self)
+        part.chosen = numbers if self.chosen is None else self.chosen[numbers]
+        part.ones = self.ones[numbers]
+        return part
 
     def read(self, low: int, high: int) -> Tensor:
         """Samples low to high: uint8 (high − low, d0)."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 PARTS = {"train": (True,), "test": (False,), "all": (True, False)}
 _DIGITS = tuple("0123456789")
+_REMEDY = "choose part=train (data.part), and the other part is the test set, or a test_fraction"
 
 
 class MNISTData(ImageData):
@@ -31,7 +32,8 @@ class MNISTData(ImageData):
     Args:
         root: folder that contains ``MNIST/raw`` with the four archives (``train-images-idx3-ubyte.gz``, …), or their
             unpacked files. Nothing is written to it unless ``download`` is set.
-        part: "train" (60,000), "test" (10,000) or "all" (70,000, as in the paper).
+        part: "train" (60,000), "test" (10,000) or "all" (70,000, as in the paper). With "train", the other 10,000 are
+            the test set.
         groups: the digits with label 0 and those with label 1; other digits are left out. None: the digits below 5, and
             the others.
         download: whether to download missing archives with torchvision.
@@ -44,6 +46,7 @@ class MNISTData(ImageData):
     """
 
     input_dim = 784
+    test_set_remedy = _REMEDY
 
     def __init__(
         self,
@@ -68,6 +71,13 @@ class MNISTData(ImageData):
 
     @override
     def source(self) -> LabelledImages:
+        return self._read(PARTS[self.part])
+
+    @override
+    def test_source(self) -> LabelledImages | None:
+        return self._read(PARTS["test"]) if self.part == "train" else None
+
+    def _read(self, parts: Sequence[bool]) -> LabelledImages:
         if archives := self._archives():
             for archive, md5 in archives.items():
                 _check_md5(archive, md5)
@@ -76,17 +86,17 @@ class MNISTData(ImageData):
                 raw.mkdir(parents=True)
                 for archive in archives:
                     _place(archive, raw)
-                return self._through_torchvision(folder, download=True)
+                return self._through_torchvision(folder, parts, download=True)
         if self._unpacked():
-            return self._through_torchvision(str(self.root), download=False)
+            return self._through_torchvision(str(self.root), parts, download=False)
         names = ", ".join(mnist_archives())
         raise FileNotFoundError(
             f"no MNIST in {self._raw().resolve()}: put the archives {names} there, "
             "or set data.root to the folder that contains MNIST/raw, or data.download=true"
         )
 
-    def _through_torchvision(self, root: str, *, download: bool) -> LabelledImages:
-        sets = [MNIST(root, train=train, download=download) for train in PARTS[self.part]]
+    def _through_torchvision(self, root: str, parts: Sequence[bool], *, download: bool) -> LabelledImages:
+        sets = [MNIST(root, train=train, download=download) for train in parts]
         images = np.concatenate([s.data.flatten(1).numpy() for s in sets])
         return LabelledImages(images, np.concatenate([s.targets.numpy() for s in sets]), _DIGITS)
 
@@ -109,7 +119,7 @@ class CIFAR10Data(ImageData):
     Args:
         root: folder that contains ``cifar-10-batches-py``, the unpacked batches, or ``cifar-10-python.tar.gz``, from
             which they are then read. Nothing is written to it unless ``download`` is set.
-        part: "train" (50,000), "test" (10,000) or "all" (60,000).
+        part: "train" (50,000), "test" (10,000) or "all" (60,000). With "train", the other 10,000 are the test set.
         groups: the classes with label 0 and those with label 1, by name (airplane, …) or index; other classes are left
             out. None: the first five (airplane to deer), and the others.
         download: whether to download a missing archive with torchvision.
@@ -122,6 +132,7 @@ class CIFAR10Data(ImageData):
     """
 
     input_dim = 3072
+    test_set_remedy = _REMEDY
 
     def __init__(
         self,
@@ -146,24 +157,31 @@ class CIFAR10Data(ImageData):
 
     @override
     def source(self) -> LabelledImages:
+        return self._read(PARTS[self.part])
+
+    @override
+    def test_source(self) -> LabelledImages | None:
+        return self._read(PARTS["test"]) if self.part == "train" else None
+
+    def _read(self, parts: Sequence[bool]) -> LabelledImages:
         unpacked, batches = cifar10_folder()
         if (self.root / unpacked).is_dir():
             for name, md5 in batches.items():
                 _check_md5(self.root / unpacked / name, md5)
-            return self._through_torchvision(str(self.root), download=False)
+            return self._through_torchvision(str(self.root), parts, download=False)
         archive, md5 = cifar10_archive()
         if (self.root / archive).is_file():
             _check_md5(self.root / archive, md5)
             with tempfile.TemporaryDirectory() as folder:
                 _place(self.root / archive, Path(folder))
-                return self._through_torchvision(folder, download=True)
+                return self._through_torchvision(folder, parts, download=True)
         raise FileNotFoundError(
             f"no CIFAR-10 in {self.root.resolve()}: put {archive} there, or its folder {unpacked}, "
             "or set data.root to the folder that contains them, or data.download=true"
         )
 
-    def _through_torchvision(self, root: str, *, download: bool) -> LabelledImages:
-        sets = [CIFAR10(root, train=train, download=download) for train in PARTS[self.part]]
+    def _through_torchvision(self, root: str, parts: Sequence[bool], *, download: bool) -> LabelledImages:
+        sets = [CIFAR10(root, train=train, download=download) for train in parts]
         images = np.concatenate([s.data.reshape(len(s.data), -1) for s in sets])
         return LabelledImages(images, np.concatenate([s.targets for s in sets]), tuple(sets[0].classes))
 

@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from pytorch_lightning.utilities.combined_loader import CombinedLoader
 from typing_extensions import override
 
+from lightning_mnn.data.loaders.selection import changed_labels
 from lightning_mnn.data.loaders.visits import Visits, packed, unpacked
 from lightning_mnn.utilities.compat.lightning_internals import (
     training_iterators,
 )
 from lightning_mnn.utilities.distributed import part_of
 from lightning_mnn.utilities.seeding import generator
-from lightning_mnn.utilities.validation import dtype_named, positive_integer, seed_number, truth_value
+from lightning_mnn.utilities.validation import dtype_named, positive_integer, real_number, seed_number, truth_value
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,6 +37,8 @@ STEPS = 1000  # maximum number of steps of a bundle
 # It takes about 0.2 s on a CPU, or on a GPU that is slow in float64. A fast GPU needs 10 ms, which is still long
 # compared with Lightning's overhead.
 _OPERATIONS_PER_BUNDLE = {"cpu": 1e10, "cuda": 2e11}
+
+_MIN_TEST_BATCH = 1024  # samples of a batch of the test set at least: it needs less memory than a training batch
 
 
 def steps_at_a_time(operations: float, device: str = "cpu") -> int:
@@ -109,6 +113,8 @@ class ExactLoader(ABC):
     Raises:
         ValueError: the data set is empty, or the batch size is not positive.
     """
+
+    batch_sampler = None  # Lightning reads it from a validation loader with a sampler
 
     def __init__(
         self,
@@ -233,6 +239,25 @@ class _Pass(Iterator[Any]):
         return trainer is None or any(one is self for one in training_iterators(trainer))
 
 
+class NoLoaders(CombinedLoader):
+    """What ``val_dataloader`` or ``test_dataloader`` returns if there is no such set: Lightning then skips the loop.
+
+    Without the method, or for an empty list, Lightning would warn.
+    """
+
+    def __init__(self) -> None:
+        super().__init__([], "sequential")
+
+    @property
+    @override
+    def flattened(self) -> list[Any]:
+        return []
+
+    @flattened.setter
+    def flattened(self, flattened: list[Any]) -> None:
+        """Nothing to set: Lightning sets what it got from the property."""
+
+
 class ExactData(pl.LightningDataModule, ABC):
     """A LightningDataModule with an :class:`ExactLoader`, which a subclass returns from :meth:`loader`.
 
@@ -242,14 +267,20 @@ class ExactData(pl.LightningDataModule, ABC):
         replicas: number of independent networks that are trained side by side.
         seed: replica r uses ``seed + r``.
         dtype: "float32" or "float64".
+        label_noise: fraction of the training labels that are flipped, exactly so many up to rounding; each replica has
+            its own. Labels of the test set are never changed.
+        random_labels: whether the training labels are replaced by random ones, each of the two with probability ½.
 
     Attributes:
         exact_loader: the loader of the training set; None before the Trainer has created it.
         operations_per_sample: operations of a step per sample; MNN sets it if batches may be bundled for Lightning.
+        test_set_remedy: how to get a test set, for the error message if there is none.
 
     Raises:
         ValueError: an argument is out of its range.
     """
+
+    test_set_remedy = "use a data set with one"
 
     def __init__(
         self,
@@ -259,6 +290,8 @@ class ExactData(pl.LightningDataModule, ABC):
         replicas: int = 1,
         seed: int = 0,
         dtype: str = "float32",
+        label_noise: float = 0.0,
+        random_labels: bool = False,
     ) -> None:
         super().__init__()
         self.batch_size = None if batch_size is None else positive_integer("batch_size", batch_size)
@@ -266,9 +299,12 @@ class ExactData(pl.LightningDataModule, ABC):
         self.replicas = positive_integer("replicas", replicas)
         self.seed = seed_number("seed", seed)
         self.dtype = dtype_named(dtype)
+        self.label_noise = real_number("label_noise", label_noise, at_least=0, at_most=1)
+        self.random_labels = truth_value("random_labels", random_labels)
         self.operations_per_sample: float | None = None
         self.exact_loader: ExactLoader | None = None
         self._loader_state: dict[str, Any] = {}
+        self._test_loader: tuple[tuple[Any, ...], ExactLoader | None] | None = None  # by the place of this process
 
     @property
     @abstractmethod
@@ -284,18 +320,60 @@ class ExactData(pl.LightningDataModule, ABC):
             **options: ``batch_size``, ``shuffle``, ``seeds``, ``rank`` and ``world_size``.
         """
 
+    def test_loader(self, device: torch.device, **options: Any) -> ExactLoader | None:  # noqa: ARG002 (of subclasses)
+        """The loader of the test set, with arguments as in :meth:`loader`; None: the data set has no test set."""
+        return None
+
+    def exact_test_loader(self) -> ExactLoader | None:
+        """The loader of the test set for this process; it is created once. None: the data set has no test set.
+
+        :func:`~lightning_mnn.data.loaders.shards.exact_shard` of it yields this process's part of the test set.
+        """
+        self.setup("test")
+        rank, world_size, device = place = self._place()
+        if self._test_loader is None or self._test_loader[0] != place:
+            options = {"shuffle": False, "seeds": self.seeds, "rank": rank, "world_size": world_size}
+            batch_size = max(self.batch_size or 0, _MIN_TEST_BATCH)
+            self._test_loader = place, self.test_loader(device, batch_size=batch_size, **options)
+        return self._test_loader[1]
+
     @property
     def seeds(self) -> list[int]:
         """One seed per replica."""
         return [self.seed + replica for replica in range(self.replicas)]
 
+    def changed_labels(self, targets: Tensor) -> Tensor:
+        """The training set's labels after ``random_labels`` and ``label_noise``: (N,) or (R, N)."""
+        return changed_labels(targets, self.seeds, self.label_noise, random_labels=self.random_labels)
+
+    def _place(self) -> tuple[int, int, torch.device]:
+        """Rank of this process, number of processes, and its device."""
+        if self.trainer is None:
+            return 0, 1, torch.device("cpu")
+        return self.trainer.global_rank, self.trainer.world_size, self.trainer.strategy.root_device
+
+    @override
+    def test_dataloader(self) -> ExactLoader | NoLoaders:
+        """The test set; if there is none, nothing, which a fit skips.
+
+        Raises:
+            ValueError: there is none, and the Trainer was asked to validate or test.
+        """
+        loader = self.exact_test_loader()
+        evaluates = self.trainer is not None and self.trainer.state.fn in ("validate", "test")
+        if loader is None and evaluates:
+            raise ValueError(f"{type(self).__name__} has no test set: {self.test_set_remedy}")
+        return NoLoaders() if loader is None else loader
+
+    @override
+    def val_dataloader(self) -> ExactLoader | NoLoaders:
+        """The test set, too: there is one set of samples that training does not see."""
+        return self.test_dataloader()
+
     @override
     def train_dataloader(self) -> ExactLoader:
         self.setup("fit")
-        rank, world_size, device = 0, 1, torch.device("cpu")
-        if self.trainer is not None:
-            rank, world_size = self.trainer.global_rank, self.trainer.world_size
-            device = self.trainer.strategy.root_device
+        rank, world_size, device = self._place()
         previous, self.exact_loader = (
             self.exact_loader,
             self.loader(

@@ -95,28 +95,49 @@ class ResidentData(ExactData):
 
     Args:
         **options: see :class:`ExactData`.
+
+    Attributes:
+        inputs: (N, d0) or (R, N, d0); None before setup.
+        targets: (N,) or (R, N); None before setup.
+        test_inputs: of the test set; None before setup, and if there is none.
+        test_targets: of the test set.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.inputs: Tensor | None = None
         self.targets: Tensor | None = None
+        self.test_inputs: Tensor | None = None
+        self.test_targets: Tensor | None = None
 
     @abstractmethod
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """The training set: inputs (N, d0) or (R, N, d0), targets (N,) or (R, N)."""
+        """The training set before its labels are changed: inputs (N, d0) or (R, N, d0), targets (N,) or (R, N)."""
+
+    def test_tensors(self) -> tuple[Tensor, Tensor] | None:
+        """The test set, with the shapes of :meth:`tensors`; None: there is none."""
+        return None
 
     @override
     def setup(self, stage: str | None = None) -> None:
-        if self.inputs is None:
-            inputs, targets = self.tensors()
-            self.inputs, self.targets = inputs.to(self.dtype), targets.to(self.dtype)
+        if self.inputs is not None:
+            return
+        inputs, targets = self.tensors()
+        self.inputs, self.targets = inputs.to(self.dtype), self.changed_labels(targets.to(self.dtype))
+        if (test := self.test_tensors()) is not None:
+            self.test_inputs, self.test_targets = test[0].to(self.dtype), test[1].to(self.dtype)
 
     @override
     def loader(self, device: torch.device, **options: Any) -> ResidentLoader:
         assert self.inputs is not None  # noqa: S101 (for the type checker)
         assert self.targets is not None  # noqa: S101
         return ResidentLoader(self.inputs.to(device), self.targets.to(device), **options)
+
+    @override
+    def test_loader(self, device: torch.device, **options: Any) -> ResidentLoader | None:
+        if self.test_inputs is None or self.test_targets is None:
+            return None
+        return ResidentLoader(self.test_inputs.to(device), self.test_targets.to(device), **options)
 
 
 class TensorData(ResidentData):

@@ -53,6 +53,30 @@ def test_groups_and_classes(tree):
     assert len(some.inputs) == 8
 
 
+def test_a_second_folder_is_the_test_set(tree, tmp_path):
+    other = tmp_path / "others"
+    for name, number in (("dog", 1), ("ant", 2)):  # not all classes
+        (other / name).mkdir(parents=True)
+        shutil.copy(tree / name / f"{number}.png", other / name)
+    data = ImageFolderData(tree, 4, groups=[["dog"], ["ant", "cat"]], test_root=other)
+    data.prepare_data()
+    data.setup()
+    assert data.test_targets.tolist() == [1.0, 0.0]  # in the order of the store
+    stored = [row for name, number in (("ant", 2), ("dog", 1)) for row in data.inputs[stored_as(data, name)][[number]]]
+    assert torch.equal(data.test_inputs, torch.stack(stored))
+    (other / "eel").mkdir()
+    shutil.copy(tree / "dog" / "1.png", other / "eel")
+    with pytest.raises(ValueError, match=r"test_root has classes that .*pictures lacks: \['eel'\]"):
+        ImageFolderData(tree, 4, test_root=other, store=tmp_path / "a").prepare_data()
+
+
+def stored_as(data, name):
+    """Which training images are of a class."""
+    source = data.source()
+    classes = source.classes[data._samples()[0].chosen]
+    return torch.from_numpy(classes == source.names.index(name))
+
+
 def test_a_store_is_made_once(tree, cache):
     data = ImageFolderData(tree, 4)
     assert data.store.parent == cache

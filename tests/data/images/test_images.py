@@ -24,13 +24,17 @@ def drawn(seed=0, count=83):
 
 
 class MappedImages(ImageData):
-    """Images of a file."""
+    """Images of a file, and perhaps others as the test set."""
 
     input_dim = DIM
 
-    def __init__(self, folder, **options):
+    def __init__(self, folder, *, tested=False, **options):
         super().__init__(cache=folder / "cache", **options)
         self.folder = folder
+        self.tested = tested
+
+    def test_source(self):
+        return LabelledImages(*drawn(1, 31), NAMES) if self.tested else None
 
     def source(self):
         images, classes = drawn()
@@ -83,6 +87,67 @@ def test_every_residency_gives_the_same_numbers(tmp_path, whiten, groups, storag
         expected = expected @ vectors @ np.diag((values + whiten * values.mean()) ** -0.5) @ vectors.T
     expected /= np.sqrt(np.square(expected).mean(1 if equal_norms else None, keepdims=True))
     np.testing.assert_allclose(x.float(), expected, rtol=0, atol=1e-5 if storage is None else 0.02)
+
+
+def unseen(data):
+    inputs, targets = zip(*exact_shard(data.exact_test_loader()), strict=True)
+    return torch.cat(inputs), torch.cat(targets)
+
+
+@pytest.mark.parametrize("whiten", [None, 0.05])
+@pytest.mark.parametrize("residency", ["memory", "stream", "written"])
+def test_the_test_set_gets_the_map_of_training(tmp_path, whiten, residency):
+    where = {"residency": "stream", "materialise": True} if residency == "written" else {"residency": residency}
+    groups = [["cow"], ["ant", "bee"]]
+    data = MappedImages(tmp_path, tested=True, whiten=whiten, groups=groups, batch_size=8, shuffle=False, **where)
+    (train, _), (inputs, targets) = everything(data), unseen(data)
+    raw, classes = drawn()
+    raw = raw[classes < 3].astype(float)
+    others, other_classes = drawn(1, 31)
+    # The map is affine: it is found from the images and results of the training set.
+    affine, *_ = np.linalg.lstsq(np.c_[raw, np.ones(len(raw))], train.double().numpy(), rcond=None)
+    expected = np.c_[others[other_classes < 3], np.ones((other_classes < 3).sum())] @ affine
+    np.testing.assert_allclose(inputs, expected, atol=1e-4)
+    assert targets.tolist() == [float(c > 0) for c in other_classes if c < 3]
+    batches = list(data.test_dataloader())
+    assert torch.equal(torch.cat([x for x, _ in batches]), inputs)
+
+
+@pytest.mark.parametrize("residency", ["memory", "stream"])
+def test_held_out_images_and_subsets(tmp_path, residency):
+    options = {"residency": residency, "batch_size": 8, "shuffle": False}
+    whole = MappedImages(tmp_path, test_fraction=0.25, **options)
+    part = MappedImages(tmp_path, test_fraction=0.25, num_samples=20, seed=3, label_noise=0.1, **options)
+    raw, classes = drawn()
+    ones = [float(NAMES[c] in ("cow", "dog")) for c in classes]
+    samples, test = whole._samples()
+    other, same_test = part._samples()
+    assert (samples.count, test.count, other.count) == (62, 21, 20)
+    assert sorted([*samples.chosen, *test.chosen]) == [*range(83)]
+    assert test.chosen.tolist() == same_test.chosen.tolist()  # whatever the seed
+    assert {*other.chosen} < {*samples.chosen}
+    assert samples.chosen.tolist() == sorted(samples.chosen)
+    assert torch.equal(other.read(0, 20), torch.from_numpy(raw[other.chosen]))
+    x, y = everything(part)
+    assert (x.mean(0).abs() < 1e-5).all()  # centred by the subset
+    assert int((y != torch.tensor(ones)[other.chosen]).sum()) == 2
+    assert unseen(part)[1].tolist() == [ones[i] for i in test.chosen]
+
+
+def test_replicas_of_shared_images_have_labels_of_their_own(tmp_path, make_trainer):
+    options = {"batch_size": 9, "residency": "memory", "label_noise": 0.2}
+
+    def trained(replicas, seed):
+        model = MNN(DIM, (5,), replicas=replicas, seed=seed, dtype="float64", default_callbacks=False)
+        detector = LocalMinimumDetector(Schedule(every=2), stop_training=False)
+        trainer = make_trainer(max_epochs=4, callbacks=[detector])
+        trainer.fit(model, MappedImages(tmp_path, replicas=replicas, seed=seed, dtype="float64", **options))
+        return model, detector.summary()["mse"]
+
+    (together, errors), (alone, error) = trained(3, 4), trained(1, 6)
+    for a, b in zip(together.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(a[2], b, rtol=1e-10, atol=1e-10)
+    assert errors[2] == pytest.approx(error, rel=1e-9)
 
 
 @pytest.mark.parametrize("storage", [None, "bfloat16"])
@@ -346,6 +411,14 @@ class SameImages(MappedImages):
             lambda f: MappedImages(f, residency="stream", batch_size=5, replicas=2).train_dataloader(),
             "2 replicas would each have their own",
         ),
+        (lambda f: MappedImages(f, num_samples=84).setup(), "num_samples must be at most 83"),
+        (lambda f: MappedImages(f, num_samples=5, replicas=2), "num_samples needs replicas=1: each replica would"),
+        (lambda f: MappedImages(f, test_fraction=1), "test_fraction must be a number, at least 0 and below 1"),
+        (lambda f: MappedImages(f, test_fraction=0.5, tested=True).setup(), "test_fraction must be 0 with data that"),
+        (
+            lambda f: MappedImages(f, residency="stream", batch_size=5, replicas=2, label_noise=0.1).setup(),
+            "streamed images have one list of labels, but label_noise",
+        ),
     ],
 )
 def test_bad_input_is_named(tmp_path, make, message):
@@ -371,6 +444,7 @@ def train(devices, folder, materialise):
         batch_size=10,
         buffer_bytes=100 * DIM,
         dtype="float64",
+        tested=True,
     )
     model = MNN(DIM, (5,), optimizer={"name": "sgd", "lr": 0.01}, default_callbacks=False)
     trainer = pl.Trainer(
@@ -387,6 +461,11 @@ def train(devices, folder, materialise):
     assert trainer.world_size == devices
     if trainer.is_global_zero:
         torch.save([w.detach() for w in model.parameters()], folder / "weights.pt")
+    (found,) = trainer.test(model, data, verbose=False)
+    whole = MappedImages(folder, whiten=0.1, dtype="float64", residency="memory", tested=True)
+    whole.setup()
+    errors = model(whole.test_inputs) - whole.test_targets
+    assert found["test/mse"] == pytest.approx(float(errors.square().mean()), rel=1e-9)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torchvision.datasets import CIFAR10, MNIST
 
+from lightning_mnn import MNN
 from lightning_mnn.data import CIFAR10Data, MNISTData
 
 
@@ -27,6 +28,21 @@ def test_real_parts_in_two_groups(mnist_root, part, count):
     assert data.inputs.mean(0).abs().max() < 1e-4
     assert float(data.inputs.square().mean()) == pytest.approx(1, abs=1e-4)
     assert sorted(p.name for p in (mnist_root / "MNIST" / "raw").iterdir()) == before  # the folder is only read
+
+
+def test_the_other_part_is_the_test_set(mnist_root, make_trainer):
+    data = ready(MNISTData(mnist_root, part="train", groups=[[0], [1]], num_samples=500, batch_size=100))
+    assert data.inputs.shape == (500, 784)
+    assert data.test_inputs.shape == (980 + 1135, 784)  # zeros and ones in the 10,000
+    assert int(data.test_targets.sum()) == 1135
+    model = MNN(784, (20,), dtype="float32", optimizer={"name": "adam", "lr": 1e-2}, default_callbacks=False)
+    trainer = make_trainer(max_epochs=10, limit_val_batches=0)
+    trainer.fit(model, data)
+    (found,) = trainer.test(model, data, verbose=False)
+    outputs = model(data.test_inputs).detach()
+    assert found["test/mce"] == pytest.approx(float(((outputs > 0.5) != (data.test_targets > 0.5)).double().mean()))
+    assert found["test/mce"] < 0.2
+    assert ready(MNISTData(mnist_root, part="test")).test_targets is None
 
 
 def test_all_70000_and_known_class_counts(mnist_root):
