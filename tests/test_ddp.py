@@ -29,8 +29,8 @@ def numbers(value):
     "options",
     [
         {"num_samples": 21},
-        {"num_samples": 23, "batch_size": 8},
-        {"num_samples": 17, "batch_size": 4, "replicas": 2, "read": True},
+        {"num_samples": 23, "batch_size": 8, "num_test": 17},
+        {"num_samples": 17, "batch_size": 4, "replicas": 2, "read": True, "num_test": 1},  # none on one process
         {"num_samples": 21, "batch_size": 5, "hidden_dims": [7, 5]},
         {"num_samples": 12, "hidden_dims": [16], "polish": True},  # four steps, far from any kink
         {"num_samples": 61, "hidden_dims": [3], "split": 6000},

@@ -124,11 +124,12 @@ def main(devices: int, options: dict, out: Path) -> None:
         log_every_n_steps=1,
         default_root_dir=out.parent,
         callbacks=callbacks,
+        limit_val_batches=0,
     )
     replicas = options.get("replicas", 1)
     model = MNN(6, options.get("hidden_dims", [9]), replicas=replicas, optimizer={"name": "adam", "lr": 1e-2})
-    data = GaussianData(options["num_samples"], 6, batch_size=options.get("batch_size"), replicas=replicas)
-    trainer.fit(model, data)
+    sizes = {"batch_size": options.get("batch_size"), "num_test": options.get("num_test", 0)}
+    trainer.fit(model, GaussianData(options["num_samples"], 6, replicas=replicas, **sizes))
     found = {"world_size": trainer.world_size, "counts": counter.counts.tolist(), "metric": counter.mce}
     found["visits"] = counter.visits
     found |= {"logged": {name: float(value) for name, value in trainer.callback_metrics.items()}}

@@ -18,6 +18,7 @@ from lightning_mnn.callbacks.evidence.choose_tier import (
     Tiers,
     state_of,
 )
+from lightning_mnn.callbacks.evidence.errors_on_test_set import errors_on_test_set
 from lightning_mnn.callbacks.evidence.first_order import FirstOrderTier
 from lightning_mnn.callbacks.evidence.second_order import SecondOrderTier
 from lightning_mnn.callbacks.evidence.tiers import Evidence, Finding
@@ -28,6 +29,7 @@ from lightning_mnn.landscape.curvature.loss_surface import NoDerivativeError
 from lightning_mnn.loggers.media import log_scalars
 from lightning_mnn.utilities.interruption import TimeLimitError, time_limit
 from lightning_mnn.utilities.settings import accepts_fields_of, settings_or_defaults
+from lightning_mnn.utilities.transfer import plain
 from lightning_mnn.utilities.validation import positive_integer, real_number, truth_value
 from lightning_mnn.verdicts import Kind, Reason, ReasonCode
 
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import pytorch_lightning as pl
+    from torch import Tensor
     from torch.optim import Optimizer
 
     from lightning_mnn.callbacks.evaluation.run_module import ModelFunction
@@ -60,6 +63,8 @@ class LocalMinimumDetector(ScheduledCallback):
     - ``second_order``: for any other module with ReLU, max-pooling and similar functions: the gradient of its own loss
       over the training set, the nearest kink, and the smallest eigenvalue of the Hessian with an error bound.
     - ``first_order``: necessary conditions only.
+
+    If the data module of a network has a test set, each check also logs ``test/mse`` and ``test/mce``.
 
     Each tier, its conditions and its verdicts are described in Tiers of evidence, what it logs in Logged names.
 
@@ -133,6 +138,7 @@ class LocalMinimumDetector(ScheduledCallback):
         self._saved: dict[str, Any] = {}  # state of the tier of the run that is resumed
         self._passed = 0
         self._certified = False  # whether the last check included the expensive one
+        self._test_errors: dict[str, Tensor] = {}  # of a network's data module with a test set
         self._spent = (-1, 0.0)  # step of the last check, and the seconds that it took
 
     @property
@@ -155,7 +161,7 @@ class LocalMinimumDetector(ScheduledCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._tier, self._saved, self._passed, self.converged = None, {}, 0, False
-            self._certified, self._spent = False, (-1, 0.0)
+            self._certified, self._spent, self._test_errors = False, (-1, 0.0), {}
 
     @override
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -188,6 +194,7 @@ class LocalMinimumDetector(ScheduledCallback):
             converged = tier.found_minimum
         self._passed, self._certified = passed if tier is checked else 0, certifies
         log_scalars(trainer, tier.scalars())
+        self._test(trainer, pl_module)
         self.converged = trainer.strategy.reduce_boolean_decision(converged, all=True)
         if self.converged and self.stop_training:
             trainer.should_stop = True
@@ -197,11 +204,20 @@ class LocalMinimumDetector(ScheduledCallback):
         self._check(trainer, pl_module)
         if self._certified:
             self._certify(trainer, pl_module)
+        self._test_errors = errors_on_test_set(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._test_errors:  # the last known ones, for callbacks that monitor them
+            pl_module.log_dict(self._test_scalars(), logger=False, batch_size=1)
 
     @override
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().finish(trainer, pl_module)
         tier = self._certify(trainer, pl_module, end=True)
+        if self.polish:  # the weights may have moved
+            self._test(trainer, pl_module)
         findings = tier.findings()
         for replica, found in enumerate(findings):
             name = f" (replica {replica})" if len(findings) > 1 else ""
@@ -214,7 +230,16 @@ class LocalMinimumDetector(ScheduledCallback):
         if self.failure is not None:
             finding = Finding.of(Kind.UNDECIDED, Reason.of(ReasonCode.ERROR, cause=self.failure))
             return {"evidence": str(Evidence.NONE), **finding.plain()}
-        return {} if self._tier is None else self._tier.summary()
+        found = {} if self._tier is None else self._tier.summary()
+        return found | {f"test_{name}": plain(value) for name, value in self._test_errors.items()}
+
+    def _test(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Evaluate and log the errors on the test set, if there is one."""
+        self._test_errors = errors_on_test_set(trainer, pl_module)
+        log_scalars(trainer, self._test_scalars())
+
+    def _test_scalars(self) -> dict[str, Any]:
+        return {f"test/{name}": value.mean() for name, value in self._test_errors.items()}
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-_COLORS = ("#1f5fa8", "#d1701c")
+_COLORS = ("#1f5fa8", "#d1701c", "#2f8f4e")
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Panel:
 
 
 PANELS = (
-    Panel("Loss", "MSE", (("train/mse", "batch"), ("minimum/mse", "whole training set"))),
+    Panel("Loss", "MSE", (("train/mse", "batch"), ("minimum/mse", "whole training set"), ("test/mse", "test set"))),
     Panel(
         "Classification error",
         "fraction wrong",
-        (("train/mce", "batch"), ("minimum/mce", "whole training set")),
+        (("train/mce", "batch"), ("minimum/mce", "whole training set"), ("test/mce", "test set")),
         "symlog",
     ),
     Panel("Stationarity", "‖G e‖ / (‖G‖ ‖y‖)", (("minimum/stationarity", "G e"),)),
@@ -106,7 +106,7 @@ def _draw_panel(ax: Axes, panel: Panel, series: dict[str, tuple[list[int], list[
     else:
         ax.set_yscale(panel.scale)
     if drawn > 1:  # below the panel, where it covers no data
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize=9)
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=9)
 
 
 def _title(summary: dict[str, Any]) -> str:

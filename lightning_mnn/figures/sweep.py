@@ -73,25 +73,28 @@ def _rank_share(row: Row) -> float | None:
     return None if rank is None or not total else rank / total
 
 
-def _percent(row: Row) -> float | None:
-    error = row.get("mce")
+def _percent(row: Row, key: str = "mce") -> float | None:
+    error = row.get(key)
     return None if error is None else 100 * error
 
 
+_VOLUME = Measure("Angular volume of the region", "log-volume (nats)", lambda row: row.get("log_volume"), log=False)
 MEASURES = (
     Measure("Final loss", "MSE", lambda row: row.get("mse"), log=True),
     Measure("Classification error", "MCE (%)", _percent, log=False),
+    Measure("Test loss", "MSE on the test set", lambda row: row.get("test_mse")),
+    Measure("Test error", "MCE on the test set (%)", lambda row: _percent(row, "test_mce"), log=False),
     Measure(
         "Distance to the nearest kink", "smallest |pre-activation|", lambda row: row.get("min_preactivation"), log=True
     ),
     Measure("Rank", "rank(A∘X) / N", _rank_share, log=False, limits=(0, 1.05)),
-    Measure("Angular volume of the region", "log-volume (nats)", lambda row: row.get("log_volume"), log=False),
+    _VOLUME,
     Measure("Regions seen", "activation patterns", lambda row: row.get("regions_visited")),
     Measure("Length of training", "optimiser steps", lambda row: row.get("steps"), of_job=True),
     Measure("Time", "seconds of training", lambda row: row.get("seconds"), of_job=True),
 )
 _BOUND = replace(
-    MEASURES[4],
+    _VOLUME,
     unit="lower bound of the log-volume (nats)",
     value=lambda row: row.get("log_volume_lower_bound"),
 )
@@ -191,7 +194,7 @@ def _measures(rows: Sequence[Row]) -> list[Measure]:
     if not any("hidden_dims" in row and row["hidden_dims"] for row in rows):
         return []
     measured = any(row.get("log_volume") is not None for row in rows)
-    return [_BOUND if measure is MEASURES[4] and not measured else measure for measure in MEASURES]
+    return [_BOUND if measure is _VOLUME and not measured else measure for measure in MEASURES]
 
 
 def _draw_measure(ax: Axes, rows: Sequence[Row], measure: Measure, x: Scale, color: Scale) -> None:

@@ -118,3 +118,14 @@ class Network:
             found.append(preactivations)
             inputs = torch.where(preactivations > 0, preactivations, self.negative_slope * preactivations)
         return tuple(found)
+
+    def predict(self, inputs: Tensor) -> Tensor:
+        """Predictions ŷ, (..., N), for inputs (..., N, d0).
+
+        >>> Network((torch.eye(2),), torch.tensor([1.0, -1.0]), 0.5).predict(torch.tensor([[2.0, -4.0]]))
+        tensor([4.])
+        """
+        last = self.preactivations(inputs)[-1]
+        hidden = torch.where(last > 0, last, self.negative_slope * last)
+        found = (hidden @ self.output_weights[..., None])[..., 0]
+        return found if self.output_bias is None else found + self.output_bias[..., None]

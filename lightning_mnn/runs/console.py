@@ -69,6 +69,8 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("zero error", _span(summary.get("zero_error"))),
         ("MSE", _span(summary["mse"], ".3g")),
         ("MCE", _errors(summary)),
+        ("test MSE", _span(summary.get("test_mse"), ".3g")),
+        ("test MCE", _percent(summary.get("test_mce"))),
         ("distance to that minimum", _span(_of_certified(summary, "distance"), ".1e")),
         ("its MSE", _span(summary.get("minimum_mse"), ".3g")),
         ("margin of its region", _span(_of_certified(summary, "margin_ratio"), ".3g")),
@@ -109,6 +111,12 @@ def _errors(summary: dict[str, Any]) -> str | None:
         return None
     worst = max(summary["mce"]) if isinstance(summary["mce"], list) else summary["mce"]
     return f"{100 * worst:.3g} % ({_span(summary['wrong'])} of {summary['num_samples']} wrong)"
+
+
+def _percent(fraction: Any) -> str | None:
+    values = fraction if isinstance(fraction, list) else [fraction]
+    found = _span([100 * value for value in values if value is not None], ".3g")
+    return None if found is None else f"{found} %"
 
 
 def _rank(summary: dict[str, Any]) -> str | None:

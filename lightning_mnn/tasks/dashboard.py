@@ -51,7 +51,16 @@ SECTIONS = {"training": "train/", "minima": "minimum/", "patterns": "pattern/", 
 
 # For the comparison: keys of the config, and keys of the summary (True: logarithmic axis).
 CONFIGURED = ("data.num_samples", "model.negative_slope", "optimizer.lr", "seed")
-ENDS = {"mse": True, "mce": False, "rank": False, "regions_visited": False, "log_volume": False, "steps": True}
+ENDS = {
+    "mse": True,
+    "mce": False,
+    "test_mse": True,
+    "test_mce": False,
+    "rank": False,
+    "regions_visited": False,
+    "log_volume": False,
+    "steps": True,
+}
 COLUMNS = ("kind", *ENDS, "seconds")  # of the table of runs
 PICTURE = "figure"
 

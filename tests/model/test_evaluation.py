@@ -1,5 +1,6 @@
 """Validation and test of an MNN: exact errors of the test set, and what they do to training."""
 
+import csv
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mnn import MNN
+from lightning_mnn.callbacks import LocalMinimumDetector, Schedule
 from lightning_mnn.data import GaussianData, TensorData, exact_shard
 from lightning_mnn.data.error_sums import ErrorSums
 from lightning_mnn.loggers import ResumableCSVLogger
@@ -25,7 +27,7 @@ def naive_errors(model, inputs, targets, threshold):
     for single in singles:
         for guess, target in zip(naive.forward(single)[1], single.targets.tolist(), strict=True):
             residuals.append((guess - target) ** 2)
-            mistakes.append((guess > threshold) != (target > threshold))
+            mistakes.append((guess - threshold) * (target - threshold) <= 1e-12)  # on the threshold it is wrong
     return float(np.mean(residuals)), float(np.mean(mistakes))
 
 
@@ -184,3 +186,40 @@ def test_two_processes_find_the_same_errors(tmp_path):
         assert len(mse) == len(mce) == 2
     assert found[1][2][1] == found[0][2][1]
     assert found[1][2][0] == pytest.approx(found[0][2][0], rel=1e-12)
+
+
+@pytest.mark.parametrize(("replicas", "labels"), [(1, "zero_one"), (3, "plus_minus"), (1, "teacher")])
+def test_the_detector_evaluates_the_test_set_at_its_checks_and_at_the_end(make_trainer, replicas, labels, tmp_path):
+    data = GaussianData(20, 4, labels=labels, replicas=replicas, num_test=30)
+    model = MNN(4, (6,), replicas=replicas, regression=labels == "teacher", default_callbacks=False)
+    detector, logger = LocalMinimumDetector(Schedule(every=2)), ResumableCSVLogger(tmp_path)
+    trainer = make_trainer(max_epochs=5, callbacks=[detector], logger=logger, limit_val_batches=0)
+    trainer.fit(model, data)
+    assert not model.automatic_optimization  # its steps are bundled
+    found = detector.summary()
+    inputs, targets = data.test_tensors()
+    with torch.no_grad():
+        squared = (model(inputs) - targets).square().mean(-1)
+    assert found["test_mse"] == pytest.approx(squared.tolist(), rel=1e-12)
+    mse, mce = naive_errors(model, inputs, targets, threshold=0.5 if labels == "zero_one" else 0.0)
+    if labels == "teacher":
+        assert "test_mce" not in found
+    else:
+        assert np.mean(found["test_mce"]) == pytest.approx(mce, rel=1e-12)
+    logger.save()
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["test/mse"]]
+    assert [int(row["step"]) for row in rows] == [0, 2, 4, 5]
+    assert float(rows[-1]["test/mse"]) == pytest.approx(mse, rel=1e-12)
+
+
+def test_test_errors_can_be_monitored(make_trainer, tmp_path):
+    data, model = GaussianData(20, 4, num_test=30), MNN(4, (6,), default_callbacks=False)
+    stop = EarlyStopping("test/mse", patience=1, min_delta=100.0, check_on_train_epoch_end=True)
+    best = ModelCheckpoint(tmp_path, "best", monitor="test/mse", save_on_train_epoch_end=True)
+    callbacks = [LocalMinimumDetector(Schedule(every=1), stop_training=False), stop, best]
+    trainer = make_trainer(max_epochs=9, callbacks=callbacks, enable_checkpointing=True, limit_val_batches=0)
+    trainer.fit(model, data)
+    assert trainer.current_epoch == 2  # no epoch was better than the first by 100
+    assert best.best_model_score == trainer.callback_metrics["test/mse"].clamp(max=float(best.best_model_score))
+    assert (tmp_path / "best.ckpt").exists()
