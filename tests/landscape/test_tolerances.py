@@ -1,6 +1,7 @@
 """Each tolerance decides something: an example near it gets another verdict if the tolerance is ten times off."""
 
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,6 +40,7 @@ from lightning_mnn.landscape.perturbation import finest_sigma, moved
 from lightning_mnn.landscape.regions.existence import _Model
 from lightning_mnn.landscape.regions.least_squares import _by_singular_values, solve
 from lightning_mnn.landscape.regions.linear_map import FaceMap
+from lightning_mnn.landscape.volumes.splitting import _estimate
 
 ROOT = Path(__file__).parents[2]
 EPS = 2.0**-52
@@ -56,7 +58,9 @@ def decides(name, *factors, verdict):
     return add
 
 
-def scaled(value, factor):
+def scaled(name, value, factor):
+    if "CONFIDENCE" in name:
+        return 1 - (1 - value) * factor
     if isinstance(value, tuple):
         return tuple(part * factor for part in value)
     return max(1, int(value * factor)) if isinstance(value, int) else value * factor
@@ -142,6 +146,12 @@ def a_minimum_thirty_times_max_distance_away():
     weights, outputs = random.standard_normal((3, 6)) / 2, random.standard_normal(3) / 2
     start = [torch.from_numpy(part) for part in (weights, outputs, inputs, targets)]
     return polish(*start, max_distance=polish(*start).distance / 30).certificate.is_minimum
+
+
+@decides("MIN_INDEPENDENT_SINGULAR_RATIO", LARGER, verdict=False)
+def two_kinks_with_nearly_parallel_inputs():
+    inputs, force = np.array([[1.0, 0.0, 0.0], [1.0, 7e-7, 0.0]]), np.array([1.86, 2.8e-7, -1.2e-8])
+    return check_multipliers(inputs, np.array([-1.7, -0.7]), force, 1.0, 0.0, 3e-16).holds
 
 
 # Planted problems
@@ -565,6 +575,28 @@ def two_thin_arcs_that_are_nearly_orthogonal():
     return error_of(arcs, [5e-5, 1, 5e-5, 1]) < 1e-3
 
 
+def coverage(alive):
+    """How often intervals contain the truth, for eight runs of which about this fraction reaches the event."""
+    random, hits = np.random.default_rng(0), 0
+    for _ in range(300):
+        logs = -10.125 + 0.5 * random.standard_normal(8)  # a mean of exp(-10)
+        logs[random.random(8) > alive] = -np.inf
+        if np.isfinite(logs).sum() > 1:
+            found = _estimate(torch.from_numpy(logs))
+            hits += found.log_low <= math.log(alive) - 10 <= found.log_high
+    return hits / 300
+
+
+@decides("INTERVAL_CONFIDENCE", LARGER, verdict=True)
+def intervals_of_runs_that_all_reach_the_event():
+    return coverage(1.0) > 0.9
+
+
+@decides("JOINT_INTERVAL_CONFIDENCE", LARGER, verdict=True)
+def intervals_of_runs_that_reach_the_event_half_of_the_time():
+    return coverage(0.5) > 0.95
+
+
 # The detector
 
 
@@ -588,5 +620,39 @@ def test_a_tolerance_ten_times_off_gives_another_verdict(name, verdict, factors,
     value = getattr(tolerances, name)
     assert function() == verdict
     for factor in factors:
-        monkeypatch.setattr(tolerances, name, scaled(value, factor))
+        monkeypatch.setattr(tolerances, name, scaled(name, value, factor))
         assert function() != verdict, factor
+
+
+# The table
+
+ENTRY = re.compile(r"^([A-Z][A-Z_0-9]+)(?:: [^=]+)? = (.+?)  # (.+)\n# Source: (.+)\. Test: (.+)\.$", re.MULTILINE)
+ENTRIES = ENTRY.findall(Path(tolerances.__file__).read_text())
+PAGE = ROOT / "docs" / "explanation" / "numerics.md"
+
+
+def table():
+    """The table of the documentation."""
+    escaped = [[part.replace("|", "\\|") for part in entry] for entry in ENTRIES]
+    rows = [f"| `{name}` | {value} | {meaning} | {source} |" for name, value, meaning, source, _ in escaped]
+    return "\n".join(["| constant | value | what it is | where it comes from |", "| --- | --- | --- | --- |", *rows])
+
+
+def test_each_tolerance_names_its_source_and_its_test():
+    names = {name for name in vars(tolerances) if name.isupper()}
+    assert {name for name, *_ in ENTRIES} == names
+    here = {case.values[0] for case in CASES}
+    assert here == {name for name, *_, test in ENTRIES if test == "here"}
+    tests = "".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
+    elsewhere = {test for *_, test in ENTRIES if test != "here" and not test.startswith("none, ")}
+    assert {test for test in elsewhere if f"def {test}(" not in tests} == set()
+
+
+def test_each_tolerance_is_used():
+    sources = [path.read_text() for path in (ROOT / "lightning_mnn").rglob("*.py")]
+    used = {name for source in sources for name in re.findall(r"\btolerances\.([A-Z][A-Z_0-9]+)", source)}
+    assert used == {name for name in vars(tolerances) if name.isupper()}
+
+
+def test_the_documentation_shows_the_table():
+    assert table() in PAGE.read_text(), f"the table in {PAGE} is now:\n\n{table()}"
