@@ -16,7 +16,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from lightning_mnn.figures.style import COLORS, KINDS, mark_zeros, plain, save, tidy
+from lightning_mnn.figures.style import COLORS, KINDS, literal, mark_zeros, save, tidy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -140,7 +140,7 @@ def sweep_figure(folder: Path) -> Path | None:
     for ax in axes[panels:]:
         ax.remove()
     _legend(figure, rows, color, classified=classified)
-    figure.suptitle(plain(_title(rows, len({row["folder"] for row in jobs}), swept, x, color)), fontsize=12)
+    figure.suptitle(literal(_title(rows, len({row["folder"] for row in jobs}), swept, x, color)), fontsize=12)
     return save(figure, folder / "figure.png")
 
 
@@ -321,7 +321,7 @@ def _draw_measure(ax: Axes, rows: Sequence[Row], measure: Measure, x: Scale, col
             ax.plot(*zip(*medians, strict=True), color=hue, lw=width, alpha=0.85, zorder=4)
     if x.key == _REPETITION:
         ax.axhline(float(np.median([max(value, foot) for _, value in known])), color="0.3", lw=1.2, ls="--", zorder=2)
-    ax.set_title(plain(measure.title), fontsize=11)
+    ax.set_title(literal(measure.title), fontsize=11)
     ax.set_ylabel(measure.unit)
     ax.set_xlabel(x.key)
     tidy(ax)
@@ -396,7 +396,7 @@ def _draw_places(ax: Axes, x: Scale) -> bool:
     else:
         ax.set_xscale(x.kind)
     if len(x.places) <= _MAX_NAMED_VALUES:
-        ax.set_xticks(x.places, list(map(plain, x.names)))
+        ax.set_xticks(x.places, list(map(literal, x.names)))
         ax.xaxis.set_minor_locator(NullLocator())
     elif x.kind == "log":
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -411,7 +411,9 @@ def _name_places(ax: Axes, places: Sequence[float], names: Sequence[str]) -> Non
     labels = [name if len(name) <= 16 else name[:15] + "…" for name in names[::every]]
     slanted: dict[str, Any] = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"}
     ax.set_xticks(
-        list(places)[::every], list(map(plain, labels)), **(slanted if max(map(len, labels)) * len(labels) > 45 else {})
+        list(places)[::every],
+        list(map(literal, labels)),
+        **(slanted if max(map(len, labels)) * len(labels) > 45 else {}),
     )
 
 
@@ -437,7 +439,7 @@ def _legend(figure: Figure, rows: Sequence[Row], color: Scale, *, classified: bo
         hues = _colors(color)
         last = len(hues) - 1
         chosen = range(len(hues)) if last < _MAX_NAMED_VALUES else sorted({round(last * k / 4) for k in range(5)})
-        handles = [ax.plot([], [], "o-", color=hues[k], label=plain(color.names[k]))[0] for k in chosen]
+        handles = [ax.plot([], [], "o-", color=hues[k], label=literal(color.names[k]))[0] for k in chosen]
         title = color.key if last < _MAX_NAMED_VALUES else f"{color.key} ({last + 1} values)"
         figure.legend(handles=handles, loc="outside lower left", ncols=min(len(handles), 6), title=title, **look)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_mnn.launchers.jobs.records import returned
-from lightning_mnn.utilities.files import shown
+from lightning_mnn.utilities.files import relative
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -149,7 +149,7 @@ def _read(path: Path) -> dict[str, Points]:
         whole, _, _ = path.read_text().rpartition("\n")
         rows = list(csv.DictReader(whole.splitlines()))
     except (ValueError, csv.Error) as error:
-        raise ValueError(f"{shown(path)} cannot be read: {error}") from error
+        raise ValueError(f"{relative(path)} cannot be read: {error}") from error
     found: dict[str, Points] = {}
     for number, row in enumerate(rows):
         step = _float(row.get("step"))

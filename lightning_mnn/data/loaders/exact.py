@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
 from typing_extensions import override
 
 from lightning_mnn.data.loaders.visits import Visits, packed, unpacked
 from lightning_mnn.utilities.compat.lightning_internals import (
     training_iterators,
 )
-from lightning_mnn.utilities.distributed import part_of
+from lightning_mnn.utilities.distributed import add_up, part_of
 from lightning_mnn.utilities.seeding import generator
 from lightning_mnn.utilities.validation import dtype_named, positive_integer, seed_number, truth_value
 
@@ -334,10 +333,10 @@ class ExactData(pl.LightningDataModule, ABC):
 
     def _visits_of_all(self, loader: ExactLoader) -> Tensor:
         counts = loader.visits.counts()
-        if self.trainer is None or self.trainer.world_size == 1 or not dist.is_initialized():
+        if self.trainer is None or self.trainer.world_size == 1:
             return counts
         counts = counts.to(self.trainer.strategy.root_device, copy=True)
-        dist.all_reduce(counts)  # over the group that exists, whatever its size
+        add_up(counts)
         return counts.cpu()
 
     @override
