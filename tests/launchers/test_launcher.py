@@ -15,7 +15,7 @@ from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, Inte
 from hydra.version import VersionBase
 from packaging.version import Version
 
-from tests.children import PATIENCE, all_ended, wait_for
+from tests.children import PATIENCE, all_ended, start_ranks, wait_for
 
 # Of this process the jobs are to take nothing that belongs to it alone.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -311,23 +311,21 @@ def summaries(folder):
 def test_a_sweep_over_devices_is_right_and_survives_the_loss_of_a_rank():
     epochs = 300
     common = [
-        *(sys.executable, "-m", "lightning_mnn", "-m", "hydra/launcher=device_pool", "hydra.launcher.n_jobs=2"),
-        *(
-            "trainer=cpu_ddp",
-            "data.num_samples=41",
-            "data.input_dim=7",
-            "model.hidden_dims=[9]",
-            "logger.mode=disabled",
-        ),
-        *(
-            f"trainer.max_epochs={epochs}",
-            "logger.mode=disabled",
-            "callbacks.local_minimum_detector.stop_training=false",
-        ),
+        *("trainer=cpu_ddp", "data.num_samples=41", "data.input_dim=7", "model.hidden_dims=[9]", "seed=2"),
+        *("logger.mode=disabled", f"trainer.max_epochs={epochs}"),
+        "callbacks.local_minimum_detector.stop_training=false",
         "callbacks.checkpoint.train_time_interval.minutes=0.001",
         "callbacks.angular_volume_monitor.measure=[]",  # an estimate: it agrees within its error
     ]
-    say([*common, "hydra.sweep.dir=whole", "trainer.devices=1,2", "seed=2"])
+    unbroken = [
+        process
+        for count in (1, 2)
+        for process in start_ranks(
+            Path.cwd(), count, *common, f"trainer.devices={count}", f"hydra.run.dir=whole/{count}"
+        )
+    ]
+    for process in unbroken:
+        process.join(PATIENCE)
     whole = summaries("whole")
     assert whole.keys() == {(1, 2), (2, 2)}
     for summary in whole.values():
@@ -340,7 +338,10 @@ def test_a_sweep_over_devices_is_right_and_survives_the_loss_of_a_rank():
         close = pytest.approx(value, rel=1e-8, abs=1e-8) if isinstance(value, float) else value
         assert two[key] == close, key
 
-    cut = [*common, "hydra.sweep.dir=cut", "trainer.devices=2,1", "seed=2"]
+    cut = [
+        *(sys.executable, "-m", "lightning_mnn", "-m", "hydra/launcher=device_pool", "hydra.launcher.n_jobs=2"),
+        *(*common, "hydra.sweep.dir=cut", "trainer.devices=2,1"),
+    ]
     launcher = subprocess.Popen(cut, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
     wait_for(Path("cut/0/checkpoints/last.ckpt").exists)
     (lost,) = ranks(1)

@@ -65,7 +65,7 @@ def test_a_last_line_that_a_kill_has_torn_is_left_out(cut):
 def test_a_log_that_cannot_be_read_is_named(content):
     path = write([0])
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"lightning_logs/version_0/metrics.csv cannot be read: "):
+    with pytest.raises(ValueError, match=r"lightning_logs/version_0/metrics.csv is damaged \("):
         read_logs(Path())
 
 

@@ -261,7 +261,7 @@ def test_a_torn_log_of_another_program_is_named_and_costs_its_metrics_alone(caps
     Path("sweep/0/metrics.csv").write_bytes(b"\xff\n")
     report(settings("sweep=sweep"))
     said = capsys.readouterr().out
-    assert "finished: 0: sweep/0/metrics.csv cannot be read: " in said
+    assert "finished: 0: sweep/0/metrics.csv is damaged (" in said
     assert "save_dir=${hydra:runtime.output_dir}" in said  # there are no other logs
     assert read(Path("sweep"))[1]["return_value"].to_pylist() == [1.5]
 

@@ -277,7 +277,8 @@ def input_rank(trainer: pl.Trainer, pl_module: pl.LightningModule, network: Netw
             lead = network.output_weights.shape[:-1]
             _input_ranks[pl_module] = torch.full(lead, min(samples, dim), dtype=torch.int64)
         else:
-            _input_ranks[pl_module] = gram_rank(_gram(trainer, network))
+            _statistics_of_module.pop(pl_module, None)  # if they were computed without it
+            training_set_statistics(trainer, pl_module, ranked=True)
     return _input_ranks[pl_module]
 
 
@@ -285,21 +286,6 @@ def _work_of_rank(trainer: pl.Trainer, network: Network) -> float:
     """Multiplications for the rank of the inputs."""
     dim = network.rows.shape[-1]
     return float(num_samples(trainer.train_dataloader) + dim) * dim**2
-
-
-def _gram(trainer: pl.Trainer, network: Network) -> Tensor:
-    """XᵀX over all processes, float64 (..., d0, d0)."""
-
-    def local_gram() -> Tensor | None:
-        gram: Tensor | float = 0.0
-        for inputs, _ in _batches(trainer, network, network.output_weights.dtype):
-            wide = network.augment(inputs.to(torch.float64))
-            gram = gram + wide.mT @ wide
-        return gram.cpu() if isinstance(gram, torch.Tensor) else None
-
-    total = sum(part for part in gather_results(local_gram) if part is not None)
-    assert isinstance(total, torch.Tensor)  # noqa: S101 (a training set has a sample)
-    return total
 
 
 def training_samples(trainer: pl.Trainer, network: Network, *, whole: bool) -> tuple[Tensor, Tensor]:
