@@ -11,7 +11,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_warn
 
 from lightning_mnn.data.loaders.whitening import InputMap
-from lightning_mnn.utilities.files import locked, whole_file
+from lightning_mnn.utilities.files import locked_if_free, whole_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,9 +23,10 @@ def save_map(path: Path, mapping: InputMap) -> None:
     numbers: dict[str, Any] = {"mean": mapping.mean.cpu().numpy(), "scale": np.float64(mapping.scale)}
     if mapping.matrix is not None:
         numbers["matrix"] = mapping.matrix.cpu().numpy()
-    lock = path.with_name(path.name + ".lock")  # other runs may share the folder
-    with locked(lock), whole_file(path) as unfinished, unfinished.open("wb") as file:
-        np.savez(file, allow_pickle=False, **numbers)
+    with locked_if_free(path.with_name(path.name + ".lock")) as free:
+        if free:  # otherwise another run writes the same map
+            with whole_file(path) as unfinished, unfinished.open("wb") as file:
+                np.savez(file, allow_pickle=False, **numbers)
 
 
 def load_map(path: Path) -> InputMap | None:
