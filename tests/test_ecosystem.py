@@ -341,6 +341,8 @@ class Names(Logger):
 def test_each_scalar_name_and_each_key_of_a_summary_is_documented(tmp_path, make_trainer):
     names, keys = Names(), set()
     for name in [*ZOO, *OTHERS]:
+        if name == "resnet18":  # it has the names of the others, and takes long
+            continue
         callbacks = [
             LocalMinimumDetector(max_products=3),
             ActivationPatternRecorder(dirpath=tmp_path / name),

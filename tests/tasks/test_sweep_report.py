@@ -87,7 +87,7 @@ def dots(ax):
 def test_a_sweep_that_was_killed_says_what_is_left_and_goes_on_by_the_command_that_it_gives(tmp_path, capsys):
     sweep = tmp_path / "sweep"
     small = (
-        "-m", "data.num_samples=20", "data.input_dim=4", "trainer.max_epochs=1000", "trainer.log_every_n_steps=1",
+        "-m", "data.num_samples=20", "data.input_dim=4", "trainer.max_epochs=300", "trainer.log_every_n_steps=1",
         "callbacks.local_minimum_detector.stop_training=false", "callbacks.angular_volume_monitor=null",
         "callbacks.progress=null", "logger.mode=disabled", "model.hidden_dims=[5],[8,3],[6]",
     )  # fmt: skip

@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from lightning_mnn.landscape.network import Network
 
 
-_FEW = 8  # samples that are read to find out the form of the training set
+_PROBE_SAMPLES = 8  # samples that are read to find out the form of the training set
 
 _LABELS: tuple[float | None, ...] = (0.5, 0.0)  # thresholds of labels {0, 1} and ±1
 
-_MOST_WORK = 1e12  # largest number of multiplications for the rank of the inputs: about a minute
+_MAX_MULTIPLICATIONS = 1e12  # largest number of multiplications for the rank of the inputs: about a minute
 
 _statistics_of_module: WeakKeyDictionary[pl.LightningModule, tuple[Any, NetworkStatistics]] = WeakKeyDictionary()
 
@@ -99,7 +99,7 @@ def statistics_reader(
     """A reader of batches for :func:`training_set_statistics`, for a pass that may also have other readers."""
     stated = isinstance(pl_module, NetworkModule) or pl_module in _thresholds
     thresholds = [threshold_of(trainer, pl_module)] if stated else _LABELS
-    small = _work_of_rank(trainer, network) <= _MOST_WORK
+    small = _work_of_rank(trainer, network) <= _MAX_MULTIPLICATIONS
     gram = ranked and small and pl_module not in _input_ranks
     return StatisticsReader(network, network.output_weights.dtype, thresholds, gram=gram)
 
@@ -228,7 +228,7 @@ def reason_not_evaluated(trainer: pl.Trainer, network: Network) -> str | None:
 
 
 def _reason_not_read(trainer: pl.Trainer, network: Network) -> str | None:
-    few = torch.arange(min(_FEW, num_samples(trainer.train_dataloader)))
+    few = torch.arange(min(_PROBE_SAMPLES, num_samples(trainer.train_dataloader)))
     read = []
     for _ in range(2):
         (batch,) = exact_shard(trainer.train_dataloader, chosen=few, batch_size=len(few))
@@ -273,12 +273,11 @@ def input_rank(trainer: pl.Trainer, pl_module: pl.LightningModule, network: Netw
     """
     if pl_module not in _input_ranks:
         dim, samples = network.rows.shape[-1], num_samples(trainer.train_dataloader)
-        if _work_of_rank(trainer, network) > _MOST_WORK:
+        if _work_of_rank(trainer, network) > _MAX_MULTIPLICATIONS:
             lead = network.output_weights.shape[:-1]
             _input_ranks[pl_module] = torch.full(lead, min(samples, dim), dtype=torch.int64)
         else:
-            _statistics_of_module.pop(pl_module, None)  # if they were computed without it
-            training_set_statistics(trainer, pl_module, ranked=True)
+            _input_ranks[pl_module] = gram_rank(_gram(trainer, network))
     return _input_ranks[pl_module]
 
 
@@ -286,6 +285,21 @@ def _work_of_rank(trainer: pl.Trainer, network: Network) -> float:
     """Multiplications for the rank of the inputs."""
     dim = network.rows.shape[-1]
     return float(num_samples(trainer.train_dataloader) + dim) * dim**2
+
+
+def _gram(trainer: pl.Trainer, network: Network) -> Tensor:
+    """XᵀX over all processes, float64 (..., d0, d0)."""
+
+    def local_gram() -> Tensor | None:
+        gram: Tensor | float = 0.0
+        for inputs, _ in _batches(trainer, network, network.output_weights.dtype):
+            wide = network.augment(inputs.to(torch.float64))
+            gram = gram + wide.mT @ wide
+        return gram.cpu() if isinstance(gram, torch.Tensor) else None
+
+    total = sum(part for part in gather_results(local_gram) if part is not None)
+    assert isinstance(total, torch.Tensor)  # noqa: S101 (a training set has a sample)
+    return total
 
 
 def training_samples(trainer: pl.Trainer, network: Network, *, whole: bool) -> tuple[Tensor, Tensor]:
