@@ -22,7 +22,7 @@ from lightning_mnn.config.build import build
 from lightning_mnn.model.mnn import MNN
 from lightning_mnn.runs.checkpoints import read_checkpoint
 from lightning_mnn.tasks.sweep import read_sweep, write_table
-from lightning_mnn.utilities.files import read_csv, read_json, shown
+from lightning_mnn.utilities.files import read_csv, read_json, relative
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,7 +72,7 @@ class Run:
         path = self.folder / "checkpoints" / checkpoint
         if not path.is_file():
             found = ", ".join(sorted(file.name for file in path.parent.glob("*.ckpt"))) or "none"
-            raise FileNotFoundError(f"checkpoint={checkpoint}: {shown(path)} is not a file; there are: {found}")
+            raise FileNotFoundError(f"checkpoint={checkpoint}: {relative(path)} is not a file; there are: {found}")
         read_checkpoint(path, "choose another checkpoint")
         return MNN.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
 
@@ -152,7 +152,7 @@ def load_run(folder: str | Path) -> Run:
     config = folder / ".hydra" / "config.yaml"
     if not config.is_file():
         problem = "is the folder of a sweep: use load_sweep" if any(folder.glob("*/.hydra")) else "is not that of a run"
-        raise FileNotFoundError(f"folder={shown(folder)} {problem} ({config.name} is missing in .hydra)")
+        raise FileNotFoundError(f"folder={relative(folder)} {problem} ({config.name} is missing in .hydra)")
     cfg = OmegaConf.load(config)
     assert isinstance(cfg, DictConfig)  # noqa: S101 (Hydra writes a mapping)
     cfg.run_dir = str(folder)  # it refers to the running job

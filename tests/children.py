@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from pytorch_lightning.utilities import rank_zero_only
 
+_get_context = multiprocessing.get_context
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload([
     "lightning_mnn.tasks.train", "lightning_mnn.app", "lightning_mnn.callbacks.local_minimum_detector",
@@ -26,27 +27,30 @@ processes.set_forkserver_preload([
 PATIENCE = 600  # seconds after which what is waited for counts as never coming: no measure of speed on a busy machine
 
 
-def run_the_command(folder, arguments):
+def run_the_command(folder, arguments, environment=()):
     """Run ``lightning-mnn`` in a folder, and leave what it says in its out.txt and err.txt."""
     _speak_to(folder)
+    os.environ |= dict(environment)
     sys.argv = ["lightning-mnn", *arguments]
     os.environ["COLUMNS"] = "200"  # of what is no terminal
     os.environ.pop("WANDB_SERVICE", None)  # of the process that tests: it would outlive a kill, and the run in it
+    multiprocessing.get_context = _forking  # workers need not import anything again
     from lightning_mnn.app import main
 
     main()
 
 
-def run_a_script(folder, script, arguments):
+def run_a_script(folder, script, arguments=(), environment=()):
     """Run another program in a folder as ``python script arguments``."""
     _speak_to(folder)
+    os.environ |= dict(environment)
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(folder))
     runpy.run_path(script, run_name="__main__")
 
 
-def start(folder, *arguments):
-    process = processes.Process(target=run_the_command, args=(folder, arguments))
+def start(folder, *arguments, environment=()):
+    process = processes.Process(target=run_the_command, args=(folder, arguments, environment))
     process.start()
     return process
 
@@ -62,11 +66,11 @@ def start_ranks(folder, count, *arguments, prepare=None):
     return started
 
 
-def command(folder, *arguments, expect=0):
+def command(folder, *arguments, expect=0, environment=()):
     """What the command says."""
     for name in ("out", "err"):
         (folder / f"{name}.txt").unlink(missing_ok=True)
-    process = start(folder, *arguments)
+    process = start(folder, *arguments, environment=environment)
     process.join(PATIENCE)
     out, err = ((folder / f"{name}.txt").read_text() for name in ("out", "err"))
     assert process.exitcode == expect, out[-2000:] + err[-4000:]
@@ -128,6 +132,10 @@ def _run_a_rank(folder, environment, prepare, arguments):
     if prepare is not None:
         prepare()
     run_the_command(folder, arguments)
+
+
+def _forking(method=None):
+    return _get_context("fork" if method == "spawn" else method)
 
 
 def _take_part(folder, environment, function, arguments):

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, settings
 from matplotlib.figure import Figure
 from torch.overrides import TorchFunctionMode
 
+from lightning_mnn.utilities import interruption
 from lightning_mnn.utilities.compat.lightning_internals import loggers_of_remarks
 
 # Each run draws the same examples, or a change would be blamed for an example that nobody had met before.
@@ -34,6 +35,7 @@ def _quiet_machine(monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)  # which Lightning's logger sets in this process
     yield
+    interruption.forget()
     for name in loggers_of_remarks():  # which the command silences
         logging.getLogger(name).setLevel(logging.NOTSET)
     wandb = sys.modules.get("wandb")

@@ -2,7 +2,7 @@
 
 import json
 
-from lightning_mnn.tasks.scan import Size, summarise
+from lightning_mnn.tasks.scan import Size, size_summary
 from lightning_mnn.utilities.files import write_csv
 
 KINDS = ("differentiable_minimum", "kink_minimum", "saddle", "not_stationary", None)
@@ -25,7 +25,7 @@ def write_scan(folder, figure, *, dims=(10, 20, 30), layers=(1, 2), ratios=(0.5,
                     for r in range(replicas)
                 ]  # fmt: skip
                 table += rows
-                sizes.append(summarise(size, rows, 1.0))
+                sizes.append(size_summary(size, rows, 1.0))
     write_csv(folder / "scan.csv", table)
     summary = {
         "figure": figure, "replicas": replicas, "dtype": "float64", "optimizer": {"name": "adam", "lr": 0.01},

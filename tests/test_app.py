@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from lightning_mnn import app
 from lightning_mnn.runs.console import config_tree, print_config, print_verdict
 from lightning_mnn.tasks import TASKS
-from tests.children import command
+from tests.children import PATIENCE, command, start_ranks
 
 CONF = Path(__file__).parent.parent / "conf"
 NO_LOG = ("logger.mode=disabled", "callbacks.angular_volume_monitor.measure=[]")
@@ -192,8 +192,11 @@ def test_a_job_of_a_sweep_refuses_it_too():
 @pytest.mark.slow
 def test_a_trial_by_two_processes(tmp_path):
     arguments = ("trainer=cpu_ddp", "debug=profiler", "trainer.max_epochs=2", *NO_LOG, "data.num_samples=20")
-    subprocess.run([sys.executable, "-m", "lightning_mnn", *arguments], cwd=tmp_path, check=True, capture_output=True)
-    (run,) = tmp_path.glob("outputs/debug/quickstart/*")
+    ranks = start_ranks(tmp_path, 2, *arguments, "hydra.run.dir=run")
+    for rank in ranks:
+        rank.join(PATIENCE)
+    assert [rank.exitcode for rank in ranks] == [0, 0], (tmp_path / "err.txt").read_text()[-3000:]
+    run = tmp_path / "run"
     assert_whole(run)
     assert {"fit-profile-0.txt", "fit-profile-1.txt"} <= {path.name for path in run.iterdir()}
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2

@@ -14,7 +14,7 @@ import torch
 import zarr
 
 from lightning_mnn.landscape.pattern import PackedPattern
-from lightning_mnn.utilities.files import DamagedFileError, shown
+from lightning_mnn.utilities.files import DamagedFileError, relative
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -162,16 +162,16 @@ class StoredSnapshot:
         """
         path = Path(self.path)
         if not path.is_dir():
-            raise LostSnapshotError(f"{shown(path)} does not exist")
+            raise LostSnapshotError(f"{relative(path)} does not exist")
         try:
             found = PatternStore(path).read_packed(self.step)
         except KeyError as error:
             raise LostSnapshotError(str(error.args[0])) from error
         except DamagedFileError as error:
-            raise LostSnapshotError(f"{shown(error.path)} is damaged ({error.reason})") from error
+            raise LostSnapshotError(f"{relative(error.path)} is damaged ({error.reason})") from error
         patterns = {name: found[name] for name in self.layers if name in found}
         if len(patterns) != len(found) or digest_of(patterns) != self.digest:
-            raise LostSnapshotError(f"step {self.step} of {shown(path)} contains other patterns")
+            raise LostSnapshotError(f"step {self.step} of {relative(path)} contains other patterns")
         return patterns
 
 

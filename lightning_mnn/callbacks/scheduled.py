@@ -16,10 +16,10 @@ from typing_extensions import override
 
 from lightning_mnn.callbacks.evaluation.run_module import StepFailedError
 from lightning_mnn.callbacks.evaluation.snapshots import weights_of
-from lightning_mnn.callbacks.evaluation.training_set import forget
+from lightning_mnn.callbacks.evaluation.training_set import forget_statistics
 from lightning_mnn.callbacks.trainer.last_checkpoint import LastCheckpoint
 from lightning_mnn.utilities.compat.lightning_internals import trains_in_children
-from lightning_mnn.utilities.distributed import gather, share_error
+from lightning_mnn.utilities.distributed import share_errors
 from lightning_mnn.utilities.errors import DivergenceError
 from lightning_mnn.utilities.files import read_json, write_json
 from lightning_mnn.utilities.interruption import Interrupted, stop_at_this_step, stopping
@@ -159,7 +159,7 @@ class ScheduledCallback(pl.Callback, OtherCallback):
             self._last_step, self._acted, self._waits, self._pending = None, False, False, False
             self.failure, self._weights, self._received = None, None, None
             _add_final_check(trainer)
-            forget(pl_module)
+            forget_statistics(pl_module)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -231,7 +231,7 @@ class ScheduledCallback(pl.Callback, OtherCallback):
         if self.failure is not None:
             return
         try:
-            _together(work)
+            share_errors(work)
         except (ArgumentError, MisfitError):
             raise
         except Exception as error:
@@ -250,7 +250,7 @@ class ScheduledCallback(pl.Callback, OtherCallback):
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         try:
-            self._prepare_together(trainer, pl_module)
+            share_errors(lambda: self.prepare(trainer, pl_module))
         except StepFailedError:
             self._waits = True
         else:
@@ -263,20 +263,9 @@ class ScheduledCallback(pl.Callback, OtherCallback):
 
     def _start_late(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._waits:
-            self._prepare_together(trainer, pl_module)
+            share_errors(lambda: self.prepare(trainer, pl_module))
             self._waits = False
             self.start(trainer, pl_module)
-
-    def _prepare_together(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Prepare; a step that fails on one process fails on all."""
-        failure = None
-        try:
-            self.prepare(trainer, pl_module)
-        except StepFailedError as error:
-            failure = error
-        reasons = [reason for reason in gather(None if failure is None else str(failure)) if reason is not None]
-        if reasons:
-            raise StepFailedError(reasons[0]) from failure
 
     def _act_once(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step == self._last_step:
@@ -321,16 +310,6 @@ def _add_final_check(trainer: pl.Trainer) -> None:
     saves = [any(kind.__name__ == "Checkpoint" for kind in type(callback).__mro__) for callback in others]
     end = saves.index(True) if True in saves else len(others)
     run.callbacks = [*others[:end], FinalCheck(), *others[end:]]
-
-
-def _together(work: Callable[[], object]) -> None:
-    """Run a function on every process; an error on one of them is raised on all."""
-    try:
-        work()
-    except Exception as error:  # noqa: BLE001 (of whatever kind)
-        share_error(error)
-    else:
-        share_error(None)
 
 
 def or_stop_here(trainer: pl.Trainer, action: Callable[[], None]) -> bool:

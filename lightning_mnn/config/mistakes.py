@@ -24,7 +24,7 @@ from omegaconf.errors import (
 )
 
 from lightning_mnn.config.schema import needed
-from lightning_mnn.utilities.files import shown as shown_path
+from lightning_mnn.utilities.files import relative
 from lightning_mnn.utilities.validation import ArgumentError
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def nearest(word: str, known: Iterable[str], count: int = 3) -> list[str]:
 def of_file(error: OSError) -> str:
     """The message for a file that cannot be read or written."""
     remedy = _REMEDIES.get(error.errno or 0, "check it, or choose another")
-    return _line(str(shown_path(Path(os.fsdecode(error.filename)))), str(error.strerror), remedy)
+    return _line(str(relative(Path(os.fsdecode(error.filename)))), str(error.strerror), remedy)
 
 
 def _argument_error(error: ArgumentError, cfg: DictConfig | None, command: Sequence[str]) -> str:

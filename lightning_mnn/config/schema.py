@@ -61,15 +61,10 @@ class Model:
 
 
 @dataclass
-class Gaussian:
-    """``data=gaussian``: arguments of :class:`~lightning_mnn.data.GaussianData`."""
+class Data:
+    """``data``: what all data sets have."""
 
     _target_: str
-    num_samples: int
-    input_dim: int
-    labels: str
-    teacher_width: int
-    num_test: int
     label_noise: float
     random_labels: bool
     batch_size: int | None
@@ -80,32 +75,33 @@ class Gaussian:
 
 
 @dataclass
-class Arrays:
+class Gaussian(Data):
+    """``data=gaussian``: arguments of :class:`~lightning_mnn.data.GaussianData`."""
+
+    num_samples: int
+    input_dim: int
+    labels: str
+    teacher_width: int
+    num_test: int
+
+
+@dataclass
+class Arrays(Data):
     """``data=arrays``: arguments of :class:`~lightning_mnn.data.ArrayFileData`."""
 
-    _target_: str
     file: str
     target: str | None
     labels: str | None
     num_samples: int | None
     test_fraction: float
     split_seed: int
-    label_noise: float
-    random_labels: bool
-    batch_size: int | None
-    shuffle: bool
-    replicas: int
-    seed: int
-    dtype: str
 
 
 @dataclass
-class Archive:
-    """``data=mnist`` and ``data=cifar10``: arguments of the classes in :mod:`lightning_mnn.data.images.vision`."""
+class Images(Data):
+    """What all data sets of images have."""
 
-    _target_: str
     root: str
-    part: str
     groups: Any
     labels: str
     whiten: float | None
@@ -115,51 +111,30 @@ class Archive:
     materialise: bool
     cache: str | None
     buffer_bytes: int
-    download: bool
     num_samples: int | None
     test_fraction: float
     split_seed: int
-    label_noise: float
-    random_labels: bool
-    batch_size: int | None
-    shuffle: bool
-    replicas: int
-    seed: int
-    dtype: str
 
 
 @dataclass
-class ImageFolder:
+class Archive(Images):
+    """``data=mnist`` and ``data=cifar10``: arguments of the classes in :mod:`lightning_mnn.data.images.vision`."""
+
+    part: str
+    download: bool
+
+
+@dataclass
+class ImageFolder(Images):
     """``data=image_folder``: arguments of :class:`~lightning_mnn.data.ImageFolderData`."""
 
-    _target_: str
-    root: str
     size: int
     colour: str
     classes: Any
-    groups: Any
-    labels: str
-    whiten: float | None
-    equal_norms: bool
     store: str | None
     skip_corrupt: bool
     test_root: str | None
     workers: int | None
-    residency: str
-    storage: str | None
-    materialise: bool
-    cache: str | None
-    buffer_bytes: int
-    num_samples: int | None
-    test_fraction: float
-    split_seed: int
-    label_noise: float
-    random_labels: bool
-    batch_size: int | None
-    shuffle: bool
-    replicas: int
-    seed: int
-    dtype: str
 
 
 @dataclass
@@ -249,7 +224,7 @@ class Scan:
 
 
 @dataclass
-class Census:
+class CensusSettings:
     """``census``: settings of the task ``census``."""
 
     labels: str
@@ -277,7 +252,7 @@ SCHEMAS: dict[str, type] = {
     "one_cycle": OneCycle,
     "trainer": Trainer,
     "scan": Scan,
-    "census": Census,
+    "census": CensusSettings,
 }
 
 # Nodes of the config, and the classes that each may have; "" is the top level.
@@ -289,7 +264,7 @@ _PLACES: dict[str, tuple[type, ...]] = {
     "schedule": (ExponentialTail, OneCycle),
     "trainer": (Trainer,),
     "scan": (Scan,),
-    "census": (Census,),
+    "census": (CensusSettings,),
 }
 
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
 from lightning_mnn.figures.scales import Row, Scale, colors_of, draw_places, number_in, scale_of
-from lightning_mnn.figures.style import plain, save, tidy
+from lightning_mnn.figures.style import literal, save, tidy
 from lightning_mnn.utilities.files import whole_file
 from lightning_mnn.utilities.validation import ArgumentError, one_of
 
@@ -74,7 +74,7 @@ def band_figure(folder: Path, x: str, y: Sequence[str], color: str | None = None
         _draw_curves(ax, rows, column, *scales, band)
     if color is not None:
         handles, names = figure.axes[0].get_legend_handles_labels()
-        title = plain(_UNITS.get(color, color))
+        title = literal(_UNITS.get(color, color))
         figure.legend(handles, names, title=title, loc="outside right upper", frameon=False)
     path = folder / "figure_bands.pdf"
     with whole_file(path) as unfinished:
@@ -111,9 +111,9 @@ def _draw_curves(ax: Axes, rows: Sequence[Row], column: str, x: Scale, color: Sc
         middles, lows, highs = zip(*(statistics_of(groups[index], band) for index in sorted(groups)), strict=True)
         floor = min(values) if log else -math.inf
         look: dict[str, Any] = {"color": hue, "zorder": 3}
-        ax.plot(places, middles, "o-", ms=4, lw=1.6, label=plain(name), **look)
+        ax.plot(places, middles, "o-", ms=4, lw=1.6, label=literal(name), **look)
         ax.fill_between(places, np.maximum(lows, floor), highs, alpha=0.2, lw=0, **look)
     ax.set_yscale("log" if log else "linear")
-    ax.set_xlabel(plain(_UNITS.get(x.key, x.key)))
-    ax.set_ylabel(plain(_UNITS.get(column, column)))
+    ax.set_xlabel(literal(_UNITS.get(x.key, x.key)))
+    ax.set_ylabel(literal(_UNITS.get(column, column)))
     tidy(ax)

@@ -9,7 +9,7 @@ from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
-from lightning_mnn.figures.style import COLORS, plain, save, tidy
+from lightning_mnn.figures.style import COLORS, literal, save, tidy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,7 +43,7 @@ def local_volume_figure(volume: LocalVolume, path: Path, title: str = "") -> Pat
     look: dict[str, Any] = {"ms": 3, "lw": 1.2, "elinewidth": 0.8} if few else {"ms": 2, "lw": 0.8, "elinewidth": 0.4}
     for depth, (name, curve) in enumerate(volume.layers.items()):
         shift = (depth + 1) / (len(names) + 1) - 0.5
-        _draw(ax, curve, shift, color=colors(depth), label=plain(name) if few else None, **look)
+        _draw(ax, curve, shift, color=colors(depth), label=literal(name) if few else None, **look)
     _draw(ax, volume.total, 0.0, color="black", label="all layers", lw=2.0, ms=4, elinewidth=1.0, zorder=3)
     ax.axhline(0.5, color="0.6", lw=0.8, ls=":")
     ax.set(
@@ -52,7 +52,7 @@ def local_volume_figure(volume: LocalVolume, path: Path, title: str = "") -> Pat
         xlabel="σ: size of a random move of all parameters, relative to each tensor's norm",
         ylabel="probability that the pattern is kept",
     )
-    ax.set_title(plain(title), fontsize=11)
+    ax.set_title(literal(title), fontsize=11)
     tidy(ax)
     ax.legend(loc="upper left", bbox_to_anchor=(0, -0.16), ncols=4, frameon=False, fontsize=9)
     if not few:
@@ -78,6 +78,6 @@ def _depth_bar(figure: Figure, ax: Axes, colors: Colormap, layers: Mapping[str, 
     bar = figure.colorbar(scale, ax=ax, pad=0.01)
     step = -(-len(names) // _MAX_BAR_NAMES)
     bar.ax.yaxis.set_major_locator(FixedLocator([depth + 0.5 for depth in range(0, len(names), step)]))
-    bar.ax.set_yticklabels([plain(name) for name in names[::step]], fontsize=7)
+    bar.ax.set_yticklabels([literal(name) for name in names[::step]], fontsize=7)
     bar.ax.minorticks_off()
     bar.ax.invert_yaxis()

@@ -12,7 +12,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lightning_mnn.figures.style import COLORS, NOTE, plain, save, tidy
+from lightning_mnn.figures.style import COLORS, NOTE, literal, save, tidy
 from lightning_mnn.figures.tables import read_metrics
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def _patterns(ax: Axes, series: Series) -> bool:
     layers = layers_of(series, "pattern", "hamming_from_start")
     for layer, color in _colors(ax, layers).items():
         steps, values = series[layers[layer]]
-        ax.plot(steps, values, color=color, lw=1.3, marker="o", ms=3, label=plain(layer))
+        ax.plot(steps, values, color=color, lw=1.3, marker="o", ms=3, label=literal(layer))
     ax.set_ylim(bottom=0)
     _legend(ax, len(layers))
     return bool(layers)
@@ -145,7 +145,7 @@ def _local_volumes(ax: Axes, series: Series) -> bool:
     ax.scatter(list(last.values()), places, c=_shades(len(last)), zorder=3)
     ax.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     if len(last) <= _MAX_LEGEND_LAYERS:
-        ax.set_yticks(places, [plain(layer) for layer in last])
+        ax.set_yticks(places, [literal(layer) for layer in last])
     ax.set_ylim(0.4, len(last) + 0.6)
     low, half, high = (series.get(f"volume/half_sigma{end}", ([], [])) for end in ("_low", "", "_high"))
     if half[1]:
@@ -185,7 +185,7 @@ def _lines(ax: Axes, series: Series, curves: Mapping[str, str]) -> bool:
         if points:
             few = len(points) <= 60
             ax.plot(
-                *zip(*points, strict=True), color=color, lw=1.2, marker="o" if few else "", ms=3, label=plain(label)
+                *zip(*points, strict=True), color=color, lw=1.2, marker="o" if few else "", ms=3, label=literal(label)
             )
             drawn += 1
     if drawn:

@@ -14,7 +14,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from lightning_mnn.figures.style import COLORS, plain
+from lightning_mnn.figures.style import COLORS, literal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -95,7 +95,7 @@ def draw_places(ax: Axes, x: Scale) -> bool:
     else:
         ax.set_xscale(x.kind)
     if len(x.places) <= MAX_NAMED_VALUES:
-        ax.set_xticks(x.places, list(map(plain, x.names)))
+        ax.set_xticks(x.places, list(map(literal, x.names)))
         ax.xaxis.set_minor_locator(NullLocator())
     elif x.kind == "log":
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -110,7 +110,9 @@ def name_places(ax: Axes, places: Sequence[float], names: Sequence[str]) -> None
     labels = [name if len(name) <= 16 else name[:15] + "…" for name in names[::every]]
     slanted: dict[str, Any] = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"}
     ax.set_xticks(
-        list(places)[::every], list(map(plain, labels)), **(slanted if max(map(len, labels)) * len(labels) > 45 else {})
+        list(places)[::every],
+        list(map(literal, labels)),
+        **(slanted if max(map(len, labels)) * len(labels) > 45 else {}),
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib import patheffects
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from lightning_mnn.utilities.files import whole_file
 from lightning_mnn.verdicts import Kind
 
 if TYPE_CHECKING:
@@ -51,10 +52,10 @@ def mark_zeros(ax: Axes, foot: float) -> None:
     ax.text(1.01, foot, "exactly 0", ha="left", va="center", transform=ax.get_yaxis_transform(), **NOTE)
 
 
-def plain(text: str) -> str:
+def literal(text: str) -> str:
     r"""Text for matplotlib that is drawn literally: dollar signs, which would start a formula, are escaped.
 
-    >>> print(plain("a$b^^c$"))
+    >>> print(literal("a$b^^c$"))
     a\$b^^c\$
     """
     return text.replace("$", r"\$")
@@ -62,10 +63,8 @@ def plain(text: str) -> str:
 
 def save(figure: Figure, path: Path) -> Path:
     """Write a figure as a PNG file atomically; letters that are missing from the font become boxes."""
-    unfinished = path.with_name("." + path.name)
     FigureCanvasAgg(figure)
-    with warnings.catch_warnings():
+    with whole_file(path) as unfinished, warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)  # of names such as 数
         figure.savefig(unfinished, format="png")
-    unfinished.replace(path)
     return path

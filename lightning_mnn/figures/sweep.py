@@ -27,7 +27,7 @@ from lightning_mnn.figures.scales import (
     numbers_of,
     scale_of,
 )
-from lightning_mnn.figures.style import KINDS, mark_zeros, plain, save, tidy
+from lightning_mnn.figures.style import KINDS, literal, mark_zeros, save, tidy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -136,7 +136,7 @@ def sweep_figure(folder: Path) -> Path | None:
     for ax in axes[panels:]:
         ax.remove()
     _legend(figure, rows, color, classified=classified)
-    figure.suptitle(plain(_title(rows, len({row["folder"] for row in jobs}), swept, x, color)), fontsize=12)
+    figure.suptitle(literal(_title(rows, len({row["folder"] for row in jobs}), swept, x, color)), fontsize=12)
     return save(figure, folder / "figure.png")
 
 
@@ -225,7 +225,7 @@ def _draw_measure(ax: Axes, rows: Sequence[Row], measure: Measure, x: Scale, col
             ax.plot(*zip(*medians, strict=True), color=hue, lw=width, alpha=0.85, zorder=4)
     if x.key == REPETITION:
         ax.axhline(float(np.median([max(value, foot) for _, value in known])), color="0.3", lw=1.2, ls="--", zorder=2)
-    ax.set_title(plain(measure.title), fontsize=11)
+    ax.set_title(literal(measure.title), fontsize=11)
     ax.set_ylabel(measure.unit)
     ax.set_xlabel(x.key)
     tidy(ax)
@@ -306,7 +306,7 @@ def _legend(figure: Figure, rows: Sequence[Row], color: Scale, *, classified: bo
         hues = colors_of(color)
         last = len(hues) - 1
         chosen = range(len(hues)) if last < MAX_NAMED_VALUES else sorted({round(last * k / 4) for k in range(5)})
-        handles = [ax.plot([], [], "o-", color=hues[k], label=plain(color.names[k]))[0] for k in chosen]
+        handles = [ax.plot([], [], "o-", color=hues[k], label=literal(color.names[k]))[0] for k in chosen]
         title = color.key if last < MAX_NAMED_VALUES else f"{color.key} ({last + 1} values)"
         figure.legend(handles=handles, loc="outside lower left", ncols=min(len(handles), 6), title=title, **look)
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, configure_log, filter_overrides, setup_globals
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -24,7 +23,7 @@ from typing_extensions import override
 
 from lightning_mnn.launchers.jobs.records import JobState, SweepCommand
 from lightning_mnn.launchers.signals import collected_signals, one_line_errors
-from lightning_mnn.utilities.compat.hydra_internals import result_of, singletons
+from lightning_mnn.utilities.compat.hydra_internals import hydra_path, result_of, singletons
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -146,7 +145,7 @@ class DevicePool(Launcher):
         request = _request(composed, self._options.trainer_key, pool)
         own = list(filter_overrides(overrides))
         label = " ".join(override for override in own if override not in common)
-        return Job(number, own, label, composed, _folder(composed), request)
+        return Job(number, own, label, composed, hydra_path(composed, "sweep.dir", "sweep.subdir").resolve(), request)
 
     def _resumes(self, config: DictConfig) -> bool:
         own = self._options.resume
@@ -252,17 +251,6 @@ def _request(composed: DictConfig, key: str, pool: Devices) -> Request:
     if OmegaConf.select(composed, key) is None:  # a program without such a key
         return pool.request(1, "auto")
     return pool.request(*(OmegaConf.select(composed, f"{key}.{name}") for name in ("devices", "accelerator")))
-
-
-def _folder(composed: DictConfig) -> Path:
-    """The job's output folder, resolved with what Hydra knows only for this job."""
-    hydra_config = HydraConfig.instance()
-    before = hydra_config.cfg
-    try:
-        hydra_config.set_config(composed)
-        return Path(str(composed.hydra.sweep.dir), str(composed.hydra.sweep.subdir)).resolve()
-    finally:
-        hydra_config.cfg = before
 
 
 def _require_own_folders(jobs: Sequence[Job]) -> None:

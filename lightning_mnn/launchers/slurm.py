@@ -35,7 +35,7 @@ _LEAVING = 40.0  # seconds for an ending job to leave the queue: SLURM gives its
 
 
 @dataclass(frozen=True)
-class Allocation:
+class SlurmRequest:
     """A request to SLURM: ``nodes``, ``tasks_per_node`` (processes, one per device), and ``gpus_per_node``."""
 
     nodes: int
@@ -43,7 +43,7 @@ class Allocation:
     gpus_per_node: int | None
 
 
-def allocation(trainer: Mapping[str, Any]) -> Allocation:
+def allocation(trainer: Mapping[str, Any]) -> SlurmRequest:
     """What a job needs whose Trainer has these arguments: a task for each device of each of its nodes.
 
     Raises:
@@ -51,9 +51,9 @@ def allocation(trainer: Mapping[str, Any]) -> Allocation:
             does not determine whether GPUs are needed.
 
     >>> allocation({"accelerator": "gpu", "devices": 4, "num_nodes": 2})
-    Allocation(nodes=2, tasks_per_node=4, gpus_per_node=4)
+    SlurmRequest(nodes=2, tasks_per_node=4, gpus_per_node=4)
     >>> allocation({"accelerator": "cpu", "devices": 1})
-    Allocation(nodes=1, tasks_per_node=1, gpus_per_node=None)
+    SlurmRequest(nodes=1, tasks_per_node=1, gpus_per_node=None)
     """
     nodes, devices = trainer.get("num_nodes", 1), _number(trainer.get("devices", "auto"))
     if not isinstance(nodes, int) or isinstance(nodes, bool) or nodes < 1:
@@ -64,7 +64,7 @@ def allocation(trainer: Mapping[str, Any]) -> Allocation:
             f"trainer.accelerator={accelerator} does not determine what to request from SLURM: "
             "choose trainer.accelerator=cpu or trainer.accelerator=gpu"
         )
-    return Allocation(nodes, devices, None if accelerator == "cpu" else devices)
+    return SlurmRequest(nodes, devices, None if accelerator == "cpu" else devices)
 
 
 def _number(devices: Any) -> int:
@@ -118,7 +118,7 @@ class Slurm(Launcher):
                 name, or jobs of that folder are in the queue; nothing has been submitted.
             SystemExit: a signal was received; the jobs continue.
         """
-        groups: dict[Allocation, list[int]] = {}
+        groups: dict[SlurmRequest, list[int]] = {}
         for index, overrides in enumerate(job_overrides):
             groups.setdefault(self._allocation(overrides), []).append(index)
         config = self._hydra["config"]
@@ -154,7 +154,7 @@ class Slurm(Launcher):
             log.error("this command resumes the sweep:\n  %s", command.resumed(files.parent))
         return found
 
-    def _allocation(self, overrides: Sequence[str]) -> Allocation:
+    def _allocation(self, overrides: Sequence[str]) -> SlurmRequest:
         loader, config = self._hydra["hydra_context"].config_loader, self._hydra["config"]
         trainer = loader.load_sweep_config(config, list(overrides)).get("trainer") or {}
         try:
@@ -162,7 +162,7 @@ class Slurm(Launcher):
         except ValueError as error:
             raise ValueError(f"{error} (job {' '.join(overrides)})") from None
 
-    def _submit(self, files: Path, size: Allocation, jobs: Sequence[tuple[int, Sequence[str]]]) -> list[Any]:
+    def _submit(self, files: Path, size: SlurmRequest, jobs: Sequence[tuple[int, Sequence[str]]]) -> list[Any]:
         executor_class, call_class = _submitit()
         executor = executor_class(folder=files / "%j", cluster="slurm", slurm_max_num_timeout=self._max_num_timeout)
         # A killed rank ends its job; and srun does not inherit the number of CPUs requested from sbatch.

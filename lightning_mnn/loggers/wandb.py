@@ -26,6 +26,7 @@ from typing_extensions import override
 from lightning_mnn.loggers.media import plain_value
 from lightning_mnn.utilities.compat.lightning_internals import check_wandb_logger
 from lightning_mnn.utilities.compat.wandb_internals import forget_foreign_service, local_step, tell_terminal_to
+from lightning_mnn.utilities.files import relative
 from lightning_mnn.utilities.validation import ArgumentError
 
 if TYPE_CHECKING:
@@ -367,10 +368,9 @@ def _reason(error: Exception) -> str:
     return lines[0].removesuffix(".")
 
 
-def _folder(run: Any) -> Path:
-    folder = Path(run.dir).parent
-    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-
-
 def _upload_hint(run: Any, what: str = "All of it") -> str:
     return f"{what} is in {_folder(run)}; upload it with: wandb sync {_folder(run)}"
+
+
+def _folder(run: Any) -> Path:
+    return relative(Path(run.dir).parent)

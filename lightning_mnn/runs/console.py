@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
@@ -14,7 +13,11 @@ from rich.table import Table
 from rich.tree import Tree
 
 from lightning_mnn.utilities.errors import EarlyEnd
+from lightning_mnn.utilities.files import relative
 from lightning_mnn.verdicts import STATIONARY, Kind
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 KINDS = {
     Kind.DIFFERENTIABLE_MINIMUM: "a differentiable local minimum",
@@ -47,7 +50,7 @@ def print_verdict(name: str, summary: dict[str, Any], run_dir: Path, *, offline:
         table.add_row(f"[bold]{label}", escape(value))
     console = Console()
     console.print(Panel(table, title=f"{escape(str(name))}: verdict", expand=False))
-    shown = escape(str(run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir))
+    shown = escape(str(relative(run_dir)))
     console.print(f"[bold]everything is in[/] {shown}", soft_wrap=True)
     if offline and (run_dir / "wandb").exists():
         console.print(f"[bold]to W&B with[/] wandb sync {shown}/wandb/offline-run-*", soft_wrap=True)

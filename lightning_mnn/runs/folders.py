@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from contextlib import contextmanager
 from datetime import datetime
@@ -21,7 +20,8 @@ from yaml import YAMLError
 
 from lightning_mnn.config.mistakes import UserError, explained, print_error, shown
 from lightning_mnn.runs import footprint
-from lightning_mnn.utilities.compat.hydra_internals import split_sweep
+from lightning_mnn.utilities.compat.hydra_internals import hydra_path, split_sweep
+from lightning_mnn.utilities.files import write_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -175,13 +175,13 @@ class RunFolderCallback(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         with _refusals():
             check_names(config)
-            footprint.begin(_resolved(config, "hydra.run.dir"), is_sweep=False)
+            footprint.begin(hydra_path(config, "run.dir"), is_sweep=False)
 
     @override
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         with _refusals():
             check_names(config)
-            footprint.begin(_resolved(config, "hydra.sweep.dir"), is_sweep=True)
+            footprint.begin(hydra_path(config, "sweep.dir"), is_sweep=True)
         try:
             record = sweep_record(Path(config.hydra.sweep.dir))
             if not record.exists():
@@ -193,20 +193,7 @@ class RunFolderCallback(Callback):
             if record.name != "multirun.yaml":
                 record.replace(record.with_name("multirun.yaml"))
         elif record.name == "multirun.yaml" and any(path.name in _RESULTS for path in record.parent.rglob("*")):
-            unfinished = record.with_name("multirun.first.yaml.tmp")
-            shutil.copyfile(record, unfinished)
-            unfinished.replace(record.with_name("multirun.first.yaml"))
-
-
-def _resolved(config: DictConfig, key: str) -> Path:
-    """A path in Hydra's own node, resolved with what Hydra knows of the run."""
-    hydra_config = HydraConfig.instance()
-    before = hydra_config.cfg
-    try:
-        hydra_config.set_config(config)
-        return Path(str(OmegaConf.select(config, key)))
-    finally:
-        hydra_config.cfg = before
+            write_bytes(record.with_name("multirun.first.yaml"), record.read_bytes())
 
 
 @contextmanager

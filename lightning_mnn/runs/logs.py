@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 import re
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_mnn.launchers.jobs.records import returned
-from lightning_mnn.utilities.files import shown
+from lightning_mnn.utilities.files import read_csv
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -107,7 +106,7 @@ def read_logs(folder: Path) -> dict[str, Points]:
     the one written last counts.
 
     Raises:
-        ValueError: a file cannot be read; the message names it.
+        DamagedFileError: a file is not a table.
     """
     logs: dict[Path, list[Path]] = {}
     for path in _paths(folder):
@@ -147,13 +146,8 @@ def _joined(versions: Iterable[Path]) -> dict[str, Points]:
 
 def _read(path: Path) -> dict[str, Points]:
     """The metrics in one file, without an incomplete last line that a kill may have left."""
-    try:
-        whole, _, _ = path.read_text().rpartition("\n")
-        rows = list(csv.DictReader(whole.splitlines()))
-    except (ValueError, csv.Error) as error:
-        raise ValueError(f"{shown(path)} cannot be read: {error}") from error
     found: dict[str, Points] = {}
-    for number, row in enumerate(rows):
+    for number, row in enumerate(read_csv(path, remedy="restore or delete it")):
         step = _float(row.get("step"))
         place = int(step) if step is not None and math.isfinite(step) else number
         for name, text in row.items():

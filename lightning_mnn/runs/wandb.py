@@ -61,7 +61,7 @@ def wandb_options(cfg: DictConfig, node: DictConfig, wandb_id: str) -> dict[str,
         ),
         "group": _group(cfg.name),
     }
-    shown = {"run_config": settings_of(cfg, choices)} if _is_resumable(node) else {}
+    shown = {"run_config": wandb_settings(cfg, choices)} if _is_resumable(node) else {}
     given = node.get("tags") or ()
     tags = [*([given] if isinstance(given, str) else given), cfg.name, choices.get("data")]
     return (
@@ -89,14 +89,14 @@ def _is_resumable(node: DictConfig) -> bool:
     return str(node["_target_"]).endswith("ResumableWandbLogger")
 
 
-def settings_of(cfg: DictConfig, choices: Mapping[str, Any]) -> dict[str, Any]:
+def wandb_settings(cfg: DictConfig, choices: Mapping[str, Any]) -> dict[str, Any]:
     """The config in a form for sorting and filtering runs: nested, resolved, each setting once.
 
     Left out are classes (the ``name`` of a group is the chosen option), paths in the run folder, and references to a
     top-level key of the same name, such as ``model.seed: ${seed}``.
 
     >>> cfg = OmegaConf.create({"seed": 3, "run_dir": "a/b", "model": {"_target_": "M", "seed": "${seed}", "width": 2}})
-    >>> settings_of(cfg, {"model": "mnn"})
+    >>> wandb_settings(cfg, {"model": "mnn"})
     {'seed': 3, 'model': {'name': 'mnn', 'width': 2}}
     """
     settings: dict[str, Any] = {}

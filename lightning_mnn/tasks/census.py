@@ -13,7 +13,7 @@ from rich.console import Console
 
 from lightning_mnn.figures import census_figure
 from lightning_mnn.landscape import bounds
-from lightning_mnn.landscape.volumes.region_census import LABELS, Case, Census, GaussianData, Outcome, tally
+from lightning_mnn.landscape.volumes.region_census import LABELS, Case, Census, GaussianSamples, Outcome, tally
 from lightning_mnn.landscape.volumes.splitting import rare_census
 from lightning_mnn.tasks.experiment import (
     command_of_run,
@@ -21,10 +21,10 @@ from lightning_mnn.tasks.experiment import (
     finish_experiment,
     number_of_processes,
     refuse_unused,
-    settings_of,
+    task_settings,
 )
 from lightning_mnn.tasks.parts import Part, initialise_folder
-from lightning_mnn.utilities.files import shown, write_csv, write_json
+from lightning_mnn.utilities.files import relative, write_csv, write_json
 from lightning_mnn.utilities.validation import (
     ArgumentError,
     one_of,
@@ -209,7 +209,7 @@ def census(cfg: DictConfig) -> None:
         },
     )
     census_figure(run_dir)
-    Console(soft_wrap=True, highlight=False).print(f"[bold]everything is in[/] {shown(run_dir)}")
+    Console(soft_wrap=True, highlight=False).print(f"[bold]everything is in[/] {relative(run_dir)}")
 
 
 def _settings(cfg: DictConfig) -> dict[str, Any]:
@@ -217,7 +217,7 @@ def _settings(cfg: DictConfig) -> dict[str, Any]:
 
     The sizes are checked where they are used.
     """
-    settings = settings_of(cfg, "census", "census")
+    settings = task_settings(cfg, "census", "census")
     refuse_unused(cfg, "census", _UNUSED)
     for key in ("negative_slopes", "epsilons"):
         different(f"census.{key}", settings[key], "numbers")
@@ -276,7 +276,7 @@ def _case(key: str, entry: Any, epsilon: float, settings: Mapping[str, Any], see
     """The case of an entry [N, d0, d1, ρ]; errors name the config's key."""
     try:
         num_samples, input_dim, width, slope = entry
-        data = GaussianData(num_samples, input_dim, settings["labels"])
+        data = GaussianSamples(num_samples, input_dim, settings["labels"])
         return Case(data, width, slope, epsilon, seed, settings["max_nodes"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{key}, with [N, d0, d1, ρ] = {entry} and ε = {epsilon}: {error}") from None
@@ -295,7 +295,7 @@ def _label(case: Case) -> str:
 
 def _sizes(case: Case) -> dict[str, Any]:
     data = case.data
-    if not isinstance(data, GaussianData):
+    if not isinstance(data, GaussianSamples):
         raise TypeError("sizes are defined for Gaussian data only")
     return {
         "num_samples": data.num_samples,

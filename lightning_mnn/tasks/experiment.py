@@ -11,7 +11,7 @@ from rich.console import Console
 
 from lightning_mnn.config.mistakes import UserError
 from lightning_mnn.tasks.parts import finish_parts
-from lightning_mnn.utilities.files import shown
+from lightning_mnn.utilities.files import relative
 from lightning_mnn.utilities.resources import cores
 from lightning_mnn.utilities.validation import ArgumentError, positive_integer
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lightning_mnn.tasks.parts import Part
 
 
-def settings_of(cfg: DictConfig, task: str, experiment: str) -> dict[str, Any]:
+def task_settings(cfg: DictConfig, task: str, experiment: str) -> dict[str, Any]:
     """The task's node of the config as a dictionary.
 
     Raises:
@@ -99,7 +99,7 @@ def words_of_command(run_dir: Path, more: Sequence[str] = ()) -> list[str]:
     """The words of the present command with its folder; ``more`` overrides replace those with the same keys."""
     keys = {override.partition("=")[0] for override in (*more, "hydra.run.dir=")}
     given = [word for word in HydraConfig.get().overrides.task if word.partition("=")[0] not in keys]
-    return ["lightning-mnn", *given, *more, f"hydra.run.dir={shown(run_dir)}"]
+    return ["lightning-mnn", *given, *more, f"hydra.run.dir={relative(run_dir)}"]
 
 
 def finish_experiment(parts: Sequence[Part], run_dir: Path, processes: int, command: str) -> dict[str, dict[str, Any]]:

@@ -14,14 +14,14 @@ from lightning_mnn.figures import band_figure, census_figure, model_figure, run_
 from lightning_mnn.runs.folders import remove_job_folder
 from lightning_mnn.runs.logs import has_logs
 from lightning_mnn.tasks.sweep import Status, by_task, is_finished, is_foreign, read_sweep, resume_commands, write_table
-from lightning_mnn.utilities.files import DamagedFileError, read_json, shown, write_csv
+from lightning_mnn.utilities.files import DamagedFileError, read_json, relative, write_csv
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from omegaconf import DictConfig
 
-    from lightning_mnn.tasks.sweep import Job, Sweep
+    from lightning_mnn.tasks.sweep import Sweep, SweepJob
 
 # The data file of a figure determines its kind; summary.json is written last, after everything else.
 _FIGURES: dict[str, Callable[[Path], Path]] = {
@@ -69,7 +69,7 @@ def report(cfg: DictConfig) -> None:
         if cfg.get("x") is not None:
             columns = [cfg.y] if isinstance(cfg.y, str) else list(cfg.y)
             for path in band_figure(folder, cfg.x, columns, cfg.color, cfg.band):
-                console.print(f"[bold]written:[/] {shown(path)}")
+                console.print(f"[bold]written:[/] {relative(path)}")
     elif cfg.get("x") is not None:
         raise ValueError(f"x={cfg.x} is a column of a sweep's table: give sweep=DIR, not folder=DIR")
     else:
@@ -79,12 +79,12 @@ def report(cfg: DictConfig) -> None:
 def _report_folder(folder: Path, console: Console) -> None:
     """Draw one figure, or make a table of the runs below a folder."""
     if _is_of_another_program(folder):
-        console.print(f"[bold]drawn:[/] {shown(model_figure(folder))}")
+        console.print(f"[bold]drawn:[/] {relative(model_figure(folder))}")
         return
     for name, draw in _FIGURES.items():
         if (folder / name).exists():
             _require_summary(folder)
-            console.print(f"[bold]drawn again:[/] {shown(draw(folder))}")
+            console.print(f"[bold]drawn again:[/] {relative(draw(folder))}")
             return
     runs = _runs(folder)
     if not runs:
@@ -100,7 +100,7 @@ def _report_folder(folder: Path, console: Console) -> None:
     console.print(_table(rows))
     if left_out:
         console.print(Text.assemble(("left out because they are not finished: ", "bold"), left_out))
-    console.print(f"[bold]written:[/] {shown(folder / 'table_1.csv')}")
+    console.print(f"[bold]written:[/] {relative(folder / 'table_1.csv')}")
 
 
 def table_rows(run: Path, summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -157,17 +157,17 @@ def _report_sweep(folder: Path, console: Console) -> None:
         console.print(_NO_LOGS, markup=False)
     figure = sweep_figure(folder)
     for path in [*written, figure] if figure else written:
-        console.print(f"[bold]written:[/] {shown(path)}")
+        console.print(f"[bold]written:[/] {relative(path)}")
 
 
-def _swept_values(sweep: Sweep, job: Job) -> str:
+def _swept_values(sweep: Sweep, job: SweepJob) -> str:
     """The job's values of what was swept, as text."""
     place = sweep.jobs.index(job)
     values = " ".join(f"{key}={values[place]}" for key, values in sweep.swept.items())
     return f" ({values})" if values and job.folder is not None else ""
 
 
-def _error_line(job: Job) -> str:
+def _error_line(job: SweepJob) -> str:
     """The line of a failed job's error that names the error: the first line, or the last line of a traceback."""
     lines = str(job.error or "").strip().splitlines()
     if not lines:
@@ -186,8 +186,8 @@ def _print_how_to_resume(sweep: Sweep, console: Console) -> None:
         console.print(f"  {command}", markup=False)
     for folder in (folder for folder, command in commands.items() if command is None):
         console.print(
-            f"{shown(folder)} has no sweep.json, in which hydra/launcher=device_pool records the command: run its own "
-            "program again for the unfinished jobs",
+            f"{relative(folder)} has no sweep.json, in which hydra/launcher=device_pool records the command: run its "
+            "own program again for the unfinished jobs",
             markup=False,
         )
 

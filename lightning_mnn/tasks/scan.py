@@ -29,11 +29,11 @@ from lightning_mnn.tasks.experiment import (
     finish_experiment,
     number_of_processes,
     refuse_unused,
-    settings_of,
+    task_settings,
 )
 from lightning_mnn.tasks.parts import Part, initialise_folder
 from lightning_mnn.utilities.errors import DivergenceError
-from lightning_mnn.utilities.files import shown, write_csv, write_json
+from lightning_mnn.utilities.files import relative, write_csv, write_json
 from lightning_mnn.utilities.validation import ArgumentError, one_of, positive_integer, real_number
 from lightning_mnn.verdicts import Kind
 
@@ -239,7 +239,8 @@ def scan(cfg: DictConfig) -> None:
     rows = [row for fit in fits for row in found[fit.name]["rows"]]
     seconds = {size: sum(found[fit.name]["seconds"] for fit in fits if fit.size == size) for size in sizes}
     summaries = [
-        summarise(size, [row for row in rows if size.columns.items() <= row.items()], seconds[size]) for size in sizes
+        size_summary(size, [row for row in rows if size.columns.items() <= row.items()], seconds[size])
+        for size in sizes
     ]
     write_csv(run_dir / "scan.csv", rows)
     write_json(
@@ -260,7 +261,7 @@ def scan(cfg: DictConfig) -> None:
     _print_table(summaries, run_dir)
 
 
-def summarise(size: Size, rows: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
+def size_summary(size: Size, rows: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
     """Means and counts over the networks of one size; standard deviations are those of a sample (n − 1)."""
     errors, squares = [row["mce"] for row in rows], [row["mse"] for row in rows]
     return {
@@ -283,7 +284,7 @@ def _kinds(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
 
 def _settings(cfg: DictConfig) -> dict[str, Any]:
     """The node ``scan`` as a dictionary, checked except for what the model and data of :class:`Fit` check."""
-    settings = settings_of(cfg, "scan", "figure_5_1|figure_5_2")
+    settings = task_settings(cfg, "scan", "figure_5_1|figure_5_2")
     refuse_unused(cfg, "scan", _UNUSED)
     for key, what in (("input_dims", "widths"), ("hidden_layers", "numbers of layers"), ("ratios", "numbers")):
         different(f"scan.{key}", settings[key], what)
@@ -360,4 +361,4 @@ def _print_table(summaries: Sequence[dict[str, Any]], run_dir: Path) -> None:
         )
     console = Console(soft_wrap=True, highlight=False)
     console.print(table)
-    console.print(f"[bold]everything is in[/] {shown(run_dir)}")
+    console.print(f"[bold]everything is in[/] {relative(run_dir)}")

@@ -27,7 +27,7 @@ from lightning_mnn.launchers.jobs.records import JOB_RECORD, SWEEP_RECORD, JobSt
 from lightning_mnn.runs.folders import jobs_of, sweep_record
 from lightning_mnn.runs.logs import columns_to_draw, read_logs, results_of
 from lightning_mnn.utilities.errors import EarlyEnd
-from lightning_mnn.utilities.files import DamagedFileError, read_json, shown, write_csv
+from lightning_mnn.utilities.files import DamagedFileError, read_json, relative, whole_file, write_csv
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -67,7 +67,7 @@ _STATUS_OF_RECORD = {  # status of a job of another program, from its job.json
 
 
 @dataclass(frozen=True)
-class Job:
+class SweepJob:
     """One job of a sweep.
 
     Attributes:
@@ -118,13 +118,13 @@ class Sweep:
     """
 
     folder: Path
-    jobs: tuple[Job, ...]
+    jobs: tuple[SweepJob, ...]
     swept: dict[str, tuple[Any, ...]]
     logged: tuple[str, ...] = ()
     sweeps: tuple[Path, ...] = ()
-    others: tuple[Job, ...] = ()
+    others: tuple[SweepJob, ...] = ()
 
-    def having(self, status: Status) -> list[Job]:
+    def having(self, status: Status) -> list[SweepJob]:
         """The jobs with this status."""
         return [job for job in self.jobs if job.status is status]
 
@@ -137,8 +137,8 @@ def read_sweep(folder: Path) -> Sweep:
     """
     if any((folder / mark).exists() for mark in _MARKS):
         raise FileNotFoundError(
-            f"sweep={shown(folder)} is the folder of one run or experiment, not of a sweep: use task=report "
-            f"folder={shown(folder)}, or give the folder above it as sweep="
+            f"sweep={relative(folder)} is the folder of one run or experiment, not of a sweep: use task=report "
+            f"folder={relative(folder)}, or give the folder above it as sweep="
         )
     folders, plans = _walk(folder)
     jobs = [_read_job(folder, place, _plan_of(place, plans)) for place in folders]
@@ -153,7 +153,7 @@ def read_sweep(folder: Path) -> Sweep:
     return Sweep(folder, training, _swept(folder, training), tuple(logged), tuple(plans), others)
 
 
-def rows_of(sweep: Sweep) -> list[Row]:
+def table_rows(sweep: Sweep) -> list[Row]:
     """The table: a row for each job and replica; its columns are the first row's keys, missing values are None.
 
     A job that is not finished has one row without measures, so that means over a column are over finished jobs only.
@@ -180,15 +180,14 @@ def write_table(sweep: Sweep) -> list[Path]:
     Returns:
         Their paths.
     """
-    rows = rows_of(sweep)
+    rows = table_rows(sweep)
     text, typed = sweep.folder / "sweep.csv", sweep.folder / "sweep.parquet"
     write_csv(text, [{key: _as_text(value) for key, value in row.items()} for row in rows])
     columns = {key: _column([row[key] for row in rows]) for key in rows[0]}
     names = {"swept": json.dumps(list(sweep.swept)), "logged": json.dumps(sweep.logged)}
     table = pa.table(columns).replace_schema_metadata(names)
-    unfinished = typed.with_name(typed.name + ".tmp")
-    pq.write_table(table, unfinished)
-    unfinished.replace(typed)
+    with whole_file(typed) as unfinished:
+        pq.write_table(table, unfinished)
     return [text, typed]
 
 
@@ -216,10 +215,10 @@ def is_finished(summary: Mapping[str, Any]) -> bool:
     return bool(summary.get("finished", True)) and summary.get("num_samples") is not None
 
 
-def by_task(jobs: Sequence[Job]) -> str:
+def by_task(jobs: Sequence[SweepJob]) -> str:
     """The names of jobs, grouped by their tasks.
 
-    >>> by_task([Job(Path("0"), (), Status.FINISHED, "scan"), Job(Path("2"), (), Status.WAITING, "scan")])
+    >>> by_task([SweepJob(Path("0"), (), Status.FINISHED, "scan"), SweepJob(Path("2"), (), Status.WAITING, "scan")])
     'scan: 0, 2'
     """
     names = defaultdict(list)
@@ -249,12 +248,12 @@ def _plan_of(place: Path, plans: Mapping[Path, dict[str, Any]]) -> dict[str, Any
     return plan or _hydra_of(place / ".hydra" / "hydra.yaml")
 
 
-def _read_job(root: Path, place: Path, hydra: Mapping[str, Any]) -> Job:
+def _read_job(root: Path, place: Path, hydra: Mapping[str, Any]) -> SweepJob:
     record, torn_record = _read(place / JOB_RECORD)
     summary, torn_summary = _read(place / "summary.json")
     recorded = record.get("overrides")
     overrides = _yaml(place / ".hydra" / "overrides.yaml") or (recorded if isinstance(recorded, list) else ())
-    job = Job(place.relative_to(root), tuple(map(str, overrides)), Status.UNFINISHED, task="")
+    job = SweepJob(place.relative_to(root), tuple(map(str, overrides)), Status.UNFINISHED, task="")
     if _is_foreign(place, summary, hydra):
         return _with_logs(job, place, record, torn_record)
     reason = record.get("error")
@@ -289,7 +288,7 @@ def _is_foreign(place: Path, summary: Mapping[str, Any], hydra: Mapping[str, Any
     return main != "lightning_mnn.conf" if main else (place / JOB_RECORD).exists() and not summary
 
 
-def _with_logs(job: Job, place: Path, record: Mapping[str, Any], torn_record: str | None) -> Job:
+def _with_logs(job: SweepJob, place: Path, record: Mapping[str, Any], torn_record: str | None) -> SweepJob:
     """A job of another program: its status from ``job.json``, its results from ``job.json`` and its logs."""
     error = torn_record or record.get("error")
     code = record.get("status")
@@ -297,7 +296,7 @@ def _with_logs(job: Job, place: Path, record: Mapping[str, Any], torn_record: st
         status = _STATUS_OF_RECORD[JobState(code)]
     elif record or torn_record or (place / "console.log").exists():  # of hydra/launcher=device_pool
         status = Status.UNFINISHED
-        error = error or (f"{shown(place / JOB_RECORD)} has an unknown status, {code!r}" if record else None)
+        error = error or (f"{relative(place / JOB_RECORD)} has an unknown status, {code!r}" if record else None)
     else:
         status = Status.UNRECORDED
     logs, torn_logs = {}, None
@@ -352,7 +351,7 @@ def _composed_task(choice: tuple[str, ...]) -> str:
         return "train"
 
 
-def _with_planned(jobs: Sequence[Job], planned: Sequence[Job], where: Path) -> list[Job]:
+def _with_planned(jobs: Sequence[SweepJob], planned: Sequence[SweepJob], where: Path) -> list[SweepJob]:
     """The jobs below a sweep's folder, and those that the sweep has not started.
 
     A job that was killed before its overrides were written is recognised by its folder.
@@ -367,7 +366,7 @@ def _with_planned(jobs: Sequence[Job], planned: Sequence[Job], where: Path) -> l
     return [*jobs, *(job for job in planned if job.overrides not in started)]
 
 
-def _planned(root: Path, sweep: Path, hydra: Mapping[str, Any]) -> Iterator[Job]:
+def _planned(root: Path, sweep: Path, hydra: Mapping[str, Any]) -> Iterator[SweepJob]:
     """All jobs of a sweep, as Hydra's own sweeper makes them from the command; none if another sweeper chooses them."""
     if not hydra:
         return
@@ -375,7 +374,7 @@ def _planned(root: Path, sweep: Path, hydra: Mapping[str, Any]) -> Iterator[Job]
     foreign = _is_foreign(sweep, {}, hydra)
     for number, job in enumerate(jobs_of(hydra)):
         folder = (sweep / str(number)).relative_to(root) if named else None
-        yield Job(folder, _settings(job), Status.WAITING, task="train" if foreign else "", foreign=foreign)
+        yield SweepJob(folder, _settings(job), Status.WAITING, task="train" if foreign else "", foreign=foreign)
 
 
 def _settings(overrides: Sequence[str]) -> tuple[str, ...]:
@@ -396,11 +395,11 @@ def _command(sweep: Path) -> str | None:
     overrides = hydra["overrides"]
     own = ("hydra.mode=", "hydra.sweep.dir=")
     more = [override for override in overrides["hydra"] if not override.startswith(own)]
-    where = f"hydra.sweep.dir={hydra_value(str(shown(sweep)))}"
+    where = f"hydra.sweep.dir={hydra_value(str(relative(sweep)))}"
     return shlex.join(["lightning-mnn", "-m", *_settings(overrides["task"]), *more, where, "resume=true"])
 
 
-def _swept(root: Path, jobs: Sequence[Job]) -> dict[str, tuple[Any, ...]]:
+def _swept(root: Path, jobs: Sequence[SweepJob]) -> dict[str, tuple[Any, ...]]:
     """What was given to the jobs and differs between them; for a job without it, the value in its config."""
     given = [dict(map(_parsed, _settings(job.overrides))) for job in jobs]
     swept = {}
@@ -413,7 +412,7 @@ def _swept(root: Path, jobs: Sequence[Job]) -> dict[str, tuple[Any, ...]]:
     return swept
 
 
-def _value(root: Path, job: Job, key: str, given: Mapping[str, Any]) -> Any:
+def _value(root: Path, job: SweepJob, key: str, given: Mapping[str, Any]) -> Any:
     """A job's value of a key: as given; from its config, if it was not given or given as a reference."""
     if key not in given:
         return _configured(root, job, key)
@@ -435,7 +434,7 @@ def _parsed(override: str) -> tuple[str, Any]:
     return parsed.key_or_group, parsed.value()
 
 
-def _configured(root: Path, job: Job, key: str) -> Any:
+def _configured(root: Path, job: SweepJob, key: str) -> Any:
     """The value of a key in a job's config, or the option of a group; None if only a running job can resolve it."""
     if job.folder is None:
         return None
@@ -453,20 +452,20 @@ def _selected(config: Any, key: str) -> Any:
         return None
 
 
-def _in_order(job: Job) -> tuple[bool, list[tuple[int, str]]]:
+def _in_order(job: SweepJob) -> tuple[bool, list[tuple[int, str]]]:
     """Sort key: numbers as numbers; jobs without a folder last."""
     parts = () if job.folder is None else job.folder.parts
     return job.folder is None, [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
 
-def _no_training(folder: Path, jobs: Sequence[Job]) -> str:
+def _no_training(folder: Path, jobs: Sequence[SweepJob]) -> str:
     if not jobs:
         return (
-            f"sweep={shown(folder)} contains no jobs: give the folder of a sweep (hydra.sweep.dir), or a folder above "
-            "several sweeps"
+            f"sweep={relative(folder)} contains no jobs: give the folder of a sweep (hydra.sweep.dir), or a folder "
+            "above several sweeps"
         )
     return (
-        f"sweep={shown(folder)} contains no training runs, but {by_task(jobs)}: task=report folder=DIR draws the "
+        f"sweep={relative(folder)} contains no training runs, but {by_task(jobs)}: task=report folder=DIR draws the "
         "results of each"
     )
 

@@ -33,7 +33,7 @@ from lightning_mnn.runs.memory import check_training_memory
 from lightning_mnn.runs.processes.devices import check_devices, check_trainer, processes
 from lightning_mnn.runs.processes.signals import LostProcessError, RunSignals, interruptible
 from lightning_mnn.runs.resume import RunState, initialise, run_lock, run_state
-from lightning_mnn.runs.wandb import end_wandb_runs, is_wandb, leave_in_wandb, only_known, settings_of, wandb_options
+from lightning_mnn.runs.wandb import end_wandb_runs, is_wandb, leave_in_wandb, only_known, wandb_options, wandb_settings
 from lightning_mnn.tasks.experiment import words_of_command
 from lightning_mnn.utilities.compat.lightning_internals import completed_epochs
 from lightning_mnn.utilities.errors import DivergenceError, EarlyEnd
@@ -124,7 +124,7 @@ class Start(Callback):
         if self._found.checkpoint is not None:
             _resume_loggers(self._loggers, self._found.rows)
         for logger in self._loggers:
-            logger.log_hyperparams(settings_of(self._cfg, HydraConfig.get().runtime.choices))
+            logger.log_hyperparams(wandb_settings(self._cfg, HydraConfig.get().runtime.choices))
 
 
 def train(cfg: DictConfig) -> float:

@@ -31,14 +31,19 @@ if TYPE_CHECKING:
 Answer = TypeVar("Answer")
 
 
+def is_initialised() -> bool:
+    """Whether torch.distributed has formed a group of processes."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def gather(value: Any) -> list[Any]:
     """The value of every process, in rank order, on every process.
 
     Raises:
         Interrupted: (on every process) one of them was asked to stop.
-        Exception: (on every process) the error that one of them passed to :func:`share_error`.
+        Exception: (on every process) the error that one of them raised in :func:`share_errors`.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not is_initialised():
         return [value]
     values, requests, errors = _exchanged(value, None)
     stop_if_any(requests)
@@ -53,7 +58,7 @@ def gather_results(work: Callable[[], Answer]) -> list[Answer]:
         Interrupted: (on every process) one of them was asked to stop; if it is still working, it stops there.
         Exception: (on every process) the first error that was raised on one of them.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not is_initialised():
         with alone():
             return [work()]
     found: Answer | None = None
@@ -71,21 +76,40 @@ def gather_results(work: Callable[[], Answer]) -> list[Answer]:
     return values
 
 
-def share_error(error: Exception | None) -> None:
-    """Share an error, or None, with the other processes, which also call this function or wait in :func:`gather`.
+def local_result(work: Callable[[], Answer]) -> Answer:
+    """The result of ``work`` on this process, if it was completed on every process: see :func:`gather_results`."""
+    found: list[Answer] = []
+    gather_results(lambda: found.append(work()))
+    return found[0]
+
+
+def share_errors(work: Callable[[], object]) -> None:
+    """Do work on every process, in which they may wait for each other.
 
     Raises:
-        Exception: (on every process) the first error that was raised on one of them.
+        Exception: (on every process) the first error that was raised on one of them, while the others had completed
+            the work or were waiting in :func:`gather`.
     """
-    if getattr(error, "is_shared", False):  # the other processes raise it, too
-        raise cast("Exception", error)
-    if dist.is_available() and dist.is_initialized():
+    error: Exception | None = None
+    try:
+        work()
+    except Exception as raised:
+        if getattr(raised, "is_shared", False):  # the other processes raise it, too
+            raise
+        error = raised
+    if is_initialised():
         raise_first(_exchanged(None, error)[2])
     if error is not None:
         raise error
 
 
-def _exchanged(value: Any, error: Exception | None) -> tuple[list[Any], list[int], list[BaseException | None]]:
+def add_up(value: Tensor) -> None:
+    """Replace a tensor by its sum over the processes."""
+    if is_initialised():
+        dist.all_reduce(value)
+
+
+def _exchanged(value: Any, error: BaseException | None) -> tuple[list[Any], list[int], list[BaseException | None]]:
     """The values, stop requests and errors of all processes."""
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, (value, requested(), error and transferable(error)))
@@ -206,9 +230,7 @@ class DistributedGroup(ProcessGroup):
 
     def raise_any(self, error: BaseException | None) -> None:
         """Raise the first error of any process on all processes; each passes its own error, or None."""
-        errors: list[BaseException | None] = [None] * self.size
-        dist.all_gather_object(errors, error and transferable(error))
-        raise_first(errors)
+        raise_first(_exchanged(None, error)[2])
 
     def join(self, rows: Tensor) -> Tensor:
         """The rows of all processes, in the order of the samples."""

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 from typing_extensions import override
@@ -37,7 +37,7 @@ class DamagedFileError(ValueError):
     """
 
     def __init__(self, path: Path, reason: str, remedy: str = _RESTORE) -> None:
-        super().__init__(f"{shown(path)} is damaged ({reason}): {remedy}")
+        super().__init__(f"{relative(path)} is damaged ({reason}): {remedy}")
         self.path = path
         self.reason = reason
         self.remedy = remedy
@@ -47,13 +47,13 @@ class DamagedFileError(ValueError):
         return type(self), (self.path, self.reason, self.remedy)
 
 
-def shown(path: Path) -> Path:
+def relative(path: Path) -> Path:
     """A path as messages show it: relative to the current folder if it is inside that folder."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 @contextmanager
-def whole_file(path: Path, *, writes: bool = True) -> Iterator[Path]:
+def whole_file(path: Path, *, writes: bool = True, durable: bool = True) -> Iterator[Path]:
     """A context that writes a file atomically: it yields a temporary path, and renames it to ``path`` at the end.
 
     If writing fails, the temporary file is removed. A file named ``path`` is always complete and on disk, also after a
@@ -62,6 +62,7 @@ def whole_file(path: Path, *, writes: bool = True) -> Iterator[Path]:
     Args:
         path: the file to write.
         writes: whether this process writes; the other processes of a collective write do not touch the file.
+        durable: whether the file must survive a power cut; False saves the wait for the disk.
 
     Raises:
         OSError: the file cannot be written; the error has the path.
@@ -77,7 +78,9 @@ def whole_file(path: Path, *, writes: bool = True) -> Iterator[Path]:
     try:
         yield unfinished
         if writes:
-            _to_disk(unfinished)
+            if durable:
+                with unfinished.open("rb+") as file:
+                    to_disk(file)
             unfinished.replace(path)
     except BaseException as error:
         if writes:
@@ -88,15 +91,21 @@ def whole_file(path: Path, *, writes: bool = True) -> Iterator[Path]:
         raise
 
 
-def _to_disk(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+def to_disk(file: IO[bytes]) -> None:
+    """Wait until what was written to an open file is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Write a file atomically, as :func:`whole_file` does."""
+    with whole_file(path, durable=durable) as unfinished:
+        unfinished.write_bytes(content)
+
+
+def write_json(path: Path, content: dict[str, Any], *, durable: bool = True) -> None:
     """Write JSON atomically; infinite and undefined numbers become null."""
-    with whole_file(path) as unfinished:
-        unfinished.write_text(json_text(content), encoding="utf-8")
+    write_bytes(path, json_text(content).encode(), durable=durable)
 
 
 def json_text(content: dict[str, Any]) -> str:

@@ -948,7 +948,7 @@ def test_training_is_the_same_with_and_without(make_trainer, options):
     for callbacks in ([], [detector]):
         pl.seed_everything(3, verbose=False)
         module = Busy()
-        loader = DataLoader(TensorDataset(x, y), batch_size=4, shuffle=True)
+        loader = DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True)
         trainer = make_trainer(max_epochs=2, callbacks=callbacks, **options)
         trainer.fit(module, loader)
         metrics = {k: v for k, v in trainer.callback_metrics.items() if not k.startswith("minimum/")}

@@ -24,7 +24,7 @@ from lightning_mnn.landscape.kinks.layers import NoKinksError
 from lightning_mnn.landscape.volumes.random_moves import ALL_LAYERS, SIGMAS
 from lightning_mnn.utilities.seeding import generator
 from tests.children import side_by_side
-from tests.foreign_models import NAMESPACES, OTHERS, ZOO, foreign_model, foreign_trainer
+from tests.foreign_models import OTHERS, ZOO, foreign_model, foreign_trainer
 
 FEW = LocalVolumeSettings(sigmas=(1e-6, 1e-2, 1.0), num_draws=4)
 
@@ -144,11 +144,10 @@ def test_it_logs_in_every_model(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("namespace", NAMESPACES)
-def test_it_logs_in_a_resnet(namespace):
-    module, loader = foreign_model("resnet18", namespace)
+def test_it_logs_in_a_resnet():
+    module, loader = foreign_model("resnet18", num_samples=8)
     monitor = AngularVolumeMonitor(local_volume=LocalVolumeSettings(sigmas=[1e-6, 1e-1], num_draws=1, probe=2))
-    metrics = fit(module, loader, monitor, namespace, max_epochs=1).callback_metrics
+    metrics = fit(module, loader, monitor, max_epochs=1).callback_metrics
     layers = [name for name in monitor.summary()["local_volume"] if name != ALL_LAYERS]
     assert len(layers) == 18
     assert {"model.relu", "model.maxpool", "model.layer4.1.relu.call_2"} < set(layers)
@@ -158,7 +157,7 @@ def test_it_logs_in_a_resnet(namespace):
 
 @pytest.mark.parametrize(("name", "sigmas"), [("mlp", [0.001, 0.005, 0.02]), ("lenet", [1e-5, 1e-4, 1e-3])])
 def test_keep_probabilities_agree_with_a_naive_simulation(name, sigmas):
-    module, loader = foreign_model(name)
+    module, loader = foreign_model(name, num_samples=8)
     monitor = AngularVolumeMonitor(seed=2, local_volume=LocalVolumeSettings(sigmas=sigmas, num_draws=150))
     fit(module, loader, monitor)
     x = loader.dataset.tensors[0]

@@ -27,12 +27,6 @@ EPOCHS = 12
 trainers = []  # the last one is at work
 
 
-@pytest.fixture(autouse=True)
-def _no_request():
-    yield
-    forget()
-
-
 @pytest.fixture
 def interrupt(monkeypatch):
     """Lets a function request to stop, before it does its work, when it is first called at a step."""

@@ -3,10 +3,7 @@
 import json
 import os
 import pickle
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -37,8 +34,8 @@ from lightning_mnn.callbacks import (
     LocalVolumeSettings,
     Schedule,
 )
-from tests.children import PATIENCE
-from tests.foreign_models import foreign_trainer
+from tests.children import side_by_side
+from tests.foreign_models import foreign_model, foreign_trainer
 from tests.strange_projects import PROJECTS, project
 
 
@@ -274,32 +271,21 @@ def test_a_fit_without_a_step_keeps_what_was_found_and_copies_hold_it(tmp_path):
     assert [callback.summary() for callback in copies] == found
 
 
-IN_CHILDREN = """
-import json
-from tests.callbacks.test_observers import observers
-from tests.foreign_models import foreign_model, foreign_trainer
-
-if __name__ == "__main__":
+def summaries_of_children(path):
     found = []
     for strategy in ("ddp_fork", "auto"):
         callbacks = observers(None, strict=True)
         options = {"strategy": strategy, "devices": 2 if strategy != "auto" else 1}
         foreign_trainer(callbacks=callbacks, max_epochs=1, **options).fit(*foreign_model("mlp", batch_size=24))
         found.append([sorted(callback.summary()) for callback in callbacks])
-    print(json.dumps(found))
-"""
+    path.write_text(json.dumps(found))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 def test_what_children_found_comes_back(tmp_path):
-    (tmp_path / "main.py").write_text(IN_CHILDREN)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parents[2], *sys.path[1:])))}
-    done = subprocess.run(
-        [sys.executable, "main.py"], capture_output=True, text=True, check=False, timeout=PATIENCE, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    in_children, alone = json.loads(done.stdout.splitlines()[-1])
+    side_by_side(tmp_path, 1, summaries_of_children, tmp_path / "found.json")
+    in_children, alone = json.loads((tmp_path / "found.json").read_text())
     assert in_children == alone
     assert all(in_children)
 

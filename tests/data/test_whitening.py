@@ -15,7 +15,6 @@ from lightning_mnn.data.loaders.whitening import (
     InputMap,
     Moments,
     input_map,
-    merged,
     moments,
     moments_of_group,
     whitening_matrix,
@@ -47,21 +46,11 @@ def test_moments_are_numpys_however_the_samples_are_cut(seed, count, dim, cuts):
     np.testing.assert_allclose(plain.covariance, found.covariance.diagonal(), rtol=1e-11, atol=1e-13)
 
 
-@given(seed=st.integers(0, 2**31), count=st.integers(3, 60), cuts=cuts, products=st.booleans())
-def test_parts_merge_into_the_whole(seed, count, cuts, products):
-    x = correlated(seed, count, 4)
-    whole = moments([x], 4, products=products)
-    found = merged([moments([part], 4, products=products) for part in parts_of(x, cuts)])
-    assert found.count == count
-    torch.testing.assert_close(found.mean, whole.mean, rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(found.scatter, whole.scatter, rtol=1e-11, atol=1e-11)
-
-
 @given(seed=st.integers(0, 2**31), cuts=cuts)
 def test_a_large_mean_costs_no_digits_of_a_tiny_variance(seed, cuts):
     deviations = torch.from_numpy(np.random.default_rng(seed).integers(-8, 9, (40, 3)) / 1024)  # exact beside 10⁸
     exact = np.cov(deviations.T, bias=True)
-    found = merged([moments(parts_of(part, cuts), 3) for part in (deviations + 1e8).split(15)])
+    found = moments(parts_of(deviations + 1e8, cuts), 3)
     np.testing.assert_allclose(found.covariance, exact, rtol=1e-6, atol=1e-6 * exact.max())
     uncentred = (deviations + 1e8).T @ (deviations + 1e8) / 40 - 1e16
     assert (uncentred - torch.from_numpy(exact)).abs().max() > 0.1  # what the obvious sums would give

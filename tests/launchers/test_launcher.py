@@ -15,7 +15,7 @@ from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, Inte
 from hydra.version import VersionBase
 from packaging.version import Version
 
-from tests.children import PATIENCE, all_ended, wait_for
+from tests.children import PATIENCE, all_ended, start_ranks, wait_for
 
 # Of this process the jobs are to take nothing that belongs to it alone.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -55,6 +55,8 @@ class TestDevicePoolInBatches(BatchedSweeperTestSuite):
 )
 class TestDevicePoolIntegration(IntegrationTestSuite):
     """Hydra's tests of launchers with applications that are scripts."""
+
+    test_custom_task_name = None  # ten processes for what Hydra composes: see test_a_script_is_itself_in_its_jobs
 
 
 CONFIG = """
@@ -128,7 +130,8 @@ def main(cfg):
     if cfg.do == "read":
         input()
     if "style" in cfg:
-        return [cfg.style.color == Color.RED, isinstance(OmegaConf.to_object(cfg.style), Style)]
+        same = cfg.style.color == Color.RED and isinstance(OmegaConf.to_object(cfg.style), Style)
+        return [same, HydraConfig.get().job.name]
     time.sleep(0.2)
     with (folder / "starts").open("a") as file:
         print(time.time(), file=file)
@@ -206,9 +209,10 @@ def test_a_script_that_cannot_be_imported_is_told_why(app):
     assert "failed with exit code 1: RuntimeError: the program calls its main function when it is imported" in said
 
 
-def test_classes_of_a_script_are_the_same_ones_in_its_jobs(app):
+def test_a_script_is_itself_in_its_jobs(app):
+    """Its classes are the same ones, and it has its name."""
     say([*app, "+style=plain"])
-    assert record_of(0)["return_value"] == [True, True]
+    assert record_of(0)["return_value"] == [True, "app"]
 
 
 def test_what_finished_with_another_config_runs_again(app):
@@ -311,23 +315,21 @@ def summaries(folder):
 def test_a_sweep_over_devices_is_right_and_survives_the_loss_of_a_rank():
     epochs = 300
     common = [
-        *(sys.executable, "-m", "lightning_mnn", "-m", "hydra/launcher=device_pool", "hydra.launcher.n_jobs=2"),
-        *(
-            "trainer=cpu_ddp",
-            "data.num_samples=41",
-            "data.input_dim=7",
-            "model.hidden_dims=[9]",
-            "logger.mode=disabled",
-        ),
-        *(
-            f"trainer.max_epochs={epochs}",
-            "logger.mode=disabled",
-            "callbacks.local_minimum_detector.stop_training=false",
-        ),
+        *("trainer=cpu_ddp", "data.num_samples=41", "data.input_dim=7", "model.hidden_dims=[9]", "seed=2"),
+        *("logger.mode=disabled", f"trainer.max_epochs={epochs}"),
+        "callbacks.local_minimum_detector.stop_training=false",
         "callbacks.checkpoint.train_time_interval.minutes=0.001",
         "callbacks.angular_volume_monitor.measure=[]",  # an estimate: it agrees within its error
     ]
-    say([*common, "hydra.sweep.dir=whole", "trainer.devices=1,2", "seed=2"])
+    unbroken = [
+        process
+        for count in (1, 2)
+        for process in start_ranks(
+            Path.cwd(), count, *common, f"trainer.devices={count}", f"hydra.run.dir=whole/{count}"
+        )
+    ]
+    for process in unbroken:
+        process.join(PATIENCE)
     whole = summaries("whole")
     assert whole.keys() == {(1, 2), (2, 2)}
     for summary in whole.values():
@@ -340,7 +342,10 @@ def test_a_sweep_over_devices_is_right_and_survives_the_loss_of_a_rank():
         close = pytest.approx(value, rel=1e-8, abs=1e-8) if isinstance(value, float) else value
         assert two[key] == close, key
 
-    cut = [*common, "hydra.sweep.dir=cut", "trainer.devices=2,1", "seed=2"]
+    cut = [
+        *(sys.executable, "-m", "lightning_mnn", "-m", "hydra/launcher=device_pool", "hydra.launcher.n_jobs=2"),
+        *(*common, "hydra.sweep.dir=cut", "trainer.devices=2,1"),
+    ]
     launcher = subprocess.Popen(cut, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
     wait_for(Path("cut/0/checkpoints/last.ckpt").exists)
     (lost,) = ranks(1)
@@ -389,7 +394,7 @@ class Model(pl.LightningModule):
 @hydra.main(version_base="1.3", config_path=".", config_name="config")
 def main(cfg):
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
-    trainer = pl.Trainer(max_epochs=300, devices=cfg.trainer.devices, enable_model_summary=False, **options)
+    trainer = pl.Trainer(max_epochs=100, devices=cfg.trainer.devices, enable_model_summary=False, **options)
     model = Model()
     trainer.fit(model, DataLoader(TensorDataset(torch.ones(8, 3)), batch_size=2))
     return [trainer.world_size, model.right]
@@ -405,5 +410,5 @@ def test_the_processes_of_another_application_are_left_to_themselves(app):
     """What the launcher wants to know of a training takes no part in what its processes say to one another."""
     Path("app.py").write_text(LIGHTNING)
     say([*app, "trainer.devices=1,2", "hydra.launcher.n_jobs=2"])
-    assert [record_of(n)["return_value"] for n in range(2)] == [[1, 300], [2, 300]]
+    assert [record_of(n)["return_value"] for n in range(2)] == [[1, 100], [2, 100]]
     assert record_of(1)["seconds_to_training"] > 0

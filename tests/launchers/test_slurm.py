@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lightning_mnn.launchers.slurm import Allocation, _files_of, allocation
+from lightning_mnn.launchers.slurm import SlurmRequest, _files_of, allocation
 from tests.children import PATIENCE, wait_for
 
 COMMAND = (sys.executable, "-m", "lightning_mnn", "-m")
@@ -27,9 +27,9 @@ TWO_NODES = ("hydra/launcher=slurm", "trainer=cpu_ddp", "trainer.devices=1")
 @pytest.mark.parametrize(
     ("trainer", "expected"),
     [
-        ({"accelerator": "gpu", "devices": 4, "num_nodes": 2}, Allocation(2, 4, 4)),
-        ({"accelerator": "cuda", "devices": [0, 1]}, Allocation(1, 2, 2)),
-        ({"accelerator": "cpu", "devices": "3", "num_nodes": 1}, Allocation(1, 3, None)),
+        ({"accelerator": "gpu", "devices": 4, "num_nodes": 2}, SlurmRequest(2, 4, 4)),
+        ({"accelerator": "cuda", "devices": [0, 1]}, SlurmRequest(1, 2, 2)),
+        ({"accelerator": "cpu", "devices": "3", "num_nodes": 1}, SlurmRequest(1, 3, None)),
     ],
 )
 def test_a_job_gets_a_task_for_each_device_of_each_node(trainer, expected):

@@ -28,7 +28,7 @@ from lightning_mnn.loggers.csv_logs import ResumableCSVLogger
 from lightning_mnn.loggers.media import log_table
 from lightning_mnn.loggers.wandb import ResumableWandbLogger
 from lightning_mnn.runs.resume import RunState
-from lightning_mnn.runs.wandb import settings_of, wandb_options
+from lightning_mnn.runs.wandb import wandb_options, wandb_settings
 from lightning_mnn.tasks.train import _loggers, _resume_loggers
 from tests.children import PATIENCE, processes, run_the_command, wait_for
 from tests.wandb_files import records_of, summary_of
@@ -470,7 +470,7 @@ def test_directions_are_least_and_greatest():
 
 def test_settings_by_reference_are_shown_where_they_act(composed):
     cfg = composed("experiment=table_1", "data=cifar10")
-    settings = settings_of(cfg, HydraConfig.get().runtime.choices)
+    settings = wandb_settings(cfg, HydraConfig.get().runtime.choices)
     assert settings["optimizer"]["lr"] == 0.02
     assert settings["trainer"]["max_epochs"] == 300
     assert settings["model"]["hidden_dims"] == [16]

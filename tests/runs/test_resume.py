@@ -23,8 +23,8 @@ SMALL = (
     "callbacks.checkpoint.train_time_interval.minutes=0.001",
 )  # fmt: skip
 KINDS = {
-    "whole_epochs_at_a_time": ("trainer.max_epochs=6000",),
-    "checkpoints_within_epochs": ("trainer.max_epochs=500", "data.batch_size=9", "+trainer.gradient_clip_val=1e9"),
+    "whole_epochs_at_a_time": ("trainer.max_epochs=4000",),
+    "checkpoints_within_epochs": ("trainer.max_epochs=300", "data.batch_size=9", "+trainer.gradient_clip_val=1e9"),
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from lightning_mnn.landscape import bounds
-from lightning_mnn.landscape.volumes.region_census import GaussianData, ensemble_census
+from lightning_mnn.landscape.volumes.region_census import GaussianSamples, ensemble_census
 from lightning_mnn.landscape.volumes.splitting import rare_census
 from lightning_mnn.tasks.census import census
 from tests.children import PATIENCE, all_ended, command, start, wait_for
@@ -82,7 +82,7 @@ def test_the_table_holds_what_the_landscape_counts(unbroken):
         assert float(row["log_theorem_6_suboptimal"]) == bound
         assert bool(row["log_theorem_9_global"]) == (sizes[1] * sizes[2] >= 2 * sizes[0]) == False  # noqa: E712
     for number, row in enumerate(rare):
-        data = GaussianData(6, 2).draw(4, number)
+        data = GaussianSamples(6, 2).draw(4, number)
         found = rare_census(
             *data[:2], 4, threshold=data.threshold, epsilon=0.1, particles=20, runs=3, steps=2, regions=2, seed=4
         )

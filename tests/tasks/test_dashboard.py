@@ -1,8 +1,6 @@
 """The W&B workspace: every name in it is one that a real run logs; it is saved, or printed without an account."""
 
 import json
-import os
-import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -12,7 +10,7 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from lightning_mnn.tasks.dashboard import dashboard, to_json, workspace
-from tests.children import PATIENCE, command
+from tests.children import command
 from tests.wandb_files import records_of
 
 pytest.importorskip("wandb_workspaces")
@@ -137,28 +135,22 @@ def server(monkeypatch):
 
     listening = HTTPServer(("127.0.0.1", 0), Answer)
     threading.Thread(target=listening.serve_forever, daemon=True).start()
-    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listening.server_port}")
-    yield sent
+    yield f"http://127.0.0.1:{listening.server_port}", sent
     listening.shutdown()
     listening.server_close()
 
 
-def test_it_is_saved_where_the_runs_go_and_its_address_is_printed(server, monkeypatch):
-    def run(expect):
-        arguments = [sys.executable, "-m", "lightning_mnn", "task=dashboard", "logger.wandb.project=sweeps"]
-        done = subprocess.run(arguments, capture_output=True, text=True, timeout=PATIENCE, check=False)
-        assert done.returncode == expect, done.stderr[-2000:]
-        return done
+def test_it_is_saved_where_the_runs_go_and_its_address_is_printed(server, tmp_path):
+    url, sent = server
+    arguments, environment = ("task=dashboard", "logger.wandb.project=sweeps"), {"WANDB_BASE_URL": url}
+    refused = command(tmp_path, *arguments, expect=1, environment=environment)
+    assert refused.startswith("error: W&B has no account here: run wandb login, or give dry_run=true")
+    assert "Traceback" not in refused
+    assert not sent
 
-    refused = run(expect=1)
-    assert refused.stderr.startswith("error: W&B has no account here: run wandb login, or give dry_run=true")
-    assert "Traceback" not in refused.stderr
-    assert not server
-
-    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    address = run(expect=0).stdout
-    assert address == f"saved: {os.environ['WANDB_BASE_URL']}/somebody/sweeps?nw=abc\n"
-    (view,) = server
+    command(tmp_path, *arguments, environment=environment | {"WANDB_API_KEY": "a" * 40})
+    assert Path("out.txt").read_text() == f"saved: {url}/somebody/sweeps?nw=abc\n"
+    (view,) = sent
     assert (view["entityName"], view["projectName"]) == ("somebody", "sweeps")
     saved, asked = {"spec": json.loads(view["spec"])}, json.loads(to_json(workspace("somebody", "sweeps", "any")))
     assert [panel["config"] for panel in panels(saved)] == [panel["config"] for panel in panels(asked)]

@@ -2,17 +2,14 @@
 
 import csv
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_module
 
 from lightning_mnn.tasks.report import report
-from tests.children import PATIENCE
+from tests.children import command
 from tests.scans import write_scan
 
 REFERENCE = Path(__file__).parents[2] / "outputs" / "reference"
@@ -48,15 +45,10 @@ def test_the_command_draws_anew_and_leaves_nothing_else():
     (folder / ".hydra").mkdir()
     (folder / ".hydra" / "config.yaml").write_text("the scan's own")
     before = tree(folder)
-    done = subprocess.run(
-        [sys.executable, "-m", "lightning_mnn", "task=report", f"folder={folder}"],
-        capture_output=True, text=True, timeout=PATIENCE, check=False, env=os.environ | {"COLUMNS": "120"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "drawn again: results/scan/figure.png" in done.stdout
+    assert "drawn again: results/scan/figure.png" in command(Path.cwd(), "task=report", f"folder={folder}")
     assert is_png(folder / "figure.png")
     assert tree(folder) == before
-    assert [path.name for path in Path().iterdir()] == ["results"]
+    assert {path.name for path in Path().iterdir()} == {"results", "out.txt", "err.txt"}
 
 
 @pytest.mark.parametrize("figure", ["error", "minima"])

@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_module
 from lightning_mnn import MNN
 from lightning_mnn.callbacks import LocalMinimumDetector, Schedule
 from lightning_mnn.data import GaussianData
-from lightning_mnn.tasks.scan import Fit, Size, _sizes, scan, summarise
+from lightning_mnn.tasks.scan import Fit, Size, _sizes, scan, size_summary
 from lightning_mnn.utilities.errors import DivergenceError
 from tests.children import PATIENCE, all_ended, command, start, wait_for
 
@@ -204,7 +204,7 @@ def test_one_replica_gives_a_row_of_plain_values_even_where_all_labels_are_alike
     assert (row["replica"], row["seed"], row["hidden_dims"], row["epochs"]) == (2, 6, "4", 5)
     assert isinstance(row["mse"], float)
     assert isinstance(row["reason"], str)
-    summary = summarise(Size(1, 4, 1), [row], 1.0)
+    summary = size_summary(Size(1, 4, 1), [row], 1.0)
     assert summary["mce_std"] is None
     assert summary["mse_geometric_mean"] == pytest.approx(row["mse"])
 

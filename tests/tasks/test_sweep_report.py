@@ -87,7 +87,7 @@ def dots(ax):
 def test_a_sweep_that_was_killed_says_what_is_left_and_goes_on_by_the_command_that_it_gives(tmp_path, capsys):
     sweep = tmp_path / "sweep"
     small = (
-        "-m", "data.num_samples=20", "data.input_dim=4", "trainer.max_epochs=1000", "trainer.log_every_n_steps=1",
+        "-m", "data.num_samples=20", "data.input_dim=4", "trainer.max_epochs=300", "trainer.log_every_n_steps=1",
         "callbacks.local_minimum_detector.stop_training=false", "callbacks.angular_volume_monitor=null",
         "callbacks.progress=null", "logger.mode=disabled", "model.hidden_dims=[5],[8,3],[6]",
     )  # fmt: skip
@@ -261,7 +261,7 @@ def test_a_torn_log_of_another_program_is_named_and_costs_its_metrics_alone(caps
     Path("sweep/0/metrics.csv").write_bytes(b"\xff\n")
     report(settings("sweep=sweep"))
     said = capsys.readouterr().out
-    assert "finished: 0: sweep/0/metrics.csv cannot be read: " in said
+    assert "finished: 0: sweep/0/metrics.csv is damaged (" in said
     assert "save_dir=${hydra:runtime.output_dir}" in said  # there are no other logs
     assert read(Path("sweep"))[1]["return_value"].to_pylist() == [1.5]
 

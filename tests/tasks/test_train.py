@@ -140,14 +140,12 @@ def test_resume_from_a_checkpoint_and_two_processes():
         *SMALL, "trainer.max_epochs=60", "schedule=constant", "logger.mode=disabled",
         f"ckpt_path={first}/checkpoints/last.ckpt", "hydra.run.dir=resumed",
     )  # fmt: skip
-    program(
-        *SMALL,
-        "trainer=cpu_ddp",
-        "trainer.max_epochs=60",
-        "schedule=constant",
-        "hydra.run.dir=ddp",
+    ranks = children.start_ranks(
+        Path.cwd(), 2, *SMALL, "trainer=cpu_ddp", "trainer.max_epochs=60", "schedule=constant", "hydra.run.dir=ddp",
         "logger.mode=offline",
-    )
+    )  # fmt: skip
+    for rank in ranks:
+        rank.join(children.PATIENCE)
     resumed, two = summary_of(Path("resumed")), summary_of(Path("ddp"))
     assert resumed["steps"] == two["steps"] == 60
     assert resumed["visits"] == two["visits"] == [60, 60]

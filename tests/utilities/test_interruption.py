@@ -9,12 +9,6 @@ from lightning_mnn.utilities import interruption
 from lightning_mnn.utilities.interruption import Interrupted, Pace, alone, forget, request, requested, safe_point
 
 
-@pytest.fixture(autouse=True)
-def _no_request():
-    yield
-    forget()
-
-
 def test_the_first_request_counts_until_it_is_forgotten():
     safe_point()
     request(15)

@@ -14,9 +14,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
-from lightning_mnn.callbacks.evaluation.silence import silence
+from lightning_mnn.callbacks.evaluation.silence import do_nothing, silence
 from lightning_mnn.callbacks.evaluation.snapshots import (
-    INTEGER_TYPES,
     is_odd,
     seed_generators,
     snapshot_data,
@@ -33,7 +32,7 @@ from lightning_mnn.utilities.compat.torch_internals import (
     without_torch_function,
 )
 from lightning_mnn.utilities.seeding import set_shared_states, shared_states
-from lightning_mnn.utilities.transfer import fetched
+from lightning_mnn.utilities.transfer import digests, fetched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
@@ -86,7 +85,8 @@ def isolated(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Res
         modules = _all_modules(pl_module)
         trained = trained_parameters(trainer, pl_module)
         parameters = _unique([*(p for module in modules for p in module.parameters(recurse=False)), *trained])
-        afterwards.callback(_check_parameters, _sums(trained))
+        whole = [parameter for parameter in trained if not is_odd(parameter)]
+        afterwards.callback(_check_parameters, whole, digests(whole))
         for undo in (*_snapshot_modes(modules), *_snapshot_gradients(parameters), _snapshot_loggers(trainer)):
             afterwards.callback(undo)
         afterwards.callback(set_shared_states, shared_states())
@@ -130,7 +130,8 @@ class Restart:
         self._trained = [undo for p in trained if (undo := snapshot_tensor(p, numbers=False)) is not None]
         few = sum(p.numel() * p.element_size() for p in others if not is_odd(p)) <= _MAX_RESTORED
         self._others = [(id(p), undo) for p in others if (undo := snapshot_tensor(p, numbers=few)) is not None]
-        self._checked = [] if few else _sums(others)
+        self._checked = [] if few else [p for p in others if not is_odd(p)]
+        self._digests = digests(self._checked)
         slots = [slot for module in modules if (slot := parameter_slots(module)) is not None]
         self._slots = [snapshot_entries(slot) for slot in slots]  # the caller may replace their content until the end
         known |= {id(slot) for slot in slots}
@@ -161,7 +162,7 @@ class Restart:
         self.data()
         for undo in (*self._slots, *self._trained, *(undo for _, undo in self._others)):
             undo()
-        _check_parameters(self._checked)
+        _check_parameters(self._checked, self._digests)
 
 
 class _SilentLogger(DummyLogger):
@@ -216,7 +217,7 @@ def _silence(module: nn.Module, *, alone: bool) -> None:
     """Disable a module's logging and communication; its attributes are restored afterwards."""
     attributes = vars(module)
     if any(kind.__name__ == "LightningModule" for kind in type(module).__mro__):  # of either namespace
-        attributes["log"] = attributes["log_dict"] = _do_nothing
+        attributes["log"] = attributes["log_dict"] = do_nothing
         if not alone:
             attributes["all_gather"] = _gather_locally
     if isinstance(module, Metric):
@@ -230,10 +231,6 @@ def _refuse(module: nn.Module, _: Any) -> None:
         f"a {type(module).__name__} is not initialised yet: run the module once on a batch before it is trained, for "
         "example in its __init__ or configure_model"
     )
-
-
-def _do_nothing(*_: Any, **__: Any) -> None:
-    """Replace a method that logs."""
 
 
 def _gather_locally(data: Any, *_: Any, **__: Any) -> Any:
@@ -250,16 +247,10 @@ def _unique(tensors: Iterable[Tensor]) -> list[Tensor]:
     return list({id(tensor): tensor for tensor in tensors}.values())
 
 
-def _sums(parameters: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Parameters, and the sum of the bits of each as integers."""
-    plain = [p for p in parameters if not is_odd(p) and p.element_size() in INTEGER_TYPES]
-    return [(p, p.data.view(INTEGER_TYPES[p.element_size()]).sum()) for p in plain]
-
-
-def _check_parameters(before: list[tuple[Tensor, Tensor]]) -> None:
-    now = _sums([parameter for parameter, _ in before])
-    changed = fetched(*(total != old for (_, total), (_, old) in zip(now, before, strict=True)))
-    for (parameter, _), is_changed in zip(before, changed, strict=True):
+def _check_parameters(parameters: list[Tensor], before: list[Tensor]) -> None:
+    """Check that the digests of parameters are as before."""
+    changed = fetched(*(digest != old for digest, old in zip(digests(parameters), before, strict=True)))
+    for parameter, is_changed in zip(parameters, changed, strict=True):
         if is_changed:
             raise RuntimeError(
                 f"a pass over the training set changed a parameter, of shape {tuple(parameter.shape)}, in "

@@ -10,7 +10,6 @@ from copy import copy
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-import torch.distributed as dist
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -35,8 +34,7 @@ from lightning_mnn.data.loaders.shards import (
 )
 from lightning_mnn.landscape.kinks.layers import FoundLayers, PatternRows, find_layers
 from lightning_mnn.landscape.kinks.tracing import KinkTrace, Names, PatternError
-from lightning_mnn.utilities.distributed import gather, on_first_process, part_of
-from lightning_mnn.utilities.interruption import Interrupted, alone
+from lightning_mnn.utilities.distributed import add_up, local_result, on_first_process, part_of
 from lightning_mnn.utilities.seeding import generator
 from lightning_mnn.utilities.validation import ArgumentError, MisfitError, positive_integer
 
@@ -140,13 +138,12 @@ class KinkProbe:
         """
         assert self.found is not None  # noqa: S101 (prepare comes first)
         if self._is_batch:
-            return _together(lambda: self._pass(trainer, pl_module, 0, self.num_samples), trainer).patterns()
+            return local_result(lambda: self._pass(trainer, pl_module, 0, self.num_samples)).patterns()
         self._check_data(trainer)
         low, high = part_of(self.num_samples, trainer.global_rank, trainer.world_size)
-        rows = _together(lambda: self._pass(trainer, pl_module, low, high), trainer)
-        if trainer.world_size > 1 and dist.is_initialized():
-            for bits in rows.bits.values():  # the rows of other processes are zero
-                dist.all_reduce(bits)
+        rows = local_result(lambda: self._pass(trainer, pl_module, low, high))
+        for bits in rows.bits.values():  # the rows of other processes are zero
+            add_up(bits)
         return rows.patterns()
 
     def _pass(self, trainer: pl.Trainer, pl_module: pl.LightningModule, low: int, high: int) -> PatternRows:
@@ -299,26 +296,6 @@ def _as_training(trainer: pl.Trainer) -> Iterator[None]:
     with warnings.catch_warnings(), precision_context(trainer, autocast=True):
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")  # from checkpointed blocks
         yield
-
-
-def _together(work: Callable[[], PatternRows], trainer: pl.Trainer) -> PatternRows:
-    """The result of each process; an error on one of them is raised on all, so that none waits for another."""
-    if trainer.world_size == 1:
-        return work()
-    rows: PatternRows | None = None
-    error: Exception | None = None
-    try:
-        with alone():
-            rows = work()
-    except Exception as local_error:  # noqa: BLE001 (any error)
-        error = local_error
-    except Interrupted:
-        pass  # gather raises it on all
-    for found in gather(error):
-        if found is not None:
-            raise found
-    assert rows is not None  # noqa: S101 (or there is an error)
-    return rows
 
 
 def _select(batch: Any, indices: Tensor, total: int) -> Any:

@@ -48,15 +48,15 @@ def silence() -> Iterator[None]:
             owner = module if of_class is None else getattr(module, of_class, None)
             for method in methods if owner is not None else ():
                 if callable(original := getattr(owner, method, None)):
-                    setattr(owner, method, _do_nothing)
+                    setattr(owner, method, do_nothing)
                     afterwards.callback(setattr, owner, method, original)
         if "wandb" in sys.modules and callable(original := getattr(sys.modules["wandb"], "log", None)):
-            sys.modules["wandb"].log = _do_nothing  # type: ignore[attr-defined] # the method, bound to the run
+            sys.modules["wandb"].log = do_nothing  # type: ignore[attr-defined] # the method, bound to the run
             afterwards.callback(setattr, sys.modules["wandb"], "log", original)
         nowhere = afterwards.enter_context(Path(os.devnull).open("w"))
         afterwards.enter_context(redirect_stdout(nowhere))
         yield
 
 
-def _do_nothing(*_: Any, **__: Any) -> None:
+def do_nothing(*_: Any, **__: Any) -> None:
     """Replace a function that sends something."""

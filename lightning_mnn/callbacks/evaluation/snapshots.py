@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     Undo = Callable[[], Any]
 
 
-INTEGER_TYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
-
 _MAX_ON_DEVICE = 1 << 24  # bytes of a tensor up to which its copy stays on its device; a larger copy is on the CPU
 
 _MAX_PARTS = 1000  # parts of a container up to which their content is restored

@@ -50,7 +50,7 @@ _input_ranks: WeakKeyDictionary[pl.LightningModule, Tensor] = WeakKeyDictionary(
 _thresholds: WeakKeyDictionary[pl.LightningModule, float | None] = WeakKeyDictionary()
 
 
-def forget(pl_module: pl.LightningModule) -> None:
+def forget_statistics(pl_module: pl.LightningModule) -> None:
     """Drop what is stored from an earlier fit of a module, which may have had other data."""
     for known in (_statistics_of_module, _input_ranks, _thresholds):
         known.pop(pl_module, None)

@@ -17,14 +17,14 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_mnn.data.images.maps import load_map, save_map
-from lightning_mnn.data.images.samples import BLOCK_NUMBERS, ImageSamples, check_groups, digest_of, spans
+from lightning_mnn.data.images.samples import BLOCK_NUMBERS, ImageSamples, check_groups, digest_of_words, spans
 from lightning_mnn.data.loaders.exact import ExactData, ExactLoader
 from lightning_mnn.data.loaders.resident import ResidentLoader
 from lightning_mnn.data.loaders.rows import written_rows
 from lightning_mnn.data.loaders.selection import held_out, subset
 from lightning_mnn.data.loaders.streaming import BUFFER_BYTES, StreamedLoader
 from lightning_mnn.data.loaders.whitening import ROWS, InputMap, check_floor, input_map, moments, moments_of_group
-from lightning_mnn.utilities.distributed import DistributedGroup, ProcessGroup, part_of
+from lightning_mnn.utilities.distributed import DistributedGroup, ProcessGroup, is_initialised, part_of
 from lightning_mnn.utilities.resources import free_memory
 from lightning_mnn.utilities.validation import (
     ArgumentError,
@@ -178,9 +178,7 @@ class ImageData(ExactData):
         if self.targets is not None:
             return
         samples, test = self._samples()
-        process_group = (
-            DistributedGroup(samples.count) if dist.is_available() and dist.is_initialized() else ProcessGroup()
-        )
+        process_group = DistributedGroup(samples.count) if is_initialised() else ProcessGroup()
         if self._streams(samples, test, process_group):
             self._check_streamed(samples)
             if not self.materialise or test is not None:
@@ -318,7 +316,7 @@ class ImageData(ExactData):
     def _written(self, samples: ImageSamples) -> dict[str, Any]:
         """The file of mapped inputs; one process at a time writes it, and the others then find it complete."""
         content = [self._name_of_map(samples), str(self.equal_norms), str(self.storage), str(self._precision)]
-        path = self.cache / f"inputs-{digest_of(content)}.rows"
+        path = self.cache / f"inputs-{digest_of_words(content)}.rows"
         mapping: InputMap | None = None
 
         def block_of(low: int, high: int) -> Tensor:
@@ -349,7 +347,7 @@ class ImageData(ExactData):
         return mapping
 
     def _name_of_map(self, samples: ImageSamples) -> str:
-        return f"map-{digest_of([samples.identity(), repr(self.whiten)])}"
+        return f"map-{digest_of_words([samples.identity(), repr(self.whiten)])}"
 
     def _found_map(self, samples: ImageSamples, process_group: ProcessGroup) -> InputMap:
         """Compute the map by a pass over the samples, which is split over the processes."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 import zlib
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_warn
 
 from lightning_mnn.data.loaders.whitening import InputMap
-from lightning_mnn.utilities.files import naming
+from lightning_mnn.utilities.files import locked_if_free, whole_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,15 +23,10 @@ def save_map(path: Path, mapping: InputMap) -> None:
     numbers: dict[str, Any] = {"mean": mapping.mean.cpu().numpy(), "scale": np.float64(mapping.scale)}
     if mapping.matrix is not None:
         numbers["matrix"] = mapping.matrix.cpu().numpy()
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with naming(path), unfinished.open("wb") as file:
-            np.savez(file, allow_pickle=False, **numbers)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with locked_if_free(path.with_name(path.name + ".lock")) as free:
+        if free:  # otherwise another run writes the same map
+            with whole_file(path) as unfinished, unfinished.open("wb") as file:
+                np.savez(file, allow_pickle=False, **numbers)
 
 
 def load_map(path: Path) -> InputMap | None:

@@ -83,11 +83,11 @@ class ImageSamples:
         numbers = np.unique(np.linspace(0, self.rows.shape[0] - 1, _COMPARED_ROWS).astype(np.int64))
         out = torch.empty(len(numbers), self.rows.shape[1], dtype=self.rows.dtype)
         self.rows.read(numbers, out)
-        return digest_of([str(self.rows.shape), hashlib.sha256(out.view(torch.uint8).numpy().data).hexdigest()])
+        return digest_of_words([str(self.rows.shape), hashlib.sha256(out.view(torch.uint8).numpy().data).hexdigest()])
 
     def digest(self) -> str:
         """A digest of the samples: their content, selection and groups; it does not depend on their location."""
-        return digest_of([self.content, self._selection(), hashlib.sha256(self.ones.data).hexdigest()])
+        return digest_of_words([self.content, self._selection(), hashlib.sha256(self.ones.data).hexdigest()])
 
     def identity(self) -> str:
         """A digest of the samples that needs no reading of files.
@@ -99,7 +99,7 @@ class ImageSamples:
             source = [str(self.rows.path.resolve()), str(stat.st_size), str(stat.st_mtime_ns), str(self.rows.offset)]
         else:
             source = [self.content]
-        return digest_of([*source, str(self.rows.shape), self._selection()])
+        return digest_of_words([*source, str(self.rows.shape), self._selection()])
 
     def _selection(self) -> str:
         return "all" if self.chosen is None else hashlib.sha256(self.chosen.data).hexdigest()
@@ -173,6 +173,6 @@ def spans(low: int, high: int, size: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + size, high)
 
 
-def digest_of(parts: Sequence[str]) -> str:
+def digest_of_words(parts: Sequence[str]) -> str:
     """A digest of a list of words: twenty hexadecimal digits."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]

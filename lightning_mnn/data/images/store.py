@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from lightning_mnn.data.loaders.rows import some_blocks
-from lightning_mnn.utilities.files import locked, naming
+from lightning_mnn.utilities.files import locked, naming, to_disk, write_bytes
 from lightning_mnn.utilities.resources import cores
 from lightning_mnn.utilities.validation import one_of, positive_integer
 
@@ -301,7 +301,7 @@ class _Build:
             raise FileExistsError(
                 f"{self.folder} contains {reprlib.repr(sorted(other_files))} and no store: choose an empty folder"
             )
-        _write(self.folder / _JOURNAL, _line(self._plan()))
+        write_bytes(self.folder / _JOURNAL, _line(self._plan()))
         with (self.folder / _UNFINISHED).open("wb") as file:
             file.truncate(len(self.files) * _row_bytes(self.size, self.colour))
 
@@ -314,8 +314,7 @@ class _Build:
                 block = _Block(start // _BLOCK, crc32, corrupt)
                 self.done[block.block] = block
                 journal.write(_line(asdict(block)))
-                journal.flush()
-                os.fsync(journal.fileno())
+                to_disk(journal)
                 advance(_BLOCK)
 
     def _finish(self, good: Sequence[bool], skipped: Collection[str]) -> None:
@@ -326,15 +325,15 @@ class _Build:
             (self.folder / _SKIPPED).unlink(missing_ok=True)  # from an earlier start that was killed at its end
         else:
             checksums = self._compact(np.flatnonzero(good))
-            _write(self.folder / _SKIPPED, b"".join(os.fsencode(file) + b"\n" for file in skipped))
+            write_bytes(self.folder / _SKIPPED, b"".join(os.fsencode(file) + b"\n" for file in skipped))
         number = {name: label for label, name in enumerate(self.names)}
         files = [file for file, kept in zip(self.files, good, strict=True) if kept]
         with (self.folder / _CLASSES).open("wb") as file:
             np.save(file, np.array([number[_class_of(path)] for path in files], np.int64), allow_pickle=False)
-            _to_disk(file)
+            to_disk(file)
         index = self._plan() | {"count": len(files), "skipped": len(skipped), "crc32": checksums}
         index["classes_crc32"] = zlib.crc32((self.folder / _CLASSES).read_bytes())
-        _write(self.folder / _INDEX, _line(index))
+        write_bytes(self.folder / _INDEX, _line(index))
 
     def _compact(self, rows: NDArray[np.intp]) -> list[int]:
         """Copy the good rows and return the checksums of their blocks."""
@@ -349,7 +348,7 @@ class _Build:
                     block = everything[rows[start : start + _BLOCK]]
                     checksums.append(zlib.crc32(block.data))
                     file.write(block.data)
-                _to_disk(file)
+                to_disk(file)
             unfinished.rename(self.folder / _IMAGES)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -379,7 +378,7 @@ def _decode(
     with naming(path), path.open("r+b") as images:
         images.seek(start * rows.shape[1])
         images.write(rows.data)
-        _to_disk(images)
+        to_disk(images)
     return start, zlib.crc32(rows.data), corrupt
 
 
@@ -467,19 +466,3 @@ def _damaged(folder: Path, what: str) -> OSError:
 
 def _line(content: Mapping[str, Any]) -> bytes:
     return json.dumps(content).encode() + b"\n"
-
-
-def _write(path: Path, content: bytes) -> None:
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        with naming(path), unfinished.open("wb") as file:
-            file.write(content)
-            _to_disk(file)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _to_disk(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())

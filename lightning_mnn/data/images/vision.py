@@ -6,7 +6,7 @@ import hashlib
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from torchvision.datasets import CIFAR10, MNIST
@@ -22,11 +22,32 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 PARTS = {"train": (True,), "test": (False,), "all": (True, False)}
-_DIGITS = tuple("0123456789")
 _REMEDY = "choose part=train (data.part), and the other part is the test set, or a test_fraction"
 
 
-class MNISTData(ImageData):
+class _ArchiveData(ImageData):
+    """A published data set: see :class:`MNISTData` and :class:`CIFAR10Data`."""
+
+    test_set_remedy = _REMEDY
+    names: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self,
+        root: str | Path = "data",
+        part: str = "all",
+        groups: Sequence[Sequence[int | str]] | None = None,
+        *,
+        download: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(groups=groups, **options)
+        group_classes(self.groups, self.names)
+        self.root = Path(root)
+        self.part = _checked_part(part)
+        self.download = truth_value("download", download)
+
+
+class MNISTData(_ArchiveData):
     """MNIST digits, flattened to 784 numbers, with the classes split into two groups.
 
     Args:
@@ -46,22 +67,7 @@ class MNISTData(ImageData):
     """
 
     input_dim = 784
-    test_set_remedy = _REMEDY
-
-    def __init__(
-        self,
-        root: str | Path = "data",
-        part: str = "all",
-        groups: Sequence[Sequence[int | str]] | None = None,
-        *,
-        download: bool = False,
-        **options: Any,
-    ) -> None:
-        super().__init__(groups=groups, **options)
-        group_classes(self.groups, _DIGITS)
-        self.root = Path(root)
-        self.part = _checked_part(part)
-        self.download = truth_value("download", download)
+    names = tuple("0123456789")
 
     @override
     def prepare_data(self) -> None:
@@ -98,7 +104,7 @@ class MNISTData(ImageData):
     def _through_torchvision(self, root: str, parts: Sequence[bool], *, download: bool) -> LabelledImages:
         sets = [MNIST(root, train=train, download=download) for train in parts]
         images = np.concatenate([s.data.flatten(1).numpy() for s in sets])
-        return LabelledImages(images, np.concatenate([s.targets.numpy() for s in sets]), _DIGITS)
+        return LabelledImages(images, np.concatenate([s.targets.numpy() for s in sets]), self.names)
 
     def _raw(self) -> Path:
         return self.root / "MNIST" / "raw"
@@ -111,7 +117,7 @@ class MNISTData(ImageData):
         return all((self._raw() / name.removesuffix(".gz")).is_file() for name in mnist_archives())
 
 
-class CIFAR10Data(ImageData):
+class CIFAR10Data(_ArchiveData):
     """CIFAR-10 images, flattened to 3072 numbers (rows, columns, colours), with the classes split into two groups.
 
     The batches are pickle files. torchvision checks the md5 of each one before it is unpickled.
@@ -132,21 +138,7 @@ class CIFAR10Data(ImageData):
     """
 
     input_dim = 3072
-    test_set_remedy = _REMEDY
-
-    def __init__(
-        self,
-        root: str | Path = "data",
-        part: str = "all",
-        groups: Sequence[Sequence[int | str]] | None = None,
-        *,
-        download: bool = False,
-        **options: Any,
-    ) -> None:
-        super().__init__(groups=groups, **options)
-        self.root = Path(root)
-        self.part = _checked_part(part)
-        self.download = truth_value("download", download)
+    names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
     @override
     def prepare_data(self) -> None:
@@ -183,7 +175,7 @@ class CIFAR10Data(ImageData):
     def _through_torchvision(self, root: str, parts: Sequence[bool], *, download: bool) -> LabelledImages:
         sets = [CIFAR10(root, train=train, download=download) for train in parts]
         images = np.concatenate([s.data.reshape(len(s.data), -1) for s in sets])
-        return LabelledImages(images, np.concatenate([s.targets for s in sets]), tuple(sets[0].classes))
+        return LabelledImages(images, np.concatenate([s.targets for s in sets]), self.names)
 
 
 def _checked_part(part: str) -> str:

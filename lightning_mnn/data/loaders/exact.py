@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
-import torch.distributed as dist
 from pytorch_lightning.utilities.combined_loader import CombinedLoader
 from typing_extensions import override
 
@@ -21,7 +20,7 @@ from lightning_mnn.data.loaders.visits import Visits, packed, unpacked
 from lightning_mnn.utilities.compat.lightning_internals import (
     training_iterators,
 )
-from lightning_mnn.utilities.distributed import part_of
+from lightning_mnn.utilities.distributed import add_up, part_of
 from lightning_mnn.utilities.seeding import generator
 from lightning_mnn.utilities.validation import dtype_named, positive_integer, real_number, seed_number, truth_value
 
@@ -412,10 +411,10 @@ class ExactData(pl.LightningDataModule, ABC):
 
     def _visits_of_all(self, loader: ExactLoader) -> Tensor:
         counts = loader.visits.counts()
-        if self.trainer is None or self.trainer.world_size == 1 or not dist.is_initialized():
+        if self.trainer is None or self.trainer.world_size == 1:
             return counts
         counts = counts.to(self.trainer.strategy.root_device, copy=True)
-        dist.all_reduce(counts)  # over the group that exists, whatever its size
+        add_up(counts)
         return counts.cpu()
 
     @override

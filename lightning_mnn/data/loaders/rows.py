@@ -14,7 +14,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info
 
 from lightning_mnn.data.loaders.whitening import ROWS
-from lightning_mnn.utilities.files import locked, naming
+from lightning_mnn.utilities.files import locked, naming, to_disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -188,8 +188,8 @@ def _write(
             if 10 * number // len(blocks) > 10 * (number - 1) // len(blocks):
                 rank_zero_info(f"{number} of {len(blocks)} blocks of {rows.path.stem} written")
         with naming(rows.path):
-            os.fsync(file.fileno())
-            os.fsync(journal.fileno())
+            to_disk(file)
+            to_disk(journal)
 
 
 def _good_blocks(rows: RowFile, checksums: Path, blocks: list[tuple[int, int]]) -> int:

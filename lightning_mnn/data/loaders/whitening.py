@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_mnn.utilities.validation import ArgumentError, is_real_number
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from lightning_mnn.utilities.distributed import ProcessGroup
 
@@ -81,25 +81,8 @@ def moments(
     return Moments(count, mean, scatter)
 
 
-def merged(parts: Sequence[Moments]) -> Moments:
-    """Moments of all samples from the moments of their parts.
-
-    >>> x = torch.arange(12.0).reshape(6, 2)
-    >>> found = merged([moments([x[:1]], 2), moments([x[1:]], 2)])
-    >>> bool(torch.allclose(found.covariance, torch.cov(x.double().T, correction=0)))
-    True
-    """
-    count = sum(part.count for part in parts)
-    mean = torch.stack([part.mean * (part.count / count) for part in parts]).sum(0)
-    scatter = torch.zeros_like(parts[0].scatter)
-    for part in parts:
-        scatter += part.scatter
-        _add_shift(scatter, part.mean - mean, part.count)
-    return Moments(count, mean, scatter)
-
-
 def moments_of_group(own: Moments, process_group: ProcessGroup) -> Moments:
-    """Moments of the samples of all processes, the same on each of them: equal to :func:`merged` up to rounding.
+    """Moments of the samples of all processes, the same on each of them.
 
     Collective: every process of the group must call it. The scatter of ``own`` is overwritten.
     """

@@ -104,7 +104,7 @@ class DataSet(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GaussianData:
+class GaussianSamples:
     """Gaussian inputs with random labels, drawn again for each region: volumes are averages over the data.
 
     Attributes:
@@ -115,7 +115,7 @@ class GaussianData:
     Raises:
         ValueError: a size is not a whole number of at least 1, or the labels have another name.
 
-    >>> GaussianData(3, 2).draw(seed=0, index=7).inputs.shape
+    >>> GaussianSamples(3, 2).draw(seed=0, index=7).inputs.shape
     torch.Size([3, 2])
     """
 
@@ -154,12 +154,12 @@ class Case:
     Raises:
         ValueError: an argument is out of its range.
 
-    >>> case = Case(GaussianData(4, 2), width=2)
+    >>> case = Case(GaussianSamples(4, 2), width=2)
     >>> case.outcome(0) == case.outcome(0)
     True
     """
 
-    data: DataSet | GaussianData
+    data: DataSet | GaussianSamples
     width: int
     negative_slope: float = 0.0
     epsilon: float = 0.0
@@ -178,7 +178,7 @@ class Case:
 
     def draw(self, index: int) -> tuple[Tensor, DataSet]:
         """The weights W, float64 (d1, d0), and the data set, of region number `index`."""
-        data = self.data.draw(self.seed, index) if isinstance(self.data, GaussianData) else self.data
+        data = self.data.draw(self.seed, index) if isinstance(self.data, GaussianSamples) else self.data
         return draw_weights(self.width, data.inputs.shape[1], self.seed, index), data
 
     def outcome(self, index: int) -> Outcome:
@@ -281,7 +281,7 @@ def count(case: Case, start: int, stop: int) -> Counter[str]:
     A census in parts stores these counts (a dictionary of integers) and converts them to a :class:`Census` with
     :meth:`Census.from_counts`.
 
-    >>> case = Case(GaussianData(4, 2), width=2)
+    >>> case = Case(GaussianSamples(4, 2), width=2)
     >>> Census.from_counts([count(case, 0, 2), count(case, 2, 6)]) == Census.from_counts([count(case, 0, 6)])
     True
     """
@@ -395,7 +395,7 @@ def ensemble_census(
 ) -> Census:
     """Draw weights W ~ N(0, I), each with its own Gaussian data, and classify their regions.
 
-    The proportions estimate volumes averaged over the data (see :class:`GaussianData` and :func:`census`).
+    The proportions estimate volumes averaged over the data (see :class:`GaussianSamples` and :func:`census`).
 
     Raises:
         ValueError: a number is out of its range.
@@ -403,7 +403,7 @@ def ensemble_census(
     >>> ensemble_census(6, 2, width=2, num_regions=20).rank_deficient.hits  # d0·d1 < N
     20
     """
-    data = GaussianData(num_samples, input_dim, labels)
+    data = GaussianSamples(num_samples, input_dim, labels)
     case = Case(data, width, negative_slope, epsilon=epsilon, seed=seed, max_nodes=max_nodes)
     return _census(case, num_regions, processes)
 

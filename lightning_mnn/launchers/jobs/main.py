@@ -87,16 +87,16 @@ def _run(call: dict[str, Any], *, leads: bool) -> Any:
 def _write_return(folder: Path, found: Any) -> None:
     import cloudpickle  # noqa: PLC0415 (after the user's sys.path is in place)
 
+    from lightning_mnn.utilities.files import write_bytes  # noqa: PLC0415
+
     try:
         content = cloudpickle.dumps(found)
     except Exception as error:  # noqa: BLE001 (pickling may raise anything)
         print(f"the job's return value cannot be passed to the sweeper, which gets None: {error}", file=sys.stderr)  # noqa: T201
         found.return_value = None
         content = cloudpickle.dumps(found)
-    unfinished = folder / "return.tmp"
     with contextlib.suppress(FileNotFoundError):  # the launcher is gone, and the folder with it
-        unfinished.write_bytes(content)
-        unfinished.replace(folder / "return.pickle")
+        write_bytes(folder / "return.pickle", content, durable=False)
 
 
 def _signals_of_children() -> list[signal.Signals]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_mnn.launchers.jobs.records import read_record
 from lightning_mnn.utilities.compat.lightning_internals import computed_metrics
-from lightning_mnn.utilities.files import json_text
+from lightning_mnn.utilities.files import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,9 +83,7 @@ def _write_report(path: Path, trainer: pl.Trainer, content: Callable[[], dict[st
     try:
         if trainer.is_global_zero:
             known = {key: value for key, value in content().items() if value is not None}
-            unfinished = path.with_name(path.name + ".tmp")  # need not be flushed to disk
-            unfinished.write_text(json_text(read_record(path) | known), encoding="utf-8")
-            unfinished.replace(path)
+            write_json(path, read_record(path) | known, durable=False)
     except OSError:  # such as a full disk: the next report may succeed
         pass
     except Exception as error:  # noqa: BLE001 (a training must not end because of a sweep's table)

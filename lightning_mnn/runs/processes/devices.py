@@ -18,6 +18,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from pytorch_lightning.accelerators import CUDAAccelerator, MPSAccelerator
 from pytorch_lightning.utilities import rank_zero_only
 
+from lightning_mnn.utilities.distributed import is_initialised
 from lightning_mnn.utilities.resources import cores
 from lightning_mnn.utilities.validation import ArgumentError, positive_integer, whole_number
 
@@ -37,7 +38,7 @@ _WITHIN = ("spawn", "fork", "notebook")  # ways to start processes from within t
 
 def processes() -> int:
     """Size of the process group that was actually formed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if is_initialised() else 1
 
 
 def check_trainer(cfg: DictConfig) -> None:

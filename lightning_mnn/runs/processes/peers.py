@@ -105,13 +105,9 @@ def _accept(server: socket.socket, secret: bytes, count: int) -> list[Peer]:
 
 
 def _received(connection: socket.socket, size: int) -> bytes | None:
-    content = b""
-    while len(content) < size:
-        try:
-            part = connection.recv(size - len(content))
-        except OSError:
-            return None
-        if not part:
-            return None
-        content += part
-    return content
+    """The next bytes; None: the other process is gone."""
+    try:
+        content = connection.recv(size, socket.MSG_WAITALL)
+    except OSError:
+        return None
+    return content if len(content) == size else None

@@ -14,13 +14,7 @@ from lightning_mnn import MNN
 from lightning_mnn.callbacks import LastCheckpoint
 from lightning_mnn.callbacks.trainer.stop_on_request import StopOnRequest
 from lightning_mnn.data import GaussianData, TensorData
-from lightning_mnn.utilities.interruption import Interrupted, forget, request
-
-
-@pytest.fixture(autouse=True)
-def _no_request():
-    yield
-    forget()
+from lightning_mnn.utilities.interruption import Interrupted, request
 
 
 class Ends(pl.Callback):

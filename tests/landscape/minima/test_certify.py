@@ -170,7 +170,7 @@ def pool(rng, count):
 def test_no_certificate_is_false(seed):
     rng = np.random.default_rng(seed)
     certified = 0
-    for w, z, x, y, slope in pool(rng, 180):
+    for w, z, x, y, slope in pool(rng, 90):
         tensors = [torch.from_numpy(v) for v in (w, z, x, y)]
         for found in (
             certify(*tensors, slope, threshold=0.5),
@@ -179,7 +179,7 @@ def test_no_certificate_is_false(seed):
         ):
             certified += found.kind in MINIMA
             check(found, (w, z, x, y, slope), rng, count=300)
-    assert certified > 100
+    assert certified > 50
 
 
 def test_planted_points_resist_every_probe():

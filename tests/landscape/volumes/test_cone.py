@@ -95,9 +95,7 @@ def test_agrees_with_plain_sampling(seed, dim, num):
     assert math.exp(estimate.value + 4 * estimate.standard_error) >= low
 
 
-@pytest.mark.parametrize(
-    ("num", "dim", "count"), [(8, 3, 58), (12, 4, 464), pytest.param(16, 4, 1152, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("num", "dim", "count"), [(8, 3, 58), (12, 4, 464)])
 def test_all_cells_add_up_to_one(num, dim, count):
     rng = np.random.default_rng(num)
     inputs = rng.standard_normal((num, dim))
@@ -150,7 +148,7 @@ def test_nothing_ends_or_goes_on_by_the_error_of_the_estimate_itself(monkeypatch
 def test_intervals_cover_at_a_small_target():
     """Where samples that stop by their own error cover some 92 %; by the thousand in tests/benchmarks."""
     normals, point, truth = equicorrelated(5)
-    found = [log_cone_measure(normals, point, target_standard_error=0.03, seed=seed) for seed in range(200)]
+    found = [log_cone_measure(normals, point, target_standard_error=0.03, seed=seed) for seed in range(100)]
     scores = np.array([(estimate.value - truth) / estimate.standard_error for estimate in found])
     assert stats.binomtest(int((np.abs(scores) < 1.96).sum()), len(scores), 0.95).pvalue > 1e-3
     assert abs(scores.mean()) < 4 / math.sqrt(len(scores))  # no bias
@@ -160,13 +158,13 @@ def test_intervals_cover_at_a_small_target():
 @pytest.mark.parametrize("name", CONES)
 def test_intervals_cover_the_truth(name):
     normals, point, truth = CONES[name](np.random.default_rng(1))
-    if truth is None:  # by some hundred times the samples: it is off by a tenth of the errors of those
-        runs = [sampled(normals, point, 1000 + seed, 0.015) for seed in range(2)]
-        truth = np.mean([value for value, _ in runs])
-    found = np.array([sampled(normals, point, seed) for seed in range(100)])
+    if truth is None:  # by many times the samples: it is off by a fifth of the errors of those
+        truth, _ = sampled(normals, point, 1000, 0.02)
+    count = 60
+    found = np.array([sampled(normals, point, seed) for seed in range(count)])
     hits = int((np.abs(found[:, 0] - truth) < 1.96 * found[:, 1]).sum())
-    assert stats.binomtest(hits, 100, 0.95, alternative="less").pvalue > 1e-4
-    assert abs((found[:, 0] - truth).mean()) < 4 * found[:, 0].std() / 10 + 0.01  # no bias
+    assert stats.binomtest(hits, count, 0.95, alternative="less").pvalue > 1e-3
+    assert abs((found[:, 0] - truth).mean()) < 4 * found[:, 0].std() / math.sqrt(count) + 0.01  # no bias
 
 
 @pytest.mark.parametrize(("angle", "planes", "ties"), [(1e-7, 2, 1), (1e-8, 3, 6), (1e-9, 3, 40), (1e-10, 2, 1)])

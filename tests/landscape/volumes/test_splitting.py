@@ -7,7 +7,7 @@ from scipy.stats import binomtest, norm
 
 from lightning_mnn.landscape import ActivationPattern, Region, find_minimum
 from lightning_mnn.landscape.volumes.intervals import Estimate, Proportion
-from lightning_mnn.landscape.volumes.region_census import Case, DataSet, GaussianData, census
+from lightning_mnn.landscape.volumes.region_census import Case, DataSet, GaussianSamples, census
 from lightning_mnn.landscape.volumes.splitting import (
     fewest_wrong,
     rare_census,
@@ -128,7 +128,7 @@ def test_standard_error_spans_the_interval():
 @pytest.mark.parametrize(("num_samples", "dim", "width"), [(8, 3, 2), (8, 3, 4), (12, 2, 5), (1, 1, 1)])
 def test_score_counts_what_the_census_counts(num_samples, dim, width, slope):
     for index in range(40):
-        case = Case(GaussianData(num_samples, dim), width, slope)
+        case = Case(GaussianSamples(num_samples, dim), width, slope)
         weights, data = case.draw(index)
         score = suboptimal_score(data.inputs, data.targets, slope, threshold=data.threshold)
         active = ActivationPattern.from_preactivations(data.inputs @ weights.T)
@@ -140,7 +140,7 @@ def test_score_counts_what_the_census_counts(num_samples, dim, width, slope):
 
 
 def test_score_does_not_depend_on_its_batch(monkeypatch):
-    data = GaussianData(8, 3).draw(0, 0)
+    data = GaussianSamples(8, 3).draw(0, 0)
     weights = torch.randn(30, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for slope in (0.0, 0.1):
         score = suboptimal_score(data.inputs, data.targets, slope)
@@ -172,7 +172,7 @@ def test_least_wrong_is_more_than_epsilon(epsilon, expected):
     [(20, 5, 14, 0.0, 0.0), (20, 5, 10, 0.0, 0.05), (12, 3, 8, 0.1, 0.0)],  # 1.1e-3, 1.9e-3, 3e-4
 )
 def test_agrees_with_direct_draws(num_samples, dim, width, slope, epsilon):
-    data = GaussianData(num_samples, dim).draw(0, 0)
+    data = GaussianSamples(num_samples, dim).draw(0, 0)
     score, level = suboptimal_score(data.inputs, data.targets, slope), fewest_wrong(num_samples, epsilon)
     found = rare_event(score, (width, dim), level, particles=300)
     drawn = direct(score, (width, dim), level, 60_000)
@@ -182,7 +182,7 @@ def test_agrees_with_direct_draws(num_samples, dim, width, slope, epsilon):
 
 @pytest.mark.parametrize(("width", "slope"), [(8, 0.0), (6, 0.1)])
 def test_agrees_with_the_census(width, slope):
-    data = GaussianData(10, 3).draw(0, 0)
+    data = GaussianSamples(10, 3).draw(0, 0)
     drawn = census(data.inputs, data.targets, width, slope, num_regions=600)
     found = rare_census(data.inputs, data.targets, width, slope, particles=200, regions=20)
     assert found.undecided == 0
@@ -192,7 +192,7 @@ def test_agrees_with_the_census(width, slope):
 
 
 def test_undecided_regions_widen_the_interval():
-    data = GaussianData(10, 3).draw(0, 0)
+    data = GaussianSamples(10, 3).draw(0, 0)
     options = {"particles": 100, "regions": 10, "runs": 6}
     full = rare_census(data.inputs, data.targets, 6, **options)
     cut = rare_census(data.inputs, data.targets, 6, max_nodes=2, **options)
@@ -212,7 +212,7 @@ def test_certain_events_are_not_taken_for_granted():
 
 
 def test_no_minimum_among_the_regions_met_leaves_an_upper_limit():
-    data = GaussianData(20, 3).draw(0, 0)  # so few units hold no minimum
+    data = GaussianSamples(20, 3).draw(0, 0)  # so few units hold no minimum
     found = rare_census(data.inputs, data.targets, 5, epsilon=0.3, particles=100, regions=5, runs=6)
     assert found.suboptimal_minimum.value == 0 < found.suboptimal_minimum.high < found.suboptimal_residual.high
 
