@@ -21,9 +21,10 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict
 from typing_extensions import override
 
+from lightning_mnn.config.paths import hydra_path
 from lightning_mnn.launchers.jobs.records import JobState, SweepCommand
 from lightning_mnn.launchers.signals import collected_signals, one_line_errors
-from lightning_mnn.utilities.compat.hydra_internals import hydra_path, result_of, singletons
+from lightning_mnn.utilities.compat.hydra_internals import result_of, singletons
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -19,8 +19,9 @@ from typing_extensions import override
 from yaml import YAMLError
 
 from lightning_mnn.config.mistakes import UserError, explained, print_error, shown
+from lightning_mnn.config.paths import hydra_path
 from lightning_mnn.runs import footprint
-from lightning_mnn.utilities.compat.hydra_internals import hydra_path, split_sweep
+from lightning_mnn.utilities.compat.hydra_internals import split_sweep
 from lightning_mnn.utilities.files import write_bytes
 
 if TYPE_CHECKING:

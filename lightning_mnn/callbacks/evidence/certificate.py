@@ -286,8 +286,8 @@ class CertificateTier(Tier):
         """The objective that the verdict is on."""
         if Difference.DECOUPLED_WEIGHT_DECAY in self.differences:
             return "none"
-        decayed, frozen = (kind in self.differences for kind in (Difference.WEIGHT_DECAY, Difference.FROZEN_WEIGHTS))
-        return "mse" + "_with_weight_decay" * decayed + "_of_trained_weights" * frozen
+        parts = {Difference.WEIGHT_DECAY: "with_weight_decay", Difference.FROZEN_WEIGHTS: "of_trained_weights"}
+        return "_".join(["mse", *(part for kind, part in parts.items() if kind in self.differences)])
 
     def _statistics(self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network) -> None:
         """Compute the statistics in one exact pass, and run the first-order tests."""

@@ -6,11 +6,7 @@ import importlib
 import sys
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
-
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
 
 from lightning_mnn.utilities.compat.missing import MissingPartError, attribute
 
@@ -18,7 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from hydra.core.utils import JobReturn
-    from omegaconf import DictConfig
 
 _LIBRARY = "hydra-core"
 
@@ -39,17 +34,6 @@ def singletons() -> Any:
 def set_singletons(state: Any) -> None:
     """Set Hydra's state in this process: ``hydra.core.singleton.Singleton``."""
     attribute(_module("hydra.core.singleton"), "Singleton.set_state", _LIBRARY)(state)
-
-
-def hydra_path(config: DictConfig, *keys: str) -> Path:
-    """The path that keys of the node ``hydra`` name together, resolved with what Hydra knows only of this job."""
-    hydra_config = HydraConfig.instance()
-    before = hydra_config.cfg
-    try:
-        hydra_config.set_config(config)
-        return Path(*(str(OmegaConf.select(config.hydra, key)) for key in keys))
-    finally:
-        hydra_config.cfg = before
 
 
 def split_sweep(overrides: Sequence[str]) -> list[list[str]]:

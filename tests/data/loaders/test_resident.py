@@ -164,6 +164,7 @@ def test_flat_batches():
         flat_batch(torch.ones(3))
 
 
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader` but have no `validation_step`")
 def test_lightning_gives_each_epoch_its_order():
     class Watcher(pl.LightningModule):
         def __init__(self):
