@@ -370,7 +370,7 @@ class MNN(pl.LightningModule):
                 means[f"{stage}/{name}{suffix}"] = value.mean().to(self.device, widest_dtype(self.device))
         fits = self.trainer.state.fn == "fit"
         options: dict[str, Any] = {"batch_size": 1, "sync_dist": True, "add_dataloader_idx": False}
-        self.log_dict(means, prog_bar=True, logger=not fits, **options)
+        self.log_dict(means, prog_bar=True, logger=False if fits else None, **options)
         if fits and not self.trainer.sanity_checking:
             log_scalars(self.trainer, dict(means))  # with the number of this step, as all other values
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.combined_loader import CombinedLoader
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
 from lightning_mnn.data.loaders.selection import changed_labels
@@ -25,7 +26,7 @@ from lightning_mnn.utilities.seeding import generator
 from lightning_mnn.utilities.validation import dtype_named, positive_integer, real_number, seed_number, truth_value
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -364,10 +365,17 @@ class ExactData(pl.LightningDataModule, ABC):
             raise ValueError(f"{type(self).__name__} has no test set: {self.test_set_remedy}")
         return NoLoaders() if loader is None else loader
 
+    @property
     @override
-    def val_dataloader(self) -> ExactLoader | NoLoaders:
-        """The test set, too: there is one set of samples that training does not see."""
-        return self.test_dataloader()
+    def val_dataloader(self) -> Callable[[], Any]:
+        """The method :meth:`test_dataloader`: there is one set of samples that training does not see.
+
+        For a module without a ``validation_step`` it is Lightning's own method, or Lightning would warn in each fit.
+        """
+        module = None if self.trainer is None else self.trainer.lightning_module
+        if module is not None and not is_overridden("validation_step", module):
+            return super().val_dataloader
+        return self.test_dataloader
 
     @override
     def train_dataloader(self) -> ExactLoader:
