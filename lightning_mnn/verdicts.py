@@ -290,8 +290,8 @@ SENTENCES = {
         "have a minimum here"
     ),
     ReasonCode.OBJECTIVE_OF_REPLICAS: (
-        "with weight decay or frozen weights a minimum is tested for single networks only, not for replicas: train it "
-        "with replicas=1"
+        "with weight decay or frozen weights a minimum is tested for a single network only: use replicas=1, or neither "
+        "of the two"
     ),
     ReasonCode.NO_STEP_YET: "there was no optimiser step yet",
     ReasonCode.NO_GRADIENT_SEEN: "no gradient was seen",

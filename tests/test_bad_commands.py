@@ -87,7 +87,7 @@ VALUES = [
     (
         "model.frozen=[weights]",
         "model.frozen=[weights]: names no parameter",
-        "choose of output_weights, hidden_weights.0",
+        "choose from output_weights, hidden_weights.0",
     ),
     ("optimizer.name=sgd optimizer.betas=[0.9,0.9]", "optimizer.betas=[0.9,0.9]: is no argument of sgd", "it has lr"),
     ("+optimizer.foo=1", "optimizer.foo=1: is no argument of adam", "leave it out; it has lr, betas"),

@@ -66,7 +66,7 @@ def test_a_sweep_is_a_table_of_jobs_and_replicas(sweep):
 
 
 def test_without_pandas_tables_are_those_of_pyarrow(sweep, monkeypatch):
-    monkeypatch.setattr("lightning_mnn.results.find_spec", lambda name: None)
+    monkeypatch.setattr("lightning_mnn.runs.saved.find_spec", lambda name: None)
     assert isinstance(load_run(sweep / "0").metrics, pa.Table)
     assert isinstance(load_sweep(sweep).table, pa.Table)
 

@@ -161,7 +161,7 @@ class MNN(pl.LightningModule):
         names = [name for name, _ in self.named_parameters()]
         for pattern in frozen:
             if not fnmatch.filter(names, str(pattern)):
-                raise ArgumentError("frozen", pattern, "names no parameter", f"choose of {', '.join(names)}")
+                raise ArgumentError("frozen", pattern, "names no parameter", f"choose from {', '.join(names)}")
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(not any(fnmatch.fnmatchcase(name, pattern) for pattern in frozen))
         if not any(parameter.requires_grad for parameter in self.parameters()):

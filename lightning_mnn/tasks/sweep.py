@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+EVALUATION = "evaluation.json"  # of task=evaluate, in a run's folder
+
 _MARKS = (".hydra", JOB_RECORD, "plan.json", "summary.json")  # a folder that contains any of these is a job's
 _LISTS = ("hidden_dims", "visits", "objective_differs_by")  # values of a summary that are lists, but not over replicas
 _START_OVERRIDES = ("resume",)  # overrides that determine how a job is started, not what it computes
@@ -138,7 +140,7 @@ def read_sweep(folder: Path) -> Sweep:
     if any((folder / mark).exists() for mark in _MARKS):
         raise FileNotFoundError(
             f"sweep={relative(folder)} is the folder of one run or experiment, not of a sweep: use task=report "
-            f"folder={relative(folder)}, or give the folder above it as sweep="
+            f"folder={relative(folder)}, or sweep={relative(folder.parent)}"
         )
     folders, plans = _walk(folder)
     jobs = [_read_job(folder, place, _plan_of(place, plans)) for place in folders]
@@ -251,6 +253,8 @@ def _plan_of(place: Path, plans: Mapping[Path, dict[str, Any]]) -> dict[str, Any
 def _read_job(root: Path, place: Path, hydra: Mapping[str, Any]) -> SweepJob:
     record, torn_record = _read(place / JOB_RECORD)
     summary, torn_summary = _read(place / "summary.json")
+    if summary:
+        summary |= {f"evaluated.{key}": value for key, value in _read(place / EVALUATION)[0].items()}
     recorded = record.get("overrides")
     overrides = _yaml(place / ".hydra" / "overrides.yaml") or (recorded if isinstance(recorded, list) else ())
     job = SweepJob(place.relative_to(root), tuple(map(str, overrides)), Status.UNFINISHED, task="")

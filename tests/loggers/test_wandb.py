@@ -411,6 +411,7 @@ def test_the_summary_keeps_the_best_and_the_last_of_what_is_logged(runs):
     with initialize_config_module("lightning_mnn.conf", version_base="1.3"):
         best = compose("config", return_hydra_config=True).logger.wandb.best
     directed = {name: direction for direction, names in best.items() for name in names}
+    directed = {name: direction for name, direction in directed.items() if not name.startswith("test/")}
     assert directed.keys() <= series.keys()
     for name, (_, values) in series.items():
         kept = {"min": min, "max": max}[directed[name]](values) if name in directed else None

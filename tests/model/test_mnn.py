@@ -268,7 +268,7 @@ def test_the_module_brings_only_the_callbacks_that_are_missing(make_trainer):
         ({"hidden_dims": (4.7,)}, "hidden_dims must be at least 1 and a whole number, got 4.7"),
         (
             {"frozen": ["weights"]},
-            "frozen names no parameter, got 'weights': choose of output_weights, hidden_weights.0",
+            "frozen names no parameter, got 'weights': choose from output_weights, hidden_weights.0",
         ),
         ({"frozen": ["*"]}, "frozen must leave a parameter to train"),
         ({"optimizer": {"name": "Adafactor"}, "replicas": 2}, "replicas must be 1 with the optimizer Adafactor, which"),

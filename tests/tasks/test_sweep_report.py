@@ -455,7 +455,7 @@ def test_bands_are_over_the_networks_of_each_point(tmp_path, drawn, band):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["x=data.seed"], "x is no column with values of the finished jobs, got 'data.seed': choose of job, folder"),
+        (["x=data.seed"], "x is no column with values of the finished jobs, got 'data.seed': choose from job, folder"),
         (["x=seed", "y=[mse,kind]"], "y has no numbers, got 'kind'"),
         (["x=seed", "color=model"], "color is no column"),
         (["x=seed", "band=range"], "band must be one of std, quartiles, got 'range'"),

@@ -64,7 +64,7 @@ def band_figure(folder: Path, x: str, y: Sequence[str], color: str | None = None
     for name, column in (("x", x), ("color", color), *(("y", column) for column in y)):
         if column is not None and not any(row.get(column) is not None for row in rows):
             known = ", ".join(key for key in (rows[0] if rows else ()) if any(row[key] is not None for row in rows))
-            raise ArgumentError(name, column, "is no column with values of the finished jobs", f"choose of {known}")
+            raise ArgumentError(name, column, "is no column with values of the finished jobs", f"choose from {known}")
     for column in y:
         if all(number_in(row[column]) is None for row in rows):
             raise ArgumentError("y", column, "has no numbers", "choose another column")
