@@ -610,7 +610,7 @@ def gradients_that_are_nearly_parallel():
 def losses_that_are_nearly_a_mean():
     found = []
     for off in (3e-4, 3e-3):
-        batch = SimpleNamespace(_part=lambda _, x, off=off: x.mean() * (1 + off * (len(x) < 4)))
+        batch = SimpleNamespace(_loss_part=lambda _, x, off=off: x.mean() * (1 + off * (len(x) < 4)))
         found.append(FullBatch._reduction_of(batch, 0, torch.ones(4).double(), 4))
     return found
 
