@@ -135,7 +135,7 @@ def test_some_units_stand_for_all_without_bias():
 
 def test_batches_of_units_have_random_numbers_of_their_own(monkeypatch):
     monkeypatch.setattr(
-        sys.modules["lightning_mnn.landscape.volumes.region_volume"], "_ENTRIES", 1
+        sys.modules["lightning_mnn.landscape.volumes.region_volume"], "_ENTRIES_PER_BATCH", 1
     )  # one unit at a time
     inputs, weights = gaussian(0, 12, 4), gaussian(1, 1, 4).expand(5, -1)
     first, second = (region_log_volume(region_of(inputs, weights), weights, seed=seed).unit_values for seed in (0, 1))
