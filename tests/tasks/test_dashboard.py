@@ -16,7 +16,13 @@ from tests.wandb_files import records_of
 pytest.importorskip("wandb_workspaces")
 
 # One run that logs all there is: it ends by a certificate, and the volume of its region is measured.
-EVERYTHING = ("data.num_samples=24", "data.input_dim=6", "model.hidden_dims=[16]", "trainer.max_epochs=60")
+EVERYTHING = (
+    "data.num_samples=24",
+    "data.num_test=8",
+    "data.input_dim=6",
+    "model.hidden_dims=[16]",
+    "trainer.max_epochs=60",
+)
 
 
 def settings(*overrides):
