@@ -108,6 +108,11 @@ RESUMED = [
     (text("run/plan.json", "{"), "run/plan.json is damaged (it is not JSON", "choose another hydra.run.dir"),
     (text("run/plan.json", "[]"), "run/plan.json is damaged (it is not a JSON object", "choose another hydra.run.dir"),
     (
+        text("run/plan.json", '{"config": {}, "versions": {"lightning_mnn": "0.1.0"}, "wandb_id": null}'),
+        "run was started by lightning_mnn 0.1.0, and this is",
+        "resume it with that version, or choose another hydra.run.dir",
+    ),
+    (
         text("run/plan.json", '{"config": {}}'),
         "run/plan.json is damaged (it lacks versions, wandb_id",
         "choose another",

@@ -236,7 +236,8 @@ class LocalMinimumDetector(ScheduledCallback):
     def _test(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate and log the errors on the test set, if there is one."""
         self._test_errors = errors_on_test_set(trainer, pl_module)
-        log_scalars(trainer, self._test_scalars())
+        if self._test_errors:
+            log_scalars(trainer, self._test_scalars())
 
     def _test_scalars(self) -> dict[str, Any]:
         return {f"test/{name}": value.mean() for name, value in self._test_errors.items()}

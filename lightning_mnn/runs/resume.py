@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 # Keys that change no result, or only determine a run's place and start.
-_INDIFFERENT = ("resume", "run_dir", "threads", "logger")
+_INDIFFERENT = ("resume", "run_dir", "threads", "logger", "x", "y", "color", "band")
 
 # Callbacks that change results only by their class: a callback that must see every step changes how steps are bundled,
 # and thus their rounding.
@@ -90,6 +90,12 @@ def run_state(cfg: DictConfig) -> RunState:
     checkpoint = run_dir / "checkpoints" / "last.ckpt"
     if checkpoint.exists():  # the checkpoint from which the run started no longer matters
         plan["config"]["ckpt_path"] = plan_now["config"]["ckpt_path"]
+    before, now = (found["versions"].get("lightning_mnn") for found in (plan, plan_now))
+    if before != now:  # its config has other keys, too
+        raise FileExistsError(
+            f"{run_dir} was started by lightning_mnn {before}, and this is {now}: resume it with that version, or "
+            f"choose another {folder_option()}"
+        )
     if found := differences({key: plan[key] for key in plan_now}, plan_now):
         raise FileExistsError(
             f"{run_dir} was started with a different configuration: {found}: choose another {folder_option()}"
