@@ -12,7 +12,14 @@ from lightning_mnn.landscape import certify
 from lightning_mnn.results import load_run, load_sweep
 from tests import children
 
-SMALL = ("data.num_samples=20", "data.input_dim=6", "model.hidden_dims=[8]", "trainer.max_epochs=40", "replicas=2")
+SMALL = (
+    "data.num_samples=20",
+    "data.input_dim=6",
+    "model.hidden_dims=[8]",
+    "trainer.max_epochs=40",
+    "replicas=2",
+    "data.label_noise=0.25",
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +41,8 @@ def test_a_run_has_its_summary_metrics_patterns_module_and_data(sweep):
     metrics = columns_of(run.metrics)
     assert metrics["step"] == sorted(metrics["step"])
     logged = [value for value in metrics["minimum/mse"] if value is not None and not math.isnan(value)]
-    inputs, targets = run.data().tensors()
+    data = run.data()
+    inputs, targets = data.inputs, data.targets
     module = run.module()
     with torch.no_grad():
         mse = (module(inputs) - targets).square().mean(-1)

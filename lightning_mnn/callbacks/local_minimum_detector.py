@@ -207,12 +207,6 @@ class LocalMinimumDetector(ScheduledCallback):
         self._test_errors = errors_on_test_set(trainer, pl_module)
 
     @override
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_epoch_end(trainer, pl_module)
-        if self._test_errors:  # the last known ones, for callbacks that monitor them
-            pl_module.log_dict(self._test_scalars(), logger=False, batch_size=1)
-
-    @override
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().finish(trainer, pl_module)
         tier = self._certify(trainer, pl_module, end=True)

@@ -1,9 +1,14 @@
-"""Choices by ``NAME.name=…`` on the command line instead of an option of a config group."""
+"""What the command line gives, and choices by ``NAME.name=…`` instead of an option of a config group."""
 
 from __future__ import annotations
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
+
+
+def given_keys() -> set[str]:
+    """The keys that the command line of this job gives, as ``data`` or ``optimizer.lr``."""
+    return {override.lstrip("+~").partition("=")[0] for override in HydraConfig.get().overrides.task}
 
 
 def drop_arguments_of_other_names(cfg: DictConfig) -> None:
@@ -14,7 +19,7 @@ def drop_arguments_of_other_names(cfg: DictConfig) -> None:
     """
     if not HydraConfig.initialized():
         return
-    given = {override.lstrip("+~").partition("=")[0] for override in HydraConfig.get().overrides.task}
+    given = given_keys()
     for group in ("optimizer", "schedule"):
         node, option = cfg.get(group), HydraConfig.get().runtime.choices.get(group)
         if not isinstance(node, DictConfig) or f"{group}.name" not in given or str(node.name).lower() == option:

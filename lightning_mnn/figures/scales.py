@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 MAX_NAMED_VALUES = 8  # values that an axis or a legend names one by one
+MIN_LOG_RATIO = 30  # ratio of the largest to the smallest value from which on an axis is logarithmic
 REPETITION = "seed"  # its values are a sample and have no order
 
 

@@ -14,6 +14,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from lightning_mnn.figures.scales import (
     MAX_NAMED_VALUES,
+    MIN_LOG_RATIO,
     REPETITION,
     Row,
     Scale,
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 _MAX_BARS = 48
 _MAX_FOREIGN_PANELS = 8  # panels of values that another program logged
-_MIN_LOG_RATIO = 30  # ratio of the largest to the smallest value from which on an axis is logarithmic
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ def _set_heights(ax: Axes, measure: Measure, values: Sequence[float]) -> float:
         The height at which zeros are drawn; minus infinity if they need no special height.
     """
     positive = [value for value in values if value > 0]
-    wide_range = bool(positive) and max(positive) / min(positive) >= _MIN_LOG_RATIO
+    wide_range = bool(positive) and max(positive) / min(positive) >= MIN_LOG_RATIO
     if not positive or not (wide_range if measure.log is None else measure.log):
         low, high = min(values), max(values)
         room = 0.1 * (high - low) or 0.5 * abs(high) or 1.0

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
-from lightning_mnn.figures.scales import Row, Scale, colors_of, draw_places, number_in, scale_of
+from lightning_mnn.figures.scales import MIN_LOG_RATIO, Row, Scale, colors_of, draw_places, number_in, scale_of
 from lightning_mnn.figures.style import literal, save, tidy
 from lightning_mnn.utilities.files import whole_file
 from lightning_mnn.utilities.validation import ArgumentError, one_of
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 BANDS = ("std", "quartiles")
 
-_MIN_LOG_RATIO = 30  # ratio of the largest to the smallest value from which on an axis is logarithmic
 _UNITS = {
     "mse": "training MSE",
     "mce": "training error (fraction)",
@@ -98,7 +97,7 @@ def statistics_of(values: Sequence[float], band: str) -> tuple[float, float, flo
 def _draw_curves(ax: Axes, rows: Sequence[Row], column: str, x: Scale, color: Scale, band: str) -> None:
     known = [(row, value) for row in rows if (value := number_in(row[column])) is not None]
     values = [value for _, value in known]
-    log = min(values) > 0 and max(values) / min(values) >= _MIN_LOG_RATIO
+    log = min(values) > 0 and max(values) / min(values) >= MIN_LOG_RATIO
     draw_places(ax, x)
     for number, (hue, name) in enumerate(zip(colors_of(color), color.names, strict=True)):
         groups: dict[int, list[float]] = {}

@@ -72,17 +72,25 @@ class Run:
         return MNN.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
 
     def data(self, **changes: Any) -> ExactData:
-        """The data module of the run, built anew and set up: ``tensors()`` gives inputs and targets.
+        """The data module of the run, built anew and set up.
+
+        Its ``inputs`` and ``targets`` are the training set, with the labels that the run had: also where they were
+        changed by ``label_noise`` or ``random_labels``. Streamed images have no ``inputs``.
 
         Args:
             **changes: arguments that replace those of the run, as ``root`` for images that lie elsewhere.
         """
         config = self.config.copy()
         config.data.update(changes)
-        datamodule: ExactData = build(config, "data")
-        datamodule.prepare_data()
-        datamodule.setup("fit")
-        return datamodule
+        return data_of(config)
+
+
+def data_of(config: DictConfig) -> ExactData:
+    """The data module of a config, built and set up."""
+    datamodule: ExactData = build(config, "data")
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    return datamodule
 
 
 class Patterns(Mapping[int, "dict[str, np.ndarray]"]):

@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.markup import escape
 
-from lightning_mnn.config.build import build
+from lightning_mnn.config.choices import given_keys
 from lightning_mnn.data.error_sums import ErrorSums
 from lightning_mnn.data.loaders.shards import exact_shard, flat_batch
 from lightning_mnn.landscape import certify
 from lightning_mnn.runs.folders import remove_job_folder
-from lightning_mnn.runs.saved import load_run
+from lightning_mnn.runs.saved import data_of, load_run
 from lightning_mnn.tasks.sweep import EVALUATION, Status, read_sweep, write_table
 from lightning_mnn.utilities.files import relative, write_json
 from lightning_mnn.utilities.transfer import plain
@@ -74,22 +73,15 @@ def evaluate(cfg: DictConfig) -> None:
 
 def _evaluate_run(cfg: DictConfig, folder: Path, console: Console) -> None:
     run = load_run(folder)
-    given = {override.lstrip("+~").partition("=")[0] for override in HydraConfig.get().overrides.task}
+    given = given_keys()
     module = run.module(cfg.ckpt_path or "last.ckpt")
-    datamodule = _data_of(cfg) if "data" in given else run.data(**_changes(cfg, given))
+    datamodule = data_of(cfg) if "data" in given else run.data(**_changes(cfg, given))
     _check_sizes(module, datamodule)
     chosen = cfg if _MAX_DISTANCE in given else run.config
     detector = (chosen.get("callbacks") or {}).get("local_minimum_detector") or {}
     found = results_of(module, datamodule, float(detector.get("max_distance", 1e-3)))
     write_json(folder / EVALUATION, found)
     console.print(f"[bold]{escape(str(relative(folder)))}[/] {escape(_line(run, found))}")
-
-
-def _data_of(cfg: DictConfig) -> ExactData:
-    datamodule: ExactData = build(cfg, "data")
-    datamodule.prepare_data()
-    datamodule.setup("fit")
-    return datamodule
 
 
 def _changes(cfg: DictConfig, given: set[str]) -> dict[str, Any]:

@@ -384,6 +384,20 @@ class Decayed(MNN):
         return self.kind([p for p in self.parameters() if p.requires_grad], lr=0.0, **self.options)
 
 
+class OwnAdamW(torch.optim.AdamW):
+    """Derived from torch's."""
+
+
+class NotOfTorch(torch.optim.Optimizer):
+    """Of which it is not known how it decays weights."""
+
+    def __init__(self, parameters, lr, weight_decay):
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
+
+    def step(self, closure=None):
+        return None if closure is None else closure()
+
+
 SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
 FIRST, LAST = "hidden_weights.0", "output_weights"
 
@@ -394,6 +408,9 @@ FIRST, LAST = "hidden_weights.0", "output_weights"
         (Decayed(SGD, weight_decay=1e-3), "not_stationary", "mse_with_weight_decay", ["weight_decay"]),
         (Decayed(SGD, [FIRST], weight_decay=1e-3), "not_stationary", "mse_with_weight_decay_of_trained_weights", None),
         (Decayed(ADAMW, weight_decay=1e-3), "undecided", "none", ["decoupled_weight_decay"]),
+        (Decayed(OwnAdamW, weight_decay=1e-3), "undecided", "none", ["decoupled_weight_decay"]),
+        (Decayed(NotOfTorch, weight_decay=1e-3), "undecided", "none", ["decoupled_weight_decay"]),
+        (Decayed(torch.optim.ASGD, lambd=1e-3), "not_stationary", "mse_with_weight_decay", ["weight_decay"]),
         (Decayed(SGD, [FIRST]), "differentiable_minimum", "mse_of_trained_weights", ["frozen_weights"]),
         (Decayed(SGD, [LAST]), "differentiable_minimum", "mse", []),
         (Decayed(SGD, replicas=2, weight_decay=1e-3), ["undecided"] * 2, "mse_with_weight_decay", ["weight_decay"]),
