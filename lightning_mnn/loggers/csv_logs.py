@@ -70,16 +70,21 @@ class ResumableCSVLogger(Logger):
     @override
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        row = {name: plain_value(value) for name, value in metrics.items()}
-        row["step"] = self.rows if step is None else step
-        if not row.keys() <= set(self._columns):
+        self.log_rows([(metrics, self.rows if step is None else step)])
+
+    @rank_zero_only
+    def log_rows(self, rows: Sequence[tuple[Mapping[str, Any], int]]) -> None:
+        """Write several rows, given as metrics and step, as :meth:`log_metrics` writes one."""
+        written = [{**{k: plain_value(value) for k, value in metrics.items()}, "step": step} for metrics, step in rows]
+        names = set().union(*written)
+        if not names <= set(self._columns):
             if not self.rows and self.path.exists():
                 raise FileExistsError(f"{self.path} exists: choose another save_dir, or continue it by resume(rows)")
             kept = self._read(self.rows)[1] if self.rows else []
-            self._write(sorted({*self._columns, *row}), kept)
+            self._write(sorted({*self._columns, *names}), kept)
         with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
-        self.rows += 1
+            csv.DictWriter(file, self._columns, lineterminator="\n").writerows(written)
+        self.rows += len(written)
 
     @rank_zero_only
     def resume(self, rows: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from lightning_mnn.utilities.transfer import fetched, widest_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import pytorch_lightning as pl
@@ -33,14 +33,29 @@ def log_scalars(trainer: pl.Trainer, scalars: dict[str, Tensor | float | None]) 
     They go immediately to every logger and to ``trainer.callback_metrics``. ``LightningModule.log`` would drop the
     values of steps that ``log_every_n_steps`` skips, and cannot be called at the end of training.
     """
+    log_rows(trainer, [(_finite_values(scalars), trainer.global_step)])
+
+
+def log_rows(trainer: pl.Trainer, rows: Sequence[tuple[Mapping[str, float], int]]) -> None:
+    """Log rows of finite numbers, each with its step, to every logger; ``callback_metrics`` get the last values."""
+    for values, _ in rows:
+        latest = {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+        trainer.callback_metrics.update(latest)
+    for logger in trainer.loggers:
+        if hasattr(logger, "log_rows"):  # all at a time
+            logger.log_rows(rows)
+        else:
+            for values, step in rows:
+                logger.log_metrics(dict(values), step=step)
+
+
+def _finite_values(scalars: Mapping[str, Tensor | float | None]) -> dict[str, float]:
+    """Means over replicas, on the host; None and values that are not finite are left out."""
     given = {name: value for name, value in scalars.items() if value is not None}
     tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
     means = fetched(*(value.to(widest_dtype(value.device)).mean() for value in tensors.values()))
     values = given | dict(zip(tensors, means, strict=True))
-    finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
-    trainer.callback_metrics.update({name: torch.tensor(value, dtype=torch.float64) for name, value in finite.items()})
-    for logger in trainer.loggers:
-        logger.log_metrics(dict(finite), step=trainer.global_step)
+    return {name: float(value) for name, value in values.items() if math.isfinite(value)}
 
 
 def shows_images(logger: Logger) -> bool:

@@ -8,17 +8,61 @@ scheduled and logged as without bundling; otherwise training does one step per b
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import GradientAccumulationScheduler, ModelCheckpoint, StochasticWeightAveraging, Timer
 
 from lightning_mnn.data.loaders.exact import STEPS
-from lightning_mnn.utilities.compat.lightning_internals import steps_between_checkpoints, time_between_checkpoints
+from lightning_mnn.utilities.compat.lightning_internals import (
+    count_epochs,
+    steps_between_checkpoints,
+    time_between_checkpoints,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from typing import Any
+
+    from lightning_mnn.data.loaders.exact import ExactLoader
+
+
+class Bundle:
+    """The batches of one Lightning batch: those that the loader hands out, then those of further epochs.
+
+    Iterating over it, or :meth:`full_batch`, counts the further epochs in the Trainer's progress.
+
+    Args:
+        trainer: the Trainer, which trains from an :class:`~lightning_mnn.data.loaders.exact.ExactLoader`.
+        batches: the first batches.
+        further_epochs: number of whole epochs after them.
+    """
+
+    def __init__(self, trainer: pl.Trainer, batches: Iterable[Any], further_epochs: int) -> None:
+        self._trainer = trainer
+        self._batches = batches
+        self._further_epochs = further_epochs
+        self._loader = cast("ExactLoader", trainer.train_dataloader)
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches."""
+        yield from self._batches
+        for _ in range(self._further_epochs):
+            self._begin_epochs(1)
+            yield from self._loader.batches(0, self._loader.num_steps, reuse=True)
+
+    def full_batch(self) -> tuple[Any, int] | None:
+        """The one batch of all steps, with their number; None: there are several, which iterating gives."""
+        if not self._loader.repeats(self._further_epochs):
+            return None
+        (batch,) = self._batches
+        if self._further_epochs:
+            self._begin_epochs(self._further_epochs)
+        return batch, 1 + self._further_epochs
+
+    def _begin_epochs(self, epochs: int) -> None:
+        count_epochs(self._trainer, epochs)
+        self._loader.sampler.set_epoch(self._trainer.current_epoch)
 
 
 _BATCH_HOOKS = (

@@ -21,14 +21,13 @@ from lightning_mnn.data.loaders.exact import ExactData, ExactLoader, NoLoaders
 from lightning_mnn.data.loaders.shards import flat_batch
 from lightning_mnn.landscape.labels import wrong
 from lightning_mnn.landscape.network import Network
-from lightning_mnn.loggers.media import log_scalars
-from lightning_mnn.model.bundling import epochs_at_a_time, may_bundle
+from lightning_mnn.loggers.media import log_rows, log_scalars
+from lightning_mnn.model.bundling import Bundle, epochs_at_a_time, may_bundle
 from lightning_mnn.model.gradients import SquaredErrorGradient
 from lightning_mnn.model.optim import OPTIMIZERS, build_optimizer, build_schedule, is_elementwise, needs_closure
 from lightning_mnn.utilities.compat.lightning_internals import (
     StepCount,
     count_batches,
-    count_epoch,
     load_training_data,
     share_saved_step_count,
     share_step_count,
@@ -54,6 +53,8 @@ if TYPE_CHECKING:
 
     from pytorch_lightning.utilities.types import OptimizerLRScheduler
 
+
+Row = tuple[dict[str, float], int]  # errors of a batch, and the number of steps before it
 
 _GENERATOR_BYTES = 5056  # size of torch's state of a generator; there is one per replica
 
@@ -224,44 +225,44 @@ class MNN(pl.LightningModule):
         if self.automatic_optimization:
             return self._loss(batch)
         before = self.trainer.global_step
-        self._descend(batch)
-        if batch_idx + 1 == self.trainer.num_training_batches:
-            self._run_further_epochs()
+        loader, further = self._exact_loader, 0
+        if batch_idx + 1 == self.trainer.num_training_batches:  # also the epochs up to one at whose end a callback acts
+            further = min(epochs_at_a_time(self.trainer), loader.steps_per_batch // loader.num_steps) - 1
+        self._descend(Bundle(self.trainer, batch, further))
         count_batches(self.trainer, self.trainer.global_step - before - 1)  # Lightning counts one
         return None
-
-    def _run_further_epochs(self) -> None:
-        """Run the epochs up to the next at whose end a callback acts, within the present Lightning epoch."""
-        loader = self._exact_loader
-        for _ in range(1, min(epochs_at_a_time(self.trainer), loader.steps_per_batch // loader.num_steps)):
-            count_epoch(self.trainer)
-            loader.sampler.set_epoch(self.trainer.current_epoch)
-            self._descend(loader.batches(0, loader.num_steps, reuse=True))
 
     @property
     def _exact_loader(self) -> ExactLoader:
         return cast("ExactLoader", self.trainer.train_dataloader)
 
-    def _descend(self, batches: Iterable[Any]) -> None:
+    def _descend(self, bundle: Bundle) -> None:
         """Do one optimiser step per batch."""
         gradient = None if self._is_watched() else self._in_place_gradient()
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
         schedule: Any = self.lr_schedulers()
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         count = StepCount(self.trainer)  # 1 µs per step; Lightning's own optimiser counts, too, but needs 30 µs
-        for step, (inputs, targets) in enumerate(batches, start=self.trainer.global_step + 1):
-            if gradient is None:
-                optimizer.zero_grad()
-                self._loss((inputs, targets)).backward()  # type: ignore[no-untyped-call]
-            else:
-                predictions, residual = gradient(inputs, targets)
+        rows: list[Row] = []
+        try:
+            for step, (inputs, targets) in enumerate(bundle, start=self.trainer.global_step + 1):
+                if gradient is None:
+                    optimizer.zero_grad()
+                    predictions = self(inputs)
+                    residual = predictions - targets
+                    squared_errors = residual.square().sum(-1) / targets.shape[-1]
+                    squared_errors.sum().backward()
+                else:
+                    predictions, residual = gradient(inputs, targets)
                 if every and step % every == 0:
-                    scale = targets.shape[-1]
-                    self._log(residual.square().sum(-1) / scale, predictions, targets, scale)
-            optimizer.step()
-            count.add_one()
-            if schedule is not None:
-                schedule.step()
+                    mse = residual.detach().square().sum(-1) / targets.shape[-1]
+                    rows.append((self._errors_of(mse, predictions.detach(), targets, targets.shape[-1]), step - 1))
+                optimizer.step()
+                count.add()
+                if schedule is not None:
+                    schedule.step()
+        finally:
+            self._log_rows(rows)
 
     def _is_watched(self) -> bool:
         """Whether something observes autograd: hooks of modules or weights, or anomaly detection."""
@@ -281,7 +282,8 @@ class MNN(pl.LightningModule):
         squared_errors = (predictions - targets).square().sum(-1) / scale
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.trainer.global_step + 1) % every == 0:
-            self._log(squared_errors, predictions, targets, scale)
+            errors = self._errors_of(squared_errors.detach(), predictions.detach(), targets, scale)
+            self._log_rows([(errors, self.trainer.global_step)])
         loss: Tensor = squared_errors.sum()
         return loss
 
@@ -299,16 +301,15 @@ class MNN(pl.LightningModule):
         count = self.output_weights.new_tensor(targets.shape[-1])
         return self.trainer.strategy.reduce(count, reduce_op="mean")
 
-    def _log(self, squared_errors: Tensor, predictions: Tensor, targets: Tensor, scale: Tensor | float) -> None:
-        """Log the batch's MSE and MCE, the means over replicas and processes, with one synchronisation with a GPU.
+    def _errors_of(self, mse: Tensor, predictions: Tensor, targets: Tensor, scale: Tensor | float) -> dict[str, float]:
+        """A batch's MSE and MCE, the means over replicas and processes, with one synchronisation with a GPU.
 
         Raises:
             DivergenceError: the MSE is not finite.
         """
-        mse = squared_errors.detach()
         errors = {"train/mse": mse.mean()}
         if self.threshold is not None:
-            mistakes = wrong(predictions.detach(), targets, self.threshold).sum(-1).to(mse.dtype) / scale
+            mistakes = wrong(predictions, targets, self.threshold).sum(-1).to(mse.dtype) / scale
             errors["train/mce"] = mistakes.mean()
         if self.trainer.world_size > 1:
             errors = {name: self.trainer.strategy.reduce(value, reduce_op="mean") for name, value in errors.items()}
@@ -320,9 +321,14 @@ class MNN(pl.LightningModule):
                 f"training diverged: the MSE{which} is not finite after {self.trainer.global_step} steps. "
                 "Lower the learning rate"
             )
-        on_host = {name: torch.tensor(value, dtype=mse.dtype) for name, value in values.items()}
-        self.log_dict(on_host, prog_bar=True, logger=False)
-        log_scalars(self.trainer, dict(values))  # with the number of this step, also in a bundle
+        return values
+
+    def _log_rows(self, rows: Sequence[Row]) -> None:
+        """Log the errors of some steps, each with its number of steps; to Lightning, the last ones."""
+        if rows:
+            last = {name: torch.tensor(value, dtype=self.output_weights.dtype) for name, value in rows[-1][0].items()}
+            self.log_dict(last, prog_bar=True, logger=False)
+            log_rows(self.trainer, rows)
 
     @override
     def val_dataloader(self) -> NoLoaders:

@@ -425,30 +425,30 @@ def test_hooks_before_transfer(monkeypatch, make_trainer):
     assert looked
 
 
-@canary_of(lightning_internals.count_epoch)
+@canary_of(lightning_internals.count_epochs)
 def test_epochs_are_counted(monkeypatch, fitted):
-    lightning_internals.count_epoch(fitted)
+    lightning_internals.count_epochs(fitted)
     assert fitted.current_epoch == 3
     assert fitted.fit_loop.state_dict()["epoch_progress"]["total"]["completed"] == 3
     with monkeypatch.context() as patched:
         patched.setattr(pl.Trainer, "current_epoch", 5)  # which reads another count
         with missing("it is 5 and not 6"):
-            lightning_internals.count_epoch(fitted)
+            lightning_internals.count_epochs(fitted)
     hide(monkeypatch, fitted.fit_loop, "epoch_progress")
     with missing("fit_loop.epoch_progress"):
-        lightning_internals.count_epoch(fitted)
+        lightning_internals.count_epochs(fitted)
 
 
 @canary_of(lightning_internals.StepCount)
 def test_steps_are_counted(monkeypatch, fitted):
     count = lightning_internals.StepCount(fitted)
-    count.add_one()
-    count.add_one()
+    count.add()
+    count.add()
     assert fitted.global_step == 4
     with monkeypatch.context() as patched:
         patched.setattr(pl.Trainer, "global_step", 4)  # which reads another count
         with missing("it is 4 and not 5"):
-            count.add_one()
+            count.add()
     hide(monkeypatch, fitted.fit_loop.epoch_loop.manual_optimization, "optim_step_progress")
     with missing("optim_step_progress"):
         lightning_internals.StepCount(fitted)
@@ -478,7 +478,7 @@ def test_batches_are_counted(monkeypatch, make_trainer):
 @canary_of(lightning_internals.share_step_count)
 @pytest.mark.parametrize("name", ["automatic_optimization", "manual_optimization"])
 def test_both_ways_to_optimise_share_a_count(monkeypatch, fitted, name):
-    lightning_internals.StepCount(fitted).add_one()
+    lightning_internals.StepCount(fitted).add()
     model = fitted.lightning_module
     for automatic, steps in ((False, 3), (True, 2)):
         model.automatic_optimization = automatic

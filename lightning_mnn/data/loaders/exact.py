@@ -211,6 +211,10 @@ class ExactLoader(ABC):
                 self.visits.add(index)
             yield samples
 
+    def repeats(self, epochs: int) -> bool:  # noqa: ARG002 (of subclasses)
+        """Count that training gets the same full batch in further epochs; whether there is such a batch."""
+        return False
+
     def state_dict(self) -> dict[str, int]:
         """The position of training in the epoch."""
         return {"epoch": self.sampler.epoch, "next_batch": self._next}

@@ -40,16 +40,17 @@ class Visits:
         self._num_pending = 0  # numbers in the storages of these indices
         self._last_storage = 0  # address of the last index's storage, which is counted once
 
-    def add(self, index: slice | Tensor) -> None:
+    def add(self, index: slice | Tensor, times: int = 1) -> None:
         """Record that samples were read.
 
         Args:
             index: a slice with start and stop, or the indices of the samples: (B,), or (R, B) if each replica has its
                 own order. A tensor must not be changed afterwards.
+            times: how often; with a tensor, once.
         """
         if isinstance(index, slice):
             span = index.start, index.stop
-            self._slices[span] = self._slices.get(span, 0) + 1
+            self._slices[span] = self._slices.get(span, 0) + times
             return
         self._indices.append(index)
         storage = index.untyped_storage()

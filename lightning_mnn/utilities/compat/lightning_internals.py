@@ -56,12 +56,11 @@ def hooks_before_transfer(pl_module: pl.LightningModule, batch: Any) -> Any:
 # Counters for work that Lightning itself did not do
 
 
-def count_epoch(trainer: pl.Trainer) -> None:
-    """Count one more epoch as done, inside one of Lightning's epochs: ``FitLoop.epoch_progress``."""
+def count_epochs(trainer: pl.Trainer, epochs: int = 1) -> None:
+    """Count more epochs as done, inside one of Lightning's epochs: ``FitLoop.epoch_progress``."""
     progress = attribute(trainer, "fit_loop.epoch_progress", _LIBRARY)
-    expected = trainer.current_epoch + 1
-    for name in ("ready", "started", "processed", "completed"):
-        attribute(progress, f"increment_{name}", _LIBRARY)()
+    expected = trainer.current_epoch + epochs
+    _increase(progress, ("ready", "started", "processed", "completed"), epochs)
     if trainer.current_epoch != expected:
         disagree(
             _LIBRARY, "Trainer.fit_loop.epoch_progress, read by Trainer.current_epoch", trainer.current_epoch, expected
@@ -79,23 +78,34 @@ class StepCount:
 
     def __init__(self, trainer: pl.Trainer) -> None:
         self._trainer = trainer
-        progress = attribute(trainer, f"fit_loop.epoch_loop.{_MANUAL}", _LIBRARY)
-        self._ready = attribute(progress, "increment_ready", _LIBRARY)
-        self._completed = attribute(progress, "increment_completed", _LIBRARY)
+        self._progress = attribute(trainer, f"fit_loop.epoch_loop.{_MANUAL}", _LIBRARY)
+        self._ready = attribute(self._progress, "increment_ready", _LIBRARY)
+        self._completed = attribute(self._progress, "increment_completed", _LIBRARY)
         self._expected = trainer.global_step
 
-    def add_one(self) -> None:
-        """Count a step.
+    def add(self, steps: int = 1) -> None:
+        """Count one or more steps.
 
         Raises:
-            MissingPartError: ``trainer.global_step`` did not increase by one.
+            MissingPartError: ``trainer.global_step`` did not increase by as much.
         """
-        self._ready()
-        self._completed()
-        self._expected += 1
+        if steps == 1:  # the faster way
+            self._ready()
+            self._completed()
+        else:
+            _increase(self._progress, ("ready", "completed"), steps)
+        self._expected += steps
         found = self._trainer.global_step
         if found != self._expected:
             disagree(_LIBRARY, f"{_MANUAL}, read by Trainer.global_step", found, self._expected)
+
+
+def _increase(progress: Any, names: Sequence[str], number: int) -> None:
+    """Add a number to the counts of Lightning's progress: what ``increment_*`` does for one."""
+    for part in ("total", "current"):
+        counts = attribute(progress, part, _LIBRARY)
+        for name in names:
+            setattr(counts, name, attribute(counts, name, _LIBRARY) + number)
 
 
 def count_batches(trainer: pl.Trainer, batches: int) -> None:
