@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class Bundle:
     """The batches of one Lightning batch: those that the loader hands out, then those of further epochs.
 
-    Iterating over it, or :meth:`full_batch`, counts the further epochs in the Trainer's progress.
+    Iterating over it counts the further epochs in the Trainer's progress.
 
     Args:
         trainer: the Trainer, which trains from an :class:`~lightning_mnn.data.loaders.exact.ExactLoader`.
@@ -51,14 +51,25 @@ class Bundle:
             self._begin_epochs(1)
             yield from self._loader.batches(0, self._loader.num_steps, reuse=True)
 
-    def full_batch(self) -> tuple[Any, int] | None:
-        """The one batch of all steps, with their number; None: there are several, which iterating gives."""
-        if not self._loader.repeats(self._further_epochs):
+    @property
+    def num_steps(self) -> int:
+        """Number of its batches, before the first of them is taken."""
+        loader = self._loader
+        first = min(loader.steps_per_batch, loader.num_steps - loader.state_dict()["next_batch"])
+        return first + self._further_epochs * loader.num_steps
+
+    def full_batch(self) -> Any:
+        """The batch of all its steps; None: there are several, which iterating gives."""
+        if not self._loader.repeats:
             return None
         (batch,) = self._batches
-        if self._further_epochs:
-            self._begin_epochs(self._further_epochs)
-        return batch, 1 + self._further_epochs
+        return batch
+
+    def count_repetitions(self, epochs: int) -> None:
+        """Count further epochs in which the full batch was used again."""
+        if epochs:
+            self._loader.count_repetitions(epochs)
+            self._begin_epochs(epochs)
 
     def _begin_epochs(self, epochs: int) -> None:
         count_epochs(self._trainer, epochs)

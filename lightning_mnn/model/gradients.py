@@ -31,7 +31,11 @@ class SquaredErrorGradient:
     Args:
         hidden_weights: one or more matrices W, (d_out, d_in), or with replicas (R, d_out, d_in).
         output_weights: z, (d1,) or (R, d1).
-        negative_slope: ρ of f(u) = u where u > 0 and ρ u elsewhere.
+        negative_slope: ρ of f(u) = u where u > 0 and ρ u elsewhere; if replicas have different ones, runs of equal
+            ones, each as the number of replicas and ρ.
+
+    Attributes:
+        gradients: the memory of the gradients, of each hidden matrix and of z.
 
     >>> w, z = torch.nn.Parameter(torch.eye(2)), torch.nn.Parameter(torch.ones(2))
     >>> predictions, residual = SquaredErrorGradient([w], z, 0.0)(torch.tensor([[1.0, 2.0]]), torch.tensor([0.0]))
@@ -39,14 +43,20 @@ class SquaredErrorGradient:
     (tensor([3.]), tensor([ 6., 12.]))
     """
 
-    def __init__(self, hidden_weights: Sequence[Tensor], output_weights: Tensor, negative_slope: float) -> None:
+    def __init__(
+        self,
+        hidden_weights: Sequence[Tensor],
+        output_weights: Tensor,
+        negative_slope: float | Sequence[tuple[int, float]],
+    ) -> None:
         self._weights = [*hidden_weights, output_weights]
-        self._slope = negative_slope
+        self._slopes = _slices(negative_slope)
+        self._is_relu = all(slope == 0 for _, slope in self._slopes)
         self._lead = output_weights.shape[:-1]
         self._hidden = [_with_replicas(w.detach(), 3) for w in hidden_weights]
         self._output = _with_replicas(output_weights.detach()[..., None], 3)
         gradients = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in self._weights]
-        self._gradients = gradients
+        self.gradients = gradients
         self._hidden_gradients = [_with_replicas(g, 3) for g in gradients[:-1]]
         self._output_gradient = _with_replicas(gradients[-1][..., None], 3)
         self._memory: dict[int, _Memory] = {}  # by batch size: the last batch of an epoch may differ from the others
@@ -69,20 +79,21 @@ class SquaredErrorGradient:
         """
         samples = targets.shape[-1]
         memory = self._memory.get(samples) or self._memory.setdefault(
-            samples, _Memory(self._hidden, samples, in_place=self._slope == 0)
+            samples, _Memory(self._hidden, samples, in_place=self._is_relu)
         )
         layer_inputs = [inputs.to(self._output.dtype).mT]  # they may be stored in a shorter dtype
         for weights, before, after in zip(self._hidden, memory.preactivations, memory.activations, strict=True):
             _multiply(weights, layer_inputs[-1], out=before)
-            if self._slope == 0:
+            if self._is_relu:
                 before.relu_()  # it is positive where the pre-activation is, so one tensor serves as both
             else:
-                aten.leaky_relu.out(before, self._slope, out=after)
+                for part, slope in self._slopes:
+                    aten.leaky_relu.out(before[part], slope, out=after[part])
             layer_inputs.append(after)
         torch.bmm(self._output.mT, layer_inputs[-1], out=memory.predictions)
         torch.sub(memory.predictions, _with_replicas(targets[..., None, :], 3), out=memory.residual)
         self._backward(layer_inputs, memory)
-        for weights, gradient in zip(self._weights, self._gradients, strict=True):
+        for weights, gradient in zip(self._weights, self.gradients, strict=True):
             weights.grad = gradient if weights.requires_grad else None
         shape = (*self._lead, samples)
         return memory.predictions.view(shape), memory.residual.view(shape)
@@ -106,9 +117,12 @@ class SquaredErrorGradient:
                 signal = torch.bmm(weights.mT, back, out=memory.signals[layer - 1])
 
     def _through_kinks(self, signal: Tensor, preactivations: Tensor, out: Tensor) -> Tensor:
-        if self._slope == 0:
+        if self._is_relu:
             return aten.threshold_backward.grad_input(signal, preactivations, 0, grad_input=out)  # type: ignore[no-any-return]
-        return aten.leaky_relu_backward.grad_input(signal, preactivations, self._slope, False, grad_input=out)  # type: ignore[no-any-return]  # noqa: FBT003
+        for part, slope in self._slopes:
+            before, into = preactivations[part], out[part]
+            aten.leaky_relu_backward.grad_input(signal[part], before, slope, False, grad_input=into)  # noqa: FBT003
+        return out
 
 
 class _Memory:
@@ -123,6 +137,17 @@ class _Memory:
         self.activations = self.preactivations if in_place else [empty(width) for width in widths]
         self.signals = [empty(width) for width in widths]
         self.predictions, self.residual, self.signal = empty(1), empty(1), empty(1)
+
+
+def _slices(negative_slope: float | Sequence[tuple[int, float]]) -> list[tuple[slice, float]]:
+    """The replicas of each ρ."""
+    if isinstance(negative_slope, float | int):
+        return [(slice(None), float(negative_slope))]
+    found, first = [], 0
+    for number, slope in negative_slope:
+        found.append((slice(first, first + number), slope))
+        first += number
+    return found
 
 
 def _with_replicas(tensor: Tensor, dimensions: int) -> Tensor:

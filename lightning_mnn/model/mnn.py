@@ -22,8 +22,10 @@ from lightning_mnn.data.loaders.shards import flat_batch
 from lightning_mnn.landscape.labels import wrong
 from lightning_mnn.landscape.network import Network
 from lightning_mnn.loggers.media import log_rows, log_scalars
+from lightning_mnn.model.batched_steps import Steps
 from lightning_mnn.model.bundling import Bundle, epochs_at_a_time, may_bundle
 from lightning_mnn.model.gradients import SquaredErrorGradient
+from lightning_mnn.model.lockstep import Member, lockstep
 from lightning_mnn.model.optim import OPTIMIZERS, build_optimizer, build_schedule, is_elementwise, needs_closure
 from lightning_mnn.utilities.compat.lightning_internals import (
     StepCount,
@@ -150,6 +152,7 @@ class MNN(pl.LightningModule):
         self.threshold = threshold
         self._gradient: SquaredErrorGradient | None = None
         self._errors: dict[int, ErrorSums] = {}  # by loader, during validation or a test
+        self._total_steps: float = math.inf  # of the schedule
         self._saved_steps_per_batch: int | None = None  # of the checkpoint that training is resumed from
 
     def _draw(self, generators: Sequence[torch.Generator], shape: tuple[int, ...], fan_in: int) -> nn.Parameter:
@@ -238,6 +241,9 @@ class MNN(pl.LightningModule):
 
     def _descend(self, bundle: Bundle) -> None:
         """Do one optimiser step per batch."""
+        if (member := lockstep()) is not None and self._may_wait():
+            self._descend_together(member, bundle)
+            return
         gradient = None if self._is_watched() else self._in_place_gradient()
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
         schedule: Any = self.lr_schedulers()
@@ -263,6 +269,47 @@ class MNN(pl.LightningModule):
                     schedule.step()
         finally:
             self._log_rows(rows)
+
+    def _may_wait(self) -> bool:
+        """Whether the steps can be computed together with those of other networks."""
+        return self.replicas == 1 and is_elementwise(self.hparams["optimizer"]["name"]) and not self._is_watched()
+
+    def _descend_together(self, member: Member, bundle: Bundle) -> None:
+        """Have the steps computed together with those of other networks."""
+        full_batch, before = bundle.full_batch(), self.trainer.global_step
+        steps = Steps(
+            hidden_weights=list(self.hidden_weights),
+            output_weights=self.output_weights,
+            negative_slope=float(self.hparams["negative_slope"]),
+            optimizer=cast("torch.optim.Optimizer", self.optimizers(use_pl_optimizer=False)),
+            options=self.hparams["optimizer"],
+            schedule=self.lr_schedulers(),
+            schedule_key=f"{self.hparams['schedule']} {self._total_steps}",
+            full_batch=full_batch,
+            batches=iter(bundle),
+            left=bundle.num_steps,
+            done=before,
+            log_every=self.trainer.log_every_n_steps,  # type: ignore[attr-defined]
+            threshold=self.threshold,
+        )
+        member.wait_for(steps)
+        if steps.failure is not None:
+            raise steps.failure
+        finite = [(step, values) for step, values in steps.errors if math.isfinite(values[0])]
+        diverged = [step for step, values in steps.errors if not math.isfinite(values[0])]
+        done = (diverged or [steps.done])[0]
+        StepCount(self.trainer).add(done - before)
+        if full_batch is not None:
+            bundle.count_repetitions(done - before - (not diverged))
+        self._log_rows(
+            [
+                (dict(zip(("train/mse", "train/mce"), values, strict=False)), step)
+                for step, values in finite
+                if step <= done
+            ]
+        )
+        if diverged:
+            raise self._divergence([])
 
     def _is_watched(self) -> bool:
         """Whether something observes autograd: hooks of modules or weights, or anomaly detection."""
@@ -316,12 +363,15 @@ class MNN(pl.LightningModule):
         values = dict(zip(errors, fetched(*errors.values()), strict=True))
         if not math.isfinite(values["train/mse"]):
             diverged = [replica for replica, value in enumerate(mse.reshape(-1).tolist()) if not math.isfinite(value)]
-            which = f" of replicas {diverged}" if self.replicas > 1 and diverged else ""
-            raise DivergenceError(
-                f"training diverged: the MSE{which} is not finite after {self.trainer.global_step} steps. "
-                "Lower the learning rate"
-            )
+            raise self._divergence(diverged)
         return values
+
+    def _divergence(self, replicas: Sequence[int]) -> DivergenceError:
+        which = f" of replicas {replicas}" if self.replicas > 1 and replicas else ""
+        return DivergenceError(
+            f"training diverged: the MSE{which} is not finite after {self.trainer.global_step} steps. "
+            "Lower the learning rate"
+        )
 
     def _log_rows(self, rows: Sequence[Row]) -> None:
         """Log the errors of some steps, each with its number of steps; to Lightning, the last ones."""
@@ -386,6 +436,7 @@ class MNN(pl.LightningModule):
         total_steps = self.trainer.estimated_stepping_batches
         if not self.automatic_optimization and math.isfinite(total_steps):
             total_steps = (self.trainer.max_epochs or 0) * cast("ExactLoader", self.trainer.train_dataloader).num_steps
+        self._total_steps = total_steps
         schedule = build_schedule(optimizer, self.hparams["schedule"], total_steps)
         if schedule is None:
             return optimizer

@@ -211,9 +211,14 @@ class ExactLoader(ABC):
                 self.visits.add(index)
             yield samples
 
-    def repeats(self, epochs: int) -> bool:  # noqa: ARG002 (of subclasses)
-        """Count that training gets the same full batch in further epochs; whether there is such a batch."""
+    @property
+    def repeats(self) -> bool:
+        """Whether each epoch consists of the same full batch."""
         return False
+
+    def count_repetitions(self, epochs: int) -> None:
+        """Count that training got the full batch in further epochs, too."""
+        self.visits.add(slice(0, self.num_samples), epochs)
 
     def state_dict(self) -> dict[str, int]:
         """The position of training in the epoch."""

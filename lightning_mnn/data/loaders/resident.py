@@ -68,12 +68,10 @@ class ResidentLoader(ExactLoader):
         inputs = _select(self.inputs, index, per_replica=self.inputs.ndim == 3)
         return (inputs, _select(self.targets, index, per_replica=self.targets.ndim == 2)), index
 
+    @property
     @override
-    def repeats(self, epochs: int) -> bool:
-        if self.num_steps > 1 or self.world_size > 1:
-            return False
-        self.visits.add(slice(0, self.num_samples), epochs)
-        return True
+    def repeats(self) -> bool:
+        return self.num_steps == 1 and self.world_size == 1
 
     def _gathered(self, index: Tensor, *, reuse: bool) -> tuple[Tensor, Tensor]:
         """The samples at one index, in the last batch's memory if reused: new pages cost as much time as the copy."""
