@@ -123,8 +123,15 @@ class Start(Callback):
         self.is_over = True
         if self._found.checkpoint is not None:
             _resume_loggers(self._loggers, self._found.rows)
-        for logger in self._loggers:
-            logger.log_hyperparams(wandb_settings(self._cfg, HydraConfig.get().runtime.choices))
+        _log_settings(self._cfg, self._loggers)
+
+
+def _log_settings(cfg: DictConfig, loggers: Sequence[Any]) -> None:
+    """Pass the config to all loggers that keep one."""
+    keep = [logger for logger in loggers if not isinstance(logger, ResumableCSVLogger)]
+    settings = wandb_settings(cfg, HydraConfig.get().runtime.choices) if keep else {}
+    for logger in keep:
+        logger.log_hyperparams(settings)
 
 
 def train(cfg: DictConfig) -> float:
@@ -336,6 +343,8 @@ def _loggers(cfg: DictConfig, found: RunState) -> list[Any]:
         if not isinstance(node, DictConfig):
             continue
         is_run = "_target_" in node and is_wandb(node)
+        if is_run and node.get("mode") == "disabled":  # W&B need not be imported
+            continue
         options = wandb_options(cfg, node, found.wandb_id) if is_run else {}
         built.append(build(cfg, f"logger.{key}", only_known(node) if is_run else node, **options))
         if isinstance(built[-1], ResumableWandbLogger):

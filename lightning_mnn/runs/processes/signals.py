@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -32,6 +33,7 @@ _PARENT = "LIGHTNING_MNN_PARENT"  # id of the first process, for the processes t
 _NEWS_DELAY = 2.0  # seconds by which the news of another process's death may follow the error that the death causes
 
 _open: list[RunSignals] = []  # of this process
+_shared: list[RunSignals] = []  # of all runs of this process, if they take turns
 
 
 class LostProcessError(SystemExit):
@@ -56,6 +58,9 @@ def interruptible() -> Iterator[RunSignals]:
         SystemExit: with code 0, a SLURM job was ended and requeued.
         UncompletedJobError: (submitit's) the job would have been requeued, but has run out of time too often.
     """
+    if _shared:  # of several runs in this process
+        yield SharedSignals(_shared[-1])
+        return
     signals = RunSignals()
     signals.open()
     requeued = False
@@ -176,6 +181,52 @@ class RunSignals(pl.Callback):
             raise Interrupted(number)
         if self.watch.phase is Phase.TRAINING:
             request(number)
+
+
+class SharedSignals(RunSignals):
+    """What a run sees of the signals of a process in which several runs take turns.
+
+    Args:
+        process: handles the signals of the process.
+    """
+
+    def __init__(self, process: RunSignals) -> None:
+        self.requeue, self._process = None, process
+        self.watch: Any = SimpleNamespace(on_forced_end=None)  # not a watch of its own
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Nothing to connect: such a run has one process."""
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Nothing to install: Lightning has installed no handler in this thread."""
+
+    @override
+    def end_training(self, error: BaseException | None = None) -> BaseException | None:
+        return error
+
+    @override
+    def cause(self) -> BaseException | None:
+        return self._process.cause()
+
+
+@contextmanager
+def shared_signals() -> Iterator[RunSignals]:
+    """A context in which all runs of this process, which take turns, are stopped by the same signals.
+
+    The first signal is a request to all of them: each ends at its next step.
+    """
+    signals = RunSignals()
+    signals.open()
+    signals.watch.phase = Phase.TRAINING
+    _shared.append(signals)
+    try:
+        yield signals
+    finally:
+        _shared.remove(signals)
+        signals.watch.end_training(failed=False)
+        signals.close(ignore_requeue=False)
 
 
 def _in_forked_child() -> None:
