@@ -24,6 +24,9 @@ from lightning_mnn.utilities.compat.hydra_internals import errors_told_by
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+# What jobs of a sweep will import, for hydra/launcher=device_pool.
+__preload__ = ("lightning_mnn.tasks.train", "lightning_mnn.launchers.jobs.progress", "wandb")
+
 register_resolvers()
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import OmegaConf
 
 from lightning_mnn.launchers.jobs import main
 from lightning_mnn.launchers.jobs.calls import write_call
@@ -25,7 +26,7 @@ from lightning_mnn.launchers.jobs.records import read_record
 
 if TYPE_CHECKING:
     from lightning_mnn.launchers.jobs.devices import Allocation
-    from lightning_mnn.launchers.warm.client import WarmProcess, WarmServers
+    from lightning_mnn.launchers.warm.client import WarmServers
 
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class JobProcess:
             environment = environment_of(self.allocation) | {VARIABLE: str(self._folder / "progress.json")}
             forked = None
             if servers is not None:
-                later = call["config"].hydra.job.env_set
+                later: Any = OmegaConf.to_container(call["config"].hydra.job.env_set, resolve=False)
                 forked = servers.start(self._folder, environment, later, self.output.fileno(), watched)
             self.is_warm = forked is not None
             self._process = forked or self._new_process(environment, watched)

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 _EXIT_CODE = "exit_code"  # a file in a job's folder, written by the job
 _SECONDS = 60.0  # for a server that has done its imports to start a job
 _SECONDS_TO_END = 5.0  # for a server; it removes its temporary folders
+_LAST_WORDS = 300  # bytes of its output that are shown if it fails
 _INTERVAL = 0.1  # seconds between two checks for a signal
 
 
@@ -63,7 +64,6 @@ class WarmProcess:
                 self.returncode = self._noted_exit_code()
         return self.returncode
 
-
     def _noted_exit_code(self) -> int:
         """The exit code that the job itself has noted."""
         try:
@@ -94,14 +94,15 @@ class WarmServer:
         self.codes: dict[int, int] = {}
         self._answers: list[dict[str, Any]] = []
         self.connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs, tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as output:
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the server)
+        with theirs, tempfile.TemporaryFile() as given:
             pickle.dump(task, given)
             given.seek(0)
             self._process = subprocess.Popen(  # noqa: S603 (our own file)
                 [sys.executable, str(server.__file__), str(theirs.fileno())],
                 env=dict(environment),
                 stdin=given,
-                stdout=output,
+                stdout=self._output,
                 stderr=subprocess.STDOUT,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
@@ -118,7 +119,7 @@ class WarmServer:
                 content = b""
             if not content:
                 self.is_alive = False
-                self.problem = self.problem or "the server that imports the program has ended"
+                self.problem = self.problem or f"the server that imports the program has ended{self._last_words()}"
                 break
             message = json.loads(content)
             if "problem" in message:
@@ -147,6 +148,15 @@ class WarmServer:
         self.is_alive = False
         return self.problem
 
+    def _last_words(self) -> str:
+        size = os.fstat(self._output.fileno()).st_size
+        lines = (
+            os.pread(self._output.fileno(), _LAST_WORDS, max(0, size - _LAST_WORDS))
+            .decode(errors="replace")
+            .split("\n")
+        )
+        return next((f": {line.strip()}" for line in reversed(lines) if line.strip()), "")
+
     def close(self) -> None:
         """End the server; jobs that run are not affected."""
         self.connection.close()
@@ -155,6 +165,7 @@ class WarmServer:
             self._process.wait(_SECONDS_TO_END if self.is_ready else 0)
         self._process.kill()
         self._process.wait()
+        self._output.close()
 
 
 class WarmServers:

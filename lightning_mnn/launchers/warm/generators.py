@@ -1,4 +1,4 @@
-"""Random generators of a process from which jobs are forked: each job must get numbers of its own, or the program's seed.
+"""Random generators of a process from which jobs are forked: each job must get random numbers of its own.
 
 A generator that the program seeds when it is imported is in the same state in all jobs, forked or not. All others start
 from a random state, which forked jobs would share.
@@ -18,14 +18,10 @@ if TYPE_CHECKING:
 
 
 class Generators:
-    """The random generators that belong to a process, as they were before the program could seed them.
-
-    Attributes:
-        shared: whether a module has made a generator of its own without a seed.
-    """
+    """The random generators of this process, as they were before the program could seed them."""
 
     def __init__(self) -> None:
-        self.shared = False
+        self._unseeded: list[Any] = []  # that modules have made for themselves
         self._seeded_python = False
         self._first_numpy: Any = None
         self._first_torch: int | None = None
@@ -40,9 +36,11 @@ class Generators:
         self._first_numpy = module.get_state()
         make = module.default_rng
 
-        def default_rng(seed: Any = None) -> Any:
-            self.shared |= seed is None
-            return make(seed)
+        def default_rng(*args: Any, **kwargs: Any) -> Any:
+            generator = make(*args, **kwargs)
+            if all(value is None for value in (*args, *kwargs.values())):
+                self._unseeded.append(generator)
+            return generator
 
         module.default_rng = default_rng
         self._undo = lambda: setattr(module, "default_rng", make)
@@ -54,6 +52,24 @@ class Generators:
     def end(self) -> None:
         """Note nothing any more."""
         self._undo()
+
+    def renew(self, states: Mapping[str, Any]) -> None:
+        """In a forked job: continue generators that the program has seeded, and seed the others.
+
+        Python seeds its own generator after a fork by itself.
+
+        Args:
+            states: what :meth:`seeded` returned.
+        """
+        if "random" in states:
+            random.setstate(states["random"])
+        numpy, torch = (sys.modules.get(name) for name in ("numpy.random", "torch"))
+        if numpy is not None:
+            numpy.set_state(states["numpy"]) if "numpy" in states else numpy.seed()
+        for generator in self._unseeded:
+            generator.bit_generator.state = sys.modules["numpy.random"].default_rng().bit_generator.state
+        if torch is not None:
+            torch.set_rng_state(states["torch"]) if "torch" in states else torch.default_generator.seed()
 
     def seeded(self) -> dict[str, Any]:
         """The states of the generators that have been seeded since."""
@@ -81,27 +97,13 @@ def watched_generators() -> Iterator[Generators]:
 
     random.seed = noted_seed
     finder = _WhenImported({"numpy.random": generators.note_numpy, "torch": generators.note_torch})
-    sys.meta_path.insert(0, finder)  # type: ignore[arg-type]
+    sys.meta_path.insert(0, finder)
     try:
         yield generators
     finally:
-        sys.meta_path.remove(finder)  # type: ignore[arg-type]
+        sys.meta_path.remove(finder)
         random.seed = seed
         generators.end()
-
-
-def renew(states: Mapping[str, Any]) -> None:
-    """In a forked job: continue generators that the program has seeded, and seed the others.
-
-    Python seeds its own generator after a fork by itself.
-    """
-    if "random" in states:
-        random.setstate(states["random"])
-    numpy, torch = (sys.modules.get(name) for name in ("numpy.random", "torch"))
-    if numpy is not None:
-        numpy.set_state(states["numpy"]) if "numpy" in states else numpy.seed()
-    if torch is not None:
-        torch.set_rng_state(states["torch"]) if "torch" in states else torch.default_generator.seed()
 
 
 class _WhenImported:

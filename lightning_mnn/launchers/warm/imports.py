@@ -7,6 +7,7 @@ of threads of its own, and as if every variable of its environment had been set 
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -17,9 +18,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from lightning_mnn.launchers.warm import blas
-from lightning_mnn.launchers.warm.generators import renew, watched_generators
+from lightning_mnn.launchers.warm.generators import Generators, watched_generators
 from lightning_mnn.utilities.compat.python_internals import recorded_reads, renew_temporary_directory
 
 if TYPE_CHECKING:
@@ -47,14 +49,18 @@ class Imports:
         environment: its environment before the imports.
         reads: variables of the environment that the imports have read.
         changed: variables that they have set, with their values; None: removed.
+        generators: the random generators.
+        states: states of the random generators that the program has seeded.
+        folders: the temporary folders that they have made, as objects, with the arguments of these.
     """
 
     problem: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
     reads: set[str] = field(default_factory=set)
     changed: dict[str, str | None] = field(default_factory=dict)
-    _states: dict[str, Any] = field(default_factory=dict)  # of generators that the program has seeded
-    _folders: list[tuple[tempfile.TemporaryDirectory[str], Any]] = field(default_factory=list)  # and its arguments
+    generators: Generators = field(default_factory=Generators)
+    states: dict[str, Any] = field(default_factory=dict)
+    folders: list[tuple[tempfile.TemporaryDirectory[str], Any]] = field(default_factory=list)
 
     def reason_against(self, environment: Mapping[str, str], later: Mapping[str, str]) -> str | None:
         """Why a job must not be forked from this process; None: it may be.
@@ -63,7 +69,7 @@ class Imports:
             environment: the job's environment.
             later: variables that Hydra sets when the job starts (``hydra.job.env_set``).
         """
-        wanted = environment | dict(later)
+        wanted = {**environment, **{name: str(value) for name, value in later.items()}}
         names = self.environment.keys() | wanted.keys()
         differing = {name for name in names if self.environment.get(name) != wanted.get(name)} - {_ADAPTED}
         read = sorted(name for name in differing if name in self.reads | self.changed.keys() or is_native(name))
@@ -71,13 +77,13 @@ class Imports:
 
     def make_own(self, environment: Mapping[str, str]) -> None:
         """In a forked job: give it its environment, random numbers, temporary folders and numbers of threads."""
-        changed = environment | self.changed
+        changed = {**environment, **self.changed}
         os.environ.clear()
         os.environ.update({name: value for name, value in changed.items() if value is not None})
         time.tzset()
         blas.set_threads(environment.get(_ADAPTED))
-        renew(self._states)
-        for folder, arguments in self._folders:
+        self.generators.renew(self.states)
+        for folder, arguments in self.folders:
             if Path(folder.name).exists():  # else it was removed during the imports
                 renew_temporary_directory(folder, *arguments)
 
@@ -100,7 +106,7 @@ def import_all(program: Callable[[], None], modules: Sequence[str]) -> Imports:
     with ExitStack() as stack:
         found.reads = stack.enter_context(recorded_reads())
         made = stack.enter_context(_temporary_folders(found))
-        generators = stack.enter_context(watched_generators())
+        found.generators = generators = stack.enter_context(watched_generators())
         try:
             program()
         except SystemExit:
@@ -109,19 +115,19 @@ def import_all(program: Callable[[], None], modules: Sequence[str]) -> Imports:
         except Exception as error:  # noqa: BLE001 (the program is someone else's)
             found.problem = f"importing the program raises {type(error).__name__}: {error}"
             return found
-        found._states = generators.seeded()
+        found.states = generators.seeded()
+        stack.enter_context(_configured_log())
         for name in modules:
             with suppress(Exception):  # then the job, which imports it again, will say so
                 importlib.import_module(name)
-        if generators.seeded().keys() != found._states.keys():
+        if generators.seeded().keys() != found.states.keys():
             found.problem = "importing a module seeds random numbers"
-        if generators.shared:
-            found.problem = "a module that is imported makes a random generator of its own, without a seed"
     before = found.environment
     names = before.keys() | os.environ.keys()
     found.changed = {name: os.environ.get(name) for name in names if os.environ.get(name) != before.get(name)}
+    others = {path for path in made if Path(path).exists()} - {one.name for one, _ in found.folders}
     checks = (
-        (bool(_kept(made) - {folder.name for folder, _ in found._folders}), "importing the program makes a temporary folder"),
+        (bool(others), "importing the program makes a temporary folder"),
         (folder != Path.cwd(), "importing the program changes the current folder"),
         (signals != _signal_handlers(), "importing the program installs a signal handler"),
     )
@@ -163,12 +169,19 @@ def _left_open(before: set[tuple[str, str]]) -> str | None:
     return f"importing the program leaves {new[0]} open" if new else None
 
 
-def _kept(folders: Sequence[str]) -> set[str]:
-    return {path for path in folders if Path(path).exists()}
-
-
 def _signal_handlers() -> dict[int, Any]:
     return {number: signal.getsignal(number) for number in signal.valid_signals()}
+
+
+@contextmanager
+def _configured_log() -> Iterator[None]:
+    """A context in which the log has a handler, as in a job: without one, Lightning would add its own."""
+    handler = logging.NullHandler()
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
 
 
 @contextmanager
@@ -183,10 +196,7 @@ def _temporary_folders(found: Imports) -> Iterator[list[str]]:
 
     def init(self: tempfile.TemporaryDirectory[str], *args: Any, **kwargs: Any) -> None:
         make(self, *args, **kwargs)
-        found._folders.append((self, (args, kwargs)))
+        found.folders.append((self, (args, kwargs)))
 
-    tempfile.mkdtemp, tempfile.TemporaryDirectory.__init__ = mkdtemp, init  # type: ignore[method-assign]
-    try:
+    with patch.object(tempfile, "mkdtemp", mkdtemp), patch.object(tempfile.TemporaryDirectory, "__init__", init):
         yield paths
-    finally:
-        tempfile.mkdtemp, tempfile.TemporaryDirectory.__init__ = make_path, make  # type: ignore[method-assign]

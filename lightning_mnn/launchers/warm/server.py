@@ -13,6 +13,7 @@ import sys
 if sys.path and sys.path[0] == os.path.dirname(__file__):  # noqa: PTH120 (pathlib is yet to be imported)
     del sys.path[0]  # modules beside this script would hide the user's modules of the same name
 
+import contextlib
 import gc
 import importlib
 import json
@@ -94,27 +95,33 @@ def _serve(connection: socket.socket, imports: Imports) -> Start | None:
                 return None
             folder = Path(message.decode())
             request = json.loads((folder / REQUEST).read_text())
-            start = Start(folder, *descriptors, request["environment"], request["here"])
-            refused = imports.reason_against(start.environment, request["later"])
-            if refused is None:
+            start = Start(folder, descriptors[0], descriptors[1], request["environment"], request["here"])
+            answer: dict[str, Any] = {"refused": imports.reason_against(start.environment, request["later"])}
+            if answer["refused"] is None:
                 try:
                     job = _fork(start, connection)
                 except OSError as error:
-                    refused = f"the server cannot fork: {error}"
+                    answer = {"refused": f"the server cannot fork: {error}"}
                 else:
                     if job is None:
                         return start
                     jobs.add(job)
-                    _send(connection, {"job": job})
+                    answer = {"job": job}
             for descriptor in descriptors:
                 os.close(descriptor)
-            if refused is not None:
-                _send(connection, {"refused": refused})
-        for job in list(jobs):
-            ended, status = os.waitpid(job, os.WNOHANG)
-            if ended:
-                jobs.remove(job)
-                _send(connection, {"ended": job, "code": os.waitstatus_to_exitcode(status)})
+            _send(connection, answer)
+        jobs -= _report_ended(jobs, connection)
+
+
+def _report_ended(jobs: set[int], connection: socket.socket) -> set[int]:
+    """The jobs that have ended since, which the launcher is told."""
+    found = set()
+    for job in jobs:
+        ended, status = os.waitpid(job, os.WNOHANG)
+        if ended:
+            found.add(job)
+            _send(connection, {"ended": job, "code": os.waitstatus_to_exitcode(status)})
+    return found
 
 
 def _fork(start: Start, connection: socket.socket) -> int | None:
@@ -138,7 +145,7 @@ def _fork(start: Start, connection: socket.socket) -> int | None:
     for number in (1, 2):
         os.dup2(start.output, number)
     os.close(start.output)
-    os.set_inheritable(start.watched, False)
+    os.set_inheritable(start.watched, False)  # noqa: FBT003 (it takes no keyword)
     os.write(1, said)
     os.chdir(start.here)
     os.close(ready)
@@ -146,10 +153,8 @@ def _fork(start: Start, connection: socket.socket) -> int | None:
 
 
 def _send(connection: socket.socket, message: dict[str, Any]) -> None:
-    try:
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the launcher is gone
         connection.send(json.dumps(message).encode())
-    except (BrokenPipeError, ConnectionResetError):  # the launcher is gone, which the next request will show
-        pass
 
 
 if __name__ == "__main__":
