@@ -20,9 +20,17 @@ from lightning_mnn.runs.folders import check_names, register_resolvers
 from lightning_mnn.runs.quiet import quieten
 from lightning_mnn.tasks import TASKS
 from lightning_mnn.utilities.compat.hydra_internals import errors_told_by
+from lightning_mnn.utilities.compat.wandb_internals import IMPORTED_WHEN_A_RUN_STARTS
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+# What jobs of a sweep will import, for hydra/launcher=device_pool.
+__preload__ = (
+    *("lightning_mnn.tasks.train", "lightning_mnn.launchers.jobs.progress"),
+    *("lightning_mnn.data", "lightning_mnn.model.mnn"),
+    *("wandb", *IMPORTED_WHEN_A_RUN_STARTS, "PIL.PngImagePlugin", "requests"),
+)
 
 register_resolvers()
 

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+import weakref
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +32,15 @@ if TYPE_CHECKING:
 
     from hydra.types import HydraContext, TaskFunction
 
-    from lightning_mnn.launchers.jobs.devices import Devices, Request
+    from lightning_mnn.launchers.jobs.calls import TaskReference
+    from lightning_mnn.launchers.jobs.devices import Allocation, Devices, Request
     from lightning_mnn.launchers.jobs.job import Job
+    from lightning_mnn.launchers.warm.client import WarmServers
 
 
 log = logging.getLogger(__name__)
+
+_PRELOAD = "__preload__"  # in the module of a program's main function: names of modules that its jobs will import
 
 _INTERVAL = 0.1  # seconds between two checks of the jobs
 
@@ -54,6 +59,12 @@ class DevicePoolConf:
         cpu_slots: number of devices that the CPU counts as; null: one per core, or ``n_jobs`` if that is more.
         resume: leave out jobs that have finished, by the ``job.json`` in their folders; null: the value of the
             application's own key ``resume``, if it has one that is true or false.
+        warm: fork the jobs from a server that has imported the program, where that is safe; then a job does not import
+            it again. Where it is not safe, one line says why. false: each job is a new process.
+        jobs_per_gpu: number of jobs that may share a GPU.
+        fail_fast: after the first job that fails, start no further ones; those that run continue to their end.
+        retries: how often a job is started again whose process has crashed: ended by a signal or with an exit code, not
+            by an error of the program. It resumes if the program has a key ``resume`` that is true or false.
         trainer_key: key of the Trainer's arguments in the application's config: ``devices``, ``accelerator``,
             ``num_nodes``.
     """
@@ -63,6 +74,10 @@ class DevicePoolConf:
     gpus: list[Any] | None = None
     cpu_slots: int | None = None
     resume: bool | None = None
+    warm: bool = True
+    jobs_per_gpu: int = 1
+    fail_fast: bool = False
+    retries: int = 0
     trainer_key: str = "trainer"
 
 
@@ -85,6 +100,7 @@ class DevicePool(Launcher):
     def __init__(self, **options: Any) -> None:
         self._options = DevicePoolConf(**options)
         self._context: tuple[HydraContext, TaskFunction, DictConfig] | None = None
+        self._servers: WarmServers | None = None  # kept from launch to launch: a sweeper may have many
 
     @override
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -105,7 +121,10 @@ class DevicePool(Launcher):
         hydra_context, task_function, config = self._context
         setup_globals()
         configure_log(config.hydra.hydra_logging, config.hydra.verbose)
-        pool = Devices(self._options.gpus, self._options.cpu_slots, self._options.n_jobs)
+        options = self._options
+        if options.retries < 0:
+            raise ValueError(f"hydra.launcher.retries={options.retries}: must be 0 or a positive number")
+        pool = Devices(options.gpus, options.cpu_slots, options.n_jobs, options.jobs_per_gpu)
         common = set.intersection(*(set(one) for one in job_overrides)) if len(job_overrides) > 1 else set()
         jobs = [self._job(number, list(one), pool, common) for number, one in enumerate(job_overrides, initial_job_idx)]
         _require_own_folders(jobs)
@@ -118,17 +137,17 @@ class DevicePool(Launcher):
         log.info("%d jobs in %s, each in its own process", len(jobs), folder)
         if initial_job_idx == 0:  # now, because a SIGKILL or a power cut leaves no time to print it
             log.info("if it is killed, this command resumes the sweep:\n  %s", command.resumed(folder))
-        call = {
-            "hydra_context": hydra_context,
-            "task_function": TaskReference.to(task_function),
-            "singletons": singletons(),
-        }
+        task = TaskReference.to(task_function)
+        call = {"hydra_context": hydra_context, "task_function": task, "singletons": singletons()}
+        if options.warm and self._servers is None:
+            self._servers = _servers(task, jobs[0].config)
+            weakref.finalize(self, self._servers.close)  # at the latest when this process ends
         with collected_signals() as received:
             try:
                 with _display(jobs) as show:
-                    _run(jobs, pool, call, show, received)
+                    _run(jobs, pool, Starter(call, self._servers, options), show, received)
             finally:  # below the table, not in it
-                _print_end(jobs, command.resumed(folder))
+                _print_end(jobs, command.resumed(folder), fail_fast=options.fail_fast)
         if received:
             raise SystemExit(128 + received[0])
         return [job.returned for job in jobs if job.returned is not None]
@@ -153,12 +172,42 @@ class DevicePool(Launcher):
         return OmegaConf.select(config, "resume") is True if own is None else own
 
 
+@dataclass(frozen=True)
+class Starter:
+    """What jobs are started with: arguments for Hydra's ``run_job``, the servers that may fork them, the options."""
+
+    call: dict[str, Any]
+    servers: WarmServers | None
+    options: DevicePoolConf
+
+    def start(self, job: Job, allocation: Allocation, received: Sequence[int]) -> bool:
+        """Start a job, once a server is ready, unless a signal is received before; whether the job runs."""
+        from lightning_mnn.launchers.jobs.process import environment_of  # noqa: PLC0415
+
+        if self.servers is not None:
+            self.servers.prepare(environment_of(allocation), received)
+        return not received and job.start(allocation, self.call, self.servers)
+
+    def wait(self) -> None:
+        """Wait before the jobs are checked again."""
+        if self.servers is None:
+            time.sleep(_INTERVAL)
+        else:
+            self.servers.wait(_INTERVAL)
+
+    def retries(self, job: Job) -> bool:
+        """Let a job that has crashed wait for another start; whether it does."""
+        if not job.has_crashed or job.retries >= self.options.retries:
+            return False
+        error = None if job.returned is None else str(result_of(job.returned)).partition("\n")[0]
+        job.wait_again()
+        how = "resuming it" if job.can_resume else "from its beginning"
+        log.warning("%s; it is started again (%d of %d), %s", error, job.retries, self.options.retries, how)
+        return True
+
+
 def _run(
-    jobs: Sequence[Job],
-    pool: Devices,
-    call: dict[str, Any],
-    show: Callable[[Job], None],
-    received: Sequence[int],
+    jobs: Sequence[Job], pool: Devices, starter: Starter, show: Callable[[Job], None], received: Sequence[int]
 ) -> None:
     """Run the waiting jobs, until all have ended or a signal is received.
 
@@ -169,24 +218,60 @@ def _run(
             show(job)
     running: list[Job] = []
     try:
-        while not received and any(job.state in (JobState.WAITING, JobState.RUNNING) for job in jobs):
-            for job in jobs:
-                if (
-                    job.state is JobState.WAITING
-                    and not received
-                    and (allocation := pool.allocate(job.request)) is not None
-                ):
+        while not received and ((waiting := _to_start(jobs, starter.options)) or running):
+            for job in waiting:
+                if not received and (allocation := pool.allocate(job.request)) is not None:
                     running.append(job)
-                    if job.start(allocation, call):
+                    if starter.start(job, allocation, received):
                         show(job)
-            time.sleep(_INTERVAL)
+            starter.wait()
             for job in [job for job in running if job.has_ended()]:
                 running.remove(job)
                 if job.allocation is not None:
                     pool.release(job.allocation)
-                show(job)
+                if not starter.retries(job):
+                    show(job)
     finally:
         _end(running, received)
+
+
+def _to_start(jobs: Sequence[Job], options: DevicePoolConf) -> list[Job]:
+    """The jobs that wait for their start."""
+    if options.fail_fast and any(job.state is JobState.FAILED for job in jobs):
+        return []
+    return [job for job in jobs if job.state is JobState.WAITING]
+
+
+def _servers(task: TaskReference, config: DictConfig) -> WarmServers:
+    """The servers for a program: they import it, and what its config names by ``_target_``."""
+    from lightning_mnn.launchers.jobs import main  # noqa: PLC0415
+    from lightning_mnn.launchers.warm.client import WarmServers  # noqa: PLC0415
+    from lightning_mnn.utilities.compat.python_internals import preparation  # noqa: PLC0415
+
+    program = [task.module] if task.value is None and task.module != "__main__" else []
+    content: Any = OmegaConf.to_container(config, resolve=False)
+    names = [name for key, node in content.items() if key != "hydra" for name in _targets(node)]
+    own = getattr(sys.modules.get(task.module), _PRELOAD, ())
+    if OmegaConf.select(config, "hydra.job_logging.disable_existing_loggers"):  # those of modules imported before
+        own, names = (), []
+    return WarmServers(
+        prepared=preparation(),
+        program=program,
+        modules=list(dict.fromkeys([*own, *names])),
+        script=str(main.__file__),
+        run=f"{main.__name__}:{main.run_forked.__name__}",
+    )
+
+
+def _targets(node: Any) -> Iterator[str]:
+    """Modules that a config node names by ``_target_``: of a method ``a.B.c`` both ``a`` and ``a.B``."""
+    if isinstance(node, dict):
+        target = node.get("_target_")
+        if isinstance(target, str) and "${" not in target:
+            parts = target.split(".")
+            yield from (".".join(parts[:end]) for end in (len(parts) - 2, len(parts) - 1) if end > 0)
+    for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from _targets(value)
 
 
 def _end(running: Sequence[Job], received: Sequence[int]) -> None:
@@ -229,13 +314,16 @@ def _display(jobs: Sequence[Job]) -> Iterator[Callable[[Job], None]]:
         yield line
 
 
-def _print_end(jobs: Sequence[Job], command: str) -> None:
+def _print_end(jobs: Sequence[Job], command: str, *, fail_fast: bool) -> None:
     from lightning_mnn.launchers.jobs.table import counts  # noqa: PLC0415 (Hydra imports this module in all programs)
 
     log.info("%s", counts(jobs))
     for job in jobs:
         if job.state in (JobState.FAILED, JobState.INTERRUPTED) and job.returned is not None:
             log.error("%s", result_of(job.returned))
+    waiting = sum(job.state is JobState.WAITING for job in jobs)
+    if fail_fast and waiting and any(job.state is JobState.FAILED for job in jobs):
+        log.error("hydra.launcher.fail_fast=true: a job has failed, so %d were not started", waiting)
     left = sum(job.state not in (JobState.FINISHED, JobState.KEPT) for job in jobs)
     if left:
         log.error("%d of %d jobs are not finished; this command runs them:\n  %s", left, len(jobs), command)

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import torch
 
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -50,6 +50,8 @@ _CONTAINER = Path("/sys/fs/cgroup")  # its memory limit may be below the machine
 def free_memory(device: torch.device) -> float:
     """Bytes that are free on a device, including memory that only caches files."""
     if device.type == "cuda":
+        import torch  # noqa: PLC0415 (launchers import this module, and do not need it)
+
         return float(torch.cuda.mem_get_info(device)[0])
     if not _MEMINFO.exists():
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -63,10 +64,11 @@ class Devices:
             :func:`visible_gpus`, which is called when the first job may need a GPU.
         cpu_slots: slots of the CPU; None: one per core, or ``n_jobs`` if that is more.
         n_jobs: number of jobs at once; None: as many as there are devices for.
+        jobs_per_gpu: number of jobs that may share a GPU.
 
     Raises:
-        ValueError: ``n_jobs`` or ``cpu_slots`` is not a positive number, or ``gpus`` contains a name twice, an invalid
-            name, or a GPU that ``CUDA_VISIBLE_DEVICES`` does not show.
+        ValueError: ``n_jobs``, ``cpu_slots`` or ``jobs_per_gpu`` is not a positive number, or ``gpus`` contains a name
+            twice, an invalid name, or a GPU that ``CUDA_VISIBLE_DEVICES`` does not show.
 
     >>> pool = Devices(["0", "1", "2"], cpu_slots=1)
     >>> first, second = (pool.allocate(pool.request(2, "gpu")) for _ in range(2))
@@ -78,16 +80,23 @@ class Devices:
     """
 
     def __init__(
-        self, gpus: Sequence[int | str] | None = None, cpu_slots: int | None = None, n_jobs: int | None = None
+        self,
+        gpus: Sequence[int | str] | None = None,
+        cpu_slots: int | None = None,
+        n_jobs: int | None = None,
+        jobs_per_gpu: int = 1,
     ) -> None:
         for key, value in (("cpu_slots", cpu_slots), ("n_jobs", n_jobs)):
             if value is not None and value < 1:
                 raise ValueError(f"hydra.launcher.{key}={value}: must be a positive number or null")
+        if jobs_per_gpu < 1:
+            raise ValueError(f"hydra.launcher.jobs_per_gpu={jobs_per_gpu}: must be a positive number")
         self._chosen = None if gpus is None else _checked([str(gpu) for gpu in gpus])
         self._cores = cores()
         self._n_jobs = n_jobs
         self._slots = [str(slot) for slot in range(cpu_slots or max(self._cores, n_jobs or 1))]
-        self._in_use: set[tuple[bool, str]] = set()  # whether it is a GPU, and its name
+        self._jobs_per_gpu = jobs_per_gpu
+        self._in_use: Counter[tuple[bool, str]] = Counter()  # jobs on each device: whether it is a GPU, and its name
         self._running = 0
 
     def request(self, devices: Any, accelerator: Any) -> Request:
@@ -114,18 +123,20 @@ class Devices:
         return Request(gpus, min(count, total), count)
 
     def allocate(self, request: Request) -> Allocation | None:
-        """Allocate devices to a job; None: not enough are free, or ``n_jobs`` jobs run."""
-        free = [name for name in self._all(gpus=request.gpus) if (request.gpus, name) not in self._in_use]
+        """Allocate devices to a job, those with the fewest jobs; None: not enough are free, or ``n_jobs`` jobs run."""
+        gpus = request.gpus
+        free = [name for name in self._all(gpus=gpus) if self._in_use[gpus, name] < self._capacity(gpus=gpus)]
+        free.sort(key=lambda name: self._in_use[gpus, name])
         if len(free) < request.count or self._running == self._n_jobs:
             return None
         names = tuple(free[: request.count])
-        self._in_use |= {(request.gpus, name) for name in names}
+        self._in_use.update((gpus, name) for name in names)
         self._running += 1
         return Allocation(request, names, self._threads(request))
 
     def release(self, allocation: Allocation) -> None:
         """Return a job's devices to the pool."""
-        self._in_use -= {(allocation.request.gpus, name) for name in allocation.names}
+        self._in_use.subtract((allocation.request.gpus, name) for name in allocation.names)
         self._running -= 1
 
     @cached_property
@@ -134,6 +145,10 @@ class Devices:
 
     def _all(self, *, gpus: bool) -> list[str]:
         return self._gpus if gpus else self._slots
+
+    def _capacity(self, *, gpus: bool) -> int:
+        """The number of jobs that a device can have at once."""
+        return self._jobs_per_gpu if gpus else 1
 
     def _no_gpu_remedy(self) -> str:
         """Why the pool has no GPU, and what to do."""
@@ -146,7 +161,7 @@ class Devices:
 
     def _threads(self, request: Request) -> int:
         """An equal share of the cores, independent of the number of jobs: the number of threads changes rounding."""
-        jobs = len(self._all(gpus=request.gpus)) // request.count
+        jobs = len(self._all(gpus=request.gpus)) * self._capacity(gpus=request.gpus) // request.count
         return max(1, self._cores // (min(jobs, self._n_jobs or jobs) * request.processes))
 
     def _number(self, devices: Any, *, gpus: bool) -> int:

@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import CompactHydraException
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, read_write
 
 from lightning_mnn.launchers.jobs.process import JobProcess, log
 from lightning_mnn.launchers.jobs.records import JOB_RECORD, JobState, read_record, recorded, returned
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from lightning_mnn.launchers.jobs.devices import Allocation, Request
+    from lightning_mnn.launchers.warm.client import WarmServers
 
 
 _LONGEST_ERROR = 300  # characters of a job's error message
@@ -55,6 +56,8 @@ class Job:
         process: its process, once it is started.
         seconds: seconds since its start; at the end, its duration.
         progress: what its Trainer reported last (see :mod:`lightning_mnn.launchers.jobs.progress`).
+        retries: how often it was started again after a crash.
+        has_crashed: whether its process has ended without a result or an error of the program.
     """
 
     number: int
@@ -69,6 +72,8 @@ class Job:
     process: JobProcess | None = None
     seconds: float = 0.0
     progress: dict[str, Any] = field(default_factory=dict)
+    retries: int = 0
+    has_crashed: bool = False
 
     @property
     def log(self) -> Path:
@@ -82,8 +87,27 @@ class Job:
             self.state = JobState.KEPT
             self.returned = self._return(JobStatus.COMPLETED, returned(record.get("return_value")))
 
-    def start(self, allocation: Allocation, call: dict[str, Any]) -> bool:
+    @property
+    def can_resume(self) -> bool:
+        """Whether the program has a key ``resume`` that is true or false."""
+        return isinstance(OmegaConf.select(self.config, "resume"), bool)
+
+    def wait_again(self) -> None:
+        """After a crash: wait for another start, at which the job resumes if it can."""
+        self.retries += 1
+        self.state, self.allocation, self.process, self.returned = JobState.WAITING, None, None, None
+        self.progress, self.has_crashed = {}, False
+        if self.can_resume:
+            with read_write(self.config):
+                self.config.resume = True
+
+    def start(self, allocation: Allocation, call: dict[str, Any], servers: WarmServers | None = None) -> bool:
         """Start the job's process on allocated devices; if that is impossible, the job has failed.
+
+        Args:
+            allocation: the devices.
+            call: arguments for Hydra's ``run_job``, without the config.
+            servers: the servers that may fork the process; None: it is a new one.
 
         Returns:
             Whether it runs.
@@ -94,7 +118,7 @@ class Job:
             with self.log.open("ab") as output:
                 _lock(output, self.folder)
                 (self.folder / JOB_RECORD).unlink(missing_ok=True)
-                self.process = JobProcess(allocation, output, call | {"config": self.config})
+                self.process = JobProcess(allocation, output, call | {"config": self.config}, servers)
             self.state = JobState.RUNNING
         except Exception as error:  # noqa: BLE001 (the other jobs must continue)
             self._end(self._return(JobStatus.FAILED, f"cannot be started: {type(error).__name__}: {error}"))
@@ -108,7 +132,9 @@ class Job:
         if self.process.exit_code is None:
             return False
         try:
-            found = self.process.returned() or self._return(JobStatus.FAILED, None)
+            given = self.process.returned()
+            self.has_crashed = given is None and not self.process.ended_by_us
+            found = given or self._return(JobStatus.FAILED, None)
         except Exception as error:  # noqa: BLE001 (unpickling a job's return may raise anything)
             found = self._return(JobStatus.FAILED, f"its return value cannot be read: {type(error).__name__}: {error}")
         if self.process.ended_by_us:  # whatever it returned
@@ -136,6 +162,8 @@ class Job:
             how = "was interrupted"
         elif code is None:
             how = str(words)
+        elif self.process is not None and self.process.is_lost:
+            how = "has ended, and its exit code is not known, because the server that forked it had ended before"
         else:
             how = f"was ended by {_signal_name(-code)}" if code < 0 else f"failed with exit code {code}"
             how += f": {shortened}" if (shortened := _printable(words or _last_error(self.log))) else ""
@@ -154,7 +182,9 @@ class Job:
             "overrides": self.overrides,
             "config": self._digest(),
             "status": str(self.state),
-            "exit_code": None if self.process is None else self.process.exit_code,
+            "exit_code": None if self.process is None or self.process.is_lost else self.process.exit_code,
+            "retries": self.retries,
+            "warm": self.process is not None and self.process.is_warm,
             "error": None if finished else str(value),
             "return_value": None,
             "minimum": self.progress.get("minimum"),

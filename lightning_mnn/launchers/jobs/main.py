@@ -20,7 +20,11 @@ import subprocess
 import threading
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+# Files in a job's folder, beside return.pickle and progress.json.
+CALL = "call.pickle"
+EXIT_CODE = "exit_code"  # of a forked job, whose server may be gone
 
 _UNGUARDED = (
     "the program calls its main function when it is imported, and each job imports it: put the call under "
@@ -30,24 +34,55 @@ _GRACE = 10  # seconds between SIGTERM and SIGKILL
 
 
 def main() -> int:
-    """Run the job; write its JobReturn beside its call, with an error as text."""
+    """Run the job in this new process; write its JobReturn beside its call, with an error as text."""
     folder = Path(sys.argv[1])
     leads = os.environ.get("LOCAL_RANK", "0") == "0"
-    with (folder / "call.pickle").open("rb") as file:  # written by the launcher a moment ago
+    with (folder / CALL).open("rb") as file:  # written by the launcher a moment ago
         prepared = pickle.load(file)  # noqa: S301
         if leads:
-            threading.Thread(target=_end_with_launcher, args=(prepared["watched"], folder), daemon=True).start()
+            _watch(prepared["watched"], folder)
         sys.path = prepared["sys_path"]
-        from lightning_mnn.utilities.compat import hydra_internals, python_internals  # noqa: PLC0415 (it may be on that path)
+        from lightning_mnn.utilities.compat import python_internals  # noqa: PLC0415 (it may be on that path)
 
         try:
             python_internals.prepare(prepared)
         except SystemExit:  # raised by Hydra, which sees the job's arguments instead of the program's
             raise RuntimeError(_UNGUARDED) from None
-        sys.modules[
-            "__main__"
-        ].__spec__ = None  # Lightning reads it to decide that the command to run again is a script
-        call = pickle.load(file)  # noqa: S301
+        call = _load_call(file)
+    return _run_and_report(call, folder, leads=leads)
+
+
+def run_forked(folder: Path, watched: int) -> int:
+    """Run the job in this process, which was forked from one that has imported the program."""
+    _watch(watched, folder)
+    code = 1
+    try:
+        with (folder / CALL).open("rb") as file:
+            pickle.load(file)  # noqa: S301 (what the other process has done)
+            call = _load_call(file)
+        code = _run_and_report(call, folder, leads=True)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        raise
+    finally:
+        with contextlib.suppress(OSError):  # the launcher is gone, and the folder with it
+            (folder / EXIT_CODE).write_text(str(code))
+    return code
+
+
+def _watch(watched: int, folder: Path) -> None:
+    threading.Thread(target=_end_with_launcher, args=(watched, folder), daemon=True).start()
+
+
+def _load_call(file: IO[bytes]) -> dict[str, Any]:
+    sys.modules["__main__"].__spec__ = None  # Lightning reads it to decide that the command to run again is a script
+    call: dict[str, Any] = pickle.load(file)  # noqa: S301 (written by the launcher a moment ago)
+    return call
+
+
+def _run_and_report(call: dict[str, Any], folder: Path, *, leads: bool) -> int:
+    from lightning_mnn.utilities.compat import hydra_internals  # noqa: PLC0415 (after the user's sys.path is in place)
+
     found = _run(call, leads=leads)
     failed = found.status.name == "FAILED"
     if failed:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import OmegaConf
 
 from lightning_mnn.launchers.jobs import main
 from lightning_mnn.launchers.jobs.calls import write_call
@@ -25,6 +26,7 @@ from lightning_mnn.launchers.jobs.records import read_record
 
 if TYPE_CHECKING:
     from lightning_mnn.launchers.jobs.devices import Allocation
+    from lightning_mnn.launchers.warm.client import WarmServers
 
 
 log = logging.getLogger(__name__)
@@ -44,41 +46,59 @@ class JobProcess:
         allocation: its devices.
         output: file for its output.
         call: arguments for Hydra's ``run_job``.
+        servers: the servers that may fork it; None: it is a new process.
         began: when it was started, in seconds since the epoch.
+        is_warm: whether it was forked.
         ended_by_us: whether the launcher has sent it a signal to end.
     """
 
     allocation: Allocation
     output: IO[bytes]
     call: InitVar[dict[str, Any]]
+    servers: InitVar[WarmServers | None] = None
     began: float = field(default_factory=time.time)
+    is_warm: bool = False
     ended_by_us: bool = False
 
-    def __post_init__(self, call: dict[str, Any]) -> None:
+    def __post_init__(self, call: dict[str, Any], servers: WarmServers | None) -> None:
         """Start the process."""
         self._folder = Path(tempfile.mkdtemp(prefix="lightning-mnn-job-"))
         watched, self._launcher_end = os.pipe()  # end of file means to the job that the launcher is gone
         try:
-            write_call(self._folder / "call.pickle", call, watched)
-            self._process = subprocess.Popen(  # noqa: S603 (our own file)
-                [sys.executable, str(main.__file__), str(self._folder)],
-                env=self._environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=self.output,
-                stderr=subprocess.STDOUT,
-                pass_fds=[watched],
-                start_new_session=True,  # Ctrl-C on the terminal does not reach it; our own signals do
-            )
+            write_call(self._folder / main.CALL, call, watched)
+            environment = environment_of(self.allocation) | {VARIABLE: str(self._folder / "progress.json")}
+            forked = None
+            if servers is not None:
+                later: Any = OmegaConf.to_container(call["config"].hydra.job.env_set, resolve=False)
+                forked = servers.start(self._folder, environment, later, self.output.fileno(), watched)
+            self.is_warm = forked is not None
+            self._process = forked or self._new_process(environment, watched)
         except BaseException:
             self._remove()
             raise
         finally:
             os.close(watched)
 
+    def _new_process(self, environment: dict[str, str], watched: int) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(  # noqa: S603 (our own file)
+            [sys.executable, str(main.__file__), str(self._folder)],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+            pass_fds=[watched],
+            start_new_session=True,  # Ctrl-C on the terminal does not reach it; our own signals do
+        )
+
     @property
     def exit_code(self) -> int | None:
         """None while it runs; −n if signal n ended it."""
         return self._process.poll()
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether nobody knows its exit code, which is then 1: it was forked, and the server had ended before."""
+        return bool(getattr(self._process, "is_lost", False))
 
     @property
     def progress(self) -> dict[str, Any]:
@@ -115,10 +135,10 @@ class JobProcess:
         os.close(self._launcher_end)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _environment(self) -> dict[str, str]:
-        own = {key: value for key, value in os.environ.items() if key not in _NOT_INHERITED}
-        if "SLURM_JOB_ID" in own:  # in an allocation: Lightning must start its own processes, not expect srun's
-            own["SLURM_JOB_NAME"] = "interactive"
-        return (
-            own | self.allocation.environment | {VARIABLE: str(self._folder / "progress.json"), "PYTHONUNBUFFERED": "1"}
-        )
+
+def environment_of(allocation: Allocation) -> dict[str, str]:
+    """The environment of a job on these devices, without what belongs to that job alone."""
+    own = {key: value for key, value in os.environ.items() if key not in _NOT_INHERITED}
+    if "SLURM_JOB_ID" in own:  # in an allocation: Lightning must start its own processes, not expect srun's
+        own["SLURM_JOB_NAME"] = "interactive"
+    return own | allocation.environment | {"PYTHONUNBUFFERED": "1"}

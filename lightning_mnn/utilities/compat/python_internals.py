@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing.spawn
-from typing import Any
+import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from lightning_mnn.utilities.compat.missing import attribute
+
+if TYPE_CHECKING:
+    import tempfile
+    from collections.abc import Iterator, Mapping, Sequence
 
 _KEYS = ("sys_path", "init_main_from_name", "init_main_from_path")
 
@@ -22,3 +28,52 @@ def preparation() -> dict[str, Any]:
 def prepare(prepared: dict[str, Any]) -> None:
     """Apply what :func:`preparation` returned in another process: ``multiprocessing.spawn.prepare``."""
     attribute(multiprocessing.spawn, "prepare", "python")(prepared)
+
+
+@contextmanager
+def recorded_reads() -> Iterator[set[str]]:
+    """A context that collects the names of the variables that are read from ``os.environ``, one at a time.
+
+    Copies of the whole environment do not count. It changes the class of ``os.environ``, which is ``os._Environ``.
+    """
+    names: set[str] = set()
+    plain: Any = type(os.environ)
+
+    class Environ(plain):  # type: ignore[misc]
+        def __getitem__(self, name: str) -> Any:
+            if not (copied and copied.pop() == name):
+                copied.clear()
+                names.add(name)
+            return super().__getitem__(name)
+
+        def keys(self) -> Any:  # dict(os.environ) calls it, then reads each
+            listed = list(super().keys())
+            copied[:] = reversed(listed)
+            return listed
+
+        def items(self) -> Any:
+            return dict(self).items()
+
+        def copy(self) -> Any:
+            return dict(self)
+
+    copied: list[str] = []
+    os.environ.__class__ = Environ
+    try:
+        yield names
+    finally:
+        os.environ.__class__ = plain
+
+
+def renew_temporary_directory(
+    folder: tempfile.TemporaryDirectory[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> None:
+    """Let an object stand for a new temporary folder; the old one is not removed: ``TemporaryDirectory._finalizer``.
+
+    Args:
+        folder: the object.
+        args: the arguments that it was made with.
+        kwargs: likewise, by name.
+    """
+    attribute(folder, "_finalizer.detach", "python")()
+    type(folder).__init__(folder, *args, **kwargs)

@@ -10,6 +10,8 @@ from lightning_mnn.utilities.compat.missing import attribute
 
 _SERVICE = "WANDB_SERVICE"
 
+IMPORTED_WHEN_A_RUN_STARTS = ("wandb.sdk.launch",)  # by wandb.init, which takes a second for it
+
 
 def local_step(run: Any) -> int:
     """W&B's next step, as this process counts it: ``Run._local_step``, before W&B 0.28 ``Run._step``.
