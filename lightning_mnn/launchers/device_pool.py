@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.utils import JobReturn, configure_log, filter_overrides, setup_globals
 from hydra.plugins.launcher import Launcher
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from typing_extensions import override
 
 from lightning_mnn.config.paths import hydra_path
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
     from hydra.types import HydraContext, TaskFunction
 
+    from lightning_mnn.launchers.composing import JobConfigs
+    from lightning_mnn.launchers.jobs.batch import JobBatch
     from lightning_mnn.launchers.jobs.calls import TaskReference
     from lightning_mnn.launchers.jobs.devices import Allocation, Devices, Request
     from lightning_mnn.launchers.jobs.job import Job
@@ -100,6 +102,7 @@ class DevicePool(Launcher):
     def __init__(self, **options: Any) -> None:
         self._options = DevicePoolConf(**options)
         self._context: tuple[HydraContext, TaskFunction, DictConfig] | None = None
+        self._configs: JobConfigs | None = None
         self._servers: WarmServers | None = None  # kept from launch to launch: a sweeper may have many
 
     @override
@@ -109,6 +112,7 @@ class DevicePool(Launcher):
     @override
     @one_line_errors
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from lightning_mnn.launchers.composing import JobConfigs  # noqa: PLC0415 (Hydra imports this module in all programs)
         from lightning_mnn.launchers.jobs.calls import TaskReference  # noqa: PLC0415 (Hydra imports this module in all programs)
         from lightning_mnn.launchers.jobs.devices import Devices  # noqa: PLC0415
 
@@ -125,6 +129,7 @@ class DevicePool(Launcher):
         if options.retries < 0:
             raise ValueError(f"hydra.launcher.retries={options.retries}: must be 0 or a positive number")
         pool = Devices(options.gpus, options.cpu_slots, options.n_jobs, options.jobs_per_gpu)
+        self._configs = JobConfigs(hydra_context.config_loader, config)
         common = set.intersection(*(set(one) for one in job_overrides)) if len(job_overrides) > 1 else set()
         jobs = [self._job(number, list(one), pool, common) for number, one in enumerate(job_overrides, initial_job_idx)]
         _require_own_folders(jobs)
@@ -145,7 +150,10 @@ class DevicePool(Launcher):
         with collected_signals() as received:
             try:
                 with _display(jobs) as show:
-                    _run(jobs, pool, Starter(call, self._servers, options), show, received)
+                    for job in jobs:
+                        if job.state is JobState.KEPT:
+                            show(job)
+                    _run(self._processes(jobs, pool), pool, Starter(call, self._servers, options), show, received)
             finally:  # below the table, not in it
                 _print_end(jobs, command.resumed(folder), fail_fast=options.fail_fast)
         if received:
@@ -153,19 +161,19 @@ class DevicePool(Launcher):
         return [job.returned for job in jobs if job.returned is not None]
 
     def _job(self, number: int, overrides: list[str], pool: Devices, common: set[str]) -> Job:
-        from lightning_mnn.launchers.jobs.job import Job  # noqa: PLC0415
+        from lightning_mnn.launchers.jobs.job import Job, digest_of  # noqa: PLC0415
 
-        assert self._context is not None  # noqa: S101
-        hydra_context, _, config = self._context
-        composed = hydra_context.config_loader.load_sweep_config(config, overrides)
-        with open_dict(composed):
-            composed.hydra.job.id = str(number)
-            composed.hydra.job.num = number
-            composed.hydra.sweep.dir = str(config.hydra.sweep.dir)  # resolved now: it may contain the time
-        request = _request(composed, self._options.trainer_key, pool)
+        assert self._configs is not None  # noqa: S101 (for the type checker)
+        composed = self._configs.of(overrides, number)
+        request = request_of(composed, self._options.trainer_key, pool)
         own = list(filter_overrides(overrides))
         label = " ".join(override for override in own if override not in common)
-        return Job(number, own, label, composed, hydra_path(composed, "sweep.dir", "sweep.subdir").resolve(), request)
+        folder = hydra_path(composed, "sweep.dir", "sweep.subdir").resolve()
+        return Job(number, own, label, composed, folder, request, digest_of(composed))
+
+    def _processes(self, jobs: Sequence[Job], pool: Devices) -> Sequence[Job | JobBatch]:  # noqa: ARG002 (of subclasses)
+        """What is started, each in a process of its own."""
+        return jobs
 
     def _resumes(self, config: DictConfig) -> bool:
         own = self._options.resume
@@ -180,7 +188,7 @@ class Starter:
     servers: WarmServers | None
     options: DevicePoolConf
 
-    def start(self, job: Job, allocation: Allocation, received: Sequence[int]) -> bool:
+    def start(self, job: Job | JobBatch, allocation: Allocation, received: Sequence[int]) -> bool:
         """Start a job, once a server is ready, unless a signal is received before; whether the job runs."""
         from lightning_mnn.launchers.jobs.process import environment_of  # noqa: PLC0415
 
@@ -195,11 +203,11 @@ class Starter:
         else:
             self.servers.wait(_INTERVAL)
 
-    def retries(self, job: Job) -> bool:
+    def retries(self, job: Job | JobBatch) -> bool:
         """Let a job that has crashed wait for another start; whether it does."""
         if not job.has_crashed or job.retries >= self.options.retries:
             return False
-        error = None if job.returned is None else str(result_of(job.returned)).partition("\n")[0]
+        error = job.error
         job.wait_again()
         how = "resuming it" if job.can_resume else "from its beginning"
         log.warning("%s; it is started again (%d of %d), %s", error, job.retries, self.options.retries, how)
@@ -207,16 +215,17 @@ class Starter:
 
 
 def _run(
-    jobs: Sequence[Job], pool: Devices, starter: Starter, show: Callable[[Job], None], received: Sequence[int]
+    jobs: Sequence[Job | JobBatch],
+    pool: Devices,
+    starter: Starter,
+    show: Callable[[Job | JobBatch], None],
+    received: Sequence[int],
 ) -> None:
     """Run the waiting jobs, until all have ended or a signal is received.
 
     They start in order, but a job whose devices are free may start before one whose devices are not.
     """
-    for job in jobs:
-        if job.state is JobState.KEPT:
-            show(job)
-    running: list[Job] = []
+    running: list[Job | JobBatch] = []
     try:
         while not received and ((waiting := _to_start(jobs, starter.options)) or running):
             for job in waiting:
@@ -225,17 +234,21 @@ def _run(
                     if starter.start(job, allocation, received):
                         show(job)
             starter.wait()
-            for job in [job for job in running if job.has_ended()]:
-                running.remove(job)
-                if job.allocation is not None:
-                    pool.release(job.allocation)
-                if not starter.retries(job):
-                    show(job)
+            for job in list(running):
+                if job.has_ended():
+                    running.remove(job)
+                    if job.allocation is not None:
+                        pool.release(job.allocation)
+                    if starter.retries(job):
+                        continue
+                    job.give_up()
+                for ended in job.just_ended():
+                    show(ended)
     finally:
         _end(running, received)
 
 
-def _to_start(jobs: Sequence[Job], options: DevicePoolConf) -> list[Job]:
+def _to_start(jobs: Sequence[Job | JobBatch], options: DevicePoolConf) -> list[Job | JobBatch]:
     """The jobs that wait for their start."""
     if options.fail_fast and any(job.state is JobState.FAILED for job in jobs):
         return []
@@ -274,7 +287,7 @@ def _targets(node: Any) -> Iterator[str]:
         yield from _targets(value)
 
 
-def _end(running: Sequence[Job], received: Sequence[int]) -> None:
+def _end(running: Sequence[Job | JobBatch], received: Sequence[int]) -> None:
     """Ask the jobs to end, by ever stronger signals. A further signal from the user triggers the next step at once."""
     for name, grace in _GRACE.items():
         number = signal.Signals[name]
@@ -289,15 +302,19 @@ def _end(running: Sequence[Job], received: Sequence[int]) -> None:
 
 
 @contextlib.contextmanager
-def _display(jobs: Sequence[Job]) -> Iterator[Callable[[Job], None]]:
+def _display(jobs: Sequence[Job]) -> Iterator[Callable[[Job | JobBatch], None]]:
     """Show the jobs: on a terminal in a table, elsewhere by a line for each start and end."""
     from rich.console import Console  # noqa: PLC0415 (Hydra imports this module in all programs)
 
+    from lightning_mnn.launchers.jobs.batch import JobBatch  # noqa: PLC0415
     from lightning_mnn.launchers.jobs.table import JobTable, clock  # noqa: PLC0415
 
     words = {JobState.FAILED: "FAILED", JobState.INTERRUPTED: "interrupted"}
 
-    def line(job: Job) -> None:
+    def line(job: Job | JobBatch) -> None:
+        if isinstance(job, JobBatch):
+            log.info("%d jobs start together on %s", job.num_left, job.allocation)
+            return
         if job.state is JobState.RUNNING:
             what = f"starts on {job.allocation}"
         elif job.state is JobState.KEPT:
@@ -329,7 +346,7 @@ def _print_end(jobs: Sequence[Job], command: str, *, fail_fast: bool) -> None:
         log.error("%d of %d jobs are not finished; this command runs them:\n  %s", left, len(jobs), command)
 
 
-def _request(composed: DictConfig, key: str, pool: Devices) -> Request:
+def request_of(composed: DictConfig, key: str, pool: Devices) -> Request:
     """The devices that a job asks for."""
     nodes = OmegaConf.select(composed, f"{key}.num_nodes", default=1)
     if nodes not in (None, 1):

@@ -134,6 +134,11 @@ class Devices:
         self._running += 1
         return Allocation(request, names, self._threads(request))
 
+    def capacity(self, request: Request) -> int:
+        """How many such jobs can run at once."""
+        jobs = len(self._all(gpus=request.gpus)) * self._capacity(gpus=request.gpus) // request.count
+        return max(1, min(jobs, self._n_jobs or jobs))
+
     def release(self, allocation: Allocation) -> None:
         """Return a job's devices to the pool."""
         self._in_use.subtract((allocation.request.gpus, name) for name in allocation.names)
@@ -161,8 +166,7 @@ class Devices:
 
     def _threads(self, request: Request) -> int:
         """An equal share of the cores, independent of the number of jobs: the number of threads changes rounding."""
-        jobs = len(self._all(gpus=request.gpus)) * self._capacity(gpus=request.gpus) // request.count
-        return max(1, self._cores // (min(jobs, self._n_jobs or jobs) * request.processes))
+        return max(1, self._cores // (self.capacity(request) * request.processes))
 
     def _number(self, devices: Any, *, gpus: bool) -> int:
         if isinstance(devices, str) and devices.lstrip("-").isdigit():

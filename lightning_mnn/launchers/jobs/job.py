@@ -50,6 +50,7 @@ class Job:
         config: the composed config, with Hydra's node.
         folder: its output folder.
         request: the devices that it asks for.
+        digest: of the config (see :func:`digest_of`).
         state: its state.
         allocation: the devices that it got.
         returned: its result.
@@ -66,6 +67,7 @@ class Job:
     config: DictConfig
     folder: Path
     request: Request
+    digest: str
     state: JobState = JobState.WAITING
     allocation: Allocation | None = None
     returned: JobReturn | None = None
@@ -74,6 +76,7 @@ class Job:
     progress: dict[str, Any] = field(default_factory=dict)
     retries: int = 0
     has_crashed: bool = False
+    _is_told: bool = False
 
     @property
     def log(self) -> Path:
@@ -83,7 +86,7 @@ class Job:
     def keep_if_finished(self) -> None:
         """Use the result of an earlier run of the job, if that finished and had the same config."""
         record = read_record(self.folder / JOB_RECORD)
-        if record.get("status") == JobState.FINISHED and record.get("config") == self._digest():
+        if record.get("status") == JobState.FINISHED and record.get("config") == self.digest:
             self.state = JobState.KEPT
             self.returned = self._return(JobStatus.COMPLETED, returned(record.get("return_value")))
 
@@ -121,7 +124,7 @@ class Job:
                 self.process = JobProcess(allocation, output, call | {"config": self.config}, servers)
             self.state = JobState.RUNNING
         except Exception as error:  # noqa: BLE001 (the other jobs must continue)
-            self._end(self._return(JobStatus.FAILED, f"cannot be started: {type(error).__name__}: {error}"))
+            self.end_with(self.failed(f"cannot be started: {type(error).__name__}: {error}"))
         return self.state is JobState.RUNNING
 
     def has_ended(self) -> bool:
@@ -134,17 +137,18 @@ class Job:
         try:
             given = self.process.returned()
             self.has_crashed = given is None and not self.process.ended_by_us
-            found = given or self._return(JobStatus.FAILED, None)
+            found = given or self.failed(None)
         except Exception as error:  # noqa: BLE001 (unpickling a job's return may raise anything)
-            found = self._return(JobStatus.FAILED, f"its return value cannot be read: {type(error).__name__}: {error}")
+            found = self.failed(f"its return value cannot be read: {type(error).__name__}: {error}")
         if self.process.ended_by_us:  # whatever it returned
-            self._end(self._return(JobStatus.FAILED, None), JobState.INTERRUPTED)
+            self.end_with(self.failed(None), JobState.INTERRUPTED)
         else:
-            self._end(found)
+            self.end_with(found)
         self.process.clean_up()
         return True
 
-    def _end(self, found: JobReturn, failure: JobState = JobState.FAILED) -> None:
+    def end_with(self, found: JobReturn, failure: JobState = JobState.FAILED) -> None:
+        """Keep the job's return, and write its record; ``failure`` is its state if it did not complete."""
         self.state = JobState.FINISHED if found.status is JobStatus.COMPLETED else failure
         if self.state is not JobState.FINISHED:
             found.return_value = self._error(result_of(found))
@@ -169,6 +173,25 @@ class Job:
             how += f": {shortened}" if (shortened := _printable(words or _last_error(self.log))) else ""
         return JobError(f"job #{self.number} ({self.label}) {how}\n  its output is in {self.log}")
 
+    def failed(self, words: str | None) -> JobReturn:
+        """A return for a job that has none of its own; None: what is said about it is found in its log."""
+        return self._return(JobStatus.FAILED, words)
+
+    def just_ended(self) -> list[Job]:
+        """The jobs that have ended since the last call: this one, once."""
+        if self.state in (JobState.WAITING, JobState.RUNNING) or self._is_told:
+            return []
+        self._is_told = True
+        return [self]
+
+    def give_up(self) -> None:
+        """Nothing is left to record."""
+
+    @property
+    def error(self) -> str:
+        """How the job has failed."""
+        return str(None if self.returned is None else result_of(self.returned)).partition("\n")[0]
+
     def _return(self, status: JobStatus, value: Any) -> JobReturn:
         returned = JobReturn(overrides=list(self.overrides), working_dir=str(self.folder), status=status)
         returned.return_value = value
@@ -180,7 +203,7 @@ class Job:
         started = self.progress.get("started")
         record = {
             "overrides": self.overrides,
-            "config": self._digest(),
+            "config": self.digest,
             "status": str(self.state),
             "exit_code": None if self.process is None or self.process.is_lost else self.process.exit_code,
             "retries": self.retries,
@@ -199,11 +222,12 @@ class Job:
         except TypeError:  # it cannot be restored later, so a resumed sweep must run the job again
             return record | {"status": str(JobState.RETURNED), "return_value": repr(value)}
 
-    def _digest(self) -> str:
-        """Digest of the application's config, with references unresolved and without ``resume``."""
-        content: Any = OmegaConf.to_container(self.config, resolve=False)
-        shown = {key: value for key, value in content.items() if key not in ("hydra", "resume")}
-        return hashlib.sha256(repr(_sorted(shown)).encode()).hexdigest()
+
+def digest_of(config: DictConfig) -> str:
+    """Digest of the application's config, with references unresolved and without ``resume``."""
+    content: Any = OmegaConf.to_container(config, resolve=False)
+    shown = {key: value for key, value in content.items() if key not in ("hydra", "resume")}
+    return hashlib.sha256(repr(_sorted(shown)).encode()).hexdigest()
 
 
 def _lock(output: IO[bytes], folder: Path) -> None:

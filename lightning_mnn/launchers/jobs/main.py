@@ -22,8 +22,9 @@ import traceback
 from pathlib import Path
 from typing import IO, Any
 
-# Files in a job's folder, beside return.pickle and progress.json.
+# Files in a job's folder, beside progress.json.
 CALL = "call.pickle"
+RETURN = "return.pickle"  # of a job; in a batch, with its number
 EXIT_CODE = "exit_code"  # of a forked job, whose server may be gone
 
 _UNGUARDED = (
@@ -81,6 +82,8 @@ def _load_call(file: IO[bytes]) -> dict[str, Any]:
 
 
 def _run_and_report(call: dict[str, Any], folder: Path, *, leads: bool) -> int:
+    if call.get("plans"):
+        return _run_batch(call, folder)
     from lightning_mnn.utilities.compat import hydra_internals  # noqa: PLC0415 (after the user's sys.path is in place)
 
     found = _run(call, leads=leads)
@@ -119,7 +122,22 @@ def _run(call: dict[str, Any], *, leads: bool) -> Any:
     )
 
 
-def _write_return(folder: Path, found: Any) -> None:
+def _run_batch(call: dict[str, Any], folder: Path) -> int:
+    """Run several jobs in turns; write the JobReturn of each when it has ended."""
+    from hydra.core.utils import setup_globals  # noqa: PLC0415 (after the user's sys.path is in place)
+
+    from lightning_mnn.launchers.jobs.turns import run_jobs  # noqa: PLC0415
+    from lightning_mnn.utilities.compat.hydra_internals import set_singletons  # noqa: PLC0415
+
+    set_singletons(call["singletons"])
+    setup_globals()
+    arguments = {"hydra_context": call["hydra_context"], "task_function": call["task_function"].resolve()}
+    report = lambda number, found: _write_return(folder, found, f"{RETURN}.{number}")  # noqa: E731
+    run_jobs(call["plans"], call["max_replicas"], arguments, report)
+    return 0
+
+
+def _write_return(folder: Path, found: Any, name: str = RETURN) -> None:
     import cloudpickle  # noqa: PLC0415 (after the user's sys.path is in place)
 
     from lightning_mnn.utilities.files import write_bytes  # noqa: PLC0415
@@ -131,7 +149,7 @@ def _write_return(folder: Path, found: Any) -> None:
         found.return_value = None
         content = cloudpickle.dumps(found)
     with contextlib.suppress(FileNotFoundError):  # the launcher is gone, and the folder with it
-        write_bytes(folder / "return.pickle", content, durable=False)
+        write_bytes(folder / name, content, durable=False)
 
 
 def _signals_of_children() -> list[signal.Signals]:

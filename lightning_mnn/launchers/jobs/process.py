@@ -118,11 +118,18 @@ class JobProcess:
 
     def returned(self) -> JobReturn | None:
         """Its return; None: it did not finish. An exit code of 0 without a return counts as completed."""
-        path = self._folder / "return.pickle"
+        path = self._folder / main.RETURN
         if not path.exists():
             return JobReturn(status=JobStatus.COMPLETED) if self.exit_code == 0 else None
-        with path.open("rb") as file:
-            found: JobReturn = pickle.load(file)  # noqa: S301 (written by our own process a moment ago)
+        return _read_return(path)
+
+    def returned_jobs(self) -> dict[int, JobReturn]:
+        """The returns of the jobs of a batch that have ended since the last call, by number."""
+        found = {}
+        for path in self._folder.glob(f"{main.RETURN}.*"):
+            if path.suffix[1:].isdigit():  # the file is complete
+                found[int(path.suffix[1:])] = _read_return(path)
+                path.unlink()
         return found
 
     def clean_up(self) -> None:
@@ -134,6 +141,12 @@ class JobProcess:
     def _remove(self) -> None:
         os.close(self._launcher_end)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _read_return(path: Path) -> JobReturn:
+    with path.open("rb") as file:
+        found: JobReturn = pickle.load(file)  # noqa: S301 (written by our own process a moment ago)
+    return found
 
 
 def environment_of(allocation: Allocation) -> dict[str, str]:

@@ -52,6 +52,16 @@ def split_sweep(overrides: Sequence[str]) -> list[list[str]]:
     return [list(job) for job in jobs]
 
 
+def value_of_override(override: str) -> Any:
+    """The value that an override assigns: ``OverridesParser`` of ``hydra.core``, whose objects have a ``value()``.
+
+    >>> value_of_override("a=[1,b]"), value_of_override("a='1'")
+    ([1, 'b'], '1')
+    """
+    parser = attribute(_module("hydra.core.override_parser.overrides_parser"), "OverridesParser.create", _LIBRARY)()
+    return attribute(parser.parse_override(override), "value", _LIBRARY)()
+
+
 @contextmanager
 def errors_told_by(report_error: Callable[[Exception], bool], usage: Callable[[str], NoReturn]) -> Iterator[None]:
     """A context in which Hydra's command line passes its errors to the given functions.
