@@ -164,8 +164,8 @@ class Job:
         code = None if self.process is None else self.process.exit_code
         if self.state is JobState.INTERRUPTED:
             how = "was interrupted"
-        elif code is None:
-            how = str(words)
+        elif code is None:  # it could not be started, or other jobs of its process are still running
+            how = str(words) if self.process is None else f"failed: {_printable(str(words))}"
         elif self.process is not None and self.process.is_lost:
             how = "has ended, and its exit code is not known, because the server that forked it had ended before"
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import os
 import sys
 import time
 import traceback
@@ -16,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus, run_job
 
 from lightning_mnn.launchers.composing import fill, numbered
+from lightning_mnn.launchers.jobs.progress import VARIABLE
 from lightning_mnn.model.lockstep import run_in_lockstep
 from lightning_mnn.runs.processes.signals import shared_signals
 from lightning_mnn.utilities.compat.hydra_internals import result_of
@@ -103,6 +105,8 @@ def run_jobs(
             signal stops is not reported.
     """
     raise_file_limit()  # each job has a log, a lock and files that it writes
+    os.environ["WANDB_REINIT"] = "create_new"  # each job has a W&B run of its own
+    os.environ.pop(VARIABLE, None)  # the jobs would all write the same report
     turns = [Turn(plan.output) for plan in plans]
 
     def work(index: int) -> None:
