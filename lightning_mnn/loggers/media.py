@@ -38,9 +38,10 @@ def log_scalars(trainer: pl.Trainer, scalars: dict[str, Tensor | float | None]) 
 
 def log_rows(trainer: pl.Trainer, rows: Sequence[tuple[Mapping[str, float], int]]) -> None:
     """Log rows of finite numbers, each with its step, to every logger; ``callback_metrics`` get the last values."""
+    latest: dict[str, float] = {}
     for values, _ in rows:
-        latest = {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
-        trainer.callback_metrics.update(latest)
+        latest.update(values)
+    trainer.callback_metrics.update({name: torch.tensor(value, dtype=torch.float64) for name, value in latest.items()})
     for logger in trainer.loggers:
         if hasattr(logger, "log_rows"):  # all at a time
             logger.log_rows(rows)

@@ -113,7 +113,8 @@ class Start(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        print_config(self._tree)
+        if HydraConfig.get().mode is RunMode.RUN:  # a sweep would print it for each job; it is in .hydra
+            print_config(self._tree)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         for logger in self._loggers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 from weakref import WeakSet
 
 import torch
@@ -75,6 +75,8 @@ def states_network(pl_module: pl.LightningModule) -> bool:
 def _stated(pl_module: pl.LightningModule) -> Network | None:
     """The result of a module's method ``network()``; None if there is none, or if it is a method for something else."""
     method = getattr(pl_module, "network", None)
+    if getattr(method, "__module__", "").startswith("lightning_mnn.model."):  # it has no other effect
+        return cast("Network", method())  # type: ignore[misc]
     if not inspect.ismethod(method) or pl_module in other_methods:
         return None
     annotated = "Network" in str(inspect.signature(method).return_annotation)  # if so, its errors are raised
