@@ -4,7 +4,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from lightning_mnn import MNN
+from lightning_mnn import MNN, Fit, fit_together
 from lightning_mnn.data import GaussianData
 from lightning_mnn.loggers import ResumableCSVLogger
 from lightning_mnn.model.lockstep import lockstep, run_in_lockstep
@@ -122,3 +122,22 @@ def test_steps_that_other_code_watches_are_not_computed_together(tmp_path):
     alone.work()
     assert len(seen) == 30
     assert_same(run, alone)
+
+
+def test_fits_in_python(tmp_path):
+    runs, alone = ([Run(tmp_path / name, number, epochs=8) for number in range(3)] for name in ("together", "alone"))
+    bad = Run(tmp_path, 9, optimizer={"name": "sgd", "lr": 1e200}, schedule="constant", epochs=8)
+    fits = [Fit(run.trainer, run.model, run.data) for run in (*runs, bad)]
+    with pytest.raises(ExceptionGroup, match="1 of 4 fits have failed") as raised:
+        fit_together(fits, max_replicas=2)
+    assert isinstance(raised.value.exceptions[0], DivergenceError)
+    assert raised.value.exceptions[0].__notes__ == ["in fit number 3"]
+    for run, expected in zip(runs, alone, strict=True):
+        expected.work()
+        assert_same(run, expected)
+
+
+def test_fits_share_nothing(tmp_path):
+    one, other = Run(tmp_path, 0), Run(tmp_path, 1)
+    with pytest.raises(ValueError, match="two fits share a trainer"):
+        fit_together([Fit(one.trainer, one.model, one.data), Fit(one.trainer, other.model, other.data)])
