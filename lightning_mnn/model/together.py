@@ -38,7 +38,7 @@ def fit_together(fits: Sequence[Fit], *, max_replicas: int | None = None) -> Non
     """Train several networks at once, and compute the optimiser steps of all MNNs of equal shapes together.
 
     The networks may differ in seed, data, optimiser, learning rate, schedule, negative slope, length of training and
-    callbacks. Each is trained as by ``trainer.fit`` alone, up to rounding. One that fails leaves the others as they are.
+    callbacks. Each is trained as by ``trainer.fit`` alone, up to rounding. One that fails leaves the others alone.
 
     Args:
         fits: what to fit; each needs its own Trainer, module and data module.
