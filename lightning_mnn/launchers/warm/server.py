@@ -14,11 +14,13 @@ if sys.path and sys.path[0] == os.path.dirname(__file__):  # noqa: PTH120 (pathl
     del sys.path[0]  # modules beside this script would hide the user's modules of the same name
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
 import pickle
 import select
+import signal
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 REQUEST = "start.json"  # in a job's folder
 _LONGEST_MESSAGE = 65536
+_PR_SET_PDEATHSIG = 1
 _INTERVAL = 0.02  # seconds between two checks of the jobs
 
 
@@ -67,7 +70,9 @@ def main() -> int:
         for name in task["program"]:
             importlib.import_module(name)
 
+    _end_with_parent(signal.SIGKILL)  # before it can read from the connection that the launcher is gone
     imports = import_all(program, task["modules"])
+    _end_with_parent(None)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     _send(connection, {"problem": imports.problem})
@@ -150,6 +155,11 @@ def _fork(start: Start, connection: socket.socket) -> int | None:
     os.chdir(start.here)
     os.close(ready)
     return None
+
+
+def _end_with_parent(number: signal.Signals | None) -> None:
+    """Get a signal when the thread that has started this process ends: Linux's ``prctl(PR_SET_PDEATHSIG)``."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number or 0)
 
 
 def _send(connection: socket.socket, message: dict[str, Any]) -> None:
