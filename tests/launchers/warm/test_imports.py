@@ -2,14 +2,15 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from lightning_mnn.launchers.warm import blas
 from lightning_mnn.launchers.warm.imports import Imports, is_native
-from lightning_mnn.utilities.compat.python_internals import recorded_reads
 
 # Imports a module, forks two jobs, and prints what they and the module find.
 FORKS = """
@@ -34,13 +35,20 @@ print(json.dumps(found))
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
-def found_of(program, environment=(), others="", **more):
+def found_of(program, environment=(), others=""):
     Path("program.py").write_text(program)
     Path("wandb_like.py").write_text(others)
     command = [sys.executable, "-c", FORKS]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT | dict(environment))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+USED_CUDA = """
+import sys, types
+cuda = types.SimpleNamespace(is_initialized=lambda: True)
+sys.modules["torch"] = types.SimpleNamespace(initial_seed=lambda: 0, cuda=cuda)
+"""
 
 
 @pytest.mark.parametrize(
@@ -55,16 +63,10 @@ def found_of(program, environment=(), others="", **more):
         ("import tempfile; folder = tempfile.mkdtemp()", "a temporary folder"),
         ("raise KeyError('lost')", "raises KeyError: 'lost'"),
         ("import sys; sys.exit(2)", "calls its main function"),
-        (
-            "import sys, types; sys.modules['torch'] = types.SimpleNamespace("
-            "initial_seed=lambda: 0, cuda=types.SimpleNamespace(is_initialized=lambda: True))",
-            "initialises CUDA",
-        ),
+        (USED_CUDA, "initialises CUDA"),
     ],
 )
 def test_a_program_with_effects_beyond_its_memory_is_not_forked(program, words):
-    import re
-
     assert re.search(words, found_of(program)["problem"])
 
 
@@ -140,8 +142,6 @@ def test_openblas_has_as_many_threads_as_without_a_fork(number):
 
 
 def test_openblas_that_cannot_be_told_its_threads_is_not_forked(monkeypatch):
-    from lightning_mnn.launchers.warm import blas
-
     monkeypatch.setattr(blas, "_libraries", lambda: [object()])
     monkeypatch.setattr(blas, "cores", lambda: 4)
     assert blas.problem("1") is None
@@ -168,21 +168,6 @@ def test_a_variable_that_was_read_before_it_had_the_jobs_value(environment, late
     imports = Imports(environment=before, reads={"READ"}, changed={"SET": "new"})
     reason = imports.reason_against(before | environment, later)
     assert reason is None if word is None else f"the variable {word} " in reason
-
-
-def test_what_is_read_one_at_a_time_is_told_from_copies(monkeypatch):
-    for name in ("ONE", "TWO"):
-        monkeypatch.setenv(name, "here")
-    plain = type(os.environ)
-    with recorded_reads() as names:
-        assert os.environ.get("ONE") == os.getenv("TWO") == "here"
-        assert "NOT_THERE" not in os.environ
-    assert names == {"ONE", "TWO", "NOT_THERE"}
-    with recorded_reads() as names:
-        copies = [os.environ.copy(), dict(os.environ), dict(os.environ.items()), os.environ | {}]
-    assert names == set()
-    assert all(one == dict(os.environ) for one in copies)
-    assert type(os.environ) is plain
 
 
 def test_names_that_libraries_read():
