@@ -54,7 +54,7 @@ class Start:
     here: str
 
 
-def main() -> int:
+def main() -> None:
     """Serve; in a forked job, run the job."""
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)
@@ -77,17 +77,22 @@ def main() -> int:
         stream.flush()
     _send(connection, {"problem": imports.problem})
     if imports.problem is not None:
-        return 0
+        return
     gc.collect()
     gc.freeze()  # what is imported is neither searched nor copied by the jobs' garbage collection
     start = _serve(connection, imports)
     if start is None:
-        return 0
+        return
     imports.make_own(start.environment)
     sys.argv = [task["script"], str(start.folder)]
     module, _, name = task["run"].partition(":")
-    code: int = getattr(importlib.import_module(module), name)(start.folder, start.watched)
-    return code
+    try:
+        code = getattr(importlib.import_module(module), name)(start.folder, start.watched)
+    except SystemExit as error:
+        if not isinstance(error.code, int | None):
+            raise
+        code = error.code or 0
+    python_internals.end_process(code)
 
 
 def _serve(connection: socket.socket, imports: Imports) -> Start | None:
@@ -168,4 +173,4 @@ def _send(connection: socket.socket, message: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
