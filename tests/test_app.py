@@ -1,5 +1,6 @@
 """The command as one meets it: its help, completion in the shell, and trial runs by debug=."""
 
+import importlib
 import json
 import os
 import re
@@ -200,3 +201,8 @@ def test_a_trial_by_two_processes(tmp_path):
     assert_whole(run)
     assert {"fit-profile-0.txt", "fit-profile-1.txt"} <= {path.name for path in run.iterdir()}
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+@pytest.mark.parametrize("name", app.__preload__)
+def test_what_jobs_of_a_sweep_will_import_is_there(name):
+    assert importlib.import_module(name)

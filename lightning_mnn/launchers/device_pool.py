@@ -277,12 +277,11 @@ def _servers(task: TaskReference, config: DictConfig) -> WarmServers:
 
 
 def _targets(node: Any) -> Iterator[str]:
-    """Modules that a config node names by ``_target_``: of a method ``a.B.c`` both ``a`` and ``a.B``."""
+    """The classes and functions that a config node names by ``_target_``."""
     if isinstance(node, dict):
         target = node.get("_target_")
         if isinstance(target, str) and "${" not in target:
-            parts = target.split(".")
-            yield from (".".join(parts[:end]) for end in (len(parts) - 2, len(parts) - 1) if end > 0)
+            yield target
     for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
         yield from _targets(value)
 

@@ -1,40 +1,67 @@
-"""What the device_pool launcher costs a job, and what a second job at once gains: JOBS (20) runs of ten epochs.
+"""How many jobs a minute a sweep does: JOBS (20) runs of ten epochs, in each way to run them, ROUNDS (1) times in turn.
 
-A job's overhead is the time from the start of its process to the start of its training, nearly all of it spent on
-importing torch and Lightning.
+A job's overhead is the time from the start of its process to the start of its training: cold, nearly all of it is spent
+on importing torch and Lightning. OVERRIDES adds to the command line, such as callbacks.angular_volume_monitor=null.
 """
 
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
+
+POOL = ("hydra/launcher=device_pool", "hydra.launcher.n_jobs=2", "hydra.launcher.cpu_slots=2")
+WAYS = {
+    "device_pool, cold": (*POOL, "hydra.launcher.warm=false"),
+    "device_pool, warm": (*POOL, "hydra.launcher.warm=true"),
+    "one process, one after another": ("hydra/launcher=basic",),
+    "batched": ("hydra/launcher=batched",),
+}
+COMMAND = (sys.executable, "-m", "lightning_mnn")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def main():
-    jobs = int(os.environ.get("JOBS", "20"))
-    seconds = {}
-    for n_jobs in (1, 2):
-        with tempfile.TemporaryDirectory() as folder:
-            seconds[n_jobs] = sweep(jobs, n_jobs, folder)
-            records = [json.loads(path.read_text()) for path in Path(folder).glob("sweep/*/job.json")]
-        assert [record["status"] for record in records] == ["finished"] * jobs
-        overheads = [record["seconds_to_training"] for record in records]
-        print(f"n_jobs={n_jobs}: {jobs} jobs in {seconds[n_jobs]:.1f} s")
-        print(f"  from start to training {statistics.median(overheads):.2f} s, at most {max(overheads):.2f} s")
-    print(f"two at once: {seconds[1] / seconds[2]:.2f} times as fast")
+    jobs, rounds = (int(os.environ.get(name, default)) for name, default in (("JOBS", "20"), ("ROUNDS", "1")))
+    seconds, overheads = defaultdict(list), defaultdict(list)
+    ways = {way: options for way, options in WAYS.items() if exists(way, options)}
+    for _ in range(rounds):
+        for way, options in ways.items():
+            with tempfile.TemporaryDirectory() as folder:
+                seconds[way].append(sweep(jobs, options, folder))
+                records = [json.loads(path.read_text()) for path in Path(folder).glob("sweep/*/job.json")]
+            assert all(record["status"] == "finished" for record in records)
+            overheads[way] += [record["seconds_to_training"] for record in records]
+    print(f"{jobs} jobs, {rounds} times")
+    for way, found in seconds.items():
+        print(
+            f"  {way:32} {60 * jobs / statistics.median(found):6.1f} jobs a minute   {statistics.median(found):6.1f} s"
+        )
+        if overheads[way]:
+            median, most = statistics.median(overheads[way]), max(overheads[way])
+            print(f"  {'':32} from start to training {median:.2f} s, at most {most:.2f} s")
+    cold, warm = (statistics.median(seconds[f"device_pool, {way}"]) for way in ("cold", "warm"))
+    print(f"warm: {cold / warm:.2f} times as fast as cold")
 
 
-def sweep(jobs, n_jobs, folder):
-    command = [sys.executable, "-m", "lightning_mnn", "-m", "hydra/launcher=device_pool"]
-    options = [f"hydra.launcher.n_jobs={n_jobs}", "hydra.launcher.cpu_slots=2", "hydra.sweep.dir=sweep"]
+def exists(way, options):
+    done = subprocess.run([*COMMAND, "--cfg", "hydra", options[0]], capture_output=True, check=False, env=ENVIRONMENT)
+    if done.returncode:
+        print(f"{way}: left out, there is no {options[0]}")
+    return done.returncode == 0
+
+
+def sweep(jobs, options, folder):
+    own = shlex.split(os.environ.get("OVERRIDES", ""))
     start = time.perf_counter()
     subprocess.run(
-        [*command, *options, f"seed=range({jobs})", "trainer.max_epochs=10"],
-        cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True,
+        [*COMMAND, "-m", *options, "hydra.sweep.dir=sweep", f"seed=range({jobs})", "trainer.max_epochs=10", *own],
+        cwd=folder, env=ENVIRONMENT, check=True, capture_output=True,
     )  # fmt: skip
     return time.perf_counter() - start
 

@@ -35,7 +35,9 @@ def _hydra_1_1(hydra_restore_singletons, monkeypatch):
 
 
 @pytest.mark.usefixtures("_hydra_1_1")
-@pytest.mark.parametrize(("launcher_name", "overrides"), [("device_pool", [])])
+@pytest.mark.parametrize(
+    ("launcher_name", "overrides"), [("device_pool", []), ("device_pool", ["hydra.launcher.warm=false"])]
+)
 class TestDevicePool(LauncherTestSuite):
     """Hydra's tests of any launcher."""
 
@@ -358,6 +360,7 @@ def test_a_sweep_over_devices_is_right_and_survives_the_loss_of_a_rank():
     assert ended == {(1, 2)}
     say([*cut, "resume=true"])
     assert summaries("cut") == {(2, 2): whole[2, 2], (1, 2): whole[1, 2]}
+    assert all(json.loads(Path("cut", job, "job.json").read_text())["warm"] for job in "01")
 
 
 LIGHTNING = """

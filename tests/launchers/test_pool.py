@@ -1,5 +1,7 @@
 """Devices that are lent: never twice, never more than there are, and again when they are given back."""
 
+from collections import Counter
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,9 +12,14 @@ from lightning_mnn.launchers.jobs.devices import Devices, Request, visible_gpus
 SIZES = st.lists(st.tuples(st.integers(1, 5), st.booleans()), min_size=1, max_size=12)
 
 
-@given(sizes=SIZES, n_jobs=st.none() | st.integers(1, 4), order=st.randoms(use_true_random=False))
-def test_nothing_is_lent_twice_and_every_job_gets_its_turn(sizes, n_jobs, order):
-    pool = Devices([f"GPU-{n}" for n in range(5)], cpu_slots=3, n_jobs=n_jobs)
+@given(
+    sizes=SIZES,
+    n_jobs=st.none() | st.integers(1, 4),
+    jobs_per_gpu=st.integers(1, 3),
+    order=st.randoms(use_true_random=False),
+)
+def test_nothing_is_lent_twice_and_every_job_gets_its_turn(sizes, n_jobs, jobs_per_gpu, order):
+    pool = Devices([f"GPU-{n}" for n in range(5)], cpu_slots=3, n_jobs=n_jobs, jobs_per_gpu=jobs_per_gpu)
     waiting = [pool.request(count, "gpu" if gpu else "cpu") for count, gpu in sizes]
     lent = []
     while waiting or lent:
@@ -24,8 +31,23 @@ def test_nothing_is_lent_twice_and_every_job_gets_its_turn(sizes, n_jobs, order)
         assert n_jobs is None or len(lent) <= n_jobs
         for gpus, known in ((True, {f"GPU-{n}" for n in range(5)}), (False, {"0", "1", "2"})):
             names = [name for allocation in lent if allocation.request.gpus == gpus for name in allocation.names]
-            assert len(set(names)) == len(names)
+            assert max(Counter(names).values(), default=0) <= (jobs_per_gpu if gpus else 1)
+            assert all(len(set(allocation.names)) == len(allocation.names) for allocation in lent)
             assert set(names) <= known
+
+
+def test_jobs_share_the_gpus_evenly(monkeypatch):
+    monkeypatch.setattr(devices, "cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    pool = Devices(["0", "1"], jobs_per_gpu=2)
+    jobs = [pool.allocate(pool.request(1, "gpu")) for _ in range(5)]
+    assert [job and job.names for job in jobs] == [("0",), ("1",), ("0",), ("1",), None]
+    assert jobs[0].environment["OMP_NUM_THREADS"] == "2"
+    for job in (jobs[1], jobs[3], jobs[2]):
+        pool.release(job)
+    assert pool.allocate(pool.request(2, "gpu")).names == ("1", "0")
+    assert pool.allocate(pool.request(2, "gpu")) is None
+    assert pool.allocate(pool.request(1, "gpu")).names == ("1",)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,10 @@ import pkgutil
 import re
 import subprocess
 import sys
+import tempfile
 from datetime import timedelta
 from importlib.metadata import requires, version
+from pathlib import Path
 
 import hydra
 import pytest
@@ -793,6 +795,38 @@ def test_how_another_process_is_prepared(monkeypatch):
         python_internals.prepare({})
 
 
+@canary_of(python_internals.recorded_reads)
+def test_what_is_read_from_the_environment_one_at_a_time_is_told_from_copies(monkeypatch):
+    for name in ("ONE", "TWO"):
+        monkeypatch.setenv(name, "here")
+    plain = type(os.environ)
+    with python_internals.recorded_reads() as names:
+        assert os.environ.get("ONE") == os.getenv("TWO") == "here"
+        assert "NOT_THERE" not in os.environ
+    assert names == {"ONE", "TWO", "NOT_THERE"}
+    with python_internals.recorded_reads() as names:
+        copies = [os.environ.copy(), dict(os.environ), dict(os.environ.items()), os.environ | {}]
+    assert names == set()
+    assert all(one == dict(os.environ) for one in copies)
+    assert type(os.environ) is plain
+
+
+@canary_of(python_internals.renew_temporary_directory)
+def test_a_temporary_folder_is_replaced_by_a_new_one(monkeypatch, tmp_path):
+    folder = tempfile.TemporaryDirectory("end", dir=tmp_path)
+    before = Path(folder.name)
+    python_internals.renew_temporary_directory(folder, ("end",), {"dir": tmp_path})
+    after = Path(folder.name)
+    assert before.exists()
+    assert after.exists()
+    assert after.name.endswith("end")
+    folder.cleanup()
+    assert [path.exists() for path in (before, after)] == [True, False]
+    monkeypatch.delattr(folder, "_finalizer")
+    with missing("_finalizer"):
+        python_internals.renew_temporary_directory(folder, (), {})
+
+
 # torchvision
 
 
@@ -830,6 +864,18 @@ def offline_run(tmp_path):
     run = wandb.init(mode="offline", dir=tmp_path, project="p", settings=wandb.Settings(silent=True))
     yield run
     run.finish()
+
+
+def test_what_is_imported_when_a_run_starts(tmp_path):
+    """What wandb alone does not import; else the list is of no use."""
+    code = f"""
+import sys, wandb
+names = set({wandb_internals.IMPORTED_WHEN_A_RUN_STARTS})
+assert not names & set(sys.modules)
+wandb.init(mode="offline", dir={str(tmp_path)!r}, project="p", settings=wandb.Settings(silent=True)).finish()
+assert names <= set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @canary_of(wandb_internals.local_step)

@@ -6,9 +6,9 @@ of threads of its own, and as if every variable of its environment had been set 
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
+import pydoc
 import signal
 import sys
 import tempfile
@@ -94,11 +94,11 @@ def is_native(name: str) -> bool:
 
 
 def import_all(program: Callable[[], None], modules: Sequence[str]) -> Imports:
-    """Import a program, then modules that its jobs will import; the latter only if they can be imported.
+    """Import a program, then what its jobs will import; the latter only if it can be imported.
 
     Args:
         program: imports the program.
-        modules: names of the other modules.
+        modules: names of the other modules, or of classes and functions in them.
     """
     found = Imports(environment=dict(os.environ))
     os.putenv(_ADAPTED, "1")  # only what OpenBLAS reads: it would start its threads when it is loaded
@@ -119,7 +119,7 @@ def import_all(program: Callable[[], None], modules: Sequence[str]) -> Imports:
         stack.enter_context(_configured_log())
         for name in modules:
             with suppress(Exception):  # then the job, which imports it again, will say so
-                importlib.import_module(name)
+                pydoc.locate(name)
         if generators.seeded().keys() != found.states.keys():
             found.problem = "importing a module seeds random numbers"
     before = found.environment

@@ -14,11 +14,13 @@ if sys.path and sys.path[0] == os.path.dirname(__file__):  # noqa: PTH120 (pathl
     del sys.path[0]  # modules beside this script would hide the user's modules of the same name
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
 import pickle
 import select
+import signal
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 REQUEST = "start.json"  # in a job's folder
 _LONGEST_MESSAGE = 65536
+_PR_SET_PDEATHSIG = 1
 _INTERVAL = 0.02  # seconds between two checks of the jobs
 
 
@@ -51,7 +54,7 @@ class Start:
     here: str
 
 
-def main() -> int:
+def main() -> None:
     """Serve; in a forked job, run the job."""
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)
@@ -67,22 +70,29 @@ def main() -> int:
         for name in task["program"]:
             importlib.import_module(name)
 
+    _end_with_parent(signal.SIGKILL)  # before it can read from the connection that the launcher is gone
     imports = import_all(program, task["modules"])
+    _end_with_parent(None)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     _send(connection, {"problem": imports.problem})
     if imports.problem is not None:
-        return 0
+        return
     gc.collect()
     gc.freeze()  # what is imported is neither searched nor copied by the jobs' garbage collection
     start = _serve(connection, imports)
     if start is None:
-        return 0
+        return
     imports.make_own(start.environment)
     sys.argv = [task["script"], str(start.folder)]
     module, _, name = task["run"].partition(":")
-    code: int = getattr(importlib.import_module(module), name)(start.folder, start.watched)
-    return code
+    try:
+        code = getattr(importlib.import_module(module), name)(start.folder, start.watched)
+    except SystemExit as error:
+        if not isinstance(error.code, int | None):
+            raise
+        code = error.code or 0
+    python_internals.end_process(code)
 
 
 def _serve(connection: socket.socket, imports: Imports) -> Start | None:
@@ -152,10 +162,15 @@ def _fork(start: Start, connection: socket.socket) -> int | None:
     return None
 
 
+def _end_with_parent(number: signal.Signals | None) -> None:
+    """Get a signal when the thread that has started this process ends: Linux's ``prctl(PR_SET_PDEATHSIG)``."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number or 0)
+
+
 def _send(connection: socket.socket, message: dict[str, Any]) -> None:
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the launcher is gone
         connection.send(json.dumps(message).encode())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing.spawn
 import os
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+import sys
+import threading
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from lightning_mnn.utilities.compat.missing import attribute
+from lightning_mnn.utilities.compat.missing import MissingPartError, attribute
 
 if TYPE_CHECKING:
     import tempfile
@@ -77,3 +80,21 @@ def renew_temporary_directory(
     """
     attribute(folder, "_finalizer.detach", "python")()
     type(folder).__init__(folder, *args, **kwargs)
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process as ``sys.exit`` does, but leave its memory to the system instead of freeing each object.
+
+    Freeing what a forked process shares with its parent means to copy it first. It calls ``threading._shutdown``, which
+    waits for threads, and ``atexit._run_exitfuncs``; without these it is ``sys.exit``.
+    """
+    try:
+        steps = (attribute(threading, "_shutdown", "python"), attribute(atexit, "_run_exitfuncs", "python"))
+    except MissingPartError:
+        sys.exit(code)
+    for step in steps:
+        step()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
