@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from lightning_mnn.app import main as _  # noqa: F401 (which registers the resolvers)
 from lightning_mnn.runs.folders import RunFolderCallback, record_folder, run_folder, sweep_record
 from lightning_mnn.runs.resume import run_state
-from lightning_mnn.tasks.sweep import read_sweep
+from lightning_mnn.sweeps.jobs import read_sweep
 from tests.children import command
 
 TINY = (

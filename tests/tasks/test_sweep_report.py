@@ -15,8 +15,8 @@ from matplotlib.image import imread
 
 from lightning_mnn.figures.sweep import MEASURES, choose_axes
 from lightning_mnn.launchers.jobs.records import JobState
+from lightning_mnn.sweeps.jobs import Status, read_sweep
 from lightning_mnn.tasks.report import report
-from lightning_mnn.tasks.sweep import Status, read_sweep
 from tests.children import command, start
 from tests.runs.test_resume import kill_when, rows_of
 
