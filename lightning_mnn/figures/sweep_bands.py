@@ -129,12 +129,12 @@ def _figure_of(rows: Sequence[Row], x: str, y: Sequence[str], color: str | None,
 
 
 def statistics_of(values: Sequence[float], band: str) -> tuple[float, float, float]:
-    """Middle, low and high of a band over repetitions.
+    """Middle, low and high of a band over repetitions; a confidence interval ends at 0 if no value is negative.
 
     >>> statistics_of([1.0, 2.0, 3.0], "std"), statistics_of([1.0, 2.0, 3.0, 4.0, 9.0], "quartiles")
     ((2.0, 1.0, 3.0), (3.0, 2.0, 4.0))
-    >>> [round(value, 3) for value in statistics_of([1.0, 2.0, 3.0], "confidence")]
-    [2.0, -0.484, 4.484]
+    >>> [round(value, 3) for value in statistics_of([-1.0, 2.0, 3.0], "confidence")]
+    [1.333, -3.838, 6.504]
     """
     if band == "quartiles":
         low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
@@ -142,7 +142,10 @@ def statistics_of(values: Sequence[float], band: str) -> tuple[float, float, flo
     mean, spread = float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     if band == "confidence" and len(values) > 1:
         spread *= float(stdtrit(len(values) - 1, (1 + _CONFIDENCE) / 2)) / math.sqrt(len(values))
-    return mean, mean - spread, mean + spread
+    low = mean - spread
+    if band == "confidence" and min(values) >= 0:  # then the mean is not negative either
+        low = max(low, 0.0)
+    return mean, low, mean + spread
 
 
 def _draw_curves(ax: Axes, rows: Sequence[Row], column: str, x: Scale, color: Scale, band: str) -> None:

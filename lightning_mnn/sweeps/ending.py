@@ -64,12 +64,19 @@ class SweepEnd:
         from rich.console import Console  # noqa: PLC0415
 
         from lightning_mnn.figures import run_figure  # noqa: PLC0415
-        from lightning_mnn.sweeps.report import print_report, print_written, runs_without_figure, write_report  # noqa: PLC0415
+        from lightning_mnn.sweeps.report import (  # noqa: PLC0415
+            print_report,
+            print_verdicts,
+            print_written,
+            runs_without_figure,
+            write_report,
+        )
         from lightning_mnn.sweeps.wandb import log_summary_run  # noqa: PLC0415
 
         console = Console(soft_wrap=True, highlight=False)
         report = write_report(sweep)
         print_report(sweep, console, resume=not (self.folder / SWEEP_RECORD).exists())  # else the launcher printed it
+        print_verdicts(sweep, console)
         print_written(report.paths, console)
         log_summary_run(self.config, sweep, report)
         missing = runs_without_figure(sweep) if _selected(self.config, "figure") is None else []
@@ -113,8 +120,10 @@ def finish(error: BaseException | None) -> None:
                 end.report()
         except (Exception, KeyboardInterrupt) as failure:  # noqa: BLE001 (the sweep itself is over)
             reason = " ".join(f"{type(failure).__name__}: {failure}".split())
-            where = relative(end.folder)
-            sys.stderr.write(f"no report of the sweep ({reason}): lightning-mnn task=report sweep={where} writes it\n")
+            sys.stderr.write(
+                f"the report of the sweep is not complete ({reason}): lightning-mnn task=report "
+                f"sweep={relative(end.folder)} writes it\n"
+            )
 
 
 def is_interruption(error: BaseException | None) -> bool:

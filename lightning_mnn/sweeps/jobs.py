@@ -391,7 +391,7 @@ def _first_command(sweep: Path) -> str | None:
     """The command that started a sweep; None: it is not recorded."""
     hydra = _hydra_of(sweep_record(sweep))
     if hydra and not _is_foreign(sweep, {}, hydra):
-        return shlex.join(["lightning-mnn", "-m", *hydra["overrides"]["task"], *_given(hydra)])
+        return shlex.join(["lightning-mnn", "-m", *_settings(hydra["overrides"]["task"]), *_given(hydra)])
     recorded = SweepCommand.read(sweep)
     return None if recorded is None else shlex.join([*recorded.program, *recorded.arguments])
 

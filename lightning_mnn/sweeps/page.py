@@ -63,7 +63,7 @@ def page_of(sweep: Sweep, *, reload: int | None = None) -> Page:
     rows = everything[:MAX_ROWS]
     columns = _columns(rows, sweep)
     shown = [key for key in columns if key == "status" or _varies(rows, key)]
-    classes = [class_of(row) if _has_result(row) else None for row in rows]
+    classes = [class_of(row) if has_result(row) else None for row in rows]
     left = [job for job in sweep.jobs if job.status not in (Status.FINISHED, Status.UNRECORDED)]
     cut = [f"The table ends after {MAX_ROWS:,} of {len(everything):,} rows: sweep.csv has all."]
     return Page(
@@ -113,7 +113,8 @@ def _varies(rows: Sequence[Row], key: str) -> bool:
     return any(row[key] != rows[0][key] for row in rows)
 
 
-def _has_result(row: Row) -> bool:
+def has_result(row: Row) -> bool:
+    """Whether a row of the table has the results of a network."""
     return row["status"] in (Status.FINISHED, Status.UNRECORDED) and row["replica"] is not None
 
 
@@ -184,7 +185,7 @@ def _data(sweep: Sweep, rows: Sequence[Row], shown: Sequence[str], classes: Sequ
     names = [key for key in rows[0] if key not in _NOT_DRAWN and key not in sweep.swept]
     measures = [key for key in names if _is_measure([row[key] for row in rows])]
     measures.sort(key=lambda key: _FIRST.index(key) if key in _FIRST else len(_FIRST))
-    x, color = _axes(sweep, [row for row in rows if _has_result(row)])
+    x, color = axes_of(sweep, [row for row in rows if has_result(row)])
     y = next((key for key in ("test_mce", "test_mse", *sweep.logged, "mse") if key in measures), "share of global")
     compares_global = y.startswith("test_m") and Class.GLOBAL in classes
     return {
@@ -207,7 +208,7 @@ def _is_measure(values: Sequence[Any]) -> bool:
     return bool(known) and all(isinstance(value, int | float) for value in known)
 
 
-def _axes(sweep: Sweep, finished: Sequence[Row]) -> tuple[str, str]:
+def axes_of(sweep: Sweep, finished: Sequence[Row]) -> tuple[str, str]:
     """The keys of the first figure's axis and colour, as in ``figure.png``."""
     measures = [measure for measure in MEASURES if measure.known(finished)]
     if measures:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from rich import box
+from rich.table import Table
 from rich.text import Text
 
 from lightning_mnn.figures import figure_of_test_errors, sweep_figure
+from lightning_mnn.figures.scales import label_of, number_in
+from lightning_mnn.figures.style import CLASSES, class_of
+from lightning_mnn.figures.sweep_bands import statistics_of
 from lightning_mnn.runs.logs import has_logs
 from lightning_mnn.sweeps.jobs import Status, by_task, resume_commands
-from lightning_mnn.sweeps.page import write_report_page
-from lightning_mnn.sweeps.table import write_table
+from lightning_mnn.sweeps.page import PAGE, axes_of, has_result, write_report_page
+from lightning_mnn.sweeps.table import table_rows, write_table
 from lightning_mnn.utilities.files import relative
 
 if TYPE_CHECKING:
@@ -26,6 +31,8 @@ _NO_LOGS = (
     "no metrics: the folders of the jobs contain no metrics.csv: give the program a CSVLogger with "
     "save_dir=${hydra:runtime.output_dir}"
 )
+
+_MAX_LINES = 40  # of the printed table
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,36 @@ def print_report(sweep: Sweep, console: Console, *, resume: bool = True) -> None
         print_how_to_resume(sweep, console)
     if any(job.foreign and job.results for job in sweep.jobs) and not has_logs(sweep.logged):
         console.print(_NO_LOGS, markup=False)
+
+
+def print_verdicts(sweep: Sweep, console: Console) -> None:
+    """Print what the networks ended in and their mean errors, for each value of the figure's axis and colour."""
+    rows = [row for row in table_rows(sweep) if has_result(row)]
+    if not any(row.get("kind") for row in rows):
+        return
+    keys = [key for key in axes_of(sweep, rows) if key]
+    errors = [name for name in ("mse", "mce", "test_mse", "test_mce") if any(row.get(name) is not None for row in rows)]
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(label_of(row[key]) for key in keys), []).append(row)
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), title="means ± half of their 95 % intervals by Student's t")
+    for name in (*keys, "networks", *(look.short for look in CLASSES.values()), *errors):
+        table.add_column(name, justify="right", overflow="fold")
+    for names, group in list(groups.items())[:_MAX_LINES]:
+        found = [class_of(row) for row in group]
+        counts = [str(found.count(one) or "–") for one in CLASSES]
+        table.add_row(*names, str(len(group)), *counts, *(_mean_text(group, name) for name in errors))
+    console.print(table)
+    if len(groups) > _MAX_LINES:
+        console.print(f"… and {len(groups) - _MAX_LINES} more groups, in {PAGE}")
+
+
+def _mean_text(group: Sequence[dict[str, Any]], name: str) -> str:
+    values = [value for row in group if (value := number_in(row.get(name))) is not None]
+    if not values:
+        return "–"
+    mean, _, high = statistics_of(values, "confidence")
+    return f"{mean:.3g}" + (f" ± {high - mean:.2g}" if len(values) > 1 else "")
 
 
 def print_written(paths: Sequence[Path], console: Console) -> None:

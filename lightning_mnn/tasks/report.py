@@ -14,7 +14,7 @@ from lightning_mnn.figures import band_figure, census_figure, model_figure, run_
 from lightning_mnn.runs.folders import remove_job_folder
 from lightning_mnn.sweeps.jobs import is_finished, is_foreign, read_run, read_sweep
 from lightning_mnn.sweeps.page import write_report_page
-from lightning_mnn.sweeps.report import print_report, print_written, runs_without_figure, write_report
+from lightning_mnn.sweeps.report import print_report, print_verdicts, print_written, runs_without_figure, write_report
 from lightning_mnn.sweeps.watch import watch_sweep
 from lightning_mnn.utilities.files import DamagedFileError, read_json, relative, write_csv
 
@@ -69,6 +69,7 @@ def report(cfg: DictConfig) -> None:
         sweep = read_sweep(folder)
         report = write_report(sweep)
         print_report(sweep, console)
+        print_verdicts(sweep, console)
         print_written(report.paths, console)
         if cfg.get("figure"):
             print_written([run_figure(run) for run in runs_without_figure(sweep)], console)

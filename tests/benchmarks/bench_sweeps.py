@@ -33,7 +33,7 @@ def sweep(jobs, n_jobs, folder):
     options = [f"hydra.launcher.n_jobs={n_jobs}", "hydra.launcher.cpu_slots=2", "hydra.sweep.dir=sweep"]
     start = time.perf_counter()
     subprocess.run(
-        [*command, *options, f"seed=range({jobs})", "trainer.max_epochs=10"],
+        [*command, *options, f"seed=range({jobs})", "trainer.max_epochs=10", "report=false"],
         cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True,
     )  # fmt: skip
     return time.perf_counter() - start

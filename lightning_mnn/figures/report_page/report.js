@@ -44,12 +44,14 @@ function studentQuantile(df) { // t with P(|T| < t) = 95 %
   return Math.sqrt(df * (1 - x) / x);
 }
 
-function meanInterval(values) { // mean, and its 95 % confidence interval by Student's t; none for one value
+// The mean, and its 95 % confidence interval by Student's t; none for one value. The mean of values that are never
+// negative is not negative either, so the part of the interval below 0 is left out.
+function meanInterval(values) {
   const n = values.length, mean = values.reduce((a, b) => a + b, 0) / n;
   if (n < 2) return { n, middle: mean, low: null, high: null };
   const variance = values.reduce((sum, v) => sum + (v - mean) ** 2, 0) / (n - 1);
   const half = studentQuantile(n - 1) * Math.sqrt(variance / n);
-  return { n, middle: mean, low: mean - half, high: mean + half };
+  return { n, middle: mean, low: values.some((v) => v < 0) ? mean - half : Math.max(mean - half, 0), high: mean + half };
 }
 
 function shareInterval(hits, n) { // share, and its exact 95 % interval by Clopper and Pearson
@@ -360,7 +362,7 @@ function drawResults() {
   const pooled = Object.keys(data.scales).filter((key) => key !== state.x && (color === ONE || key !== state.color));
   const law = shares
     ? "Squares: share of the networks of a point; band: exact 95 % interval by Clopper and Pearson."
-    : "Squares: mean over the networks of a point; band: 95 % confidence interval of the mean by Student's t with n − 1 degrees of freedom, none for one network. Dots: networks.";
+    : "Squares: mean over the networks of a point; band: 95 % confidence interval of the mean by Student's t with n − 1 degrees of freedom, none for one network; where no value is negative, its part below 0 is left out. Dots: networks.";
   const over = pooled.length ? ` Pooled over ${pooled.join(", ")}.` : "";
   const zeros = axis.zeros ? ` Values that are exactly 0 (${heights.filter((v) => v <= 0).length}) are at the foot.` : "";
   figure.append(detail, html("figcaption", {}, `${known.length} networks${state.only ? `, only: ${data.names[state.only].name}` : ""}. ${law}${over}${zeros}`));
