@@ -62,6 +62,10 @@ class Tab:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
+    def call(self, function, *arguments):
+        """What a function of JavaScript returns."""
+        return self.run(f"({function})({', '.join(map(json.dumps, arguments))})")
+
     def press(self, key, code=0):
         for kind in ("keyDown", "keyUp"):
             self._send(

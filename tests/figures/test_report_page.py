@@ -48,21 +48,31 @@ def tab():
         yield found
 
 
-def column(tab, name, *, shown=True):
+COLUMN = """(name) => {
+  const place = [...document.querySelectorAll("th")].findIndex((th) => th.textContent === name);
+  const shown = [...document.querySelectorAll("tbody tr")].filter((row) => !row.hidden);
+  return shown.map((row) => row.cells[place].textContent);
+}"""
+CHOOSE = """(part, label, value) => {
+  const labels = [...document.querySelectorAll(`${part} label`)];
+  const select = labels.find((one) => one.firstChild.textContent.trim() === label).querySelector("select");
+  select.value = value;
+  select.dispatchEvent(new Event("change"));
+}"""
+SEARCH = """(words) => {
+  const box = document.getElementById("search");
+  box.value = words;
+  box.dispatchEvent(new Event("input"));
+}"""
+
+
+def column(tab, name):
     """The texts of a column of the table, as it stands in the page."""
-    return tab.run(
-        "(() => { const place = [...document.querySelectorAll('th')].findIndex((th) => th.textContent === %s);"
-        " return [...document.querySelectorAll('tbody tr')].filter((row) => !(%s && row.hidden))"
-        ".map((row) => row.cells[place].textContent); })()" % (json.dumps(name), json.dumps(shown))
-    )
+    return tab.call(COLUMN, name)
 
 
 def choose(tab, part, label, value):
-    tab.run(
-        "(() => { const label = [...document.querySelectorAll('%s label')].find((one) => one.firstChild.textContent"
-        ".trim() === %s); const select = label.querySelector('select'); select.value = %s; "
-        "select.dispatchEvent(new Event('change')); })()" % (part, json.dumps(label), json.dumps(value))
-    )
+    tab.call(CHOOSE, part, label, value)
 
 
 def marks(tab, part):
@@ -141,8 +151,7 @@ def test_rows_are_sorted_by_mouse_and_keyboard_and_filtered(page, tab):
     choose(tab, "#filters", "ended in", "kink")
     assert column(tab, "seed") == ["1"]
     choose(tab, "#filters", "ended in", "")
-    tab.run("(() => { const box = document.getElementById('search'); box.value = 'SADDLE'; "
-            "box.dispatchEvent(new Event('input')); })()")  # fmt: skip
+    tab.call(SEARCH, "SADDLE")
     assert column(tab, "seed") == ["2"]
     assert "1 of 16 rows" in tab.run("document.getElementById('count').textContent")
     tab.run("location.reload()")  # as a page does that is watched
