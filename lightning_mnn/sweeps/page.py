@@ -62,7 +62,7 @@ def page_of(sweep: Sweep, *, reload: int | None = None) -> Page:
     everything = table_rows(sweep)
     rows = everything[:MAX_ROWS]
     columns = _columns(rows, sweep)
-    shown = [key for key in columns if key == "status" or _varies(rows, key)]
+    shown = [key for key in columns if key == "status" or key in sweep.swept or _varies(rows, key)]
     classes = [class_of(row) if has_result(row) else None for row in rows]
     left = [job for job in sweep.jobs if job.status not in (Status.FINISHED, Status.UNRECORDED)]
     cut = [f"The table ends after {MAX_ROWS:,} of {len(everything):,} rows: sweep.csv has all."]
@@ -73,7 +73,7 @@ def page_of(sweep: Sweep, *, reload: int | None = None) -> Page:
         columns=[Column(key, [_text(row[key]) for row in rows], is_number=_has_numbers(rows, key)) for key in shown],
         classes=classes,
         jobs=_owners(sweep)[: len(rows)],
-        common=[(key, _text(rows[0][key])) for key in columns if key not in shown and rows[0][key] is not None],
+        common=[(key, _text(_known(rows, key)[0])) for key in columns if key not in shown],
         notes=cut if len(everything) > len(rows) else (),
         problems=[_problem(sweep, job, with_log=number < _MAX_LOGS) for number, job in enumerate(left)],
         resume=_resume(sweep) if left else (),
@@ -110,7 +110,12 @@ def _columns(rows: Sequence[Row], sweep: Sweep) -> list[str]:
 
 
 def _varies(rows: Sequence[Row], key: str) -> bool:
-    return any(row[key] != rows[0][key] for row in rows)
+    known = _known(rows, key)
+    return any(value != known[0] for value in known)
+
+
+def _known(rows: Sequence[Row], key: str) -> list[Any]:
+    return [row[key] for row in rows if row[key] is not None]
 
 
 def has_result(row: Row) -> bool:
@@ -187,7 +192,8 @@ def _data(sweep: Sweep, rows: Sequence[Row], shown: Sequence[str], classes: Sequ
     measures.sort(key=lambda key: _FIRST.index(key) if key in _FIRST else len(_FIRST))
     x, color = axes_of(sweep, [row for row in rows if has_result(row)])
     y = next((key for key in ("test_mce", "test_mse", *sweep.logged, "mse") if key in measures), "share of global")
-    compares_global = y.startswith("test_m") and Class.GLOBAL in classes
+    at_global = [row.get(x) for row, known in zip(rows, classes, strict=True) if known is Class.GLOBAL]
+    compares_global = y.startswith("test_m") and len(set(map(identity, at_global))) > 1  # as figure_test_error.png does
     return {
         "columns": {key: [_plain(row[key]) for row in rows] for key in dict.fromkeys([*shown, *measures])},
         "scales": {key: _scale(rows, scale) for key, scale in scales.items()},

@@ -15,13 +15,9 @@ from tests.tasks.test_sweep_report import write_job, write_plan
 from tests.wandb_files import records_of, summary_of
 
 SMALL = (
-    *("-m", "data.num_samples=16", "data.input_dim=4", "model.hidden_dims=[8]", "trainer.max_epochs=20"),
-    *(
-        "callbacks.activation_pattern_recorder=null",
-        "callbacks.angular_volume_monitor=null",
-        "callbacks.progress=null",
-        "hydra.sweep.dir=both/sweep",
-    ),
+    *("-m", "data.num_samples=16", "data.input_dim=4", "data.num_test=20", "model.hidden_dims=[8]"),
+    *("callbacks.activation_pattern_recorder=null", "callbacks.angular_volume_monitor=null", "callbacks.progress=null"),
+    *("trainer.max_epochs=20", "hydra.sweep.dir=both/sweep"),
 )
 OFFLINE = "wandb/offline-run-*"
 

@@ -52,7 +52,7 @@ class Page:
         columns: the table's columns, without its check boxes.
         classes: the class of each row; None if its job has no result.
         jobs: the index of each row's job.
-        common: (name, value) pairs that are the same in all rows.
+        common: (name, value) pairs that are the same in all results.
         notes: sentences below the table.
         problems: jobs that are not finished.
         resume: commands that finish the sweep.
@@ -104,7 +104,9 @@ def html_of(page: Page) -> str:
         "problems": _problems(page.problems),
         "table": _table(page),
         "notes": "".join(f"<p>{escape(note)}</p>" for note in page.notes),
-        "common": _pairs(page.common),
+        "common": f'<section id="common"><h2>The same in all results</h2>{_pairs(page.common)}</section>'
+        if page.common
+        else "",
         "data": script_json(data),
         "script": script,
     }

@@ -84,6 +84,14 @@ function number(value) {
   return Number.isInteger(value) && Math.abs(value) < 1e6 ? String(value) : String(+value.toPrecision(4));
 }
 
+function networks(list) { return `${list.length} network${list.length === 1 ? "" : "s"}`; }
+
+// Black or white, whichever is easier to read on a colour; the limit is where both have the same contrast.
+function inkOn(color) {
+  const [r, g, b] = [1, 3, 5].map((k) => parseInt(color.slice(k, k + 2), 16) / 255).map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000" : "#fff";
+}
+
 function html(name, attributes = {}, text = null, parent = null) {
   const made = document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
@@ -365,7 +373,7 @@ function drawResults() {
     : "Squares: mean over the networks of a point; band: 95 % confidence interval of the mean by Student's t with n − 1 degrees of freedom, none for one network; where no value is negative, its part below 0 is left out. Dots: networks.";
   const over = pooled.length ? ` Pooled over ${pooled.join(", ")}.` : "";
   const zeros = axis.zeros ? ` Values that are exactly 0 (${heights.filter((v) => v <= 0).length}) are at the foot.` : "";
-  figure.append(detail, html("figcaption", {}, `${known.length} networks${state.only ? `, only: ${data.names[state.only].name}` : ""}. ${law}${over}${zeros}`));
+  figure.append(detail, html("figcaption", {}, `${networks(known)}${state.only ? `, only: ${data.names[state.only].name}` : ""}. ${law}${over}${zeros}`));
 }
 
 function drawKinds() {
@@ -390,14 +398,14 @@ function drawKinds() {
       const share = shareInterval(hits, group.length), top = axis.at(below + share.middle);
       const part = svg("rect", { x: across.at(p) - bar / 2, width: bar, y: top, height: axis.at(below) - top, fill: look.color, stroke: "#fff", "stroke-width": 0.7 }, canvas);
       tell(part, `${state.group ? `${state.group} = ${name}: ` : ""}${look.name}: ${hits} of ${group.length} = ${number(share.middle)}, 95 % [${number(share.low)}, ${number(share.high)}]`, detail, true);
-      if (bar > 18 && axis.at(below) - top > 15) svg("text", { x: across.at(p), y: (axis.at(below) + top) / 2 + 4, "text-anchor": "middle", style: "fill: #fff; font-weight: 600; pointer-events: none" }, canvas, String(hits));
+      if (bar > 18 && axis.at(below) - top > 15) svg("text", { x: across.at(p), y: (axis.at(below) + top) / 2 + 4, "text-anchor": "middle", style: `fill: ${inkOn(look.color)}; font-weight: 600; pointer-events: none` }, canvas, String(hits));
       below += share.middle;
     }
   });
   legend(figure, Object.values(data.names).map((look) => [look.name, look.color]));
   const pooled = Object.keys(data.scales).filter((key) => key !== state.group);
   const over = pooled.length ? ` Pooled over ${pooled.join(", ")}.` : "";
-  figure.append(detail, html("figcaption", {}, `${known.length} networks; numbers: counts. Click a part for its share with the exact 95 % interval by Clopper and Pearson. Only certificates count.${over}`));
+  figure.append(detail, html("figcaption", {}, `${networks(known)}; numbers: counts. Click a part for its share with the exact 95 % interval by Clopper and Pearson. Only certificates count.${over}`));
 }
 
 function drawCurves() {
