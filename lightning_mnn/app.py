@@ -18,6 +18,7 @@ from lightning_mnn.config.mistakes import UserError, explained, nearest, one_lin
 from lightning_mnn.runs import footprint
 from lightning_mnn.runs.folders import check_names, register_resolvers
 from lightning_mnn.runs.quiet import quieten
+from lightning_mnn.sweeps import ending
 from lightning_mnn.tasks import TASKS
 from lightning_mnn.utilities.compat.hydra_internals import errors_told_by
 from lightning_mnn.utilities.compat.wandb_internals import IMPORTED_WHEN_A_RUN_STARTS
@@ -48,6 +49,7 @@ def main() -> None:
         if sys.exc_info()[0] is not None:
             footprint.remove()
         footprint.keep()
+        ending.finish(sys.exc_info()[1])
 
 
 @hydra.main(version_base="1.3", config_path="pkg://lightning_mnn.conf", config_name="config")

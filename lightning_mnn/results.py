@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 
 from lightning_mnn.runs.saved import Patterns, Run, in_pandas, load_run
-from lightning_mnn.tasks.sweep import read_sweep, write_table
+from lightning_mnn.sweeps.jobs import read_sweep
+from lightning_mnn.sweeps.table import write_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,16 +17,17 @@ FLOORS = (  # folders from the ground up: a module imports from lower ones, and 
     ("landscape.regions", "landscape.kinks", "metrics", "data", "data.images", "callbacks.trainer"),
     ("landscape.minima", "landscape.volumes", "landscape.curvature"),
     ("figures", "callbacks.evaluation"),
-    ("callbacks.evidence", "callbacks.volumes"),
+    ("callbacks.evidence", "callbacks.volumes", "figures.report_page"),
     ("callbacks",),
     ("launchers.jobs", "model"),
     ("launchers", "runs"),
+    ("sweeps",),
     ("tasks",),
     ("app", "results"),
     ("__main__",),
 )
 FLOOR = {folder: floor for floor, folders in enumerate(FLOORS) for folder in folders}
-KNOW_HYDRA = ("config", "launchers", "runs", "tasks", "app", "results", "__main__")
+KNOW_HYDRA = ("config", "launchers", "runs", "sweeps", "tasks", "app", "results", "__main__")
 MOST_MODULES = 10  # of a folder
 MOST_LINES = 515  # of a module
 COMPAT = "lightning_mnn.utilities.compat"

@@ -25,7 +25,7 @@ SMALL = (
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
-    off = ("~logger.wandb", "callbacks.angular_volume_monitor=null", "hydra.sweep.dir=sweep")
+    off = ("~logger.wandb", "callbacks.angular_volume_monitor=null", "hydra.sweep.dir=sweep", "report=false")
     children.command(folder, "-m", "seed=1,3", *SMALL, *off)
     return folder / "sweep"
 

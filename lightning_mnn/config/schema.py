@@ -37,6 +37,9 @@ class Config:
     y: Any  # a column or a list of them
     color: str | None
     band: str
+    watch: bool
+    report: bool
+    figure: bool | None
     dry_run: bool
     dashboard: Any
 

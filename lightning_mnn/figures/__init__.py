@@ -6,7 +6,7 @@ from lightning_mnn.figures.model import model_figure
 from lightning_mnn.figures.run import PANELS, Panel, run_figure
 from lightning_mnn.figures.scaling import FIGURES, error_figure, minima_figure, scan_figure
 from lightning_mnn.figures.sweep import sweep_figure
-from lightning_mnn.figures.sweep_bands import band_figure
+from lightning_mnn.figures.sweep_bands import band_figure, figure_of_test_errors
 from lightning_mnn.figures.tables import read_metrics
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "band_figure",
     "census_figure",
     "error_figure",
+    "figure_of_test_errors",
     "local_volume_figure",
     "minima_figure",
     "model_figure",

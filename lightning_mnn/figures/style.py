@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from matplotlib import patheffects
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from lightning_mnn.utilities.files import whole_file
-from lightning_mnn.verdicts import Kind
+from lightning_mnn.verdicts import MINIMA, Kind
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from matplotlib.axes import Axes
@@ -32,11 +35,58 @@ KINDS: dict[Kind | None, tuple[str, str, str]] = {
     None: ("not classified", "#000000", "."),
 }
 
+
+class Class(StrEnum):
+    """What a network ended in, by the certificate of its minimum.
+
+    Attributes:
+        GLOBAL: a certified minimum with zero error.
+        SUBOPTIMAL: a certified differentiable minimum with error.
+        KINK: a certified minimum on kinks with error.
+        NOT_TOLD: no certified minimum.
+    """
+
+    GLOBAL = "global"
+    SUBOPTIMAL = "suboptimal"
+    KINK = "kink"
+    NOT_TOLD = "not_told"
+
+
+@dataclass(frozen=True)
+class ClassLook:
+    """The name of a class, a short one for tables, and its colour."""
+
+    name: str
+    short: str
+    color: str
+
+
+CLASSES = {
+    Class.GLOBAL: ClassLook("global minimum (zero error)", "global", "#0072b2"),
+    Class.SUBOPTIMAL: ClassLook("sub-optimal differentiable minimum", "sub-optimal", "#d55e00"),
+    Class.KINK: ClassLook("minimum on kinks, with error", "kink with error", "#e69f00"),
+    Class.NOT_TOLD: ClassLook("no certified minimum", "not told", "#7f7f7f"),
+}
+
 NOTE: dict[str, Any] = {
     "fontsize": 9,
     "color": "0.4",
     "path_effects": [patheffects.withStroke(linewidth=2.5, foreground="white")],  # legible in front of a dot
 }
+
+
+def class_of(row: Mapping[str, Any]) -> Class:
+    """The class of a network, from its row in the table of a sweep; only certificates count as evidence.
+
+    >>> class_of({"kind": "kink_minimum", "zero_error": False}), class_of({"kind": "saddle"})
+    (<Class.KINK: 'kink'>, <Class.NOT_TOLD: 'not_told'>)
+    """
+    kind = row.get("kind")
+    if kind not in MINIMA or row.get("evidence") not in (None, "certificate") or row.get("zero_error") is None:
+        return Class.NOT_TOLD
+    if row["zero_error"]:
+        return Class.GLOBAL
+    return Class.KINK if kind == Kind.KINK_MINIMUM else Class.SUBOPTIMAL
 
 
 def tidy(ax: Axes) -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 LOCK = "run.lock"  # in a folder while a process trains there
 
 # Files of Hydra and the launchers, written before any job of a command starts.
-_RECORDS = (".hydra", "multirun.yaml", "multirun.first.yaml", "sweep.json")
+_RECORDS = (".hydra", "multirun.yaml", "multirun.first.yaml", "sweep.json", "sweep.lock")
 
 _RANKS = ("LOCAL_RANK", "NODE_RANK", "RANK", "SLURM_PROCID")  # each is 0 in the first process
 

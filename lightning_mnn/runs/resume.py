@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 # Keys that change no result, or only determine a run's place and start.
-_INDIFFERENT = ("resume", "run_dir", "threads", "logger", "x", "y", "color", "band")
+_INDIFFERENT = ("resume", "run_dir", "threads", "logger", "x", "y", "color", "band", "watch", "report", "figure")
 
 # Callbacks that change results only by their class: a callback that must see every step changes how steps are bundled,
 # and thus their rounding.

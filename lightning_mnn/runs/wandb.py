@@ -29,6 +29,9 @@ _NO_SETTINGS = (
     "y",
     "color",
     "band",
+    "watch",
+    "report",
+    "figure",
     "dry_run",
     "dashboard",
     "row",
@@ -182,8 +185,12 @@ def _group(name: str) -> str:
     if _job() is None:
         return _cut(name, _LONGEST_NAME)
     hydra = HydraConfig.get()
-    folder = Path(hydra.runtime.cwd, hydra.sweep.dir).resolve()
-    return _cut(f"sweep {'/'.join(folder.parts[-2:])}", _LONGEST_NAME)
+    return group_of_sweep(Path(hydra.runtime.cwd, hydra.sweep.dir))
+
+
+def group_of_sweep(folder: Path) -> str:
+    """The group of the runs of the sweep in a folder, and of its summary run."""
+    return _cut(f"sweep {'/'.join(folder.resolve().parts[-2:])}", _LONGEST_NAME)
 
 
 def _run_name(name: str, overrides: Sequence[str]) -> str:

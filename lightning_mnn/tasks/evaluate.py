@@ -16,7 +16,8 @@ from lightning_mnn.data.loaders.shards import exact_shard, flat_batch
 from lightning_mnn.landscape import certify
 from lightning_mnn.runs.folders import remove_job_folder
 from lightning_mnn.runs.saved import data_of, load_run
-from lightning_mnn.tasks.sweep import EVALUATION, Status, read_sweep, write_table
+from lightning_mnn.sweeps.jobs import EVALUATION, Status, read_sweep
+from lightning_mnn.sweeps.table import write_table
 from lightning_mnn.utilities.files import relative, write_json
 from lightning_mnn.utilities.transfer import plain
 from lightning_mnn.utilities.validation import ArgumentError, check_memory

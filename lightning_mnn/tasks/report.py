@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lightning_mnn.figures import band_figure, census_figure, model_figure, run_figure, scan_figure, sweep_figure
+from lightning_mnn.figures import band_figure, census_figure, model_figure, run_figure, scan_figure
 from lightning_mnn.runs.folders import remove_job_folder
-from lightning_mnn.runs.logs import has_logs
-from lightning_mnn.tasks.sweep import Status, by_task, is_finished, is_foreign, read_sweep, resume_commands, write_table
+from lightning_mnn.sweeps.jobs import is_finished, is_foreign, read_run, read_sweep
+from lightning_mnn.sweeps.page import write_report_page
+from lightning_mnn.sweeps.report import print_report, print_verdicts, print_written, runs_without_figure, write_report
+from lightning_mnn.sweeps.watch import watch_sweep
 from lightning_mnn.utilities.files import DamagedFileError, read_json, relative, write_csv
 
 if TYPE_CHECKING:
@@ -21,18 +23,12 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
-    from lightning_mnn.tasks.sweep import Sweep, SweepJob
-
 # The data file of a figure determines its kind; summary.json is written last, after everything else.
 _FIGURES: dict[str, Callable[[Path], Path]] = {
     "scan.csv": scan_figure,
     "census.csv": census_figure,
     "metrics.csv": run_figure,
 }
-_NO_LOGS = (
-    "no metrics: the folders of the jobs contain no metrics.csv: give the program a CSVLogger with "
-    "save_dir=${hydra:runtime.output_dir}"
-)
 
 
 def report(cfg: DictConfig) -> None:
@@ -42,16 +38,19 @@ def report(cfg: DictConfig) -> None:
     it; its first column is the subfolder. Runs that diverged or were interrupted are left out, and their names printed.
 
     With ``cfg.sweep`` instead, write one table of all jobs below that folder, ``sweep.csv`` and ``sweep.parquet``, and
-    draw ``figure.png`` of the finished ones, grouped by what was swept. Jobs that failed, were stopped or have not
+    draw ``figure.png`` of the finished ones, grouped by what was swept, and ``report.html``, a page with all of it (see
+    :mod:`lightning_mnn.sweeps.page`). Jobs that failed, were stopped or have not
     started are in the table without measures, and their names are printed with the command that runs them. Of jobs of
     other tasks only the names are printed. In a sweep of another program the measures are what its ``CSVLogger`` wrote
     and what its jobs returned (see :func:`lightning_mnn.runs.logs.results_of`). With ``cfg.x``, a column of the table,
-    it also draws the columns ``cfg.y`` against it (see :func:`lightning_mnn.figures.band_figure`).
+    it also draws the columns ``cfg.y`` against it (see :func:`lightning_mnn.figures.band_figure`). With ``cfg.watch``
+    it first writes ``report.html`` again and again, until the sweep is over or Ctrl-C. With ``cfg.figure`` true it also
+    draws the figures of the runs that have none.
 
     If the folder is a log folder of another program, written by Lightning's ``CSVLogger``, and the three callbacks
     logged to it, the figure shows their results (see :func:`lightning_mnn.figures.model_figure`).
 
-    Nothing else is written: the folder that Hydra makes for a job is removed again.
+    A run also gets ``report.html``. Nothing else is written: the folder that Hydra makes for a job is removed again.
 
     Raises:
         ValueError: no folder is given, or both are.
@@ -65,11 +64,18 @@ def report(cfg: DictConfig) -> None:
     console = Console(soft_wrap=True, highlight=False)
     if "sweep" in given:
         folder = _existing_folder("sweep", cfg.sweep)
-        _report_sweep(folder, console)
+        if cfg.get("watch"):
+            watch_sweep(folder, console)
+        sweep = read_sweep(folder)
+        report = write_report(sweep)
+        print_report(sweep, console)
+        print_verdicts(sweep, console)
+        print_written(report.paths, console)
+        if cfg.get("figure"):
+            print_written([run_figure(run) for run in runs_without_figure(sweep)], console)
         if cfg.get("x") is not None:
             columns = [cfg.y] if isinstance(cfg.y, str) else list(cfg.y)
-            for path in band_figure(folder, cfg.x, columns, cfg.color, cfg.band):
-                console.print(f"[bold]written:[/] {relative(path)}")
+            print_written(band_figure(folder, cfg.x, columns, cfg.color, cfg.band), console)
     elif cfg.get("x") is not None:
         raise ValueError(f"x={cfg.x} is a column of a sweep's table: give sweep=DIR, not folder=DIR")
     else:
@@ -85,6 +91,8 @@ def _report_folder(folder: Path, console: Console) -> None:
         if (folder / name).exists():
             _require_summary(folder)
             console.print(f"[bold]drawn again:[/] {relative(draw(folder))}")
+            if draw is run_figure:
+                print_written([write_report_page(read_run(folder))], console)
             return
     runs = _runs(folder)
     if not runs:
@@ -134,62 +142,6 @@ def table_rows(run: Path, summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
             "mse": measures["mse"],
             "kind": measures["kind"],
         }
-
-
-def _report_sweep(folder: Path, console: Console) -> None:
-    """Write the table of a sweep's jobs and draw its figure; print unfinished jobs and the command that runs them."""
-    sweep = read_sweep(folder)
-    written = write_table(sweep)
-    counts = {status: len(sweep.having(status)) for status in Status}
-    console.print(f"[bold]jobs:[/] {', '.join(f'{n} {status}' for status, n in counts.items() if n)}")
-    console.print(f"[bold]swept:[/] {', '.join(sweep.swept) or 'nothing'}")
-    for job in sorted(sweep.jobs, key=lambda job: list(Status).index(job.status)):
-        if job.error or job.status in (Status.FAILED, Status.UNFINISHED, Status.WAITING):
-            line = f"{job.name}{_swept_values(sweep, job)}{_error_line(job)}"
-            console.print(Text.assemble((f"{job.status}: ", "bold"), line))
-    if counts[Status.UNRECORDED]:
-        console.print("[bold]unrecorded:[/] only hydra/launcher=device_pool records whether a job is finished")
-    if sweep.others:
-        console.print(Text.assemble(("left out: ", "bold"), by_task(sweep.others)))
-    if any(counts[status] for status in (Status.FAILED, Status.UNFINISHED, Status.WAITING)):
-        _print_how_to_resume(sweep, console)
-    if any(job.foreign and job.results for job in sweep.jobs) and not has_logs(sweep.logged):
-        console.print(_NO_LOGS, markup=False)
-    figure = sweep_figure(folder)
-    for path in [*written, figure] if figure else written:
-        console.print(f"[bold]written:[/] {relative(path)}")
-
-
-def _swept_values(sweep: Sweep, job: SweepJob) -> str:
-    """The job's values of what was swept, as text."""
-    place = sweep.jobs.index(job)
-    values = " ".join(f"{key}={values[place]}" for key, values in sweep.swept.items())
-    return f" ({values})" if values and job.folder is not None else ""
-
-
-def _error_line(job: SweepJob) -> str:
-    """The line of a failed job's error that names the error: the first line, or the last line of a traceback."""
-    lines = str(job.error or "").strip().splitlines()
-    if not lines:
-        return ""
-    return f": {lines[-1] if lines[0].startswith('Traceback') else lines[0]}"
-
-
-def _print_how_to_resume(sweep: Sweep, console: Console) -> None:
-    commands = resume_commands(sweep)
-    if not commands:
-        console.print("[bold]resume[/] each job by its own command, with resume=true and hydra.run.dir=its folder")
-    known = [command for command in commands.values() if command is not None]
-    if known:
-        console.print("[bold]resume[/] (finished jobs stay as they are) [bold]with[/]")
-    for command in known:
-        console.print(f"  {command}", markup=False)
-    for folder in (folder for folder, command in commands.items() if command is None):
-        console.print(
-            f"{relative(folder)} has no sweep.json, in which hydra/launcher=device_pool records the command: run its "
-            "own program again for the unfinished jobs",
-            markup=False,
-        )
 
 
 def _existing_folder(key: str, folder: str | None) -> Path:

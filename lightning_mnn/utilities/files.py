@@ -114,7 +114,7 @@ def json_text(content: dict[str, Any]) -> str:
     >>> json_text({"a": [1, math.inf]}).split()
     ['{', '"a":', '[', '1,', 'null', ']', '}']
     """
-    return json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -194,11 +194,12 @@ def check_archive(path: Path, remedy: str = _RESTORE) -> None:
         raise DamagedFileError(path, f"the checksum of its entry {broken} is wrong", remedy)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A value for JSON: infinite and undefined numbers in it are None."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -346,7 +346,7 @@ def test_a_sweep_over_devices_is_right_and_survives_the_loss_of_a_rank():
 
     cut = [
         *(sys.executable, "-m", "lightning_mnn", "-m", "hydra/launcher=device_pool", "hydra.launcher.n_jobs=2"),
-        *(*common, "hydra.sweep.dir=cut", "trainer.devices=2,1"),
+        *(*common, "hydra.sweep.dir=cut", "trainer.devices=2,1", "report=false"),
     ]
     launcher = subprocess.Popen(cut, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
     wait_for(Path("cut/0/checkpoints/last.ckpt").exists)

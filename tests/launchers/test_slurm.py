@@ -19,7 +19,7 @@ COMMAND = (sys.executable, "-m", "lightning_mnn", "-m")
 RUN = (
     *("data.num_samples=40", "data.input_dim=6", "model.hidden_dims=[8]", "trainer.max_epochs=400"),
     *("trainer.log_every_n_steps=10", "callbacks.local_minimum_detector.stop_training=false"),
-    *("callbacks.angular_volume_monitor.measure=[]", "threads=1"),
+    *("callbacks.angular_volume_monitor.measure=[]", "threads=1", "report=false"),
 )
 TWO_NODES = ("hydra/launcher=slurm", "trainer=cpu_ddp", "trainer.devices=1")
 

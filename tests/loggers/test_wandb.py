@@ -353,7 +353,13 @@ def runs(tmp_path_factory):
         ("hydra.run.dir=three", "seed=3"),
         ("hydra.run.dir=four", "seed=4", "logger.mode=online", "replicas=2", "trainer.max_epochs=20"),
     )
-    sweep = ("seed=1,2", "hydra.sweep.dir=both/sweep", "trainer.max_epochs=3", "logger.wandb.tags=[mine]")
+    sweep = (
+        "seed=1,2",
+        "hydra.sweep.dir=both/sweep",
+        "trainer.max_epochs=3",
+        "logger.wandb.tags=[mine]",
+        "report=false",
+    )
     quick = ("logger.wandb.settings.init_timeout=2", f"logger.wandb.settings.finish_timeout={PATIENCE}")
     started = []
     for number, arguments in enumerate((("-m", *SMALL, *quick, *sweep), *((*SMALL, *quick, *one) for one in own))):

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from lightning_mnn.app import main as _  # noqa: F401 (which registers the resolvers)
 from lightning_mnn.runs.folders import RunFolderCallback, record_folder, run_folder, sweep_record
 from lightning_mnn.runs.resume import run_state
-from lightning_mnn.tasks.sweep import read_sweep
+from lightning_mnn.sweeps.jobs import read_sweep
 from tests.children import command
 
 TINY = (
@@ -210,10 +210,11 @@ def test_the_same_command_goes_on_where_it_was_and_another_begins_anew(tmp_path)
 
 
 def test_a_sweep_goes_on_in_its_own_folder(tmp_path):
-    sweep = ("-m", *TINY, "seed=1,2")
+    sweep = ("-m", *TINY, "seed=1,2", "report=false")
     command(tmp_path, *sweep)
     (folder,) = (tmp_path / "outputs" / "quickstart" / "multirun").iterdir()
-    said = command(tmp_path, "-m", *TINY, "seed=2,1", "resume=true", f"hydra.sweep.dir={folder}", expect=1)
+    other = ("-m", *TINY, "seed=2,1", "report=false")
+    said = command(tmp_path, *other, "resume=true", f"hydra.sweep.dir={folder}", expect=1)
     assert "was started with a different configuration: config.seed is 1, not 2: choose another hydra.sweep.dir" in said
     (folder / "1" / "summary.json").unlink()
     (folder / "1" / "checkpoints" / "last.ckpt").unlink()

@@ -18,7 +18,7 @@ OFF = ("callbacks.angular_volume_monitor=null", "callbacks.activation_pattern_re
 def sweep(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
     axes = ("model.hidden_dims=[8],[8,5]", "replicas=1,2")
-    command(folder, "-m", *axes, *SMALL, *OFF, "hydra.sweep.dir=sweep")
+    command(folder, "-m", *axes, *SMALL, *OFF, "hydra.sweep.dir=sweep", "report=false")
     return folder
 
 

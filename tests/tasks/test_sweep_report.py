@@ -15,8 +15,8 @@ from matplotlib.image import imread
 
 from lightning_mnn.figures.sweep import MEASURES, choose_axes
 from lightning_mnn.launchers.jobs.records import JobState
+from lightning_mnn.sweeps.jobs import Status, read_sweep
 from lightning_mnn.tasks.report import report
-from lightning_mnn.tasks.sweep import Status, read_sweep
 from tests.children import command, start
 from tests.runs.test_resume import kill_when, rows_of
 
@@ -90,6 +90,7 @@ def test_a_sweep_that_was_killed_says_what_is_left_and_goes_on_by_the_command_th
         "-m", "data.num_samples=20", "data.input_dim=4", "trainer.max_epochs=300", "trainer.log_every_n_steps=1",
         "callbacks.local_minimum_detector.stop_training=false", "callbacks.angular_volume_monitor=null",
         "callbacks.progress=null", "logger.mode=disabled", "model.hidden_dims=[5],[8,3],[6]",
+        "report=false",
     )  # fmt: skip
     kill_when(start(tmp_path, *small, "hydra.sweep.dir=sweep"), lambda: rows_of(sweep / "1") > 3)
     report(settings("sweep=sweep"))
@@ -277,7 +278,7 @@ def test_references_stand_in_the_table_as_what_they_refer_to():
 def test_without_a_finished_job_there_is_a_table_and_no_figure(capsys):
     write_job(Path("sweep/0"), ["seed=1"], finished=False, num_samples=None)
     report(settings("sweep=sweep"))
-    assert {path.name for path in Path("sweep").iterdir()} == {"0", "sweep.csv", "sweep.parquet"}
+    assert {path.name for path in Path("sweep").iterdir()} == {"0", "sweep.csv", "sweep.parquet", "report.html"}
     assert "jobs: 1 unfinished" in capsys.readouterr().out
 
 

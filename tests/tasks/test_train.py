@@ -108,7 +108,8 @@ def test_quickstart_leaves_a_complete_run_folder():
 
 
 def test_a_sweep_over_replicas_and_slopes():
-    command("-m", *SMALL, "trainer.max_epochs=30", "model.negative_slope=0.0,0.1", "replicas=2", "seed=5")
+    swept = ("model.negative_slope=0.0,0.1", "replicas=2", "seed=5")
+    command("-m", *SMALL, "trainer.max_epochs=30", *swept, "report=false")
     folders = sorted(Path().glob("outputs/quickstart/multirun/*/*/summary.json"))
     assert [path.parent.name for path in folders] == ["0", "1"]
     for path, slope in zip(folders, (0.0, 0.1), strict=True):

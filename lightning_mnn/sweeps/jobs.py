@@ -1,4 +1,4 @@
-"""Read the jobs of a sweep from its folder, and make the table of their summaries."""
+"""Read the jobs of a sweep from its folder: their states, results and commands."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -27,7 +25,7 @@ from lightning_mnn.launchers.jobs.records import JOB_RECORD, SWEEP_RECORD, JobSt
 from lightning_mnn.runs.folders import jobs_of, sweep_record
 from lightning_mnn.runs.logs import columns_to_draw, read_logs, results_of
 from lightning_mnn.utilities.errors import EarlyEnd
-from lightning_mnn.utilities.files import DamagedFileError, read_json, relative, whole_file, write_csv
+from lightning_mnn.utilities.files import DamagedFileError, read_json, relative
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +35,6 @@ Row = dict[str, Any]
 EVALUATION = "evaluation.json"  # of task=evaluate, in a run's folder
 
 _MARKS = (".hydra", JOB_RECORD, "plan.json", "summary.json")  # a folder that contains any of these is a job's
-_LISTS = ("hidden_dims", "visits", "objective_differs_by")  # values of a summary that are lists, but not over replicas
 _START_OVERRIDES = ("resume",)  # overrides that determine how a job is started, not what it computes
 _TASK_OVERRIDES = ("task", "experiment")  # overrides that determine a job's task
 
@@ -126,6 +123,11 @@ class Sweep:
     sweeps: tuple[Path, ...] = ()
     others: tuple[SweepJob, ...] = ()
 
+    @property
+    def is_run(self) -> bool:
+        """Whether the folder is that of its only job."""
+        return len(self.jobs) == 1 and self.jobs[0].folder == Path()
+
     def having(self, status: Status) -> list[SweepJob]:
         """The jobs with this status."""
         return [job for job in self.jobs if job.status is status]
@@ -155,42 +157,10 @@ def read_sweep(folder: Path) -> Sweep:
     return Sweep(folder, training, _swept(folder, training), tuple(logged), tuple(plans), others)
 
 
-def table_rows(sweep: Sweep) -> list[Row]:
-    """The table: a row for each job and replica; its columns are the first row's keys, missing values are None.
-
-    A job that is not finished has one row without measures, so that means over a column are over finished jobs only.
-    The columns are ``job`` and ``folder``, what was swept, ``status`` and ``replica``, then the summary in its own
-    order. What was swept is shown as it was given to the job: ``seed`` is the seed of a job's first replica.
-    """
-    measures = dict.fromkeys(key for job in sweep.jobs for key in job.results if key not in sweep.swept)
-    return [
-        {"job": job.number, "folder": None if job.folder is None else str(job.folder)}
-        | {key: values[place] for key, values in sweep.swept.items()}
-        | {"status": str(job.status), "replica": replica}
-        | {key: _of_replica(job.results, key, replica) for key in measures}
-        for place, job in enumerate(sweep.jobs)
-        for replica in (range(job.results.get("replicas", 1)) if job.results else (None,))
-    ]
-
-
-def write_table(sweep: Sweep) -> list[Path]:
-    """Write ``sweep.csv``, with lists as JSON, and ``sweep.parquet``, with types.
-
-    The metadata of ``sweep.parquet`` contain the names of what was swept, and of the columns that another program
-    logged.
-
-    Returns:
-        Their paths.
-    """
-    rows = table_rows(sweep)
-    text, typed = sweep.folder / "sweep.csv", sweep.folder / "sweep.parquet"
-    write_csv(text, [{key: _as_text(value) for key, value in row.items()} for row in rows])
-    columns = {key: _column([row[key] for row in rows]) for key in rows[0]}
-    names = {"swept": json.dumps(list(sweep.swept)), "logged": json.dumps(sweep.logged)}
-    table = pa.table(columns).replace_schema_metadata(names)
-    with whole_file(typed) as unfinished:
-        pq.write_table(table, unfinished)
-    return [text, typed]
+def read_run(folder: Path) -> Sweep:
+    """The run in a folder as the only job of a sweep."""
+    job = _read_job(folder, folder, _hydra_of(folder / ".hydra" / "hydra.yaml"))
+    return Sweep(folder, (replace(job, task="train"),), {}, tuple(columns_to_draw(job.results)) if job.foreign else ())
 
 
 def resume_commands(sweep: Sweep) -> dict[Path, str | None]:
@@ -202,6 +172,22 @@ def resume_commands(sweep: Sweep) -> dict[Path, str | None]:
         for folder in sweep.sweeps
         if any(job.folder is None or (sweep.folder / job.folder).is_relative_to(folder) for job in left)
     }
+
+
+def commands_of(sweep: Sweep) -> list[str]:
+    """The commands that started the jobs, as far as they are recorded."""
+    if sweep.is_run:
+        hydra = _hydra_of(sweep.folder / ".hydra" / "hydra.yaml")
+        own = not sweep.jobs[0].foreign
+        return [shlex.join(["lightning-mnn", *sweep.jobs[0].overrides, *_given(hydra)])] if own else []
+    return [command for folder in sweep.sweeps if (command := _first_command(folder)) is not None]
+
+
+def versions_of(sweep: Sweep) -> dict[str, str]:
+    """Versions of the packages that computed the first job of this program that records them."""
+    folders = [sweep.folder / job.folder for job in sweep.jobs if job.folder is not None and not job.foreign]
+    plans = (_read(folder / "plan.json")[0].get("versions") for folder in folders)
+    return next((plan for plan in plans if isinstance(plan, dict)), {})
 
 
 def is_foreign(run: Path) -> bool:
@@ -396,11 +382,24 @@ def _command(sweep: Path) -> str | None:
     if not hydra or _is_foreign(sweep, {}, hydra):
         recorded = SweepCommand.read(sweep)
         return None if recorded is None else recorded.resumed(sweep)
-    overrides = hydra["overrides"]
-    own = ("hydra.mode=", "hydra.sweep.dir=")
-    more = [override for override in overrides["hydra"] if not override.startswith(own)]
     where = f"hydra.sweep.dir={hydra_value(str(relative(sweep)))}"
-    return shlex.join(["lightning-mnn", "-m", *_settings(overrides["task"]), *more, where, "resume=true"])
+    given = _given(hydra, without=("hydra.sweep.dir=",))
+    return shlex.join(["lightning-mnn", "-m", *_settings(hydra["overrides"]["task"]), *given, where, "resume=true"])
+
+
+def _first_command(sweep: Path) -> str | None:
+    """The command that started a sweep; None: it is not recorded."""
+    hydra = _hydra_of(sweep_record(sweep))
+    if hydra and not _is_foreign(sweep, {}, hydra):
+        return shlex.join(["lightning-mnn", "-m", *_settings(hydra["overrides"]["task"]), *_given(hydra)])
+    recorded = SweepCommand.read(sweep)
+    return None if recorded is None else shlex.join([*recorded.program, *recorded.arguments])
+
+
+def _given(hydra: Mapping[str, Any], without: tuple[str, ...] = ()) -> list[str]:
+    """The overrides of Hydra's own node in a command."""
+    given = (hydra.get("overrides") or {}).get("hydra") or ()
+    return [override for override in given if not override.startswith(("hydra.mode=", *without))]
 
 
 def _swept(root: Path, jobs: Sequence[SweepJob]) -> dict[str, tuple[Any, ...]]:
@@ -472,29 +471,6 @@ def _no_training(folder: Path, jobs: Sequence[SweepJob]) -> str:
         f"sweep={relative(folder)} contains no training runs, but {by_task(jobs)}: task=report folder=DIR draws the "
         "results of each"
     )
-
-
-def _of_replica(summary: Mapping[str, Any], key: str, replica: int | None) -> Any:
-    value = summary.get(key)
-    if replica is None or key in _LISTS or not isinstance(value, list) or summary["replicas"] == 1:
-        return value
-    return value[replica]
-
-
-def _as_text(value: Any) -> Any:
-    return json.dumps(value) if isinstance(value, list | dict) else value
-
-
-def _column(values: Sequence[Any]) -> pa.Array:
-    """A typed column; values of several types become text, in quotes if a text looks like another value."""
-    if len({isinstance(value, bool) for value in values if value is not None}) < 2:
-        try:
-            return pa.array(values)
-        except (pa.ArrowException, OverflowError):
-            pass
-    others = {json.dumps(value) for value in values if not isinstance(value, str)}
-    kept = [value is None or (isinstance(value, str) and value not in others) for value in values]
-    return pa.array([value if keep else json.dumps(value) for value, keep in zip(values, kept, strict=True)])
 
 
 def _yaml(path: Path) -> Any:
