@@ -72,7 +72,7 @@ class Batched(DevicePool):
 
     @override
     def _job(self, number: int, overrides: list[str], pool: Devices, common: set[str]) -> Job:
-        from lightning_mnn.launchers.composing import fill, numbered  # noqa: PLC0415
+        from lightning_mnn.config.job_configs import fill, numbered  # noqa: PLC0415
         from lightning_mnn.launchers.jobs.job import Job, digest_of  # noqa: PLC0415
 
         assert self._configs is not None  # noqa: S101 (for the type checker)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from hydra.types import HydraContext, TaskFunction
 
-    from lightning_mnn.launchers.composing import JobConfigs
+    from lightning_mnn.config.job_configs import JobConfigs
     from lightning_mnn.launchers.jobs.batch import JobBatch
     from lightning_mnn.launchers.jobs.calls import TaskReference
     from lightning_mnn.launchers.jobs.devices import Allocation, Devices, Request
@@ -112,7 +112,7 @@ class DevicePool(Launcher):
     @override
     @one_line_errors
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from lightning_mnn.launchers.composing import JobConfigs  # noqa: PLC0415 (Hydra imports this module in all programs)
+        from lightning_mnn.config.job_configs import JobConfigs  # noqa: PLC0415 (Hydra imports this module in all programs)
         from lightning_mnn.launchers.jobs.calls import TaskReference  # noqa: PLC0415 (Hydra imports this module in all programs)
         from lightning_mnn.launchers.jobs.devices import Devices  # noqa: PLC0415
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import pytorch_lightning as pl
@@ -27,6 +26,7 @@ from lightning_mnn.model.bundling import Bundle, epochs_at_a_time, may_bundle
 from lightning_mnn.model.gradients import SquaredErrorGradient
 from lightning_mnn.model.lockstep import Member, lockstep
 from lightning_mnn.model.optim import OPTIMIZERS, build_optimizer, build_schedule, is_elementwise, needs_closure
+from lightning_mnn.model.sizes import check_size, checked_widths
 from lightning_mnn.utilities.compat.lightning_internals import (
     StepCount,
     count_batches,
@@ -41,7 +41,6 @@ from lightning_mnn.utilities.seeding import generator
 from lightning_mnn.utilities.transfer import fetched, widest_dtype
 from lightning_mnn.utilities.validation import (
     ArgumentError,
-    check_memory,
     dtype_named,
     is_real_number,
     positive_integer,
@@ -57,8 +56,6 @@ if TYPE_CHECKING:
 
 
 Row = tuple[dict[str, float], int]  # errors of a batch, and the number of steps before it
-
-_GENERATOR_BYTES = 5056  # size of torch's state of a generator; there is one per replica
 
 
 class MNN(pl.LightningModule):
@@ -121,7 +118,7 @@ class MNN(pl.LightningModule):
         schedule = dict(schedule or {"name": "constant"})
         frozen = [frozen] if isinstance(frozen, str) else list(frozen)
         input_dim = positive_integer("input_dim", input_dim)
-        hidden_dims = _checked_widths(hidden_dims)
+        hidden_dims = checked_widths(hidden_dims)
         replicas = positive_integer("replicas", replicas)
         if not is_real_number(negative_slope) or negative_slope == 1:
             problem = "must be a real number other than 1 (the network would be linear)"
@@ -137,7 +134,7 @@ class MNN(pl.LightningModule):
             how = "whose line search couples them" if needs_closure(name) else "which couples the weights of a matrix"
             problem = f"must be 1 with the optimizer {name}, {how}"
             raise ArgumentError("replicas", replicas, problem, "or choose adam or sgd")
-        _check_size(input_dim, hidden_dims, replicas)
+        check_size(input_dim, hidden_dims, replicas)
         self.save_hyperparameters()  # plain values only, so that checkpoints load without executing code
 
         self.hidden_weights = nn.ParameterList()
@@ -505,17 +502,3 @@ class MNN(pl.LightningModule):
                     f"training diverged: {name} is no longer finite after {self.trainer.global_step} steps, "
                     "no checkpoint was written. Lower the learning rate"
                 )
-
-
-def _check_size(input_dim: int, hidden_dims: Sequence[int], replicas: int) -> None:
-    """Refuse more weights than the memory allows; drawing them needs two copies in float64."""
-    weights = sum(fan_in * width for fan_in, width in zip([input_dim, *hidden_dims], [*hidden_dims, 1], strict=True))
-    needed = replicas * (2 * 8 * weights + _GENERATOR_BYTES)
-    check_memory(needed, "the weights", {"input_dim": input_dim, "hidden_dims": hidden_dims, "replicas": replicas})
-
-
-def _checked_widths(hidden_dims: Any) -> list[int]:
-    widths = list(hidden_dims) if isinstance(hidden_dims, Iterable) and not isinstance(hidden_dims, str) else []
-    if not widths:
-        raise ArgumentError("hidden_dims", hidden_dims, "must be a list of one or more widths", "as [40] or [40,20]")
-    return [positive_integer("hidden_dims", width) for width in widths]

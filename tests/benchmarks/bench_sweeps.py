@@ -60,7 +60,8 @@ def sweep(jobs, options, folder):
     own = shlex.split(os.environ.get("OVERRIDES", ""))
     start = time.perf_counter()
     subprocess.run(
-        [*COMMAND, "-m", *options, "hydra.sweep.dir=sweep", f"seed=range({jobs})", "trainer.max_epochs=10", "report=false", *own],
+        [*COMMAND, "-m", *options, "hydra.sweep.dir=sweep", f"seed=range({jobs})", "trainer.max_epochs=10",
+         "report=false", "figure=false", *own],
         cwd=folder, env=ENVIRONMENT, check=True, capture_output=True,
     )  # fmt: skip
     return time.perf_counter() - start

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus, run_job
 
-from lightning_mnn.launchers.composing import fill, numbered
+from lightning_mnn.config.job_configs import fill, numbered
 from lightning_mnn.launchers.jobs.progress import VARIABLE
 from lightning_mnn.model.lockstep import run_in_lockstep
 from lightning_mnn.runs.processes.signals import shared_signals

@@ -8,7 +8,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 import lightning_mnn.app  # noqa: F401 (registers the resolvers)
-from lightning_mnn.launchers.composing import JobConfigs
+from lightning_mnn.config.job_configs import JobConfigs
 
 CHOICES = {
     "seed": ["0", "7"],
