@@ -214,7 +214,7 @@ def _run_chains(cones: Centred, particles: Tensor, beta: Tensor, length: int, ge
     for _ in range(length - 1):
         safe_point()
         _move_coordinates(points, distances, columns, precisions, -forces / precisions, generator)
-        _move_along_rays(points, distances, apex, precisions, forces, generator)
+        move_along_rays(points, distances, apex, precisions, forces, generator)
         states.append(points.clone().view_as(particles))
     return torch.cat(states, dim=-1)
 
@@ -247,7 +247,7 @@ def _move_coordinates(
         distances.addcmul_(move[..., None], column)
 
 
-def _move_along_rays(
+def move_along_rays(
     points: Tensor, distances: Tensor, apex: Tensor, precisions: Tensor, forces: Tensor, generator: torch.Generator
 ) -> None:
     """One slice-sampling move y ↦ apex + r (y − apex) of every particle, in place (shapes as in _move_coordinates).
@@ -275,7 +275,7 @@ def _move_along_rays(
     factor = torch.lerp(left, right, torch.rand(a.shape, dtype=a.dtype, device=a.device, generator=generator))
     factor = torch.where(log_density(factor) >= level, factor, 1.0)
     torch.add(apex, factor * rays, out=points)
-    distances *= factor[..., None]
+    distances *= factor[..., None].to(distances.dtype)
 
 
 def _tail_step(cones: Centred, population: Tensor, beta: Tensor) -> Tensor:
