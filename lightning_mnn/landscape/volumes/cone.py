@@ -23,7 +23,11 @@ from lightning_mnn.landscape.volumes.annealing import (
     schedule,
 )
 from lightning_mnn.landscape.volumes.closed_forms import ConeGroup, take_apart
-from lightning_mnn.landscape.volumes.expectation_propagation import approximate, distinct_constraints
+from lightning_mnn.landscape.volumes.expectation_propagation import (
+    approximate,
+    distinct_constraints,
+    third_order_correction,
+)
 from lightning_mnn.landscape.volumes.intervals import LogEstimate
 from lightning_mnn.utilities.seeding import generator as seeded
 from lightning_mnn.utilities.validation import ArgumentError
@@ -85,8 +89,8 @@ def log_cone_measure(
     With ``method="ep"``, the remaining groups use expectation propagation instead (see
     :mod:`~lightning_mnn.landscape.volumes.expectation_propagation`). It is some hundred times faster, but approximate:
     for random cones and cones of trained networks it is low by 0.1 to 0.3 nats, and it cannot tell its own error. The
-    standard error is then NaN (null in JSON). A cone on which it fails, such as a thin one, is sampled: a standard
-    error that is a number says so.
+    standard error is then NaN (null in JSON). A cone on which it fails, such as a thin one or one with many nearly
+    parallel constraints, is sampled: a standard error that is a number says so.
 
     Args:
         normals: b_n, (..., N, d), of any lengths; CPU or GPU.
@@ -113,7 +117,7 @@ def log_cone_measure(
     >>> estimate.standard_error < 0.1
     True
     """
-    _check_numbers(target_standard_error, max_samples)
+    check_precision(target_standard_error, max_samples)
     if method not in METHODS:
         raise ArgumentError("method", method, f"must be one of {', '.join(METHODS)}")
     unit = _unit_normals(normals)
@@ -137,7 +141,7 @@ def log_cone_measure(
     for chunk in _chunks(groups, device):
         owners = [k for k, _ in chunk]
         targets = np.array([target_standard_error / math.sqrt(len(parts[k].groups)) for k in owners])
-        with _one_thread():
+        with one_thread():
             found, errors = _sample([group for _, group in chunk], targets, max_samples, generator)
         np.add.at(values, owners, found)
         np.add.at(squares, owners, errors**2)
@@ -153,10 +157,13 @@ def _by_ep(groups: tuple[ConeGroup, ...], device: torch.device) -> float | None:
     for group in groups:
         rows = torch.from_numpy(group.normals).to(device)
         rows = rows[distinct_constraints(rows)]
-        with _one_thread():
-            found = approximate(rows, torch.ones_like(rows[None, :, 0]))
-        if not bool(found.valid):
-            return None
+        with one_thread():
+            sides = torch.ones_like(rows[None, :, 0])
+            found = approximate(rows, sides)
+            if not bool(found.valid):
+                return None
+            if float(third_order_correction(found, rows, sides)) > tolerances.MAX_THIRD_ORDER_CORRECTION:
+                return None
         total += float(found.log_measures)
     return total
 
@@ -191,13 +198,13 @@ def log_ellipsoid_volume(normals: Tensor, interior_point: Tensor) -> Tensor:
     """
     unit = _unit_normals(normals)
     points = _interior_points(interior_point, unit)
-    with _one_thread():
+    with one_thread():
         found = log_inner_ellipsoid(unit.reshape(-1, *unit.shape[-2:]), points.reshape(-1, unit.shape[-1]))
     return found.reshape(unit.shape[:-2])
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Run torch on one thread: the steps are too short for several threads, which would mostly wait."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -207,7 +214,12 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _check_numbers(target_standard_error: float, max_samples: int) -> None:
+def check_precision(target_standard_error: float, max_samples: int) -> None:
+    """Check the precision and the number of samples that are asked for.
+
+    Raises:
+        ValueError: one is out of range.
+    """
     if not target_standard_error > 0:
         raise ValueError(f"target_standard_error must be positive, got {target_standard_error}")
     smallest = _ISLANDS * _CHAINS * _MIN_CHAIN_STATES

@@ -24,19 +24,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from scipy.stats import t as student
 
 from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.volumes.annealing import move_along_rays
+from lightning_mnn.landscape.volumes.expectation_propagation import Approximation, approximate, distinct_constraints
 from lightning_mnn.utilities.interruption import safe_point
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lightning_mnn.landscape.volumes.expectation_propagation import Approximation
-
+TARGET_FRACTION = 0.85  # the number of samples is set in advance from the pilot, which knows the variance to 1/8
 MIN_PARTICLES = 16  # of each cone
 MIN_STEPS = 16  # of a particle
 
+_MAX_CLOSED_DIM = 3
 _FAR_DEVIATIONS = 5.0  # distance of a wall, in standard deviations of q, from which the moves leave it out
 _START_PROBABILITY = 0.25  # probability of the cone under the start: less of it takes more draws, more of it more steps
 _START_DRAWS = 2048  # fewest draws of the start
@@ -46,7 +48,6 @@ _PILOT_SPREAD = 0.25  # standard deviation of the log-weights of one step of the
 _FIRST_STEP = 0.04
 _WEIGHT_VARIANCE = 0.5  # variance of the log-weights at the end; far larger ones have heavy tails
 _CORRELATION = 2.0  # variance of log-weights, in units of that of independent steps
-_TARGET_FRACTION = 0.85  # the number of samples is set in advance from the pilot, which knows the variance to 1/8
 _STEPS_PER_REFRESH = 4  # steps in float32 until distances from the walls are computed again
 _LANES = 32  # numbers of walls are multiples of it, for vector instructions
 _MAX_CHORD = 1e3  # length of a chord to each side, in standard deviations of q
@@ -61,11 +62,69 @@ def predicted_samples(dim: int, standard_error: float) -> float:
     >>> predicted_samples(40, 0.5) < predicted_samples(40, 0.1)
     True
     """
-    return max(_fewest(dim), 0.25 * math.pow(dim, 1.4) / (_TARGET_FRACTION * standard_error) ** 2)
+    return max(_fewest(dim), 0.25 * math.pow(dim, 1.4) / (TARGET_FRACTION * standard_error) ** 2)
 
 
 def _fewest(dim: int) -> float:
     return MIN_PARTICLES * max(MIN_STEPS, 0.3 * math.pow(dim, 1.3)) + _START_DRAWS / 16
+
+
+@dataclass(frozen=True)
+class SharedCones:
+    """Cones of one layer's units, {w : σ_n x_n·w > 0 ∀n}, and their EP approximations.
+
+    Attributes:
+        directions: x_n/‖x_n‖, one of each set of parallel inputs, in coordinates of their span, (N, d).
+        sides: σ_n of each cone, (K, N).
+        found: the approximations.
+        closed: whether the measures have a closed form: the inputs span at most three dimensions, or are orthogonal.
+    """
+
+    directions: Tensor
+    sides: Tensor
+    found: Approximation
+    closed: bool
+
+    @classmethod
+    def of(cls, inputs: Tensor, sides: Tensor) -> SharedCones:
+        """Approximate the cones of inputs (N, d0), none of them zero, and signs (K, N)."""
+        scaled = inputs.double() / inputs.abs().amax(-1, keepdim=True)
+        directions = torch.nn.functional.normalize(scaled, dim=-1)
+        distinct = distinct_constraints(directions)
+        directions, sides = directions[distinct], sides.double()[:, distinct]
+        num, dim = directions.shape
+        closed = min(num, dim) <= _MAX_CLOSED_DIM
+        if 0 < num < dim:
+            directions = directions @ torch.linalg.qr(directions.T).Q
+        if not closed and num <= dim:
+            products = directions @ directions.T
+            closed = bool((products - torch.eye(num).to(products)).abs().max() <= 4 * dim * tolerances.FLOAT64_EPS)
+        return cls(directions, sides, approximate(directions, sides), closed)
+
+    @property
+    def valid(self) -> Tensor:
+        """Whether EP succeeded, bool (K,)."""
+        return self.found.valid
+
+    @property
+    def approximations(self) -> Tensor:
+        """Log measures by EP, (K,); NaN where it failed."""
+        return torch.where(self.found.valid, self.found.log_measures, math.nan)
+
+    def sample(self, cones: Tensor, standard_error: float, max_samples: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Log measures (m,) of some cones by sampling, and their standard errors, on the CPU (see :func:`sample`)."""
+        cones = cones.to(self.directions.device)
+        stream = torch.Generator(self.directions.device).manual_seed(seed)
+        values, variances, particles = sample(
+            self.found[cones],
+            self.directions,
+            self.sides[cones],
+            standard_error=standard_error,
+            max_samples=max_samples,
+            generator=stream,
+        )
+        factor = float(student.ppf(0.975, particles - 1)) / 1.96  # the spread of few particles is itself uncertain
+        return values.cpu(), factor * variances.sqrt().cpu()
 
 
 def sample(
@@ -92,7 +151,7 @@ def sample(
     """
     steps, variance = _schedule(_Cones.of(approximation[:_PILOT_CONES], directions, sides[:_PILOT_CONES]), generator)
     num_steps = max(MIN_STEPS, math.ceil(variance / _WEIGHT_VARIANCE))
-    target = (_TARGET_FRACTION * standard_error) ** 2
+    target = (TARGET_FRACTION * standard_error) ** 2
     particles = math.ceil(1.2 * math.expm1(variance / num_steps) / target)
     particles = max(MIN_PARTICLES, min(particles, max_samples // num_steps))
     draws = max(_START_DRAWS, math.ceil(10 * (1 / _START_PROBABILITY - 1) / target), 8 * particles)
@@ -223,7 +282,8 @@ class _Particles:
         self.log_weights = torch.zeros_like(self.points[0])
         self._cones, self._generator = cones, generator
         self._walls = cones.walls.to(torch.float32)
-        self._columns = self._walls.mT.contiguous()
+        self._columns = self._walls.permute(2, 0, 1)[:, :, None].contiguous()
+        self._one = torch.ones((), dtype=torch.float64, device=self._walls.device)
         self._distances = self._ratios = torch.empty(0)
         self._apex = -(cones.slopes / cones.curvatures).mT[..., None]
         self._first = start.spread.square()[:, None]
@@ -261,27 +321,34 @@ class _Particles:
             roots: square roots of the old and the new precisions, (2, d, K, 1).
             means: old and new means, (2, d, K, 1).
         """
-        total = torch.zeros_like(self.points[0])
-        shares = torch.rand(self.points.shape, dtype=total.dtype, device=total.device, generator=self._generator)
-        for j, point in enumerate(self.points):
-            column = self._columns[:, j, None, :]
+        product = torch.ones_like(self.points[0])
+        ends = torch.empty((2, *product.shape), dtype=torch.float32, device=product.device)
+        left, right = ends
+        shares = torch.rand(self.points.shape, dtype=product.dtype, device=product.device, generator=self._generator)
+        halved = (roots * math.sqrt(0.5)).movedim(0, 1)[:, :, None]
+        last = (means[1], roots[1].reciprocal())
+        parts = (self.points, self._columns, means.movedim(0, 1)[:, :, None], halved, *last, shares)
+        # Few operations on small tensors: their number determines the time.
+        for point, column, mean, root, new_mean, deviation, share in zip(*(part.unbind() for part in parts), strict=True):
             torch.div(column, self._distances, out=self._ratios)
-            left = -1 / self._ratios.amax(-1).clamp_(min=1 / _MAX_CHORD).double()
-            right = -1 / self._ratios.amin(-1).clamp_(max=-1 / _MAX_CHORD).double()
-            ends = torch.stack((point + left, point + right))
-            scores = (ends - means[:, None, j]) * roots[:, None, j]  # (old and new, left and right, K, M)
+            torch.amax(self._ratios, -1, out=left)
+            torch.amin(self._ratios, -1, out=right)
+            left.clamp_(min=1 / _MAX_CHORD)
+            right.clamp_(max=-1 / _MAX_CHORD)
+            chords = ends.double().reciprocal_().neg_()
+            scores = (chords + point).sub(mean).mul_(root)  # (old and new, left and right, K, M), over √2
             # Seen from the side on which most of the chord lies, both tails are small numbers without cancellation.
-            signs = torch.copysign(torch.ones_like(point), scores.sum(1))[:, None]
-            tails = torch.special.erfc(scores * (signs * math.sqrt(0.5)))
-            parts = tails[:, 1] - tails[:, 0]
-            total += (parts[1] / parts[0]).abs_().log_()
-            drawn = torch.special.ndtri(torch.addcmul(tails[1, 0], shares[j], parts[1]).div_(2))
-            move = means[1, j] - signs[1, 0] * drawn / roots[1, j] - point
-            inner = 1 - tolerances.CHORD_END_FRACTION_FLOAT32
-            move = torch.maximum(torch.minimum(move, inner * right), inner * left)
+            signs = torch.copysign(self._one, scores.sum(1, keepdim=True))
+            tails = torch.special.erfc(scores.mul_(signs))
+            first, second = tails.unbind(1)
+            old, new = second.sub_(first).unbind()
+            product.mul_(new / old)
+            drawn = torch.special.ndtri(torch.addcmul(first[1], share, new).mul_(0.5)).mul_(signs[1, 0])
+            move = torch.addcmul(new_mean - point, drawn, deviation, value=-1)
+            move = torch.clamp(move, *chords.mul_(1 - tolerances.CHORD_END_FRACTION_FLOAT32))
             point += move
-            self._distances.addcmul_(move[..., None].to(torch.float32), column)
-        return total
+            self._distances.addcmul_(move.to(torch.float32)[..., None], column)
+        return product.abs_().log_()
 
 
 def _schedule(cones: _Cones, generator: torch.Generator) -> tuple[list[tuple[float, float]], float]:
