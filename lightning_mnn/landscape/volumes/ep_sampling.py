@@ -38,7 +38,7 @@ TARGET_FRACTION = 0.85  # the number of samples is set in advance from the pilot
 MIN_PARTICLES = 16  # of each cone
 MIN_STEPS = 16  # of a particle
 
-_MAX_CLOSED_DIM = 3
+MAX_CLOSED_DIM = 3  # dimension up to which every cone has a closed form
 _FAR_DEVIATIONS = 5.0  # distance of a wall, in standard deviations of q, from which the moves leave it out
 _START_PROBABILITY = 0.25  # probability of the cone under the start: less of it takes more draws, more of it more steps
 _START_DRAWS = 2048  # fewest draws of the start
@@ -93,7 +93,7 @@ class SharedCones:
         distinct = distinct_constraints(directions)
         directions, sides = directions[distinct], sides.double()[:, distinct]
         num, dim = directions.shape
-        closed = min(num, dim) <= _MAX_CLOSED_DIM
+        closed = min(num, dim) <= MAX_CLOSED_DIM
         if 0 < num < dim:
             directions = directions @ torch.linalg.qr(directions.T).Q
         if not closed and num <= dim:
