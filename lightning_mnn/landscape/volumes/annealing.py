@@ -97,14 +97,6 @@ def analytic_centre(normals: Tensor, interior: Tensor) -> Tensor:
     return point
 
 
-def log_inner_ellipsoid(normals: Tensor, interior: Tensor) -> Tensor:
-    """Log volume (K,) of the ellipsoid |y| ≤ 1 of w = c + R⁻ᵀ y, which lies in the cone (see :func:`centre`)."""
-    dim = normals.shape[-1]
-    _, scaled, weight = _barrier(normals, analytic_centre(normals, interior))
-    ball = dim / 2 * math.log(math.pi) - math.lgamma(dim / 2 + 1)
-    return ball - _hessian_factor(scaled, weight).diagonal(dim1=-2, dim2=-1).log().sum(-1)
-
-
 def centre(normals: Tensor, interior: Tensor, generator: torch.Generator) -> Centred:
     """Cones {w : b_n·w > 0} from unit normals (K, N, d; zero rows are no constraints) and a point of each, (K, d)."""
     point = analytic_centre(normals, interior)

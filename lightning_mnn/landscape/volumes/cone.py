@@ -18,7 +18,6 @@ from lightning_mnn.landscape.volumes.annealing import (
     PILOT_STATES,
     Centred,
     centre,
-    log_inner_ellipsoid,
     log_measures,
     schedule,
 )
@@ -166,41 +165,6 @@ def _by_ep(groups: tuple[ConeGroup, ...], device: torch.device) -> float | None:
                 return None
         total += float(found.log_measures)
     return total
-
-
-def predicted_samples(dim: int, standard_error: float) -> float:
-    """Approximate number of samples for one cone: 4,000 √d, and 3 d^1.3/s² more for a standard error of s nats.
-
-    Measured on cells of 4 d to 8 d Gaussian normals, d = 10 … 80, s = 0.03 … 1, to within a factor of 2.
-
-    >>> predicted_samples(40, 0.5) < predicted_samples(40, 0.1)
-    True
-    """
-    return 4000 * math.sqrt(dim) + 3 * math.pow(dim, 1.3) / standard_error**2
-
-
-def log_ellipsoid_volume(normals: Tensor, interior_point: Tensor) -> Tensor:
-    """Log volume of the Dikin ellipsoid of a cone at its analytic centre c, the ball |y| ≤ 1 of w = c + R⁻ᵀ y.
-
-    It lies in the cone and has nearly its shape, so it compares cones of the same dimensions for the cost of a few
-    matrix products. For cones of trained networks, which differ by several nats, it explains all but one nat.
-
-    Args:
-        normals: b_n, (..., N, d).
-        interior_point: a point of each open cone, (..., d).
-
-    Returns:
-        Natural logarithms, (...).
-
-    >>> square = torch.eye(2, dtype=torch.float64)  # c = (1, 1), and the ellipse has half-axes 1/√2
-    >>> round(float(log_ellipsoid_volume(square, torch.ones(2)).exp() / math.pi), 3)
-    0.5
-    """
-    unit = _unit_normals(normals)
-    points = _interior_points(interior_point, unit)
-    with one_thread():
-        found = log_inner_ellipsoid(unit.reshape(-1, *unit.shape[-2:]), points.reshape(-1, unit.shape[-1]))
-    return found.reshape(unit.shape[:-2])
 
 
 @contextmanager
