@@ -37,11 +37,12 @@ class AngularVolumeMonitor(ScheduledCallback):
     ``nn.Sequential`` that the module runs once on the unchanged inputs of a batch; see
     :func:`~lightning_mnn.callbacks.evaluation.module_network.network_of`) the size is the angular volume
     V(R) = P(W ∈ R) of the region of the whole training set, for i.i.d. normal W, as a logarithm in nats. Every check
-    logs a rigorous lower bound, the first one also the paper's theorems at the run's sizes. At chosen moments the
-    volume itself is estimated.
+    logs a rigorous lower bound, the first one also the paper's theorems at the run's sizes. The volume itself is
+    estimated at every check too, if that is cheap, and at the end (see :class:`~lightning_mnn.callbacks.ConeSettings`).
+    A region that has not changed since it was measured is not measured again.
 
-    *For any other module* with kinks, including a deeper MNN, the size is the local volume on a probe set, at the same
-    moments: the probability P(σ) that a random move of all parameters that require a gradient, of
+    *For any other module* with kinks, including a deeper MNN, the size is the local volume on a probe set, at the end
+    and where ``measure`` says: the probability P(σ) that a random move of all parameters that require a gradient, of
     relative size σ, keeps the pattern of the probe in eval mode. If the first layer's units have cones (its kinks are
     at 0 and come after an ``nn.Linear`` whose inputs depend on no parameter), their volume on the probe is estimated,
     too.
@@ -52,9 +53,10 @@ class AngularVolumeMonitor(ScheduledCallback):
         schedule: when to check, besides the start and the end; None: every 100 epochs.
         epsilon: smallest classification error of the minima that the theorems count.
         measure: when to measure the volume, any of "start", "certificate" (the first time that a LocalMinimumDetector
-            of the run has certified every replica, whether or not it stops training) and "end". None: at the end of a
-            run of one network; volumes of replicas would cost many times the training of such small networks.
-        measure_every: also measure it at every k-th check; None: do not.
+            of the run has certified every replica, whether or not it stops training) and "end". None: for one network,
+            at the end, and at every check if ``measure_every`` is not given and the cost is within
+            ``cones.check_budget``; volumes of replicas would cost many times the training of such small networks.
+        measure_every: also measure it at every k-th check.
         cones: precision and budget of the measures of cones; None: the defaults of
             :class:`~lightning_mnn.callbacks.ConeSettings`.
         local_volume: the probe, the moves, and how the module runs; None: the defaults of
@@ -116,6 +118,7 @@ class AngularVolumeMonitor(ScheduledCallback):
         self._resumed: tuple[int | None, bool] = (None, False)  # that of the resumed run, and whether it had measured
         self._checks = 0
         self._certified = False
+        self._regions: list[tuple[str, int]] = []  # those of the run that is resumed
 
     @property
     def log_lower_bound(self) -> Tensor | None:
@@ -149,14 +152,15 @@ class AngularVolumeMonitor(ScheduledCallback):
         if stage == "fit":
             self._monitor = self._region_monitor() if has_cones(pl_module) else self._local_monitor()
             self._measured, self._checks, self._certified = False, 0, False
-            self._unlogged, self._logged_step, self._resumed = {}, None, (None, False)
+            self._unlogged, self._logged_step, self._resumed, self._regions = {}, None, (None, False), []
             _put_behind_detectors(trainer, self)
 
     @override
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         reason = reason_no_cones(trainer, pl_module, self.local_volume)
         if reason is None:
-            self._monitor = self._region_monitor()
+            self._monitor = monitor = self._region_monitor()
+            monitor.regions = self._regions
         else:
             self._monitor = monitor = self._local_monitor(reason)
             monitor.prepare(trainer, pl_module)
@@ -164,7 +168,9 @@ class AngularVolumeMonitor(ScheduledCallback):
     @override
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._update(trainer, pl_module)
-        if self._checks == 0:
+        if self.measure is None and self.measure_every is None:
+            due = self._monitor.measured_by_default and self._monitor.fits_checks(pl_module)
+        elif self._checks == 0:
             due = self._wanted("start")
         else:
             due = self.measure_every is not None and self._checks % self.measure_every == 0
@@ -228,13 +234,16 @@ class AngularVolumeMonitor(ScheduledCallback):
     @override
     def state_dict(self) -> dict[str, Any]:
         counts = {"checks": self._checks, "certified": self._certified}
-        return super().state_dict() | counts | {"logged_step": self._logged_step, "measured": self._measured}
+        regions = [list(region) for region in self._monitor.regions]
+        logged = {"logged_step": self._logged_step, "measured": self._measured}
+        return super().state_dict() | counts | logged | {"regions": regions}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._checks, self._certified = state_dict.get("checks", 1), state_dict.get("certified", False)
         self._logged_step = state_dict.get("logged_step")
+        self._regions = [(str(digest), int(step)) for digest, step in state_dict.get("regions", [])]
         self._resumed = self._logged_step, state_dict.get("measured", False)
 
     def _region_monitor(self) -> RegionMonitor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,9 @@ from lightning_mnn.callbacks.evaluation.run_module import as_in_training, forwar
 from lightning_mnn.data.loaders.shards import exact_shard, flat_batch, num_samples
 from lightning_mnn.landscape.pattern import ActivationPattern
 from lightning_mnn.landscape.regions.region import Region
-from lightning_mnn.landscape.volumes.cone import predicted_samples
-from lightning_mnn.landscape.volumes.region_volume import RegionVolume, region_log_volume
+from lightning_mnn.landscape.volumes.ep_sampling import MAX_CLOSED_DIM, predicted_samples
+from lightning_mnn.landscape.volumes.expectation_propagation import ep_multiplications
+from lightning_mnn.landscape.volumes.region_volume import RegionVolume, num_units_for, region_log_volume
 from lightning_mnn.utilities.compat.missing import ignored_errors
 from lightning_mnn.utilities.compat.torch_internals import has_forward_hooks
 from lightning_mnn.utilities.distributed import gather
@@ -45,16 +47,18 @@ class OverBudgetError(ValueError):
 
 @dataclass(frozen=True)
 class ConeSettings:
-    """How precisely the measures of units' cones are estimated, and at what cost.
+    """How precisely the log-volumes of regions are estimated, and at what cost.
 
-    A sample of a cone is one sweep of N·d0 multiplications, about 1 ns each on one processor core. For a standard error
-    of s nats a cone takes about 4,000 √d0 + 3 d0^1.3/s² samples. As many units are measured as the budget allows: all,
-    or a random subset, whose spread is then included in the standard error. If it does not allow two units of each
-    replica, nothing is measured.
+    Expectation propagation (EP) gives the log measures of all units' cones approximately, and samples of some units
+    correct their sum (see :func:`~lightning_mnn.landscape.region_log_volume`). As many units are sampled as the target
+    needs and the budget allows. If it does not allow EP and two units of each replica, nothing is measured.
 
     Attributes:
-        target_standard_error: standard error of the log measure of one unit's cone, in nats.
-        budget: maximal number of multiplications of a measurement, all replicas together.
+        target_standard_error: of the log-volume, in nats per square root of the number of units.
+        budget: maximal number of multiplications of a measurement, about 1 ns each on one processor core, all replicas
+            together.
+        check_budget: the same at the scheduled checks where ``measure`` and ``measure_every`` do not ask for it: a
+            measurement that costs more is left to the end.
 
     Raises:
         ValueError: a value is not positive.
@@ -62,11 +66,13 @@ class ConeSettings:
 
     target_standard_error: float = 0.5
     budget: float = 3e9
+    check_budget: float = 3e8
 
     def __post_init__(self) -> None:
         """Check the values."""
         real_number("target_standard_error", self.target_standard_error, above=0)
         real_number("budget", self.budget, above=0, remedy="measure=[] measures nothing")
+        real_number("check_budget", self.check_budget, above=0, remedy="measure=[end] measures only at the end")
 
 
 @dataclass(frozen=True)
@@ -74,34 +80,38 @@ class ConePlan:
     """Settings for measuring the cones of one layer, or of one layer of each replica.
 
     Attributes:
-        target_standard_error: standard error of one cone's log measure.
-        num_units: number of cones to measure in each layer; None: all.
+        target_standard_error: of the log-volume, per square root of the number of units.
+        num_units: number of cones to sample in each layer.
         max_samples: maximal number of samples of each cone.
+        cost: predicted number of multiplications, of all replicas.
     """
 
     target_standard_error: float
-    num_units: int | None
+    num_units: int
     max_samples: int
+    cost: float
 
     @classmethod
     def within(cls, settings: ConeSettings, *, replicas: int, num_samples: int, width: int, dim: int) -> ConePlan:
-        """As many cones as the budget allows, of each of ``replicas`` layers of (width, dim) weights.
+        """As many cones as the target needs and the budget allows, of each of ``replicas`` layers (width, dim).
 
         Raises:
             OverBudgetError: it does not allow two of each layer (one, if the layer has only one).
         """
         sweep = replicas * num_samples * dim  # multiplications of one sweep in each replica
-        budget, samples = settings.budget, predicted_samples(dim, settings.target_standard_error)
-        num_units = int(min(width, budget / (sweep * samples)))
+        approximating = replicas * width * ep_multiplications(num_samples, dim)
+        wanted = num_units_for(width, settings.target_standard_error)
+        if dim <= MAX_CLOSED_DIM:  # closed forms, without a sample
+            return cls(settings.target_standard_error, width, _MAX_SAMPLES, approximating)
+        samples = predicted_samples(dim, settings.target_standard_error * math.sqrt(wanted / width))
+        num_units = int(min(wanted, (settings.budget - approximating) / (sweep * samples)))
         least = min(2, width)
         if num_units < least:
-            needed = f"{least} cones a network would take {least * sweep * samples:.1e} multiplications"
-            raise OverBudgetError(f"{needed}, above the budget of {budget:.1e}")
-        return cls(
-            settings.target_standard_error,
-            num_units if num_units < width else None,
-            int(min(_MAX_SAMPLES, budget / (sweep * num_units))),
-        )
+            needed = f"{least} cones a network would take {approximating + least * sweep * samples:.1e} multiplications"
+            raise OverBudgetError(f"{needed}, above the budget of {settings.budget:.1e}")
+        left = (settings.budget - approximating) / (sweep * num_units)
+        cost = approximating + num_units * sweep * samples
+        return cls(settings.target_standard_error, num_units, int(min(_MAX_SAMPLES, left)), cost)
 
     def measure(self, inputs: Tensor, rows: Tensor, seed: int) -> VolumeOrReason:
         """The volume of the region of rows (d1, d0) on inputs (N, d0), or why there is none.

@@ -107,6 +107,11 @@ class LocalVolumeMonitor:
 
     log_lower_bound: Tensor | None = None
     measured_by_default = True
+    regions: tuple[()] = ()
+
+    def fits_checks(self, pl_module: pl.LightningModule) -> bool:  # noqa: ARG002 (the same as that of a region)
+        """A local volume takes seconds: it is measured only where that is asked for, and at the end."""
+        return False
 
     def __init__(
         self, settings: LocalVolumeSettings, cones: ConeSettings, seed: int, reason: str | None = None

@@ -20,6 +20,7 @@ from lightning_mnn.callbacks.trainer.long_pass import long_pass
 from lightning_mnn.callbacks.volumes.cones import NOT_MEASURED, ConePlan, OverBudgetError, reason_not_alone
 from lightning_mnn.data.loaders.shards import num_samples
 from lightning_mnn.landscape import bounds
+from lightning_mnn.landscape.pattern import ActivationPattern
 from lightning_mnn.landscape.volumes.region_volume import log_volume_bound_from_sines
 from lightning_mnn.loggers.media import log_histogram, log_scalars
 from lightning_mnn.utilities.distributed import on_first_process
@@ -54,19 +55,32 @@ class RegionMonitor:
         log_lower_bound: the bound, (...); None before training.
         volumes: the volumes at the present weights, one per replica; None where there is none.
         reasons: why there is no volume, one per replica; None where there is one.
+        regions: of each replica, the digest of the region that was measured last, and the step at which it was.
     """
 
     def __init__(self, settings: ConeSettings, epsilon: float, seed: int) -> None:
         self.log_lower_bound: Tensor | None = None
         self.volumes: list[RegionVolume | None] = [None]
         self.reasons: list[str | None] = [NOT_MEASURED]
+        self.regions: list[tuple[str, int]] = []
         self._settings, self._epsilon, self._seed = settings, epsilon, seed
+        self._last: list[VolumeOrReason] = []  # what was found in these regions; empty in a resumed run
         self._statistics: NetworkStatistics | None = None  # at the present weights
 
     @property
     def measured_by_default(self) -> bool:
         """Whether the volume is measured at the end of a run that does not ask for it: not that of replicas."""
         return len(self.volumes) == 1
+
+    def fits_checks(self, pl_module: pl.LightningModule) -> bool:
+        """Whether a measurement at the present weights is cheap enough for every scheduled check."""
+        assert self._statistics is not None  # noqa: S101 (for the type checker)
+        width, dim = _network(pl_module).rows.shape[-2:]
+        sizes = {"num_samples": self._statistics.num_samples, "width": width, "dim": dim}
+        try:
+            return ConePlan.within(self._settings, replicas=1, **sizes).cost <= self._settings.check_budget
+        except OverBudgetError:
+            return False
 
     def leave_out(self) -> None:
         """Record that the volumes are not measured, as they are not asked for."""
@@ -96,11 +110,15 @@ class RegionMonitor:
         return scalars
 
     def measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure the volume of each replica's region."""
+        """Measure the volume of each replica's region; that of a region that was measured last is known."""
         network = _network(pl_module)
         with _isolated_if_foreign(trainer, pl_module):
-            found = on_first_process(trainer, lambda: self._found(trainer, network))
-        self.volumes, self.reasons = [volume for volume, _ in found], [reason for _, reason in found]
+            self._last, self.regions = on_first_process(trainer, lambda: self._found(trainer, network))
+        self.volumes, self.reasons = [volume for volume, _ in self._last], [reason for _, reason in self._last]
+        failed = [volume.fallbacks.tolist() for volume in self.volumes if volume and len(volume.fallbacks)]
+        if failed:
+            units = ", ".join(str(units) for units in failed)
+            rank_zero_info(f"AngularVolumeMonitor: expectation propagation failed for units {units}: they are sampled")
 
     def log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the volume: means over the replicas that have one."""
@@ -121,6 +139,7 @@ class RegionMonitor:
                 "volume/unit_least": units.amin(-1),
                 "volume/unit_most": units.amax(-1),
                 "volume/log_ratio_to_average_cell": units.mean(-1) + log_num_cells,
+                "volume/units_without_ep": sum(float(len(volume.fallbacks)) for volume in volumes) / len(volumes),
             },
         )
         for logger in trainer.loggers:
@@ -133,8 +152,11 @@ class RegionMonitor:
                 rank_zero_info(f"AngularVolumeMonitor: log-volume not measured: {reason}")
 
     @torch.no_grad()
-    def _found(self, trainer: pl.Trainer, network: Network) -> list[VolumeOrReason]:
-        """The volume of each replica's region, or why there is none; run by one process, which reads all samples."""
+    def _found(self, trainer: pl.Trainer, network: Network) -> tuple[list[VolumeOrReason], list[tuple[str, int]]]:
+        """The volume of each replica's region, or why there is none, and the regions with the steps of their seeds.
+
+        Run by one process, which reads all samples.
+        """
         assert self._statistics is not None  # noqa: S101 (for the type checker)
         assert self.log_lower_bound is not None  # noqa: S101 (for the type checker)
         lower_bounds = self.log_lower_bound.reshape(-1).tolist()
@@ -143,16 +165,26 @@ class RegionMonitor:
         try:
             plan = ConePlan.within(self._settings, replicas=len(lower_bounds), **sizes)
         except OverBudgetError as error:
-            return [(None, str(error))] * len(lower_bounds)
+            return [(None, str(error))] * len(lower_bounds), []
         inputs, _ = training_samples(trainer, network, whole=True)
         network = network.to(inputs.device).to(torch.float64)
         rows = network.rows.reshape(-1, width, dim)
         inputs = network.augment(inputs.to(torch.float64)).expand(len(rows), -1, -1)
-        seeds = [generator(self._seed + r, "volume", trainer.global_step).initial_seed() for r in range(len(rows))]
-        replicas = zip(inputs, rows, lower_bounds, seeds, strict=True)
-        return [
-            (None, _ON_A_KINK) if bound == -math.inf else plan.measure(x, w, seed) for x, w, bound, seed in replicas
-        ]
+        found: list[VolumeOrReason] = []
+        regions = []
+        for r, (x, w, bound) in enumerate(zip(inputs, rows, lower_bounds, strict=True)):
+            digest = str(ActivationPattern.from_preactivations(x @ w.mT).digest())
+            before, step = self.regions[r] if r < len(self.regions) else ("", 0)
+            if digest != before:
+                step = trainer.global_step
+            regions.append((digest, step))
+            if bound == -math.inf:
+                found.append((None, _ON_A_KINK))
+            elif digest == before and self._last and self._last[r][0] is not None:
+                found.append(self._last[r])
+            else:
+                found.append(plan.measure(x, w, generator(self._seed + r, "volume", step).initial_seed()))
+        return found, regions
 
 
 def theorems(

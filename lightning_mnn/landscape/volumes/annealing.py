@@ -97,14 +97,6 @@ def analytic_centre(normals: Tensor, interior: Tensor) -> Tensor:
     return point
 
 
-def log_inner_ellipsoid(normals: Tensor, interior: Tensor) -> Tensor:
-    """Log volume (K,) of the ellipsoid |y| ≤ 1 of w = c + R⁻ᵀ y, which lies in the cone (see :func:`centre`)."""
-    dim = normals.shape[-1]
-    _, scaled, weight = _barrier(normals, analytic_centre(normals, interior))
-    ball = dim / 2 * math.log(math.pi) - math.lgamma(dim / 2 + 1)
-    return ball - _hessian_factor(scaled, weight).diagonal(dim1=-2, dim2=-1).log().sum(-1)
-
-
 def centre(normals: Tensor, interior: Tensor, generator: torch.Generator) -> Centred:
     """Cones {w : b_n·w > 0} from unit normals (K, N, d; zero rows are no constraints) and a point of each, (K, d)."""
     point = analytic_centre(normals, interior)
@@ -214,7 +206,7 @@ def _run_chains(cones: Centred, particles: Tensor, beta: Tensor, length: int, ge
     for _ in range(length - 1):
         safe_point()
         _move_coordinates(points, distances, columns, precisions, -forces / precisions, generator)
-        _move_along_rays(points, distances, apex, precisions, forces, generator)
+        move_along_rays(points, distances, apex, precisions, forces, generator)
         states.append(points.clone().view_as(particles))
     return torch.cat(states, dim=-1)
 
@@ -247,7 +239,7 @@ def _move_coordinates(
         distances.addcmul_(move[..., None], column)
 
 
-def _move_along_rays(
+def move_along_rays(
     points: Tensor, distances: Tensor, apex: Tensor, precisions: Tensor, forces: Tensor, generator: torch.Generator
 ) -> None:
     """One slice-sampling move y ↦ apex + r (y − apex) of every particle, in place (shapes as in _move_coordinates).
@@ -275,7 +267,7 @@ def _move_along_rays(
     factor = torch.lerp(left, right, torch.rand(a.shape, dtype=a.dtype, device=a.device, generator=generator))
     factor = torch.where(log_density(factor) >= level, factor, 1.0)
     torch.add(apex, factor * rays, out=points)
-    distances *= factor[..., None]
+    distances *= factor[..., None].to(distances.dtype)
 
 
 def _tail_step(cones: Centred, population: Tensor, beta: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def test_moves_keep_the_distribution(move):
             columns = cones.walls.mT.contiguous()
             annealing._move_coordinates(y, distances, columns, precisions, -forces / precisions, generator)
         else:
-            annealing._move_along_rays(y, distances, cones.apex.mT[..., None], precisions, forces, generator)
+            annealing.move_along_rays(y, distances, cones.apex.mT[..., None], precisions, forces, generator)
     assert float((y != before).double().mean()) > 0.99
     assert torch.allclose(distances, annealing._distances(cones, y), atol=1e-9)
     w = (c[:, None] + m @ y[:, 0]).T.numpy()
