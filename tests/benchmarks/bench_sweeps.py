@@ -1,7 +1,8 @@
 """How many jobs a minute a sweep does: JOBS (20) runs of ten epochs, in each way to run them, ROUNDS (1) times in turn.
 
-On a busy machine compare the seconds of the processor: those of all processes, except W&B's service. A job's overhead is the time from the start of its process to the start of its training: cold, nearly all of it is spent
-on importing torch and Lightning. OVERRIDES adds to the command line, such as callbacks.angular_volume_monitor=null.
+On a busy machine compare the seconds of the processor: those of all processes, except W&B's service. A job's overhead
+is the time from the start of its process to the start of its training: cold, nearly all of it is spent on importing
+torch and Lightning. OVERRIDES adds to the command line, such as callbacks.angular_volume_monitor=null.
 """
 
 import json
