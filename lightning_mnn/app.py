@@ -26,7 +26,7 @@ from lightning_mnn.utilities.compat.wandb_internals import IMPORTED_WHEN_A_RUN_S
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-# What jobs of a sweep will import, for hydra/launcher=device_pool.
+# What jobs of a sweep will import, for hydra/launcher=device_pool, which imports it once for all of them.
 __preload__ = (
     *("lightning_mnn.tasks.train", "lightning_mnn.launchers.jobs.progress"),
     *("lightning_mnn.data", "lightning_mnn.model.mnn"),

@@ -108,7 +108,8 @@ class Batched(DevicePool):
                 plans = [JobPlan(job.number, job.config, *self._values[job.number], job.log) for job in part]
                 output = Path(str(job_dir(part[0])), f"batch-{len(batches)}.log")
                 most = self._max_replicas or _by_memory(part[0].config, number)
-                batches.append(JobBatch(part, plans, most, output))
+                options = {"max_replicas": most, "fail_fast": self._options.fail_fast}
+                batches.append(JobBatch(part, plans, options, output))
         return [*batches, *alone]
 
 

@@ -227,9 +227,9 @@ def _run(
     """
     running: list[Job | JobBatch] = []
     try:
-        while not received and ((waiting := _to_start(jobs, starter.options)) or running):
+        while not received and ((waiting := _waiting(jobs, starter.options)) or running):
             for job in waiting:
-                if not received and (allocation := pool.allocate(job.request)) is not None:
+                if not received and job.may_start and (allocation := pool.allocate(job.request)) is not None:
                     running.append(job)
                     if starter.start(job, allocation, received):
                         show(job)
@@ -248,8 +248,8 @@ def _run(
         _end(running, received)
 
 
-def _to_start(jobs: Sequence[Job | JobBatch], options: DevicePoolConf) -> list[Job | JobBatch]:
-    """The jobs that wait for their start."""
+def _waiting(jobs: Sequence[Job | JobBatch], options: DevicePoolConf) -> list[Job | JobBatch]:
+    """The jobs that are to be started."""
     if options.fail_fast and any(job.state is JobState.FAILED for job in jobs):
         return []
     return [job for job in jobs if job.state is JobState.WAITING]

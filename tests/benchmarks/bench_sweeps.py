@@ -1,11 +1,13 @@
 """How many jobs a minute a sweep does: JOBS (20) runs of ten epochs, in each way to run them, ROUNDS (1) times in turn.
 
-A job's overhead is the time from the start of its process to the start of its training: cold, nearly all of it is spent
-on importing torch and Lightning. OVERRIDES adds to the command line, such as callbacks.angular_volume_monitor=null.
+On a busy machine compare the seconds of the processor: those of all processes, except W&B's service. A job's overhead
+is the time from the start of its process to the start of its training: cold, nearly all of it is spent on importing
+torch and Lightning. OVERRIDES adds to the command line, such as callbacks.angular_volume_monitor=null.
 """
 
 import json
 import os
+import resource
 import shlex
 import statistics
 import subprocess
@@ -28,12 +30,14 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 def main():
     jobs, rounds = (int(os.environ.get(name, default)) for name, default in (("JOBS", "20"), ("ROUNDS", "1")))
-    seconds, overheads = defaultdict(list), defaultdict(list)
+    seconds, processor, overheads = defaultdict(list), defaultdict(list), defaultdict(list)
     ways = {way: options for way, options in WAYS.items() if exists(way, options)}
     for _ in range(rounds):
         for way, options in ways.items():
             with tempfile.TemporaryDirectory() as folder:
+                before = used()
                 seconds[way].append(sweep(jobs, options, folder))
+                processor[way].append(used() - before)
                 records = [json.loads(path.read_text()) for path in Path(folder).glob("sweep/*/job.json")]
             assert all(record["status"] == "finished" for record in records)
             overheads[way] += [record["seconds_to_training"] for record in records]
@@ -45,8 +49,15 @@ def main():
         if overheads[way]:
             median, most = statistics.median(overheads[way]), max(overheads[way])
             print(f"  {'':32} from start to training {median:.2f} s, at most {most:.2f} s")
-    cold, warm = (statistics.median(seconds[f"device_pool, {way}"]) for way in ("cold", "warm"))
-    print(f"warm: {cold / warm:.2f} times as fast as cold")
+    for name, of in (("time", seconds), ("processor time", processor)):
+        cold, warm = (statistics.median(of[f"device_pool, {way}"]) for way in ("cold", "warm"))
+        print(f"warm: {cold / warm:.2f} times less {name} than cold")
+
+
+def used():
+    """Seconds of the processor that processes have used for which this one or its children have waited."""
+    own = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return own.ru_utime + own.ru_stime
 
 
 def exists(way, options):

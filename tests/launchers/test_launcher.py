@@ -363,6 +363,40 @@ def test_a_sweep_over_devices_is_right_and_survives_the_loss_of_a_rank():
     assert all(json.loads(Path("cut", job, "job.json").read_text())["warm"] for job in "01")
 
 
+@pytest.mark.slow
+def test_a_run_that_is_killed_is_started_again_and_gives_the_same_numbers():
+    sweep = [
+        *(sys.executable, "-m", "lightning_mnn", "-m", "hydra/launcher=device_pool", "trainer=cpu", "seed=2"),
+        *("data.num_samples=41", "data.input_dim=7", "model.hidden_dims=[9]", "trainer.max_epochs=300"),
+        *("logger.mode=disabled", "callbacks.angular_volume_monitor=null"),
+        "callbacks.local_minimum_detector.stop_training=false",
+        "callbacks.checkpoint.train_time_interval.minutes=0.001",
+    ]
+    launcher = subprocess.Popen(
+        [*sweep, "hydra.sweep.dir=cut", "hydra.launcher.retries=1"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    wait_for(Path("cut/0/checkpoints/last.ckpt").exists)
+    os.kill(writer_of(Path("cut/0/console.log").resolve()), signal.SIGKILL)
+    said, _ = launcher.communicate(timeout=PATIENCE)
+    assert launcher.returncode == 0, said
+    assert "was ended by SIGKILL" in said
+    assert "it is started again (1 of 1), resuming it" in said
+    record = json.loads(Path("cut/0/job.json").read_text())
+    assert (record["status"], record["retries"], record["warm"]) == ("finished", 1, True)
+    say([*sweep, "hydra.sweep.dir=whole", "hydra.launcher.warm=false"])
+    assert summaries("cut") == summaries("whole")
+
+
+def writer_of(log):
+    """The process whose output a file gets."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (path / "fd" / "1").readlink() == log:
+                return int(path.name)
+    raise AssertionError(f"nobody writes to {log}")
+
+
 LIGHTNING = """
 import hydra
 import pytorch_lightning as pl

@@ -27,24 +27,26 @@ class JobBatch:
     Attributes:
         jobs: the jobs.
         plans: what each of them is to do.
-        max_replicas: how many run at a time.
+        options: ``max_replicas``, how many run at a time, and ``fail_fast``.
         log: file for what the process itself prints.
         state: of the process.
         allocation: its devices.
         process: the process, once it is started.
         retries: how often it was started again after a crash.
         has_crashed: whether the process has ended before its jobs, and the launcher did not end it.
+        may_start: whether nothing that has crashed is left.
     """
 
     jobs: Sequence[Job]
     plans: Sequence[JobPlan]
-    max_replicas: int
+    options: dict[str, Any]
     log: Path
     state: JobState = JobState.WAITING
     allocation: Allocation | None = None
     process: JobProcess | None = None
     retries: int = 0
     has_crashed: bool = False
+    may_start: bool = True
     _ended: list[Job] = field(default_factory=list)
     _resumes: bool = False
 
@@ -82,7 +84,7 @@ class JobBatch:
                 job.folder.mkdir(parents=True, exist_ok=True)
                 (job.folder / JOB_RECORD).unlink(missing_ok=True)
                 job.allocation = allocation
-            own = {"config": plans[0].template, "plans": plans, "max_replicas": self.max_replicas}
+            own = {"config": plans[0].template, "plans": plans, **self.options}
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with self.log.open("ab") as output:
                 self.process = JobProcess(allocation, output, call | own, servers)
@@ -107,6 +109,13 @@ class JobBatch:
                 self._end(job, returns[job.number])
         if not over:
             return False
+        if not self.process.exit_code:  # after a failure, it has started no further jobs
+            for job in self._left():
+                job.state, job.allocation = JobState.WAITING, None
+            self.state = JobState.FINISHED
+            self.process, process = None, self.process
+            process.clean_up()
+            return True
         self.has_crashed = bool(self._left()) and not self.process.ended_by_us
         self.state = JobState.FAILED if self._left() else JobState.FINISHED
         if not self.has_crashed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import signal
+import time
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 
 _LONGEST_ERROR = 300  # characters of a job's error message
+
+_PATIENCE = 60.0  # seconds for the processes of a job that has crashed to end
 
 _HINT = "Set the environment variable HYDRA_FULL_ERROR"  # Hydra prints it below the error
 
@@ -77,6 +80,7 @@ class Job:
     retries: int = 0
     has_crashed: bool = False
     _is_told: bool = False
+    _crashed_at: float = 0.0
 
     @property
     def log(self) -> Path:
@@ -100,9 +104,24 @@ class Job:
         self.retries += 1
         self.state, self.allocation, self.process, self.returned = JobState.WAITING, None, None, None
         self.progress, self.has_crashed = {}, False
+        self._crashed_at = time.monotonic()
         if self.can_resume:
             with read_write(self.config):
                 self.config.resume = True
+
+    @property
+    def may_start(self) -> bool:
+        """Whether it waits, and not for processes that the crashed one has left behind, such as W&B's, to end."""
+        if self.state is not JobState.WAITING:
+            return False
+        if not self.retries or time.monotonic() > self._crashed_at + _PATIENCE:
+            return True
+        try:
+            with self.log.open("ab") as output:
+                _lock(output, self.folder)
+        except (OSError, RuntimeError):
+            return False
+        return True
 
     def start(self, allocation: Allocation, call: dict[str, Any], servers: WarmServers | None = None) -> bool:
         """Start the job's process on allocated devices; if that is impossible, the job has failed.

@@ -133,7 +133,8 @@ def _run_batch(call: dict[str, Any], folder: Path) -> int:
     setup_globals()
     arguments = {"hydra_context": call["hydra_context"], "task_function": call["task_function"].resolve()}
     report = lambda number, found: _write_return(folder, found, f"{RETURN}.{number}")  # noqa: E731
-    run_jobs(call["plans"], call["max_replicas"], arguments, report)
+    options = {name: call[name] for name in ("max_replicas", "fail_fast")}
+    run_jobs(call["plans"], arguments, report, **options)
     return 0
 
 

@@ -93,20 +93,27 @@ class Turn:
 
 
 def run_jobs(
-    plans: Sequence[JobPlan], max_replicas: int, call: dict[str, Any], report: Callable[[int, JobReturn], None]
+    plans: Sequence[JobPlan],
+    call: dict[str, Any],
+    report: Callable[[int, JobReturn], None],
+    *,
+    max_replicas: int,
+    fail_fast: bool = False,
 ) -> None:
     """Run jobs in this process.
 
     Args:
         plans: the jobs.
-        max_replicas: how many run at a time.
         call: arguments for Hydra's ``run_job``: ``hydra_context`` and ``task_function``.
         report: called with a job's number and its return when it has ended; an error is given as text. A job that a
             signal stops is not reported.
+        max_replicas: how many run at a time.
+        fail_fast: after the first job that fails, start no further ones.
     """
     raise_file_limit()  # each job has a log, a lock and files that it writes
     os.environ["WANDB_REINIT"] = "create_new"  # each job has a W&B run of its own
     os.environ.pop(VARIABLE, None)  # the jobs would all write the same report
+    failed: list[int] = []
     turns = [Turn(plan.output) for plan in plans]
 
     def work(index: int) -> None:
@@ -124,6 +131,7 @@ def run_jobs(
             found = JobReturn(status=JobStatus.FAILED)
             found.return_value = error
         if found.status is JobStatus.FAILED:
+            failed.append(index)
             cause = result_of(found)
             traceback.print_exception(cause)
             found.return_value = f"{type(cause).__name__}: {cause}"
@@ -137,7 +145,7 @@ def run_jobs(
             max_replicas=max_replicas,
             on_turn=lambda index: turns[index].begin(),
             after_turn=lambda index: turns[index].end(),
-            is_stopped=lambda: bool(requested()),
+            is_stopped=lambda: bool(requested() or (fail_fast and failed)),
         )
     for turn in turns:
         turn.close()

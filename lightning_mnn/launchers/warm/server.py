@@ -82,7 +82,7 @@ def main() -> None:
     gc.freeze()  # what is imported is neither searched nor copied by the jobs' garbage collection
     start = _serve(connection, imports)
     if start is None:
-        return
+        python_internals.end_process(0)
     imports.make_own(start.environment)
     sys.argv = [task["script"], str(start.folder)]
     module, _, name = task["run"].partition(":")
