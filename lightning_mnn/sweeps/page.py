@@ -76,7 +76,7 @@ def page_of(sweep: Sweep, *, reload: int | None = None) -> Page:
         common=[(key, _text(_known(rows, key)[0])) for key in columns if key not in (*shown, "replica")],
         notes=cut if len(everything) > len(rows) else (),
         problems=[_problem(sweep, job, with_log=number < _MAX_LOGS) for number, job in enumerate(left)],
-        resume=_resume(sweep) if left else (),
+        resume=_resume(sweep) if left and reload is None else (),  # what runs cannot be resumed
         data=_data(sweep, rows, shown, classes),
         reload=reload,
     )
