@@ -74,9 +74,9 @@ class SweepEnd:
         from lightning_mnn.sweeps.wandb import log_summary_run  # noqa: PLC0415
 
         console = Console(soft_wrap=True, highlight=False)
-        report = write_report(sweep)
         print_report(sweep, console, resume=not (self.folder / SWEEP_RECORD).exists())  # else the launcher printed it
         print_verdicts(sweep, console)
+        report = write_report(sweep)
         print_written(report.paths, console)
         log_summary_run(self.config, sweep, report)
         missing = runs_without_figure(sweep) if _selected(self.config, "figure") is None else []

@@ -73,10 +73,10 @@ def page_of(sweep: Sweep, *, reload: int | None = None) -> Page:
         columns=[Column(key, [_text(row[key]) for row in rows], is_number=_has_numbers(rows, key)) for key in shown],
         classes=classes,
         jobs=_owners(sweep)[: len(rows)],
-        common=[(key, _text(_known(rows, key)[0])) for key in columns if key not in shown],
+        common=[(key, _text(_known(rows, key)[0])) for key in columns if key not in (*shown, "replica")],
         notes=cut if len(everything) > len(rows) else (),
         problems=[_problem(sweep, job, with_log=number < _MAX_LOGS) for number, job in enumerate(left)],
-        resume=_resume(sweep) if left else (),
+        resume=_resume(sweep) if left and reload is None else (),  # what runs cannot be resumed
         data=_data(sweep, rows, shown, classes),
         reload=reload,
     )

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_mnn.figures import figure_of_test_errors, sweep_figure
-from lightning_mnn.figures.scales import label_of, number_in
+from lightning_mnn.figures.scales import REPETITION, label_of, number_in
 from lightning_mnn.figures.style import CLASSES, class_of
 from lightning_mnn.figures.sweep_bands import statistics_of
 from lightning_mnn.runs.logs import has_logs
@@ -91,7 +91,7 @@ def print_verdicts(sweep: Sweep, console: Console) -> None:
     rows = [row for row in table_rows(sweep) if has_result(row)]
     if not any(row.get("kind") for row in rows):
         return
-    keys = [key for key in axes_of(sweep, rows) if key]
+    keys = [key for key in axes_of(sweep, rows) if key not in ("", REPETITION)]
     errors = [name for name in ("mse", "mce", "test_mse", "test_mce") if any(row.get(name) is not None for row in rows)]
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:

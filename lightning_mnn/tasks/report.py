@@ -67,10 +67,9 @@ def report(cfg: DictConfig) -> None:
         if cfg.get("watch"):
             watch_sweep(folder, console)
         sweep = read_sweep(folder)
-        report = write_report(sweep)
         print_report(sweep, console)
         print_verdicts(sweep, console)
-        print_written(report.paths, console)
+        print_written(write_report(sweep).paths, console)
         if cfg.get("figure"):
             print_written([run_figure(run) for run in runs_without_figure(sweep)], console)
         if cfg.get("x") is not None:

@@ -101,7 +101,7 @@ def test_sweeps_of_other_programs_have_a_page():
         (folder / "job.json").write_text(json.dumps(record | {"overrides": [f"lr={10.0**-number}"]}))
         (folder / "logs" / "metrics.csv").write_text(f"step,val/loss\n0,{number}\n5,{number / 2}\n")
     page = page_of(read_sweep(Path("sweep").absolute()))
-    assert page.common == [("kind", "undecided"), ("seconds", "2")]
+    assert page.common == [("kind", "undecided"), ("seconds", "2"), ("return_value", "0.5")]
     assert page.data["x"] == "lr"
     assert page.data["y"] == "return_value"
     assert page.data["columns"]["val/loss"] == [0.0, 0.5, 1.0]

@@ -1,6 +1,7 @@
 """The page of a sweep that is watched while it runs."""
 
 import io
+import re
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -27,14 +28,15 @@ def test_the_page_is_written_until_the_command_of_the_sweep_has_ended():
     def next_job(seconds):
         assert seconds >= 5
         text = (SWEEP / "report.html").read_text()
-        seen.append(('"reload":5' in text, text.count("finished<")))
+        assert '"reload":5' in text
+        seen.append(re.search(r"<dt>jobs</dt><dd>(.*?)</dd>", text)[1])
         if len(seen) == 4:
             running.close()
         else:
             write_job(SWEEP / str(len(seen) - 1), [f"seed={len(seen)}"])
 
     watch_sweep(SWEEP.absolute(), console(), wait=next_job)
-    assert seen == [(True, 0), (True, 1), (True, 2), (True, 3)]
+    assert seen == ["3 waiting", "1 finished, 2 waiting", "2 finished, 1 waiting", "3 finished"]
     assert not is_locked(SWEEP)
 
 

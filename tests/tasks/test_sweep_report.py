@@ -459,7 +459,7 @@ def test_bands_are_over_the_networks_of_each_point(tmp_path, drawn, band):
         (["x=data.seed"], "x is no column with values of the finished jobs, got 'data.seed': choose from job, folder"),
         (["x=seed", "y=[mse,kind]"], "y has no numbers, got 'kind'"),
         (["x=seed", "color=model"], "color is no column"),
-        (["x=seed", "band=range"], "band must be one of std, quartiles, got 'range'"),
+        (["x=seed", "band=range"], "band must be one of std, quartiles, confidence, got 'range'"),
     ],
 )
 def test_columns_that_cannot_be_drawn_are_named(tmp_path, overrides, message):
