@@ -109,12 +109,12 @@ class JobBatch:
                 self._end(job, returns[job.number])
         if not over:
             return False
-        if not self.process.exit_code:  # after a failure, it has started no further jobs
-            for job in self._left():
+        if self.process.exit_code == 0 and not self.process.ended_by_us:
+            for job in self._left():  # after another has failed, they were not started
                 job.state, job.allocation = JobState.WAITING, None
             self.state = JobState.FINISHED
-            self.process, process = None, self.process
-            process.clean_up()
+            self.process.clean_up()
+            self.process = None
             return True
         self.has_crashed = bool(self._left()) and not self.process.ended_by_us
         self.state = JobState.FAILED if self._left() else JobState.FINISHED

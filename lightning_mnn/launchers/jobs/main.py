@@ -134,8 +134,8 @@ def _run_batch(call: dict[str, Any], folder: Path) -> int:
     arguments = {"hydra_context": call["hydra_context"], "task_function": call["task_function"].resolve()}
     report = lambda number, found: _write_return(folder, found, f"{RETURN}.{number}")  # noqa: E731
     options = {name: call[name] for name in ("max_replicas", "fail_fast")}
-    run_jobs(call["plans"], arguments, report, **options)
-    return 0
+    number = run_jobs(call["plans"], arguments, report, **options)
+    return 128 + number if number else 0
 
 
 def _write_return(folder: Path, found: Any, name: str = RETURN) -> None:

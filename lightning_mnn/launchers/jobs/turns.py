@@ -99,7 +99,7 @@ def run_jobs(
     *,
     max_replicas: int,
     fail_fast: bool = False,
-) -> None:
+) -> int:
     """Run jobs in this process.
 
     Args:
@@ -109,6 +109,9 @@ def run_jobs(
             signal stops is not reported.
         max_replicas: how many run at a time.
         fail_fast: after the first job that fails, start no further ones.
+
+    Returns:
+        The number of the signal that stopped them; 0: none did.
     """
     raise_file_limit()  # each job has a log, a lock and files that it writes
     os.environ["WANDB_REINIT"] = "create_new"  # each job has a W&B run of its own
@@ -147,5 +150,7 @@ def run_jobs(
             after_turn=lambda index: turns[index].end(),
             is_stopped=lambda: bool(requested() or (fail_fast and failed)),
         )
+        number = requested()
     for turn in turns:
         turn.close()
+    return number
