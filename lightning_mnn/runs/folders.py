@@ -174,13 +174,13 @@ class RunFolderCallback(Callback):
 
     @override
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        with _refusals():
+        with refusals():
             check_names(config)
             footprint.begin(hydra_path(config, "run.dir"), is_sweep=False)
 
     @override
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        with _refusals():
+        with refusals():
             check_names(config)
             footprint.begin(hydra_path(config, "sweep.dir"), is_sweep=True)
         try:
@@ -198,7 +198,7 @@ class RunFolderCallback(Callback):
 
 
 @contextmanager
-def _refusals() -> Iterator[None]:
+def refusals() -> Iterator[None]:
     """End the process with one line if a command is refused: Hydra turns exceptions of a callback into warnings."""
     try:
         yield

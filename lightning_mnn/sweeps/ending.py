@@ -13,6 +13,8 @@ from typing_extensions import override
 
 from lightning_mnn.config.paths import hydra_path
 from lightning_mnn.launchers.jobs.records import SWEEP_RECORD
+from lightning_mnn.runs.folders import refusals
+from lightning_mnn.sweeps.adaptive import prepare
 from lightning_mnn.sweeps.lock import held
 from lightning_mnn.utilities.files import relative
 
@@ -32,7 +34,9 @@ class SweepReportCallback(Callback):
     @override
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         global _current  # noqa: PLW0603 (a process has one command)
-        _current = SweepEnd(config)
+        with refusals():
+            _current = SweepEnd(config)
+            prepare(config, _current.folder)
 
 
 class SweepEnd:
