@@ -280,7 +280,7 @@ def test_a_region_is_measured_once(make_trainer, tmp_path, monkeypatch):
     assert measured_steps(logger) == [0, 1, 2, 3, 4]
     assert len(calls) == 1
     again = AngularVolumeMonitor(Schedule(every=1))
-    trainer = make_trainer(max_epochs=6, callbacks=[again])
+    trainer = make_trainer(max_epochs=6, callbacks=[again, saver], enable_checkpointing=True)
     trainer.fit(
         MNN(5, (4,), **slow), GaussianData(12, 5), ckpt_path=tmp_path / "saved" / "step=3.ckpt", weights_only=True
     )
