@@ -86,7 +86,9 @@ class SharedCones:
 
     @classmethod
     def of(cls, inputs: Tensor, sides: Tensor) -> SharedCones:
-        """Approximate the cones of inputs (N, d0), none of them zero, and signs (K, N)."""
+        """Approximate the cones of inputs (N, d0), none of them zero, and signs (K, N); on the CPU or a GPU of CUDA."""
+        if inputs.device.type not in _ENTRIES_PER_CHUNK:
+            inputs, sides = inputs.cpu(), sides.cpu()
         scaled = inputs.double() / inputs.abs().amax(-1, keepdim=True)
         directions = torch.nn.functional.normalize(scaled, dim=-1)
         distinct = distinct_constraints(directions)
