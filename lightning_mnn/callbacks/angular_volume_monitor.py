@@ -159,8 +159,8 @@ class AngularVolumeMonitor(ScheduledCallback):
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         reason = reason_no_cones(trainer, pl_module, self.local_volume)
         if reason is None:
-            self._monitor = monitor = self._region_monitor()
-            monitor.regions = self._regions
+            self._monitor = regions = self._region_monitor()
+            regions.regions = self._regions
         else:
             self._monitor = monitor = self._local_monitor(reason)
             monitor.prepare(trainer, pl_module)

@@ -219,7 +219,7 @@ MIN_FULL_RANK_EIGENVALUE_RATIO = 1e-8  # eigenvalue of a Gram matrix, relative t
 # Source: chosen: far above the rounding of a Gram matrix; below, singular values decide. Test: none, test_cone.
 MIN_BETA_VALUE = 1e-250  # value of the incomplete beta function from which it has all its digits
 # Source: float64 ends at 1e-308; below, a series is used. Test: none, test_volume.
-CHORD_END_FRACTION_FLOAT32 = 1e-6  # the same where distances are in float32, relative to each part of the chord
+CHORD_END_FRACTION_FLOAT32 = 1e-6  # fraction of each part of a chord removed at its end, with distances in float32
 # Source: chosen: some ten roundings of float32. Test: none, test_ep_sampling.
 MIN_PARTICLE_DISTANCE = 1e-5  # distance from a wall, relative to that of the middle, that float32 resolves
 # Source: chosen: some hundred roundings of float32. Test: none, test_ep_sampling.
@@ -228,8 +228,7 @@ MAX_SAME_DIRECTION_GAP = 1e-12  # distance of two unit vectors up to sign that a
 MAX_SITE_CHANGE = 1e-5  # change of a site in the last iteration, relative to its marginal
 # Source: the log measure is stationary in the sites, so that its square is left. Test: here.
 MAX_THIRD_ORDER_CORRECTION = 0.32  # in nats, of a cone whose log measure by EP is trusted
-# Source: measured: at most 0.3 for random and trained cones, 0.34 to 0.44 for near-duplicates, where EP is 0.6 to 1 off.
-# Test: here.
+# Source: measured: up to 0.3 for random cones, more for near-duplicates, where EP is 0.6 to 1 off. Test: here.
 MIN_SITE_VARIANCE = 1e-10  # smallest variance across a wall for which the sites keep five digits
 # Source: chosen: rounding errors are relative to it. Test: here.
 MAX_PRECISION_LOSS = 1 / 3  # fraction of the precision along a ray that one step of a chain may lose

@@ -21,6 +21,7 @@ from lightning_mnn.landscape.volumes import annealing, cone
 from lightning_mnn.landscape.volumes.annealing import analytic_centre
 from lightning_mnn.landscape.volumes.closed_forms import ConeGroup
 from lightning_mnn.landscape.volumes.cone import log_cone_measure
+from lightning_mnn.landscape.volumes.ep_sampling import SharedCones
 from tests.landscape.volumes.cones import orthant, random_cone
 
 REPEATS = 8  # of a reference
@@ -41,6 +42,7 @@ def main():
             beside_the_limit(num, 40)
     finally:
         torch.set_num_threads(threads)
+    beside_expectation_propagation()
     single_jobs()
 
 
@@ -312,6 +314,26 @@ def beside_the_limit(num, dim, rounds=3):
     print(f"N = {num}: median {sorted(fractions)[rounds // 2]:.0%} of the limit")
 
 
+# --- expectation propagation
+
+SHAPES = ((100, 5), (1000, 5), (200, 20), (1000, 20), (320, 40))
+
+
+def beside_expectation_propagation(cones=4):
+    """Sampled log measures less those by EP, for random cones, and processor seconds of each."""
+    print("       N    d  log measure  sampled - EP  seconds: EP  sampling")
+    for num, dim in SHAPES:
+        found = []
+        for seed in range(cones):
+            cell = random_cone(num, dim, np.random.default_rng(seed))
+            fast, seconds = run(lambda cell=cell: log_cone_measure(*cell, method="ep"))
+            sampled, other_seconds = run(log_cone_measure, *cell)
+            if math.isnan(fast.standard_error):
+                found.append((sampled.value, sampled.value - fast.value, seconds, other_seconds))
+        value, missed, seconds, other_seconds = np.mean(found, axis=0)
+        print(f"  {num:6} {dim:4} {value:12.1f} {missed:13.2f} {seconds:12.3f} {other_seconds:9.2f}")
+
+
 # --- single jobs
 
 
@@ -321,13 +343,9 @@ def single_jobs():
         timed("random cone, N = 200, d = 20, to 0.2", log_cone_measure, normals, interior, target_standard_error=0.2)
     region, weights = trained(320, 40)
     for _ in range(3):
-        timed(
-            "region of a trained network, N = 320, d = 40, 40 units, to 2 in all",
-            region_log_volume,
-            region,
-            weights,
-            target_standard_error=2 / math.sqrt(40),
-        )
+        timed("region of a trained network, N = 320, d = 40, 40 units", region_log_volume, region, weights)
+    timed("the same at the monitor's target", region_log_volume, region, weights, target_standard_error=0.5)
+    timed("the same, EP alone", region_log_volume, region, weights, num_units=0)
     region, weights = trained(2000, 100)
     sides = (region.inputs @ weights[0]).sign()
     timed(
@@ -337,13 +355,26 @@ def single_jobs():
         weights[0],
         target_standard_error=1.0,
     )
+    timed(
+        "region of a trained network, N = 2000, d = 100, 100 units, to 5 in all",
+        region_log_volume,
+        region,
+        weights,
+        target_standard_error=5 / math.sqrt(100),
+    )
+    generator = torch.Generator().manual_seed(0)
+    inputs, row = (torch.randn(*shape, 784, generator=generator, dtype=torch.float64) for shape in ((70_000,), (1,)))
+    sides = (inputs @ row.T).sign().T
+    (_, seconds) = run(SharedCones.of, inputs, sides)
+    print(f"EP for one unit, N = 70,000, d = 784: {seconds:.0f} s of processor time, all threads together")
 
 
 def timed(name, function, *arguments, **options):
     start = time.perf_counter()
-    found = function(*arguments, **options)
+    found, processor = run(lambda: function(*arguments, **options))
     seconds = time.perf_counter() - start
-    print(f"{name}: {found.value:.2f} ± {found.standard_error:.2f} nats in {seconds:.2f} s of wall time")
+    print(f"{name}: {found.value:.2f} ± {found.standard_error:.2f} nats", end=" ")
+    print(f"in {seconds:.2f} s of wall time, {processor:.2f} s of processor time")
 
 
 def trained(num, dim):

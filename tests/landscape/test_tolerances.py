@@ -40,7 +40,10 @@ from lightning_mnn.landscape.perturbation import finest_sigma, moved
 from lightning_mnn.landscape.regions.existence import _Model
 from lightning_mnn.landscape.regions.least_squares import _by_singular_values, solve
 from lightning_mnn.landscape.regions.linear_map import FaceMap
+from lightning_mnn.landscape.volumes import expectation_propagation
+from lightning_mnn.landscape.volumes.expectation_propagation import approximate, distinct_constraints
 from lightning_mnn.landscape.volumes.splitting import _estimate
+from tests.landscape.volumes.cones import random_cone
 
 ROOT = Path(__file__).parents[2]
 EPS = 2.0**-52
@@ -573,6 +576,59 @@ def a_tiny_polygon_with_a_closed_form():
 def two_thin_arcs_that_are_nearly_orthogonal():
     arcs = [[1, 0, 0, 0], [-1, 1e-4, 0, 0], [3e-15, 0, 1, 0], [0, 0, -1, 1e-4]]
     return error_of(arcs, [5e-5, 1, 5e-5, 1]) < 1e-3
+
+
+@decides("MAX_SAME_DIRECTION_GAP", LARGER, SMALLER, verdict=[1, 2])
+def constraints_that_are_nearly_equal():
+    found = []
+    for gap in (3e-13, 3e-12):
+        rows = double([[1.0, 0.0, 0.0], [-1.0, gap, 0.0]])
+        found.append(int(distinct_constraints(rows / rows.norm(dim=1, keepdim=True)).sum()))
+    return found
+
+
+def cone_of_ep(num, dim, seed):
+    normals, point = random_cone(num, dim, np.random.default_rng(seed))
+    return normals, point, double(normals / np.linalg.norm(normals, axis=1, keepdims=True))
+
+
+@decides("MAX_SITE_CHANGE", LARGER, SMALLER, verdict=[False, True])
+def iterations_until_the_sites_are_fixed():
+    rows = cone_of_ep(40, 8, 0)[2]
+    ones, first = torch.ones(1, 40).double(), 0
+    with pytest.MonkeyPatch.context() as patch:
+        for count in range(5, 60):  # the first that is enough with the tolerance of the table
+            patch.setattr(expectation_propagation, "_DAMPINGS", ((count, 0.8),))
+            with pytest.MonkeyPatch.context() as table:
+                table.setattr(tolerances, "MAX_SITE_CHANGE", 1e-5)
+                if bool(approximate(rows, ones).valid):
+                    first = count
+                    break
+        found = []
+        for count in (first - 1, first):
+            patch.setattr(expectation_propagation, "_DAMPINGS", ((count, 0.8),))
+            found.append(bool(approximate(rows, ones).valid))
+    return found
+
+
+@decides("MIN_SITE_VARIANCE", LARGER, SMALLER, verdict=[False, True])
+def thin_cones_of_ep():
+    def found(angle):
+        rows = double([[1, 0, 0], [-1, angle, 0], [0, 0.6, 0.8]])
+        return approximate(rows / rows.norm(dim=1, keepdim=True), torch.ones(1, 3).double())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tolerances, "MIN_SITE_VARIANCE", 0.0)
+        variance = float(found(1e-2).deviations.min()) ** 2
+    return [bool(found(1e-2 * math.sqrt(wanted / variance)).valid) for wanted in (3e-11, 3e-10)]
+
+
+@decides("MAX_THIRD_ORDER_CORRECTION", LARGER, SMALLER, verdict=[True, False])
+def cones_without_and_with_near_duplicates():
+    normals, point, _ = cone_of_ep(60, 8, 0)
+    near = normals[:30] + 1e-4 * np.random.default_rng(1).standard_normal((30, 8))
+    both = np.vstack([normals, near[near @ point > 0]])
+    return [math.isnan(log_cone_measure(rows, point, method="ep").standard_error) for rows in (normals, both)]
 
 
 def coverage(alive):

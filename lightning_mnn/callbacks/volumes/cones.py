@@ -17,6 +17,7 @@ from lightning_mnn.callbacks.evaluation.run_module import as_in_training, forwar
 from lightning_mnn.data.loaders.shards import exact_shard, flat_batch, num_samples
 from lightning_mnn.landscape.pattern import ActivationPattern
 from lightning_mnn.landscape.regions.region import Region
+from lightning_mnn.landscape.volumes.cone import MIN_SAMPLES
 from lightning_mnn.landscape.volumes.ep_sampling import MAX_CLOSED_DIM, predicted_samples
 from lightning_mnn.landscape.volumes.expectation_propagation import ep_multiplications
 from lightning_mnn.landscape.volumes.region_volume import RegionVolume, num_units_for, region_log_volume
@@ -111,7 +112,7 @@ class ConePlan:
             raise OverBudgetError(f"{needed}, above the budget of {settings.budget:.1e}")
         left = (settings.budget - approximating) / (sweep * num_units)
         cost = approximating + num_units * sweep * samples
-        return cls(settings.target_standard_error, num_units, int(min(_MAX_SAMPLES, left)), cost)
+        return cls(settings.target_standard_error, num_units, int(max(MIN_SAMPLES, min(_MAX_SAMPLES, left))), cost)
 
     def measure(self, inputs: Tensor, rows: Tensor, seed: int) -> VolumeOrReason:
         """The volume of the region of rows (d1, d0) on inputs (N, d0), or why there is none.

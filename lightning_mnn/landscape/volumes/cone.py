@@ -48,6 +48,8 @@ _CHAINS = 4  # Markov chains of each
 
 _MIN_CHAIN_STATES = 8  # fewest states of a chain
 
+MIN_SAMPLES = _ISLANDS * _CHAINS * _MIN_CHAIN_STATES  # fewest that ``max_samples`` may allow
+
 _STATES_PER_SQUARED_STEP = 0.0009  # usual states of a chain for a standard error of 1, over (number of steps)²
 
 _MAX_PILOT_GROWTH = 8  # largest ratio of the lengths of successive pilots
@@ -186,9 +188,8 @@ def check_precision(target_standard_error: float, max_samples: int) -> None:
     """
     if not target_standard_error > 0:
         raise ValueError(f"target_standard_error must be positive, got {target_standard_error}")
-    smallest = _ISLANDS * _CHAINS * _MIN_CHAIN_STATES
-    if max_samples < smallest:
-        raise ValueError(f"max_samples must be at least {smallest}, got {max_samples}")
+    if max_samples < MIN_SAMPLES:
+        raise ValueError(f"max_samples must be at least {MIN_SAMPLES}, got {max_samples}")
 
 
 def _unit_normals(normals: Tensor | ArrayLike) -> Tensor:

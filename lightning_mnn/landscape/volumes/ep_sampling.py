@@ -4,12 +4,12 @@ Coordinates y of a cone are relative to its EP approximation q: q is N(0, I), an
 of w = μ + G y is a product over its coordinates, exp(−½ Σ λ_j y_j² − h·y − ½|μ|²). The walls become 1 + a_n·y > 0.
 
 Annealed importance sampling (Neal 2001) moves independent particles from N(0, I/κ²), cut off by the cone, to the normal
-density in the cone, along precisions (1−β)κ² + βλ_j and slopes βh_j. In each step, one coordinate after the other changes
-from the old to the new β: the weight of a particle is multiplied by the ratio of the two integrals over its chord, and
-the coordinate is drawn from the new density on it. This weight does not depend on the drawn coordinate, so that it has
-a tenth of the variance that energies at the points have. After each step all particles move along their rays from the
-apex. The mean weight is an unbiased estimate of the measure; the particles are independent, so that their spread gives
-its standard error.
+density in the cone, along precisions (1−β)κ² + βλ_j and slopes βh_j. In each step, one coordinate after the other
+changes from the old to the new β: the weight of a particle is multiplied by the ratio of the two integrals over its
+chord, and the coordinate is drawn from the new density on it. This weight does not depend on the drawn coordinate, so
+that it has a tenth of the variance that energies at the points have. After each step all particles move along their
+rays from the apex. The mean weight is an unbiased estimate of the measure; the particles are independent, so that their
+spread gives its standard error.
 
 Walls that are more than five standard deviations of q away are left out of the moves: a particle that ends behind one
 of them has weight zero, so that the estimate remains unbiased.
@@ -51,7 +51,8 @@ _CORRELATION = 2.0  # variance of log-weights, in units of that of independent s
 _STEPS_PER_REFRESH = 4  # steps in float32 until distances from the walls are computed again
 _LANES = 32  # numbers of walls are multiples of it, for vector instructions
 _MAX_CHORD = 1e3  # length of a chord to each side, in standard deviations of q
-_ENTRIES_PER_CHUNK = {"cpu": 2**18, "cuda": 2**26}  # distances in one chunk
+_MAX_ENTRIES = 2**25  # distances of one cone's particles, and coordinates of its draws
+_ENTRIES_PER_CHUNK = {"cpu": 2**20, "cuda": 2**26}  # distances in one chunk
 
 
 def predicted_samples(dim: int, standard_error: float) -> float:
@@ -85,7 +86,9 @@ class SharedCones:
 
     @classmethod
     def of(cls, inputs: Tensor, sides: Tensor) -> SharedCones:
-        """Approximate the cones of inputs (N, d0), none of them zero, and signs (K, N)."""
+        """Approximate the cones of inputs (N, d0), none of them zero, and signs (K, N); on the CPU or a GPU of CUDA."""
+        if inputs.device.type not in _ENTRIES_PER_CHUNK:
+            inputs, sides = inputs.cpu(), sides.cpu()
         scaled = inputs.double() / inputs.abs().amax(-1, keepdim=True)
         directions = torch.nn.functional.normalize(scaled, dim=-1)
         distinct = distinct_constraints(directions)
@@ -148,12 +151,16 @@ def sample(
         Log measures (K,); their variances (K,), NaN where no particle reached the cone; the number of particles.
     """
     steps, variance = _schedule(_Cones.of(approximation[:_PILOT_CONES], directions, sides[:_PILOT_CONES]), generator)
+    if not variance < math.inf:
+        nothing = torch.full_like(approximation.log_measures, math.nan)
+        return nothing, nothing, MIN_PARTICLES
     num_steps = max(MIN_STEPS, math.ceil(variance / _WEIGHT_VARIANCE))
     target = (TARGET_FRACTION * standard_error) ** 2
     particles = math.ceil(1.2 * math.expm1(variance / num_steps) / target)
-    particles = max(MIN_PARTICLES, min(particles, max_samples // num_steps))
-    draws = max(_START_DRAWS, math.ceil(10 * (1 / _START_PROBABILITY - 1) / target), 8 * particles)
-    draws = min(draws, max(_START_DRAWS, 16 * max_samples))
+    limit = min(max_samples // num_steps, _MAX_ENTRIES // _near(approximation))
+    particles = max(MIN_PARTICLES, min(particles, limit))
+    draws = max(math.ceil(10 * (1 / _START_PROBABILITY - 1) / target), 8 * particles)
+    draws = max(_START_DRAWS, min(draws, _MAX_ENTRIES // directions.shape[1]))
     betas = _spaced(steps, num_steps)
     size = max(1, _ENTRIES_PER_CHUNK[directions.device.type] // (particles * _near(approximation)))
     found = []
@@ -221,7 +228,9 @@ class _Cones:
     def contain(self, points: Tensor) -> Tensor:
         """Whether points (d, K, M) satisfy all constraints, bool (K, M)."""
         weights = self.means[:, None] + points.permute(1, 2, 0) @ self.maps.mT
-        return torch.stack([((w @ self.directions.T) * s > 0).all(-1) for w, s in zip(weights, self.sides, strict=True)])
+        return torch.stack(
+            [((w @ self.directions.T) * s > 0).all(-1) for w, s in zip(weights, self.sides, strict=True)]
+        )
 
 
 @dataclass(frozen=True)
@@ -305,7 +314,7 @@ class _Particles:
         self._steps += 1
         old, self._density = self._density, self._density_at(beta)
         roots, means, (before, after) = (torch.stack(pair) for pair in zip(old, self._density, strict=True))
-        increments = after - before + self._sweep(roots, means)
+        increments: Tensor = after - before + self._sweep(roots, means)
         precisions = roots[1].square()
         forces = -means[1] * precisions
         move_along_rays(self.points, self._distances, self._apex, precisions, forces, self._generator)
@@ -313,7 +322,7 @@ class _Particles:
         return increments
 
     def _sweep(self, roots: Tensor, means: Tensor) -> Tensor:
-        """Draw each coordinate in turn from the new density on its chord; the sum of the log ratios of integrals (K, M).
+        """Draw each coordinate in turn from the new density on its chord; the log ratios of the integrals, (K, M).
 
         Args:
             roots: square roots of the old and the new precisions, (2, d, K, 1).
@@ -327,7 +336,9 @@ class _Particles:
         last = (means[1], roots[1].reciprocal())
         parts = (self.points, self._columns, means.movedim(0, 1)[:, :, None], halved, *last, shares)
         # Few operations on small tensors: their number determines the time.
-        for point, column, mean, root, new_mean, deviation, share in zip(*(part.unbind() for part in parts), strict=True):
+        for point, column, mean, root, new_mean, deviation, share in zip(
+            *(part.unbind() for part in parts), strict=True
+        ):
             torch.div(column, self._distances, out=self._ratios)
             torch.amax(self._ratios, -1, out=left)
             torch.amin(self._ratios, -1, out=right)
@@ -344,13 +355,14 @@ class _Particles:
             drawn = torch.special.ndtri(torch.addcmul(first[1], share, new).mul_(0.5)).mul_(signs[1, 0])
             move = torch.addcmul(new_mean - point, drawn, deviation, value=-1)
             move = torch.clamp(move, *chords.mul_(1 - tolerances.CHORD_END_FRACTION_FLOAT32))
-            point += move
+            point.add_(move)
             self._distances.addcmul_(move.to(torch.float32)[..., None], column)
-        return product.abs_().log_()
+        ratios: Tensor = product.abs_().log_()
+        return ratios
 
 
 def _schedule(cones: _Cones, generator: torch.Generator) -> tuple[list[tuple[float, float]], float]:
-    """Pairs of β and the sum of the spreads of log-weights up to it, and the variance of log-weights times the steps."""
+    """Pairs of β and the sum of log-weights' spreads up to it; the variance of log-weights times the steps, or NaN."""
     start = _Start.of(cones, _PILOT_PARTICLES, _START_DRAWS // 4, generator)
     particles = _Particles(cones, start, generator)
     steps, step = [(0.0, 0.0)], _FIRST_STEP

@@ -111,17 +111,17 @@ def distinct_constraints(directions: Tensor) -> Tensor:
     order = keys.argsort(stable=True)
     close = keys[order].diff() <= tolerances.MAX_SAME_DIRECTION_GAP * probe.norm().item()
     distinct = torch.ones(len(directions), dtype=torch.bool, device=directions.device)
-    run: list[int] = []  # rows with keys close to each other, that differ in direction
-    indices = order.tolist()
+    run: list[int] = []  # rows with keys close to each other that differ in direction
+    indices, last = order.tolist(), -1
     for place in (close.nonzero()[:, 0] + 1).tolist():
-        if not run or indices[place - 1] != last:
+        if place != last + 1:
             run = [indices[place - 1]]
-        last = indices[place]
-        products = (directions[run] @ directions[last]).sign()[:, None] * directions[run] - directions[last]
-        if bool((products.norm(dim=1) <= tolerances.MAX_SAME_DIRECTION_GAP).any()):
-            distinct[last] = False
+        row, last = indices[place], place
+        gaps = (directions[run] @ directions[row]).sign()[:, None] * directions[run] - directions[row]
+        if bool((gaps.norm(dim=1) <= tolerances.MAX_SAME_DIRECTION_GAP).any()):
+            distinct[row] = False
         else:
-            run.append(last)
+            run.append(row)
     return distinct
 
 
@@ -146,7 +146,9 @@ def third_order_correction(approximation: Approximation, directions: Tensor, sid
         relevant = (skew.abs() > _MIN_SKEWNESS).nonzero()[:, 0]
         factors = sides[k, relevant] / approximation.deviations[k, relevant]
         rows = torch.linalg.solve_triangular(factor, (factors[:, None] * directions[relevant]).T, upper=False).T
-        for block, some in zip(torch.split(rows, _ROWS_PER_BLOCK), torch.split(skew[relevant], _ROWS_PER_BLOCK), strict=True):
+        for block, some in zip(
+            torch.split(rows, _ROWS_PER_BLOCK), torch.split(skew[relevant], _ROWS_PER_BLOCK), strict=True
+        ):
             safe_point()
             found[k] += some @ ((block @ rows.T) ** 3 @ skew[relevant])
         found[k] -= skew[relevant].square().sum()
@@ -213,11 +215,13 @@ def _iterate(products: _Products, sides: Tensor) -> Approximation:
     num_cones, (num, dim) = len(sides), products.directions.shape
     blank = products.directions.new_zeros
     found = Approximation(
-        blank(num_cones).fill_(math.nan),
-        blank(num_cones, dim),
-        torch.eye(dim).to(products.directions).repeat(num_cones, 1, 1),
-        *(blank(num_cones, num) for _ in range(3)),
-        torch.zeros(num_cones, dtype=torch.bool, device=sides.device),
+        log_measures=blank(num_cones).fill_(math.nan),
+        means=blank(num_cones, dim),
+        factors=torch.eye(dim).to(products.directions).repeat(num_cones, 1, 1),
+        margins=blank(num_cones, num),
+        deviations=blank(num_cones, num),
+        scores=blank(num_cones, num),
+        valid=torch.zeros(num_cones, dtype=torch.bool, device=sides.device),
     )
     if not num:  # all of space
         found.log_measures.zero_()
@@ -235,20 +239,21 @@ def _iterate(products: _Products, sides: Tensor) -> Approximation:
         sound = state.sound & change.isfinite()
         done = sound & (change <= tolerances.MAX_SITE_CHANGE)
         if bool(done.any()):
-            _store(found, pending[done], state, precisions, shifts, done)
+            _store(found, pending[done], state, precisions, done)
         going = sound & ~done
         if not bool(going.any()):
             break
-        precisions, shifts = torch.lerp(precisions, state.precisions, damping), torch.lerp(shifts, state.shifts, damping)
+        precisions, shifts = (
+            torch.lerp(precisions, state.precisions, damping),
+            torch.lerp(shifts, state.shifts, damping),
+        )
         if not bool(going.all()):
             pending, sides, precisions, shifts = pending[going], sides[going], precisions[going], shifts[going]
     return found
 
 
-def _store(
-    found: Approximation, where: Tensor, state: _State, precisions: Tensor, shifts: Tensor, done: Tensor
-) -> None:
-    found.log_measures[where] = state.log_measures(precisions, shifts)[done]
+def _store(found: Approximation, where: Tensor, state: _State, precisions: Tensor, done: Tensor) -> None:
+    found.log_measures[where] = state.log_measures(precisions)[done]
     found.means[where], found.factors[where] = state.means[done], state.factors[done]
     found.margins[where], found.deviations[where] = state.margins[done], state.variances[done].sqrt()
     found.scores[where] = state.scores[done]
@@ -319,9 +324,10 @@ class _State:
             sound=sound,
         )
 
-    def log_measures(self, precisions: Tensor, shifts: Tensor) -> Tensor:
-        """Log integrals of q, (K,), with the sites of which it is made."""
+    def log_measures(self, precisions: Tensor) -> Tensor:
+        """Log integrals of q, (K,), for the precisions of the sites of which it is made."""
         exponents = self.margins.square() / self.variances - self.cavity_shifts.square() / self.cavity_precisions
         sites = torch.special.log_ndtr(self.scores) - torch.log1p(-precisions * self.variances) / 2 - exponents / 2
         determinants = self.factors.diagonal(dim1=-2, dim2=-1).log().sum(-1)  # half of the log of each
-        return sites.sum(-1) - determinants + (self.means * self.pulls).sum(-1) / 2
+        total: Tensor = sites.sum(-1) - determinants + (self.means * self.pulls).sum(-1) / 2
+        return total

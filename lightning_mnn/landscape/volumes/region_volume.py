@@ -117,7 +117,8 @@ def region_log_volume(
         target_standard_error: for the sum, in nats per square root of the number of units: √d1 times as large. It is
             reached approximately, since the number of samples is set in advance.
         num_units: number of units to sample, drawn at random. None: as many as the target needs, at least twelve, or
-            all where their cones have a closed form. 0: EP alone, which is low by 0.1 to 0.3 nats per unit and has no error bar: the standard error is then NaN.
+            all where their cones have a closed form. 0: EP alone, which is low by 0.1 to 0.3 nats per unit and has no
+            error bar: the standard error is then NaN.
         max_samples: largest number of samples per cone.
         seed: seed of the random numbers.
 
@@ -146,8 +147,7 @@ def region_log_volume(
     units = torch.randperm(width, generator=generator(seed, "units"))
     leading = weights.shape[:-2]
     networks = [cones.network(r) for r in range(math.prod(leading))]
-    with one_thread():
-        shared = [SharedCones.of(network.inputs, network.sides) for network in networks]
+    shared = [SharedCones.of(network.inputs, network.sides) for network in networks]
     valid = torch.stack([network.valid for network in shared]).all(0).cpu()
     if num_units is None:
         closed = all(network.closed for network in shared)
@@ -159,14 +159,25 @@ def region_log_volume(
         _network_volume(network, of_ep, chosen, fallbacks, precision, generator(seed, "cones", r).initial_seed())
         for r, (network, of_ep) in enumerate(zip(networks, shared, strict=True))
     ]
-    order = torch.cat([chosen, fallbacks]).argsort()
-    values, errors = (torch.stack([part[k][order] for part in parts]).reshape(*leading, -1) for k in (2, 3))
-    approximations = torch.stack([network.approximations.cpu() for network in shared]).reshape(*leading, width)
-    rest = bound, torch.cat([chosen, fallbacks])[order], values, errors, approximations, fallbacks
-    if not leading:
-        return RegionVolume(*parts[0][:2], *rest)
-    total, error = (torch.tensor([part[k] for part in parts], dtype=torch.float64).reshape(leading) for k in (0, 1))
-    return RegionVolume(total, error, *rest)
+    sampled = torch.cat([chosen, fallbacks])
+    order = sampled.argsort()
+    values, errors = (
+        torch.stack(found)[:, order].reshape(*leading, len(order))
+        for found in zip(*(p[2:] for p in parts), strict=True)
+    )
+    total, error = (
+        torch.tensor(found, dtype=torch.float64).reshape(leading) for found in zip(*(p[:2] for p in parts), strict=True)
+    )
+    return RegionVolume(
+        value=total if leading else float(total),
+        standard_error=error if leading else float(error),
+        lower_bound=bound,
+        units=sampled[order],
+        unit_values=values,
+        unit_standard_errors=errors,
+        approximations=torch.stack([network.approximations.cpu() for network in shared]).reshape(*leading, width),
+        fallbacks=fallbacks,
+    )
 
 
 def num_units_for(width: int, target_standard_error: float) -> int:

@@ -43,7 +43,7 @@ def test_samples_agree_with_the_other_sampler():
 
 
 def test_walls_that_the_moves_leave_out_count(monkeypatch):
-    """Far walls are tested only at the end: with hardly any walls in the moves, some particles end behind the others."""
+    """Far walls are tested only at the end: with few walls in the moves, some particles end behind the others."""
     region, weights = region_of(60, 6, 10, 3)
     sides = (region.inputs @ weights.T).sign().T
     truth = log_cone_measure(sides[:, :, None] * region.inputs, weights, target_standard_error=0.05)
