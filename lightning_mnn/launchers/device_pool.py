@@ -144,7 +144,7 @@ class DevicePool(Launcher):
             log.info("if it is killed, this command resumes the sweep:\n  %s", command.resumed(folder))
         task = TaskReference.to(task_function)
         call = {"hydra_context": hydra_context, "task_function": task, "singletons": singletons()}
-        if options.warm and self._servers is None:
+        if options.warm and self._servers is None and jobs:
             self._servers = _servers(task, jobs[0].config)
             weakref.finalize(self, self._servers.close)  # at the latest when this process ends
         with collected_signals() as received:

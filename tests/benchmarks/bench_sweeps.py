@@ -38,6 +38,7 @@ def main():
                 before = used()
                 seconds[way].append(sweep(jobs, options, folder))
                 processor[way].append(used() - before)
+                print(f"  {way:32} {seconds[way][-1]:6.1f} s, {processor[way][-1]:6.1f} s of the processor", flush=True)
                 records = [json.loads(path.read_text()) for path in Path(folder).glob("sweep/*/job.json")]
             assert all(record["status"] == "finished" for record in records)
             overheads[way] += [record["seconds_to_training"] for record in records]

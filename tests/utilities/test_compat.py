@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 from datetime import timedelta
 from importlib.metadata import requires, version
 from pathlib import Path
@@ -825,6 +826,35 @@ def test_a_temporary_folder_is_replaced_by_a_new_one(monkeypatch, tmp_path):
     monkeypatch.delattr(folder, "_finalizer")
     with missing("_finalizer"):
         python_internals.renew_temporary_directory(folder, (), {})
+
+
+@canary_of(python_internals.end_process)
+def test_a_process_ends_as_by_sys_exit_but_keeps_its_objects(monkeypatch):
+    code = """
+import atexit, sys, threading, time
+from lightning_mnn.utilities.compat.python_internals import end_process
+
+class Freed:
+    def __del__(self):
+        print("freed")
+
+kept = Freed()
+atexit.register(print, "at exit")
+threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+print("end")
+END
+"""
+    said = {}
+    for end in ("end_process(3)", "sys.exit(3)"):
+        command = [sys.executable, "-c", code.replace("END", end)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 3, done.stderr
+        said[end] = done.stdout.split("\n")[:-1]
+    assert said["end_process(3)"] == ["end", "thread", "at exit"]
+    assert said["sys.exit(3)"] == [*said["end_process(3)"], "freed"]
+    monkeypatch.delattr(threading, "_shutdown")
+    with pytest.raises(SystemExit):
+        python_internals.end_process(3)
 
 
 # torchvision

@@ -229,8 +229,9 @@ class WarmServers:
 
     def wait(self, seconds: float) -> None:
         """Wait for news of a job, no longer than this."""
-        alive = [one.connection for one in self._servers.values() if one.is_alive]
-        select.select(alive, [], [], seconds)
+        alive = {one.connection: one for one in self._servers.values() if one.is_alive}
+        for connection in select.select(list(alive), [], [], seconds)[0]:
+            alive[connection].receive(0.0)
 
     def close(self) -> None:
         """End the servers."""

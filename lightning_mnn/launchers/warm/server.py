@@ -22,6 +22,7 @@ import pickle
 import select
 import signal
 import socket
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,12 +76,13 @@ def main() -> None:
     _end_with_parent(None)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
+    said = os.pread(1, os.fstat(1).st_size, 0)  # standard output is a file
     _send(connection, {"problem": imports.problem})
     if imports.problem is not None:
         return
     gc.collect()
     gc.freeze()  # what is imported is neither searched nor copied by the jobs' garbage collection
-    start = _serve(connection, imports)
+    start = _serve(connection, imports, said)
     if start is None:
         python_internals.end_process(0)
     imports.make_own(start.environment)
@@ -95,8 +97,8 @@ def main() -> None:
     python_internals.end_process(code)
 
 
-def _serve(connection: socket.socket, imports: Imports) -> Start | None:
-    """Fork jobs until the launcher is gone: then None. It also returns in each job."""
+def _serve(connection: socket.socket, imports: Imports, said: bytes) -> Start | None:
+    """Fork jobs until the launcher is gone: then None. It returns in each job too; its output begins with ``said``."""
     jobs: set[int] = set()
     while True:
         if select.select([connection], [], [], _INTERVAL if jobs else None)[0]:
@@ -109,7 +111,7 @@ def _serve(connection: socket.socket, imports: Imports) -> Start | None:
             answer: dict[str, Any] = {"refused": imports.reason_against(start.environment, request["later"])}
             if answer["refused"] is None:
                 try:
-                    job = _fork(start, connection)
+                    job = _fork(start, connection, said)
                 except OSError as error:
                     answer = {"refused": f"the server cannot fork: {error}"}
                 else:
@@ -134,11 +136,13 @@ def _report_ended(jobs: set[int], connection: socket.socket) -> set[int]:
     return found
 
 
-def _fork(start: Start, connection: socket.socket) -> int | None:
+def _fork(start: Start, connection: socket.socket, said: bytes) -> int | None:
     """Fork a job in a session of its own: the id of its process; None in the job."""
     is_ready, ready = os.pipe()
     try:
-        job = os.fork()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12, about threads that are safe
+            job = os.fork()
     except OSError:
         for end in (is_ready, ready):
             os.close(end)
@@ -151,7 +155,6 @@ def _fork(start: Start, connection: socket.socket) -> int | None:
     os.setsid()
     connection.close()
     os.close(is_ready)
-    said = os.pread(1, os.fstat(1).st_size, 0)  # while the program was imported
     for number in (1, 2):
         os.dup2(start.output, number)
     os.close(start.output)
