@@ -78,7 +78,7 @@ class SweepEnd:
         from lightning_mnn.sweeps.wandb import log_summary_run  # noqa: PLC0415
 
         console = Console(soft_wrap=True, highlight=False)
-        print_report(sweep, console, resume=not (self.folder / SWEEP_RECORD).exists())  # else the launcher printed it
+        print_report(sweep, console, unfinished=not (self.folder / SWEEP_RECORD).exists())  # else the launcher told
         print_verdicts(sweep, console)
         report = write_report(sweep)
         print_written(report.paths, console)

@@ -67,12 +67,12 @@ def runs_without_figure(sweep: Sweep) -> list[Path]:
     return [run for run in own if (run / "metrics.csv").exists() and not (run / "figure.png").exists()]
 
 
-def print_report(sweep: Sweep, console: Console, *, resume: bool = True) -> None:
-    """Print the number of jobs in each state, what was swept, unfinished jobs and, if asked, the command for them."""
+def print_report(sweep: Sweep, console: Console, *, unfinished: bool = True) -> None:
+    """Print the number of jobs in each state, what was swept, and if asked unfinished jobs with their command."""
     counts = {status: len(sweep.having(status)) for status in Status}
     console.print(f"[bold]jobs:[/] {', '.join(f'{n} {status}' for status, n in counts.items() if n)}")
     console.print(f"[bold]swept:[/] {', '.join(sweep.swept) or 'nothing'}")
-    for job in sorted(sweep.jobs, key=lambda job: list(Status).index(job.status)):
+    for job in sorted(sweep.jobs, key=lambda job: list(Status).index(job.status)) if unfinished else ():
         if job.error or job.status in (Status.FAILED, Status.UNFINISHED, Status.WAITING):
             line = f"{job.name}{_swept_values(sweep, job)}{_error_line(job)}"
             console.print(Text.assemble((f"{job.status}: ", "bold"), line))
@@ -80,7 +80,7 @@ def print_report(sweep: Sweep, console: Console, *, resume: bool = True) -> None
         console.print("[bold]unrecorded:[/] only hydra/launcher=device_pool records whether a job is finished")
     if sweep.others:
         console.print(Text.assemble(("left out: ", "bold"), by_task(sweep.others)))
-    if resume and any(counts[status] for status in (Status.FAILED, Status.UNFINISHED, Status.WAITING)):
+    if unfinished and any(counts[status] for status in (Status.FAILED, Status.UNFINISHED, Status.WAITING)):
         print_how_to_resume(sweep, console)
     if any(job.foreign and job.results for job in sweep.jobs) and not has_logs(sweep.logged):
         console.print(_NO_LOGS, markup=False)

@@ -112,6 +112,16 @@ def test_a_sweep_with_a_failed_job_has_a_report(sweep, capsys):
     assert "training diverged" in (sweep / "report.html").read_text()
 
 
+def test_what_the_launcher_has_said_is_not_said_again(sweep, capsys):
+    (sweep / "sweep.json").write_text("{}")  # of a launcher that records the command, and names unfinished jobs
+    finish(ValueError("job 1"))
+    said = capsys.readouterr().out
+    assert "jobs: 1 finished, 1 waiting" in said
+    assert "waiting: " not in said
+    assert "resume" not in said
+    assert "seed=1,2 hydra.sweep.dir=sweep resume=true" in (sweep / "report.html").read_text()
+
+
 def test_a_refused_sweep_and_one_of_another_task_leave_nothing(tmp_path):
     command(tmp_path, "-m", "seed=1,2", "data.num_samples=0", "logger.mode=disabled", expect=1)
     command(tmp_path, "-m", "seed=1,2", "name=..", expect=1)

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from hydra import compose, initialize_config_module
 from matplotlib.image import imread
+from scipy import stats
 
 from lightning_mnn.figures.sweep import MEASURES, choose_axes
 from lightning_mnn.launchers.jobs.records import JobState
@@ -466,3 +467,27 @@ def test_columns_that_cannot_be_drawn_are_named(tmp_path, overrides, message):
     write_sweep(tmp_path, {"seed": [1, 2]}, lambda seed: {"seed": seed})
     with pytest.raises(ValueError, match=message):
         report(settings(f"sweep={tmp_path}", *overrides))
+
+
+def test_test_errors_of_global_minima_have_confidence_intervals(drawn):
+    def measures(num_samples, seed):
+        kind = "saddle" if seed == 4 else "differentiable_minimum"
+        known = {"kind": kind, "zero_error": seed < 3, "evidence": "certificate", "num_samples": num_samples}
+        return known | {"test_mse": num_samples * (3.0 + seed**2), "seed": seed}
+
+    axes = {"data.num_samples": [10, 20], "seed": [0, 1, 2, 3, 4]}
+    write_sweep(Path("sweep"), axes, measures)
+    report(settings("sweep=sweep"))
+    figure = drawn[-1]
+    (ax,) = figure.axes
+    assert "6 of 10 networks, those at certified global minima" in figure.get_suptitle()
+    (curve,) = ax.lines
+    values = np.array([3.0, 4.0, 7.0])
+    half = stats.t.ppf(0.975, 2) * values.std(ddof=1) / 3**0.5
+    assert curve.get_xydata().ravel() == pytest.approx([10, 10 * values.mean(), 20, 20 * values.mean()])
+    (band,) = ax.collections
+    found = {float(y) for x, y in band.get_paths()[0].vertices if x == 20}
+    low, high = max(20 * (values.mean() - half), 0), 20 * (values.mean() + half)
+    assert [min(found), max(found)] == pytest.approx([low, high])
+    assert low == 0
+    assert Path("sweep/figure_test_error.png").exists()

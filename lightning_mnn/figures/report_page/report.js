@@ -311,6 +311,11 @@ function resultOf(y, k) { // a number, or true or false for what is counted
 
 function nameOf(y) { return y.startsWith("share of ") ? `share of: ${data.names[y.slice(9)].name}` : y; }
 
+// Swept keys, other than some, that have several values in some rows.
+function pooledKeys(numbers, others) {
+  return Object.keys(data.scales).filter((key) => !others.includes(key) && new Set(numbers.map((k) => data.scales[key].index[k])).size > 1);
+}
+
 function drawResults() {
   const figure = document.querySelector("#results figure");
   const x = scaleOf(state.x), color = state.color === state.x ? ONE : scaleOf(state.color);
@@ -367,7 +372,7 @@ function drawResults() {
     }
   });
   if (color !== ONE) legend(figure, color.names.map((name, c) => [`${state.color} = ${name}`, color.colors[c]]));
-  const pooled = Object.keys(data.scales).filter((key) => key !== state.x && (color === ONE || key !== state.color));
+  const pooled = pooledKeys(known.map(([k]) => k), [state.x, color === ONE ? "" : state.color]);
   const law = shares
     ? "Squares: share of the networks of a point; band: exact 95 % interval by Clopper and Pearson."
     : "Squares: mean over the networks of a point; band: 95 % confidence interval of the mean by Student's t with n − 1 degrees of freedom, none for one network; where no value is negative, its part below 0 is left out. Dots: networks.";
@@ -403,14 +408,15 @@ function drawKinds() {
     }
   });
   legend(figure, Object.values(data.names).map((look) => [look.name, look.color]));
-  const pooled = Object.keys(data.scales).filter((key) => key !== state.group);
+  const pooled = pooledKeys(known, [state.group]);
   const over = pooled.length ? ` Pooled over ${pooled.join(", ")}.` : "";
   figure.append(detail, html("figcaption", {}, `${networks(known)}; numbers: counts. Click a part for its share with the exact 95 % interval by Clopper and Pearson. Only certificates count.${over}`));
 }
 
 function drawCurves() {
   const figure = document.querySelector("#curves figure");
-  const name = state.metric, runs = state.runs.filter((job) => data.curves[job]?.[name]);
+  const name = state.metric, kept = new Set(data.jobs.filter((_, k) => shown[k]));
+  const runs = state.runs.filter((job) => kept.has(job) && data.curves[job]?.[name]);
   if (runs.length === 0) { figure.replaceChildren(html("p", { class: "note" }, "Tick networks in the table to draw their curves.")); return; }
   const { width, canvas } = frame(figure, `${name} over training`);
   const detail = html("p", { class: "detail", "aria-live": "polite" });
