@@ -110,10 +110,10 @@ def run_in_lockstep(
                 waiting.append(member)
         if is_stopped():
             ahead.clear()
-        go_on: list[Member] = []
+        ended = set()
         for together in take_together([_steps_of(member) for member in waiting]):
-            go_on += [waiting[index] for index in together if waiting[index].turn()]
-        waiting = go_on
+            ended |= {index for index in together if not waiting[index].turn()}
+        waiting = [member for index, member in enumerate(waiting) if index not in ended]
 
 
 def _steps_of(member: Member) -> Steps:

@@ -82,6 +82,16 @@ def test_so_do_their_schedules_and_mini_batches(tmp_path, schedule):
         assert_same(run, alone)
 
 
+def test_runs_at_different_epochs_need_not_wait_for_each_other(tmp_path):
+    """Those of 7 and of 30 epochs have bundles of different lengths; the third starts when the first has ended."""
+    runs = [Run(tmp_path / "together", number, epochs=epochs) for number, epochs in enumerate((7, 30, 11, 30))]
+    run_in_lockstep([run.work for run in runs], max_replicas=2)
+    for number, run in enumerate(runs):
+        alone = Run(tmp_path / "alone", number, epochs=run.trainer.max_epochs)
+        alone.work()
+        assert_same(run, alone)
+
+
 def test_a_run_that_diverges_leaves_the_others_as_they_are(tmp_path):
     runs = [Run(tmp_path, number) for number in range(3)]
     bad = Run(tmp_path, 9, optimizer={"name": "sgd", "lr": 1e200}, schedule="constant")
