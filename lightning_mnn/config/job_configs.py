@@ -7,13 +7,12 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
 
 from lightning_mnn.utilities.compat.hydra_internals import value_of_override
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from hydra.core.config_loader import ConfigLoader
+    from collections.abc import Callable, Sequence
 
 _OF_HYDRA = re.compile(r"[+~]*hydra([./@=]|$)")
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
@@ -26,22 +25,24 @@ class JobConfigs:
     the same config but for these values, so that only the first of them is composed.
 
     Args:
-        loader: Hydra's loader.
-        master: the config of the sweep.
+        compose: Hydra's way to compose the config of a job with these overrides.
     """
 
-    def __init__(self, loader: ConfigLoader, master: DictConfig) -> None:
-        self._loader, self._master = loader, master
+    def __init__(self, compose: Callable[[list[str]], DictConfig]) -> None:
+        self._compose = compose
         self._templates: dict[tuple[str, ...], DictConfig] = {}
         self._not_plain: set[str] = set()  # keys whose values determine more than themselves
         self._values: dict[str, Any] = {}
 
-    def of(self, overrides: Sequence[str], number: int) -> DictConfig:
-        """The config of a job, with Hydra's node."""
+    def of(self, overrides: Sequence[str]) -> DictConfig:
+        """The config of a job, with Hydra's node, in which Hydra has yet to number the job."""
         template, values = self.template(overrides)
         config = copy.deepcopy(template)
-        fill(config, overrides, values)
-        return numbered(config, number)
+        try:
+            fill(config, overrides, values)
+        except OmegaConfBaseException:  # a value that its key does not allow: Hydra tells it in its own words
+            return self._compose(list(overrides))
+        return config
 
     def template(self, overrides: Sequence[str]) -> tuple[DictConfig, dict[str, Any]]:
         """A composed config, which is not to be changed, and the values by which :func:`fill` makes it the job's."""
@@ -49,11 +50,7 @@ class JobConfigs:
             keys = self._assigned(overrides)
             form = tuple(f"{key}=" if key in keys else override for key, override in keys_of(overrides))
             if form not in self._templates:
-                composed = self._loader.load_sweep_config(self._master, list(overrides))
-                with open_dict(composed):
-                    composed.hydra.sweep.dir = str(
-                        self._master.hydra.sweep.dir
-                    )  # resolved now: it may contain the time
+                composed = self._compose(list(overrides))
                 if more := {key for key in keys if not _is_plain(composed, key)}:
                     self._not_plain |= more
                     continue
@@ -98,10 +95,11 @@ def fill(config: DictConfig, overrides: Sequence[str], values: dict[str, Any]) -
         hydra.job.override_dirname = names.item_sep.join(shown).replace("=", names.kv_sep)
 
 
-def numbered(config: DictConfig, number: int) -> DictConfig:
-    """The config, with the job's number."""
-    with read_write(config.hydra.job), open_dict(config):
+def numbered(config: DictConfig, number: int, sweep_dir: str) -> DictConfig:
+    """The config, with the job's number and the sweep's folder, which may contain the time and is resolved before."""
+    with read_write(config.hydra), open_dict(config):
         config.hydra.job.id, config.hydra.job.num = str(number), number
+        config.hydra.sweep.dir = sweep_dir
     return config
 
 

@@ -81,7 +81,7 @@ class Batched(DevicePool):
         if not _can_be_batched(template, self._options.trainer_key):
             return super()._job(number, overrides, pool, common)
         self._values[number] = overrides, values
-        numbered(template, number)
+        numbered(template, number, self._sweep_dir)
         own = list(filter_overrides(overrides))
         label = " ".join(one for one in own if one not in common)
         folder = hydra_path(template, "sweep.dir", "sweep.subdir").resolve()

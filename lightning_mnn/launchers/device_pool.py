@@ -14,6 +14,7 @@ import time
 import weakref
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +104,7 @@ class DevicePool(Launcher):
         self._options = DevicePoolConf(**options)
         self._context: tuple[HydraContext, TaskFunction, DictConfig] | None = None
         self._configs: JobConfigs | None = None
+        self._sweep_dir = ""
         self._servers: WarmServers | None = None  # kept from launch to launch: a sweeper may have many
 
     @override
@@ -129,7 +131,8 @@ class DevicePool(Launcher):
         if options.retries < 0:
             raise ValueError(f"hydra.launcher.retries={options.retries}: must be 0 or a positive number")
         pool = Devices(options.gpus, options.cpu_slots, options.n_jobs, options.jobs_per_gpu)
-        self._configs = JobConfigs(hydra_context.config_loader, config)
+        self._configs = JobConfigs(partial(hydra_context.config_loader.load_sweep_config, config))
+        self._sweep_dir = str(config.hydra.sweep.dir)
         common = set.intersection(*(set(one) for one in job_overrides)) if len(job_overrides) > 1 else set()
         jobs = [self._job(number, list(one), pool, common) for number, one in enumerate(job_overrides, initial_job_idx)]
         _require_own_folders(jobs)
@@ -161,10 +164,11 @@ class DevicePool(Launcher):
         return [job.returned for job in jobs if job.returned is not None]
 
     def _job(self, number: int, overrides: list[str], pool: Devices, common: set[str]) -> Job:
+        from lightning_mnn.config.job_configs import numbered  # noqa: PLC0415
         from lightning_mnn.launchers.jobs.job import Job, digest_of  # noqa: PLC0415
 
         assert self._configs is not None  # noqa: S101 (for the type checker)
-        composed = self._configs.of(overrides, number)
+        composed = numbered(self._configs.of(overrides), number, self._sweep_dir)
         request = request_of(composed, self._options.trainer_key, pool)
         own = list(filter_overrides(overrides))
         label = " ".join(override for override in own if override not in common)

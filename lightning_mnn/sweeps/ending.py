@@ -11,11 +11,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
 
+from lightning_mnn.config.job_configs import JobConfigs
 from lightning_mnn.config.paths import hydra_path
 from lightning_mnn.launchers.jobs.records import SWEEP_RECORD
 from lightning_mnn.runs.folders import refusals
 from lightning_mnn.sweeps.adaptive import prepare
 from lightning_mnn.sweeps.lock import held
+from lightning_mnn.utilities.compat.hydra_internals import replace_composition
 from lightning_mnn.utilities.files import relative
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class SweepReportCallback(Callback):
         with refusals():
             _current = SweepEnd(config)
             prepare(config, _current.folder)
+        replace_composition(lambda compose: JobConfigs(compose).of)
 
 
 class SweepEnd:

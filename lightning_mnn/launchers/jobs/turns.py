@@ -53,7 +53,7 @@ class JobPlan:
         """The job's config."""
         config = copy.deepcopy(self.template)
         fill(config, self.overrides, self.values)
-        return numbered(config, self.number)
+        return numbered(config, self.number, str(self.template.hydra.sweep.dir))
 
 
 class Turn:

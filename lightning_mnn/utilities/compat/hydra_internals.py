@@ -52,6 +52,24 @@ def split_sweep(overrides: Sequence[str]) -> list[list[str]]:
     return [list(job) for job in jobs]
 
 
+def replace_composition(make: Callable[[Callable[[list[str]], Any]], Callable[[list[str]], Any]]) -> None:
+    """Let Hydra compose the config of each job of a sweep in another way: ``load_sweep_config`` of its loader.
+
+    Args:
+        make: returns a function of a job's overrides, given Hydra's own. Each sweep gets a function of its own.
+    """
+    loader = attribute(_module("hydra.core.global_hydra"), "GlobalHydra.instance", _LIBRARY)().config_loader()
+    original = attribute(loader, "load_sweep_config", _LIBRARY)
+    made: list[tuple[Any, Callable[[list[str]], Any]]] = []
+
+    def load_sweep_config(master_config: Any, sweep_overrides: list[str]) -> Any:
+        if not made or made[-1][0] is not master_config:
+            made.append((master_config, make(partial(original, master_config))))
+        return made[-1][1](list(sweep_overrides))
+
+    loader.load_sweep_config = load_sweep_config
+
+
 def value_of_override(override: str) -> Any:
     """The value that an override assigns: ``OverridesParser`` of ``hydra.core``, whose objects have a ``value()``.
 
