@@ -488,8 +488,8 @@ def loop(net, x):
     return x
 
 
-def measured(module, data, *, strict=False, **options):
-    monitor = AngularVolumeMonitor(local_volume=replace(FEW, **options), strict=strict)
+def measured(module, data, *, strict=False, measure=None, **options):
+    monitor = AngularVolumeMonitor(local_volume=replace(FEW, **options), measure=measure, strict=strict)
     fit(module, DataLoader(data, batch_size=4), monitor)
     return monitor.summary()
 
@@ -498,7 +498,7 @@ def measured(module, data, *, strict=False, **options):
 def test_a_sequential_on_the_inputs_as_they_are_has_a_region(seen):
     data = inputs_and_targets(10, 3)
     module = TwoLayers(seen)
-    found = measured(module, data)
+    found = measured(module, data, measure=["end"])  # as a measurement has the seed of its step
     x = torch.cat([data.tensors[0], torch.ones(10, 1)], dim=1).double()
     rows = torch.cat([module.net[0].weight, module.net[0].bias[:, None]], dim=1).detach().double()
     region, seed = Region(x, ActivationPattern(x @ rows.T > 0)), generator(0, "volume", 6).initial_seed()

@@ -73,6 +73,7 @@ def train(make_trainer, folder, *, resume=False, **options):
 CERTIFICATE = certification, "certify"
 VOLUME = cones, "region_log_volume"
 LOOK = training_set, "exact_shard"
+AT_END = {"monitor": {"measure": ["end"]}}
 AT_CERTIFICATE = {"monitor": {"measure": ["certificate", "end"]}}
 STOPPING = {"detector": {"stop_training": True}, **AT_CERTIFICATE}
 
@@ -83,7 +84,8 @@ STOPPING = {"detector": {"stop_training": True}, **AT_CERTIFICATE}
         (LOOK, 4, {}),
         (CERTIFICATE, 4, {}),
         (CERTIFICATE, EPOCHS, {}),
-        (VOLUME, EPOCHS, {}),
+        (VOLUME, 0, {}),
+        (VOLUME, EPOCHS, AT_END),
         (VOLUME, 4, AT_CERTIFICATE),
         (VOLUME, EPOCHS, AT_CERTIFICATE),
         (VOLUME, 8, {"monitor": {"measure_every": 2}}),
@@ -91,7 +93,7 @@ STOPPING = {"detector": {"stop_training": True}, **AT_CERTIFICATE}
         (CERTIFICATE, 4, STOPPING),
         (VOLUME, 4, STOPPING),
         (CERTIFICATE, 8, {"detector": {"polish": True}}),
-        (VOLUME, EPOCHS, {"detector": {"polish": True}}),
+        (VOLUME, EPOCHS, {"detector": {"polish": True}, **AT_END}),
         (LOOK, 0, {}),
         (VOLUME, 0, {"monitor": {"measure": ["start"]}}),
     ],
