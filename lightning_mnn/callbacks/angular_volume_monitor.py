@@ -55,7 +55,8 @@ class AngularVolumeMonitor(ScheduledCallback):
         measure: when to measure the volume, any of "start", "certificate" (the first time that a LocalMinimumDetector
             of the run has certified every replica, whether or not it stops training) and "end". None: for one network,
             at the end, and at every check if ``measure_every`` is not given and the cost is within
-            ``cones.check_budget``; volumes of replicas would cost many times the training of such small networks.
+            ``cones.check_share`` of the training since; volumes of replicas would cost many times the training of such
+            small networks.
         measure_every: also measure it at every k-th check.
         cones: precision and budget of the measures of cones; None: the defaults of
             :class:`~lightning_mnn.callbacks.ConeSettings`.
@@ -112,6 +113,7 @@ class AngularVolumeMonitor(ScheduledCallback):
         self.local_volume = settings_or_defaults("local_volume", local_volume, LocalVolumeSettings)
         self.seed = seed_number("seed", seed)
         self._monitor: RegionMonitor | LocalVolumeMonitor = self._region_monitor()
+        self._epochs_measured = 0  # epochs before the last measurement
         self._measured = False  # whether the volume was measured at the present weights, or this was tried
         self._unlogged: dict[str, Tensor | float | None] = {}  # values for these weights
         self._logged_step: int | None = None  # the last step that was logged
@@ -153,6 +155,7 @@ class AngularVolumeMonitor(ScheduledCallback):
             self._monitor = self._region_monitor() if has_cones(pl_module) else self._local_monitor()
             self._measured, self._checks, self._certified = False, 0, False
             self._unlogged, self._logged_step, self._resumed, self._regions = {}, None, (None, False), []
+            self._epochs_measured = 0
             _put_behind_detectors(trainer, self)
 
     @override
@@ -169,7 +172,8 @@ class AngularVolumeMonitor(ScheduledCallback):
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._update(trainer, pl_module)
         if self.measure is None and self.measure_every is None:
-            due = self._monitor.measured_by_default and self._monitor.fits_checks(pl_module)
+            since = self.completed_epochs - self._epochs_measured
+            due = self._monitor.measured_by_default and self._monitor.fits_checks(pl_module, since)
         elif self._checks == 0:
             due = self._wanted("start")
         else:
@@ -235,7 +239,7 @@ class AngularVolumeMonitor(ScheduledCallback):
     def state_dict(self) -> dict[str, Any]:
         counts = {"checks": self._checks, "certified": self._certified}
         regions = [list(region) for region in self._monitor.regions]
-        logged = {"logged_step": self._logged_step, "measured": self._measured}
+        logged = {"logged_step": self._logged_step, "measured": self._measured, "epochs": self._epochs_measured}
         return super().state_dict() | counts | logged | {"regions": regions}
 
     @override
@@ -244,6 +248,7 @@ class AngularVolumeMonitor(ScheduledCallback):
         self._checks, self._certified = state_dict.get("checks", 1), state_dict.get("certified", False)
         self._logged_step = state_dict.get("logged_step")
         self._regions = [(str(digest), int(step)) for digest, step in state_dict.get("regions", [])]
+        self._epochs_measured = state_dict.get("epochs", 0)
         self._resumed = self._logged_step, state_dict.get("measured", False)
 
     def _region_monitor(self) -> RegionMonitor:
@@ -302,7 +307,7 @@ class AngularVolumeMonitor(ScheduledCallback):
 
     def _find(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._monitor.measure(trainer, pl_module)
-        self._measured = True
+        self._measured, self._epochs_measured = True, self.completed_epochs
 
 
 def _put_behind_detectors(trainer: pl.Trainer, callback: pl.Callback) -> None:

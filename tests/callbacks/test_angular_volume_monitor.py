@@ -124,8 +124,8 @@ def test_arcs_of_the_plane_are_exact(make_trainer):
 @pytest.mark.parametrize(
     ("options", "steps"),
     [
-        ({}, [0, 2, 4, 6, 7]),
-        ({"cones": ConeSettings(check_budget=1.0)}, [7]),
+        ({}, [7]),
+        ({"cones": ConeSettings(check_share=1e9)}, [2, 4, 6, 7]),  # of training, of which there was none at the start
         ({"measure": ["end"]}, [7]),
         ({"measure_every": 2}, [4, 7]),
         ({"measure": ["start", "end"]}, [0, 7]),
@@ -272,14 +272,17 @@ def test_a_region_is_measured_once(make_trainer, tmp_path, monkeypatch):
         return original(plan, inputs, rows, seed)
 
     monkeypatch.setattr(ConePlan, "measure", measure)
-    logger, monitor = CSVLogger(tmp_path / "log"), AngularVolumeMonitor(Schedule(every=1))
+    logger, monitor = (
+        CSVLogger(tmp_path / "log"),
+        AngularVolumeMonitor(Schedule(every=1), measure_every=1, measure=["start", "end"]),
+    )
     saver = ModelCheckpoint(tmp_path / "saved", filename="{step}", save_top_k=-1, every_n_epochs=3)
     slow = {"optimizer": {"name": "sgd", "lr": 1e-9}}
     trainer = make_trainer(max_epochs=4, callbacks=[monitor, saver], logger=logger, enable_checkpointing=True)
     trainer.fit(MNN(5, (4,), **slow), GaussianData(12, 5))
     assert measured_steps(logger) == [0, 1, 2, 3, 4]
     assert len(calls) == 1
-    again = AngularVolumeMonitor(Schedule(every=1))
+    again = AngularVolumeMonitor(Schedule(every=1), measure_every=1, measure=["start", "end"])
     trainer = make_trainer(max_epochs=6, callbacks=[again, saver], enable_checkpointing=True)
     trainer.fit(
         MNN(5, (4,), **slow), GaussianData(12, 5), ckpt_path=tmp_path / "saved" / "step=3.ckpt", weights_only=True
@@ -389,8 +392,8 @@ def test_bad_arguments_are_named(options, message):
         ({"target_standard_error": 0}, "target_standard_error must be a number, above 0, got 0"),
         ({"budget": -1.0}, r"budget must be a number, above 0, got -1\.0: measure=\[\] measures nothing"),
         (
-            {"check_budget": 0},
-            r"check_budget must be a number, above 0, got 0: measure=\[end\] measures only at the end",
+            {"check_share": -1},
+            r"check_share must be a number, at least 0, got -1: measure=\[end\] measures only at the end",
         ),
     ],
 )

@@ -58,8 +58,9 @@ class ConeSettings:
         target_standard_error: of the log-volume, in nats per square root of the number of units.
         budget: maximal number of multiplications of a measurement, about 1 ns each on one processor core, all replicas
             together.
-        check_budget: the same at the scheduled checks where ``measure`` and ``measure_every`` do not ask for it: a
-            measurement that costs more is left to the end.
+        check_share: what a measurement may cost at a scheduled check, where ``measure`` and ``measure_every`` do not
+            ask for it, as a share of the multiplications of the training since the last measurement; one that costs
+            more is left to a later check or the end.
 
     Raises:
         ValueError: a value is not positive.
@@ -67,13 +68,13 @@ class ConeSettings:
 
     target_standard_error: float = 0.5
     budget: float = 3e9
-    check_budget: float = 3e8
+    check_share: float = 0.05
 
     def __post_init__(self) -> None:
         """Check the values."""
         real_number("target_standard_error", self.target_standard_error, above=0)
         real_number("budget", self.budget, above=0, remedy="measure=[] measures nothing")
-        real_number("check_budget", self.check_budget, above=0, remedy="measure=[end] measures only at the end")
+        real_number("check_share", self.check_share, at_least=0, remedy="measure=[end] measures only at the end")
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ class LocalVolumeMonitor:
     measured_by_default = True
     regions: tuple[()] = ()
 
-    def fits_checks(self, pl_module: pl.LightningModule) -> bool:  # noqa: ARG002 (the same as that of a region)
+    def fits_checks(self, pl_module: pl.LightningModule, epochs: int) -> bool:  # noqa: ARG002 (as of a region)
         """A local volume takes seconds: it is measured only where that is asked for, and at the end."""
         return False
 

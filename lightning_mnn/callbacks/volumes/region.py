@@ -72,13 +72,14 @@ class RegionMonitor:
         """Whether the volume is measured at the end of a run that does not ask for it: not that of replicas."""
         return len(self.volumes) == 1
 
-    def fits_checks(self, pl_module: pl.LightningModule) -> bool:
-        """Whether a measurement at the present weights is cheap enough for every scheduled check."""
+    def fits_checks(self, pl_module: pl.LightningModule, epochs: int) -> bool:
+        """Whether a measurement now is cheap beside the training of so many epochs."""
         assert self._statistics is not None  # noqa: S101 (for the type checker)
         width, dim = _network(pl_module).rows.shape[-2:]
         sizes = {"num_samples": self._statistics.num_samples, "width": width, "dim": dim}
+        training = 3.0 * epochs * self._statistics.num_samples * width * (dim + 1)
         try:
-            return ConePlan.within(self._settings, replicas=1, **sizes).cost <= self._settings.check_budget
+            return ConePlan.within(self._settings, replicas=1, **sizes).cost <= self._settings.check_share * training
         except OverBudgetError:
             return False
 
