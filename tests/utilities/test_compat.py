@@ -24,8 +24,13 @@ import pytorch_lightning as pl
 import torch
 import wandb
 import wandb_workspaces.workspaces as ws
+from hydra import initialize_config_module
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.types import RunMode
 from lightning_fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import WandbLogger
@@ -969,3 +974,27 @@ def test_a_workspace_as_wandb_keeps_it(monkeypatch):
     monkeypatch.delattr(ws.Workspace, "_to_model")
     with missing("Workspace._to_model"):
         wandb_internals.workspace_content(workspace)
+
+
+@canary_of(hydra_internals.replace_composition)
+def test_sweeps_compose_their_jobs_in_another_way(monkeypatch):
+    with initialize_config_module("lightning_mnn.conf", version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        master = loader.load_configuration("config", [], run_mode=RunMode.MULTIRUN)
+        asked = []
+        hydra_internals.replace_composition(lambda compose: lambda overrides: asked.append(overrides) or compose([]))
+        assert loader.load_sweep_config(master_config=master, sweep_overrides=["seed=7"]).seed == 0
+        assert asked == [["seed=7"]]
+        vars(loader).pop("load_sweep_config")
+        for kind in (type(loader), ConfigLoader):
+            monkeypatch.delattr(kind, "load_sweep_config")
+        with missing("load_sweep_config"):
+            hydra_internals.replace_composition(lambda compose: compose)
+
+
+@canary_of(hydra_internals.value_of_override)
+def test_values_of_overrides_are_read(monkeypatch):
+    assert hydra_internals.value_of_override("a.b=[1,x]") == [1, "x"]
+    monkeypatch.delattr(OverridesParser, "create")
+    with missing("OverridesParser.create"):
+        hydra_internals.value_of_override("a=1")
