@@ -75,6 +75,14 @@ class Ended(NamedTuple):
     known: Class
     ahead: bool = False
 
+    @property
+    def key(self) -> str:
+        """A name for programs."""
+        return f"{self.known}_ahead" if self.ahead else str(self.known)
+
+
+AT_GLOBAL = Ended(Class.GLOBAL)
+
 
 def class_of(results: Mapping[str, Any]) -> Ended:
     """What a network ended in, from its summary or its row in the table of a sweep; only certificates count.
@@ -456,9 +464,7 @@ ADVICE: dict[ReasonCode, str] = {
             *(_C.FORCE_ALONG_KINKS, _C.MULTIPLIER_OUTSIDE_INTERVAL, _C.STEP_OFF_DEPENDENT_KINKS, _C.NEXT_TO_SADDLE),
             *(_C.DEPENDENT_KINKS_WITHOUT_MULTIPLIERS, _C.FORCE_ON_INACTIVE_UNIT, _C.GRADIENT_ON_INACTIVE_UNIT),
         ),
-        "train on with noise, as smaller batches give it: the loss falls from this saddle": (
-            *(_C.NEGATIVE_CURVATURE, _C.DEGENERATE_DESCENT),
-        ),
+        "train on, with smaller batches: the loss falls here": (_C.NEGATIVE_CURVATURE, _C.DEGENERATE_DESCENT),
         "train on, or from another seed: rounding of the certificate, in float64, hides the answer here": (
             *(_C.PREACTIVATIONS_WITHIN_ROUNDING, _C.ROUNDING_HIDES_KINK_FORCES, _C.MULTIPLIER_AT_END),
             *(_C.DEPENDENT_MULTIPLIERS_AT_END, _C.FALL_WITHIN_ROUNDING, _C.INACTIVE_UNIT_UNDECIDED),
@@ -476,9 +482,7 @@ ADVICE: dict[ReasonCode, str] = {
         "use weight decay that is part of an objective (of Adam or SGD), or none": (_C.NO_OBJECTIVE,),
         "use replicas=1, or train without weight decay and with all weights free": (_C.OBJECTIVE_OF_REPLICAS,),
         "train for at least one step": (_C.NO_STEP_YET, _C.NO_GRADIENT_SEEN),
-        "let a training_step return the loss, or give a loss_fn: the gradient of a step cannot show a minimum": (
-            *(_C.STEP_GRADIENT_SMALL, _C.STEP_GRADIENT_OF_MINI_BATCH),
-        ),
+        "give a loss_fn that can be evaluated": (_C.STEP_GRADIENT_SMALL, _C.STEP_GRADIENT_OF_MINI_BATCH),
         "let training reach the detector's check at its end": (_C.GRADIENT_SMALL, _C.NOT_CHECKED),
         "lower the learning rate, and check the data for values that are not finite": (_C.NOT_FINITE,),
         "check that the loss depends on the trained weights": (_C.HESSIAN_ZERO,),
@@ -486,9 +490,7 @@ ADVICE: dict[ReasonCode, str] = {
         "allow more Hessian–vector products: raise max_products": (
             *(_C.MORE_PRODUCTS_FOR_SIGN, _C.MORE_PRODUCTS_FOR_NEWTON, _C.MORE_PRODUCTS_FOR_FLAT_DIRECTIONS),
         ),
-        "train from another seed, or with a little weight decay, against flat directions": (
-            _C.FLAT_DIRECTIONS_UNEXPLAINED,
-        ),
+        "train with a little weight decay, against flat directions": (_C.FLAT_DIRECTIONS_UNEXPLAINED,),
         "use operations with a second derivative, or a loss_fn made of them": (_C.NO_SECOND_DERIVATIVE,),
         "train in float64, or with smaller weights: derivatives are not finite": (_C.PRODUCT_NOT_FINITE,),
         "give the detector a loss_fn(module, batch) that can be evaluated": (_C.LOSS_NOT_EVALUABLE,),

@@ -88,7 +88,7 @@ def test_texts_are_escaped_everywhere():
         Page(
             EVIL,
             columns=columns,
-            classes=[Class.GLOBAL],
+            classes=[AT_GLOBAL],
             jobs=[0],
             problems=problems,
             resume=[EVIL],

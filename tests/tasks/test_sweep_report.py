@@ -348,11 +348,11 @@ def test_a_swept_number_is_an_axis_with_every_job_and_the_medians(drawn):
     np.testing.assert_allclose(medians.get_xydata(), [(lr, 1e-8 * lr) for lr in (0.001, 0.01, 0.1)])
     (note,) = (text for text in loss.texts if text.get_text() == "exactly 0")
     assert note.get_window_extent().x0 >= loss.get_window_extent().x1  # where it covers no dot
-    shares = [bar.get_height() for bar in panel(figure, "Certified kinds").patches if bar.get_height()]
+    shares = [bar.get_height() for bar in panel(figure, "What training ended in").patches if bar.get_height()]
     assert sorted(map(round, shares)) == [33] * 3 + [67] * 3
     assert "pooled over seed (3 values)" in figure.get_suptitle()
     titles = {ax.get_title() for ax in figure.axes}
-    assert titles == {measure.title for measure in MEASURES} - {"Test loss", "Test error"} | {"Certified kinds"}
+    assert titles == {measure.title for measure in MEASURES} - {"Test loss", "Test error"} | {"What training ended in"}
 
 
 @pytest.mark.parametrize(

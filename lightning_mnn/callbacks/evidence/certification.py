@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
     from lightning_mnn.landscape.network import Network
 
-_MAX_DESCENT_WORK = 1 << 34  # of all replicas together: 10 to 30 s of one core
-_WORK_OF_A_STEP = 1 << 22  # whatever its size: about 5 ms
+_MAX_DESCENT_WORK = 1 << 37  # of all replicas together: about 15 s of one core
+_WORK_OF_A_STEP = 1 << 26  # whatever its size: about 5 ms
+_WORK_PER_SAMPLE = 1 << 13
 _MAX_GATHERED = 1 << 24  # input numbers up to which one process gathers all samples: 128 MiB
 _MAX_PER_PROCESS = 1 << 28  # input numbers of a process: with a copy in float64 and blocks they need 6 GiB
 
@@ -37,19 +38,20 @@ def reason_not_certified(trainer: pl.Trainer, network: Network) -> str | None:
 
 
 def steps_of_descent(samples: int, weights: int, work: float = _MAX_DESCENT_WORK) -> int:
-    """How many steps of a descent fit into the limit of work.
+    """How many steps of a descent fit into the limit of work, at most 1,000.
 
-    A step factors matrices of at most N rows and d0·d1 columns: its work is counted as min(N, d0·d1)² max(N, d0·d1).
+    A step factors matrices of at most N rows and d0·d1 columns: its work is min(N, d0·d1)² max(N, d0·d1), and a part
+    for each sample and for itself, by measured times.
 
-    >>> steps_of_descent(40, 40), steps_of_descent(800, 500), steps_of_descent(10_000, 10_000)
-    (1000, 84, 0)
+    >>> steps_of_descent(40, 40), steps_of_descent(1500, 1000), steps_of_descent(10_000, 10_000)
+    (1000, 87, 0)
     """
     return min(1000, int(work / _work_of_a_step(samples, weights)))
 
 
 def _work_of_a_step(samples: int, weights: int) -> int:
     smaller, larger = sorted((samples, weights))
-    return smaller**2 * larger + _WORK_OF_A_STEP
+    return smaller**2 * larger + _WORK_PER_SAMPLE * samples + _WORK_OF_A_STEP
 
 
 def certify_training_set(
@@ -83,36 +85,37 @@ def descents_on_training_set(
         The result of :func:`~lightning_mnn.landscape.polish` without a limit of distance; None for replicas that are
         not ``chosen``, or for which no work was left, or where the training set is spread over processes.
     """
-    samples, width = num_samples(trainer.train_dataloader), network.rows.shape[-1]
-    weights = network.output_weights.shape[-1] * width
+    samples, weights = num_samples(trainer.train_dataloader), network.output_weights.shape[-1] * network.input_dim
     if not any(chosen) or not steps_of_descent(samples, weights) or not _is_gathered(trainer, network):
         return [None] * len(chosen)
 
-    def follow(hidden: Tensor, output: Tensor, inputs: Tensor, targets: Tensor, slope: float, **given: Any) -> Any:
-        biases = {name: given.pop(name) for name in ("hidden_bias", "output_bias")}
-        left, found = float(_MAX_DESCENT_WORK), list[Polished | None]()
-        for replica, wanted in enumerate(chosen):
-            steps = steps_of_descent(samples, weights, left) if wanted else 0
-            if not steps:
-                found.append(None)
-                continue
+    return _on_training_set(trainer, pl_module, network, partial(_polish_in_turn, chosen))
 
-            def part(value: Tensor | None, dims: int, replica: int = replica) -> Any:
-                return value if value is None or value.ndim == dims else value[replica]
 
-            found.append(
-                polish(
-                    *(part(hidden, 2), part(output, 1), part(inputs, 2), part(targets, 1), slope),
-                    **given,
-                    max_steps=steps,
-                    hidden_bias=part(biases["hidden_bias"], 1),
-                    output_bias=part(biases["output_bias"], 0),
-                )
-            )
-            left -= (found[-1].steps + 1) * _work_of_a_step(samples, weights)
-        return found
+def _polish_in_turn(
+    chosen: list[bool], hidden: Tensor, output: Tensor, inputs: Tensor, targets: Tensor, slope: float, **options: Any
+) -> list[Polished | None]:
+    """Polish the chosen replicas one after the other, as long as there is work left."""
+    biases = {name: options.pop(name) for name in ("hidden_bias", "output_bias")}
+    samples, weights = inputs.shape[-2], hidden.shape[-2] * hidden.shape[-1]
 
-    return _on_training_set(trainer, pl_module, network, follow)
+    def own(value: Tensor, ndim: int, replica: int) -> Tensor:
+        return value[replica] if value.ndim > ndim else value
+
+    left, found = float(_MAX_DESCENT_WORK), list[Polished | None]()
+    for replica, wanted in enumerate(chosen):
+        steps = steps_of_descent(samples, weights, left) if wanted else 0
+        if not steps:
+            found.append(None)
+            continue
+        parts = (own(hidden, 2, replica), own(output, 1, replica), own(inputs, 2, replica), own(targets, 1, replica))
+        for name, ndim in (("hidden_bias", 1), ("output_bias", 0)):
+            options[name] = None if biases[name] is None else own(biases[name], ndim, replica)
+        polished = polish(*parts, slope, **options, max_steps=steps)
+        assert isinstance(polished, Polished)  # noqa: S101 (of one replica)
+        found.append(polished)
+        left -= (polished.steps + 1) * _work_of_a_step(samples, weights)
+    return found
 
 
 @torch.no_grad()
