@@ -328,6 +328,25 @@ def test_what_cannot_be_reported_is_said(prepare, overrides, error, message):
     assert not list(Path().rglob("sweep.*"))
 
 
+def test_the_table_and_the_figure_show_classes_at_and_ahead(drawn):
+    ahead = {"descends_to": "differentiable_minimum", "descends_to_mse": 0.0, "descends_to_zero_error": True}
+    changes = {1: {"kind": "differentiable_minimum", "zero_error": True}, 2: {"kind": "saddle"} | ahead}
+    write_sweep(Path("sweep"), {"seed": [1, 2, 3, 4]}, lambda seed: changes.get(seed, {}))  # 3, 4: of earlier versions
+    report(settings("sweep=sweep"))
+    rows = list(csv.DictReader(Path("sweep/sweep.csv").read_text().splitlines()))
+    assert [(row["class"], row["class_is_ahead"], row["descends_to"]) for row in rows] == [
+        *[("global", "False", ""), ("global", "True", "differentiable_minimum")],
+        *[("not_told", "False", "")] * 2,
+    ]
+    typed = pq.read_table("sweep/sweep.parquet")
+    assert typed["class_is_ahead"].to_pylist() == [False, True, False, False]
+    (figure,) = drawn
+    bars = [bar for bar in panel(figure, "What training ended in").patches if bar.get_height()]
+    looks = {(bar.get_facecolor(), bar.get_hatch()) for bar in bars}
+    assert sorted(bool(hatch) for _, hatch in looks) == [False, False, True]
+    assert len({color for color, _ in looks}) == 3
+
+
 def test_a_swept_number_is_an_axis_with_every_job_and_the_medians(drawn):
     losses = {1: 1e-8, 2: 0.0, 3: 1e-2}
     write_sweep(

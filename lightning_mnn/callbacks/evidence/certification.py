@@ -114,7 +114,7 @@ def _polish_in_turn(
         polished = polish(*parts, slope, **options, max_steps=steps)
         assert isinstance(polished, Polished)  # noqa: S101 (of one replica)
         found.append(polished)
-        left -= (polished.steps + 1) * _work_of_a_step(samples, weights)
+        left = max(0.0, left - (polished.steps + 1) * _work_of_a_step(samples, weights))
     return found
 
 
