@@ -78,7 +78,7 @@ class Ended(NamedTuple):
     @property
     def key(self) -> str:
         """A name for programs."""
-        return f"{self.known}_ahead" if self.ahead else str(self.known)
+        return "_".join([self.known, *["ahead"] * self.ahead])
 
 
 AT_GLOBAL = Ended(Class.GLOBAL)

@@ -92,8 +92,8 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _descents(summary: dict[str, Any]) -> str | None:
     """Where descent leads to, for each kind its number of replicas, and the range of their errors and distances."""
-    names = ("", "_mse", "_distance", "_zero_error")
-    values = [_listed(summary.get(f"descends_to{name}")) for name in names]
+    keys = ("descends_to", *(f"descends_to_{name}" for name in ("mse", "distance", "zero_error")))
+    values = [_listed(summary.get(key)) for key in keys]
     found = [values for values in zip(*values, strict=False) if values[0] is not None]
     parts = []
     for kind, zero_error in dict.fromkeys((kind, zero_error) for kind, _, _, zero_error in found):

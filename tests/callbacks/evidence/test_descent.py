@@ -17,10 +17,10 @@ SIZE = (30, 6)
 KEYS = ("descends_to", "descends_to_mse", "descends_to_distance", "descends_to_zero_error")
 
 
-def fit(make_trainer, replicas=1, epochs=3, **options):
+def fit(make_trainer, replicas=1, epochs=3, width=4, **options):
     torch.manual_seed(0)
     detector = LocalMinimumDetector(Schedule(every=1000), **options)
-    model = MNN(SIZE[1], (4,), replicas=replicas, optimizer={"name": "adam", "lr": 1e-2})
+    model = MNN(SIZE[1], (width,), replicas=replicas, optimizer={"name": "adam", "lr": 1e-2})
     make_trainer(max_epochs=epochs, callbacks=[detector]).fit(model, GaussianData(*SIZE, replicas=replicas))
     return model, detector.summary()
 
@@ -52,7 +52,7 @@ def test_it_is_what_polish_says_of_the_final_weights_which_stay(make_trainer, re
 
 
 def test_a_certified_minimum_descends_to_nothing_and_needs_no_advice(make_trainer):
-    _, found = fit(make_trainer, polish=True, max_distance=math.inf)
+    _, found = fit(make_trainer, width=16, polish=True, max_distance=math.inf)
     assert found["kind"] in ("differentiable_minimum", "kink_minimum")
     assert [found[key] for key in (*KEYS, "advice")] == [None] * 5
 
