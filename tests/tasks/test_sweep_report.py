@@ -131,7 +131,7 @@ def test_columns_are_typed_in_the_order_of_the_command_with_a_row_for_each_repli
     text, typed = read(Path("sweep"))
     table = typed.to_pylist()
     assert typed.column_names[:6] == ["job", "folder", "optimizer", "model.negative_slope", "status", "replica"]
-    assert typed.column_names[6:] == list(SUMMARY)
+    assert typed.column_names[6:] == ["class", "class_is_ahead", *SUMMARY]
     assert [row["job"] for row in table] == [0, 0, 5, 5, 7, 10, 10]
     assert [row["replica"] for row in table] == [0, 1, 0, 1, 0, 0, 1]
     assert [row["model.negative_slope"] for row in table] == [0.0, 0.0, 0.1, 0.1, 0.2, None, None]
@@ -347,12 +347,25 @@ def test_the_table_and_the_figure_show_classes_at_and_ahead(drawn):
     assert len({color for color, _ in looks}) == 3
 
 
+def test_kinds_are_drawn_where_no_certificate_exists(drawn):
+    kinds = {1: "differentiable_minimum", 2: "saddle", 3: "undecided"}
+    write_sweep(Path("sweep"), {"seed": [1, 2, 3]}, lambda seed: {"kind": kinds[seed], "evidence": "second_order"})
+    report(settings("sweep=sweep"))
+    (figure,) = drawn
+    assert len({bar.get_facecolor() for bar in panel(figure, "Kinds").patches if bar.get_height()}) == 3
+    assert {row["class"] for row in pq.read_table("sweep/sweep.parquet").to_pylist()} == {"not_told"}
+
+
 def test_a_swept_number_is_an_axis_with_every_job_and_the_medians(drawn):
     losses = {1: 1e-8, 2: 0.0, 3: 1e-2}
     write_sweep(
         Path("sweep"),
         {"optimizer.lr": [0.001, 0.01, 0.1], "seed": [1, 2, 3]},
-        lambda lr, seed: {"mse": losses[seed] * lr, "kind": "kink_minimum" if seed == 1 else "saddle"},
+        lambda lr, seed: {
+            "mse": losses[seed] * lr,
+            "kind": "kink_minimum" if seed == 1 else "saddle",
+            "zero_error": False,
+        },
     )
     report(settings("sweep=sweep"))
     assert imread("sweep/figure.png").shape[0] > 1000
