@@ -66,7 +66,7 @@ def look_of(ended: Ended) -> ClassLook:
     """The name, short name and colour of a class; of one that lies ahead, in a lighter colour.
 
     >>> look_of(Ended(Class.GLOBAL, ahead=True)).short, look_of(Ended(Class.GLOBAL, ahead=True)).color
-    ('global ahead', '#8cbedc')
+    ('global ahead', '#8cc0dc')
     """
     look = CLASSES[ended.known]
     if not ended.ahead:
