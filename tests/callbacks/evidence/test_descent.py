@@ -3,14 +3,19 @@
 import math
 
 import pytest
+import pytorch_lightning as pl
 import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mnn import MNN
 from lightning_mnn.callbacks import LocalMinimumDetector, Schedule
 from lightning_mnn.callbacks.evidence import certification
+from lightning_mnn.callbacks.evidence.certificate import CertificateTier
 from lightning_mnn.callbacks.evidence.certification import steps_of_descent
 from lightning_mnn.data import GaussianData
 from lightning_mnn.landscape import polish
+from lightning_mnn.utilities.interruption import TimeLimitError
 from lightning_mnn.verdicts import ADVICE
 
 SIZE = (30, 6)
@@ -71,6 +76,18 @@ def test_only_replicas_without_a_minimum_are_followed(make_trainer, monkeypatch)
     assert seen == ([] if all(minima) else [[not minimum for minimum in minima]])
 
 
+def test_each_chosen_replica_gets_its_own_result():
+    model, data = MNN(SIZE[1], (4,), replicas=3), GaussianData(*SIZE, replicas=3)
+    weights = model.hidden_weights[0].detach(), model.output_weights.detach()
+    options = {"hidden_bias": None, "output_bias": None}
+    found = certification._polish_in_turn([True, False, True], *weights, *data.tensors(), 0.0, **options)
+    expected = polish(*weights, *data.tensors())
+    assert found[1] is None
+    assert [(found[k].distance, found[k].losses) for k in (0, 2)] == [
+        (expected[k].distance, expected[k].losses) for k in (0, 2)
+    ]
+
+
 @pytest.mark.parametrize(("steps", "followed"), [(0, [False, False]), (3, [True, False])])
 def test_replicas_share_a_limit_of_work(make_trainer, monkeypatch, steps, followed):
     work = certification._work_of_a_step(SIZE[0], 4 * SIZE[1])
@@ -93,3 +110,42 @@ def test_the_work_of_a_step_grows_with_the_network():
         assert steps_of_descent(samples, weights) >= steps_of_descent(2 * samples, 2 * weights)
     assert steps_of_descent(30, 24) == 1000
     assert steps_of_descent(20_000, 20_000) == 0
+
+
+class Biased(pl.LightningModule):
+    """A two-layer network with biases that is not MNN."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(6, 3), nn.ReLU(), nn.Linear(3, 1)).double()
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return (self.net(x)[:, 0] - y).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+def test_a_network_with_biases_is_followed(make_trainer):
+    x, y = GaussianData(*SIZE).tensors()
+    detector, module = LocalMinimumDetector(Schedule(every=1000)), Biased()
+    make_trainer(max_epochs=3, callbacks=[detector]).fit(module, DataLoader(TensorDataset(x, y), batch_size=30))
+    hidden, _, output = module.net
+    biases = {"hidden_bias": hidden.bias.detach(), "output_bias": output.bias.detach()[0]}
+    expected = polish(hidden.weight.detach(), output.weight.detach()[0], x, y, **biases)
+    found = detector.summary()
+    assert found["descends_to"] == expected.certificate.kind
+    assert found["descends_to_mse"] == pytest.approx(expected.certificate.mse, rel=1e-6)
+    assert found["descends_to_distance"] == pytest.approx(expected.distance, rel=1e-6)
+
+
+def test_without_time_to_follow_the_verdict_stays(make_trainer, monkeypatch):
+    def run_out(*args):
+        raise TimeLimitError
+
+    _, without = fit(make_trainer, follow_descent=False)
+    monkeypatch.setattr(CertificateTier, "follow_descent", run_out)
+    _, found = fit(make_trainer)
+    assert found == without
