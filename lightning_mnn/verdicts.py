@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum, auto
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 class Kind(StrEnum):
@@ -39,6 +42,67 @@ class Kind(StrEnum):
 
 MINIMA = (Kind.DIFFERENTIABLE_MINIMUM, Kind.KINK_MINIMUM)
 STATIONARY = (*MINIMA, Kind.SADDLE)  # kinds of a certificate with a point of its own
+
+
+class Class(StrEnum):
+    """What a network ended in, by the certificate of a minimum.
+
+    Attributes:
+        GLOBAL: a certified minimum with zero error.
+        SUBOPTIMAL: a certified differentiable minimum with error.
+        KINK: a certified minimum on kinks with error.
+        NOT_TOLD: no certified minimum.
+    """
+
+    GLOBAL = "global"
+    SUBOPTIMAL = "suboptimal"
+    KINK = "kink"
+    NOT_TOLD = "not_told"
+
+    @classmethod
+    def of(cls, kind: Any, zero_error: Any) -> Class:
+        """The class of a certificate, from its kind and whether its error is zero."""
+        if kind not in MINIMA or zero_error is None:
+            return cls.NOT_TOLD
+        if zero_error:
+            return cls.GLOBAL
+        return cls.KINK if kind == Kind.KINK_MINIMUM else cls.SUBOPTIMAL
+
+
+class Ended(NamedTuple):
+    """The class of a network, and whether its minimum lies ahead: it is the one that descent leads to."""
+
+    known: Class
+    ahead: bool = False
+
+    @property
+    def key(self) -> str:
+        """A name for programs."""
+        return "_".join([self.known, *["ahead"] * self.ahead])
+
+
+AT_GLOBAL = Ended(Class.GLOBAL)
+
+
+def class_of(results: Mapping[str, Any]) -> Ended:
+    """What a network ended in, from its summary or its row in the table of a sweep; only certificates count.
+
+    A network that is at no certified minimum has the class of the minimum that descent leads to, which lies ahead.
+
+    >>> class_of({"kind": "kink_minimum", "zero_error": False})
+    Ended(known=<Class.KINK: 'kink'>, ahead=False)
+    >>> class_of({"kind": "not_stationary", "descends_to": "differentiable_minimum", "descends_to_zero_error": True})
+    Ended(known=<Class.GLOBAL: 'global'>, ahead=True)
+    >>> class_of({"kind": "saddle"}).known
+    <Class.NOT_TOLD: 'not_told'>
+    """
+    if results.get("evidence") not in (None, "certificate"):
+        return Ended(Class.NOT_TOLD)
+    here = Class.of(results.get("kind"), results.get("zero_error"))
+    if here is not Class.NOT_TOLD:
+        return Ended(here)
+    ahead = Class.of(results.get("descends_to"), results.get("descends_to_zero_error"))
+    return Ended(ahead, ahead is not Class.NOT_TOLD)
 
 
 class ReasonCode(StrEnum):
@@ -378,3 +442,72 @@ SENTENCES = {
     ReasonCode.INTERRUPTED: "interrupted after {steps} steps",
     ReasonCode.PROCESS_LOST: "interrupted after {steps} steps by the loss of process {rank}",
 }
+
+_TRAIN_ON = "train on, with a learning rate that is lower or decays"
+_C = ReasonCode
+
+# What to do about a verdict that is not a minimum, by the code of its reason.
+ADVICE: dict[ReasonCode, str] = {
+    code: advice
+    for advice, codes in {
+        _TRAIN_ON: (
+            *(_C.STATIONARITY_ABOVE_TOLERANCE, _C.STEP_GRADIENT_ABOVE_TOLERANCE, _C.GRADIENT_ABOVE_TOLERANCE),
+            *(_C.CURVATURE_EXPLAINED_BY_GRADIENT, _C.CURVATURE_NOT_CONFIRMED, _C.CURVATURE_VARIES, _C.ONE_SIDED),
+            *(_C.NEWTON_STEP_GAINS, _C.NEWTON_STEP_FAR, _C.QUADRATIC_MODEL_WRONG, _C.GRADIENT_ALONG_FLAT_DIRECTION),
+        ),
+        f"{_TRAIN_ON}; or polish=True with a larger max_distance, which moves to the minimum ahead": (
+            *(_C.NO_POINT_WITHIN_DISTANCE, _C.OUTSIDE_REGION, _C.TOO_FAR),
+            *(_C.GRADIENT_NOT_ZERO, _C.STOPPED_BEFORE_MINIMUM, _C.HIGHER_LOSS),
+        ),
+        "raise max_distance above this distance, if the weights may move that far": (_C.POLISHED_TOO_FAR,),
+        "train on: the loss falls from here; or polish=True with a larger max_distance, which follows the descent": (
+            *(_C.FORCE_ALONG_KINKS, _C.MULTIPLIER_OUTSIDE_INTERVAL, _C.STEP_OFF_DEPENDENT_KINKS, _C.NEXT_TO_SADDLE),
+            *(_C.DEPENDENT_KINKS_WITHOUT_MULTIPLIERS, _C.FORCE_ON_INACTIVE_UNIT, _C.GRADIENT_ON_INACTIVE_UNIT),
+        ),
+        "train on, with smaller batches: the loss falls here": (_C.NEGATIVE_CURVATURE, _C.DEGENERATE_DESCENT),
+        "train on, or from another seed: rounding of the certificate, in float64, hides the answer here": (
+            *(_C.PREACTIVATIONS_WITHIN_ROUNDING, _C.ROUNDING_HIDES_KINK_FORCES, _C.MULTIPLIER_AT_END),
+            *(_C.DEPENDENT_MULTIPLIERS_AT_END, _C.FALL_WITHIN_ROUNDING, _C.INACTIVE_UNIT_UNDECIDED),
+        ),
+        "train on, or from another seed: the kinks here are degenerate": (
+            *(_C.KINKS_DEPENDENT, _C.DEPENDENT_KINKS_UNDECIDED, _C.DEPENDENT_KINKS_TOO_MANY),
+        ),
+        "keep the weights small: start from smaller ones, or lower the learning rate": (_C.ROUNDING_HIDES_GRADIENT,),
+        "scale the inputs to similar sizes, as whitening does": (_C.UNEVEN_INPUTS,),
+        "use fewer samples or a narrower network: at this size the certificate's solver is iterative": (
+            *(_C.LEAST_SQUARES_UNSOLVED, _C.KINKS_NOT_TRIED),
+        ),
+        "nothing is left to do: the given weights have no error": (_C.GIVEN_WEIGHTS_FIT,),
+        "use one hidden layer, whose points on kinks have exact certificates": (_C.PREACTIVATION_BELOW_TOLERANCE,),
+        "use weight decay that is part of an objective (of Adam or SGD), or none": (_C.NO_OBJECTIVE,),
+        "use replicas=1, or train without weight decay and with all weights free": (_C.OBJECTIVE_OF_REPLICAS,),
+        "train for at least one step": (_C.NO_STEP_YET, _C.NO_GRADIENT_SEEN),
+        "give a loss_fn that can be evaluated": (_C.STEP_GRADIENT_SMALL, _C.STEP_GRADIENT_OF_MINI_BATCH),
+        "let training reach the detector's check at its end": (_C.GRADIENT_SMALL, _C.NOT_CHECKED),
+        "lower the learning rate, and check the data for values that are not finite": (_C.NOT_FINITE,),
+        "check that the loss depends on the trained weights": (_C.HESSIAN_ZERO,),
+        "train in float64, in which rounding is smaller": (_C.ROUNDING_HIDES_CURVATURE, _C.ROUNDING_HIDES_MINIMUM),
+        "allow more Hessian–vector products: raise max_products": (
+            *(_C.MORE_PRODUCTS_FOR_SIGN, _C.MORE_PRODUCTS_FOR_NEWTON, _C.MORE_PRODUCTS_FOR_FLAT_DIRECTIONS),
+        ),
+        "train with a little weight decay, against flat directions": (_C.FLAT_DIRECTIONS_UNEXPLAINED,),
+        "use operations with a second derivative, or a loss_fn made of them": (_C.NO_SECOND_DERIVATIVE,),
+        "train in float64, or with smaller weights: derivatives are not finite": (_C.PRODUCT_NOT_FINITE,),
+        "give the detector a loss_fn(module, batch) that can be evaluated": (_C.LOSS_NOT_EVALUABLE,),
+        "use smaller batches in the training set's loader": (_C.OUT_OF_MEMORY,),
+        "raise max_seconds": (_C.TIME_LIMIT,),
+        "use strict=True, to see where the error arises": (_C.ERROR,),
+        "lower the learning rate": (_C.DIVERGED,),
+        "continue the run with resume=true": (_C.INTERRUPTED, _C.PROCESS_LOST),
+    }.items()
+    for code in codes
+}
+
+
+def advice_on(kind: Kind, code: ReasonCode) -> str | None:
+    """What to do about a verdict; None for a minimum.
+
+    >>> advice_on(Kind.UNDECIDED, ReasonCode.TIME_LIMIT), advice_on(Kind.KINK_MINIMUM, ReasonCode.CERTIFIED_ON_KINKS)
+    ('raise max_seconds', None)
+    """
+    return None if kind.is_minimum else ADVICE.get(code)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_mnn.data import GaussianData
-from lightning_mnn.landscape import certify
+from lightning_mnn.landscape import certify, polish
 from tests.children import side_by_side
 from tests.two_processes import main
 
@@ -76,6 +76,20 @@ def test_polishing_from_afar_ends_in_a_minimum_on_any_number_of_processes(tmp_pa
         again = certify(hidden.reshape(9, 6), output, inputs, targets, max_distance=1e-9)
         assert (again.kind, again.zero_error) == (found["kind"], True)
         assert again.is_minimum
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", [False, True])
+def test_descent_is_followed_where_one_process_has_all_samples(tmp_path, split):
+    options = {"num_samples": 21, "hidden_dims": [3], "max_distance": 1e-6, "follow_descent": True}
+    found = run(2, options | ({"split": 6000} if split else {}), tmp_path / "two")
+    if split:
+        assert found["descends_to"] is None
+        return
+    output, hidden = (torch.tensor(weights, dtype=torch.float64) for weights in sorted(found["weights"], key=len))
+    expected = polish(hidden.reshape(3, 6), output, *GaussianData(21, 6).tensors())
+    assert found["descends_to"] == expected.certificate.kind
+    assert found["descends_to_mse"] == pytest.approx(expected.certificate.mse, rel=1e-6)
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from lightning_mnn.landscape import (
     second_order_verdict,
 )
 from lightning_mnn.runs.console import KINDS as KINDS_OF_CONSOLE
-from lightning_mnn.verdicts import SENTENCES, Reason
+from lightning_mnn.verdicts import ADVICE, SENTENCES, Class, Ended, Reason, advice_on, class_of
 from tests.documented import page
 
 PACKAGE = Path(landscape.__file__).parent.parent
@@ -187,6 +187,55 @@ def test_a_code_is_given_with_its_kind_and_its_sentence(code):
     start = SENTENCES[code].partition("{")[0]
     assert found.reason.startswith(start)
     assert "{" not in found.reason
+
+
+OF_MINIMA = {  # codes that come with no other kind
+    *(ReasonCode.CERTIFIED, ReasonCode.CERTIFIED_ON_KINKS, ReasonCode.ZERO_ERROR, ReasonCode.FIRST_ORDER_TESTS_PASSED),
+    *(ReasonCode.NECESSARY_CONDITIONS_ONLY, ReasonCode.STRICT_MINIMUM, ReasonCode.FLAT_MINIMUM, ReasonCode.ZERO_LOSS),
+}
+NO_VERDICTS = {  # codes of facts beside the one that decided, and of the existence of a minimum in a region
+    *(ReasonCode.NO_KINK, ReasonCode.NEAREST_KINK, ReasonCode.UNITS_ON_KINKS, ReasonCode.COARSE_PREACTIVATIONS),
+    *(ReasonCode.SIDES_COMPARED, ReasonCode.SIDES_NOT_COMPARED, ReasonCode.EIGENVALUES, ReasonCode.NEWTON_DISTANCE),
+    *(ReasonCode.NOT_A_PROOF, ReasonCode.MINIMUM_FOUND, ReasonCode.NO_MINIMUM, ReasonCode.REGION_EMPTY),
+    *(ReasonCode.REGION_TOO_LARGE, ReasonCode.INPUT_TOO_SHORT, ReasonCode.RANK_IN_DOUBT, ReasonCode.FIT_IN_DOUBT),
+    *(ReasonCode.PATTERN_IN_DOUBT, ReasonCode.TOO_MANY_BRANCHES, ReasonCode.BRANCHES_IN_DOUBT),
+}
+
+
+def test_every_code_of_a_verdict_that_is_no_minimum_has_its_advice_in_one_documented_line():
+    assert ADVICE.keys() == set(ReasonCode) - OF_MINIMA - NO_VERDICTS
+    text = page("explanation/evidence.md")
+    for code, advice in ADVICE.items():
+        assert re.fullmatch(r"[^.\n]{5,140}", advice), code
+        assert any(advice in line and f"`{code}`" in line for line in text.splitlines()), code
+
+
+@pytest.mark.parametrize("code", [code for code, (_, verdict) in CASES.items() if isinstance(verdict, Kind)], ids=str)
+def test_advice_is_given_on_what_is_no_minimum(code):
+    verdict = CASES[code][1]
+    assert (advice_on(verdict, code) is None) == verdict.is_minimum == (code in OF_MINIMA)
+
+
+CERTIFIED_CLASSES = {
+    (Kind.DIFFERENTIABLE_MINIMUM, True): Class.GLOBAL,
+    (Kind.KINK_MINIMUM, True): Class.GLOBAL,
+    (Kind.DIFFERENTIABLE_MINIMUM, False): Class.SUBOPTIMAL,
+    (Kind.KINK_MINIMUM, False): Class.KINK,
+}
+
+
+@pytest.mark.parametrize("zero_error", [True, False])
+@pytest.mark.parametrize("kind", Kind)
+def test_each_kind_has_its_class_at_the_weights_or_ahead(kind, zero_error):
+    known = CERTIFIED_CLASSES.get((kind, zero_error), Class.NOT_TOLD)
+    here = {"kind": str(kind), "zero_error": zero_error, "evidence": "certificate"}
+    assert class_of(here) == Ended(known)
+    assert class_of(here | {"evidence": "second_order"}) == Ended(Class.NOT_TOLD)
+    before = {"kind": "not_stationary", "zero_error": False}
+    ahead = {"descends_to": str(kind), "descends_to_zero_error": zero_error}
+    assert class_of(before | ahead) == Ended(known, ahead=known is not Class.NOT_TOLD)
+    if kind.is_minimum:  # what is reached counts
+        assert class_of(here | {"descends_to": "kink_minimum", "descends_to_zero_error": True}) == Ended(known)
 
 
 def test_minima_of_different_origin_have_the_same_code():

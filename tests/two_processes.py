@@ -18,6 +18,8 @@ from lightning_mnn.landscape.regions import least_squares
 from lightning_mnn.metrics import MeanClassificationError
 from lightning_mnn.utilities.interruption import Interrupted, Pace, request
 
+DETECTOR = {"polish": False, "max_distance": 10.0, "follow_descent": False}
+
 
 class Reader(pl.Callback):
     """Iterates the training loader between the fetch of a batch and its step."""
@@ -108,9 +110,8 @@ def main(devices: int, options: dict, out: Path) -> None:
     if "split" in options:  # each process keeps its samples, and no Gram matrix is formed
         certification._MAX_GATHERED = 0
         least_squares.MAX_GRAM_ROWS = options["split"]
-    detector = LocalMinimumDetector(
-        Schedule(every=3), stop_training=False, polish=options.get("polish", False), max_distance=10.0
-    )
+    given = {name: options.get(name, default) for name, default in DETECTOR.items()}
+    detector = LocalMinimumDetector(Schedule(every=3), stop_training=False, **given)
     callbacks = [counter, recorder, detector, *([Reader()] if options.get("read") else [])]
     trainer = pl.Trainer(
         max_epochs=6,

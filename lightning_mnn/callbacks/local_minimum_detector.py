@@ -76,6 +76,9 @@ class LocalMinimumDetector(ScheduledCallback):
         polish: try to certify at every check; and at the end of training move the weights to the exact minimum, if it
             lies within ``max_distance``, across kinks if necessary (see :func:`lightning_mnn.landscape.polish`).
         max_distance: largest ‖W̃* − W̃‖/‖W̃‖ at which a minimum still counts as the minimum of these weights.
+        follow_descent: where the end of training is at no certified minimum, find the minimum that descent leads to, as
+            information (``descends_to``): by :func:`lightning_mnn.landscape.polish` at any distance, with a limit of
+            work. The weights stay.
         first_order: tolerances of the cheap check of networks; None: the defaults.
         second_order: tolerances and cost of second-order evidence; None: the defaults.
         loss_fn: the loss that training minimises, ``loss_fn(module, batch)``, the mean over the batch; None: what the
@@ -115,6 +118,7 @@ class LocalMinimumDetector(ScheduledCallback):
         stop_training: bool = True,
         polish: bool = False,
         max_distance: float = 1e-3,
+        follow_descent: bool = True,
         first_order: FirstOrderTolerances | None = None,
         second_order: SecondOrderSettings | None = None,
         loss_fn: ModelFunction | None = None,
@@ -128,6 +132,7 @@ class LocalMinimumDetector(ScheduledCallback):
         self.polish = truth_value("polish", polish)
         unlimited = max_distance == math.inf
         self.max_distance = math.inf if unlimited else real_number("max_distance", max_distance, at_least=0)
+        self.follow_descent = truth_value("follow_descent", follow_descent)
         self.first_order = settings_or_defaults("first_order", first_order, FirstOrderTolerances)
         self.second_order = settings_or_defaults("second_order", second_order, SecondOrderSettings)
         self.loss_fn = loss_fn
@@ -209,9 +214,10 @@ class LocalMinimumDetector(ScheduledCallback):
     @override
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().finish(trainer, pl_module)
-        tier = self._certify(trainer, pl_module, end=True)
+        self._certify(trainer, pl_module, end=True)
         if self.polish:  # the weights may have moved
             self._test(trainer, pl_module)
+        tier = self._follow(trainer, pl_module)
         findings = tier.findings()
         for replica, found in enumerate(findings):
             name = f" (replica {replica})" if len(findings) > 1 else ""
@@ -296,6 +302,17 @@ class LocalMinimumDetector(ScheduledCallback):
             self.converged = tier.found_minimum
             log_scalars(trainer, tier.scalars())
         return tier
+
+    def _follow(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tier:
+        """Find what descent leads to; if there is no time for it, the verdict stays."""
+        assert self._tier is not None  # noqa: S101
+        if self.follow_descent:
+            try:
+                with self._limited(trainer):
+                    self._tier.follow_descent(trainer, pl_module)
+            except TimeLimitError:
+                pass
+        return self._tier
 
     @property
     def _tiers(self) -> Tiers:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from matplotlib import patheffects
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from lightning_mnn.utilities.files import whole_file
-from lightning_mnn.verdicts import MINIMA, Kind
+from lightning_mnn.verdicts import Class, Ended, Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from matplotlib.axes import Axes
@@ -36,22 +34,6 @@ KINDS: dict[Kind | None, tuple[str, str, str]] = {
 }
 
 
-class Class(StrEnum):
-    """What a network ended in, by the certificate of its minimum.
-
-    Attributes:
-        GLOBAL: a certified minimum with zero error.
-        SUBOPTIMAL: a certified differentiable minimum with error.
-        KINK: a certified minimum on kinks with error.
-        NOT_TOLD: no certified minimum.
-    """
-
-    GLOBAL = "global"
-    SUBOPTIMAL = "suboptimal"
-    KINK = "kink"
-    NOT_TOLD = "not_told"
-
-
 @dataclass(frozen=True)
 class ClassLook:
     """The name of a class, a short one for tables, and its colour."""
@@ -68,6 +50,11 @@ CLASSES = {
     Class.NOT_TOLD: ClassLook("no certified minimum", "not told", "#7f7f7f"),
 }
 
+# All that a network may have ended in, in the order of figures and tables; what lies ahead follows what is reached.
+ENDS = tuple(
+    Ended(known, ahead) for known in CLASSES for ahead in (False, True) if known is not Class.NOT_TOLD or not ahead
+)
+
 NOTE: dict[str, Any] = {
     "fontsize": 9,
     "color": "0.4",
@@ -75,18 +62,26 @@ NOTE: dict[str, Any] = {
 }
 
 
-def class_of(row: Mapping[str, Any]) -> Class:
-    """The class of a network, from its row in the table of a sweep; only certificates count as evidence.
+def look_of(ended: Ended) -> ClassLook:
+    """The name, short name and colour of a class; of one that lies ahead, in a lighter colour.
 
-    >>> class_of({"kind": "kink_minimum", "zero_error": False}), class_of({"kind": "saddle"})
-    (<Class.KINK: 'kink'>, <Class.NOT_TOLD: 'not_told'>)
+    >>> look_of(Ended(Class.GLOBAL, ahead=True)).short, look_of(Ended(Class.GLOBAL, ahead=True)).color
+    ('global ahead', '#8cc0dc')
     """
-    kind = row.get("kind")
-    if kind not in MINIMA or row.get("evidence") not in (None, "certificate") or row.get("zero_error") is None:
-        return Class.NOT_TOLD
-    if row["zero_error"]:
-        return Class.GLOBAL
-    return Class.KINK if kind == Kind.KINK_MINIMUM else Class.SUBOPTIMAL
+    look = CLASSES[ended.known]
+    if not ended.ahead:
+        return look
+    return ClassLook(f"ahead: {look.name}", f"{look.short} ahead", lighter(look.color))
+
+
+def lighter(color: str, share: float = 0.55) -> str:
+    """A colour mixed with white.
+
+    >>> lighter("#000000", 0.5), lighter("#0072b2", 0.0)
+    ('#808080', '#0072b2')
+    """
+    parts = [int(color[k : k + 2], 16) for k in (1, 3, 5)]
+    return "#" + "".join(f"{round(part + share * (255 - part)):02x}" for part in parts)
 
 
 def tidy(ax: Axes) -> None:

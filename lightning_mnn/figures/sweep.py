@@ -28,10 +28,11 @@ from lightning_mnn.figures.scales import (
     numbers_of,
     scale_of,
 )
-from lightning_mnn.figures.style import KINDS, literal, mark_zeros, save, tidy
+from lightning_mnn.figures.style import ENDS, KINDS, literal, look_of, mark_zeros, save, tidy
+from lightning_mnn.verdicts import class_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from matplotlib.axes import Axes
@@ -105,9 +106,9 @@ def sweep_figure(folder: Path) -> Path | None:
 
     The first swept key is the axis and the second one the colour; lines connect the medians. If more keys were swept,
     the two that explain most of the measures' variance are shown, and the title names the pooled ones. `seed` counts as
-    a repetition, unless nothing else was swept. Kinds are drawn as shares of the networks. Only finished jobs are
-    drawn, and jobs of other programs whose status is unknown. For other programs, the first columns with numbers are
-    drawn.
+    a repetition, unless nothing else was swept. The classes of the networks are drawn as shares. Only
+    finished jobs are drawn, and jobs of other programs whose status is unknown. For other programs, the first columns
+    with numbers are drawn.
 
     Returns:
         The path of the figure; None if no finished job has a number to draw.
@@ -130,7 +131,7 @@ def sweep_figure(folder: Path) -> Path | None:
     figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)  # type: ignore[union-attr, call-arg]
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     if classified:
-        _draw_kinds(axes[0], rows, x, color)
+        _draw_ends(axes[0], rows, x, color)
     for ax, measure in zip(axes[classified:], measures, strict=False):
         _draw_measure(ax, rows, measure, x, color)
     for ax in axes[panels:]:
@@ -231,21 +232,45 @@ def _draw_measure(ax: Axes, rows: Sequence[Row], measure: Measure, x: Scale, col
     tidy(ax)
 
 
-def _draw_kinds(ax: Axes, rows: Sequence[Row], x: Scale, color: Scale) -> None:
-    """Draw the shares of the kinds: a stacked bar for each axis value and colour; if too many, for each axis value."""
+@dataclass(frozen=True)
+class _Part:
+    """A part of the bars that show what the networks ended in: its name, and the look of its bars."""
+
+    name: str
+    look: Mapping[str, Any]
+
+
+def _parts(rows: Sequence[Row]) -> tuple[str, list[_Part], list[_Part]]:
+    """What the bars show: the title, the parts of a bar from below, and the part of each row.
+
+    They are the classes of certificates, those ahead hatched; or the kinds, where only weaker evidence exists.
+    """
+    if any(row.get("evidence") in (None, "certificate") for row in rows if row["kind"] is not None):
+        classes = {
+            end: _Part(look_of(end).name, {"color": look_of(end).color} | ({"hatch": "///"} if end.ahead else {}))
+            for end in ENDS
+        }
+        return "What training ended in", list(classes.values()), [classes[class_of(row)] for row in rows]
+    kinds = {kind: _Part(name, {"color": hue}) for kind, (name, hue, _) in KINDS.items()}
+    return "Kinds", list(kinds.values()), [kinds[row["kind"]] for row in rows]
+
+
+def _draw_ends(ax: Axes, rows: Sequence[Row], x: Scale, color: Scale) -> None:
+    """Draw shares of classes: a stacked bar for each axis value and colour; if too many, for each axis value."""
     crowded = len(x.values) * len(color.values) > _MAX_BARS
-    title = "Certified kinds" if all(row.get("evidence") in (None, "certificate") for row in rows) else "Kinds"
+    title, parts, known = _parts(rows)
     title += f", pooled over {color.key}" if crowded and color.key else ""
     color = scale_of(rows, "") if crowded else color
     hues, share = colors_of(color), _share(len(color.values))
+    places = [(x.index(row), color.index(row)) for row in rows]
     for index in range(len(x.values)):
         for number in range(len(color.values)):
-            same = [row["kind"] for row in rows if x.index(row) == index and color.index(row) == number]
+            same = [part for part, place in zip(known, places, strict=True) if place == (index, number)]
             place, below = index + _color_shift(number, len(color.values)), 0.0
-            for kind, (_, hue, _) in KINDS.items():
-                part = 100 * same.count(kind) / len(same) if same else 0.0
-                ax.bar(place, part, 0.92 * share, below, color=hue, alpha=0.85)
-                below += part
+            for part in parts:
+                height = 100 * same.count(part) / len(same) if same else 0.0
+                ax.bar(place, height, 0.92 * share, below, alpha=0.85, edgecolor="white", lw=0, **part.look)
+                below += height
             if color.key:  # marks the colour of the bar
                 ax.bar(place, 3.5, 0.92 * share, -5, color=hues[number])
     name_places(ax, list(map(float, range(len(x.values)))), x.names)
@@ -299,9 +324,10 @@ def _legend(figure: Figure, rows: Sequence[Row], color: Scale, *, classified: bo
     ax = figure.axes[0]
     look: dict[str, Any] = {"frameon": False, "fontsize": 10}
     if classified:
-        present = [kind for kind in KINDS if any(row["kind"] == kind for row in rows)]
-        bars = [ax.bar(0, 0, color=KINDS[kind][1], label=KINDS[kind][0], alpha=0.85) for kind in present]
-        figure.legend(handles=bars, loc="outside lower right", ncols=len(bars), **look)
+        _, parts, known = _parts(rows)
+        present = [part for part in parts if part in known]
+        bars = [ax.bar(0, 0, label=part.name, alpha=0.85, edgecolor="white", lw=0, **part.look) for part in present]
+        figure.legend(handles=bars, loc="outside lower right", ncols=min(len(bars), 4), **look)
     if color.key:
         hues = colors_of(color)
         last = len(hues) - 1

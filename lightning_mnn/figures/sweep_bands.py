@@ -22,10 +22,11 @@ from lightning_mnn.figures.scales import (
     number_in,
     scale_of,
 )
-from lightning_mnn.figures.style import Class, class_of, literal, save, tidy
+from lightning_mnn.figures.style import literal, save, tidy
 from lightning_mnn.figures.sweep import MEASURES, choose_axes
 from lightning_mnn.utilities.files import whole_file
 from lightning_mnn.utilities.validation import ArgumentError, one_of
+from lightning_mnn.verdicts import AT_GLOBAL, class_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -104,7 +105,7 @@ def figure_of_test_errors(folder: Path) -> Path | None:
     """
     table = pq.read_table(folder / "sweep.parquet")
     finished = [row for row in table.to_pylist() if row["status"] == "finished"]
-    rows = [row for row in finished if class_of(row) is Class.GLOBAL]
+    rows = [row for row in finished if class_of(row) == AT_GLOBAL]
     columns = [name for name in ("test_mse", "test_mce") if any(row.get(name) is not None for row in rows)]
     swept = json.loads(table.schema.metadata[b"swept"])
     x, color = choose_axes(finished, swept, [one for one in MEASURES if one.known(finished)]) if columns else ("", "")

@@ -69,6 +69,8 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     facts = [
         ("converged to", converged),
         ("because", reason if isinstance(reason, str) else None),
+        ("descent leads to", _descents(summary)),
+        ("advice", _advice(summary)),
         ("zero error", _span(summary.get("zero_error"))),
         ("MSE", _span(summary["mse"], ".3g")),
         ("MCE", _errors(summary)),
@@ -86,6 +88,31 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("trained", f"{summary['epochs']} epochs, {summary['steps']} steps, {summary['seconds']:.1f} s"),
     ]
     return [(label, value) for label, value in facts if value is not None]
+
+
+def _descents(summary: dict[str, Any]) -> str | None:
+    """Where descent leads to, for each kind its number of replicas, and the range of their errors and distances."""
+    keys = ("descends_to", *(f"descends_to_{name}" for name in ("mse", "distance", "zero_error")))
+    values = [_listed(summary.get(key)) for key in keys]
+    found = [values for values in zip(*values, strict=False) if values[0] is not None]
+    parts = []
+    for kind, zero_error in dict.fromkeys((kind, zero_error) for kind, _, _, zero_error in found):
+        same = [values for values in found if (values[0], values[3]) == (kind, zero_error)]
+        mse, distance = (_span([values[column] for values in same], ".2g") for column in (1, 2))
+        error = "zero error" if zero_error else f"MSE {mse}"
+        text = f"{KINDS[kind]} with {error}, {distance} away"
+        parts.append(f"{len(same)} × {text}" if len(_listed(summary["kind"])) > 1 else text)
+    return "; ".join(parts) or None
+
+
+def _advice(summary: dict[str, Any]) -> str | None:
+    """The advice on all verdicts that are no minima, each once, the most frequent first."""
+    found = [advice for advice in _listed(summary.get("advice")) if advice is not None]
+    return "\n".join(sorted(dict.fromkeys(found), key=lambda advice: -found.count(advice))) or None
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _of_certified(summary: dict[str, Any], key: str) -> Any:

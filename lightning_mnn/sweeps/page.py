@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from lightning_mnn.figures.report_page.render import Column, Page, Problem, write_page
 from lightning_mnn.figures.run import PANELS
 from lightning_mnn.figures.scales import REPETITION, Scale, colors_of, identity, label_of, number_in, scale_of
-from lightning_mnn.figures.style import Class, class_of
 from lightning_mnn.figures.sweep import MEASURES, choose_axes
 from lightning_mnn.runs.logs import read_logs
 from lightning_mnn.sweeps.jobs import Status, Sweep, SweepJob, by_task, commands_of, resume_commands, versions_of
 from lightning_mnn.sweeps.table import table_rows
 from lightning_mnn.utilities.files import relative
+from lightning_mnn.verdicts import AT_GLOBAL, Ended, class_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,10 +37,11 @@ _MAX_CURVES = 16  # of a job
 
 _FIRST = (  # columns after the swept ones, in this order
     *("status", "replica", "kind", "zero_error", "mse", "mce", "wrong", "test_mse", "test_mce", "minimum_mse"),
+    *("descends_to", "descends_to_zero_error", "descends_to_mse", "descends_to_distance"),
     *("distance", "margin_ratio", "min_preactivation", "kinks", "rank", "log_volume", "learning_coefficient"),
     *("regions_visited", "epochs", "steps", "seconds", "reason_code"),
 )
-_NOT_DRAWN = ("job", "replica", "seed")  # numbers that are names
+_NOT_DRAWN = ("job", "replica", "seed", "class_is_ahead")  # numbers that are names; the page draws classes itself
 _SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f]")  # of a terminal
 
 
@@ -184,7 +185,7 @@ def printable(text: str) -> str:
     return "\n".join(_SEQUENCE.sub("", line.rstrip("\r").rpartition("\r")[2]) for line in lines)
 
 
-def _data(sweep: Sweep, rows: Sequence[Row], shown: Sequence[str], classes: Sequence[Class | None]) -> dict[str, Any]:
+def _data(sweep: Sweep, rows: Sequence[Row], shown: Sequence[str], classes: Sequence[Ended | None]) -> dict[str, Any]:
     """What the script of the page draws; see ``report.js``."""
     scales = {key: scale_of(rows, key) for key in sweep.swept}
     names = [key for key in rows[0] if key not in _NOT_DRAWN and key not in sweep.swept]
@@ -192,7 +193,7 @@ def _data(sweep: Sweep, rows: Sequence[Row], shown: Sequence[str], classes: Sequ
     measures.sort(key=lambda key: _FIRST.index(key) if key in _FIRST else len(_FIRST))
     x, color = axes_of(sweep, [row for row in rows if has_result(row)])
     y = next((key for key in ("test_mce", "test_mse", *sweep.logged, "mse") if key in measures), "share of global")
-    at_global = [row.get(x) for row, known in zip(rows, classes, strict=True) if known is Class.GLOBAL]
+    at_global = [row.get(x) for row, known in zip(rows, classes, strict=True) if known == AT_GLOBAL]
     compares_global = y.startswith("test_m") and len(set(map(identity, at_global))) > 1  # as figure_test_error.png does
     return {
         "columns": {key: [_plain(row[key]) for row in rows] for key in dict.fromkeys([*shown, *measures])},
@@ -201,7 +202,7 @@ def _data(sweep: Sweep, rows: Sequence[Row], shown: Sequence[str], classes: Sequ
         "x": x,
         "color": color,
         "y": y,
-        "only": str(Class.GLOBAL) if compares_global else "",
+        "only": AT_GLOBAL.key if compares_global else "",
         "runs": [job.name for job in sweep.jobs],
         "curves": _curves(sweep),
         "points": MAX_POINTS,

@@ -11,13 +11,14 @@ from rich.text import Text
 
 from lightning_mnn.figures import figure_of_test_errors, sweep_figure
 from lightning_mnn.figures.scales import REPETITION, label_of, number_in
-from lightning_mnn.figures.style import CLASSES, class_of
+from lightning_mnn.figures.style import ENDS, look_of
 from lightning_mnn.figures.sweep_bands import statistics_of
 from lightning_mnn.runs.logs import has_logs
 from lightning_mnn.sweeps.jobs import Status, by_task, resume_commands
 from lightning_mnn.sweeps.page import PAGE, axes_of, has_result, write_report_page
 from lightning_mnn.sweeps.table import table_rows, write_table
 from lightning_mnn.utilities.files import relative
+from lightning_mnn.verdicts import class_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,12 +97,14 @@ def print_verdicts(sweep: Sweep, console: Console) -> None:
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(label_of(row[key]) for key in keys), []).append(row)
+    classes = {id(row): class_of(row) for row in rows}
+    ends = [end for end in ENDS if not end.ahead or end in classes.values()]
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), title="means ± half of their 95 % intervals by Student's t")
-    for name in (*keys, "networks", *(look.short for look in CLASSES.values()), *errors):
+    for name in (*keys, "networks", *(look_of(end).short for end in ends), *errors):
         table.add_column(name, justify="right", overflow="fold")
     for names, group in list(groups.items())[:_MAX_LINES]:
-        found = [class_of(row) for row in group]
-        counts = [str(found.count(one) or "–") for one in CLASSES]
+        found = [classes[id(row)] for row in group]
+        counts = [str(found.count(end) or "–") for end in ends]
         table.add_row(*names, str(len(group)), *counts, *(_mean_text(group, name) for name in errors))
     console.print(table)
     if len(groups) > _MAX_LINES:

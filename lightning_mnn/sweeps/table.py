@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lightning_mnn.utilities.files import whole_file, write_csv
+from lightning_mnn.verdicts import class_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,10 +27,12 @@ def table_rows(sweep: Sweep) -> list[Row]:
 
     A job that is not finished has one row without measures, so that means over a column are over finished jobs only.
     The columns are ``job`` and ``folder``, what was swept, ``status`` and ``replica``, then the summary in its own
-    order. What was swept is shown as it was given to the job: ``seed`` is the seed of a job's first replica.
+    order. What was swept is shown as it was given to the job: ``seed`` is the seed of a job's first replica. If any job
+    has a ``kind``, its networks also have a ``class``, and ``class_is_ahead`` says whether it is of the minimum that
+    descent leads to.
     """
     measures = dict.fromkeys(key for job in sweep.jobs for key in job.results if key not in sweep.swept)
-    return [
+    rows = [
         {"job": job.number, "folder": None if job.folder is None else str(job.folder)}
         | {key: values[place] for key, values in sweep.swept.items()}
         | {"status": str(job.status), "replica": replica}
@@ -37,6 +40,18 @@ def table_rows(sweep: Sweep) -> list[Row]:
         for place, job in enumerate(sweep.jobs)
         for replica in (range(job.results.get("replicas", 1)) if job.results else (None,))
     ]
+    return [_classified(row) for row in rows] if any(row.get("kind") is not None for row in rows) else rows
+
+
+def _classified(row: Row) -> Row:
+    """A row with its class, after the replica."""
+    ended = class_of(row) if row.get("kind") is not None else None
+    found = {
+        "class": None if ended is None else str(ended.known),
+        "class_is_ahead": None if ended is None else ended.ahead,
+    }
+    first = list(row)[: list(row).index("replica") + 1]
+    return {key: row[key] for key in first} | found | row
 
 
 def write_table(sweep: Sweep) -> list[Path]:

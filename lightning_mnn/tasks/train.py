@@ -39,7 +39,7 @@ from lightning_mnn.utilities.compat.lightning_internals import completed_epochs
 from lightning_mnn.utilities.errors import DivergenceError, EarlyEnd
 from lightning_mnn.utilities.files import whole_file, write_json
 from lightning_mnn.utilities.validation import ArgumentError
-from lightning_mnn.verdicts import MINIMA, Kind, Reason, ReasonCode
+from lightning_mnn.verdicts import MINIMA, Kind, Reason, ReasonCode, advice_on
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,6 +58,11 @@ MEASURES = (
         "wrong",
         "kind",
         "reason_code",
+        "advice",
+        "descends_to",
+        "descends_to_mse",
+        "descends_to_distance",
+        "descends_to_zero_error",
         "zero_error",
         "distance",
         "margin_ratio",
@@ -280,7 +285,9 @@ def summarise(
             "kind": str(Kind.NOT_STATIONARY),
             "reason_code": str(because.code),
             "reason": f"{because}{before}",
+            "advice": advice_on(Kind.NOT_STATIONARY, because.code),
             "zero_error": False,
+            **{key: None for key in MEASURES if key.startswith("descends_to")},
         }
         found |= {key: [value] * model.replicas if model.replicas > 1 else value for key, value in verdict.items()}
     return found | {

@@ -345,7 +345,8 @@ def test_an_error_in_the_midst_ends_the_callback_and_not_the_training():
         trainer = fit(Regression(), few(), [detector], max_epochs=3)
     assert trainer.current_epoch == 3
     assert detector.summary() == {
-        "evidence": "none", "kind": "undecided", "reason_code": "error", "reason": "RuntimeError: out of luck"
+        "evidence": "none", "kind": "undecided", "reason_code": "error", "reason": "RuntimeError: out of luck",
+        "advice": "use strict=True, to see where the error arises",
     }  # fmt: skip
     with pytest.raises(RuntimeError, match="out of luck"):
         fit(Regression(), few(), [Failing(Schedule(every=1), strict=True)], max_epochs=3)

@@ -10,9 +10,9 @@ import pytest
 from scipy import stats
 
 from lightning_mnn.figures.report_page.render import Column, Page, Problem, html_of
-from lightning_mnn.figures.style import Class
 from lightning_mnn.sweeps.jobs import read_sweep
 from lightning_mnn.sweeps.page import write_report_page
+from lightning_mnn.verdicts import AT_GLOBAL
 from tests.browser import browser
 from tests.tasks.test_sweep_report import write_job, write_plan
 
@@ -88,7 +88,7 @@ def test_texts_are_escaped_everywhere():
         Page(
             EVIL,
             columns=columns,
-            classes=[Class.GLOBAL],
+            classes=[AT_GLOBAL],
             jobs=[0],
             problems=problems,
             resume=[EVIL],

@@ -33,3 +33,32 @@ def test_an_interrupted_run_says_so(replicas):
     assert said["converged to"] == "nothing yet: the run was interrupted"
     assert said["because"] == "interrupted after 2 steps"
     assert said["rank of A∘X"] == "not computed, at most 4, of 4 samples"
+
+
+DESCENT = {"kind": "not_stationary", "descends_to": "kink_minimum", "descends_to_mse": 0.1234}
+DESCENT |= {"descends_to_distance": 0.81, "descends_to_zero_error": False, "advice": "train on"}
+
+
+def test_where_descent_leads_and_what_to_do():
+    said = dict(_facts(RUN | DESCENT))
+    assert said["descent leads to"] == "a local minimum on kinks with MSE 0.12, 0.81 away"
+    assert said["advice"] == "train on"
+    said = dict(_facts(RUN | {"kind": "kink_minimum", "descends_to": None, "advice": None}))
+    assert not {"descent leads to", "advice"} & said.keys()
+
+
+def test_where_descent_leads_replicas():
+    lists = {
+        "kind": ["not_stationary", "kink_minimum", "saddle", "saddle"],
+        "descends_to": ["differentiable_minimum", None, "kink_minimum", "kink_minimum"],
+        "descends_to_mse": [1e-31, None, 0.5, 0.25],
+        "descends_to_distance": [0.5, None, 2.0, 1.0],
+        "descends_to_zero_error": [True, None, False, False],
+        "advice": ["train on", None, "stop", "stop"],
+    }
+    said = dict(_facts(RUN | lists))
+    assert said["descent leads to"] == (
+        "1 × a differentiable local minimum with zero error, 0.5 away; "
+        "2 × a local minimum on kinks with MSE 0.25 … 0.5, 1 … 2 away"
+    )
+    assert said["advice"] == "stop\ntrain on"

@@ -1,10 +1,12 @@
 """What the page of a sweep takes from its jobs, and that a large sweep makes no large file."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from lightning_mnn.figures.report_page.render import html_of
 from lightning_mnn.sweeps import page as module
 from lightning_mnn.sweeps.jobs import Status, Sweep, SweepJob, read_sweep
 from lightning_mnn.sweeps.page import page_of, write_report_page
@@ -46,10 +48,24 @@ def test_rows_know_their_jobs_where_there_are_replicas():
     write_job(Path("sweep/2"), ["seed=5"], **lists)
     page = page_of(read_sweep(Path("sweep").absolute()))
     assert page.jobs == [0, 0, 1, 2, 2]
-    assert [known and str(known) for known in page.classes] == ["not_told", "global", None, "not_told", "global"]
+    assert [ended and ended.key for ended in page.classes] == ["not_told", "global", None, "not_told", "global"]
     assert [problem.name for problem in page.problems] == ["1 (seed = 3)"]
     assert page.data["columns"]["mse"] == [1.0, 0.0, None, 1.0, 0.0]
     assert page.data["scales"]["seed"]["index"] == [0, 0, 1, 2, 2]
+
+
+def test_the_page_tells_what_is_ahead_from_what_is_reached():
+    ahead = {"kind": "not_stationary", "descends_to": "kink_minimum", "descends_to_zero_error": False}
+    write_job(Path("sweep/0"), ["seed=1"], **ahead)
+    write_job(Path("sweep/1"), ["seed=2"], kind="kink_minimum", zero_error=False)
+    page = page_of(read_sweep(Path("sweep").absolute()))
+    assert [ended.key for ended in page.classes] == ["kink_ahead", "kink"]
+    text = html_of(page)
+    names = json.loads(re.findall(r'id="data">(.*?)</script>', text, re.DOTALL)[0])["names"]
+    assert list(names) == ["global", "suboptimal", "kink", "kink_ahead", "not_told"]  # ahead: only what there is
+    assert len({look["color"] for look in names.values()}) == 5
+    assert '<i class="kink_ahead"></i>kink with error ahead' in text
+    assert f"td .kink_ahead {{ background: {names['kink_ahead']['color']}; }}" in text
 
 
 @pytest.mark.parametrize("name", ["console.log", "quickstart.log"])
@@ -105,4 +121,4 @@ def test_sweeps_of_other_programs_have_a_page():
     assert page.data["x"] == "lr"
     assert page.data["y"] == "return_value"
     assert page.data["columns"]["val/loss"] == [0.0, 0.5, 1.0]
-    assert {str(known) for known in page.classes} == {"not_told"}
+    assert {ended.key for ended in page.classes} == {"not_told"}

@@ -131,7 +131,7 @@ def test_columns_are_typed_in_the_order_of_the_command_with_a_row_for_each_repli
     text, typed = read(Path("sweep"))
     table = typed.to_pylist()
     assert typed.column_names[:6] == ["job", "folder", "optimizer", "model.negative_slope", "status", "replica"]
-    assert typed.column_names[6:] == list(SUMMARY)
+    assert typed.column_names[6:] == ["class", "class_is_ahead", *SUMMARY]
     assert [row["job"] for row in table] == [0, 0, 5, 5, 7, 10, 10]
     assert [row["replica"] for row in table] == [0, 1, 0, 1, 0, 0, 1]
     assert [row["model.negative_slope"] for row in table] == [0.0, 0.0, 0.1, 0.1, 0.2, None, None]
@@ -328,12 +328,44 @@ def test_what_cannot_be_reported_is_said(prepare, overrides, error, message):
     assert not list(Path().rglob("sweep.*"))
 
 
+def test_the_table_and_the_figure_show_classes_at_and_ahead(drawn):
+    ahead = {"descends_to": "differentiable_minimum", "descends_to_mse": 0.0, "descends_to_zero_error": True}
+    changes = {1: {"kind": "differentiable_minimum", "zero_error": True}, 2: {"kind": "saddle"} | ahead}
+    write_sweep(Path("sweep"), {"seed": [1, 2, 3, 4]}, lambda seed: changes.get(seed, {}))  # 3, 4: of earlier versions
+    report(settings("sweep=sweep"))
+    rows = list(csv.DictReader(Path("sweep/sweep.csv").read_text().splitlines()))
+    assert [(row["class"], row["class_is_ahead"], row["descends_to"]) for row in rows] == [
+        *[("global", "False", ""), ("global", "True", "differentiable_minimum")],
+        *[("not_told", "False", "")] * 2,
+    ]
+    typed = pq.read_table("sweep/sweep.parquet")
+    assert typed["class_is_ahead"].to_pylist() == [False, True, False, False]
+    (figure,) = drawn
+    bars = [bar for bar in panel(figure, "What training ended in").patches if bar.get_height()]
+    looks = {(bar.get_facecolor(), bar.get_hatch()) for bar in bars}
+    assert sorted(bool(hatch) for _, hatch in looks) == [False, False, True]
+    assert len({color for color, _ in looks}) == 3
+
+
+def test_kinds_are_drawn_where_no_certificate_exists(drawn):
+    kinds = {1: "differentiable_minimum", 2: "saddle", 3: "undecided"}
+    write_sweep(Path("sweep"), {"seed": [1, 2, 3]}, lambda seed: {"kind": kinds[seed], "evidence": "second_order"})
+    report(settings("sweep=sweep"))
+    (figure,) = drawn
+    assert len({bar.get_facecolor() for bar in panel(figure, "Kinds").patches if bar.get_height()}) == 3
+    assert {row["class"] for row in pq.read_table("sweep/sweep.parquet").to_pylist()} == {"not_told"}
+
+
 def test_a_swept_number_is_an_axis_with_every_job_and_the_medians(drawn):
     losses = {1: 1e-8, 2: 0.0, 3: 1e-2}
     write_sweep(
         Path("sweep"),
         {"optimizer.lr": [0.001, 0.01, 0.1], "seed": [1, 2, 3]},
-        lambda lr, seed: {"mse": losses[seed] * lr, "kind": "kink_minimum" if seed == 1 else "saddle"},
+        lambda lr, seed: {
+            "mse": losses[seed] * lr,
+            "kind": "kink_minimum" if seed == 1 else "saddle",
+            "zero_error": False,
+        },
     )
     report(settings("sweep=sweep"))
     assert imread("sweep/figure.png").shape[0] > 1000
@@ -348,11 +380,11 @@ def test_a_swept_number_is_an_axis_with_every_job_and_the_medians(drawn):
     np.testing.assert_allclose(medians.get_xydata(), [(lr, 1e-8 * lr) for lr in (0.001, 0.01, 0.1)])
     (note,) = (text for text in loss.texts if text.get_text() == "exactly 0")
     assert note.get_window_extent().x0 >= loss.get_window_extent().x1  # where it covers no dot
-    shares = [bar.get_height() for bar in panel(figure, "Certified kinds").patches if bar.get_height()]
+    shares = [bar.get_height() for bar in panel(figure, "What training ended in").patches if bar.get_height()]
     assert sorted(map(round, shares)) == [33] * 3 + [67] * 3
     assert "pooled over seed (3 values)" in figure.get_suptitle()
     titles = {ax.get_title() for ax in figure.axes}
-    assert titles == {measure.title for measure in MEASURES} - {"Test loss", "Test error"} | {"Certified kinds"}
+    assert titles == {measure.title for measure in MEASURES} - {"Test loss", "Test error"} | {"What training ended in"}
 
 
 @pytest.mark.parametrize(

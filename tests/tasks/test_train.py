@@ -25,7 +25,8 @@ SUMMARY = {
     "mse", "mce", "wrong", "kind", "zero_error", "distance", "margin_ratio", "min_preactivation", "kinks", "rank",
     "rank_cap", "log_volume", "log_volume_standard_error", "log_volume_lower_bound", "regions_visited", "epochs",
     "steps", "seconds", "num_samples", "input_dim", "hidden_dims", "negative_slope", "replicas", "seed", "processes",
-    "visits", "reason_code",
+    "visits", "reason_code", "advice", "descends_to", "descends_to_mse", "descends_to_distance",
+    "descends_to_zero_error",
 }  # fmt: skip
 FOLDER = {"summary.json", "metrics.csv", "figure.png", "patterns.zarr", "checkpoints", ".hydra", "wandb"}
 SMALL = ("data.num_samples=20", "data.input_dim=6", "model.hidden_dims=[8]", "trainer.accelerator=cpu")
@@ -116,7 +117,8 @@ def test_a_sweep_over_replicas_and_slopes():
         summary = summary_of(path.parent)
         assert summary["negative_slope"] == slope
         assert {
-            len(summary[key]) for key in ("mse", "mce", "kind", "reason_code", "rank", "log_volume_lower_bound")
+            len(summary[key])
+            for key in ("mse", "mce", "kind", "advice", "descends_to", "rank", "log_volume_lower_bound")
         } == {2}
         assert {p.name for p in path.parent.iterdir()} >= FOLDER
         assert wandb_summary(path.parent)["train/mse"] == read_metrics(path.parent / "metrics.csv")["train/mse"][1][-1]
@@ -164,6 +166,7 @@ def test_divergence_ends_with_a_message_and_keeps_what_it_had():
     summary = summary_of(folder)
     assert summary["kind"] == "not_stationary"
     assert summary["reason_code"] == "diverged"
+    assert (summary["advice"], summary["descends_to"]) == ("lower the learning rate", None)
     command(*SMALL, "optimizer=sgd", "optimizer.lr=100", "replicas=2", "hydra.run.dir=two", expect=1)
     assert summary_of(Path("two"))["kind"] == ["not_stationary"] * 2
 
@@ -181,6 +184,7 @@ def test_an_interrupted_run_leaves_what_it_had():
     assert {p.name for p in Path("cut").iterdir()} >= FOLDER - {"checkpoints", "figure.png"}
     summary = summary_of(Path("cut"))
     assert summary["reason_code"] == "interrupted"
+    assert (summary["advice"], summary["descends_to"]) == ("continue the run with resume=true", None)
     assert summary["reason"] == f"interrupted after {summary['steps']} steps"
     assert summary["steps"] > 0
     assert "interrupted" in Path("out.txt").read_text()

@@ -13,6 +13,7 @@ from lightning_mnn.callbacks.evaluation.snapshots import restoring_generators
 from lightning_mnn.callbacks.evaluation.training_set import input_rank, training_set_statistics
 from lightning_mnn.callbacks.evidence.certification import (
     certify_training_set,
+    descents_on_training_set,
     move_to,
     polish_on_training_set,
     reason_not_certified,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from lightning_mnn.callbacks.evaluation.run_module import ModelFunction
     from lightning_mnn.callbacks.evidence.second_order import SecondOrderTier
     from lightning_mnn.landscape.minima.certificate import Certificate
+    from lightning_mnn.landscape.minima.polishing import Polished
     from lightning_mnn.landscape.network import Network
 
 
@@ -67,6 +69,8 @@ class CertificateTier(Tier):
         verdicts: the first-order verdicts of the last check, one per replica.
         certificates: the last certificates, one per replica; empty if there are none.
         statistics: the training-set statistics of the last check.
+        descents: what descent leads to from the final weights, one per replica; None for a certified minimum, or where
+            it was not followed; empty if nothing was followed.
         differences: how the objective that training lowers differs from the squared error with all weights free. If
             it does, the verdict is on that objective, and is that of the tier ``other``.
         other: None: the verdict is a certificate, or there is no evidence on the objective.
@@ -91,6 +95,7 @@ class CertificateTier(Tier):
         self._max_distance = max_distance
         self._stationarity_tolerance = stationarity_tolerance
         self._preactivation_tolerance = preactivation_tolerance
+        self.descents: list[Polished | None] = []
         self._moved: list[float] = []  # relative distances of replicas that polishing moved too far; 0 for the others
         self._certifiable = False
         self._reason_not_certified: str | None = None
@@ -125,7 +130,7 @@ class CertificateTier(Tier):
     @override
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         network = _network(pl_module)
-        self.certificates = []
+        self.certificates, self.descents = [], []
         self._reason_not_certified = reason_not_certified(trainer, network)
         self._certifiable = len(network.hidden_weights) == 1 and self._reason_not_certified is None
         self.differences = _differences(trainer, pl_module, network)
@@ -183,6 +188,14 @@ class CertificateTier(Tier):
         else:
             return False  # the last check has certified these weights
         return True
+
+    @override
+    def follow_descent(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.certificates:  # another objective, too large, or no time
+            return
+        ahead = [not found.kind.is_minimum for found in self.findings()]
+        with _restoring_if_foreign(trainer, pl_module):
+            self.descents = descents_on_training_set(trainer, pl_module, _network(pl_module), ahead)
 
     @override
     def run_out(self, why: str) -> None:
@@ -252,7 +265,7 @@ class CertificateTier(Tier):
             "mse": plain(self.statistics.mse),
             "mce": plain(self.statistics.mce),
             "wrong": plain(self.statistics.wrong),
-            **{key: [verdict.plain()[key] for verdict in verdicts] for key in ("kind", "reason_code", "reason")},
+            **{key: [verdict.plain()[key] for verdict in verdicts] for key in _VERDICT},
             "zero_error": plain(self.statistics.zero_error),
             "rounding_bound": plain(self.statistics.rounding_bound),
             "stationarity": plain(self.statistics.stationarity),
@@ -272,6 +285,7 @@ class CertificateTier(Tier):
             ]
         for name in ("distance", "weight_distance", "margin_ratio", "rank"):
             found[name] = [getattr(certificate, name) for certificate in self.certificates]
+        found |= _descends_to(self.descents, len(verdicts))
         several, differs = bool(self.statistics.mse.ndim), found.pop("objective_differs_by")
         summary = {key: _one(value, several=several) for key, value in found.items()} | {
             "objective_differs_by": differs
@@ -308,6 +322,8 @@ class CertificateTier(Tier):
             )
 
 
+_VERDICT = ("kind", "reason_code", "reason", "advice")
+
 # What is logged of certified minima, and under which name.
 _CERTIFIED = {
     "mse": "certified_mse",
@@ -317,6 +333,18 @@ _CERTIFIED = {
     "margin_ratio": "margin_ratio",
     "rank": "rank",
 }
+
+
+def _descends_to(descents: Sequence[Polished | None], replicas: int) -> dict[str, list[Any]]:
+    """What descent leads to, one value per replica; None where it was not followed."""
+    values: list[tuple[Any, ...]] = [
+        (None,) * 4
+        if found is None
+        else (str(found.certificate.kind), found.certificate.mse, found.distance, found.certificate.zero_error)
+        for found in descents or [None] * replicas
+    ]
+    keys = ("descends_to", *(f"descends_to_{name}" for name in ("mse", "distance", "zero_error")))
+    return {key: list(column) for key, column in zip(keys, zip(*values, strict=True), strict=True)}
 
 
 def _differences(trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network) -> list[Difference]:

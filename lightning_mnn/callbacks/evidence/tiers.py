@@ -13,6 +13,7 @@ from lightning_mnn.callbacks.trainer.weight_decay import has_decoupled_decay, we
 from lightning_mnn.data.loaders.shards import NotEnumerableError, draws, num_samples
 from lightning_mnn.utilities.errors import DivergenceError
 from lightning_mnn.utilities.transfer import fetched
+from lightning_mnn.verdicts import advice_on
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -93,9 +94,10 @@ class Finding(NamedTuple):
         """A verdict with notes on it."""
         return cls(kind, because.code, "; ".join([str(because), *notes]))
 
-    def plain(self) -> dict[str, str]:
-        """The same as plain text, by the keys of a summary."""
-        return {"kind": str(self.kind), "reason_code": str(self.reason_code), "reason": self.reason}
+    def plain(self) -> dict[str, str | None]:
+        """The same as plain text with advice, by the keys of a summary; None: a minimum needs no advice."""
+        advice = advice_on(self.kind, self.reason_code)
+        return {"kind": str(self.kind), "reason_code": str(self.reason_code), "reason": self.reason, "advice": advice}
 
 
 class Tier(ABC):
@@ -145,6 +147,10 @@ class Tier(ABC):
         """
         del trainer, pl_module, polish
         return False
+
+    def follow_descent(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the minimum that descent leads to from the final weights, where that is cheap; the weights stay."""
+        del trainer, pl_module
 
     def run_out(self, why: str) -> None:
         """Continue without the expensive check, since the time was too short for it."""

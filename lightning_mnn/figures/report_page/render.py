@@ -11,12 +11,14 @@ from html import escape
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from lightning_mnn.figures.style import CLASSES, COLORS, Class
+from lightning_mnn.figures.style import COLORS, ENDS, look_of
 from lightning_mnn.utilities.files import finite, write_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
+
+    from lightning_mnn.verdicts import Ended
 
 _FOLDER = "lightning_mnn.figures.report_page"
 _PLACE = re.compile(r"\{\{(\w+)\}\}")  # in report.html
@@ -64,7 +66,7 @@ class Page:
     facts: Sequence[tuple[str, str]]
     swept: Sequence[tuple[str, str]]
     columns: Sequence[Column]
-    classes: Sequence[Class | None]
+    classes: Sequence[Ended | None]
     jobs: Sequence[int]
     common: Sequence[tuple[str, str]] = ()
     notes: Sequence[str] = ()
@@ -87,11 +89,10 @@ def write_page(page: Page, path: Path) -> Path:
 def html_of(page: Page) -> str:
     """The whole page. All texts are escaped, and a policy in it forbids everything but its own script and style."""
     script = _part("report.js")
-    style = _part("report.css") + "".join(
-        f"td .{key} {{ background: {look.color}; }}\n" for key, look in CLASSES.items()
-    )
-    names = {str(key): {"name": look.name, "color": look.color} for key, look in CLASSES.items()}
-    rows = {"classes": [None if one is None else str(one) for one in page.classes], "jobs": list(page.jobs)}
+    style = _part("report.css") + "".join(f"td .{end.key} {{ background: {look_of(end).color}; }}\n" for end in ENDS)
+    ends = [end for end in ENDS if not end.ahead or end in page.classes]
+    names = {end.key: {"name": look_of(end).name, "color": look_of(end).color} for end in ends}
+    rows = {"classes": [None if one is None else one.key for one in page.classes], "jobs": list(page.jobs)}
     data = {**page.data, **rows, "names": names, "colors": COLORS, "reload": page.reload}
     parts = {
         "title": escape(page.title),
@@ -188,5 +189,5 @@ def _table(page: Page) -> str:
     )
 
 
-def _dot(known: Class) -> str:
-    return f'<i class="{known}"></i>{escape(CLASSES[known].short)}'
+def _dot(ended: Ended) -> str:
+    return f'<i class="{ended.key}"></i>{escape(look_of(ended).short)}'
