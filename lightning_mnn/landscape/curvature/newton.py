@@ -259,6 +259,7 @@ class _Run:
         if step is None:
             return self.surface.value_and_gradient()
         with self.surface.moved(step):
+            self.error = max(self.error, self._smallest_rounding())  # of weights that may have become large
             return self.surface.value_and_gradient()
 
     def _smallest_rounding(self) -> float:
