@@ -137,7 +137,7 @@ class _Walk:
             s = float(piece.slope.abs().max())
             own = torch.zeros_like(d1)
             rows = piece.kinks // piece.slope[0].numel()
-            own = own.index_reduce(0, rows, piece.half.abs(), "amax")
+            own = own.scatter_reduce(0, rows, piece.half.abs(), "amax")
             return d0, s * d1 + own, s * d2, s * d3
         if piece is not None:  # a number may win in several windows
             s = float(torch.bincount(piece.flatten()).max()) ** 0.5

@@ -190,3 +190,67 @@ class _Reader:
         self.h, self.scale = self.h.flatten()[winners], self.scale.flatten()[winners]
         self.varies, self.floor = self.varies.flatten()[winners], torch.zeros_like(winners, dtype=torch.bool)
         return winners
+
+
+def true_outputs(model: Model, vector: Tensor) -> Tensor:
+    """The outputs of the model itself, whatever the pieces, (N, K)."""
+    parameters, h = model.parameters(vector), model.inputs
+    for op in model.layers.operations:
+        match op:
+            case Bends():
+                piece = (h[..., None] > torch.tensor(op.kinks, dtype=torch.float64)).sum(-1)
+                slopes, offsets = (torch.tensor(values, dtype=torch.float64) for values in (op.slopes, op.offsets))
+                h = slopes[piece] * h + offsets[piece]
+            case Largest():
+                windows, shape = op.windows(h, -torch.inf)
+                h = windows.amax(2).reshape(shape)
+            case _:
+                h = apply_linear(op, h, parameters)
+    return h
+
+
+def true_loss(model: Model, vector: Tensor) -> tuple[float, float]:
+    """The objective at a point, and a bound on its rounding error."""
+    value = float(model.loss(true_outputs(model, vector)) + _penalty(model, vector))
+    face = read_face(model, vector).face
+    at = face.whole(vector[face.free].abs(), absolute=True)
+    outputs = face.evaluate(at[face.free], at.new_zeros(0), absolute=True)[0]
+    # Twice, since a number within rounding of a kink may be on its other side.
+    error = 2 * model.rounding * (model.loss.absolute_value(outputs) + 2 * float(_penalty(model, at)))
+    return value, error
+
+
+def _penalty(model: Model, vector: Tensor) -> Tensor:
+    return 0.5 * (model.weights_of_penalty * vector.square()).sum()
+
+
+def active_sets(reading: Reading, largest: float, count: int) -> list[Active]:
+    """Sets of kinks that may be active: those below the widest gaps in |z − kink| relative to its scale.
+
+    Args:
+        reading: the pieces at the point, without active kinks.
+        largest: the largest relative |z − kink| of an active kink.
+        count: number of sets.
+    """
+    numbers, places, kinks, ratios = [], [], [], []
+    for number, unit in reading.units.items():
+        ratio, kink = (unit.distances / unit.scale[..., None].clamp(min=1e-300)).min(-1)
+        near = (unit.varies & (ratio <= largest)).flatten().nonzero()[:, 0]
+        numbers.append(torch.full_like(near, number))
+        places.append(near)
+        kinks.append(kink.flatten()[near])
+        ratios.append(ratio.flatten()[near])
+    if not ratios or not sum(map(len, ratios)):
+        return [{}]
+    number, place, kink, ratio = (torch.cat(parts) for parts in (numbers, places, kinks, ratios))
+    order = ratio.argsort()
+    number, place, kink, ratio = number[order], place[order], kink[order], ratio[order].clamp(min=1e-16)
+    edges = torch.cat([ratio.new_tensor([1e-10]), ratio, ratio.new_tensor([max(largest, 1e-300)])])
+    gaps = edges[1:] / edges[:-1]
+    sets = []
+    for size in gaps.argsort(descending=True)[:count].tolist():
+        active = {n: torch.full(unit.values.shape, -1) for n, unit in reading.units.items()}
+        for n, p, k in zip(number[:size].tolist(), place[:size].tolist(), kink[:size].tolist(), strict=True):
+            active[n].view(-1)[p] = k
+        sets.append(active)
+    return sets
