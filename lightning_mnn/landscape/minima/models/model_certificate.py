@@ -128,10 +128,11 @@ def certify_model(
     Raises:
         ArgumentError: a layer, a name, a shape or a value cannot be used.
 
-    >>> planted = planted_doctest()
-    >>> found = certify_model(planted[0], planted[1], planted[2], weight_decay=0.1)
-    >>> found.kind, found.kinks, found.radius < 1e-10
-    (<Kind.DIFFERENTIABLE_MINIMUM: 'differentiable_minimum'>, 0, True)
+    >>> from lightning_mnn.landscape import planted_model_kink_minimum
+    >>> planted = planted_model_kink_minimum(60, (3, 4, 2), kinks=2, weight_decay=1e-3)
+    >>> found = certify_model(planted.module, planted.inputs, planted.targets, weight_decay=1e-3)
+    >>> found.kind, found.kinks, found.radius < 1e-6
+    (<Kind.KINK_MINIMUM: 'kink_minimum'>, 2, True)
     """
     model, vector = prepare(module, inputs, targets, loss=loss, weight_decay=weight_decay, frozen=frozen)
     if not max_distance >= 0:
@@ -288,11 +289,12 @@ def _two_layers(model: Model, vector: Tensor, max_distance: float) -> ModelCerti
     direction = None
     if found.direction is not None:
         move = found.direction
-        direction = {first.weight: move.hidden_weights, second.weight: move.output_weights[None]}
-        if first.bias is not None:
-            direction[first.bias] = move.hidden_bias
-        if second.bias is not None:
-            direction[second.bias] = move.output_bias.reshape(1)
+        direction = {name: torch.zeros_like(parameters[name]) for name in model.trained}
+        columns = parameters[first.weight].shape[1]
+        direction[first.weight] = move.hidden_weights[:, :columns]
+        direction[second.weight] = move.output_weights[None]
+        if first.bias is not None:  # the weight of an input of ones
+            direction[first.bias] = move.hidden_weights[:, columns]
     end = model.vector(at)
     value, error = true_loss(model, end)
     return ModelCertificate(

@@ -209,9 +209,14 @@ def true_outputs(model: Model, vector: Tensor) -> Tensor:
     return h
 
 
+def objective_at(model: Model, vector: Tensor) -> float:
+    """The objective at a point."""
+    return float(model.loss(true_outputs(model, vector)) + _penalty(model, vector))
+
+
 def true_loss(model: Model, vector: Tensor) -> tuple[float, float]:
     """The objective at a point, and a bound on its rounding error."""
-    value = float(model.loss(true_outputs(model, vector)) + _penalty(model, vector))
+    value = objective_at(model, vector)
     face = read_face(model, vector).face
     at = face.whole(vector[face.free].abs(), absolute=True)
     outputs = face.evaluate(at[face.free], at.new_zeros(0), absolute=True)[0]
