@@ -19,6 +19,8 @@ from lightning_mnn.landscape.minima.models.face import Pieces
 from lightning_mnn.landscape.minima.models.layers import Affine, Average, Scale
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from lightning_mnn.landscape.minima.models.face import Face
@@ -131,7 +133,7 @@ class _Walk:
                 bias = float(places) if op.bias in self.trained else 0.0
                 return d0, s * d1 + ((c * centred).square() + bias).sqrt(), s * d2 + 2 * c * d1, s * d3 + 3 * c * d2
             case Average():
-                s = self._norm(lambda h: op.apply(h))
+                s = self._norm(op.apply)
                 return d0, s * d1, s * d2, s * d3
         if isinstance(piece, Pieces):
             s = float(piece.slope.abs().max())
@@ -157,13 +159,13 @@ class _Walk:
         c = c if is_trained else 0.0
         return s * _ROUNDED_UP + c * self.radius, c, float(places) if op.bias in self.trained else 0.0
 
-    def _norm(self, apply: object) -> float:
+    def _norm(self, apply: Callable[[Tensor], Tensor]) -> float:
         """A bound on the norm of a linear map with weights ≥ 0: √(largest sum of a row · of a column)."""
         like = torch.ones_like(self._input[:1])
         with torch.enable_grad():
             like = like.detach().requires_grad_()
-            rows = apply(like)  # type: ignore[operator]
+            rows = apply(like)
             (columns,) = torch.autograd.grad(rows.sum(), like)
-        return float(rows.max() * columns.max()) ** 0.5 * _ROUNDED_UP
+        return float(rows.detach().max() * columns.max()) ** 0.5 * _ROUNDED_UP
 
 
