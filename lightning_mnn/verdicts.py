@@ -302,14 +302,13 @@ SENTENCES = {
         "undecided: the {kinks} active kinks are not independent (LIKQ): σ_min/σ_max of Z is {likq:.1e}"
     ),
     ReasonCode.ZERO_NOT_PROVED: (
-        "undecided: a stationary point could not be proved in a ball: rounding or the change of the Hessian is too large"
+        "undecided: a stationary point could not be proved in a ball: rounding or the change of the Hessian is too "
+        "large"
     ),
     ReasonCode.PIECES_WITHIN_RADIUS: (
         "undecided: {count} units or windows may change their piece within the radius of {radius:.1e}"
     ),
-    ReasonCode.GROWTH_WITHIN_ROUNDING: (
-        "undecided: the growth off a kink, {value:.1e}, is within its error"
-    ),
+    ReasonCode.GROWTH_WITHIN_ROUNDING: ("undecided: the growth off a kink, {value:.1e}, is within its error"),
     ReasonCode.POOLING_TIE: "undecided: in {count} windows of max-pooling two numbers are equal within rounding",
     ReasonCode.MODEL_TOO_LARGE: "undecided: {unknowns} unknowns, more than the {limit} of dense linear algebra",
     ReasonCode.STOPPED_BEFORE_MINIMUM: "stopped before the step to the minimum of its region",

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lightning_mnn.landscape import (
+    Kind,
     certify,
     certify_model,
     planted_kink_minimum,
@@ -70,7 +71,7 @@ def shifted(module, relative, seed):
     with torch.no_grad():
         for p in module.parameters():
             move = torch.randn_like(p)
-            p += relative * move * p.norm() / move.norm()
+            p.add_(relative * move * p.norm() / move.norm())
 
 
 def campaign(part, count, seconds, seed):
@@ -85,7 +86,7 @@ def campaign(part, count, seconds, seed):
         done += 1
         if number % 2:
             shifted(planted.module, 1e-8, number)
-        options = {"loss": planted.loss, "weight_decay": planted.weight_decay}
+        options = {"loss": planted.loss, "weight_decay": planted.weight_decay, "max_distance": 1e-6}
         found = certify_model(planted.module, planted.inputs, planted.targets, **options)
         kinds[str(found.kind)] += 1
         codes[str(found.reason_code)] += 1
@@ -123,8 +124,8 @@ def two_layers(count, seconds, seed):
         )
         general = classify_near(model, vector, 1e-2)
         pairs[str(exact.kind), str(general.kind)] += 1
-        contradictions += exact.kind.is_minimum and str(general.kind) == "saddle"
-        contradictions += str(exact.kind) == "saddle" and general.kind.is_minimum
+        contradictions += exact.kind.is_minimum and general.kind is Kind.SADDLE
+        contradictions += exact.kind is Kind.SADDLE and general.kind.is_minimum
     print("layers points", done, dict(pairs), "contradictions", contradictions)
 
 

@@ -53,7 +53,7 @@ class Classified:
         flat_directions: number of tangential directions without curvature.
         symmetries: number of independent symmetries.
         zero_error: whether all outputs are the targets.
-        direction: a move that lowers the loss; None except for a saddle.
+        direction: a move that lowers the loss: of a saddle, or where the loss falls off a kink; else None.
     """
 
     kind: Kind
@@ -113,7 +113,9 @@ def _too_large_or_dependent(face: Face) -> Reason:
     return Reason.of(ReasonCode.MODEL_TOO_LARGE, unknowns=unknowns, limit=MAX_UNKNOWNS)
 
 
-def classify_point(model: Model, system: System, reading: Reading, vector: Tensor) -> Classified:
+def classify_point(  # noqa: C901, PLR0911 (one exit for each reason)
+    model: Model, system: System, reading: Reading, vector: Tensor
+) -> Classified:
     """The kind of the stationary point of a face next to a point."""
     values, vectors = system.tangential()
     largest = max(float(values.abs().max()) if len(values) else 0.0, 1e-300)
@@ -148,6 +150,7 @@ def classify_point(model: Model, system: System, reading: Reading, vector: Tenso
     error = 100 * len(inertia) * tolerances.FLOAT64_EPS * float(inertia.abs().max())
     if not float(inertia.abs().min()) > error:
         return undecided(ReasonCode.FLAT_DIRECTIONS_UNEXPLAINED)
+    kind = Kind.SADDLE
     negative = int((inertia < 0).sum()) - len(system.multipliers) - len(system.gauge.basis)
     uncertainty = _growth_error(system) + ball.radius * ball.bounds.growth_change
     if negative > 0:
@@ -156,16 +159,18 @@ def classify_point(model: Model, system: System, reading: Reading, vector: Tenso
         words: dict[str, object] = {"value": float(values[0])}
     elif bool((growth < -uncertainty).any()):
         direction = _fall_off_kink(model, system, vector, ball)
-        code, words = ReasonCode.GROWTH_NEGATIVE, {"value": float(growth.min())}
+        code, words, kind = ReasonCode.GROWTH_NEGATIVE, {"value": float(growth.min())}, Kind.NOT_STATIONARY
     elif bool((growth > uncertainty).all()):
         kind = Kind.KINK_MINIMUM if len(growth) else Kind.DIFFERENTIABLE_MINIMUM
-        reason = Reason.of(ReasonCode.MODEL_CERTIFIED, radius=ball.radius, value=float(values[0]) if len(values) else 0.0)
+        reason = Reason.of(
+            ReasonCode.MODEL_CERTIFIED, radius=ball.radius, value=float(values[0]) if len(values) else 0.0
+        )
         return result(kind, reason, radius=ball.radius)
     else:
         return undecided(ReasonCode.GROWTH_WITHIN_ROUNDING, value=float(growth.min()))
     if direction is None:
         return undecided(ReasonCode.FALL_WITHIN_ROUNDING)
-    return result(Kind.SADDLE, Reason.of(code, **words), radius=ball.radius, direction=direction)
+    return result(kind, Reason.of(code, **words), radius=ball.radius, direction=direction)
 
 
 def numbers_within(reading: Reading, ball: Ball) -> int:
@@ -281,7 +286,9 @@ def fit_exactly(model: Model, vector: Tensor, active: Active, max_distance: floa
     jacobian = outputs_jacobian(face, theta)
     kinks, outputs = face.num_kinks, model.loss.targets.numel()
     z = jacobian[outputs:]
-    kernel = torch.linalg.qr(z.T, mode="complete")[0][:, kinks:] if kinks else torch.eye(len(theta), dtype=torch.float64)
+    kernel = (
+        torch.linalg.qr(z.T, mode="complete")[0][:, kinks:] if kinks else torch.eye(len(theta), dtype=torch.float64)
+    )
     values = torch.linalg.svdvals(jacobian[:outputs] @ kernel)
     spectrum = torch.linalg.svdvals(z) if kinks else None
     return Classified(

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lightning_mnn.landscape.minima.models.objective import Loss
+    from lightning_mnn.landscape.minima.models.layers import Loss
 
 _CHUNK_NUMBERS = 2**24  # numbers of one batch of directional derivatives
 
@@ -167,7 +167,9 @@ class Face:
         size = torch.abs if absolute else lambda t: t
         parameters = self.model.parameters(self.whole(theta, absolute=absolute))
         if absolute:
-            parameters = {name: value if name in self.model.trained else value.abs() for name, value in parameters.items()}
+            parameters = {
+                name: value if name in self.model.trained else value.abs() for name, value in parameters.items()
+            }
         h, switching, used = size(self.model.inputs), [], 0
         for number, (op, piece) in enumerate(zip(self.model.layers.operations, self.pieces, strict=True)):
             if visit is not None:
@@ -295,5 +297,3 @@ def outputs_jacobian(face: Face, theta: Tensor) -> Tensor:
 
     found: Tensor = torch.func.jacrev(values, chunk_size=chunk_size(face, 1))(theta)
     return found
-
-

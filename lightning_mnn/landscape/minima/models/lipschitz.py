@@ -1,15 +1,16 @@
 """Bounds on derivatives of a face over a ball, from norms of its layers.
 
-For each sample the recursion carries bounds D_j on the norms of the j-th derivatives of the values of a layer in all
-free parameters and in the variables of active kinks together, on the ball of radius r around the point. For a linear map W h + b with
-‖W‖ ≤ s, and ‖δW h‖ ≤ c ‖δW‖ ‖h‖, the bounds become D_0' = s D_0 + ‖b‖, D_j' = s D_j + j c D_(j−1), and with a bias D_1'
-grows by 1 more.
+For each sample the recursion carries bounds D_j on the norms of the j-th derivatives of a layer's values, in all free
+parameters and the variables of active kinks together, on the ball of radius r around the point. For a map W h + b with
+‖W‖ ≤ s and ‖δW h‖ ≤ c ‖δW‖ ‖h‖ they become D_0' = s D_0 + ‖b‖ and D_j' = s D_j + j c D_(j−1); with a bias D_1' is
+s D_1 + √(c² D_0² + 1).
 
 Shapes: N samples, κ active kinks.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -166,6 +167,5 @@ class _Walk:
             like = like.detach().requires_grad_()
             rows = apply(like)
             (columns,) = torch.autograd.grad(rows.sum(), like)
-        return float(rows.detach().max() * columns.max()) ** 0.5 * _ROUNDED_UP
-
-
+        largest = float(rows.detach().max() * columns.max())
+        return math.sqrt(largest) * _ROUNDED_UP

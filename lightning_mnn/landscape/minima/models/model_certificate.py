@@ -21,8 +21,7 @@ from lightning_mnn.landscape.minima.models.classification import (
     solve,
 )
 from lightning_mnn.landscape.minima.models.face import Model
-from lightning_mnn.landscape.minima.models.layers import Affine, Bends, read_layers
-from lightning_mnn.landscape.minima.models.objective import Loss, LossName, prepare_loss
+from lightning_mnn.landscape.minima.models.layers import Affine, Bends, Loss, LossName, prepare_loss, read_layers
 from lightning_mnn.landscape.minima.models.reading import active_sets, read_face, true_loss, true_outputs
 from lightning_mnn.utilities.validation import ArgumentError
 from lightning_mnn.verdicts import Kind, Reason, ReasonCode, Reasoned
@@ -62,7 +61,7 @@ class ModelCertificate(Reasoned):
         symmetries: number of these that are symmetries; None for a minimum of zero error, which needs none.
         inert: number of trained numbers on which nothing depends nearby (weights of units that are never active).
         state_dict: the point: all parameters by name, float64; the given ones if no point was found.
-        direction: for a saddle, a move of the trained parameters that lowers the loss.
+        direction: a move of the trained parameters that lowers the loss: of a saddle, or off a kink; else None.
     """
 
     kind: Kind
@@ -102,20 +101,20 @@ def certify_model(
     """Certify a local minimum of a model's training objective at its parameters, or near them.
 
     The objective is the mean loss over the samples plus ½ Σ wd θ². On each face of its pieces it is smooth. Newton's
-    method finds the stationary point of the face, and the theorem of Newton and Kantorovich proves that one exists within
-    ``radius``, with bounds on all rounding errors. It is a local minimum if the active kinks are independent (LIKQ), the
-    loss grows strictly off each of them (normal growth), and the Hessian of the Lagrangian on the face is positive
-    definite off the model's symmetries (Griewank and Walther 2016). All this is checked for the whole ball of that
-    radius. A point of zero error is proved by a Jacobian of full row rank and is a global minimum.
+    method finds the stationary point of the face, and the theorem of Newton and Kantorovich proves that one exists
+    within ``radius``, with bounds on all rounding errors. It is a local minimum if the active kinks are independent
+    (LIKQ), the loss grows strictly off each of them (normal growth), and the Hessian of the Lagrangian on the face is
+    positive definite off the model's symmetries (Griewank and Walther 2016). All this is checked for the whole ball of
+    that radius. A point of zero error is proved by a Jacobian of full row rank and is a global minimum.
 
     Whatever is not proved is ``undecided``, with the reason. ``not_stationary``: Newton's method found no stationary
-    point within ``max_distance``. Two-layer networks with one output and the squared error without a penalty are
-    classified by :func:`certify` first. Everything is computed in float64 on the CPU.
+    point within ``max_distance``, or the loss falls off a kink at first order, along ``direction``. Two-layer
+    networks with one output and the squared error without a penalty are classified by :func:`certify` first. Everything is computed in float64 on the CPU.
 
     Args:
         module: an ``nn.Sequential`` (also nested) of Linear, Conv1d, Conv2d, Flatten, average and max-pooling,
-            BatchNorm and Dropout in eval mode, ReLU, LeakyReLU, ReLU6, Hardtanh, Identity, and PReLU with one slope that
-            is frozen.
+            BatchNorm and Dropout in eval mode, ReLU, LeakyReLU, ReLU6, Hardtanh, Identity, and PReLU with one slope
+            that is frozen.
         inputs: X, (N, …).
         targets: y, (N, K) or (N,): numbers; for ``cross_entropy`` classes (N,) or probabilities; for ``logistic``
             labels 0 and 1, or ±1, or probabilities.
@@ -218,7 +217,7 @@ def classify_near(model: Model, vector: Tensor, max_distance: float) -> Classifi
             return classified
         found.append(classified)
     order = (Kind.SADDLE, Kind.UNDECIDED, Kind.NOT_STATIONARY)
-    return min(found, key=lambda one: order.index(one.kind))
+    return min(found, key=lambda one: (one.direction is None, order.index(one.kind)))
 
 
 def _may_fit(model: Model, vector: Tensor) -> bool:

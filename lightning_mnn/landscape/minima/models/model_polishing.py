@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_mnn.landscape.minima.models.classification import MAX_UNKNOWNS, Classified, classify_point, solve
-from lightning_mnn.landscape.minima.models.face import hessian
+from lightning_mnn.landscape.minima.models.face import derivatives, hessian
 from lightning_mnn.landscape.minima.models.model_certificate import (
     ModelCertificate,
     as_certificate,
@@ -20,10 +20,10 @@ from lightning_mnn.landscape.minima.models.model_certificate import (
     prepare,
 )
 from lightning_mnn.landscape.minima.models.reading import Active, Reading, objective_at, read_face, true_loss
-from lightning_mnn.landscape.minima.models.stationarity import derivatives, multipliers_at
+from lightning_mnn.landscape.minima.models.stationarity import multipliers_at
 from lightning_mnn.utilities.interruption import safe_point
 from lightning_mnn.utilities.validation import ArgumentError, whole_number
-from lightning_mnn.verdicts import Kind, Reason
+from lightning_mnn.verdicts import Reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lightning_mnn.landscape.minima.models.face import Model
-    from lightning_mnn.landscape.minima.models.objective import LossName
+    from lightning_mnn.landscape.minima.models.layers import LossName
 
 _CHECK_STEP = 1e-5  # relative step from which Newton's method on the face may converge
 _DROP_STEP = 1e-3  # relative step from which multipliers are known well enough to drop kinks
@@ -70,8 +70,8 @@ def polish_model(
 
     Each step is one of Newton's method on the face of the active kinks, with the Hessian's tangential eigenvalues made
     positive, up to the lowest true loss on the ray, at a fraction of the step or at a kink on the way. A kink at which
-    the loss is lowest becomes active. Where the steps become small, the stationary point of the face is certified; kinks
-    with a negative growth are dropped, and saddles are left along their direction.
+    the loss is lowest becomes active. Where the steps become small, the stationary point of the face is certified;
+    kinks with a negative growth are dropped, and saddles are left along their direction.
 
     Args:
         module: see :func:`certify_model`, as for the other arguments; it is not changed.
@@ -85,8 +85,9 @@ def polish_model(
     Raises:
         ArgumentError: a layer, a name, a shape or a value cannot be used.
 
-    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False), torch.nn.ReLU(), torch.nn.Linear(1, 2, bias=False))
-    >>> _ = torch.nn.init.ones_(net[0].weight), torch.nn.init.ones_(net[2].weight)
+    >>> from torch import nn
+    >>> net = nn.Sequential(nn.Linear(2, 1, bias=False), nn.ReLU(), nn.Linear(1, 2, bias=False))
+    >>> _ = nn.init.ones_(net[0].weight), nn.init.ones_(net[2].weight)
     >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]]), torch.ones(3, 2)
     >>> polished = polish_model(net, x, y, weight_decay=0.1)
     >>> polished.certificate.is_minimum, polished.losses[-1] <= polished.losses[0]
@@ -100,7 +101,9 @@ def polish_model(
     found = search.run(max_steps)
     if found is not None:
         return PolishedModel(found, search.steps, tuple(search.losses))
-    return PolishedModel(certificate_at(model, search.vector, start, _CHECK_DISTANCE), search.steps, tuple(search.losses))
+    return PolishedModel(
+        certificate_at(model, search.vector, start, _CHECK_DISTANCE), search.steps, tuple(search.losses)
+    )
 
 
 class _Search:
@@ -198,8 +201,8 @@ class _Search:
                 crossed = (a * b < 0) & unit.varies.flatten()
                 if on is not None:
                     crossed &= on.flatten() < 0
-                for p in crossed.nonzero()[:, 0].tolist():
-                    found.append((float(a[p] / (a[p] - b[p])), (number, p, kink)))
+                places = crossed.nonzero()[:, 0].tolist()
+                found += [(float(a[p] / (a[p] - b[p])), (number, p, kink)) for p in places]
         return sorted(found)
 
     def _add(self, kink: tuple[int, int, int]) -> None:
@@ -228,7 +231,7 @@ class _Search:
 
     def _leave(self, found: Classified) -> bool:
         """Leave a saddle along its direction; whether the loss is lower there."""
-        if found.kind is not Kind.SADDLE or found.direction is None:
+        if found.direction is None:
             return False
         moved = found.vector + found.direction
         loss = self._loss(moved)
@@ -272,5 +275,7 @@ def _newton_move(curvature: Tensor, gradient: Tensor, switching: Tensor, jacobia
     size = values.abs()
     # A direction without curvature is left alone where the gradient in it is rounding.
     scale = float(size.max())
-    step = torch.where(size > _MIN_CURVATURE_RATIO * scale, slope / size.clamp(min=_MIN_CURVATURE_RATIO * scale), slope / scale)
+    step = torch.where(
+        size > _MIN_CURVATURE_RATIO * scale, slope / size.clamp(min=_MIN_CURVATURE_RATIO * scale), slope / scale
+    )
     return normal - kernel @ (vectors @ step)

@@ -1,8 +1,8 @@
 """Planted points of multilayer networks: training sets constructed around parameters, so that their kind is known.
 
 The parameters, the active kinks, their multipliers λ and their growth are chosen. The derivatives g of the loss in the
-outputs follow from the equations of stationarity, (1/N) Jᵀg + Zᵀλ + wd θ = 0 and (1/N) J_sᵀg + Lᵀλ = |λ| + growth, which are
-linear; the targets follow from g. The Hessian on the face decides between a minimum and a saddle.
+outputs follow from the equations of stationarity, which are linear: (1/N) Jᵀg + Zᵀλ + wd θ = 0 and (1/N) J_sᵀg + Lᵀλ =
+|λ| + growth; the targets follow from g. The Hessian on the face decides between a minimum and a saddle.
 
 Shapes: N samples, K outputs, P parameters, κ kinks.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,8 +19,7 @@ import torch
 from torch import nn
 
 from lightning_mnn.landscape.minima.models.face import Model, derivatives
-from lightning_mnn.landscape.minima.models.layers import read_layers
-from lightning_mnn.landscape.minima.models.objective import Loss, LossName
+from lightning_mnn.landscape.minima.models.layers import Loss, LossName, read_layers
 from lightning_mnn.landscape.minima.models.reading import read_face
 from lightning_mnn.landscape.minima.models.stationarity import System, linearise
 from lightning_mnn.utilities.validation import ArgumentError
@@ -175,7 +174,7 @@ def planted_model_saddle(
     )
 
 
-def _planted(
+def _planted(  # noqa: PLR0917 (the parts of a problem)
     num_samples: int,
     widths: Sequence[int],
     slope: float,
@@ -192,7 +191,7 @@ def _planted(
         raise ArgumentError("widths", tuple(widths), "must have an input, hidden layers and an output, of at least 1")
     if slope == 1 or not math.isfinite(slope):
         raise ArgumentError("negative_slope", slope, "must be a real number other than 1")
-    numbers = sum((a + bias) * b for a, b in zip(widths, widths[1:], strict=False))
+    numbers = sum((a + bias) * b for a, b in pairwise(widths))
     outputs = widths[-1] - (loss == "cross_entropy")
     if num_samples * outputs <= numbers + kinks:
         raise ArgumentError(
@@ -200,7 +199,9 @@ def _planted(
         )
     for start in np.random.SeedSequence(seed).generate_state(_DRAWS):
         rng = np.random.default_rng(start)
-        module, inputs, places = _draw_network(rng, num_samples, widths, slope, kinks, loss, balanced=weight_decay > 0, bias=bias)
+        module, inputs, places = _draw_network(
+            rng, num_samples, widths, slope, kinks, loss, balanced=weight_decay > 0, bias=bias
+        )
         if module is None:
             continue
         found = _targets(rng, module, inputs, places, loss, weight_decay, violated=violated, saddle=saddle)
@@ -214,7 +215,7 @@ def _planted(
     )
 
 
-def _draw_network(
+def _draw_network(  # noqa: C901 (one loop for each layer)
     rng: np.random.Generator,
     num_samples: int,
     widths: Sequence[int],
@@ -257,7 +258,7 @@ def _draw_network(
         last -= last.mean(axis=0)
     layers.append(last)
     if balanced:
-        _balance(layers, bias=bias)
+        _balance(layers)
     modules: list[nn.Module] = []
     for number, rows_of in enumerate(layers):
         linear = nn.Linear(widths[number], widths[number + 1], bias=bias, dtype=torch.float64)
@@ -290,21 +291,19 @@ def _row(rng: np.random.Generator, features: Array, on: list[int]) -> tuple[Arra
     return drawn[best], values[:, best], float(sines[:, best].min())
 
 
-def _balance(layers: list[Array], *, bias: bool) -> None:
+def _balance(layers: list[Array]) -> None:
     """Rescale hidden units until incoming and outgoing norms agree, as they do wherever a penalty is stationary."""
     for _ in range(_BALANCING_ROUNDS):
         worst = 0.0
-        for first, second in zip(layers, layers[1:], strict=False):
+        for first, second in pairwise(layers):
             columns = slice(0, len(first))
             into, out = np.linalg.norm(first, axis=1), np.linalg.norm(second[:, columns], axis=0)
             factor = np.sqrt(out / into)
-            first *= factor[:, None]
+            np.multiply(first, factor[:, None], out=first)
             second[:, columns] /= factor
             worst = max(worst, float(np.abs(np.log(factor)).max()))
         if worst < 1e-15:
             return
-        # A bias of a later layer keeps its value: it does not depend on the scale of the units before it.
-    _ = bias
 
 
 def _targets(
@@ -325,7 +324,7 @@ def _targets(
     blank = Model(layers, inputs, Loss(loss, torch.zeros_like(outputs)), dict.fromkeys(names, weight_decay), names)
     vector = blank.vector(layers.parameters)
     active = {
-        1 + 2 * layer: torch.full((count, module[2 * layer].out_features), -1)  # type: ignore[arg-type, union-attr]
+        1 + 2 * layer: torch.full((count, module[2 * layer].out_features), -1)  # type: ignore[arg-type]
         for layer in range(len(module) // 2)
     }
     for layer, sample, unit in kinks:

@@ -85,7 +85,9 @@ def _influence(face: Face) -> Tensor:
     )
     # A unit on an active kink has an influence whatever its mean slope, and pads of −1 mark no unit.
     pieces = tuple(
-        p._replace(slope=p.slope.flatten().index_fill(0, p.kinks, 1.0).reshape(p.slope.shape)) if isinstance(p, Pieces) else p
+        p._replace(slope=p.slope.flatten().index_fill(0, p.kinks, 1.0).reshape(p.slope.shape))
+        if isinstance(p, Pieces)
+        else p
         for p in pieces
     )
     model = replace(face.model, inputs=present(face.model.inputs))
@@ -148,7 +150,11 @@ class _Reader:
         self.varies, self.floor = varies, torch.zeros_like(varies)
 
     def _bend(self, number: int, op: Bends) -> Pieces:
-        z, kinks, slopes = self.h, torch.tensor(op.kinks, dtype=torch.float64), torch.tensor(op.slopes, dtype=torch.float64)
+        z, kinks, slopes = (
+            self.h,
+            torch.tensor(op.kinks, dtype=torch.float64),
+            torch.tensor(op.slopes, dtype=torch.float64),
+        )
         distances = (z[..., None] - kinks).abs()
         self.units[number] = Unit(z, self.scale, self.varies, distances)
         on = self.active.get(number, torch.full(z.shape, -1)).where(self.varies, torch.tensor(-1))
@@ -238,10 +244,10 @@ def active_sets(reading: Reading, largest: float, count: int) -> list[Active]:
         count: number of sets.
     """
     numbers, places, kinks, ratios = [], [], [], []
-    for number, unit in reading.units.items():
+    for index, unit in reading.units.items():
         ratio, kink = (unit.distances / unit.scale[..., None].clamp(min=1e-300)).min(-1)
         near = (unit.varies & (ratio <= largest)).flatten().nonzero()[:, 0]
-        numbers.append(torch.full_like(near, number))
+        numbers.append(torch.full_like(near, index))
         places.append(near)
         kinks.append(kink.flatten()[near])
         ratios.append(ratio.flatten()[near])
@@ -254,8 +260,8 @@ def active_sets(reading: Reading, largest: float, count: int) -> list[Active]:
     gaps = edges[1:] / edges[:-1]
     sets = []
     for size in gaps.argsort(descending=True)[:count].tolist():
-        active = {n: torch.full(unit.values.shape, -1) for n, unit in reading.units.items()}
-        for n, p, k in zip(number[:size].tolist(), place[:size].tolist(), kink[:size].tolist(), strict=True):
-            active[n].view(-1)[p] = k
+        active = {name: torch.full(unit.values.shape, -1) for name, unit in reading.units.items()}
+        for n, p, k in zip(number[:size], place[:size], kink[:size], strict=True):
+            active[int(n)].view(-1)[p] = k
         sets.append(active)
     return sets

@@ -62,7 +62,7 @@ class System:
 
     @property
     def growth(self) -> Tensor:
-        """b + Lᵀλ − |λ|, (κ,)."""
+        """The growth b + Lᵀλ − |λ|, (κ,)."""
         return self.first.normal + self.first.coupling.T @ self.multipliers - self.multipliers.abs()
 
     @property
@@ -164,7 +164,7 @@ def _ball(face: Face, theta: Tensor, multipliers: Tensor, norm: float, eta: floa
     radius = max(eta / (1 - delta), 1e-300) * 1.25
     for _ in range(_MAX_PROOF_ROUNDS):
         bounds = bounds_on_ball(face, theta, multipliers, radius)
-        change = bounds.curvature_change if len(multipliers) >= 0 else 0.0
+        change = bounds.curvature_change
         if not norm * change * radius < 1 - delta:
             return None
         if eta + delta * radius + 0.5 * norm * change * radius**2 <= radius:
@@ -227,4 +227,5 @@ def gauss_newton_step(face: Face, theta: Tensor) -> Tensor:
     outputs, switching = face.evaluate(theta, theta.new_zeros(face.num_kinks))
     residual = torch.cat([(outputs - face.model.loss.targets).flatten(), switching])
     jacobian = outputs_jacobian(face, theta)
-    return theta - torch.linalg.lstsq(jacobian, residual[:, None], driver="gelsd").solution[:, 0]
+    step: Tensor = torch.linalg.lstsq(jacobian, residual[:, None], driver="gelsd").solution[:, 0]
+    return theta - step

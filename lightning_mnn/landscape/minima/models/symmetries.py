@@ -12,7 +12,7 @@ A generator is the derivative of such a change at M = 1: a vector that is linear
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import pairwise, permutations
 from typing import TYPE_CHECKING
 
 import torch
@@ -69,14 +69,16 @@ def _vector(face: Face, changes: dict[str, Tensor]) -> Tensor:
 def _generators(face: Face, parameters: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     operations = face.model.layers.operations
     affine = [number for number, op in enumerate(operations) if isinstance(op, Affine)]
-    for first, second in zip(affine, affine[1:], strict=False):
+    for first, second in pairwise(affine):
         yield from _of_pair(face, parameters, first, second)
     last = operations[-1]
     if face.model.loss.name == "cross_entropy" and isinstance(last, Affine) and not last.groups:
         yield from _shifts(face, parameters, last)
 
 
-def _of_pair(face: Face, parameters: dict[str, Tensor], first: int, second: int) -> Iterator[dict[str, Tensor]]:
+def _of_pair(  # noqa: C901 (conditions of one pair)
+    face: Face, parameters: dict[str, Tensor], first: int, second: int
+) -> Iterator[dict[str, Tensor]]:
     a, b, model = face.model.layers.operations[first], face.model.layers.operations[second], face.model
     if not (isinstance(a, Affine) and isinstance(b, Affine)) or a.groups > 1 or b.groups > 1:
         return

@@ -15,8 +15,15 @@ from lightning_mnn.utilities.validation import ArgumentError
 
 def network(seed=0):
     torch.manual_seed(seed)
-    layers = [nn.Conv2d(1, 3, 3, bias=False), nn.LeakyReLU(0.2), nn.MaxPool2d(2), nn.Conv2d(3, 2, 2), nn.BatchNorm2d(2)]
-    layers += [nn.ReLU6(), nn.AvgPool2d(2, 1), nn.Dropout(), nn.Flatten(), nn.Sequential(nn.Linear(8, 4), nn.Hardtanh())]
+    layers = [nn.Conv2d(1, 3, 3, bias=False), nn.LeakyReLU(0.2), nn.MaxPool2d(2), nn.Conv2d(3, 2, 2)]
+    layers += [
+        nn.BatchNorm2d(2),
+        nn.ReLU6(),
+        nn.AvgPool2d(2, 1),
+        nn.Dropout(),
+        nn.Flatten(),
+        nn.Sequential(nn.Linear(8, 4), nn.Hardtanh()),
+    ]
     net = nn.Sequential(*layers, nn.Identity(), nn.Linear(4, 3)).double().eval()
     net[4].running_mean.normal_()
     net[4].running_var.uniform_(0.5, 2)
@@ -65,7 +72,9 @@ def on_kinks(**options):
     model, vector = prepare(
         planted.module, planted.inputs, planted.targets, loss="squared_error", weight_decay=1e-3, frozen=()
     )
-    active = max(active_sets(read_face(model, vector), 1e-12, 3), key=lambda a: sum(int((t >= 0).sum()) for t in a.values()))
+    active = max(
+        active_sets(read_face(model, vector), 1e-12, 3), key=lambda a: sum(int((t >= 0).sum()) for t in a.values())
+    )
     return planted, model, vector, read_face(model, vector, active).face
 
 
@@ -135,7 +144,13 @@ def test_first_order_conditions_agree_with_the_exact_ones_of_two_layers(violated
 def test_constants_are_no_kinks_and_dead_units_are_inert():
     """Zeros behind dead units, and windows of such zeros, do not count."""
     net = nn.Sequential(
-        nn.Conv1d(1, 2, 1), nn.ReLU(), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(4, 3, bias=False), nn.ReLU(), nn.Linear(3, 1)
+        nn.Conv1d(1, 2, 1),
+        nn.ReLU(),
+        nn.MaxPool1d(2),
+        nn.Flatten(),
+        nn.Linear(4, 3, bias=False),
+        nn.ReLU(),
+        nn.Linear(3, 1),
     ).double()
     with torch.no_grad():
         net[0].bias[0] = -100.0
@@ -154,7 +169,11 @@ def test_constants_are_no_kinks_and_dead_units_are_inert():
 
 @pytest.mark.parametrize(
     ("layer", "words"),
-    [(nn.Sigmoid(), "certificates do not cover"), (nn.Dropout(), "certificates do not cover"), (nn.BatchNorm1d(2), "eval")],
+    [
+        (nn.Sigmoid(), "certificates do not cover"),
+        (nn.Dropout(), "certificates do not cover"),
+        (nn.BatchNorm1d(2), "eval"),
+    ],
 )
 def test_a_layer_that_is_not_covered_is_refused(layer, words):
     net = nn.Sequential(nn.Linear(2, 2), layer, nn.Linear(2, 1))
