@@ -109,7 +109,8 @@ def certify_model(
 
     Whatever is not proved is ``undecided``, with the reason. ``not_stationary``: Newton's method found no stationary
     point within ``max_distance``, or the loss falls off a kink at first order, along ``direction``. Two-layer
-    networks with one output and the squared error without a penalty are classified by :func:`certify` first. Everything is computed in float64 on the CPU.
+    networks with one output and the squared error without a penalty are classified by :func:`certify` first.
+    Everything is computed in float64 on the CPU.
 
     Args:
         module: an ``nn.Sequential`` (also nested) of Linear, Conv1d, Conv2d, Flatten, average and max-pooling,

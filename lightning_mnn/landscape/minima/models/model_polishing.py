@@ -278,4 +278,5 @@ def _newton_move(curvature: Tensor, gradient: Tensor, switching: Tensor, jacobia
     step = torch.where(
         size > _MIN_CURVATURE_RATIO * scale, slope / size.clamp(min=_MIN_CURVATURE_RATIO * scale), slope / scale
     )
-    return normal - kernel @ (vectors @ step)
+    move: Tensor = normal - kernel @ (vectors @ step)
+    return move

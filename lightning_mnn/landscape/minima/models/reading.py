@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_mnn.landscape.minima.models.face import Face, Model, Pieces, apply_linear
+from lightning_mnn.landscape.minima.models.face import Face, Model, Pieces, apply_linear, gamma
 from lightning_mnn.landscape.minima.models.layers import Affine, Average, Bends, Flatten, Largest, Operation, Scale
 
 if TYPE_CHECKING:
@@ -227,7 +227,8 @@ def true_loss(model: Model, vector: Tensor) -> tuple[float, float]:
     at = face.whole(vector[face.free].abs(), absolute=True)
     outputs = face.evaluate(at[face.free], at.new_zeros(0), absolute=True)[0]
     # Twice, since a number within rounding of a kink may be on its other side.
-    error = 2 * model.rounding * (model.loss.absolute_value(outputs) + 2 * float(_penalty(model, at)))
+    error = 2 * model.rounding * model.loss.absolute_value(outputs)
+    error += 2 * gamma(len(vector) + 8) * float(_penalty(model, at))
     return value, error
 
 

@@ -128,11 +128,11 @@ def _blocks(face: Face, channels: int, between: range) -> list[list[int]]:
         on[piece.kinks] = True
         at = torch.zeros(piece.slope.numel(), dtype=torch.float64)
         at[piece.kinks] = piece.place
-        shape = piece.slope.shape
+        # Flattening before an activation keeps the places of a channel together.
+        slope, offset, on, at = (t.reshape(len(piece.slope), channels, -1) for t in (piece.slope, piece.offset, on, at))
         for c in range(channels):
-            parts = [t.reshape(shape)[:, c].flatten().tolist() for t in (piece.slope, on)]
-            states[c].append(tuple(map(tuple, parts)))
-            linear[c] &= not (piece.offset[:, c].any() or at.reshape(shape)[:, c].any())
+            states[c] += [tuple(t[:, c].flatten().tolist()) for t in (slope, on)]
+            linear[c] &= not (offset[:, c].any() or at[:, c].any())
     groups: dict[object, list[int]] = {}
     for c in range(channels):
         if linear[c]:

@@ -17,7 +17,8 @@ from lightning_mnn.landscape import (
     polish_model,
 )
 from lightning_mnn.landscape.minima.models.model_certificate import prepare
-from lightning_mnn.landscape.minima.models.reading import true_loss
+from lightning_mnn.landscape.minima.models.reading import read_face, true_loss, true_outputs
+from lightning_mnn.landscape.minima.models.symmetries import gauge_of
 from lightning_mnn.utilities.validation import ArgumentError
 from tests.landscape.minima.models.probing import lowest_nearby
 
@@ -146,6 +147,28 @@ def test_frozen_parameters_do_not_move_and_change_the_verdict():
     free = certify_model(module, planted.inputs, planted.targets, **options)
     assert free.is_minimum
     assert not torch.equal(free.state_dict[name], module[0].weight)
+
+
+@pytest.mark.parametrize("flatten_first", [False, True])
+def test_channels_of_a_convolution_have_their_symmetries(flatten_first):
+    """Channels of one pattern, all active: without a penalty they are mixed by gl(2), with one they are rotated."""
+    torch.manual_seed(0)
+    middle = [nn.Flatten(), nn.ReLU()] if flatten_first else [nn.ReLU(), nn.Flatten()]
+    net = nn.Sequential(nn.Conv1d(1, 3, 2), *middle, nn.Linear(9, 2)).double()
+    with torch.no_grad():
+        net[0].weight.abs_()
+        net[0].bias.copy_(torch.tensor([1.0, 2.0, -0.3]))
+    x, y = torch.rand(9, 1, 4).double(), torch.randn(9, 2).double()
+    for decay, count in ((0.0, 4 + 1), (0.1, 1)):
+        model, vector = prepare(net, x, y, loss="squared_error", weight_decay=decay, frozen=())
+        face = read_face(model, vector).face
+        gauge = gauge_of(face, vector[face.free])
+        assert len(gauge.basis) == count
+        step = 1e-6 * gauge.basis
+        here = true_outputs(model, vector)
+        for move in step:
+            change = true_outputs(model, face.whole(vector[face.free] + move)) - here
+            assert float(change.abs().max()) < 1e-11
 
 
 def test_two_layer_points_are_classified_by_the_exact_test():
