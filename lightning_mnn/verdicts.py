@@ -142,6 +142,19 @@ class ReasonCode(StrEnum):
     GIVEN_WEIGHTS_FIT = auto()
     KINKS_NOT_TRIED = auto()
 
+    # Certificates of general models
+    MODEL_CERTIFIED = auto()
+    MODEL_FITS = auto()
+    GROWTH_NEGATIVE = auto()
+    NEGATIVE_TANGENTIAL_CURVATURE = auto()
+    NO_STATIONARY_POINT = auto()
+    KINKS_NOT_INDEPENDENT = auto()
+    ZERO_NOT_PROVED = auto()
+    PIECES_WITHIN_RADIUS = auto()
+    GROWTH_WITHIN_ROUNDING = auto()
+    POOLING_TIE = auto()
+    MODEL_TOO_LARGE = auto()
+
     # Polishing
     STOPPED_BEFORE_MINIMUM = auto()
     NEXT_TO_SADDLE = auto()
@@ -336,6 +349,32 @@ SENTENCES = {
     ReasonCode.HIGHER_LOSS: "the nearest {kind} found has a higher loss than the weights before",
     ReasonCode.GIVEN_WEIGHTS_FIT: "the given weights have no error",
     ReasonCode.KINKS_NOT_TRIED: "kinks were not tried at this size",
+    ReasonCode.MODEL_CERTIFIED: (
+        "a stationary point within {radius:.1e}, with strict growth off all active kinks and tangential eigenvalues of "
+        "at least {value:.1e} off the symmetries"
+    ),
+    ReasonCode.MODEL_FITS: "a point within {radius:.1e} where every output is its target",
+    ReasonCode.GROWTH_NEGATIVE: "the loss falls off an active kink: its growth is {value:.1e}",
+    ReasonCode.NEGATIVE_TANGENTIAL_CURVATURE: (
+        "the loss falls along the face: the smallest tangential eigenvalue is {value:.1e}"
+    ),
+    ReasonCode.NO_STATIONARY_POINT: (
+        "Newton's method found no stationary point within max_distance: it reached a relative distance of "
+        "{distance:.1e}"
+    ),
+    ReasonCode.KINKS_NOT_INDEPENDENT: (
+        "undecided: the {kinks} active kinks are not independent (LIKQ): σ_min/σ_max of Z is {likq:.1e}"
+    ),
+    ReasonCode.ZERO_NOT_PROVED: (
+        "undecided: a stationary point could not be proved in a ball: rounding or the change of the Hessian is too "
+        "large"
+    ),
+    ReasonCode.PIECES_WITHIN_RADIUS: (
+        "undecided: {count} units or windows may change their piece within the radius of {radius:.1e}"
+    ),
+    ReasonCode.GROWTH_WITHIN_ROUNDING: ("undecided: the growth off a kink, {value:.1e}, is within its error"),
+    ReasonCode.POOLING_TIE: "undecided: in {count} windows of max-pooling two numbers are equal within rounding",
+    ReasonCode.MODEL_TOO_LARGE: "undecided: {unknowns} unknowns, more than the {limit} of dense linear algebra",
     ReasonCode.STOPPED_BEFORE_MINIMUM: "stopped before the step to the minimum of its region",
     ReasonCode.NEXT_TO_SADDLE: "next to a saddle",
     ReasonCode.POLISHED_TOO_FAR: (

@@ -17,6 +17,14 @@ from lightning_mnn.landscape.kinks.tracing import Kink, KinkTrace
 from lightning_mnn.landscape.labels import infer_threshold
 from lightning_mnn.landscape.minima.certificate import Certificate, certify
 from lightning_mnn.landscape.minima.first_order import FirstOrderVerdict, first_order_verdicts
+from lightning_mnn.landscape.minima.models.model_certificate import ModelCertificate, certify_model
+from lightning_mnn.landscape.minima.models.model_polishing import PolishedModel, polish_model
+from lightning_mnn.landscape.minima.models.planted_models import (
+    PlantedModel,
+    planted_model_kink_minimum,
+    planted_model_minimum,
+    planted_model_saddle,
+)
 from lightning_mnn.landscape.minima.optimality import Direction
 from lightning_mnn.landscape.minima.planted import Planted, planted_kink_minimum, planted_minimum, planted_saddle
 from lightning_mnn.landscape.minima.polishing import Polished, polish
@@ -58,13 +66,16 @@ __all__ = [
     "LocalVolume",
     "LogEstimate",
     "LossSurface",
+    "ModelCertificate",
     "Network",
     "NetworkStatistics",
     "NoDerivativeError",
     "PackedPattern",
     "PiecePattern",
     "Planted",
+    "PlantedModel",
     "Polished",
+    "PolishedModel",
     "ProcessGroup",
     "Proportion",
     "RareCensus",
@@ -78,6 +89,7 @@ __all__ = [
     "bounds",
     "census",
     "certify",
+    "certify_model",
     "check_curvature",
     "check_proof",
     "check_stationarity",
@@ -96,8 +108,12 @@ __all__ = [
     "network_statistics",
     "planted_kink_minimum",
     "planted_minimum",
+    "planted_model_kink_minimum",
+    "planted_model_minimum",
+    "planted_model_saddle",
     "planted_saddle",
     "polish",
+    "polish_model",
     "products_needed",
     "rare_census",
     "rare_event",

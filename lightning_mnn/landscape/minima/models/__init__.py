@@ -1,0 +1,1 @@
+"""Certificates of minima of general piecewise-linear networks."""

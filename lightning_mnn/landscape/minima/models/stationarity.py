@@ -1,0 +1,231 @@
+"""The equations of a stationary point on a face, Newton's method for them, and proofs that they have a zero.
+
+Unknowns are u = (θ, λ, μ): F(u) = (∇ψ + Zᵀλ + Gᵀμ, z, G(θ − θ̂)), with the symmetries' basis G. At a zero μ = 0, since
+the loss on the face is constant along symmetries. F′ is symmetric.
+
+Shapes: P free parameters, κ active kinks, q symmetries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from lightning_mnn.landscape import tolerances
+from lightning_mnn.landscape.minima.models.face import derivatives, gamma, hessian, outputs_jacobian
+from lightning_mnn.landscape.minima.models.lipschitz import Bounds, bounds_on_ball
+from lightning_mnn.landscape.minima.models.symmetries import Gauge, gauge_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightning_mnn.landscape.minima.models.face import Derivatives, Face
+
+_MAX_PROOF_ROUNDS = 6  # trial radii of a ball
+
+
+@dataclass(frozen=True)
+class System:
+    """The equations of a face linearised at a point.
+
+    Attributes:
+        face: the face.
+        theta: θ, (P,).
+        multipliers: λ, (κ,).
+        first: first derivatives.
+        hessian: of ψ + λᵀz, (P, P).
+        gauge: the symmetries.
+        matrix: F′, (P + κ + q, P + κ + q).
+    """
+
+    face: Face
+    theta: Tensor
+    multipliers: Tensor
+    first: Derivatives
+    hessian: Tensor
+    gauge: Gauge
+    matrix: Tensor
+
+    @property
+    def residual(self) -> Tensor:
+        """F at μ = 0."""
+        first = self.first
+        return torch.cat(
+            [
+                first.gradient + first.jacobian.T @ self.multipliers,
+                first.switching,
+                self.theta.new_zeros(len(self.gauge.basis)),
+            ]
+        )
+
+    @property
+    def growth(self) -> Tensor:
+        """The growth b + Lᵀλ − |λ|, (κ,)."""
+        return self.first.normal + self.first.coupling.T @ self.multipliers - self.multipliers.abs()
+
+    @property
+    def likq(self) -> float | None:
+        """σ_min/σ_max of Z; None without kinks."""
+        if not len(self.multipliers):
+            return None
+        if self.first.jacobian.shape[0] > self.first.jacobian.shape[1]:
+            return 0.0
+        values = torch.linalg.svdvals(self.first.jacobian)
+        return float(values[-1] / values[0]) if float(values[0]) > 0 else 0.0
+
+    def tangential(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues of the Hessian on the kernel of Z and G, and their vectors in θ as columns."""
+        rows = torch.cat([self.first.jacobian, self.gauge.basis])
+        kernel = torch.linalg.qr(rows.T, mode="complete")[0][:, len(rows) :]
+        values, vectors = torch.linalg.eigh(kernel.T @ self.hessian @ kernel)
+        return values, kernel @ vectors
+
+
+def multipliers_at(first: Derivatives) -> Tensor:
+    """The λ nearest to a + Zᵀλ = 0."""
+    if not len(first.normal):
+        return first.normal
+    found: Tensor = torch.linalg.lstsq(first.jacobian.T, -first.gradient[:, None], driver="gelsd").solution[:, 0]
+    return found
+
+
+def linearise(face: Face, theta: Tensor, multipliers: Tensor | None = None) -> System:
+    """The equations at a point; without multipliers, with those nearest to stationarity."""
+    first = derivatives(face, theta)
+    multipliers = multipliers_at(first) if multipliers is None else multipliers
+    curvature, gauge = hessian(face, theta, multipliers), gauge_of(face, theta)
+    border = torch.cat([first.jacobian, gauge.basis])
+    zeros = theta.new_zeros(len(border), len(border))
+    matrix = torch.cat([torch.cat([curvature, border.T], dim=1), torch.cat([border, zeros], dim=1)])
+    return System(face, theta, multipliers, first, curvature, gauge, matrix)
+
+
+def newton_step(system: System) -> tuple[Tensor, Tensor] | None:
+    """The step to θ and λ of Newton's method; None where the matrix is singular."""
+    solution, info = torch.linalg.solve_ex(system.matrix, -system.residual)
+    if int(info) or not bool(solution.isfinite().all()):
+        return None
+    p, kinks = len(system.theta), len(system.multipliers)
+    return system.theta + solution[:p], system.multipliers + solution[p : p + kinks]
+
+
+@dataclass(frozen=True)
+class Ball:
+    """A ball that holds exactly one zero of the equations.
+
+    Attributes:
+        radius: r.
+        bounds: bounds on the ball.
+        rounding: γ.
+    """
+
+    radius: float
+    bounds: Bounds
+
+
+def prove_zero(system: System) -> Ball | None:
+    """A ball around the point with one zero of F in it, by the theorem of Newton and Kantorovich; None if not proved.
+
+    With A ≈ F′⁻¹, η ≥ ‖A F‖, δ ≥ ‖1 − A F′‖ with all rounding errors, and a Lipschitz constant M of F′ on the ball:
+    η + δ r + ½‖A‖M r² ≤ r and δ + ‖A‖M r < 1. F′ is then invertible on the ball.
+    """
+    face, theta, size = system.face, system.theta, system.multipliers.abs()
+    inverse, info = torch.linalg.inv_ex(system.matrix)
+    if int(info) or not bool(inverse.isfinite().all()):
+        return None
+    absolute = derivatives(face, theta.abs(), absolute=True)
+    curvature = hessian(face, theta.abs(), size, absolute=True)
+    p, border = len(theta), len(system.matrix) - len(theta)
+    sums = gamma(len(system.matrix) + 2)
+    gradient_error = absolute.gradient + absolute.jacobian.T @ size
+    residual_error = face.model.rounding * torch.cat([gradient_error, absolute.switching])
+    residual_error = torch.cat([residual_error, theta.new_zeros(len(system.gauge.basis))])
+    residual_error[:p] += sums * gradient_error
+    matrix_error = theta.new_zeros(len(system.matrix), len(system.matrix))
+    matrix_error[:p, :p] = curvature
+    matrix_error[p : p + len(size), :p] = absolute.jacobian
+    matrix_error[:p, p : p + len(size)] = absolute.jacobian.T
+    matrix_error *= face.model.second_rounding
+    step, magnitude = inverse @ system.residual, inverse.abs()
+    eta = float(step.norm() + (magnitude @ (residual_error + sums * system.residual.abs())).norm())
+    identity = torch.eye(p + border, dtype=torch.float64)
+    delta = float((identity - inverse @ system.matrix).norm())
+    delta += float((magnitude @ (matrix_error + sums * system.matrix.abs())).norm())
+    norm = float(torch.linalg.matrix_norm(inverse, 2)) * (1 + 1e-6)
+    return _ball(face, theta, system.multipliers, norm, eta, delta)
+
+
+def _ball(face: Face, theta: Tensor, multipliers: Tensor, norm: float, eta: float, delta: float) -> Ball | None:
+    eta, delta = 1.01 * eta, 1.01 * delta + tolerances.FLOAT64_EPS
+    if not delta < 0.5:
+        return None
+    radius = max(eta / (1 - delta), 1e-300) * 1.25
+    for _ in range(_MAX_PROOF_ROUNDS):
+        bounds = bounds_on_ball(face, theta, multipliers, radius)
+        change = bounds.curvature_change
+        if not norm * change * radius < 1 - delta:
+            return None
+        if eta + delta * radius + 0.5 * norm * change * radius**2 <= radius:
+            return Ball(radius, bounds)
+        radius *= 2
+    return None
+
+
+def prove_fit(face: Face, theta: Tensor) -> Ball | None:
+    """A ball with a point where every output is its target and every active kink is at zero; None if not proved.
+
+    The equations f(θ) = y, z(θ) = 0 have a Jacobian J of full row rank; with A ≈ Jᵀ(JJᵀ)⁻¹ and J Aᵀ ≈ 1 the theorem
+    holds for θ + A v.
+    """
+    outputs, switching = face.evaluate(theta, theta.new_zeros(face.num_kinks))
+    residual = torch.cat([(outputs - face.model.loss.targets).flatten(), switching])
+    jacobian = outputs_jacobian(face, theta)
+    if jacobian.shape[0] > jacobian.shape[1]:
+        return None
+    try:
+        inverse = torch.linalg.pinv(jacobian)
+    except RuntimeError:  # no convergence
+        return None
+    at = theta.abs()
+    f, z = face.evaluate(at, at.new_zeros(face.num_kinks), absolute=True)
+    residual_error = face.model.rounding * torch.cat([(f + face.model.loss.targets.abs()).flatten(), z])
+    error = face.model.second_rounding * _absolute_jacobian(face, at)
+    sums = gamma(len(theta) + 2)
+    # The equations in v are g(v) = F(θ + A v), g′(0) = J A ≈ 1: δ = ‖1 − J A‖, and ‖A‖² M bounds the change of g′.
+    norm = float(torch.linalg.matrix_norm(inverse, 2)) * (1 + 1e-6)
+    eta = float(residual.norm() + residual_error.norm())
+    delta = float((torch.eye(len(residual), dtype=torch.float64) - jacobian @ inverse).norm())
+    delta += float(((error + sums * jacobian.abs()) @ inverse.abs()).norm())
+    eta, delta = 1.01 * eta, 1.01 * delta + tolerances.FLOAT64_EPS
+    if not delta < 0.5:
+        return None
+    step = max(eta / (1 - delta), 1e-300) * 1.25
+    for _ in range(_MAX_PROOF_ROUNDS):
+        bounds = bounds_on_ball(face, theta, theta.new_zeros(face.num_kinks), norm * step)
+        change = norm**2 * float(torch.cat([bounds.outputs[1], bounds.switching[1]]).norm())
+        if not delta + change * step < 1:
+            return None
+        if eta + delta * step + 0.5 * change * step**2 <= step:
+            return Ball(norm * step, bounds)
+        step *= 2
+    return None
+
+
+def _absolute_jacobian(face: Face, at: Tensor) -> Tensor:
+    def values(theta: Tensor) -> Tensor:
+        f, z = face.evaluate(theta, theta.new_zeros(face.num_kinks), absolute=True)
+        return torch.cat([f.flatten(), z])
+
+    found: Tensor = torch.func.jacrev(values)(at)
+    return found
+
+
+def gauss_newton_step(face: Face, theta: Tensor) -> Tensor:
+    """θ after the smallest step to f = y and z = 0 in the linearised face."""
+    outputs, switching = face.evaluate(theta, theta.new_zeros(face.num_kinks))
+    residual = torch.cat([(outputs - face.model.loss.targets).flatten(), switching])
+    jacobian = outputs_jacobian(face, theta)
+    step: Tensor = torch.linalg.lstsq(jacobian, residual[:, None], driver="gelsd").solution[:, 0]
+    return theta - step
