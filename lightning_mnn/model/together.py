@@ -56,7 +56,7 @@ def fit_together(fits: Sequence[Fit], *, max_replicas: int | None = None) -> Non
     ...     Fit(
     ...         pl.Trainer(max_epochs=5, enable_model_summary=False, **quiet),
     ...         MNN(3, (4,), optimizer={"name": "adam", "lr": rate}, seed=seed, default_callbacks=False),
-    ...         GaussianData(num_samples=8, input_dim=3, seed=seed, dtype="float64"),
+    ...         GaussianData(num_samples=20, input_dim=3, seed=seed, dtype="float64"),
     ...     )
     ...     for seed in (0, 1)
     ...     for rate in (0.1, 0.01)

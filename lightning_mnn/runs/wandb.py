@@ -64,7 +64,7 @@ def wandb_options(cfg: DictConfig, node: DictConfig, wandb_id: str) -> dict[str,
         ),
         "group": _group(cfg.name),
     }
-    shown = {"run_config": wandb_settings(cfg, choices)} if _is_resumable(node) else {}
+    shown = {"run_config": wandb_settings(cfg, choices)} if is_resumable(node) else {}
     given = node.get("tags") or ()
     tags = [*([given] if isinstance(given, str) else given), cfg.name, choices.get("data")]
     return (
@@ -80,7 +80,7 @@ def only_known(node: DictConfig) -> DictConfig:
     >>> only_known(OmegaConf.create({"_target_": "pytorch_lightning.loggers.WandbLogger", "best": {}, "project": "p"}))
     {'_target_': 'pytorch_lightning.loggers.WandbLogger', 'project': 'p'}
     """
-    if not is_wandb(node) or _is_resumable(node):
+    if not is_wandb(node) or is_resumable(node):
         return node
     kept = node.copy()
     with open_dict(kept):
@@ -88,7 +88,8 @@ def only_known(node: DictConfig) -> DictConfig:
     return kept
 
 
-def _is_resumable(node: DictConfig) -> bool:
+def is_resumable(node: DictConfig) -> bool:
+    """Whether a config node is the W&B logger of this package."""
     return str(node["_target_"]).endswith("ResumableWandbLogger")
 
 

@@ -7,6 +7,7 @@ goes on as if it had not been interrupted.
 
 from __future__ import annotations
 
+import logging
 import secrets
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,7 @@ def _empty_study(name: str, storage: Any, folder: Path) -> None:
     """Delete a study, all of whose finished trials are in the sweep's folder."""
     import optuna  # noqa: PLC0415 (installed with the sweeper)
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(logging.WARNING)
     if name not in [found.study_name for found in optuna.get_all_study_summaries(storage)]:
         return
     study = optuna.load_study(study_name=name, storage=storage)

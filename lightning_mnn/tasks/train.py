@@ -33,7 +33,15 @@ from lightning_mnn.runs.memory import check_training_memory
 from lightning_mnn.runs.processes.devices import check_devices, check_trainer, processes
 from lightning_mnn.runs.processes.signals import LostProcessError, RunSignals, interruptible
 from lightning_mnn.runs.resume import RunState, initialise, run_lock, run_state
-from lightning_mnn.runs.wandb import end_wandb_runs, is_wandb, leave_in_wandb, only_known, wandb_options, wandb_settings
+from lightning_mnn.runs.wandb import (
+    end_wandb_runs,
+    is_resumable,
+    is_wandb,
+    leave_in_wandb,
+    only_known,
+    wandb_options,
+    wandb_settings,
+)
 from lightning_mnn.tasks.experiment import words_of_command
 from lightning_mnn.utilities.compat.lightning_internals import completed_epochs
 from lightning_mnn.utilities.errors import DivergenceError, EarlyEnd
@@ -359,7 +367,7 @@ def _loggers(cfg: DictConfig, found: RunState) -> list[Any]:
         if not isinstance(node, DictConfig):
             continue
         is_run = "_target_" in node and is_wandb(node)
-        if is_run and node.get("mode") == "disabled":  # W&B need not be imported
+        if is_run and is_resumable(node) and node.get("mode") == "disabled":  # W&B need not be imported
             continue
         options = wandb_options(cfg, node, found.wandb_id) if is_run else {}
         built.append(build(cfg, f"logger.{key}", only_known(node) if is_run else node, **options))
