@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lightning_mnn"
 FLOORS = (  # folders from the ground up: a module imports from lower ones, and from its own folder
     ("utilities.compat", "utilities", "verdicts"),
-    ("config", "landscape", "data.loaders", "loggers", "runs.processes", "launchers.warm"),
+    ("config", "advice", "landscape", "data.loaders", "loggers", "runs.processes", "launchers.warm"),
     ("landscape.regions", "landscape.kinks", "metrics", "data", "data.images", "callbacks.trainer"),
     ("landscape.minima", "landscape.volumes", "landscape.curvature"),
     ("landscape.minima.models",),

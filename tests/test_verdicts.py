@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lightning_mnn import landscape
+from lightning_mnn.advice import ADVICE, advice_on
 from lightning_mnn.callbacks.evidence.first_order import FirstOrderTier
 from lightning_mnn.callbacks.evidence.second_order import SecondOrderTier
 from lightning_mnn.figures.style import KINDS as KINDS_OF_FIGURES
@@ -31,7 +32,7 @@ from lightning_mnn.landscape import (
     second_order_verdict,
 )
 from lightning_mnn.runs.console import KINDS as KINDS_OF_CONSOLE
-from lightning_mnn.verdicts import ADVICE, SENTENCES, Class, Ended, Reason, advice_on, class_of
+from lightning_mnn.verdicts import SENTENCES, Class, Ended, Reason, class_of
 from tests.documented import page
 
 PACKAGE = Path(landscape.__file__).parent.parent
@@ -189,7 +190,8 @@ def test_a_code_is_given_with_its_kind_and_its_sentence(code):
     assert "{" not in found.reason
 
 
-OF_MINIMA = {  # codes that come with no other kind
+OF_MINIMA = {
+    *(ReasonCode.MODEL_CERTIFIED, ReasonCode.MODEL_FITS),  # codes that come with no other kind
     *(ReasonCode.CERTIFIED, ReasonCode.CERTIFIED_ON_KINKS, ReasonCode.ZERO_ERROR, ReasonCode.FIRST_ORDER_TESTS_PASSED),
     *(ReasonCode.NECESSARY_CONDITIONS_ONLY, ReasonCode.STRICT_MINIMUM, ReasonCode.FLAT_MINIMUM, ReasonCode.ZERO_LOSS),
 }

@@ -62,6 +62,8 @@ class Batched(DevicePool):
         LaunchError: see :class:`DevicePool`.
     """
 
+    _manner = ", those of a device together in one process"
+
     def __init__(self, **options: Any) -> None:
         most = options.pop("max_replicas", None)
         super().__init__(**options)

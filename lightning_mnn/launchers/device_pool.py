@@ -100,6 +100,8 @@ class DevicePool(Launcher):
             for several nodes, or two jobs share a folder.
     """
 
+    _manner = ", each in its own process"
+
     def __init__(self, **options: Any) -> None:
         self._options = DevicePoolConf(**options)
         self._context: tuple[HydraContext, TaskFunction, DictConfig] | None = None
@@ -142,7 +144,7 @@ class DevicePool(Launcher):
         folder = Path(config.hydra.sweep.dir)
         command = SweepCommand.of_this_process(config)
         command.write(folder)
-        log.info("%d jobs in %s, each in its own process", len(jobs), folder)
+        log.info("%d jobs in %s%s", len(jobs), folder, self._manner)
         if initial_job_idx == 0:  # now, because a SIGKILL or a power cut leaves no time to print it
             log.info("if it is killed, this command resumes the sweep:\n  %s", command.resumed(folder))
         task = TaskReference.to(task_function)

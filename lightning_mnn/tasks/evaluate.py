@@ -80,7 +80,9 @@ def _evaluate_run(cfg: DictConfig, folder: Path, console: Console) -> None:
     _check_sizes(module, datamodule)
     chosen = cfg if _MAX_DISTANCE in given else run.config
     detector = (chosen.get("callbacks") or {}).get("local_minimum_detector") or {}
-    found = results_of(module, datamodule, float(detector.get("max_distance", 1e-3)))
+    objective = _objective(run)
+    distance = float(detector.get("max_distance", 1e-3)) if objective == "mse" else None
+    found = results_of(module, datamodule, distance) | {"objective": objective}
     write_json(folder / EVALUATION, found)
     console.print(f"[bold]{escape(str(relative(folder)))}[/] {escape(_line(run, found))}")
 
@@ -100,8 +102,18 @@ def _check_sizes(module: MNN, datamodule: ExactData) -> None:
             raise ArgumentError(f"data.{name}", theirs, problem, "choose data of that size")
 
 
-def results_of(module: MNN, datamodule: ExactData, max_distance: float) -> dict[str, Any]:
-    """Errors on the training and the test set, and certificates; values of several replicas are lists."""
+def _objective(run: Run) -> str:
+    """What the run lowered, as its summary says."""
+    found = run.summary.get("objective") or "mse"
+    several = set(found) if isinstance(found, list) else {found}
+    return several.pop() if len(several) == 1 else "none"
+
+
+def results_of(module: MNN, datamodule: ExactData, max_distance: float | None) -> dict[str, Any]:
+    """Errors on the training and the test set, and certificates; values of several replicas are lists.
+
+    Without a ``max_distance`` there are no certificates: those are of minima of the MSE, over all weights.
+    """
     network = module.network().to(torch.float64)
     inputs, targets = _samples(datamodule, replicated=module.replicas > 1)
     regression = bool(module.hparams["regression"])
@@ -114,7 +126,7 @@ def results_of(module: MNN, datamodule: ExactData, max_distance: float) -> dict[
             x, y = flat_batch(batch, replicated=module.replicas > 1)
             tested.add(network.predict(x.double()), y.double())
         found |= {f"test_{name}": plain(value) for name, value in tested.means().items()}
-    if len(network.hidden_weights) == 1:
+    if len(network.hidden_weights) == 1 and max_distance is not None:
         found |= _certified(network, inputs, targets, module.threshold, max_distance)
     return found
 
@@ -158,6 +170,8 @@ def _line(run: Run, found: dict[str, Any]) -> str:
     if kinds is not None:
         listed = kinds if isinstance(kinds, list) else [kinds]
         texts.append(", ".join(f"{listed.count(kind)} × {kind}" for kind in dict.fromkeys(listed)))
+    if found.get("objective", "mse") != "mse":
+        texts.append(f"not certified again: its objective is {found['objective']}")
     before = run.summary.get("kind")
     texts += [f"was {before}"] if isinstance(before, str) and isinstance(kinds, str) and before != kinds else []
     return "; ".join(texts)

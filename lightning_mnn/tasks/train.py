@@ -18,6 +18,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 from typing_extensions import override
 
+from lightning_mnn.advice import advice_on
 from lightning_mnn.callbacks import LastCheckpoint
 from lightning_mnn.callbacks.scheduled import ScheduledCallback
 from lightning_mnn.callbacks.trainer.stop_on_request import StopOnRequest
@@ -47,7 +48,7 @@ from lightning_mnn.utilities.compat.lightning_internals import completed_epochs
 from lightning_mnn.utilities.errors import DivergenceError, EarlyEnd
 from lightning_mnn.utilities.files import whole_file, write_json
 from lightning_mnn.utilities.validation import ArgumentError
-from lightning_mnn.verdicts import MINIMA, Kind, Reason, ReasonCode, advice_on
+from lightning_mnn.verdicts import MINIMA, Kind, Reason, ReasonCode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

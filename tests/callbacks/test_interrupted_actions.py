@@ -84,7 +84,6 @@ STOPPING = {"detector": {"stop_training": True}, **AT_CERTIFICATE}
         (LOOK, 4, {}),
         (CERTIFICATE, 4, {}),
         (CERTIFICATE, EPOCHS, {}),
-        (VOLUME, 0, {}),
         (VOLUME, EPOCHS, AT_END),
         (VOLUME, 4, AT_CERTIFICATE),
         (VOLUME, EPOCHS, AT_CERTIFICATE),

@@ -290,7 +290,11 @@ def images(samples=40):
 
 # A look at the weights: the callback, whether at those of a CNN, and how often it may wait.
 LOOKS = {
-    "a check of MNN": (lambda: LocalMinimumDetector(Schedule(every=1), stop_training=False), False, 4),
+    "a check of MNN": (
+        lambda: LocalMinimumDetector(Schedule(every=1), stop_training=False, follow_descent=False),
+        False,
+        4,
+    ),
     "a bound of the volume of MNN": (lambda: AngularVolumeMonitor(Schedule(every=1), measure=()), False, 5),
     "a snapshot of MNN": (lambda: ActivationPatternRecorder(Schedule(every=1)), False, 4),
     "a snapshot of a CNN": (lambda: ActivationPatternRecorder(Schedule(every=1)), True, 6),

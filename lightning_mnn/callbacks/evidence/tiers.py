@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
+from lightning_mnn.advice import advice_on
 from lightning_mnn.callbacks.evaluation.isolation import trained_parameters
 from lightning_mnn.callbacks.trainer.weight_decay import has_decoupled_decay, weight_decays
 from lightning_mnn.data.loaders.shards import NotEnumerableError, draws, num_samples
 from lightning_mnn.utilities.errors import DivergenceError
 from lightning_mnn.utilities.transfer import fetched
-from lightning_mnn.verdicts import advice_on
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

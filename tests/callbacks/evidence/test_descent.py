@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mnn import MNN
+from lightning_mnn.advice import ADVICE
 from lightning_mnn.callbacks import LocalMinimumDetector, Schedule
 from lightning_mnn.callbacks.evidence import certification
 from lightning_mnn.callbacks.evidence.certificate import CertificateTier
@@ -16,7 +17,6 @@ from lightning_mnn.callbacks.evidence.certification import steps_of_descent
 from lightning_mnn.data import GaussianData
 from lightning_mnn.landscape import polish
 from lightning_mnn.utilities.interruption import TimeLimitError
-from lightning_mnn.verdicts import ADVICE
 
 SIZE = (30, 6)
 KEYS = ("descends_to", "descends_to_mse", "descends_to_distance", "descends_to_zero_error")

@@ -21,7 +21,19 @@ def job(number, state):
     started = state in (JobState.FINISHED, JobState.FAILED, JobState.RUNNING)
     allocation = Allocation(REQUEST, ("0", "3"), 1) if started else None
     progress = {"epochs": 1200, "max_epochs": 2000, "loss": 0.0123456} if number == 6 else {}
-    return Job(number, [], f"seed={number}", None, Path(), REQUEST, state, allocation, seconds=83.0, progress=progress)
+    return Job(
+        number,
+        [],
+        f"seed={number}",
+        None,
+        Path(),
+        REQUEST,
+        "digest",
+        state,
+        allocation,
+        seconds=83.0,
+        progress=progress,
+    )
 
 
 def screen(jobs, height, width=100):
