@@ -56,6 +56,17 @@ def test_other_data_and_settings_are_those_of_the_command(sweep):
     assert json.loads((sweep / "sweep/0/evaluation.json").read_text())["max_distance"] == 0.5
 
 
+def test_a_run_with_another_objective_is_not_certified_again(tmp_path):
+    """A certificate is of minima of the MSE over all weights, which this run did not look for."""
+    command(tmp_path, *SMALL, *OFF, "optimizer.weight_decay=1e-2", "hydra.run.dir=run")
+    said = command(tmp_path, "task=evaluate", "folder=run")
+    found, summary = (json.loads((tmp_path / f"run/{name}.json").read_text()) for name in ("evaluation", "summary"))
+    assert found["objective"] == summary["objective"] == "mse_with_weight_decay"
+    assert "kind" not in found
+    assert "not certified again: its objective is mse_with_weight_decay" in said
+    assert same(found["mse"], summary["mse"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
