@@ -98,9 +98,9 @@ def print_verdicts(sweep: Sweep, console: Console) -> None:
     for row in rows:
         groups.setdefault(tuple(label_of(row[key]) for key in keys), []).append(row)
     classes = {id(row): class_of(row) for row in rows}
-    ends = [end for end in ENDS if not end.ahead or end in classes.values()]
+    ends = [end for end in ENDS if end in classes.values()]
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), title="means ± half of their 95 % intervals by Student's t")
-    for name in (*keys, "networks", *(look_of(end).short for end in ends), *errors):
+    for name in (*(key.rpartition(".")[2] for key in keys), "networks", *(look_of(end).short for end in ends), *errors):
         table.add_column(name, justify="right", overflow="fold")
     for names, group in list(groups.items())[:_MAX_LINES]:
         found = [classes[id(row)] for row in group]
