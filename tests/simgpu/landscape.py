@@ -1,5 +1,6 @@
 """Everything public of lightning_mnn.landscape with its tensors on a device, beside the same on the CPU."""
 
+import copy
 import dataclasses
 from types import CodeType
 
@@ -22,6 +23,7 @@ from lightning_mnn.landscape import (
     Region,
     census,
     certify,
+    certify_model,
     check_curvature,
     check_proof,
     check_stationarity,
@@ -39,8 +41,10 @@ from lightning_mnn.landscape import (
     network_statistics,
     planted_kink_minimum,
     planted_minimum,
+    planted_model_kink_minimum,
     planted_saddle,
     polish,
+    polish_model,
     rare_census,
     rare_event,
     region_log_volume,
@@ -60,6 +64,10 @@ NO_TENSORS = {
     "ReasonCode": "an enumeration",
     "bounds": "functions of sizes",
     "ensemble_census": "draws its data itself, on the CPU",
+    "PlantedModel": "drawn on the CPU",
+    "planted_model_kink_minimum": "draws its data itself, on the CPU",
+    "planted_model_minimum": "draws its data itself, on the CPU",
+    "planted_model_saddle": "draws its data itself, on the CPU",
     "products_needed": "a function of sizes",
 }
 
@@ -351,6 +359,19 @@ def kinks_of_a_module(device):
     run(look)
     assert len(found) > len(net.activations)
     return found, kink_distance([run], list(net.parameters()))
+
+
+@case("certify_model", "ModelCertificate", "polish_model", "PolishedModel")
+def certificates_of_models(device):
+    planted = planted_model_kink_minimum(30, (3, 4, 2), kinks=2, weight_decay=1e-2)
+    module, inputs, targets = (
+        copy.deepcopy(planted.module).to(device),
+        *placed((planted.inputs, planted.targets), device),
+    )
+    return (
+        certify_model(module, inputs, targets, weight_decay=1e-2),
+        polish_model(module, inputs, targets, weight_decay=1e-2, max_steps=3),
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
