@@ -156,7 +156,8 @@ def test_rows_are_sorted_by_mouse_and_keyboard_and_filtered(page, tab):
     tab.wait(one_row)
     assert column(tab, "seed") == ["2"]
     tab.run("window.isOld = true; location.reload()")  # as a page does that is watched
-    tab.wait("!window.isOld && document.readyState === 'complete' && document.getElementById('search').value === 'SADDLE'")
+    tab.wait("!window.isOld && document.readyState === 'complete'")
+    tab.wait("document.getElementById('search').value === 'SADDLE'")
     tab.wait(one_row)
     assert column(tab, "seed") == ["2"]
 
