@@ -33,10 +33,10 @@ class PatternStore:
     ``j``, the least significant first, of byte ``b``. If units have more than two pieces (attribute ``num_pieces``),
     the array is (digits, N, ⌈width/8⌉), the least significant digit of the piece first. The attribute ``layer`` is the
     layer's name. The array has the same name, in which characters that a path does not allow are escaped as in a URL
-    (``/`` is ``%2F``). Attributes of the group: ``step``, ``epoch`` and ``digest``. An array is a folder of two files,
-    its description and its bits; stores of earlier versions have the bits in folders within it, and can be read, too. A
-    snapshot is written under another name and then renamed, so that every visible snapshot is complete, also after a
-    kill.
+    (``/`` is ``%2F``). Attributes of the group: ``step``, ``epoch`` and ``digest``. An array is a folder of two
+    files, its description and its bits, compressed if they are more than 64 KiB; stores of earlier versions have the
+    bits in folders within it, and can be read, too. A snapshot is written under another name and then renamed, so
+    that every visible snapshot is complete, also after a kill.
 
     Args:
         path: folder of the group, ``….zarr``.

@@ -5,17 +5,14 @@ Hydra finds the launcher in every environment with lightning_mnn; it is for prog
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.utils import filter_overrides
 from omegaconf import OmegaConf
 from typing_extensions import override
 
-from lightning_mnn.config.paths import hydra_path
-from lightning_mnn.launchers.device_pool import DevicePool, DevicePoolConf, request_of
+from lightning_mnn.launchers.device_pool import DevicePool, DevicePoolConf
 from lightning_mnn.launchers.jobs.records import JobState
 
 if TYPE_CHECKING:
@@ -24,10 +21,9 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from lightning_mnn.launchers.jobs.batch import JobBatch
-    from lightning_mnn.launchers.jobs.devices import Devices
+    from lightning_mnn.launchers.jobs.devices import Devices, Request
     from lightning_mnn.launchers.jobs.job import Job
-
-log = logging.getLogger(__name__)
+    from lightning_mnn.launchers.jobs.turns import JobPlan
 
 _MODEL = "lightning_mnn.MNN"
 _BYTES = 8_000_000  # of a run: its Trainer, callbacks and logs
@@ -70,54 +66,59 @@ class Batched(DevicePool):
         if most is not None and (not isinstance(most, int) or most < 1):
             raise ValueError(f"hydra.launcher.max_replicas={most}: must be a positive number or null")
         self._max_replicas = most
-        self._values: dict[int, tuple[list[str], dict[str, Any]]] = {}  # of each job that can be batched
+        self._batchable: dict[int, _Batchable] = {}  # by the job's number
 
     @override
     def _job(self, number: int, overrides: list[str], pool: Devices, common: set[str]) -> Job:
         from lightning_mnn.config.job_configs import fill, numbered  # noqa: PLC0415
-        from lightning_mnn.launchers.jobs.job import Job, digest_of  # noqa: PLC0415
 
         assert self._configs is not None  # noqa: S101 (for the type checker)
         template, values = self._configs.template(overrides)
-        fill(template, overrides, values)  # until the next job
+        fill(template, overrides, values)  # it is this job's config until the next job
         if not _can_be_batched(template, self._options.trainer_key):
             return super()._job(number, overrides, pool, common)
-        self._values[number] = overrides, values
-        numbered(template, number, self._sweep_dir)
-        own = list(filter_overrides(overrides))
-        label = " ".join(one for one in own if one not in common)
-        folder = hydra_path(template, "sweep.dir", "sweep.subdir").resolve()
-        request = request_of(template, self._options.trainer_key, pool)
-        return Job(number, own, label, template, folder, request, digest_of(template))
+        job = self._job_with(numbered(template, number, self._sweep_dir), number, overrides, pool, common)
+        threads = OmegaConf.select(template, "threads")
+        self._batchable[number] = _Batchable(overrides, values, (job.request, threads), _bytes_of(template))
+        return job
 
     @override
     def _processes(self, jobs: Sequence[Job], pool: Devices) -> Sequence[Job | JobBatch]:
         from lightning_mnn.launchers.jobs.batch import JobBatch  # noqa: PLC0415
-        from lightning_mnn.launchers.jobs.turns import JobPlan  # noqa: PLC0415
 
-        own = [job for job in jobs if job.number in self._values and job.state is JobState.WAITING]
-        alone = [job for job in jobs if job.number not in self._values]
+        known = self._batchable
+        own = [job for job in jobs if job.number in known and job.state is JobState.WAITING]
+        own.sort(key=lambda job: known[job.number].order)  # neighbours have the same settings and other seeds
         batches: list[JobBatch] = []
-        kinds = {(repr(job.request), repr(job.config.threads)): job.request for job in own if "threads" in job.config}
-        for (asked, threads), request in kinds.items():
-            same = [job for job in own if (repr(job.request), repr(job.config.threads)) == (asked, threads)]
-            same.sort(
-                key=lambda job: repr(sorted(self._values[job.number][1].items(), key=lambda item: item[0] == "seed"))
-            )
-            number = min(pool.capacity(request), len(same))
+        for kind in dict.fromkeys(known[job.number].kind for job in own):
+            same = [job for job in own if known[job.number].kind == kind]
+            number = min(pool.capacity(kind[0]), len(same))
             for index in range(number):
                 part = same[index * len(same) // number : (index + 1) * len(same) // number]
-                plans = [JobPlan(job.number, job.config, *self._values[job.number], job.log) for job in part]
-                output = Path(str(job_dir(part[0])), f"batch-{len(batches)}.log")
-                most = self._max_replicas or _by_memory(part[0].config, number)
+                most = self._max_replicas or _by_memory(max(known[job.number].bytes for job in part), number)
                 options = {"max_replicas": most, "fail_fast": self._options.fail_fast}
-                batches.append(JobBatch(part, plans, options, output))
-        return [*batches, *alone]
+                output = Path(self._sweep_dir, f"batch-{len(batches)}.log").absolute()
+                batches.append(JobBatch(part, [known[job.number].plan(job) for job in part], options, output))
+        return [*batches, *(job for job in jobs if job.number not in known)]
 
 
-def job_dir(job: Job) -> Path:
-    """The folder of the sweep."""
-    return hydra_path(job.config, "sweep.dir").resolve()
+@dataclass(frozen=True)
+class _Batchable:
+    """What makes a template's config that of a job; jobs of the same kind can share a process."""
+
+    overrides: list[str]
+    values: dict[str, Any]
+    kind: tuple[Request, Any]  # devices, and the threads that the job sets for its process
+    bytes: int
+
+    @property
+    def order(self) -> str:
+        return repr(sorted(self.values.items(), key=lambda item: item[0] == "seed"))
+
+    def plan(self, job: Job) -> JobPlan:
+        from lightning_mnn.launchers.jobs.turns import JobPlan  # noqa: PLC0415
+
+        return JobPlan(job.number, job.config, self.overrides, self.values, job.log)
 
 
 def _can_be_batched(config: DictConfig, trainer_key: str) -> bool:
@@ -143,13 +144,17 @@ def _can_be_batched(config: DictConfig, trainer_key: str) -> bool:
     )
 
 
-def _by_memory(config: DictConfig, processes: int) -> int:
-    """How many jobs like this one half of the free memory allows, in each of several processes."""
+def _bytes_of(config: DictConfig) -> int:
+    """Rough estimate of the memory of a job."""
+    samples, inputs = (OmegaConf.select(config, f"data.{key}") or 0 for key in ("num_samples", "input_dim"))
+    units = sum(OmegaConf.select(config, "model.hidden_dims") or ())
+    return int(_BYTES + _COPIES * 8 * samples * (inputs + units))
+
+
+def _by_memory(needed: int, processes: int) -> int:
+    """How many jobs that need so much memory half of what is free allows, in each of several processes."""
     import torch  # noqa: PLC0415 (Hydra imports this module in all programs)
 
     from lightning_mnn.utilities.resources import free_memory  # noqa: PLC0415
 
-    samples, inputs = (OmegaConf.select(config, f"data.{key}") or 0 for key in ("num_samples", "input_dim"))
-    units = sum(OmegaConf.select(config, "model.hidden_dims") or ())
-    needed = _BYTES + _COPIES * 8 * samples * (inputs + units)
     return max(1, int(free_memory(torch.device("cpu")) / 2 / processes / needed))

@@ -167,10 +167,16 @@ class DevicePool(Launcher):
 
     def _job(self, number: int, overrides: list[str], pool: Devices, common: set[str]) -> Job:
         from lightning_mnn.config.job_configs import numbered  # noqa: PLC0415
-        from lightning_mnn.launchers.jobs.job import Job, digest_of  # noqa: PLC0415
 
         assert self._configs is not None  # noqa: S101 (for the type checker)
         composed = numbered(self._configs.of(overrides), number, self._sweep_dir)
+        return self._job_with(composed, number, overrides, pool, common)
+
+    def _job_with(
+        self, composed: DictConfig, number: int, overrides: list[str], pool: Devices, common: set[str]
+    ) -> Job:
+        from lightning_mnn.launchers.jobs.job import Job, digest_of  # noqa: PLC0415
+
         request = request_of(composed, self._options.trainer_key, pool)
         own = list(filter_overrides(overrides))
         label = " ".join(override for override in own if override not in common)

@@ -248,18 +248,16 @@ class MNN(pl.LightningModule):
         count = StepCount(self.trainer)  # 1 µs per step; Lightning's own optimiser counts, too, but needs 30 µs
         rows: list[Row] = []
         try:
-            for step, (inputs, targets) in enumerate(bundle, start=self.trainer.global_step + 1):
+            for step, batch in enumerate(bundle, start=self.trainer.global_step + 1):
                 if gradient is None:
                     optimizer.zero_grad()
-                    predictions = self(inputs)
-                    residual = predictions - targets
-                    squared_errors = residual.square().sum(-1) / targets.shape[-1]
-                    squared_errors.sum().backward()
+                    self._loss(batch).backward()  # type: ignore[no-untyped-call]
                 else:
+                    inputs, targets = batch
                     predictions, residual = gradient(inputs, targets)
-                if every and step % every == 0:
-                    mse = residual.detach().square().sum(-1) / targets.shape[-1]
-                    rows.append((self._errors_of(mse, predictions.detach(), targets, targets.shape[-1]), step - 1))
+                    if every and step % every == 0:
+                        mse = residual.square().sum(-1) / targets.shape[-1]
+                        rows.append((self._errors_of(mse, predictions, targets, targets.shape[-1]), step - 1))
                 optimizer.step()
                 count.add()
                 if schedule is not None:

@@ -5,7 +5,16 @@ import json
 from pathlib import Path
 
 import pytest
+from hydra import initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+from omegaconf import open_dict
 
+import lightning_mnn.app  # noqa: F401 (registers the resolvers)
+from lightning_mnn.config.job_configs import JobConfigs
+from lightning_mnn.launchers.batched import Batched
+from lightning_mnn.launchers.jobs.batch import JobBatch
+from lightning_mnn.launchers.jobs.devices import Devices
 from tests import children
 from tests.wandb_files import summary_of
 
@@ -124,3 +133,33 @@ def all_free(folder):
         except filelock.Timeout:
             return False
     return True
+
+
+@pytest.mark.parametrize("choices", [(1, 2), ()])
+def test_jobs_share_a_process_if_they_set_the_same_threads(choices, monkeypatch):
+    """Those of a program without such a key, too."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with initialize_config_module("lightning_mnn.conf", version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        master = loader.load_configuration("config", ["hydra.sweep.dir=out"], run_mode=RunMode.MULTIRUN)
+
+        def compose(overrides):
+            config = loader.load_sweep_config(master, overrides)
+            if not choices:
+                with open_dict(config):
+                    del config["threads"]
+            return config
+
+        launcher, pool = Batched(n_jobs=1), Devices([], cpu_slots=1)
+        launcher._configs, launcher._sweep_dir = JobConfigs(compose), "out"
+        own = [
+            [*SMALL, f"seed={seed}", "trainer.devices=1", *choice]
+            for seed in (0, 1)
+            for choice in ([[f"threads={number}"] for number in choices] or [[]])
+        ]
+        jobs = [launcher._job(number, list(one), pool, set()) for number, one in enumerate(own)]
+        batches = launcher._processes(jobs, pool)
+    assert all(isinstance(batch, JobBatch) for batch in batches)
+    together = [[plan.values.get("threads") for plan in batch.plans] for batch in batches]
+    assert together == ([[1, 1], [2, 2]] if choices else [[None, None]])
+    assert [plan.config().seed for batch in batches for plan in batch.plans] == [0, 1] * len(batches)

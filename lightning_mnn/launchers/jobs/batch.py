@@ -95,6 +95,7 @@ class JobBatch:
             self.state = JobState.FAILED
             for job in self._left():
                 job.end_with(job.failed(f"cannot be started: {type(error).__name__}: {error}"))
+                self._ended.append(job)
         return self.state is JobState.RUNNING
 
     def has_ended(self) -> bool:
@@ -109,7 +110,7 @@ class JobBatch:
                 self._end(job, returns[job.number])
         if not over:
             return False
-        if self.process.exit_code == 0 and not self.process.ended_by_us:
+        if self.process.exit_code == 0 and self.options["fail_fast"] and not self.process.ended_by_us:
             for job in self._left():  # after another has failed, they were not started
                 job.state, job.allocation = JobState.WAITING, None
             self.state = JobState.FINISHED

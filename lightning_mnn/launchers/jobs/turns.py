@@ -25,13 +25,13 @@ from lightning_mnn.utilities.compat.hydra_internals import result_of
 from lightning_mnn.utilities.interruption import Interrupted, requested
 from lightning_mnn.utilities.resources import raise_file_limit
 
-_JOBS_PER_COLLECTION = 100
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from omegaconf import DictConfig
+
+_JOBS_PER_COLLECTION = 100  # jobs that end between two collections of garbage
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,9 @@ from lightning_mnn.landscape.minima.models.reading import active_sets, read_face
 from lightning_mnn.landscape.minima.models.stationarity import linearise
 
 
-def lowest_nearby(planted, found, *, draws=60, seed=0):
-    """The lowest loss found around a certificate's point minus its own, in units of the rounding of both.
-
-    Moves: random ones, those off each kink in both directions, those of the tangential eigenvectors, of several sizes
-    relative to the parameters.
-    """
-    model, vector = prepare(
+def model_of(planted):
+    """The model of a planted point, and its parameters."""
+    return prepare(
         planted.module,
         planted.inputs,
         planted.targets,
@@ -21,6 +17,15 @@ def lowest_nearby(planted, found, *, draws=60, seed=0):
         weight_decay=planted.weight_decay,
         frozen=(),
     )
+
+
+def lowest_nearby(planted, found, *, draws=60, seed=0):
+    """The lowest loss found around a certificate's point minus its own, in units of the rounding of both.
+
+    Moves: random ones, those off each kink in both directions, those of the tangential eigenvectors, of several sizes
+    relative to the parameters.
+    """
+    model, _ = model_of(planted)
     vector = model.vector(found.state_dict)
     here, error = true_loss(model, vector)
     random = torch.Generator().manual_seed(seed)

@@ -20,7 +20,7 @@ from lightning_mnn.landscape.minima.models.model_certificate import prepare
 from lightning_mnn.landscape.minima.models.reading import read_face, true_loss, true_outputs
 from lightning_mnn.landscape.minima.models.symmetries import gauge_of
 from lightning_mnn.utilities.validation import ArgumentError
-from tests.landscape.minima.models.probing import lowest_nearby
+from tests.landscape.minima.models.probing import lowest_nearby, model_of
 
 MINIMA = [
     ("squared_error", (4, 4, 2), 60, 0.0, 0.0),
@@ -77,14 +77,7 @@ def test_kinks_decide_by_their_growth(widths, n, decay, violated):
 
 
 def falls(planted, found):
-    model, _ = prepare(
-        planted.module,
-        planted.inputs,
-        planted.targets,
-        loss=planted.loss,
-        weight_decay=planted.weight_decay,
-        frozen=(),
-    )
+    model, _ = model_of(planted)
     at, move = model.vector(found.state_dict), model.vector({**found.state_dict, **found.direction})
     here, error = true_loss(model, at)
     there, error_there = true_loss(model, at + move)
