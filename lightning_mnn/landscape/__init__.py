@@ -17,6 +17,7 @@ from lightning_mnn.landscape.kinks.tracing import Kink, KinkTrace
 from lightning_mnn.landscape.labels import infer_threshold
 from lightning_mnn.landscape.minima.certificate import Certificate, certify
 from lightning_mnn.landscape.minima.first_order import FirstOrderVerdict, first_order_verdicts
+from lightning_mnn.landscape.minima.learning_coefficient import LearningCoefficient, learning_coefficient
 from lightning_mnn.landscape.minima.models.model_certificate import ModelCertificate, certify_model
 from lightning_mnn.landscape.minima.models.model_polishing import PolishedModel, polish_model
 from lightning_mnn.landscape.minima.models.planted_models import (
@@ -62,6 +63,7 @@ __all__ = [
     "KinkDistance",
     "KinkTrace",
     "Layer",
+    "LearningCoefficient",
     "LeastSquares",
     "LocalVolume",
     "LogEstimate",
@@ -100,6 +102,7 @@ __all__ = [
     "first_order_verdicts",
     "infer_threshold",
     "kink_distance",
+    "learning_coefficient",
     "local_volume",
     "log_cap_measure",
     "log_cone_measure",

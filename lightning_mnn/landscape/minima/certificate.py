@@ -13,6 +13,7 @@ import torch
 
 from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.labels import infer_threshold, wrong
+from lightning_mnn.landscape.minima.learning_coefficient import rising_directions
 from lightning_mnn.landscape.minima.optimality import Direction, Optimality, check_optimality, leave_kinks
 from lightning_mnn.landscape.minima.problem import Outputs, Point, Problem, Units, in_units
 from lightning_mnn.landscape.minima.stationary_point import FaceSolution, solve_on_face
@@ -57,6 +58,9 @@ class Certificate(Reasoned):
         hidden_bias: (d1,), or None without a bias.
         output_bias: scalar, or None without a bias.
         direction: for a saddle, a move of W and z that lowers the loss; so does every fraction of it.
+        kink_directions: number of independent directions off the kinks, in which the loss rises linearly; None if this
+            is no minimum, or the count does not follow.
+        positive_directions: number of directions on the kinks' face in which it rises quadratically; None likewise.
     """
 
     kind: Kind
@@ -78,6 +82,8 @@ class Certificate(Reasoned):
     hidden_bias: Tensor | None = None
     output_bias: Tensor | None = None
     direction: Direction | None = None
+    kink_directions: int | None = None
+    positive_directions: int | None = None
 
     @property
     def is_minimum(self) -> bool:
@@ -409,6 +415,9 @@ def certificate_of(
     moved = (point.hidden - given.hidden).norm(dim=1)
     active = outputs.preactivations > 0
     rank, cap = _rank(problem, active if kinks is None else torch.where(kinks, found.active, active), input_rank)
+    rising = None
+    if optimality.kind.is_minimum:
+        rising = rising_directions(problem, point, outputs, on_kink, zero_error=problem.is_zero(outputs), rank=rank)
     weights = units.unscaled(point)
     width = point.hidden.shape[1] - int(biased)
     return Certificate(
@@ -431,6 +440,8 @@ def certificate_of(
         hidden_bias=weights.hidden[:, -1] if biased else None,
         output_bias=weights.free[0] if len(weights.free) else None,
         direction=_direction(optimality.direction, point, units),
+        kink_directions=None if rising is None else rising.linear,
+        positive_directions=None if rising is None else rising.quadratic,
     )
 
 

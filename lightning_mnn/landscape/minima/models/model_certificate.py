@@ -87,6 +87,12 @@ class ModelCertificate(Reasoned):
         """Whether the certificate is of a local minimum."""
         return self.kind.is_minimum
 
+    @property
+    def kink_directions(self) -> int | None:
+        """Number of directions off the kinks, in which the loss rises linearly; None if that is not known."""
+        rises = self.is_minimum and not (self.zero_error and self.kinks) and self.positive_directions is not None
+        return self.kinks if rises else None
+
 
 def certify_model(
     module: nn.Module,
@@ -309,7 +315,7 @@ def _two_layers(model: Model, vector: Tensor, max_distance: float) -> ModelCerti
         growth=None,
         likq=None,
         smallest_eigenvalue=None,
-        positive_directions=None,
+        positive_directions=found.positive_directions if found.kink_directions == found.kinks else None,
         flat_directions=None,
         symmetries=None,
         inert=0,
