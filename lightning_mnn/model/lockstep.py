@@ -40,7 +40,9 @@ class Member:
     ) -> None:
         self.steps: Steps | None = None
         self._work, self._number, self._on_turn, self._after_turn = work, number, on_turn, after_turn
-        self._starts, self._pauses = threading.Semaphore(0), threading.Semaphore(0)
+        self._starts, self._pauses = threading.Lock(), threading.Lock()  # released by the other side
+        self._starts.acquire()
+        self._pauses.acquire()
         self._thread = threading.Thread(target=self._run, name=f"run {number}", daemon=True)
         self._is_started = False
 

@@ -104,6 +104,16 @@ def test_each_job_has_a_wandb_run_and_others_run_alone(tmp_path):
         assert summary_of(run)["mse"] == result(job)["mse"]
 
 
+def test_after_a_failure_fail_fast_starts_no_further_jobs(tmp_path):
+    swept = ("seed=0,1,2", "optimizer=sgd", "optimizer.lr=1e200", OFF, "trainer.max_epochs=40")
+    options = ("hydra.launcher.n_jobs=1", "hydra.launcher.max_replicas=1", "hydra.launcher.fail_fast=true")
+    said = sweep("sweep", "batched", *swept, *options, expect=1)
+    assert "hydra.launcher.fail_fast=true: a job has failed, so 2 were not started" in said
+    records = [json.loads(path.read_text())["status"] for path in Path("sweep").glob("*/job.json")]
+    assert records.count("failed") == 1
+    assert "finished" not in records
+
+
 def test_a_killed_sweep_is_resumed(tmp_path):
     swept = ("seed=range(6)", "optimizer.lr=0.01,0.003", OFF, "trainer.max_epochs=3000", "hydra.sweep.dir=sweep")
     every = (*SMALL, "hydra/launcher=batched", "hydra.launcher.max_replicas=4", *swept)

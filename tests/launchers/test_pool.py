@@ -38,11 +38,14 @@ def test_nothing_is_lent_twice_and_every_job_gets_its_turn(sizes, n_jobs, jobs_p
 
 def test_jobs_share_the_gpus_evenly(monkeypatch):
     monkeypatch.setattr(devices, "cores", lambda: 8)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in devices.THREADS:
+        monkeypatch.delenv(name, raising=False)
     pool = Devices(["0", "1"], jobs_per_gpu=2)
     jobs = [pool.allocate(pool.request(1, "gpu")) for _ in range(5)]
     assert [job and job.names for job in jobs] == [("0",), ("1",), ("0",), ("1",), None]
     assert jobs[0].environment["OMP_NUM_THREADS"] == "2"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert jobs[0].environment["MKL_NUM_THREADS"] == "1"
     for job in (jobs[1], jobs[3], jobs[2]):
         pool.release(job)
     assert pool.allocate(pool.request(2, "gpu")).names == ("1", "0")

@@ -45,9 +45,10 @@ class Allocation:
     def environment(self) -> dict[str, str]:
         """Variables of the job's environment; a number of threads that the user has set is kept.
 
-        A job on the CPU sees no GPU; otherwise all such jobs would train on the first one.
+        One for OpenMP is that of the other libraries too: torch would take MKL's for its own. A job on the CPU sees no GPU; otherwise all such jobs would train on the first one.
         """
-        shared = {name: os.environ.get(name, str(self.threads)) for name in THREADS}
+        number = os.environ.get("OMP_NUM_THREADS", str(self.threads))
+        shared = {name: os.environ.get(name, number) for name in THREADS}
         return shared | {_VARIABLE: ",".join(self.names) if self.request.gpus else ""}
 
     def __str__(self) -> str:
