@@ -130,12 +130,12 @@ def _read_plan(run_dir: Path) -> dict[str, Any]:
 
 @contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
-    """Keep other processes from training in a run folder until this process ends, even by kill -9.
+    """Keep other processes from working in a run folder until this process ends, even by kill -9.
 
     On a file system without locks, nothing is locked.
 
     Raises:
-        FileExistsError: another process trains there.
+        FileExistsError: another process works there.
     """
     if getattr(rank_zero_only, "rank", 0) != 0 or not run_dir.is_dir():
         yield
@@ -143,7 +143,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
     with locked_if_free(run_dir / footprint.LOCK) as acquired:
         if not acquired:
             raise FileExistsError(
-                f"another process trains in {run_dir}: wait until it ends, or choose another {folder_option()}"
+                f"another process works in {run_dir}: wait until it ends, or choose another {folder_option()}"
             )
         yield
 

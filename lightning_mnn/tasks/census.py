@@ -15,6 +15,7 @@ from lightning_mnn.figures import census_figure
 from lightning_mnn.landscape import bounds
 from lightning_mnn.landscape.volumes.region_census import LABELS, Case, Census, GaussianSamples, Outcome, tally
 from lightning_mnn.landscape.volumes.splitting import rare_census
+from lightning_mnn.runs.resume import run_lock
 from lightning_mnn.tasks.experiment import (
     command_of_run,
     different,
@@ -183,33 +184,36 @@ def census(cfg: DictConfig) -> None:
 
     Raises:
         ValueError: a value of the config is out of its range; the message names its key.
-        FileExistsError: the folder contains another run, or a census with another plan.
+        FileExistsError: another process works in the folder, or it contains another run, or a census with another plan.
     """
     run_dir, settings = Path(cfg.run_dir), _settings(cfg)
     processes = number_of_processes("census.processes", settings.pop("processes"))
     draws, splittings = _draws(settings, cfg.seed), _splittings(settings, cfg.seed)
     versions = {name: version(name) for name in ("lightning_mnn", "torch", "numpy", "scipy")}
     plan = {"seed": cfg.seed, "census": settings, "versions": versions}
-    initialise_folder(run_dir, plan)
-    parts = [Part(splitting.name, splitting.estimate) for splitting in splittings]
-    parts += [Part(name, partial(item.count, part)) for item in draws for part, name in enumerate(item.names())]
-    command = command_of_run(run_dir)
-    found = finish_experiment(parts, run_dir, processes, command)
-    write_csv(run_dir / "census.csv", [row for item in draws for row in item.rows([found[n] for n in item.names()])])
-    write_csv(run_dir / "splitting.csv", [splitting.row(found[splitting.name]) for splitting in splittings])
-    write_json(
-        run_dir / "summary.json",
-        {
-            "command": command,
-            "regions_searched": sum(item.num_regions for item in draws),
-            "regions_screened": sum(item.num_screened for item in draws),
-            "data_sets_split": len(splittings),
-            "seconds": sum(part["seconds"] for part in found.values()),
-            **plan,
-        },
-    )
-    census_figure(run_dir)
-    Console(soft_wrap=True, highlight=False).print(f"[bold]everything is in[/] {relative(run_dir)}")
+    with run_lock(run_dir):
+        initialise_folder(run_dir, plan)
+        parts = [Part(splitting.name, splitting.estimate) for splitting in splittings]
+        parts += [Part(name, partial(item.count, part)) for item in draws for part, name in enumerate(item.names())]
+        command = command_of_run(run_dir)
+        found = finish_experiment(parts, run_dir, processes, command)
+        write_csv(
+            run_dir / "census.csv", [row for item in draws for row in item.rows([found[n] for n in item.names()])]
+        )
+        write_csv(run_dir / "splitting.csv", [splitting.row(found[splitting.name]) for splitting in splittings])
+        write_json(
+            run_dir / "summary.json",
+            {
+                "command": command,
+                "regions_searched": sum(item.num_regions for item in draws),
+                "regions_screened": sum(item.num_screened for item in draws),
+                "data_sets_split": len(splittings),
+                "seconds": sum(part["seconds"] for part in found.values()),
+                **plan,
+            },
+        )
+        census_figure(run_dir)
+        Console(soft_wrap=True, highlight=False).print(f"[bold]everything is in[/] {relative(run_dir)}")
 
 
 def _settings(cfg: DictConfig) -> dict[str, Any]:

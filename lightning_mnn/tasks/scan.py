@@ -23,6 +23,7 @@ from lightning_mnn.data import GaussianData
 from lightning_mnn.figures.scaling import FIGURES, scan_figure
 from lightning_mnn.model.mnn import MNN
 from lightning_mnn.runs.quiet import quieten
+from lightning_mnn.runs.resume import run_lock
 from lightning_mnn.tasks.experiment import (
     command_of_run,
     different,
@@ -224,7 +225,7 @@ def scan(cfg: DictConfig) -> None:
 
     Raises:
         ValueError: a value of the config is out of its range; the message names its key.
-        FileExistsError: the folder contains another run, or a scan with another plan.
+        FileExistsError: another process works in the folder, or it contains another run, or a scan with another plan.
         DivergenceError: the MSE of a network is no longer finite.
     """
     run_dir, settings = Path(cfg.run_dir), _settings(cfg)
@@ -232,33 +233,34 @@ def scan(cfg: DictConfig) -> None:
     sizes = _sizes(settings)
     plan = _plan(cfg, settings)
     fits = _fits(cfg, settings, sizes)
-    initialise_folder(run_dir, plan)
-    longest_first = sorted(fits, key=lambda fit: fit.cost, reverse=True)
-    command = command_of_run(run_dir)
-    found = finish_experiment([Part(fit.name, fit.train) for fit in longest_first], run_dir, processes, command)
-    rows = [row for fit in fits for row in found[fit.name]["rows"]]
-    seconds = {size: sum(found[fit.name]["seconds"] for fit in fits if fit.size == size) for size in sizes}
-    summaries = [
-        size_summary(size, [row for row in rows if size.columns.items() <= row.items()], seconds[size])
-        for size in sizes
-    ]
-    write_csv(run_dir / "scan.csv", rows)
-    write_json(
-        run_dir / "summary.json",
-        {
-            "command": command,
-            "figure": figure,
-            "networks": len(rows),
-            "kinds": _kinds(rows),
-            "seconds": sum(seconds.values()),
-            "replicas": cfg.replicas,
-            **plan,
-            "scan": settings,
-            "sizes": summaries,
-        },
-    )
-    scan_figure(run_dir)
-    _print_table(summaries, run_dir)
+    with run_lock(run_dir):
+        initialise_folder(run_dir, plan)
+        longest_first = sorted(fits, key=lambda fit: fit.cost, reverse=True)
+        command = command_of_run(run_dir)
+        found = finish_experiment([Part(fit.name, fit.train) for fit in longest_first], run_dir, processes, command)
+        rows = [row for fit in fits for row in found[fit.name]["rows"]]
+        seconds = {size: sum(found[fit.name]["seconds"] for fit in fits if fit.size == size) for size in sizes}
+        summaries = [
+            size_summary(size, [row for row in rows if size.columns.items() <= row.items()], seconds[size])
+            for size in sizes
+        ]
+        write_csv(run_dir / "scan.csv", rows)
+        write_json(
+            run_dir / "summary.json",
+            {
+                "command": command,
+                "figure": figure,
+                "networks": len(rows),
+                "kinds": _kinds(rows),
+                "seconds": sum(seconds.values()),
+                "replicas": cfg.replicas,
+                **plan,
+                "scan": settings,
+                "sizes": summaries,
+            },
+        )
+        scan_figure(run_dir)
+        _print_table(summaries, run_dir)
 
 
 def size_summary(size: Size, rows: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:

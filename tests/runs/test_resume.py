@@ -90,7 +90,7 @@ def test_a_second_process_does_not_go_on_with_a_run_that_goes_on(tmp_path):
     arguments = (*SMALL, "trainer.max_epochs=1000000", "logger.mode=disabled", "hydra.run.dir=run", "resume=true")
     first = start(tmp_path, *arguments)
     wait_for(lambda: rows_of(tmp_path / "run"), first)
-    assert "another process trains in" in command(tmp_path, *arguments, expect=1)
+    assert "another process works in" in command(tmp_path, *arguments, expect=1)
     kill_when(first, lambda: True)
 
 

@@ -111,6 +111,7 @@ def test_interrupted_then_killed_it_ends_in_the_files_of_an_unbroken_run(unbroke
     number = len(list(folder.glob("parts/*.json")))
     process = start(tmp_path, *again)
     started(process, folder, number + 2)
+    assert f"another process works in {folder.absolute()}" in command(tmp_path, *SMALL, "name=quick", expect=1)
     pids = workers(process)
     process.kill()
     process.join()
