@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_module
 from lightning_mnn.landscape import bounds
 from lightning_mnn.landscape.volumes.region_census import GaussianSamples, ensemble_census
 from lightning_mnn.landscape.volumes.splitting import rare_census
+from lightning_mnn.runs.resume import run_lock
 from lightning_mnn.tasks.census import census
 from tests.children import PATIENCE, all_ended, command, start, wait_for
 
@@ -111,7 +112,6 @@ def test_interrupted_then_killed_it_ends_in_the_files_of_an_unbroken_run(unbroke
     number = len(list(folder.glob("parts/*.json")))
     process = start(tmp_path, *again)
     started(process, folder, number + 2)
-    assert f"another process works in {folder.absolute()}" in command(tmp_path, *SMALL, "name=quick", expect=1)
     pids = workers(process)
     process.kill()
     process.join()
@@ -143,6 +143,12 @@ def test_a_folder_with_another_run_is_refused():
     Path("summary.json").write_text("{}")
     with pytest.raises(FileExistsError, match="already contains a run"):
         census(settings())
+
+
+def test_a_folder_in_which_another_process_works_is_refused():
+    with run_lock(Path()), pytest.raises(FileExistsError, match="another process works in"):
+        census(settings())
+    assert not Path("plan.json").exists()
 
 
 @pytest.mark.parametrize(
