@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_mnn.callbacks.evaluation.run_module import ModelFunction
-    from lightning_mnn.callbacks.evidence.second_order import SecondOrderTier
+    from lightning_mnn.callbacks.evidence.model_tier import ModelTier
     from lightning_mnn.landscape.minima.certificate import Certificate
     from lightning_mnn.landscape.minima.polishing import Polished
     from lightning_mnn.landscape.network import Network
@@ -62,8 +62,8 @@ class CertificateTier(Tier):
         fitted: the constants with which the module's own loss was found to be the squared error; None: it is known to
             be the squared error.
         loss_fn: that loss, if not the module's ``training_step``.
-        of_objective: makes the tier for the objective that training lowers if it is not the squared error with all
-            weights free.
+        of_objective: makes the tier for a deep network, and for the objective that training lowers if it is not the
+            squared error with all weights free.
 
     Attributes:
         verdicts: the first-order verdicts of the last check, one per replica.
@@ -72,8 +72,8 @@ class CertificateTier(Tier):
         descents: what descent leads to from the final weights, one per replica; None for a certified minimum, or where
             it was not followed; empty if nothing was followed.
         differences: how the objective that training lowers differs from the squared error with all weights free. If
-            it does, the verdict is on that objective, and is that of the tier ``other``.
-        other: None: the verdict is a certificate, or there is no evidence on the objective.
+            it does, the verdict is on that objective, and is that of the tier ``other``, as for a deep network.
+        other: None: the verdict is on the squared error of two layers, or there is no evidence on the objective.
     """
 
     def __init__(
@@ -83,13 +83,13 @@ class CertificateTier(Tier):
         preactivation_tolerance: float | None,
         fitted: SquaredErrorLoss | None = None,
         loss_fn: ModelFunction | None = None,
-        of_objective: Callable[[], SecondOrderTier] | None = None,
+        of_objective: Callable[[], ModelTier] | None = None,
     ) -> None:
         self.verdicts: list[FirstOrderVerdict] = []
         self.certificates: list[Certificate] = []
         self.statistics: NetworkStatistics | None = None
         self.fitted = fitted
-        self.other: SecondOrderTier | None = None
+        self.other: ModelTier | None = None
         self._of_objective = of_objective
         self._loss_fn = loss_fn
         self._max_distance = max_distance
@@ -106,21 +106,27 @@ class CertificateTier(Tier):
     @property
     @override
     def evidence(self) -> Evidence:
-        if self.differences:
-            return Evidence.NONE if self.other is None else self.other.evidence
+        if self.differences and self.other is None:
+            return Evidence.NONE
+        if self.other is not None:
+            return self.other.evidence
         return Evidence.CERTIFICATE if self._certifiable else Evidence.FIRST_ORDER
 
     @property
     @override
     def passed(self) -> bool:
-        if self.differences:
+        if self.differences or self.other is not None:
             return self.other is not None and self.other.passed
         return all(verdict.kind is Kind.DIFFERENTIABLE_MINIMUM for verdict in self.verdicts)
 
     @property
     @override
     def can_certify(self) -> bool:
-        return self.other is not None if self.differences else self._certifiable
+        return self.other is not None or (self._certifiable and not self.differences)
+
+    @override
+    def affordable(self, trainer: pl.Trainer, pl_module: pl.LightningModule, steps: int) -> bool:
+        return self.other is None or self.other.affordable(trainer, pl_module, steps)
 
     @property
     @override
@@ -140,8 +146,9 @@ class CertificateTier(Tier):
         self._check_other(trainer, pl_module)
 
     def _check_other(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """If training lowers another objective than the squared error with all weights free, check that one."""
-        if not self.differences or self.reason_no_evidence() is not None:
+        """If the network is deep, or training lowers another objective than its squared error, check its model."""
+        deep = len(_network(pl_module).hidden_weights) > 1
+        if not (self.differences or deep) or self.reason_no_evidence() is not None:
             self.other = None
             return
         if self.other is None:
@@ -159,9 +166,9 @@ class CertificateTier(Tier):
 
     @override
     def certify_minimum(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.differences:
-            if self.other is not None:
-                self.other.certify_minimum(trainer, pl_module)
+        if self.other is not None:
+            self.other.certify_minimum(trainer, pl_module)
+        if self.differences or self.other is not None:
             return
         self._check_loss(trainer, pl_module)
         with _restoring_if_foreign(trainer, pl_module):
@@ -170,9 +177,14 @@ class CertificateTier(Tier):
 
     @override
     def finalize(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, polish: bool) -> bool:
-        if self.differences:
-            return self.other is not None and self.other.finalize(trainer, pl_module, polish=False)
         network = _network(pl_module)
+        if self.differences or self.other is not None:
+            if self.other is None or not self.other.finalize(trainer, pl_module, polish=polish):
+                return False
+            if polish:
+                with time_limit(None), _restoring_if_foreign(trainer, pl_module):
+                    self._statistics(trainer, pl_module, network)
+            return True
         if polish:
             self._check_loss(trainer, pl_module)
             with _restoring_if_foreign(trainer, pl_module):
@@ -191,6 +203,8 @@ class CertificateTier(Tier):
 
     @override
     def follow_descent(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.other is not None:
+            self.other.follow_descent(trainer, pl_module)
         if not self.certificates:  # another objective, too large, or no time
             return
         ahead = [not found.kind.is_minimum for found in self.findings()]
@@ -208,9 +222,9 @@ class CertificateTier(Tier):
     def findings(self) -> list[Finding]:
         """The verdict on each replica: a certificate's where there is one."""
         notes = list(self._notes)
+        if self.other is not None:
+            return self.other.findings()
         if self.differences:
-            if self.other is not None:
-                return self.other.findings()
             because = self.reason_no_evidence() or Reason.of(ReasonCode.NOT_CHECKED)
             return [Finding.of(Kind.UNDECIDED, because)] * len(self.verdicts)
         if not self.certificates and self._reason_not_certified is not None:
@@ -290,11 +304,16 @@ class CertificateTier(Tier):
         summary = {key: _one(value, several=several) for key, value in found.items()} | {
             "objective_differs_by": differs
         }
-        return summary if self.other is None else self.other.summary() | summary
+        return summary if self.other is None else self.other.summary() | summary | self._of_model(self.other)
 
     @override
     def state(self) -> dict[str, Any]:
         return {} if self.fitted is None else {"fitted": vars(self.fitted)}
+
+    def _of_model(self, other: ModelTier) -> dict[str, Any]:
+        """What the certificate of the model says, where it differs from measures of the network's weights."""
+        names = ("objective", "objective_differs_by")
+        return {key: value for key, value in other.certified().items() if key not in names}
 
     def _objective(self) -> str:
         """The objective that the verdict is on."""
