@@ -20,8 +20,8 @@ from lightning_mnn.callbacks.evidence.choose_tier import (
 )
 from lightning_mnn.callbacks.evidence.errors_on_test_set import errors_on_test_set
 from lightning_mnn.callbacks.evidence.first_order import FirstOrderTier
-from lightning_mnn.callbacks.evidence.model_loss import NotModelLossError
-from lightning_mnn.callbacks.evidence.model_tier import ModelTier
+from lightning_mnn.callbacks.evidence.models.reading import NotModelLossError
+from lightning_mnn.callbacks.evidence.models.tier import ModelTier
 from lightning_mnn.callbacks.evidence.second_order import SecondOrderTier
 from lightning_mnn.callbacks.evidence.tiers import Evidence, Finding
 from lightning_mnn.callbacks.schedule import Schedule
@@ -60,9 +60,10 @@ class LocalMinimumDetector(ScheduledCallback):
     that the verdict is based on, the strongest that the module, its loss and its data allow:
 
     - ``certificate``: an exact minimum within ``max_distance``, differentiable or on kinks, or the reason why none was
-      found (see :func:`lightning_mnn.landscape.certify`). This is for networks with one hidden layer that are trained
-      on the squared error: an MNN, a module with a method ``network()``, or one around a single
-      ``nn.Sequential(Linear, ReLU, Linear → 1)``.
+      found (see :func:`lightning_mnn.landscape.certify` and :func:`lightning_mnn.landscape.certify_model`). This is for
+      an MNN, a module with a method ``network()``, and one whose trained weights are all in a piecewise-linear
+      ``nn.Sequential``, if its loss is found to be the squared error, the cross-entropy or the logistic loss; with
+      weight decay of SGD or Adam, and with frozen weights.
     - ``second_order``: for any other module with ReLU, max-pooling and similar functions: the gradient of its own loss
       over the training set, the nearest kink, and the smallest eigenvalue of the Hessian with an error bound.
     - ``first_order``: necessary conditions only.
@@ -74,14 +75,14 @@ class LocalMinimumDetector(ScheduledCallback):
     Args:
         schedule: when to check, besides the start and the end; None: every 100 epochs.
         patience: number of consecutive cheap checks that every replica must pass.
-        stop_training: stop the Trainer when every replica is certified (with second-order evidence: is at a minimum;
-            with more than one hidden layer: has passed).
+        stop_training: stop the Trainer when every replica is certified (with second-order evidence: is at a minimum).
         polish: try to certify at every check; and at the end of training move the weights to the exact minimum, if it
-            lies within ``max_distance``, across kinks if necessary (see :func:`lightning_mnn.landscape.polish`).
+            lies within ``max_distance``, across kinks if necessary (see :func:`lightning_mnn.landscape.polish` and
+            :func:`lightning_mnn.landscape.polish_model`).
         max_distance: largest ‖W̃* − W̃‖/‖W̃‖ at which a minimum still counts as the minimum of these weights.
         follow_descent: where the end of training is at no certified minimum, find the minimum that descent leads to, as
-            information (``descends_to``): by :func:`lightning_mnn.landscape.polish` at any distance, with a limit of
-            work. The weights stay.
+            information (``descends_to``): by :func:`lightning_mnn.landscape.polish`, or
+            :func:`lightning_mnn.landscape.polish_model`, at any distance, with a limit of work. The weights stay.
         first_order: tolerances of the cheap check of networks; None: the defaults.
         second_order: tolerances and cost of second-order evidence; None: the defaults.
         loss_fn: the loss that training minimises, ``loss_fn(module, batch)``, the mean over the batch; None: what the
@@ -158,7 +159,7 @@ class LocalMinimumDetector(ScheduledCallback):
     @property
     def certificates(self) -> list[Certificate] | list[ModelCertificate]:
         """The last certificates, one per replica."""
-        tier = self._tier
+        tier: Tier | None = self._tier
         if isinstance(tier, CertificateTier) and tier.other is not None:
             tier = tier.other
         return tier.certificates if isinstance(tier, CertificateTier | ModelTier) else []

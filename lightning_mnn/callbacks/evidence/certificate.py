@@ -18,6 +18,7 @@ from lightning_mnn.callbacks.evidence.certification import (
     polish_on_training_set,
     reason_not_certified,
 )
+from lightning_mnn.callbacks.evidence.models.tier import ModelTier
 from lightning_mnn.callbacks.evidence.squared_error import SquaredErrorLoss, still_fits
 from lightning_mnn.callbacks.evidence.tiers import (
     Difference,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_mnn.callbacks.evaluation.run_module import ModelFunction
-    from lightning_mnn.callbacks.evidence.model_tier import ModelTier
+    from lightning_mnn.callbacks.evidence.second_order import SecondOrderTier
     from lightning_mnn.landscape.minima.certificate import Certificate
     from lightning_mnn.landscape.minima.polishing import Polished
     from lightning_mnn.landscape.network import Network
@@ -83,13 +84,13 @@ class CertificateTier(Tier):
         preactivation_tolerance: float | None,
         fitted: SquaredErrorLoss | None = None,
         loss_fn: ModelFunction | None = None,
-        of_objective: Callable[[], ModelTier] | None = None,
+        of_objective: Callable[[], SecondOrderTier] | None = None,
     ) -> None:
         self.verdicts: list[FirstOrderVerdict] = []
         self.certificates: list[Certificate] = []
         self.statistics: NetworkStatistics | None = None
         self.fitted = fitted
-        self.other: ModelTier | None = None
+        self.other: SecondOrderTier | None = None
         self._of_objective = of_objective
         self._loss_fn = loss_fn
         self._max_distance = max_distance
@@ -304,16 +305,18 @@ class CertificateTier(Tier):
         summary = {key: _one(value, several=several) for key, value in found.items()} | {
             "objective_differs_by": differs
         }
-        return summary if self.other is None else self.other.summary() | summary | self._of_model(self.other)
+        return summary if self.other is None else self.other.summary() | summary | self._of_model()
 
     @override
     def state(self) -> dict[str, Any]:
         return {} if self.fitted is None else {"fitted": vars(self.fitted)}
 
-    def _of_model(self, other: ModelTier) -> dict[str, Any]:
-        """What the certificate of the model says, where it differs from measures of the network's weights."""
+    def _of_model(self) -> dict[str, Any]:
+        """What the certificate of a model says, where it differs from measures of the network's weights."""
+        if not isinstance(self.other, ModelTier):
+            return {}
         names = ("objective", "objective_differs_by")
-        return {key: value for key, value in other.certified().items() if key not in names}
+        return {key: value for key, value in self.other.certified().items() if key not in names}
 
     def _objective(self) -> str:
         """The objective that the verdict is on."""

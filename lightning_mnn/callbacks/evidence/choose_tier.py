@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -12,9 +13,11 @@ from lightning_mnn.callbacks.evaluation.module_network import network_of, states
 from lightning_mnn.callbacks.evaluation.run_module import LossNotEvaluableError, StepFailedError
 from lightning_mnn.callbacks.evidence.certificate import CertificateTier
 from lightning_mnn.callbacks.evidence.first_order import FirstOrderTier
-from lightning_mnn.callbacks.evidence.model_loss import ModelLoss, model_loss
-from lightning_mnn.callbacks.evidence.model_source import NetworkSource, SequentialSource
-from lightning_mnn.callbacks.evidence.model_tier import ModelTier
+from lightning_mnn.callbacks.evidence.models.loss import ModelLoss, model_loss
+from lightning_mnn.callbacks.evidence.models.sequential import found_sequential
+from lightning_mnn.callbacks.evidence.models.source import NetworkSource, SequentialSource
+from lightning_mnn.callbacks.evidence.models.tier import ModelTier
+from lightning_mnn.callbacks.evidence.models.training_mode import reason_in_steps
 from lightning_mnn.callbacks.evidence.second_order import SecondOrderTier
 from lightning_mnn.callbacks.evidence.squared_error import SquaredErrorLoss, squared_error_loss
 from lightning_mnn.callbacks.evidence.tiers import Evidence
@@ -162,7 +165,8 @@ class Tiers:
     def certificate_tier(self, fitted: SquaredErrorLoss | None = None) -> CertificateTier:
         """The tier for a network that is trained on the squared error."""
         tolerances = self.first_order.stationarity_tolerance, self.first_order.preactivation_tolerance
-        return CertificateTier(self.max_distance, *tolerances, fitted, self.loss_fn, lambda: self._of_network(fitted))
+        other = self._of_network if fitted is None else partial(self.second_order_tier, None)
+        return CertificateTier(self.max_distance, *tolerances, fitted, self.loss_fn, other)
 
     def model_tier(self, fitted: ModelLoss) -> ModelTier:
         """The tier for an ``nn.Sequential`` that is trained on a loss that certificates of models cover."""
@@ -173,14 +177,10 @@ class Tiers:
         """The tier for a loss that can be evaluated."""
         return SecondOrderTier(self.loss_fn, self.modules, **asdict(self.second_order), why=why)
 
-    def _of_network(self, fitted: SquaredErrorLoss | None) -> ModelTier:
+    def _of_network(self) -> ModelTier:
         """The tier for the squared error of a network that is deep, or with weight decay or frozen weights."""
-        settings = asdict(self.second_order)
-        if fitted is None:
-            source, loss_fn, penalised = NetworkSource(), _squared_error, True
-            return ModelTier(source, self.max_distance, loss_fn, self.modules, **settings, weight_decay=penalised)
-        source = NetworkSource(fitted.factor, fitted.offset, penalised=self.loss_fn is None)
-        return ModelTier(source, self.max_distance, self.loss_fn, self.modules, **settings)
+        source, settings = NetworkSource(), asdict(self.second_order)
+        return ModelTier(source, self.max_distance, _squared_error, self.modules, **settings, weight_decay=True)
 
     def first_order_tier(self, why: str, *, reads: bool = True) -> FirstOrderTier:
         """The tier for a loss that cannot be evaluated."""
@@ -231,11 +231,20 @@ class Tiers:
             if draws(trainer.train_dataloader):
                 return self.second_order_tier("its training set cannot be read sample by sample")
             found = squared_error_loss(trainer, pl_module, self.loss_fn)
-            if isinstance(found, SquaredErrorLoss):
+            why = found if isinstance(found, str) else self._reason_in_steps(trainer, pl_module, found)
+            if isinstance(found, SquaredErrorLoss) and why is None:
                 return self.certificate_tier(found)
-            why = found
         model = model_loss(trainer, pl_module, self.loss_fn)
         return self.model_tier(model) if isinstance(model, ModelLoss) else self.second_order_tier(why or model)
+
+    def _reason_in_steps(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, found: SquaredErrorLoss
+    ) -> str | None:
+        """Why training lowers something else than the squared error found in eval mode; None if it does not."""
+        if not isinstance(found_sequential(trainer, pl_module), nn.Sequential):
+            return None
+        of_model = ModelLoss("squared_error", 1, one_hot=False, **vars(found), products=0)
+        return reason_in_steps(trainer, pl_module, of_model.expected, self.loss_fn)
 
 
 def _squared_error(pl_module: pl.LightningModule, batch: Any) -> Tensor:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from lightning_mnn.callbacks.evaluation.isolation import trained_parameters
-from lightning_mnn.callbacks.evidence.model_objective import (
+from lightning_mnn.callbacks.evidence.models.objective import (
     MAX_CERTIFICATE_WORK,
     ModelObjective,
     steps_of_descent,
@@ -18,6 +18,7 @@ from lightning_mnn.callbacks.evidence.model_objective import (
 from lightning_mnn.callbacks.evidence.second_order import SecondOrderTier
 from lightning_mnn.callbacks.evidence.tiers import Evidence, Finding
 from lightning_mnn.data.loaders.shards import batch_size_of, num_samples
+from lightning_mnn.landscape import tolerances
 from lightning_mnn.utilities.distributed import on_first_process
 from lightning_mnn.utilities.interruption import time_limit
 from lightning_mnn.verdicts import STATIONARY, Kind, Reason, ReasonCode
@@ -26,20 +27,20 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
     from lightning_mnn.callbacks.evaluation.run_module import ModelFunction
-    from lightning_mnn.callbacks.evidence.model_source import ModelSource
+    from lightning_mnn.callbacks.evidence.models.source import ModelSource
     from lightning_mnn.landscape.kinks.tracing import Names
     from lightning_mnn.landscape.minima.models.model_certificate import ModelCertificate
     from lightning_mnn.landscape.minima.models.model_polishing import PolishedModel
 
 _CHECK_SHARE = 0.05  # of the work of training that certificates at scheduled checks may cost
-_CLOSE_KINK_RATIO = 1e-4  # |z| of the nearest unit, relative to its layer's inputs, of weights that may come to a kink
-_DECIDED = (Kind.DIFFERENTIABLE_MINIMUM, Kind.SADDLE)  # kinds of second-order evidence that say more than undecided
+_NOT_STATIONARY = (Kind.NOT_STATIONARY, Kind.ON_KINK)  # kinds of the cheap check, after which there are no eigenvalues
 
 
 class ModelTier(SecondOrderTier):
     """Certifies the model of a module; the cheap check is that of second-order evidence.
 
-    A certificate decides, except where it proves nothing and second-order evidence finds a minimum or a saddle.
+    A certificate decides, except where it proves nothing and the gradient is small off the kinks: then second-order
+    evidence says more.
 
     Args:
         source: the module's model and objective.
@@ -62,10 +63,10 @@ class ModelTier(SecondOrderTier):
         max_distance: float,
         loss_fn: ModelFunction | None,
         modules: Names,
+        *,
         gradient_tolerance: float,
         curvature_tolerance: float,
         max_products: int,
-        *,
         weight_decay: bool | None = None,
     ) -> None:
         super().__init__(
@@ -90,7 +91,7 @@ class ModelTier(SecondOrderTier):
     def passed(self) -> bool:
         if self.verdict is None:
             return False
-        close = self.verdict.relative_kink <= _CLOSE_KINK_RATIO
+        close = self.verdict.relative_kink <= tolerances.MAX_APPROACHED_KINK_RATIO
         return super().passed or close or self.verdict.kind is Kind.ON_KINK
 
     @property
@@ -133,9 +134,9 @@ class ModelTier(SecondOrderTier):
 
     @override
     def follow_descent(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self._decides or self.found_minimum or self.descent is not None or self._objective is None:
-            return
         objective = self._objective
+        if objective is None or not self.certificates or self.found_minimum or self.descent is not None:
+            return
         steps = steps_of_descent(_num_trained(trainer, pl_module), self._products(trainer, pl_module))
         if steps:
             self.descent = on_first_process(trainer, lambda: objective.polish(steps))
@@ -227,8 +228,8 @@ class ModelTier(SecondOrderTier):
         """Whether the verdict is a certificate's."""
         if not self.certificates or self._ran_out:
             return False
-        weaker = self.verdict is not None and self.verdict.kind in _DECIDED
-        return _is_definite(self.certificates[0]) or self._moved is not None or not weaker
+        weaker = self.verdict is None or self.verdict.kind in _NOT_STATIONARY
+        return _is_definite(self.certificates[0]) or self._moved is not None or weaker
 
     def _read(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read the objective, unless a certificate would take too long."""

@@ -11,12 +11,12 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_mnn.callbacks.evaluation.isolation import trained_parameters
-from lightning_mnn.callbacks.evaluation.module_model import sequential_of
-from lightning_mnn.callbacks.evaluation.module_network import network_of, states_network
-from lightning_mnn.callbacks.evaluation.snapshots import restoring_generators
+from lightning_mnn.callbacks.evaluation.module_network import network_of
 from lightning_mnn.callbacks.evaluation.training_set import training_samples
-from lightning_mnn.callbacks.evidence.model_loss import ModelLoss, NotModelLossError, objective_of
-from lightning_mnn.callbacks.evidence.model_objective import MAX_GATHERED, ModelObjective
+from lightning_mnn.callbacks.evidence.models.loss import ModelLoss, objective_of
+from lightning_mnn.callbacks.evidence.models.objective import MAX_GATHERED, ModelObjective
+from lightning_mnn.callbacks.evidence.models.reading import NotModelLossError
+from lightning_mnn.callbacks.evidence.models.sequential import found_sequential
 from lightning_mnn.callbacks.trainer.weight_decay import weight_decays
 from lightning_mnn.data.loaders.shards import num_samples
 
@@ -74,7 +74,7 @@ class SequentialSource(ModelSource):
 
     @override
     def move(self, trainer: pl.Trainer, pl_module: pl.LightningModule, point: dict[str, Tensor]) -> None:
-        sequential = sequential_of(trainer, pl_module)
+        sequential = found_sequential(trainer, pl_module)
         assert isinstance(sequential, nn.Sequential)  # noqa: S101 (its objective was read)
         trained = {id(parameter) for parameter in trained_parameters(trainer, pl_module)}
         with torch.no_grad():
@@ -88,16 +88,7 @@ class SequentialSource(ModelSource):
 
 
 class NetworkSource(ModelSource):
-    """The network of a module that is trained on the squared error, as that of an MNN.
-
-    Args:
-        factor: of the squared error in what training lowers.
-        offset: a constant in it.
-        penalised: whether weight decay is part of the objective.
-    """
-
-    def __init__(self, factor: float = 1.0, offset: float = 0.0, *, penalised: bool = True) -> None:
-        self._factor, self._offset, self._penalised = factor, offset, penalised
+    """The network of a module that states it and trains it on the squared error, as an MNN."""
 
     @override
     def objective(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ModelObjective:
@@ -105,25 +96,21 @@ class NetworkSource(ModelSource):
         numbers = num_samples(trainer.train_dataloader) * network.input_dim
         if numbers > MAX_GATHERED:
             raise NotModelLossError(f"its training set has {numbers:.1e} input numbers, above {MAX_GATHERED:.1e}")
-        with restoring_generators(None if states_network(pl_module) else trainer):
-            inputs, targets = (t.cpu().double() for t in training_samples(trainer, network, whole=True))
+        inputs, targets = (t.cpu().double() for t in training_samples(trainer, network, whole=True))
         tensors = _tensors(network)
         names = {tensor.data_ptr(): name for name, tensor in tensors.items()}
         trained = {parameter.data_ptr() for parameter in trained_parameters(trainer, pl_module)}
-        decays = weight_decays(trainer) if self._penalised else []
         return ModelObjective(
             module=_sequential(network),
             inputs=inputs,
             targets=targets,
             loss="squared_error",
             weight_decay={
-                names[parameter.data_ptr()]: decay / self._factor
-                for parameter, decay in decays
+                names[parameter.data_ptr()]: decay
+                for parameter, decay in weight_decays(trainer)
                 if parameter.data_ptr() in names
             },
             frozen=tuple(name for name, tensor in tensors.items() if tensor.data_ptr() not in trained),
-            factor=self._factor,
-            offset=self._offset,
         )
 
     @override

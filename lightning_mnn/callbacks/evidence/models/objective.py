@@ -96,17 +96,16 @@ class ModelObjective:
 
 def multiplications(module: nn.Module, inputs: Tensor) -> int:
     """Multiplications of a forward pass of a model on all samples, from one of a single sample."""
-    total, hooks = 0, []
+    total = 0
 
-    def count(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def count(layer: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal total
         weight = layer.weight
         assert isinstance(weight, torch.Tensor)  # noqa: S101 (of these layers)
         total += output[0].numel() * weight[0].numel()
 
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
-            hooks.append(layer.register_forward_hook(count))
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d)]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
     try:
         with torch.no_grad():
             like = next(module.parameters())

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 
-def sequential_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> nn.Sequential | str | None:
+def found_sequential(trainer: pl.Trainer, pl_module: pl.LightningModule) -> nn.Sequential | str | None:
     """The ``nn.Sequential`` of a module that certificates of models can read, or why they cannot read it; None: none.
 
     It holds every parameter that the Trainer's optimisers train, and consists of layers of torch itself. A module can

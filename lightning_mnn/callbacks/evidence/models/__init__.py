@@ -1,0 +1,1 @@
+"""Certificates of piecewise-linear models: their objective, and the tier of evidence."""
