@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import torch
@@ -159,10 +160,14 @@ def _matched(read: ModelPass) -> ModelLoss:
         factor = float(read.gradient @ gradient / gradient.square().sum().clamp(min=1e-300))
         distance = float((read.gradient - factor * gradient).norm()) / max(norm, 1e-300)
         if factor > 0 and distance <= tolerances.MAX_EQUAL_DIFFERENCE_RATIO:
+            factor = _simple(factor)
             part = factor * float(loss)
+            offset = read.loss - part
+            if abs(offset) <= tolerances.MAX_EQUAL_DIFFERENCE_RATIO * abs(part):
+                offset = 0.0
             products = multiplications(read.model.module, read.model.samples.inputs[:1])
             return ModelLoss(
-                *(name, target, one_hot, factor, read.loss - part),
+                *(name, target, one_hot, factor, offset),
                 scale=max(abs(read.loss), abs(part)),
                 gradient_scale=norm,
                 products=products,
@@ -174,6 +179,12 @@ def _matched(read: ModelPass) -> ModelLoss:
         "the loss, several losses, weights of samples or classes, label smoothing, predictions (N, 1) with targets "
         "(N,), which broadcast to (N, N), or a sum instead of the mean over batches of several sizes"
     )
+
+
+def _simple(factor: float) -> float:
+    """The simple fraction that a factor is up to rounding, as 1/K of a mean over outputs; else the factor."""
+    simple = float(Fraction(factor).limit_denominator(10_000))
+    return simple if abs(simple - factor) <= tolerances.MAX_EQUAL_DIFFERENCE_RATIO * factor else factor
 
 
 def _candidates(model: ModelAt) -> Iterator[tuple[LossName, int, bool, Tensor]]:
