@@ -309,6 +309,8 @@ class LocalMinimumDetector(ScheduledCallback):
             done = end
         except (NotSquaredErrorError, NotModelLossError, LossNotEvaluableError) as error:
             self._tier = self._tiers.second_order_tier(str(error))
+            if isinstance(tier, ModelTier):
+                self._tier.load(tier.state())  # the norms of gradients
             self._check(trainer, pl_module)
             return self._certify(trainer, pl_module, end=end)
         if done:

@@ -69,13 +69,13 @@ class ModelLoss:
         return dict(_forms(self.name, tensors[self.target], outputs)).get(self.one_hot)
 
     def expected(self, model: ModelAt) -> tuple[Tensor, float, float] | None:
-        """A model's outputs on a batch, the loss L there, and the size of factor · ℓ; None: its targets do not fit."""
+        """A model's outputs on a batch, the loss L there, and the size of losses; None: its targets do not fit."""
         targets = self.targets(model.samples.tensors, model.outputs())
         found = None if targets is None else model.loss(self.name, targets)
         if found is None:
             return None
         part = self.factor * float(found[1])
-        return found[0], part + self.offset, abs(part)
+        return found[0], part + self.offset, self.scale
 
 
 def model_loss(

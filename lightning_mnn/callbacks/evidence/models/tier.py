@@ -104,7 +104,8 @@ class ModelTier(SecondOrderTier):
         total, products = num_samples(trainer.train_dataloader), self._source.products(pl_module)
         batch = min(total, batch_size_of(trainer.train_dataloader))
         cost = work_of_a_certificate(_num_trained(trainer, pl_module), total * products)
-        return cost <= _CHECK_SHARE * work_of_training(steps, batch * products)
+        too_large = cost > MAX_CERTIFICATE_WORK  # then there is only second-order evidence
+        return too_large or cost <= _CHECK_SHARE * work_of_training(steps, batch * products)
 
     @override
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
