@@ -29,6 +29,7 @@ from lightning_mnn.callbacks.evidence.certificate import CertificateTier
 from lightning_mnn.callbacks.evidence.first_order import FirstOrderTier
 from lightning_mnn.callbacks.evidence.second_order import SecondOrderTier
 from lightning_mnn.data import GaussianData
+from lightning_mnn.landscape import planted_model_kink_minimum
 from lightning_mnn.landscape.kinks.layers import NoKinksError
 from lightning_mnn.utilities.errors import DivergenceError
 from tests.children import side_by_side
@@ -988,7 +989,14 @@ def quiet(module, batch, batch_idx):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Deep(lr=0.1), Manual, Busy, lambda: Plain(two_layers(), nn.functional.mse_loss, lr=0.1)]
+    "make",
+    [
+        lambda: Deep(lr=0.1),
+        Manual,
+        Busy,
+        lambda: Plain(two_layers(), nn.functional.mse_loss, lr=0.1),
+        lambda: Plain(two_layers(), nn.functional.binary_cross_entropy_with_logits, lr=0.1, weight_decay=1e-2),
+    ],
 )
 def test_a_resumed_run_is_as_an_unbroken_one(make_trainer, tmp_path, make):
     x, y = labels() if isinstance(make(), Deep) else data()
@@ -1038,7 +1046,22 @@ def test_the_arguments_before_they_were_grouped_still_work():
     assert detector.second_order == SecondOrderSettings(max_products=9)
 
 
-CASES = [("Deep", 9), ("Deep", 1), ("Plain", 9), ("Plain", 1), ("Manual", 9)]  # of one sample one process has none
+CASES = [
+    ("Deep", 9),
+    ("Deep", 1),
+    ("Plain", 9),
+    ("Plain", 1),
+    ("Model", 60),
+    ("Manual", 9),
+]  # of one sample one process has none
+
+
+KINDS_OF_EVIDENCE = {
+    "Deep": "second_order",
+    "Plain": "certificate",
+    "Model": "certificate",
+    "Manual": "first_order",
+}
 
 
 @pytest.mark.slow
@@ -1047,7 +1070,7 @@ def test_two_processes_agree_with_one(tmp_path):
     for case, two in zip(CASES, json.loads((tmp_path / "two.json").read_text()), strict=True):
         one = classified(1, *case, tmp_path)
         assert two.pop("world_size") == 2
-        assert one["evidence"] == {"Deep": "second_order", "Plain": "certificate", "Manual": "first_order"}[case[0]]
+        assert one["evidence"] == KINDS_OF_EVIDENCE[case[0]]
         assert one.keys() - {"world_size"} == two.keys()
         of_batches = {"relative_gradient", *(["gradient_norm"] if case[0] == "Manual" else [])}
         for name in two.keys() - {"reason"} - of_batches:
@@ -1074,12 +1097,15 @@ def classified(devices, kind, num_samples, folder):
         default_root_dir=folder,
         callbacks=[detector],
     )
+    planted = planted_model_kink_minimum(60, (3, 4, 2), kinks=2, weight_decay=1e-3)
     module = {
         "Deep": lambda: Deep(lr=0.0),
         "Plain": lambda: Plain(two_layers(), nn.functional.mse_loss),
+        "Model": lambda: Plain(planted.module, lambda out, y: (out - y).square().sum(1).mean(), weight_decay=1e-3),
         "Manual": lambda: Manual(lr=0.0),
     }[kind]()
     x, y = labels(num_samples) if kind == "Deep" else data(num_samples)
+    x, y = (planted.inputs, planted.targets) if kind == "Model" else (x, y)
     trainer.fit(module, DataLoader(TensorDataset(x, y), batch_size=4))
     return detector.summary() | {"world_size": trainer.world_size}
 

@@ -30,6 +30,7 @@ from lightning_mnn.callbacks.evidence.tiers import (
     descriptions,
     unseen_batches,
 )
+from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.minima.first_order import FirstOrderVerdict, first_order_verdicts
 from lightning_mnn.landscape.regions.statistics import NetworkStatistics, rank_cap
 from lightning_mnn.utilities.interruption import time_limit
@@ -91,6 +92,7 @@ class CertificateTier(Tier):
         self.statistics: NetworkStatistics | None = None
         self.fitted = fitted
         self.other: SecondOrderTier | None = None
+        self._other_checked = False  # whether it was checked at the weights of the last check
         self._of_objective = of_objective
         self._loss_fn = loss_fn
         self._max_distance = max_distance
@@ -109,15 +111,19 @@ class CertificateTier(Tier):
     def evidence(self) -> Evidence:
         if self.differences and self.other is None:
             return Evidence.NONE
-        if self.other is not None:
-            return self.other.evidence
+        if self._checked is not None:
+            return self._checked.evidence
         return Evidence.CERTIFICATE if self._certifiable else Evidence.FIRST_ORDER
 
     @property
     @override
     def passed(self) -> bool:
-        if self.differences or self.other is not None:
+        if self.differences:
             return self.other is not None and self.other.passed
+        if self.other is not None:  # of a deep network, which may be on its way to kinks
+            assert self.statistics is not None  # noqa: S101 (there was a check)
+            close = bool((self.statistics.smallest_sine <= tolerances.MAX_APPROACHED_KINK_RATIO).all())
+            return close or all(verdict.kind is not Kind.NOT_STATIONARY for verdict in self.verdicts)
         return all(verdict.kind is Kind.DIFFERENTIABLE_MINIMUM for verdict in self.verdicts)
 
     @property
@@ -150,12 +156,25 @@ class CertificateTier(Tier):
         """If the network is deep, or training lowers another objective than its squared error, check its model."""
         deep = len(_network(pl_module).hidden_weights) > 1
         if not (self.differences or deep) or self.reason_no_evidence() is not None:
-            self.other = None
+            self.other, self._other_checked = None, False
             return
         if self.other is None:
             assert self._of_objective is not None  # noqa: S101 (else there is a reason)
             self.other = self._of_objective()
-        self.other.check(trainer, pl_module)
+        self._other_checked = False
+        if self.differences:
+            self._check_model(trainer, pl_module)
+
+    def _check_model(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check the other tier at the present weights; of a deep network only before the expensive check."""
+        if self.other is not None and not self._other_checked:
+            self.other.check(trainer, pl_module)
+            self._other_checked = True
+
+    @property
+    def _checked(self) -> SecondOrderTier | None:
+        """The other tier, if it was checked at the weights of the last check."""
+        return self.other if self._other_checked else None
 
     def reason_no_evidence(self) -> Reason | None:
         """The reason why the objective that training lowers cannot be tested; None if it can."""
@@ -168,6 +187,7 @@ class CertificateTier(Tier):
     @override
     def certify_minimum(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.other is not None:
+            self._check_model(trainer, pl_module)
             self.other.certify_minimum(trainer, pl_module)
         if self.differences or self.other is not None:
             return
@@ -180,6 +200,7 @@ class CertificateTier(Tier):
     def finalize(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, polish: bool) -> bool:
         network = _network(pl_module)
         if self.differences or self.other is not None:
+            self._check_model(trainer, pl_module)
             if self.other is None or not self.other.finalize(trainer, pl_module, polish=polish):
                 return False
             if polish:
@@ -214,8 +235,8 @@ class CertificateTier(Tier):
 
     @override
     def run_out(self, why: str) -> None:
-        if self.other is not None:
-            self.other.run_out(why)
+        if self._checked is not None:
+            self._checked.run_out(why)
         self.certificates, self._moved = [], []
         self._certifiable, self._reason_not_certified = False, f"no certificate: {why}"
 
@@ -223,8 +244,8 @@ class CertificateTier(Tier):
     def findings(self) -> list[Finding]:
         """The verdict on each replica: a certificate's where there is one."""
         notes = list(self._notes)
-        if self.other is not None:
-            return self.other.findings()
+        if self._checked is not None:
+            return self._checked.findings()
         if self.differences:
             because = self.reason_no_evidence() or Reason.of(ReasonCode.NOT_CHECKED)
             return [Finding.of(Kind.UNDECIDED, because)] * len(self.verdicts)
@@ -254,8 +275,8 @@ class CertificateTier(Tier):
             "minimum/kinks": self.statistics.kinks,
             "minimum/rank_cap": self._rank_cap,
         }
-        if self.other is not None:
-            scalars = self.other.scalars() | scalars
+        if self._checked is not None:
+            scalars = self._checked.scalars() | scalars
         if self.certificates:
             kinds = [found.kind for found in self.findings()]
             certified = [kind.is_minimum for kind in kinds]
@@ -305,7 +326,7 @@ class CertificateTier(Tier):
         summary = {key: _one(value, several=several) for key, value in found.items()} | {
             "objective_differs_by": differs
         }
-        return summary if self.other is None else self.other.summary() | summary | self._of_model()
+        return summary if self._checked is None else self._checked.summary() | summary | self._of_model()
 
     @override
     def state(self) -> dict[str, Any]:

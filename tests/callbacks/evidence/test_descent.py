@@ -14,6 +14,7 @@ from lightning_mnn.callbacks import LocalMinimumDetector, Schedule
 from lightning_mnn.callbacks.evidence import certification
 from lightning_mnn.callbacks.evidence.certificate import CertificateTier
 from lightning_mnn.callbacks.evidence.certification import steps_of_descent
+from lightning_mnn.callbacks.evidence.models import objective as model_objective
 from lightning_mnn.data import GaussianData
 from lightning_mnn.landscape import polish, polish_model
 from lightning_mnn.utilities.interruption import TimeLimitError
@@ -105,7 +106,8 @@ def test_the_objective_with_weight_decay_is_followed(make_trainer):
     with torch.no_grad():
         net[0].weight.copy_(model.hidden_weights[0])
         net[2].weight.copy_(model.output_weights[None])
-    expected = polish_model(net, *GaussianData(*SIZE).tensors(), weight_decay=1e-2).certificate
+    steps = model_objective.steps_of_descent(28, 30 * 28, 0)
+    expected = polish_model(net, *GaussianData(*SIZE).tensors(), weight_decay=1e-2, max_steps=steps).certificate
     found = detector.summary()
     assert found["descends_to"] == expected.kind
     assert found["descends_to_loss"] == pytest.approx(expected.loss, rel=1e-9)

@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from lightning_mnn.callbacks.evaluation.isolation import trained_parameters
 from lightning_mnn.callbacks.evidence.models.objective import (
+    CHECK_SHARE,
     MAX_CERTIFICATE_WORK,
     ModelObjective,
     steps_of_descent,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from lightning_mnn.landscape.minima.models.model_certificate import ModelCertificate
     from lightning_mnn.landscape.minima.models.model_polishing import PolishedModel
 
-_CHECK_SHARE = 0.05  # of the work of training that certificates at scheduled checks may cost
 _NOT_STATIONARY = (Kind.NOT_STATIONARY, Kind.ON_KINK)  # kinds of the cheap check, after which there are no eigenvalues
 
 
@@ -101,11 +101,9 @@ class ModelTier(SecondOrderTier):
 
     @override
     def affordable(self, trainer: pl.Trainer, pl_module: pl.LightningModule, steps: int) -> bool:
-        total, products = num_samples(trainer.train_dataloader), self._source.products(pl_module)
-        batch = min(total, batch_size_of(trainer.train_dataloader))
-        cost = work_of_a_certificate(_num_trained(trainer, pl_module), total * products)
+        cost = work_of_a_certificate(_num_trained(trainer, pl_module), self._products(trainer, pl_module))
         too_large = cost > MAX_CERTIFICATE_WORK  # then there is only second-order evidence
-        return too_large or cost <= _CHECK_SHARE * work_of_training(steps, batch * products)
+        return too_large or cost <= CHECK_SHARE * self._training_work(trainer, pl_module, steps)
 
     @override
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -138,7 +136,11 @@ class ModelTier(SecondOrderTier):
         objective = self._objective
         if objective is None or not self.certificates or self.found_minimum or self.descent is not None:
             return
-        steps = steps_of_descent(_num_trained(trainer, pl_module), self._products(trainer, pl_module))
+        steps = steps_of_descent(
+            _num_trained(trainer, pl_module),
+            self._products(trainer, pl_module),
+            self._training_work(trainer, pl_module, trainer.global_step),
+        )
         if steps:
             self.descent = on_first_process(trainer, lambda: objective.polish(steps))
 
@@ -268,6 +270,12 @@ class ModelTier(SecondOrderTier):
             super().check(trainer, pl_module)
         self.certificates, self._certified = [certificate], True
         return True
+
+    def _training_work(self, trainer: pl.Trainer, pl_module: pl.LightningModule, steps: int) -> int:
+        """The work of so many steps of training."""
+        loader: Any = trainer.train_dataloader
+        batch = min(num_samples(loader), batch_size_of(loader))
+        return work_of_training(steps, batch * self._source.products(pl_module))
 
     def _products(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
         return num_samples(trainer.train_dataloader) * self._source.products(pl_module)

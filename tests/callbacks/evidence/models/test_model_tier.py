@@ -491,7 +491,7 @@ def test_descent_is_that_of_a_direct_call_and_leaves_the_weights(make_trainer):
     module = Fixed(head(), functional.cross_entropy, weight_decay=1e-2)
     weights = copy.deepcopy(module.net.state_dict())
     found = fit(make_trainer, module, X, CLASSES, LocalMinimumDetector())
-    steps = steps_of_descent(sum(weight.numel() for weight in weights.values()), 30 * (6 * 5 + 5 * 4 + 4 * 3))
+    steps = steps_of_descent(sum(weight.numel() for weight in weights.values()), 30 * (6 * 5 + 5 * 4 + 4 * 3), 0)
     options = {"loss": "cross_entropy", "weight_decay": 1e-2, "max_steps": steps}
     expected = polish_model(module.net, X, CLASSES, **options).certificate
     assert (found["descends_to"], found["descends_to_mse"]) == (expected.kind, None)
