@@ -20,8 +20,8 @@ from lightning_mnn.callbacks.evidence.choose_tier import (
 )
 from lightning_mnn.callbacks.evidence.errors_on_test_set import errors_on_test_set
 from lightning_mnn.callbacks.evidence.first_order import FirstOrderTier
+from lightning_mnn.callbacks.evidence.model_tier import ModelTier
 from lightning_mnn.callbacks.evidence.models.reading import NotModelLossError
-from lightning_mnn.callbacks.evidence.models.tier import ModelTier
 from lightning_mnn.callbacks.evidence.second_order import SecondOrderTier
 from lightning_mnn.callbacks.evidence.tiers import Evidence, Finding
 from lightning_mnn.callbacks.schedule import Schedule

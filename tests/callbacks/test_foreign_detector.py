@@ -230,10 +230,8 @@ def test_a_loss_that_cannot_be_had_in_float64(make_trainer, given):
     assert "cannot be compared with the squared error: it cannot be evaluated in float64" in summary["reason"]
 
 
-@pytest.mark.parametrize(
-    ("shift", "why"), [(0, "at some weights only, and not here"), (1, "its step computes something else")]
-)
-def test_a_loss_that_is_the_squared_error_in_places_only(make_trainer, shift, why):
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_loss_that_is_the_squared_error_in_places_only(make_trainer, shift):
     def loss(out, y):
         mse = nn.functional.mse_loss(out, y)
         return mse if mse > 1e-6 else 2 * mse + shift
@@ -244,7 +242,7 @@ def test_a_loss_that_is_the_squared_error_in_places_only(make_trainer, shift, wh
     detector, _ = fit(make_trainer, Plain(net, loss), x, y)
     summary = detector.summary()
     assert summary["evidence"] == "second_order"
-    assert why in summary["reason"]
+    assert "at some weights only, and not here" in summary["reason"]
     assert summary["loss"] == shift
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from typing_extensions import override
 
 from lightning_mnn.callbacks.evaluation.isolation import trained_parameters
@@ -18,7 +19,10 @@ from lightning_mnn.callbacks.evidence.certification import (
     polish_on_training_set,
     reason_not_certified,
 )
-from lightning_mnn.callbacks.evidence.models.tier import ModelTier
+from lightning_mnn.callbacks.evidence.model_tier import ModelTier
+from lightning_mnn.callbacks.evidence.models.loss import ModelLoss
+from lightning_mnn.callbacks.evidence.models.sequential import found_sequential
+from lightning_mnn.callbacks.evidence.models.training_mode import reason_in_steps
 from lightning_mnn.callbacks.evidence.squared_error import SquaredErrorLoss, still_fits
 from lightning_mnn.callbacks.evidence.tiers import (
     Difference,
@@ -363,6 +367,11 @@ class CertificateTier(Tier):
             raise NotSquaredErrorError(
                 "the loss that it trains is the mean squared error of its network at some weights only, and not here"
             )
+        if self.fitted is not None and isinstance(found_sequential(trainer, pl_module), nn.Sequential):
+            of_model = ModelLoss("squared_error", 1, one_hot=False, **vars(self.fitted), products=0)
+            reason = reason_in_steps(trainer, pl_module, of_model.expected, self._loss_fn)
+            if reason is not None:
+                raise NotSquaredErrorError(reason)
 
 
 _VERDICT = ("kind", "reason_code", "reason", "advice")

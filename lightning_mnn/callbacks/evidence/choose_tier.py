@@ -13,11 +13,9 @@ from lightning_mnn.callbacks.evaluation.module_network import network_of, states
 from lightning_mnn.callbacks.evaluation.run_module import LossNotEvaluableError, StepFailedError
 from lightning_mnn.callbacks.evidence.certificate import CertificateTier
 from lightning_mnn.callbacks.evidence.first_order import FirstOrderTier
+from lightning_mnn.callbacks.evidence.model_tier import ModelTier
 from lightning_mnn.callbacks.evidence.models.loss import ModelLoss, model_loss
-from lightning_mnn.callbacks.evidence.models.sequential import found_sequential
 from lightning_mnn.callbacks.evidence.models.source import NetworkSource, SequentialSource
-from lightning_mnn.callbacks.evidence.models.tier import ModelTier
-from lightning_mnn.callbacks.evidence.models.training_mode import reason_in_steps
 from lightning_mnn.callbacks.evidence.second_order import SecondOrderTier
 from lightning_mnn.callbacks.evidence.squared_error import SquaredErrorLoss, squared_error_loss
 from lightning_mnn.callbacks.evidence.tiers import Evidence
@@ -156,7 +154,7 @@ class Tiers:
             return self.certificate_tier(SquaredErrorLoss(**state["fitted"]))
         tier: Tier
         if evidence == _MODEL:
-            tier = self.model_tier(ModelLoss(**state["fitted"]))
+            tier = self.model_tier(ModelLoss(**state["fitted"]), whole=state["whole"])
         else:
             tier = self.second_order_tier(why) if evidence == Evidence.SECOND_ORDER else self.first_order_tier(why)
         tier.load(state)
@@ -168,9 +166,9 @@ class Tiers:
         other = self._of_network if fitted is None else partial(self.second_order_tier, None)
         return CertificateTier(self.max_distance, *tolerances, fitted, self.loss_fn, other)
 
-    def model_tier(self, fitted: ModelLoss) -> ModelTier:
+    def model_tier(self, fitted: ModelLoss, *, whole: bool = False) -> ModelTier:
         """The tier for an ``nn.Sequential`` that is trained on a loss that certificates of models cover."""
-        source = SequentialSource(fitted, self.loss_fn)
+        source = SequentialSource(fitted, self.loss_fn, whole=whole)
         return ModelTier(source, self.max_distance, self.loss_fn, self.modules, **asdict(self.second_order))
 
     def second_order_tier(self, why: str | None) -> SecondOrderTier:
@@ -231,20 +229,11 @@ class Tiers:
             if draws(trainer.train_dataloader):
                 return self.second_order_tier("its training set cannot be read sample by sample")
             found = squared_error_loss(trainer, pl_module, self.loss_fn)
-            why = found if isinstance(found, str) else self._reason_in_steps(trainer, pl_module, found)
-            if isinstance(found, SquaredErrorLoss) and why is None:
+            if isinstance(found, SquaredErrorLoss):
                 return self.certificate_tier(found)
+            why = found
         model = model_loss(trainer, pl_module, self.loss_fn)
         return self.model_tier(model) if isinstance(model, ModelLoss) else self.second_order_tier(why or model)
-
-    def _reason_in_steps(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, found: SquaredErrorLoss
-    ) -> str | None:
-        """Why training lowers something else than the squared error found in eval mode; None if it does not."""
-        if not isinstance(found_sequential(trainer, pl_module), nn.Sequential):
-            return None
-        of_model = ModelLoss("squared_error", 1, one_hot=False, **vars(found), products=0)
-        return reason_in_steps(trainer, pl_module, of_model.expected, self.loss_fn)
 
 
 def _squared_error(pl_module: pl.LightningModule, batch: Any) -> Tensor:

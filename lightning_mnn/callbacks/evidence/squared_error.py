@@ -16,7 +16,7 @@ from lightning_mnn.callbacks.evaluation.training_set import (
     statistics_reader,
     store_statistics,
 )
-from lightning_mnn.callbacks.evidence.noise import noise_like
+from lightning_mnn.callbacks.evidence.models.noise import noise_like
 from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.curvature.loss_surface import NoDerivativeError
 from lightning_mnn.utilities.distributed import gather_results

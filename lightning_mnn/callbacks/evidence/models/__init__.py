@@ -1,1 +1,1 @@
-"""Certificates of piecewise-linear models: their objective, and the tier of evidence."""
+"""Which model a module trains, on which loss: what certificates of models need."""

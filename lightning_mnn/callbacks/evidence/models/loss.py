@@ -85,8 +85,8 @@ def model_loss(
 
     None: it has no ``nn.Sequential`` with all its trained weights.
 
-    Losses and gradients are compared at the weights plus noise of a tenth of their size, since at a minimum all
-    gradients vanish. The first batches are enough to reject most other losses.
+    Only the first batches are read, which are enough to reject most other losses: :func:`whole_model_loss` has the last
+    word, before the first certificate.
 
     Raises:
         LossNotEvaluableError: the loss cannot be evaluated.
@@ -95,16 +95,30 @@ def model_loss(
         return None
     if (reason := reason_in_settings(trainer, pl_module, loss_fn)) is not None:
         return reason
-    if samples_change(trainer):
-        return "the samples of the training set differ each time that they are read"
     try:
-        first = read_model(trainer, pl_module, loss_fn, tolerances.FAR_STEP_RATIO, first=True)
-        if first.gradient.any():  # else for example of one sample without an active unit
-            _matched(first)
-        found = _matched(read_model(trainer, pl_module, loss_fn, tolerances.FAR_STEP_RATIO))
+        read = read_model(trainer, pl_module, loss_fn, tolerances.FAR_STEP_RATIO, first=True)
+        if not read.gradient.any():  # for example of one sample without an active unit
+            read = read_model(trainer, pl_module, loss_fn, tolerances.FAR_STEP_RATIO)
+        return _matched(read)
     except NotModelLossError as error:
         return str(error)
-    return reason_in_steps(trainer, pl_module, found.expected, loss_fn) or found
+
+
+def whole_model_loss(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, loss_fn: ModelFunction | None = None
+) -> ModelLoss:
+    """The loss of a module's model on the whole training set, whose samples must be the same each time.
+
+    Losses and gradients are compared at the weights plus noise of a tenth of their size, since at a minimum all
+    gradients vanish.
+
+    Raises:
+        NotModelLossError: certificates do not cover what it trains.
+        LossNotEvaluableError: the loss cannot be evaluated.
+    """
+    if samples_change(trainer):
+        raise NotModelLossError("the samples of the training set differ each time that they are read")
+    return _matched(read_model(trainer, pl_module, loss_fn, tolerances.FAR_STEP_RATIO))
 
 
 def objective_of(

@@ -16,9 +16,9 @@ from typing_extensions import override
 
 from lightning_mnn.callbacks.evaluation.float64_loss import DoubleBatch, in_double
 from lightning_mnn.callbacks.evaluation.isolation import trained_parameters
+from lightning_mnn.callbacks.evidence.models.noise import noise_like
 from lightning_mnn.callbacks.evidence.models.objective import MAX_GATHERED
 from lightning_mnn.callbacks.evidence.models.sequential import found_sequential
-from lightning_mnn.callbacks.evidence.noise import noise_like
 from lightning_mnn.data.loaders.shards import num_samples
 from lightning_mnn.landscape.curvature.loss_surface import NoDerivativeError
 from lightning_mnn.landscape.minima.models.model_certificate import prepare

@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightning_mnn.callbacks.evaluation.isolation import trained_parameters
 from lightning_mnn.callbacks.evaluation.module_network import network_of
 from lightning_mnn.callbacks.evaluation.training_set import training_samples
-from lightning_mnn.callbacks.evidence.models.loss import ModelLoss, objective_of
+from lightning_mnn.callbacks.evidence.models.loss import ModelLoss, objective_of, whole_model_loss
 from lightning_mnn.callbacks.evidence.models.objective import MAX_GATHERED, ModelObjective
 from lightning_mnn.callbacks.evidence.models.reading import NotModelLossError
 from lightning_mnn.callbacks.evidence.models.sequential import found_sequential
@@ -59,13 +59,16 @@ class SequentialSource(ModelSource):
     Args:
         fitted: that loss.
         loss_fn: the module's loss, if not what its ``training_step`` returns.
+        whole: whether it was found on the whole training set, not only on the first batches.
     """
 
-    def __init__(self, fitted: ModelLoss, loss_fn: ModelFunction | None) -> None:
-        self.fitted, self._loss_fn = fitted, loss_fn
+    def __init__(self, fitted: ModelLoss, loss_fn: ModelFunction | None, *, whole: bool = False) -> None:
+        self.fitted, self._loss_fn, self._whole = fitted, loss_fn, whole
 
     @override
     def objective(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ModelObjective:
+        if not self._whole:
+            self.fitted, self._whole = whole_model_loss(trainer, pl_module, self._loss_fn), True
         return objective_of(trainer, pl_module, self.fitted, self._loss_fn)
 
     @override
@@ -84,7 +87,7 @@ class SequentialSource(ModelSource):
 
     @override
     def state(self) -> dict[str, Any]:
-        return {"fitted": asdict(self.fitted)}
+        return {"fitted": asdict(self.fitted), "whole": self._whole}
 
 
 class NetworkSource(ModelSource):

@@ -108,6 +108,7 @@ class ModelTier(SecondOrderTier):
     @override
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.certificates, self.descent, self._moved, self._objective = [], None, None, None
+        self._too_large = None
         super().check(trainer, pl_module)
 
     @override
@@ -146,8 +147,9 @@ class ModelTier(SecondOrderTier):
 
     @override
     def run_out(self, why: str) -> None:
-        self.certificates, self._moved = [], None
-        super().run_out(why)
+        self.certificates, self._moved, self._too_large = [], None, f"no certificate: {why}"
+        if self.verdict is None or self.verdict.kind is Kind.UNDECIDED:  # else the cheap check has decided
+            super().run_out(why)
 
     @override
     def findings(self) -> list[Finding]:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_mnn import MNN
 from lightning_mnn.callbacks import ActivationPatternRecorder, AngularVolumeMonitor, LocalMinimumDetector, Schedule
-from lightning_mnn.callbacks.evidence.models import tier as model_tier
+from lightning_mnn.callbacks.evidence import model_tier
 from lightning_mnn.callbacks.evidence.models.objective import steps_of_descent
 from lightning_mnn.data import ArrayData
 from lightning_mnn.landscape import (
