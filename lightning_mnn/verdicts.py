@@ -96,10 +96,8 @@ def class_of(results: Mapping[str, Any]) -> Ended:
     >>> class_of({"kind": "saddle"}).known
     <Class.NOT_TOLD: 'not_told'>
     """
-    if results.get("evidence") not in (None, "certificate"):
-        return Ended(Class.NOT_TOLD)
     here = Class.of(results.get("kind"), results.get("zero_error"))
-    if here is not Class.NOT_TOLD:
+    if results.get("evidence") in (None, "certificate") and here is not Class.NOT_TOLD:
         return Ended(here)
     ahead = Class.of(results.get("descends_to"), results.get("descends_to_zero_error"))
     return Ended(ahead, ahead is not Class.NOT_TOLD)

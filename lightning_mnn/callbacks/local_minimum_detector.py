@@ -20,6 +20,8 @@ from lightning_mnn.callbacks.evidence.choose_tier import (
 )
 from lightning_mnn.callbacks.evidence.errors_on_test_set import errors_on_test_set
 from lightning_mnn.callbacks.evidence.first_order import FirstOrderTier
+from lightning_mnn.callbacks.evidence.model_tier import ModelTier
+from lightning_mnn.callbacks.evidence.models.reading import NotModelLossError
 from lightning_mnn.callbacks.evidence.second_order import SecondOrderTier
 from lightning_mnn.callbacks.evidence.tiers import Evidence, Finding
 from lightning_mnn.callbacks.schedule import Schedule
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from lightning_mnn.landscape.kinks.tracing import Names
     from lightning_mnn.landscape.minima.certificate import Certificate
     from lightning_mnn.landscape.minima.first_order import FirstOrderVerdict
+    from lightning_mnn.landscape.minima.models.model_certificate import ModelCertificate
     from lightning_mnn.landscape.regions.statistics import NetworkStatistics
 
 
@@ -57,9 +60,10 @@ class LocalMinimumDetector(ScheduledCallback):
     that the verdict is based on, the strongest that the module, its loss and its data allow:
 
     - ``certificate``: an exact minimum within ``max_distance``, differentiable or on kinks, or the reason why none was
-      found (see :func:`lightning_mnn.landscape.certify`). This is for networks with one hidden layer that are trained
-      on the squared error: an MNN, a module with a method ``network()``, or one around a single
-      ``nn.Sequential(Linear, ReLU, Linear → 1)``.
+      found (see :func:`lightning_mnn.landscape.certify` and :func:`lightning_mnn.landscape.certify_model`). This is for
+      an MNN, a module with a method ``network()``, and one whose trained weights are all in a piecewise-linear
+      ``nn.Sequential``, if its loss is found to be the squared error, the cross-entropy or the logistic loss; with
+      weight decay of SGD or Adam, and with frozen weights.
     - ``second_order``: for any other module with ReLU, max-pooling and similar functions: the gradient of its own loss
       over the training set, the nearest kink, and the smallest eigenvalue of the Hessian with an error bound.
     - ``first_order``: necessary conditions only.
@@ -71,14 +75,14 @@ class LocalMinimumDetector(ScheduledCallback):
     Args:
         schedule: when to check, besides the start and the end; None: every 100 epochs.
         patience: number of consecutive cheap checks that every replica must pass.
-        stop_training: stop the Trainer when every replica is certified (with second-order evidence: is at a minimum;
-            with more than one hidden layer: has passed).
+        stop_training: stop the Trainer when every replica is certified (with second-order evidence: is at a minimum).
         polish: try to certify at every check; and at the end of training move the weights to the exact minimum, if it
-            lies within ``max_distance``, across kinks if necessary (see :func:`lightning_mnn.landscape.polish`).
+            lies within ``max_distance``, across kinks if necessary (see :func:`lightning_mnn.landscape.polish` and
+            :func:`lightning_mnn.landscape.polish_model`).
         max_distance: largest ‖W̃* − W̃‖/‖W̃‖ at which a minimum still counts as the minimum of these weights.
         follow_descent: where the end of training is at no certified minimum, find the minimum that descent leads to, as
-            information (``descends_to``): by :func:`lightning_mnn.landscape.polish` at any distance, with a limit of
-            work. The weights stay.
+            information (``descends_to``): by :func:`lightning_mnn.landscape.polish`, or
+            :func:`lightning_mnn.landscape.polish_model`, at any distance, with a limit of work. The weights stay.
         first_order: tolerances of the cheap check of networks; None: the defaults.
         second_order: tolerances and cost of second-order evidence; None: the defaults.
         loss_fn: the loss that training minimises, ``loss_fn(module, batch)``, the mean over the batch; None: what the
@@ -142,6 +146,7 @@ class LocalMinimumDetector(ScheduledCallback):
         self._tier: Tier | None = None
         self._saved: dict[str, Any] = {}  # state of the tier of the run that is resumed
         self._passed = 0
+        self._attempted = 0  # step of the last expensive check
         self._certified = False  # whether the last check included the expensive one
         self._test_errors: dict[str, Tensor] = {}  # of a network's data module with a test set
         self._spent = (-1, 0.0)  # step of the last check, and the seconds that it took
@@ -152,9 +157,12 @@ class LocalMinimumDetector(ScheduledCallback):
         return self._tier.verdicts if isinstance(self._tier, CertificateTier) else []
 
     @property
-    def certificates(self) -> list[Certificate]:
+    def certificates(self) -> list[Certificate] | list[ModelCertificate]:
         """The last certificates, one per replica."""
-        return self._tier.certificates if isinstance(self._tier, CertificateTier) else []
+        tier: Tier | None = self._tier
+        if isinstance(tier, CertificateTier) and tier.other is not None:
+            tier = tier.other
+        return tier.certificates if isinstance(tier, CertificateTier | ModelTier) else []
 
     @property
     def statistics(self) -> NetworkStatistics | None:
@@ -166,7 +174,7 @@ class LocalMinimumDetector(ScheduledCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._tier, self._saved, self._passed, self.converged = None, {}, 0, False
-            self._certified, self._spent, self._test_errors = False, (-1, 0.0), {}
+            self._certified, self._attempted, self._spent, self._test_errors = False, 0, (-1, 0.0), {}
 
     @override
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -193,10 +201,14 @@ class LocalMinimumDetector(ScheduledCallback):
         checked = tier = self._check(trainer, pl_module)
         passed = self._passed + 1 if tier.passed else 0
         converged = passed >= self.patience
-        certifies = tier.can_certify and (self.polish or (converged and not self.converged))  # and again at the end
+        wanted = tier.can_certify and (self.polish or (converged and not self.converged))  # and again at the end
+        certifies = wanted and tier.affordable(trainer, pl_module, trainer.global_step - self._attempted)
         if certifies:
+            self._attempted = trainer.global_step
             tier = self._certify(trainer, pl_module)
             converged = tier.found_minimum
+        elif wanted:  # it waits for the certificate
+            converged = converged and self.converged
         self._passed, self._certified = passed if tier is checked else 0, certifies
         log_scalars(trainer, tier.scalars())
         self._test(trainer, pl_module)
@@ -245,7 +257,7 @@ class LocalMinimumDetector(ScheduledCallback):
     @override
     def state_dict(self) -> dict[str, Any]:
         state = {"passed": self._passed, "converged": self.converged, "judge": self._saved}
-        state |= {"concluded": self._certified}
+        state |= {"concluded": self._certified, "attempted": self._attempted}
         if self._tier is not None:
             state["judge"] = state_of(self._tier)
         return super().state_dict() | state
@@ -255,6 +267,7 @@ class LocalMinimumDetector(ScheduledCallback):
         super().load_state_dict(state_dict)
         self._passed, self.converged = state_dict.get("passed", 0), state_dict.get("converged", False)
         self._saved, self._certified = state_dict.get("judge", {}), state_dict.get("concluded", False)
+        self._attempted = state_dict.get("attempted", 0)
 
     def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tier:
         """Run the cheap check; if the loss turns out not to be evaluable, that of a weaker tier."""
@@ -294,8 +307,10 @@ class LocalMinimumDetector(ScheduledCallback):
         except TimeLimitError:
             tier.run_out(self._over_time)
             done = end
-        except (NotSquaredErrorError, LossNotEvaluableError) as error:
+        except (NotSquaredErrorError, NotModelLossError, LossNotEvaluableError) as error:
             self._tier = self._tiers.second_order_tier(str(error))
+            if isinstance(tier, ModelTier):
+                self._tier.load(tier.state())  # the norms of gradients
             self._check(trainer, pl_module)
             return self._certify(trainer, pl_module, end=end)
         if done:

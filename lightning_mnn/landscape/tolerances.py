@@ -249,6 +249,10 @@ NEAR_STEP_RATIO = 1e-6  # step, relative to the weights, off the kinks that they
 # Source: chosen: above the rounding of float64. Test: none, test_foreign_detector.
 MAX_EQUAL_DIFFERENCE_RATIO = 4e-10  # relative difference of two losses, or gradients, that are equal
 # Source: the spacing of float64 at 1 to the power 0.6; a penalty of 1e-9 is then seen. Test: here.
+MAX_TRAINING_DIFFERENCE_RATIO = 1e-4  # relative difference of a step in training mode from the same in eval mode
+# Source: chosen: above the rounding of float32, below that of bfloat16 and float16. Test: none, test_model_tier.
+MAX_APPROACHED_KINK_RATIO = 1e-4  # distance, relative to the layer, of a unit that may be on its way to a kink
+# Source: chosen: training at a rate of 1e-4 stays as near. Test: none, it only chooses when to certify.
 MAX_CLOSE_KINK_RATIO = 1e-6  # distance, relative to the layer's root mean square, of a kink that is not near by chance
 # Source: chosen: of a thousand units one is that close by chance once in a thousand. Test: none, it only adds a note.
 MAX_REDUCTION_ERROR_RATIO = 1e-3  # relative difference of two losses up to which a batch's loss is a sum, or a mean

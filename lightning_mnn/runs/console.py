@@ -68,6 +68,7 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
         reason = reason[0]
     facts = [
         ("converged to", converged),
+        ("of the objective", _objective(summary)),
         ("because", reason if isinstance(reason, str) else None),
         ("descent leads to", _descents(summary)),
         ("advice", _advice(summary)),
@@ -77,7 +78,10 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("test MSE", _span(summary.get("test_mse"), ".3g")),
         ("test MCE", _percent(summary.get("test_mce"))),
         ("distance to that minimum", _span(_of_certified(summary, "distance"), ".1e")),
+        ("exact within", _span(_of_certified(summary, "radius"), ".1e")),
         ("its MSE", _span(summary.get("minimum_mse"), ".3g")),
+        ("its objective", _span(summary.get("minimum_loss"), ".3g") if _objective(summary) else None),
+        ("smallest growth off kinks", _span(summary.get("growth"), ".1e")),
         ("margin of its region", _span(_of_certified(summary, "margin_ratio"), ".3g")),
         ("smallest |w·x|", _span(summary.get("min_preactivation"), ".2g")),
         ("relative to ‖w‖‖x‖", _span(summary.get("relative_preactivation"), ".2g")),
@@ -90,16 +94,24 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return [(label, value) for label, value in facts if value is not None]
 
 
+def _objective(summary: dict[str, Any]) -> str | None:
+    """The objective, where it is not the MSE with all weights free."""
+    found = summary.get("objective")
+    return None if found in (None, "mse", "none") else str(found).replace("_", " ")
+
+
 def _descents(summary: dict[str, Any]) -> str | None:
     """Where descent leads to, for each kind its number of replicas, and the range of their errors and distances."""
-    keys = ("descends_to", *(f"descends_to_{name}" for name in ("mse", "distance", "zero_error")))
+    penalised = _objective(summary) is not None and summary.get("descends_to_loss") is not None
+    measure, name = ("loss", "objective") if penalised else ("mse", "MSE")
+    keys = ("descends_to", *(f"descends_to_{key}" for key in (measure, "distance", "zero_error")))
     values = [_listed(summary.get(key)) for key in keys]
     found = [values for values in zip(*values, strict=False) if values[0] is not None]
     parts = []
     for kind, zero_error in dict.fromkeys((kind, zero_error) for kind, _, _, zero_error in found):
         same = [values for values in found if (values[0], values[3]) == (kind, zero_error)]
-        mse, distance = (_span([values[column] for values in same], ".2g") for column in (1, 2))
-        error = "zero error" if zero_error else f"MSE {mse}"
+        value, distance = (_span([values[column] for values in same], ".2g") for column in (1, 2))
+        error = "zero error" if zero_error else f"{name} {value}"
         text = f"{KINDS[kind]} with {error}, {distance} away"
         parts.append(f"{len(same)} × {text}" if len(_listed(summary["kind"])) > 1 else text)
     return "; ".join(parts) or None

@@ -436,7 +436,8 @@ class FullBatch:
                 cache.append(_copied(batch))
                 cache = cache if _is_known(batch) and _bytes(cache) <= _MAX_CACHED else None
             safe_point()
-            count_batch()
+            if most is None:  # else it is no pass
+                count_batch()
             yield index, _copied(batch) if self._cached else batch, size
         if self._cached is None and most is None:
             self._cached = cache

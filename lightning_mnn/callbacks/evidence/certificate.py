@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from typing_extensions import override
 
 from lightning_mnn.callbacks.evaluation.isolation import trained_parameters
@@ -18,6 +19,10 @@ from lightning_mnn.callbacks.evidence.certification import (
     polish_on_training_set,
     reason_not_certified,
 )
+from lightning_mnn.callbacks.evidence.model_tier import ModelTier
+from lightning_mnn.callbacks.evidence.models.loss import ModelLoss
+from lightning_mnn.callbacks.evidence.models.sequential import found_sequential
+from lightning_mnn.callbacks.evidence.models.training_mode import reason_in_steps
 from lightning_mnn.callbacks.evidence.squared_error import SquaredErrorLoss, still_fits
 from lightning_mnn.callbacks.evidence.tiers import (
     Difference,
@@ -29,6 +34,7 @@ from lightning_mnn.callbacks.evidence.tiers import (
     descriptions,
     unseen_batches,
 )
+from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.minima.first_order import FirstOrderVerdict, first_order_verdicts
 from lightning_mnn.landscape.regions.statistics import NetworkStatistics, rank_cap
 from lightning_mnn.utilities.interruption import time_limit
@@ -62,8 +68,8 @@ class CertificateTier(Tier):
         fitted: the constants with which the module's own loss was found to be the squared error; None: it is known to
             be the squared error.
         loss_fn: that loss, if not the module's ``training_step``.
-        of_objective: makes the tier for the objective that training lowers if it is not the squared error with all
-            weights free.
+        of_objective: makes the tier for a deep network, and for the objective that training lowers if it is not the
+            squared error with all weights free.
 
     Attributes:
         verdicts: the first-order verdicts of the last check, one per replica.
@@ -72,8 +78,8 @@ class CertificateTier(Tier):
         descents: what descent leads to from the final weights, one per replica; None for a certified minimum, or where
             it was not followed; empty if nothing was followed.
         differences: how the objective that training lowers differs from the squared error with all weights free. If
-            it does, the verdict is on that objective, and is that of the tier ``other``.
-        other: None: the verdict is a certificate, or there is no evidence on the objective.
+            it does, the verdict is on that objective, and is that of the tier ``other``, as for a deep network.
+        other: None: the verdict is on the squared error of two layers, or there is no evidence on the objective.
     """
 
     def __init__(
@@ -90,6 +96,7 @@ class CertificateTier(Tier):
         self.statistics: NetworkStatistics | None = None
         self.fitted = fitted
         self.other: SecondOrderTier | None = None
+        self._other_checked = False  # whether it was checked at the weights of the last check
         self._of_objective = of_objective
         self._loss_fn = loss_fn
         self._max_distance = max_distance
@@ -106,8 +113,10 @@ class CertificateTier(Tier):
     @property
     @override
     def evidence(self) -> Evidence:
-        if self.differences:
-            return Evidence.NONE if self.other is None else self.other.evidence
+        if self.differences and self.other is None:
+            return Evidence.NONE
+        if self._checked is not None:
+            return self._checked.evidence
         return Evidence.CERTIFICATE if self._certifiable else Evidence.FIRST_ORDER
 
     @property
@@ -115,12 +124,20 @@ class CertificateTier(Tier):
     def passed(self) -> bool:
         if self.differences:
             return self.other is not None and self.other.passed
+        if self.other is not None:  # of a deep network, which may be on its way to kinks
+            assert self.statistics is not None  # noqa: S101 (there was a check)
+            close = bool((self.statistics.smallest_sine <= tolerances.MAX_APPROACHED_KINK_RATIO).all())
+            return close or all(verdict.kind is not Kind.NOT_STATIONARY for verdict in self.verdicts)
         return all(verdict.kind is Kind.DIFFERENTIABLE_MINIMUM for verdict in self.verdicts)
 
     @property
     @override
     def can_certify(self) -> bool:
-        return self.other is not None if self.differences else self._certifiable
+        return self.other is not None or (self._certifiable and not self.differences)
+
+    @override
+    def affordable(self, trainer: pl.Trainer, pl_module: pl.LightningModule, steps: int) -> bool:
+        return self.other is None or self.other.affordable(trainer, pl_module, steps)
 
     @property
     @override
@@ -140,14 +157,28 @@ class CertificateTier(Tier):
         self._check_other(trainer, pl_module)
 
     def _check_other(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """If training lowers another objective than the squared error with all weights free, check that one."""
-        if not self.differences or self.reason_no_evidence() is not None:
-            self.other = None
+        """If the network is deep, or training lowers another objective than its squared error, check its model."""
+        deep = len(_network(pl_module).hidden_weights) > 1
+        if not (self.differences or deep) or self.reason_no_evidence() is not None:
+            self.other, self._other_checked = None, False
             return
         if self.other is None:
             assert self._of_objective is not None  # noqa: S101 (else there is a reason)
             self.other = self._of_objective()
-        self.other.check(trainer, pl_module)
+        self._other_checked = False
+        if self.differences:
+            self._check_model(trainer, pl_module)
+
+    def _check_model(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check the other tier at the present weights; of a deep network only before the expensive check."""
+        if self.other is not None and not self._other_checked:
+            self.other.check(trainer, pl_module)
+            self._other_checked = True
+
+    @property
+    def _checked(self) -> SecondOrderTier | None:
+        """The other tier, if it was checked at the weights of the last check."""
+        return self.other if self._other_checked else None
 
     def reason_no_evidence(self) -> Reason | None:
         """The reason why the objective that training lowers cannot be tested; None if it can."""
@@ -159,9 +190,10 @@ class CertificateTier(Tier):
 
     @override
     def certify_minimum(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.differences:
-            if self.other is not None:
-                self.other.certify_minimum(trainer, pl_module)
+        if self.other is not None:
+            self._check_model(trainer, pl_module)
+            self.other.certify_minimum(trainer, pl_module)
+        if self.differences or self.other is not None:
             return
         self._check_loss(trainer, pl_module)
         with _restoring_if_foreign(trainer, pl_module):
@@ -170,9 +202,15 @@ class CertificateTier(Tier):
 
     @override
     def finalize(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, polish: bool) -> bool:
-        if self.differences:
-            return self.other is not None and self.other.finalize(trainer, pl_module, polish=False)
         network = _network(pl_module)
+        if self.differences or self.other is not None:
+            self._check_model(trainer, pl_module)
+            if self.other is None or not self.other.finalize(trainer, pl_module, polish=polish):
+                return False
+            if polish:
+                with time_limit(None), _restoring_if_foreign(trainer, pl_module):
+                    self._statistics(trainer, pl_module, network)
+            return True
         if polish:
             self._check_loss(trainer, pl_module)
             with _restoring_if_foreign(trainer, pl_module):
@@ -191,6 +229,8 @@ class CertificateTier(Tier):
 
     @override
     def follow_descent(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.other is not None:
+            self.other.follow_descent(trainer, pl_module)
         if not self.certificates:  # another objective, too large, or no time
             return
         ahead = [not found.kind.is_minimum for found in self.findings()]
@@ -199,8 +239,8 @@ class CertificateTier(Tier):
 
     @override
     def run_out(self, why: str) -> None:
-        if self.other is not None:
-            self.other.run_out(why)
+        if self._checked is not None:
+            self._checked.run_out(why)
         self.certificates, self._moved = [], []
         self._certifiable, self._reason_not_certified = False, f"no certificate: {why}"
 
@@ -208,9 +248,9 @@ class CertificateTier(Tier):
     def findings(self) -> list[Finding]:
         """The verdict on each replica: a certificate's where there is one."""
         notes = list(self._notes)
+        if self._checked is not None:
+            return self._checked.findings()
         if self.differences:
-            if self.other is not None:
-                return self.other.findings()
             because = self.reason_no_evidence() or Reason.of(ReasonCode.NOT_CHECKED)
             return [Finding.of(Kind.UNDECIDED, because)] * len(self.verdicts)
         if not self.certificates and self._reason_not_certified is not None:
@@ -239,8 +279,8 @@ class CertificateTier(Tier):
             "minimum/kinks": self.statistics.kinks,
             "minimum/rank_cap": self._rank_cap,
         }
-        if self.other is not None:
-            scalars = self.other.scalars() | scalars
+        if self._checked is not None:
+            scalars = self._checked.scalars() | scalars
         if self.certificates:
             kinds = [found.kind for found in self.findings()]
             certified = [kind.is_minimum for kind in kinds]
@@ -290,11 +330,18 @@ class CertificateTier(Tier):
         summary = {key: _one(value, several=several) for key, value in found.items()} | {
             "objective_differs_by": differs
         }
-        return summary if self.other is None else self.other.summary() | summary
+        return summary if self._checked is None else self._checked.summary() | summary | self._of_model()
 
     @override
     def state(self) -> dict[str, Any]:
         return {} if self.fitted is None else {"fitted": vars(self.fitted)}
+
+    def _of_model(self) -> dict[str, Any]:
+        """What the certificate of a model says, where it differs from measures of the network's weights."""
+        if not isinstance(self.other, ModelTier):
+            return {}
+        names = ("objective", "objective_differs_by")
+        return {key: value for key, value in self.other.certified().items() if key not in names}
 
     def _objective(self) -> str:
         """The objective that the verdict is on."""
@@ -320,6 +367,11 @@ class CertificateTier(Tier):
             raise NotSquaredErrorError(
                 "the loss that it trains is the mean squared error of its network at some weights only, and not here"
             )
+        if self.fitted is not None and isinstance(found_sequential(trainer, pl_module), nn.Sequential):
+            of_model = ModelLoss("squared_error", 1, one_hot=False, **vars(self.fitted), products=0)
+            reason = reason_in_steps(trainer, pl_module, of_model.expected, self._loss_fn)
+            if reason is not None:
+                raise NotSquaredErrorError(reason)
 
 
 _VERDICT = ("kind", "reason_code", "reason", "advice")

@@ -13,6 +13,9 @@ from lightning_mnn.callbacks.evaluation.module_network import network_of, states
 from lightning_mnn.callbacks.evaluation.run_module import LossNotEvaluableError, StepFailedError
 from lightning_mnn.callbacks.evidence.certificate import CertificateTier
 from lightning_mnn.callbacks.evidence.first_order import FirstOrderTier
+from lightning_mnn.callbacks.evidence.model_tier import ModelTier
+from lightning_mnn.callbacks.evidence.models.loss import ModelLoss, model_loss
+from lightning_mnn.callbacks.evidence.models.source import NetworkSource, SequentialSource
 from lightning_mnn.callbacks.evidence.second_order import SecondOrderTier
 from lightning_mnn.callbacks.evidence.squared_error import SquaredErrorLoss, squared_error_loss
 from lightning_mnn.callbacks.evidence.tiers import Evidence
@@ -27,8 +30,10 @@ if TYPE_CHECKING:
     from lightning_mnn.callbacks.evidence.tiers import Tier
     from lightning_mnn.landscape.kinks.tracing import Names
 
-_TIERS: dict[type[Tier], Evidence] = {  # by which checkpoints name them
+_MODEL = "model"
+_TIERS: dict[type[Tier], str] = {  # by which checkpoints name them
     CertificateTier: Evidence.CERTIFICATE,
+    ModelTier: _MODEL,
     SecondOrderTier: Evidence.SECOND_ORDER,
     FirstOrderTier: Evidence.FIRST_ORDER,
 }
@@ -136,7 +141,7 @@ class Tiers:
         if polish and not tier.moves:
             raise MisfitError(
                 "polish=True needs a network that can be certified: an MNN, a module with a method network(), or one "
-                "nn.Sequential(Linear, ReLU, Linear → 1) trained on the squared error; "
+                "piecewise-linear nn.Sequential trained on the squared error, cross-entropy or logistic loss; "
                 f"{type(pl_module).__name__} has none{f': {tier.why}' if tier.why else ''}. Use polish=False"
             )
         return tier
@@ -147,7 +152,11 @@ class Tiers:
         evidence, why = state.pop("tier", None) or _OF_VERSION_0_1[state.pop("name")], state.pop("why")
         if evidence == Evidence.CERTIFICATE:
             return self.certificate_tier(SquaredErrorLoss(**state["fitted"]))
-        tier = self.second_order_tier(why) if evidence == Evidence.SECOND_ORDER else self.first_order_tier(why)
+        tier: Tier
+        if evidence == _MODEL:
+            tier = self.model_tier(ModelLoss(**state["fitted"]), whole=state["whole"])
+        else:
+            tier = self.second_order_tier(why) if evidence == Evidence.SECOND_ORDER else self.first_order_tier(why)
         tier.load(state)
         return tier
 
@@ -157,13 +166,19 @@ class Tiers:
         other = self._of_network if fitted is None else partial(self.second_order_tier, None)
         return CertificateTier(self.max_distance, *tolerances, fitted, self.loss_fn, other)
 
+    def model_tier(self, fitted: ModelLoss, *, whole: bool = False) -> ModelTier:
+        """The tier for an ``nn.Sequential`` that is trained on a loss that certificates of models cover."""
+        source = SequentialSource(fitted, self.loss_fn, whole=whole)
+        return ModelTier(source, self.max_distance, self.loss_fn, self.modules, **asdict(self.second_order))
+
     def second_order_tier(self, why: str | None) -> SecondOrderTier:
         """The tier for a loss that can be evaluated."""
         return SecondOrderTier(self.loss_fn, self.modules, **asdict(self.second_order), why=why)
 
-    def _of_network(self) -> SecondOrderTier:
-        """The tier for the squared error of a network with weight decay or frozen weights."""
-        return SecondOrderTier(_squared_error, self.modules, **asdict(self.second_order), weight_decay=True)
+    def _of_network(self) -> ModelTier:
+        """The tier for the squared error of a network that is deep, or with weight decay or frozen weights."""
+        source, settings = NetworkSource(), asdict(self.second_order)
+        return ModelTier(source, self.max_distance, _squared_error, self.modules, **settings, weight_decay=True)
 
     def first_order_tier(self, why: str, *, reads: bool = True) -> FirstOrderTier:
         """The tier for a loss that cannot be evaluated."""
@@ -198,16 +213,27 @@ class Tiers:
                 why = why or str(error)
         if why is not None:
             return self.first_order_tier(why)
-        network = network_of(pl_module)
-        if network is None or len(network.hidden_weights) > 1:
-            return self.second_order_tier(None)
-        if draws(trainer.train_dataloader):
-            return self.second_order_tier("its training set cannot be read sample by sample")
         try:
-            found = squared_error_loss(trainer, pl_module, self.loss_fn)
+            return self._certificate_of(trainer, pl_module)
         except LossNotEvaluableError as error:
             return self.first_order_tier(str(error))
-        return self.certificate_tier(found) if isinstance(found, SquaredErrorLoss) else self.second_order_tier(found)
+
+    def _certificate_of(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tier:
+        """The tier of certificates that cover the loss of a module; if there is none, that of second-order evidence.
+
+        Raises:
+            LossNotEvaluableError: the loss cannot be evaluated.
+        """
+        network, why = network_of(pl_module), None
+        if network is not None and len(network.hidden_weights) == 1:
+            if draws(trainer.train_dataloader):
+                return self.second_order_tier("its training set cannot be read sample by sample")
+            found = squared_error_loss(trainer, pl_module, self.loss_fn)
+            if isinstance(found, SquaredErrorLoss):
+                return self.certificate_tier(found)
+            why = found
+        model = model_loss(trainer, pl_module, self.loss_fn)
+        return self.model_tier(model) if isinstance(model, ModelLoss) else self.second_order_tier(why or model)
 
 
 def _squared_error(pl_module: pl.LightningModule, batch: Any) -> Tensor:

@@ -16,10 +16,10 @@ from lightning_mnn.callbacks.evaluation.training_set import (
     statistics_reader,
     store_statistics,
 )
+from lightning_mnn.callbacks.evidence.models.noise import noise_like
 from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.curvature.loss_surface import NoDerivativeError
 from lightning_mnn.utilities.distributed import gather_results
-from lightning_mnn.utilities.seeding import generator
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -165,7 +165,7 @@ def _compared(
         with batch.open():
             parameters = _parameters(pl_module, network)
             surface = batch.first_surface(parameters) if first else batch.surface(parameters)
-            with surface.moved(_noise(parameters, step)):
+            with surface.moved(noise_like(parameters, step)):
                 try:
                     loss, gradient = surface.value_and_gradient()
                 except NoDerivativeError as error:
@@ -200,12 +200,3 @@ def _gradient_of(network: Network, statistics: NetworkStatistics) -> dict[int, T
     if network.output_bias is not None and statistics.error_sum is not None:
         found[network.output_bias.data_ptr()] = scale * statistics.error_sum.cpu()
     return found
-
-
-def _noise(parameters: list[nn.Parameter], step: float) -> Tensor:
-    random = generator(0, "comparison")
-    steps = []
-    for parameter in parameters:
-        size = float(parameter.detach().square().mean().sqrt()) + parameter.numel() ** -0.5
-        steps.append(step * size * torch.randn(parameter.numel(), generator=random, dtype=torch.float64))
-    return torch.cat(steps).to(parameters[0])

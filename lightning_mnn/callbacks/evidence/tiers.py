@@ -35,8 +35,8 @@ class Evidence(StrEnum):
     """Tiers of evidence, the strongest first.
 
     Attributes:
-        CERTIFICATE: an exact minimum near the weights, proved up to stated rounding (two-layer networks, squared
-            error).
+        CERTIFICATE: an exact minimum near the weights, proved up to stated rounding (piecewise-linear networks and
+            ``nn.Sequential``, with the squared error, cross-entropy or logistic loss).
         SECOND_ORDER: gradient, distance to the nearest kink and smallest eigenvalue of the Hessian of the module's own
             loss over the whole training set.
         FIRST_ORDER: necessary conditions only.
@@ -125,6 +125,11 @@ class Tier(ABC):
     def can_certify(self) -> bool:
         """Whether there is an expensive check, which can decide."""
         return False
+
+    def affordable(self, trainer: pl.Trainer, pl_module: pl.LightningModule, steps: int) -> bool:
+        """Whether the expensive check is cheap beside so many steps of training, by counts of operations."""
+        del trainer, pl_module, steps
+        return True
 
     @property
     def moves(self) -> bool:

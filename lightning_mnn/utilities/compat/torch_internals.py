@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from copy import copy
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
@@ -17,10 +19,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from contextlib import AbstractContextManager
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
 _FORWARD = ("_forward_hooks", "_forward_pre_hooks")
 _OF_MODULES = (*_FORWARD, "_backward_hooks", "_backward_pre_hooks")
+_HOOKS = (
+    *(*_OF_MODULES, "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks_with_kwargs",),
+)
 _OF_TENSORS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _WITHOUT_DERIVATIVE = {  # keyed by the endings of the names of graph nodes
     "::Error": "a function of it is marked once_differentiable",
@@ -131,4 +137,31 @@ def without_derivative(output: Tensor) -> str | None:
                 return meaning
         seen.add(node)
         remaining.extend(following for following, _ in node.next_functions)
+    return None
+
+
+def as_evaluated(module: nn.Module) -> nn.Module:
+    """The same layers with the same parameters and buffers, in eval mode and without hooks; the module stays as it is.
+
+    >>> layer = nn.Dropout()
+    >>> as_evaluated(layer).training, layer.training
+    (False, True)
+    """
+    twin = copy(module)
+    attributes = vars(twin)
+    attributes["_modules"] = {name: child and as_evaluated(child) for name, child in module._modules.items()}
+    attributes["training"] = False
+    for name in _HOOKS:
+        if name in attributes:
+            attributes[name] = OrderedDict()
+    return twin
+
+
+def changes_in_training(module: nn.Module) -> str | None:
+    """A layer that computes something else in training mode, if it is in that mode now, in words."""
+    for layer in module.modules():
+        if layer.training and isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0:
+            return f"dropout is active in training ({layer})"
+        if layer.training and isinstance(layer, nn.modules.batchnorm._NormBase):
+            return f"batch norm normalises by its batch in training ({type(layer).__name__})"
     return None

@@ -14,8 +14,9 @@ from lightning_mnn.callbacks import LocalMinimumDetector, Schedule
 from lightning_mnn.callbacks.evidence import certification
 from lightning_mnn.callbacks.evidence.certificate import CertificateTier
 from lightning_mnn.callbacks.evidence.certification import steps_of_descent
+from lightning_mnn.callbacks.evidence.models import objective as model_objective
 from lightning_mnn.data import GaussianData
-from lightning_mnn.landscape import polish
+from lightning_mnn.landscape import polish, polish_model
 from lightning_mnn.utilities.interruption import TimeLimitError
 
 SIZE = (30, 6)
@@ -97,12 +98,22 @@ def test_replicas_share_a_limit_of_work(make_trainer, monkeypatch, steps, follow
     assert [kind is not None for kind in found["descends_to"]] == followed
 
 
-def test_another_objective_is_not_followed(make_trainer):
+def test_the_objective_with_weight_decay_is_followed(make_trainer):
     detector = LocalMinimumDetector(Schedule(every=1000))
     model = MNN(SIZE[1], (4,), optimizer={"name": "adam", "lr": 1e-2, "weight_decay": 1e-2})
     make_trainer(max_epochs=2, callbacks=[detector]).fit(model, GaussianData(*SIZE))
-    assert detector.summary()["descends_to"] is None
-    assert detector.summary()["advice"] in ADVICE.values()
+    net = nn.Sequential(nn.Linear(SIZE[1], 4, bias=False), nn.ReLU(), nn.Linear(4, 1, bias=False)).double()
+    with torch.no_grad():
+        net[0].weight.copy_(model.hidden_weights[0])
+        net[2].weight.copy_(model.output_weights[None])
+    steps = model_objective.steps_of_descent(28, 30 * 28, 0)
+    expected = polish_model(net, *GaussianData(*SIZE).tensors(), weight_decay=1e-2, max_steps=steps).certificate
+    found = detector.summary()
+    assert found["descends_to"] == expected.kind
+    assert found["descends_to_loss"] == pytest.approx(expected.loss, rel=1e-9)
+    assert found["descends_to_mse"] < found["descends_to_loss"]
+    assert found["descends_to_distance"] == pytest.approx(expected.distance, rel=1e-6)
+    assert found["advice"] in ADVICE.values()
 
 
 def test_the_work_of_a_step_grows_with_the_network():

@@ -1,0 +1,1 @@
+"""Which model a module trains, on which loss: what certificates of models need."""
