@@ -78,7 +78,8 @@ MEASURES = (
         "min_preactivation",
         "kinks",
     ),
-    *("rank", "rank_cap", "log_volume", "log_volume_standard_error", "log_volume_lower_bound", "regions_visited"),
+    *("rank", "rank_cap", "log_volume", "log_volume_standard_error", "log_volume_lower_bound", "learning_coefficient"),
+    "regions_visited",
 )
 
 _ENDED = Path("checkpoints", "ended.ckpt")  # the final checkpoint, until the run is finished

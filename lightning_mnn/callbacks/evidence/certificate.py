@@ -36,6 +36,7 @@ from lightning_mnn.callbacks.evidence.tiers import (
 )
 from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.minima.first_order import FirstOrderVerdict, first_order_verdicts
+from lightning_mnn.landscape.minima.learning_coefficient import known_coefficient
 from lightning_mnn.landscape.regions.statistics import NetworkStatistics, rank_cap
 from lightning_mnn.utilities.interruption import time_limit
 from lightning_mnn.utilities.transfer import plain
@@ -291,6 +292,9 @@ class CertificateTier(Tier):
                 values = [getattr(certificate, name) for certificate in found]
                 known = [value for value in values if value is not None]
                 scalars[f"minimum/{key}"] = sum(known) / len(known) if known else None
+            coefficients = [value for value in map(known_coefficient, found) if value is not None]
+            if coefficients:
+                scalars["minimum/learning_coefficient"] = sum(coefficients) / len(coefficients)
         return scalars
 
     @override
@@ -325,6 +329,7 @@ class CertificateTier(Tier):
             ]
         for name in ("distance", "weight_distance", "margin_ratio", "rank"):
             found[name] = [getattr(certificate, name) for certificate in self.certificates]
+        found["learning_coefficient"] = [known_coefficient(certificate) for certificate in self.certificates]
         found |= _descends_to(self.descents, len(verdicts))
         several, differs = bool(self.statistics.mse.ndim), found.pop("objective_differs_by")
         summary = {key: _one(value, several=several) for key, value in found.items()} | {

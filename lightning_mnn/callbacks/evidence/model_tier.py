@@ -20,6 +20,7 @@ from lightning_mnn.callbacks.evidence.second_order import SecondOrderTier
 from lightning_mnn.callbacks.evidence.tiers import Evidence, Finding
 from lightning_mnn.data.loaders.shards import batch_size_of, num_samples
 from lightning_mnn.landscape import tolerances
+from lightning_mnn.landscape.minima.learning_coefficient import known_coefficient
 from lightning_mnn.utilities.distributed import on_first_process
 from lightning_mnn.utilities.interruption import time_limit
 from lightning_mnn.verdicts import STATIONARY, Kind, Reason, ReasonCode
@@ -180,6 +181,7 @@ class ModelTier(SecondOrderTier):
                 "minimum/distance": None if minimum is None else minimum.distance,
                 "minimum/radius": None if minimum is None else minimum.radius,
                 "minimum/growth": None if minimum is None else minimum.growth,
+                "minimum/learning_coefficient": None if minimum is None else known_coefficient(minimum),
             }
         return scalars
 
@@ -196,6 +198,7 @@ class ModelTier(SecondOrderTier):
             at_point = finding.kind in STATIONARY
             found = {name: getattr(certificate, name) if at_point else None for name in _OF_POINT}
             found["tangential_eigenvalue"] = certificate.smallest_eigenvalue if at_point else None
+            found["learning_coefficient"] = known_coefficient(certificate) if at_point else None
             found["minimum_loss"] = self._value(certificate) if at_point else None
             found["minimum_mse"] = self._mse(certificate) if at_point else None
             if at_point:

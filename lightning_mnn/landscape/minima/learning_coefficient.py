@@ -76,15 +76,27 @@ def learning_coefficient(certificate: CountedDirections) -> LearningCoefficient:
     """
     if not certificate.is_minimum:
         raise ArgumentError("certificate", certificate.kind, "is not of a minimum", "train on, or polish the weights")
-    kinks, positive = certificate.kink_directions, certificate.positive_directions
-    if kinks is None or positive is None:
+    kinks, positive, value = (
+        certificate.kink_directions,
+        certificate.positive_directions,
+        known_coefficient(certificate),
+    )
+    if kinks is None or positive is None or value is None:
         raise ArgumentError(
             "certificate",
             certificate.kind,
             "does not tell in how many directions the loss rises",
             "this needs active units with z_i ≠ 0, an error on each kink, and at most 2,000 outputs or weights",
         )
-    return LearningCoefficient(kinks + positive / 2, kinks, positive)
+    return LearningCoefficient(value, kinks, positive)
+
+
+def known_coefficient(certificate: CountedDirections) -> float | None:
+    """The value of :func:`learning_coefficient`, or None where that raises an error."""
+    kinks, positive = certificate.kink_directions, certificate.positive_directions
+    if not certificate.is_minimum or kinks is None or positive is None:
+        return None
+    return kinks + positive / 2
 
 
 class Directions(NamedTuple):
