@@ -71,8 +71,8 @@ class Model:
         return result
 
     @cached_property
-    def rounding(self) -> float:
-        """γ of the objective's first derivatives, and of switching values (see the module).
+    def operations(self) -> int:
+        """Number of operations on the way of a term of first derivatives, or of switching values (see the module).
 
         A term goes through one sum of each layer forwards and one backwards, one over outputs, and one over samples and
         places.
@@ -89,7 +89,12 @@ class Model:
                     count += 2 * size
                 case _:
                     count += 6
-        return gamma(count + 2 * len(self.inputs) * places)
+        return count + 2 * len(self.inputs) * places
+
+    @property
+    def rounding(self) -> float:
+        """γ of first derivatives and switching values."""
+        return gamma(self.operations)
 
     @property
     def second_rounding(self) -> float:
