@@ -15,10 +15,10 @@ from lightning_mnn.landscape.minima.models.face import Model, Pieces, derivative
 from lightning_mnn.landscape.minima.models.reading import Active, Reading, read_face, true_loss
 from lightning_mnn.landscape.minima.models.stationarity import (
     Ball,
+    Factors,
     System,
     gauss_newton_step,
     linearise,
-    newton_step,
     prove_fit,
     prove_zero,
 )
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 _MAX_NEWTON_STEPS = 30
 MAX_UNKNOWNS = 3000  # P + κ, or N·K, of dense linear algebra
 _MIN_STEP = 4 * tolerances.FLOAT64_EPS  # step of Newton's method, relative to the parameters, that is rounding
+_PRECISE_STEP = 1e-4  # step, relative to the parameters, from which the equations are evaluated in double-double
+_MAX_STALLED_STEP = 1e-11  # relative step that no longer falls, with which the point is taken
+_STEPS_PER_FACTORS = 4  # steps with one factorisation, while each is a quarter of the one before
 _MIN_LIKQ = 1e-9  # σ_min/σ_max of Z of independent kinks: half of the digits and more
 
 
@@ -93,12 +96,26 @@ def solve(model: Model, vector: Tensor, active: Active, max_distance: float) -> 
         likq = system.likq
         if likq is not None and likq < _MIN_LIKQ:
             return Reason.of(ReasonCode.KINKS_NOT_INDEPENDENT, likq=likq, kinks=face.num_kinks)
-        step = newton_step(system)
+        factors = Factors(system)
+        if last > _PRECISE_STEP:
+            step = factors.step(theta, system.multipliers, system.residual)
+        else:
+            step = factors.step(theta, system.multipliers, factors.residual(system.precise))
         if step is None:
             return Reason.of(ReasonCode.FLAT_DIRECTIONS_UNEXPLAINED)
         size = float((step[0] - theta).norm()) / scale
-        if size <= _MIN_STEP or (size >= last / 2 and size < 1e-11):
+        if last <= _PRECISE_STEP and (size <= _MIN_STEP or (size >= last / 2 and size < _MAX_STALLED_STEP)):
             return system, reading, vector
+        for _ in range(_STEPS_PER_FACTORS):
+            if not _MIN_STEP < size <= _PRECISE_STEP:
+                break
+            following = factors.precise_step(face, *step)
+            if following is None:
+                break
+            before, size = size, float((following[0] - step[0]).norm()) / scale
+            if not size <= before / 4:
+                break
+            step = following
         last = min(size, last)
         vector, multipliers = face.whole(step[0]), step[1]
         if not float((vector - start).norm()) <= 10 * max_distance * scale:
@@ -117,9 +134,9 @@ def classify_point(  # noqa: C901, PLR0911 (one exit for each reason)
     model: Model, system: System, reading: Reading, vector: Tensor
 ) -> Classified:
     """The kind of the stationary point of a face next to a point."""
-    values, vectors = system.tangential()
+    values = system.tangential_values
     largest = max(float(values.abs().max()) if len(values) else 0.0, 1e-300)
-    growth = system.growth
+    growth = system.precise.growth
     zero = values.abs() <= tolerances.MAX_ZERO_RATIO * largest
     facts = {
         "growth": float(growth.min()) if len(growth) else None,
@@ -146,15 +163,11 @@ def classify_point(  # noqa: C901, PLR0911 (one exit for each reason)
     close = numbers_within(reading, ball)
     if close or not system.gauge.smallest > 2 * system.gauge.change * ball.radius:
         return undecided(ReasonCode.PIECES_WITHIN_RADIUS, count=close, radius=ball.radius)
-    inertia = torch.linalg.eigvalsh(system.matrix)
-    error = 100 * len(inertia) * tolerances.FLOAT64_EPS * float(inertia.abs().max())
-    if not float(inertia.abs().min()) > error:
-        return undecided(ReasonCode.FLAT_DIRECTIONS_UNEXPLAINED)
     kind = Kind.SADDLE
-    negative = int((inertia < 0).sum()) - len(system.multipliers) - len(system.gauge.basis)
+    negative = int((system.inertia < 0).sum()) - len(system.multipliers) - len(system.gauge.basis)
     uncertainty = _growth_error(system) + ball.radius * ball.bounds.growth_change
     if negative > 0:
-        direction = _fall_along_curvature(model, system, vector, vectors[:, 0], ball)
+        direction = _fall_along_curvature(model, system, vector, system.tangential()[1][:, 0], ball)
         code = ReasonCode.NEGATIVE_TANGENTIAL_CURVATURE
         words: dict[str, object] = {"value": float(values[0])}
     elif bool((growth < -uncertainty).any()):
@@ -197,9 +210,8 @@ def numbers_within(reading: Reading, ball: Ball) -> int:
 
 
 def _growth_error(system: System) -> Tensor:
-    size = system.multipliers.abs()
-    absolute = derivatives(system.face, system.theta.abs(), absolute=True)
-    return system.face.model.second_rounding * (absolute.normal + absolute.coupling.T @ size + size)
+    size, absolute = system.multipliers.abs(), system.absolute
+    return system.precise.rounding(system.face.model) * (absolute.normal + absolute.coupling.T @ size + size)
 
 
 def _fall(model: Model, vector: Tensor, moved: Tensor, ball: Ball, outputs_slope: float) -> bool:
@@ -218,7 +230,7 @@ def _loss_slope(model: Model, vector: Tensor, ball: Ball) -> float:
 
 def _fall_off_kink(model: Model, system: System, vector: Tensor, ball: Ball) -> Tensor | None:
     """A move off the kink of the most negative growth, on the side where the loss falls."""
-    kink = int(system.growth.argmin())
+    kink = int(system.precise.growth.argmin())
     target = -system.first.coupling[:, kink].clone()
     target[kink] += 1.0 if float(system.multipliers[kink]) >= 0 else -1.0
     move = torch.linalg.lstsq(system.first.jacobian, target[:, None], driver="gelsd").solution[:, 0]

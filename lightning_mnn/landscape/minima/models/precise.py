@@ -54,7 +54,7 @@ class Precise:
 
     def rounding(self, model: Model) -> float:
         """γ of all of them (see the module ``face``), with the rounding of their absolute evaluations."""
-        return 2 * model.operations * self.unit
+        return 4 * model.operations * self.unit
 
 
 def precise_equations(face: Face, theta: Tensor, multipliers: Tensor) -> Precise:

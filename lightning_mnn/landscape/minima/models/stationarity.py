@@ -9,6 +9,7 @@ Shapes: P free parameters, κ active kinks, q symmetries.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.minima.models.face import derivatives, gamma, hessian, outputs_jacobian
 from lightning_mnn.landscape.minima.models.lipschitz import Bounds, bounds_on_ball
+from lightning_mnn.landscape.minima.models.precise import Precise, precise_equations
 from lightning_mnn.landscape.minima.models.symmetries import Gauge, gauge_of
 
 if TYPE_CHECKING:
@@ -52,20 +54,35 @@ class System:
     def residual(self) -> Tensor:
         """F at μ = 0."""
         first = self.first
-        return torch.cat(
-            [
-                first.gradient + first.jacobian.T @ self.multipliers,
-                first.switching,
-                self.theta.new_zeros(len(self.gauge.basis)),
-            ]
-        )
+        gradient = first.gradient + first.jacobian.T @ self.multipliers
+        return torch.cat([gradient, first.switching, self.theta.new_zeros(len(self.gauge.basis))])
+
+    @cached_property
+    def precise(self) -> Precise:
+        """The equations and the growth in double-double."""
+        return precise_equations(self.face, self.theta, self.multipliers)
+
+    @cached_property
+    def inertia(self) -> Tensor:
+        """The eigenvalues of F′."""
+        return torch.linalg.eigvalsh(self.matrix)
+
+    @cached_property
+    def absolute(self) -> Derivatives:
+        """First derivatives of the absolute evaluation."""
+        return derivatives(self.face, self.theta.abs(), absolute=True)
+
+    @property
+    def inertia_error(self) -> float:
+        """A bound on the error of these eigenvalues."""
+        return 100 * len(self.matrix) * tolerances.FLOAT64_EPS * float(self.inertia.abs().max())
 
     @property
     def growth(self) -> Tensor:
         """The growth b + Lᵀλ − |λ|, (κ,)."""
         return self.first.normal + self.first.coupling.T @ self.multipliers - self.multipliers.abs()
 
-    @property
+    @cached_property
     def likq(self) -> float | None:
         """σ_min/σ_max of Z; None without kinks."""
         if not len(self.multipliers):
@@ -75,12 +92,24 @@ class System:
         values = torch.linalg.svdvals(self.first.jacobian)
         return float(values[-1] / values[0]) if float(values[0]) > 0 else 0.0
 
-    def tangential(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues of the Hessian on the kernel of Z and G, and their vectors in θ as columns."""
+    @cached_property
+    def kernel(self) -> Tensor:
+        """An orthonormal basis of the kernel of Z and G, as columns."""
         rows = torch.cat([self.first.jacobian, self.gauge.basis])
-        kernel = torch.linalg.qr(rows.T, mode="complete")[0][:, len(rows) :]
-        values, vectors = torch.linalg.eigh(kernel.T @ self.hessian @ kernel)
-        return values, kernel @ vectors
+        if not len(rows):
+            return torch.eye(len(self.theta), dtype=torch.float64)
+        return torch.linalg.qr(rows.T, mode="complete")[0][:, len(rows) :]
+
+    @cached_property
+    def tangential_values(self) -> Tensor:
+        """Eigenvalues of the Hessian on this kernel."""
+        found: Tensor = torch.linalg.eigvalsh(self.kernel.T @ self.hessian @ self.kernel)
+        return found
+
+    def tangential(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues of the Hessian on the kernel, and their vectors in θ as columns."""
+        values, vectors = torch.linalg.eigh(self.kernel.T @ self.hessian @ self.kernel)
+        return values, self.kernel @ vectors
 
 
 def multipliers_at(first: Derivatives) -> Tensor:
@@ -102,13 +131,31 @@ def linearise(face: Face, theta: Tensor, multipliers: Tensor | None = None) -> S
     return System(face, theta, multipliers, first, curvature, gauge, matrix)
 
 
-def newton_step(system: System) -> tuple[Tensor, Tensor] | None:
-    """The step to θ and λ of Newton's method; None where the matrix is singular."""
-    solution, info = torch.linalg.solve_ex(system.matrix, -system.residual)
-    if int(info) or not bool(solution.isfinite().all()):
-        return None
-    p, kinks = len(system.theta), len(system.multipliers)
-    return system.theta + solution[:p], system.multipliers + solution[p : p + kinks]
+class Factors:
+    """F′ factored, for several steps of Newton's method."""
+
+    def __init__(self, system: System) -> None:
+        self._lu, self._pivots, info = torch.linalg.lu_factor_ex(system.matrix)
+        self._symmetries = len(system.gauge.basis)
+        self._singular = bool(int(info))
+
+    def step(self, theta: Tensor, multipliers: Tensor, residual: Tensor) -> tuple[Tensor, Tensor] | None:
+        """θ and λ after a step; None where the matrix is singular."""
+        if self._singular:
+            return None
+        solution = torch.linalg.lu_solve(self._lu, self._pivots, -residual[:, None])[:, 0]
+        if not bool(solution.isfinite().all()):
+            return None
+        p, kinks = len(theta), len(multipliers)
+        return theta + solution[:p], multipliers + solution[p : p + kinks]
+
+    def precise_step(self, face: Face, theta: Tensor, multipliers: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The same with the equations in double-double, on a face."""
+        return self.step(theta, multipliers, self.residual(precise_equations(face, theta, multipliers)))
+
+    def residual(self, precise: Precise) -> Tensor:
+        """F at μ = 0."""
+        return torch.cat([precise.gradient, precise.switching, precise.gradient.new_zeros(self._symmetries)])
 
 
 @dataclass(frozen=True)
@@ -129,31 +176,33 @@ def prove_zero(system: System) -> Ball | None:
     """A ball around the point with one zero of F in it, by the theorem of Newton and Kantorovich; None if not proved.
 
     With A ≈ F′⁻¹, η ≥ ‖A F‖, δ ≥ ‖1 − A F′‖ with all rounding errors, and a Lipschitz constant M of F′ on the ball:
-    η + δ r + ½‖A‖M r² ≤ r and δ + ‖A‖M r < 1. F′ is then invertible on the ball.
+    η + δ r + ½‖A‖M r² ≤ r and δ + ‖A‖M r < 1. F′ is then invertible on the ball. F is evaluated in double-double.
     """
     face, theta, size = system.face, system.theta, system.multipliers.abs()
+    smallest = float(system.inertia.abs().min()) - system.inertia_error
     inverse, info = torch.linalg.inv_ex(system.matrix)
-    if int(info) or not bool(inverse.isfinite().all()):
+    if not smallest > 0 or int(info) or not bool(inverse.isfinite().all()):
         return None
-    absolute = derivatives(face, theta.abs(), absolute=True)
-    curvature = hessian(face, theta.abs(), size, absolute=True)
-    p, border = len(theta), len(system.matrix) - len(theta)
+    p, kinks = len(theta), len(size)
     sums = gamma(len(system.matrix) + 2)
-    gradient_error = absolute.gradient + absolute.jacobian.T @ size
-    residual_error = face.model.rounding * torch.cat([gradient_error, absolute.switching])
-    residual_error = torch.cat([residual_error, theta.new_zeros(len(system.gauge.basis))])
-    residual_error[:p] += sums * gradient_error
-    matrix_error = theta.new_zeros(len(system.matrix), len(system.matrix))
-    matrix_error[:p, :p] = curvature
-    matrix_error[p : p + len(size), :p] = absolute.jacobian
-    matrix_error[:p, p : p + len(size)] = absolute.jacobian.T
+    magnitude, precise = inverse.abs(), system.precise
+    residual = system.residual.clone()
+    residual[:p], residual[p : p + kinks] = precise.gradient, precise.switching
+    residual_error = torch.zeros_like(residual)
+    absolute = system.absolute
+    residual_error[:p] = absolute.gradient + absolute.jacobian.T @ size
+    residual_error[p : p + kinks] = absolute.switching
+    residual_error = precise.rounding(face.model) * residual_error + tolerances.UNIT_ROUNDOFF * residual.abs()
+    matrix_error = torch.zeros_like(system.matrix)
+    matrix_error[:p, :p] = hessian(face, theta.abs(), size, absolute=True)
+    matrix_error[p : p + kinks, :p] = absolute.jacobian
+    matrix_error[:p, p : p + kinks] = absolute.jacobian.T
     matrix_error *= face.model.second_rounding
-    step, magnitude = inverse @ system.residual, inverse.abs()
-    eta = float(step.norm() + (magnitude @ (residual_error + sums * system.residual.abs())).norm())
-    identity = torch.eye(p + border, dtype=torch.float64)
-    delta = float((identity - inverse @ system.matrix).norm())
-    delta += float((magnitude @ (matrix_error + sums * system.matrix.abs())).norm())
-    norm = float(torch.linalg.matrix_norm(inverse, 2)) * (1 + 1e-6)
+    matrix_error += sums * system.matrix.abs()
+    eta = float((inverse @ residual).norm() + (magnitude @ (residual_error + sums * residual.abs())).norm())
+    identity = torch.eye(len(inverse), dtype=torch.float64)
+    delta = float((identity - inverse @ system.matrix).norm()) + float((magnitude @ matrix_error).norm())
+    norm = (1 + delta) / smallest * (1 + 1e-6)
     return _ball(face, theta, system.multipliers, norm, eta, delta)
 
 
@@ -179,8 +228,8 @@ def prove_fit(face: Face, theta: Tensor) -> Ball | None:
     The equations f(θ) = y, z(θ) = 0 have a Jacobian J of full row rank; with A ≈ Jᵀ(JJᵀ)⁻¹ and J Aᵀ ≈ 1 the theorem
     holds for θ + A v.
     """
-    outputs, switching = face.evaluate(theta, theta.new_zeros(face.num_kinks))
-    residual = torch.cat([(outputs - face.model.loss.targets).flatten(), switching])
+    precise = precise_equations(face, theta, theta.new_zeros(face.num_kinks))
+    residual = torch.cat([precise.misfit.flatten(), precise.switching])
     jacobian = outputs_jacobian(face, theta)
     if jacobian.shape[0] > jacobian.shape[1]:
         return None
@@ -190,7 +239,8 @@ def prove_fit(face: Face, theta: Tensor) -> Ball | None:
         return None
     at = theta.abs()
     f, z = face.evaluate(at, at.new_zeros(face.num_kinks), absolute=True)
-    residual_error = face.model.rounding * torch.cat([(f + face.model.loss.targets.abs()).flatten(), z])
+    residual_error = precise.rounding(face.model) * torch.cat([(f + face.model.loss.targets.abs()).flatten(), z])
+    residual_error += tolerances.UNIT_ROUNDOFF * residual.abs()
     error = face.model.second_rounding * _absolute_jacobian(face, at)
     sums = gamma(len(theta) + 2)
     # The equations in v are g(v) = F(θ + A v), g′(0) = J A ≈ 1: δ = ‖1 − J A‖, and ‖A‖² M bounds the change of g′.
