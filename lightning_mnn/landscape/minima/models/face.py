@@ -14,14 +14,14 @@ Shapes: N samples, K outputs, P free parameters, κ active kinks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from lightning_mnn.landscape import tolerances
-from lightning_mnn.landscape.minima.models.layers import Affine, Average, Flatten, Largest, Layers, Scale
+from lightning_mnn.landscape.minima.models.layers import Affine, Average, Bends, Flatten, Largest, Layers, Scale
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -212,6 +212,28 @@ class Face:
         return self.model.loss.absolute(f, outputs) + penalty + multipliers @ switching
 
 
+def on_kinks(face: Face, active: dict[int, Tensor]) -> Face:
+    """The same face with the units of some places on their kinks, and all others on the pieces they have.
+
+    Args:
+        face: the face.
+        active: by the number of the activation, the kink of each unit, or −1, (N, …).
+    """
+    pieces = list(face.pieces)
+    for number, on in active.items():
+        op, piece = face.model.layers.operations[number], pieces[number]
+        assert isinstance(op, Bends)  # noqa: S101 (what kinks are of)
+        assert isinstance(piece, Pieces)  # noqa: S101 (what activations have)
+        places = (on.flatten() >= 0).nonzero()[:, 0]
+        kink = on.flatten()[places]
+        slopes, kinks, values = (torch.tensor(t, dtype=torch.float64) for t in (op.slopes, op.kinks, op.values))
+        mean, half = (slopes[kink + 1] + slopes[kink]) / 2, (slopes[kink + 1] - slopes[kink]) / 2
+        slope = piece.slope.flatten().index_copy(0, places, mean).reshape(piece.slope.shape)
+        offset = piece.offset.flatten().index_copy(0, places, values[kink] - mean * kinks[kink])
+        pieces[number] = Pieces(slope, offset.reshape(piece.offset.shape), places, half, kinks[kink])
+    return replace(face, pieces=tuple(pieces))
+
+
 def apply_linear(op: object, h: Tensor, parameters: dict[str, Tensor], *, absolute: bool = False) -> Tensor:
     """An operation without kinks; ``absolute``: with the absolute values of its fixed numbers."""
     match op:
@@ -251,9 +273,13 @@ class Derivatives:
     coupling: Tensor
 
 
-def derivatives(face: Face, theta: Tensor, *, absolute: bool = False) -> Derivatives:
-    """First derivatives at a point; ``absolute``: of the absolute evaluation, at θ ≥ 0."""
-    s, none = theta.new_zeros(face.num_kinks), theta.new_zeros(face.num_kinks)
+def derivatives(face: Face, theta: Tensor, s: Tensor | None = None, *, absolute: bool = False) -> Derivatives:
+    """First derivatives at a point, with the active kinks at zero unless s is given.
+
+    ``absolute``: of the absolute evaluation, at θ ≥ 0.
+    """
+    none = theta.new_zeros(face.num_kinks)
+    s = none if s is None else s
     lagrangian = _lagrangian(face, theta, absolute=absolute)
     gradient, normal = torch.func.grad(lagrangian, argnums=(0, 1))(theta, s, none)
 
