@@ -21,6 +21,7 @@ from lightning_mnn.landscape.minima.models.classification import (
     solve,
 )
 from lightning_mnn.landscape.minima.models.face import Model
+from lightning_mnn.landscape.minima.models.inactive_units import split_units
 from lightning_mnn.landscape.minima.models.layers import Affine, Bends, Loss, LossName, prepare_loss, read_layers
 from lightning_mnn.landscape.minima.models.reading import active_sets, read_face, true_loss, true_outputs
 from lightning_mnn.utilities.validation import ArgumentError
@@ -190,7 +191,24 @@ def prepare(
 
 
 def classify_near(model: Model, vector: Tensor, max_distance: float) -> Classified:
-    """The best kind that is proved of the faces next to a point: a minimum, else a saddle, else the first reason."""
+    """The best kind that is proved of the faces next to a point: a minimum, else a saddle, else the first reason.
+
+    Where penalised units have no part in the outputs, also next to the point where they are split off other units.
+    """
+    found = _classify_faces(model, vector, max_distance)
+    if found.kind.is_minimum:
+        return found
+    split = split_units(model, vector)
+    scale = max(float(vector.norm()), 1e-300)
+    if split is None or not float((split - vector).norm()) <= max_distance * scale:
+        return found
+    again = _classify_faces(model, split, max_distance)
+    if again.kind.is_minimum and float((again.vector - vector).norm()) <= max_distance * scale:
+        return again
+    return found
+
+
+def _classify_faces(model: Model, vector: Tensor, max_distance: float) -> Classified:
     reading = read_face(model, vector)
     if len(reading.face.free) > MAX_UNKNOWNS:
         reason = Reason.of(ReasonCode.MODEL_TOO_LARGE, unknowns=len(reading.face.free), limit=MAX_UNKNOWNS)

@@ -14,6 +14,7 @@ import torch
 
 from lightning_mnn.landscape.minima.models.classification import MAX_UNKNOWNS, Classified, classify_point, solve
 from lightning_mnn.landscape.minima.models.face import derivatives, hessian, on_kinks
+from lightning_mnn.landscape.minima.models.inactive_units import split_units
 from lightning_mnn.landscape.minima.models.model_certificate import (
     ModelCertificate,
     as_certificate,
@@ -159,6 +160,7 @@ class _Search:
 
     def _step(self) -> float:
         """One step; its length relative to the parameters, 0 if the loss does not fall."""
+        self._split()
         reading = read_face(self.model, self.vector)
         candidates = _candidates(reading, _MAX_CANDIDATE_RATIO, _MAX_CANDIDATES)
         face = on_kinks(reading.face, candidates.masks)
@@ -196,6 +198,17 @@ class _Search:
         self._damping = 0.0
         self._remember(candidates, minimise(local, vectors / np.sqrt(size), active))
         return 0.0
+
+    def _split(self) -> None:
+        """Make units without a part in the outputs copies of others, where the loss does not rise."""
+        split = split_units(self.model, self.vector)
+        if split is None:
+            return
+        loss, (here, error) = self._loss(split), true_loss(self.model, self.vector)
+        if loss < self.losses[-1]:
+            self._move(split, loss)
+        elif loss <= here + error:
+            self.vector = split
 
     def _first_active(self, candidates: _Candidates) -> NDArray[np.bool_]:
         """The first guess of the active candidates: those of the last step."""
