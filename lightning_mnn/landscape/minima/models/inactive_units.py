@@ -26,11 +26,17 @@ if TYPE_CHECKING:
     from lightning_mnn.landscape.minima.models.reading import Reading
 
 COPY_SINE = 1e-2  # sin α: small against the weights, large against rounding
-_MAX_ZERO_NORM_RATIO = 1e-6  # norm of a unit's weights, relative to the largest of its layer, of one that goes to zero
+MAX_ZERO_NORM_RATIO = 1e-6  # norm of a unit's weights, relative to the largest of its layer, of one that goes to zero
 
 
-def split_units(model: Model, vector: Tensor) -> Tensor | None:
-    """The point with each penalised unit that has no part in the outputs a copy of another; None if there is none."""
+def split_units(model: Model, vector: Tensor, largest: float = MAX_ZERO_NORM_RATIO) -> Tensor | None:
+    """The point with each penalised unit that has no part in the outputs a copy of another; None if there is none.
+
+    Args:
+        model: the model.
+        vector: the point.
+        largest: norm of a unit's weights, relative to the largest of its layer, up to which it is as good as zero.
+    """
     reading, changed = read_face(model, vector), False
     parameters = {name: value.clone() for name, value in model.parameters(vector).items()}
     for number, first, second in _hidden_layers(model):
@@ -40,7 +46,7 @@ def split_units(model: Model, vector: Tensor) -> Tensor | None:
         squares = squares if bias is None else squares + bias.square()
         into, out = squares.sqrt(), outgoing.norm(dim=0)
         idle = _never_active(reading, number)
-        idle |= (into <= _MAX_ZERO_NORM_RATIO * into.max()) & (out <= _MAX_ZERO_NORM_RATIO * out.max())
+        idle |= (into <= largest * into.max()) & (out <= largest * out.max())
         if not bool(idle.any()) or bool(idle.all()):
             continue
         size = (into * out).masked_fill(idle, -1.0)
@@ -51,6 +57,19 @@ def split_units(model: Model, vector: Tensor) -> Tensor | None:
                 tensor[source] *= math.sqrt(1 - COPY_SINE**2)
         changed = True
     return model.vector(parameters) if changed else None
+
+
+def scaled_units(model: Model, vector: Tensor, largest: float, factor: float) -> Tensor:
+    """The point with the weights of small penalised units, see ``split_units``, multiplied by a factor."""
+    parameters = {name: value.clone() for name, value in model.parameters(vector).items()}
+    for _, first, second in _hidden_layers(model):
+        into, out = parameters[first.weight].norm(dim=1), parameters[second.weight].norm(dim=0)
+        small = (into <= largest * into.max()) & (out <= largest * out.max())
+        for tensor in (parameters[first.weight], parameters[second.weight].T):
+            tensor[small] *= factor
+        if first.bias is not None:
+            parameters[first.bias][small] *= factor
+    return model.vector(parameters)
 
 
 def _hidden_layers(model: Model) -> Iterator[tuple[int, Affine, Affine]]:

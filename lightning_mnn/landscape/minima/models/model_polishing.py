@@ -14,14 +14,14 @@ import torch
 
 from lightning_mnn.landscape.minima.models.classification import MAX_UNKNOWNS, Classified, classify_point, solve
 from lightning_mnn.landscape.minima.models.face import derivatives, hessian, on_kinks
-from lightning_mnn.landscape.minima.models.inactive_units import split_units
+from lightning_mnn.landscape.minima.models.inactive_units import scaled_units, split_units
 from lightning_mnn.landscape.minima.models.model_certificate import (
     ModelCertificate,
     as_certificate,
     certificate_at,
     prepare,
 )
-from lightning_mnn.landscape.minima.models.piecewise_step import LocalModel, minimise
+from lightning_mnn.landscape.minima.models.piecewise_step import Curvature, LocalModel, minimise
 from lightning_mnn.landscape.minima.models.reading import Active, objective_at, read_face, true_loss
 from lightning_mnn.utilities.interruption import safe_point
 from lightning_mnn.utilities.validation import ArgumentError, whole_number
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 _CHECK_STEP = 1e-3  # relative step from which Newton's method on the face may converge
 _CHECK_DISTANCE = 1e-3  # relative distance that it may go
-_MIN_CURVATURE_RATIO = 1e-9  # eigenvalue of the Hessian, relative to the largest, that is no rounding
+_MIN_DAMPING = 1e-9
 _MAX_CANDIDATE_RATIO = 0.1  # |z − kink|, relative to its scale, of kinks that the local model knows
 _MAX_CANDIDATES = 400
 _FIRST_ACTIVE_RATIO = 1e-6  # |z − kink|, relative to its scale, of the kinks that are active at first
@@ -49,6 +49,8 @@ _MAX_DAMPING = 1e6
 _DAMPING_FACTOR = 10.0
 _MIN_GAIN = 0.25  # decrease of the loss, relative to the predicted one, with which damping falls
 _MIN_DECREASE = 1e-15  # of the loss, relative to it, that is no rounding
+_MAX_SMALL_NORM_RATIO = 1e-3  # norm of a unit's weights, relative to its layer's largest, that grows or goes to zero
+_MAX_DOUBLINGS = 10
 _CORRECTIONS = 2  # of active kinks after a move
 _STALLS = 2  # steps without a decrease before the end
 
@@ -171,44 +173,58 @@ class _Search:
             first.gradient.numpy(), first.normal.numpy(), values, first.jacobian.numpy(), first.coupling.numpy()
         )
         active = self._first_active(candidates)
-        curvature = self._curvature(reading, theta, candidates, active, local)
-        eigenvalues, vectors = np.linalg.eigh(curvature.numpy())
-        size = np.abs(eigenvalues)
-        largest = max(float(size.max(initial=0.0)), 1e-300)
-        size = np.where(size > _MIN_CURVATURE_RATIO * largest, size, largest)
+        curvature = Curvature(
+            self._curvature(reading, theta, candidates, active, local).numpy(), first.jacobian.numpy()[active]
+        )
         here = self.losses[-1]
         while self._damping <= _MAX_DAMPING:
             safe_point()
-            found = minimise(local, vectors / np.sqrt(size + self._damping * largest), active)
+            root = curvature.root(self._damping)
+            found = minimise(local, root, active)
             moved, loss = self._corrected(face, theta, found, candidates)
             if loss < here - _MIN_DECREASE * abs(here):
-                predicted = -local.value((vectors * size) @ vectors.T, found.move)
+                predicted = -found.value
                 if here - loss > _MIN_GAIN * predicted:
                     self._damping /= _DAMPING_FACTOR**2
-                    self._damping = self._damping if self._damping > _MIN_CURVATURE_RATIO else 0.0
+                    self._damping = self._damping if self._damping > _MIN_DAMPING else 0.0
                 elif self._damping == 0:
-                    self._damping = _MIN_CURVATURE_RATIO
+                    self._damping = _MIN_DAMPING
                 self._remember(candidates, found)
                 length = float((moved - self.vector).norm()) / max(float(self.vector.norm()), 1e-300)
                 self._move(moved, loss)
                 return length
             if float(np.linalg.norm(found.move)) <= 1e-15 * float(theta.norm()):
                 break
-            self._damping = max(self._damping * _DAMPING_FACTOR, _MIN_CURVATURE_RATIO)
+            self._damping = max(self._damping * _DAMPING_FACTOR, _MIN_DAMPING)
         self._damping = 0.0
-        self._remember(candidates, minimise(local, vectors / np.sqrt(size), active))
+        self._remember(candidates, minimise(local, curvature.root(0.0), active))
         return 0.0
 
     def _split(self) -> None:
         """Make units without a part in the outputs copies of others, where the loss does not rise."""
         split = split_units(self.model, self.vector)
         if split is None:
-            return
+            split = split_units(self.model, self.vector, _MAX_SMALL_NORM_RATIO)
+            if split is None or self._grow():
+                return
         loss, (here, error) = self._loss(split), true_loss(self.model, self.vector)
         if loss < self.losses[-1]:
             self._move(split, loss)
         elif loss <= here + error:
             self.vector = split
+
+    def _grow(self) -> bool:
+        """Scale units with small weights up as far as the loss falls; whether it does."""
+        moved, best = False, self.losses[-1]
+        for power in range(1, _MAX_DOUBLINGS):
+            vector = scaled_units(self.model, self.vector, _MAX_SMALL_NORM_RATIO, 2.0**power)
+            loss = self._loss(vector)
+            if not loss < best:
+                break
+            moved, best, chosen = True, loss, vector
+        if moved:
+            self._move(chosen, best)
+        return moved
 
     def _first_active(self, candidates: _Candidates) -> NDArray[np.bool_]:
         """The first guess of the active candidates: those of the last step."""
@@ -317,10 +333,7 @@ class _Candidates:
 
 def _candidates(reading: Reading, largest: float, count: int) -> _Candidates:
     """The nearest kinks, up to a relative distance and a number."""
-    nearest = {}
-    for number, unit in reading.units.items():
-        ratio, kink = (unit.distances / unit.scale[..., None].clamp(min=1e-300)).min(-1)
-        nearest[number] = (ratio.masked_fill(~unit.varies, torch.inf), kink)
+    nearest = {number: unit.nearest() for number, unit in reading.units.items()}
     every = torch.cat([ratio.flatten() for ratio, _ in nearest.values()]) if nearest else torch.zeros(0).double()
     if len(every) > count:
         largest = min(largest, float(every.kthvalue(count).values))

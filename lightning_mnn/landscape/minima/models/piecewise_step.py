@@ -25,9 +25,42 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 _MIN_RIDGE = 1e-13  # of the matrix of active kinks, relative to its largest diagonal number
+_MIN_CURVATURE_RATIO = 1e-9  # eigenvalue of the Hessian, relative to the largest, that is no rounding
 _MAX_ROUNDS_PER_CANDIDATE = 4
 _MIN_ROUNDS = 50
 _MAX_NEGATIVE_GROWTH = 1e-12  # growth, relative to the largest number in b, that counts as zero
+
+
+class Curvature:
+    """A Hessian made positive: on the kernel of the active kinks' Z, and across it where the first leaves it negative.
+
+    In a basis of the kernel and of its complement H = [[T, Cᵀ], [C, N]]. The eigenvalues of T, and of the complement
+    N − C T⁻¹ Cᵀ, are replaced by their absolute values. So moves on the face are those of Newton's method.
+    """
+
+    def __init__(self, hessian: Array, jacobian: Array) -> None:
+        kinks = len(jacobian)
+        basis = np.linalg.qr(jacobian.T, mode="complete")[0] if kinks else np.eye(len(hessian))
+        self._across, kernel = basis[:, :kinks], basis[:, kinks:]
+        values, vectors = np.linalg.eigh(kernel.T @ hessian @ kernel)
+        self._largest = max(float(np.abs(values).max(initial=0.0)), 1e-300)
+        self._values, self._kernel = self._positive(values), kernel @ vectors
+        self._coupling = self._across.T @ hessian @ self._kernel
+        self._normal = self._across.T @ hessian @ self._across
+
+    def _positive(self, values: Array) -> Array:
+        # A direction without curvature is left alone: the gradient in it is rounding.
+        size = np.abs(values)
+        return np.where(size > _MIN_CURVATURE_RATIO * self._largest, size, self._largest)
+
+    def root(self, damping: float) -> Array:
+        """R with R Rᵀ = H⁻¹, of H with a multiple of its largest eigenvalue added, (P, P)."""
+        values = self._values + damping * self._largest
+        ratio = self._coupling / values
+        rest, vectors = np.linalg.eigh(self._normal - ratio @ self._coupling.T)
+        rest = self._positive(rest) + damping * self._largest
+        across = (self._across - self._kernel @ ratio.T) @ vectors
+        return np.concatenate([self._kernel / np.sqrt(values), across / np.sqrt(rest)], axis=1)
 
 
 @dataclass(frozen=True)
@@ -67,6 +100,7 @@ class ModelMinimum:
         multipliers: λ of all candidates: on active kinks the multipliers, elsewhere the derivatives in z, (m,).
         to_kinks: H⁻¹ Z_σᵀ (Z_σ H⁻¹ Z_σᵀ)⁻¹ of the active kinks: the shortest move that changes their z, (P, κ).
         is_complete: whether the active set ended.
+        value: the model there, with the damped H.
     """
 
     move: Array
@@ -74,6 +108,7 @@ class ModelMinimum:
     multipliers: Array
     to_kinks: Array
     is_complete: bool
+    value: float
 
 
 def minimise(model: LocalModel, root: Array, active: NDArray[np.bool_]) -> ModelMinimum:
@@ -148,10 +183,12 @@ class _ActiveSet:
 
     def result(self, *, is_complete: bool) -> ModelMinimum:
         on = np.flatnonzero(self.signs == 0)
-        move = self.root @ (-self.t * self.force - self.rows.T @ self.v)
+        scaled = -self.t * self.force - self.rows.T @ self.v
+        sizes = np.abs(self.z) - np.abs(self.model.switching)
+        value = float(self.force @ scaled + 0.5 * scaled @ scaled + self.model.normal @ sizes)
         rows = self._solved(self.rows)[on]
         to_kinks = self.root @ _solve(rows @ rows.T, rows).T
-        return ModelMinimum(move, self.signs, self.v, to_kinks, is_complete)
+        return ModelMinimum(self.root @ scaled, self.signs, self.v, to_kinks, is_complete, value)
 
 
 def _solve(matrix: Array, right: Array) -> Array:

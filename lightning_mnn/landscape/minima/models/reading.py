@@ -39,6 +39,15 @@ class Unit:
     varies: Tensor
     distances: Tensor
 
+    def nearest(self) -> tuple[Tensor, Tensor]:
+        """The nearest kink of each, and |z − kink| relative to its scale, infinite where z does not vary; (N, …).
+
+        The scale is at least the mean over samples: where all inputs of a unit are zero, it is not its bias.
+        """
+        scale = self.scale.maximum(self.scale.mean(0, keepdim=True)).clamp(min=1e-300)
+        ratio, kink = (self.distances / scale[..., None]).min(-1)
+        return ratio.masked_fill(~self.varies, torch.inf), kink
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -246,8 +255,8 @@ def active_sets(reading: Reading, largest: float, count: int) -> list[Active]:
     """
     numbers, places, kinks, ratios = [], [], [], []
     for index, unit in reading.units.items():
-        ratio, kink = (unit.distances / unit.scale[..., None].clamp(min=1e-300)).min(-1)
-        near = (unit.varies & (ratio <= largest)).flatten().nonzero()[:, 0]
+        ratio, kink = unit.nearest()
+        near = (ratio <= largest).flatten().nonzero()[:, 0]
         numbers.append(torch.full_like(near, index))
         places.append(near)
         kinks.append(kink.flatten()[near])
