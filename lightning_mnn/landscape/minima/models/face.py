@@ -114,9 +114,11 @@ class Pieces(NamedTuple):
     Attributes:
         slope: (N, …).
         offset: (N, …).
-        kinks: places of the active kinks in the flat tensor, (κ of this activation,).
-        half: half the difference of the slopes, (κ,).
-        place: the kink, (κ,).
+        kinks: places of the active kinks in the flat tensor.
+        half: half the difference of the slopes of each.
+        place: the kink of each.
+        groups: the number of its variable s for each: kinks whose z are the same function have one together.
+        heads: for each variable one of its kinks, a place in ``kinks``, (κ of this activation,).
     """
 
     slope: Tensor
@@ -124,6 +126,21 @@ class Pieces(NamedTuple):
     kinks: Tensor
     half: Tensor
     place: Tensor
+    groups: Tensor
+    heads: Tensor
+
+
+def kink_groups(places: Tensor, classes: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The groups and heads of the kinks of an activation, see :class:`Pieces`.
+
+    Args:
+        places: places in the flat tensor of pre-activations.
+        classes: a number for each sample, equal for samples whose pre-activations are the same functions, (N,).
+        size: pre-activations of one sample.
+    """
+    keys, groups = (classes[places // size] * size + places % size).unique(return_inverse=True)
+    heads = torch.full_like(keys, len(places)).scatter_reduce(0, groups, torch.arange(len(places)), "amin")
+    return groups, heads
 
 
 @dataclass(frozen=True)
@@ -146,12 +163,24 @@ class Face:
     @cached_property
     def num_kinks(self) -> int:
         """κ."""
-        return sum(len(p.kinks) for p in self.pieces if isinstance(p, Pieces))
+        return sum(len(p.heads) for p in self.pieces if isinstance(p, Pieces))
+
+    @cached_property
+    def members(self) -> tuple[Tensor, Tensor]:
+        """The sample of each active kink, and the number of its variable."""
+        rows, numbers, first = [], [], 0
+        for piece in self.pieces:
+            if isinstance(piece, Pieces):
+                rows.append(piece.kinks // piece.slope[0].numel())
+                numbers.append(piece.groups + first)
+                first += len(piece.heads)
+        none = torch.zeros(0, dtype=torch.long)
+        return torch.cat([*rows, none]), torch.cat([*numbers, none])
 
     @cached_property
     def samples(self) -> Tensor:
-        """The sample of each active kink, (κ,)."""
-        rows = [p.kinks // p.slope[0].numel() for p in self.pieces if isinstance(p, Pieces)]
+        """The sample whose pre-activation is the switching value of each variable, (κ,)."""
+        rows = [p.kinks[p.heads] // p.slope[0].numel() for p in self.pieces if isinstance(p, Pieces)]
         return torch.cat([*rows, torch.zeros(0, dtype=torch.long)])
 
     def whole(self, theta: Tensor, *, absolute: bool = False) -> Tensor:
@@ -181,11 +210,11 @@ class Face:
                 visit(number, h)
             if isinstance(piece, Pieces):
                 place = size(piece.place)
-                values = h.flatten()[piece.kinks]
+                values, place = h.flatten()[piece.kinks[piece.heads]], place[piece.heads]
                 switching.append(values + place if absolute else values - place)
                 result = size(piece.slope) * h + size(piece.offset)
-                if count := len(piece.kinks):
-                    extra = size(piece.half) * s[used : used + count]
+                if count := len(piece.heads):
+                    extra = size(piece.half) * s[used : used + count][piece.groups]
                     result = result.flatten().index_add(0, piece.kinks, extra).reshape(result.shape)
                     used += count
                 h = result
@@ -212,12 +241,13 @@ class Face:
         return self.model.loss.absolute(f, outputs) + penalty + multipliers @ switching
 
 
-def on_kinks(face: Face, active: dict[int, Tensor]) -> Face:
+def on_kinks(face: Face, active: dict[int, Tensor], classes: dict[int, Tensor]) -> Face:
     """The same face with the units of some places on their kinks, and all others on the pieces they have.
 
     Args:
         face: the face.
         active: by the number of the activation, the kink of each unit, or −1, (N, …).
+        classes: by the number of the activation, see :func:`kink_groups`.
     """
     pieces = list(face.pieces)
     for number, on in active.items():
@@ -230,7 +260,8 @@ def on_kinks(face: Face, active: dict[int, Tensor]) -> Face:
         mean, half = (slopes[kink + 1] + slopes[kink]) / 2, (slopes[kink + 1] - slopes[kink]) / 2
         slope = piece.slope.flatten().index_copy(0, places, mean).reshape(piece.slope.shape)
         offset = piece.offset.flatten().index_copy(0, places, values[kink] - mean * kinks[kink])
-        pieces[number] = Pieces(slope, offset.reshape(piece.offset.shape), places, half, kinks[kink])
+        groups = kink_groups(places, classes[number], piece.slope[0].numel())
+        pieces[number] = Pieces(slope, offset.reshape(piece.offset.shape), places, half, kinks[kink], *groups)
     return replace(face, pieces=tuple(pieces))
 
 

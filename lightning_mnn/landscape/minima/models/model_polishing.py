@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from lightning_mnn.landscape.minima.models.classification import MAX_UNKNOWNS, Classified, classify_point, solve
-from lightning_mnn.landscape.minima.models.face import derivatives, hessian, on_kinks
+from lightning_mnn.landscape.minima.models.face import derivatives, hessian, kink_groups, on_kinks
 from lightning_mnn.landscape.minima.models.inactive_units import scaled_units, split_units
 from lightning_mnn.landscape.minima.models.model_certificate import (
     ModelCertificate,
@@ -164,8 +164,8 @@ class _Search:
         """One step; its length relative to the parameters, 0 if the loss does not fall."""
         self._split()
         reading = read_face(self.model, self.vector)
-        candidates = _candidates(reading, _MAX_CANDIDATE_RATIO, _MAX_CANDIDATES)
-        face = on_kinks(reading.face, candidates.masks)
+        candidates = _candidates(self.model, self.vector, reading, _MAX_CANDIDATE_RATIO, _MAX_CANDIDATES)
+        face = on_kinks(reading.face, candidates.masks, candidates.classes)
         theta = self.vector[face.free]
         first = derivatives(face, theta, candidates.values.abs())
         values = candidates.values.numpy()
@@ -246,7 +246,7 @@ class _Search:
             found = np.linalg.lstsq(local.jacobian[active].T, -force, rcond=1e-10)[0]
             multipliers = torch.from_numpy(found)
         self.active = masks
-        return hessian(on_kinks(reading.face, masks), theta, multipliers)
+        return hessian(on_kinks(reading.face, masks, candidates.classes), theta, multipliers)
 
     def _corrected(
         self, face: Face, theta: Tensor, found: ModelMinimum, candidates: _Candidates
@@ -305,6 +305,8 @@ class _Candidates:
         ratios: |z| relative to its scale, (m,).
         places: of each, in the tensor of its activation, by the number of the activation.
         kinks: where its kink is, by the number of the activation.
+        members: by the number of the activation, places of all kinks nearby, and for each the number of its variable.
+        classes: of samples, by the number of the activation.
     """
 
     masks: Active
@@ -313,6 +315,8 @@ class _Candidates:
     ratios: Tensor
     places: dict[int, Tensor]
     kinks: dict[int, Tensor]
+    members: dict[int, tuple[Tensor, Tensor]]
+    classes: dict[int, Tensor]
 
     def chosen(self, mask: NDArray[np.bool_]) -> Active:
         """The masks of some of them."""
@@ -320,8 +324,10 @@ class _Candidates:
         for number, places in self.places.items():
             own = torch.from_numpy(mask[first : first + len(places)])
             first += len(places)
+            members, groups = self.members[number]
+            members = members[own[groups]]
             changed = torch.full_like(self.masks[number], -1)
-            changed.view(-1)[places[own]] = self.masks[number].flatten()[places[own]]
+            changed.view(-1)[members] = self.masks[number].flatten()[members]
             result[number] = changed
         return result
 
@@ -331,23 +337,27 @@ class _Candidates:
         return torch.cat([*parts, torch.zeros(0, dtype=torch.float64)])
 
 
-def _candidates(reading: Reading, largest: float, count: int) -> _Candidates:
+def _candidates(model: Model, vector: Tensor, reading: Reading, largest: float, count: int) -> _Candidates:
     """The nearest kinks, up to a relative distance and a number."""
     nearest = {number: unit.nearest() for number, unit in reading.units.items()}
     every = torch.cat([ratio.flatten() for ratio, _ in nearest.values()]) if nearest else torch.zeros(0).double()
     if len(every) > count:
         largest = min(largest, float(every.kthvalue(count).values))
-    masks, keys, values, ratios, all_places, all_kinks = {}, [], [], [], {}, {}
+    masks = {number: torch.where(ratio <= largest, kink, -1) for number, (ratio, kink) in nearest.items()}
+    # Values behind a candidate are no constants.
+    classes = {number: unit.classes for number, unit in read_face(model, vector, masks).units.items()}
+    keys, values, ratios, all_places, all_kinks, members = [], [], [], {}, {}, {}
     for number, (ratio, kink) in nearest.items():
-        near = ratio <= largest
         op = reading.face.model.layers.operations[number]
-        places = near.flatten().nonzero()[:, 0]
+        near = (masks[number].flatten() >= 0).nonzero()[:, 0]
+        groups, heads = kink_groups(near, classes[number], ratio[0].numel())
+        members[number], places = (near, groups), near[heads]
         which = kink.flatten()[places]
         at = torch.tensor(op.kinks, dtype=torch.float64)[which]  # type: ignore[union-attr]
-        masks[number] = torch.where(near, kink, -1)
         keys += [(number, p, k) for p, k in zip(places.tolist(), which.tolist(), strict=True)]
         values.append(reading.units[number].values.flatten()[places] - at)
         ratios.append(ratio.flatten()[places])
         all_places[number], all_kinks[number] = places, at
     none = torch.zeros(0, dtype=torch.float64)
-    return _Candidates(masks, keys, torch.cat([*values, none]), torch.cat([*ratios, none]), all_places, all_kinks)
+    together = (torch.cat([*parts, none]) for parts in (values, ratios))
+    return _Candidates(masks, keys, *together, all_places, all_kinks, members, classes)

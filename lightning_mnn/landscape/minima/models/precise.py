@@ -206,7 +206,11 @@ class _Walk:
                     torch.cat([p.hi for p in of_weight]), torch.cat([p.lo for p in of_weight])
                 ).map(lambda t: t.reshape(weight.shape))
             whole = Pair(torch.cat([p.hi for p in of_patches], 1), torch.cat([p.lo for p in of_patches], 1))
-            return _scattered(whole, places, h.hi.numel() + 1).map(lambda t: t[1:].reshape(h.hi.shape))
+            inside = places.flatten() > 0
+            values = whole.map(lambda t: t.flatten()[inside])
+            return _scattered(values, places.flatten()[inside] - 1, h.hi.numel()).map(
+                lambda t: t.reshape(h.hi.shape)
+            )
 
         return flat.map(unfolded), back
 
@@ -236,7 +240,7 @@ class _Walk:
     def _bend(self, op: Bends, piece: Pieces, h: Pair) -> tuple[Pair, Backward]:
         """Off kinks slope · z + offset; on them the value there, with the mean slope for z − place."""
         on, flat = piece.kinks, h.map(torch.Tensor.flatten)
-        count = len(on)
+        count = len(piece.heads)
         own = slice(self._used, self._used + count)
         self._used += count
         at = torch.tensor(op.kinks, dtype=torch.float64)
@@ -246,7 +250,7 @@ class _Walk:
         half = dd.two_sum(slopes[kink + 1], -slopes[kink]).map(lambda t: t / 2)
         value = torch.tensor(op.values, dtype=torch.float64)[kink]
         z = dd.add(flat.map(lambda t: t[on]), Pair.of(-piece.place))
-        self.switching.append(z.hi)
+        self.switching.append(z.hi[piece.heads])
         slope = Pair.of(piece.slope.flatten())
         slope = Pair(slope.hi.index_copy(0, on, mean.hi), slope.lo.index_copy(0, on, mean.lo))
         result = dd.add(dd.multiply(flat, slope), Pair.of(piece.offset.flatten()))
@@ -257,10 +261,11 @@ class _Walk:
         def back(up: Pair) -> Pair:
             up = up.map(torch.Tensor.flatten)
             at_on = dd.multiply(half, up.map(lambda t: t[on]))
-            self.growth.append(dd.add(at_on, Pair.of(-multipliers.abs())).hi)
-            down = dd.multiply(up, slope)
-            switched = dd.add(down.map(lambda t: t[on]), Pair.of(multipliers))
-            down = Pair(down.hi.index_copy(0, on, switched.hi), down.lo.index_copy(0, on, switched.lo))
+            of_variables = _scattered(at_on, piece.groups, count)
+            self.growth.append(dd.add(of_variables, Pair.of(-multipliers.abs())).hi)
+            down, heads = dd.multiply(up, slope), on[piece.heads]
+            switched = dd.add(down.map(lambda t: t[heads]), Pair.of(multipliers))
+            down = Pair(down.hi.index_copy(0, heads, switched.hi), down.lo.index_copy(0, heads, switched.lo))
             return down.map(lambda t: t.reshape(shape))
 
         return result.map(lambda t: t.reshape(shape)), back
@@ -283,11 +288,12 @@ def _scattered(x: Pair, places: Tensor, size: int) -> Pair:
     """The sum of the numbers that go to each of some places, (size,)."""
     flat, values = places.flatten(), x.map(torch.Tensor.flatten)
     order = flat.argsort(stable=True)
+    if not len(flat):
+        return Pair.of(x.hi.new_zeros(size))
     counts = torch.bincount(flat, minlength=size)
-    counts[0] = min(int(counts[0]), int(counts[1:].max())) if size > 1 else counts[0]  # the pad's sum is not used
-    first = torch.cat([counts.new_zeros(1), torch.bincount(flat, minlength=size).cumsum(0)[:-1]])
-    steps = torch.arange(max(1, int(counts.max())))
-    index = (first[:, None] + steps).clamp(max=max(0, len(flat) - 1))
+    first = counts.cumsum(0) - counts
+    steps = torch.arange(int(counts.max()))
+    index = (first[:, None] + steps).clamp(max=len(flat) - 1)
     inside = steps < counts[:, None]
     chosen = values.map(lambda t: torch.where(inside, t[order][index], 0.0))
     return dd.total(chosen, 1)

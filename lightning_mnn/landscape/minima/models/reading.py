@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_mnn.landscape.minima.models.face import Face, Model, Pieces, apply_linear, gamma
+from lightning_mnn.landscape.minima.models.face import Face, Model, Pieces, apply_linear, gamma, kink_groups
 from lightning_mnn.landscape.minima.models.layers import Affine, Average, Bends, Flatten, Largest, Operation, Scale
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
 
 Active = dict[int, "Tensor"]  # for each activation: the kink (0, 1, …) on which a unit is active, or −1; (N, …)
@@ -32,12 +34,14 @@ class Unit:
         scale: Σ |w||h| + |b| of each, (N, …).
         varies: whether it depends on the parameters, (N, …).
         distances: |z − kink|, (N, …, number of kinks); on an active kink that of the float.
+        classes: a number for each sample, equal where all pre-activations are the same functions nearby, (N,).
     """
 
     values: Tensor
     scale: Tensor
     varies: Tensor
     distances: Tensor
+    classes: Tensor
 
     def nearest(self) -> tuple[Tensor, Tensor]:
         """The nearest kink of each, and |z − kink| relative to its scale, infinite where z does not vary; (N, …).
@@ -123,6 +127,7 @@ class _Reader:
         self.floor = torch.zeros_like(self.varies)  # values of max(z, 0) on its kink, which nearby are not smaller
         self.pieces: list[Pieces | Tensor | None] = []
         self.units: dict[int, Unit] = {}
+        self.classes = _numbered(row.numpy().tobytes() for row in self.h)
         self.gaps: dict[int, Tensor] = {}
         self.ties = 0
 
@@ -165,8 +170,12 @@ class _Reader:
             torch.tensor(op.slopes, dtype=torch.float64),
         )
         distances = (z[..., None] - kinks).abs()
-        self.units[number] = Unit(z, self.scale, self.varies, distances)
+        self.units[number] = Unit(z, self.scale, self.varies, distances, self.classes)
         on = self.active.get(number, torch.full(z.shape, -1)).where(self.varies, torch.tensor(-1))
+        if bool((on >= 0).any()):  # with one all whose z are the same function
+            shared = torch.full((int(self.classes.max()) + 1, on[0].numel()), -1)
+            index = self.classes[:, None].expand(-1, on[0].numel())
+            on = shared.scatter_reduce(0, index, on.flatten(1), "amax")[self.classes].reshape(on.shape)
         piece = (z[..., None] > kinks).sum(-1)
         is_on, kink = on >= 0, on.clamp(min=0)
         half = (slopes[1:] - slopes[:-1])[kink] / 2
@@ -180,10 +189,23 @@ class _Reader:
         self.varies = self.varies & (is_on | (slope != 0))
         self.floor = is_on & (slopes[kink] == 0) & (half > 0)
         self.scale = self.h.abs()
-        return Pieces(slope, offset, places, half.flatten()[places], at.flatten()[places])
+        groups = kink_groups(places, self.classes, slope[0].numel())
+        self._divide(slope, offset)
+        return Pieces(slope, offset, places, half.flatten()[places], at.flatten()[places], *groups)
+
+    def _divide(self, *pieces: Tensor) -> None:
+        """Classes of samples whose values are the same functions: the same constants, or pieces of the same ones."""
+        varies = self.varies.flatten(1).any(1).tolist()
+        rows = torch.cat([self.h.flatten(1), *(piece.double().flatten(1) for piece in pieces)], dim=1)
+        width = self.h[0].numel()
+        self.classes = _numbered(
+            (own, row[width:].numpy().tobytes()) if moves else row[:width].numpy().tobytes()
+            for own, row, moves in zip(self.classes.tolist(), rows, varies, strict=True)
+        )
 
     def _pool(self, number: int, op: Largest) -> Tensor:
         windows, shape = op.windows(self.h, -torch.inf)
+        inputs_of_sample = self.h[0].numel()
         places = op.windows(torch.arange(self.h.numel()).double().reshape(self.h.shape), -1.0)[0].long()
         varies, floor = (op.windows(mask.double(), 0.0)[0] > 0 for mask in (self.varies, self.floor))
         scale = op.windows(self.scale, 0.0)[0].amax(2, keepdim=True)
@@ -204,7 +226,15 @@ class _Reader:
         winners = places.gather(2, first)[:, :, 0].reshape(shape)
         self.h, self.scale = self.h.flatten()[winners], self.scale.flatten()[winners]
         self.varies, self.floor = self.varies.flatten()[winners], torch.zeros_like(winners, dtype=torch.bool)
+        first_of_sample = torch.arange(len(winners)).reshape(-1, *[1] * (winners.ndim - 1)) * inputs_of_sample
+        self._divide(winners - first_of_sample)
         return winners
+
+
+def _numbered(keys: Iterable[object]) -> Tensor:
+    """A number for each key, equal for equal keys."""
+    numbers: dict[object, int] = {}
+    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
 
 
 def true_outputs(model: Model, vector: Tensor) -> Tensor:
