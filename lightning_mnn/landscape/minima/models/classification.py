@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_mnn.landscape import tolerances
-from lightning_mnn.landscape.minima.models.face import Model, Pieces, derivatives, outputs_jacobian
+from lightning_mnn.landscape.minima.models.face import Model, Pieces
 from lightning_mnn.landscape.minima.models.reading import Active, Reading, read_face, true_loss
 from lightning_mnn.landscape.minima.models.stationarity import (
     Ball,
     Factors,
+    Fit,
     System,
-    gauss_newton_step,
     linearise,
     prove_fit,
     prove_zero,
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from lightning_mnn.landscape.minima.models.face import Face
 
 _MAX_NEWTON_STEPS = 30
-MAX_UNKNOWNS = 3000  # P + κ, or N·K, of dense linear algebra
+MAX_UNKNOWNS = 3500  # P + κ of dense linear algebra
+MAX_EQUATIONS = 6000  # N·K + κ of a point of zero error
 _MIN_STEP = 4 * tolerances.FLOAT64_EPS  # step of Newton's method, relative to the parameters, that is rounding
 _PRECISE_STEP = 1e-4  # step, relative to the parameters, from which the equations are evaluated in double-double
 _MAX_STALLED_STEP = 1e-11  # relative step that no longer falls, with which the point is taken
@@ -278,31 +279,27 @@ def fit_exactly(model: Model, vector: Tensor, active: Active, max_distance: floa
         safe_point()
         reading = read_face(model, vector, active)
         face, equations = reading.face, model.loss.targets.numel() + reading.face.num_kinks
-        if equations > min(len(face.free), MAX_UNKNOWNS) or reading.ties:
+        if equations > min(len(face.free), MAX_EQUATIONS) or reading.ties:
             return None
-        theta = gauss_newton_step(face, vector[face.free])
+        fit = Fit(face, vector[face.free])
+        theta = fit.step()
         size = float((theta - vector[face.free]).norm()) / scale
+        if size <= _MIN_STEP or (size <= 1e-12 and size >= last / 2):
+            break
         if not float((face.whole(theta) - start).norm()) <= max_distance * scale:
             return None
-        if size <= 1e-12 and size >= last / 2:
-            break
         vector, last = face.whole(theta), size
-        if size <= _MIN_STEP:
-            break
-    reading = read_face(model, vector, active)
-    face = reading.face
-    theta = vector[face.free]
-    ball = prove_fit(face, theta)
+    else:
+        return None
+    ball = prove_fit(fit)
     if ball is None or numbers_within(reading, ball):
         return None
-    jacobian = outputs_jacobian(face, theta)
     kinks, outputs = face.num_kinks, model.loss.targets.numel()
-    z = jacobian[outputs:]
-    kernel = (
-        torch.linalg.qr(z.T, mode="complete")[0][:, kinks:] if kinks else torch.eye(len(theta), dtype=torch.float64)
-    )
-    values = torch.linalg.svdvals(jacobian[:outputs] @ kernel)
-    spectrum = torch.linalg.svdvals(z) if kinks else None
+    gram, spectrum = fit.gram[:outputs, :outputs], None
+    if kinks:
+        mixed, own = fit.gram[outputs:, :outputs], fit.gram[outputs:, outputs:]
+        gram, spectrum = gram - mixed.T @ torch.linalg.solve(own, mixed), torch.linalg.eigvalsh(own)
+    values = torch.linalg.eigvalsh(gram)
     return Classified(
         Kind.KINK_MINIMUM if kinks else Kind.DIFFERENTIABLE_MINIMUM,
         Reason.of(ReasonCode.MODEL_FITS, radius=ball.radius),
@@ -310,8 +307,8 @@ def fit_exactly(model: Model, vector: Tensor, active: Active, max_distance: floa
         reading,
         radius=ball.radius,
         growth=0.0 if kinks else None,
-        likq=None if spectrum is None else float(spectrum[-1] / spectrum[0]),
-        smallest_eigenvalue=2 * float(values[-1]) ** 2 / len(model.inputs),
+        likq=None if spectrum is None else float((spectrum[0] / spectrum[-1]).clamp(min=0).sqrt()),
+        smallest_eigenvalue=2 * float(values[0]) / len(model.inputs),
         positive_directions=outputs,
         flat_directions=len(theta) - kinks - outputs,
         symmetries=None,

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from lightning_mnn.landscape.minima.models.layers import Loss
 
+_SAMPLES_AT_ONCE = 8  # whose outputs are differentiated together
+_POWER_STEPS = 6
 _CHUNK_NUMBERS = 2**24  # numbers of one batch of directional derivatives
 
 
@@ -164,6 +166,18 @@ class Face:
     def num_kinks(self) -> int:
         """κ."""
         return sum(len(p.heads) for p in self.pieces if isinstance(p, Pieces))
+
+    @cached_property
+    def sizes(self) -> dict[int, int]:
+        """Numbers of one sample that enter each operation."""
+        found: dict[int, int] = {}
+        with torch.no_grad():
+            self.evaluate(
+                self.base[self.free],
+                self.base.new_zeros(self.num_kinks),
+                visit=lambda number, h: found.update({number: h[0].numel()}),
+            )
+        return found
 
     @cached_property
     def members(self) -> tuple[Tensor, Tensor]:
@@ -350,12 +364,88 @@ def chunk_size(face: Face, order: int) -> int:
 
 
 def outputs_jacobian(face: Face, theta: Tensor) -> Tensor:
-    """The Jacobian of outputs (sample by sample) and switching values, (N·K + κ, P)."""
+    """The Jacobian of outputs (sample by sample) and switching values, (N·K + κ, P).
+
+    Some samples at a time, since an output depends on its own sample only.
+    """
+    rows = []
+    for start in range(0, len(face.model.inputs), _SAMPLES_AT_ONCE):
+        part = of_samples(face, start, start + _SAMPLES_AT_ONCE)
+        s = theta.new_zeros(part.num_kinks)
+
+        def values(t: Tensor, part: Face = part, s: Tensor = s) -> Tensor:
+            return part.evaluate(t, s)[0].flatten()
+
+        rows.append(torch.func.jacrev(values, chunk_size=chunk_size(part, 1))(theta))
+    if face.num_kinks:
+        rows.append(derivatives(face, theta).jacobian)
+    return torch.cat(rows)
+
+
+def of_samples(face: Face, start: int, end: int) -> Face:
+    """The face of some of the samples, without the connection of kinks that are the same function."""
+    inputs = face.model.inputs[start:end]
+    targets = face.model.loss.targets[start:end]
+    model = replace(face.model, inputs=inputs, loss=replace(face.model.loss, targets=targets))
+    pieces: list[Pieces | Tensor | None] = []
+    for number, (op, piece) in enumerate(zip(face.model.layers.operations, face.pieces, strict=True)):
+        if isinstance(piece, Pieces):
+            size = piece.slope[0].numel()
+            own = (piece.kinks >= start * size) & (piece.kinks < end * size)
+            every = torch.arange(int(own.sum()))
+            pieces.append(
+                Pieces(
+                    piece.slope[start:end],
+                    piece.offset[start:end],
+                    piece.kinks[own] - start * size,
+                    piece.half[own],
+                    piece.place[own],
+                    every,
+                    every,
+                )
+            )
+        elif isinstance(op, Largest) and piece is not None:
+            pieces.append(piece[start:end] - start * face.sizes[number])
+        else:
+            pieces.append(None)
+    return replace(face, model=model, pieces=tuple(pieces))
+
+
+def largest_curvature(face: Face, theta: Tensor, multipliers: Tensor) -> float:
+    """A bound on the norm of the Hessian of the absolute evaluation.
+
+    Its numbers are at least zero: so for every v > 0 its norm is at most the largest (Hv)_i/v_i (Collatz).
+    """
+    s = theta.new_zeros(face.num_kinks)
+    gradient = torch.func.grad(_lagrangian(face, theta, absolute=True))
+
+    def product(v: Tensor) -> Tensor:
+        found: Tensor = torch.func.grad(lambda t: gradient(t, s, multipliers) @ v)(theta)
+        return found
+
+    return _collatz(product, torch.ones_like(theta))
+
+
+def largest_slope(face: Face, theta: Tensor) -> float:
+    """A bound on the norm of the Jacobian of the absolute outputs and switching values, at θ ≥ 0."""
     s = theta.new_zeros(face.num_kinks)
 
-    def values(theta: Tensor) -> Tensor:
-        f, z = face.evaluate(theta, s)
+    def values(t: Tensor) -> Tensor:
+        f, z = face.evaluate(t, s, absolute=True)
         return torch.cat([f.flatten(), z])
 
-    found: Tensor = torch.func.jacrev(values, chunk_size=chunk_size(face, 1))(theta)
-    return found
+    def product(v: Tensor) -> Tensor:
+        result, back = torch.func.vjp(values, theta)
+        ahead = torch.func.grad(lambda u: back(u)[0] @ v)(torch.zeros_like(result))
+        found: Tensor = back(ahead)[0]
+        return found
+
+    return _collatz(product, torch.ones_like(theta)) ** 0.5
+
+
+def _collatz(product: Callable[[Tensor], Tensor], v: Tensor) -> float:
+    """The largest (Mv)_i/v_i, after some steps of the power method, for a symmetric M ≥ 0."""
+    for _ in range(_POWER_STEPS):
+        following = product(v)
+        v = following + 1e-3 * following.norm() / len(v) ** 0.5 + 1e-300
+    return float((product(v) / v).max()) * (1 + 1e-9)

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_mnn.landscape import tolerances
-from lightning_mnn.landscape.minima.models.face import derivatives, gamma, hessian, outputs_jacobian
+from lightning_mnn.landscape.minima.models.face import (
+    derivatives,
+    gamma,
+    hessian,
+    largest_curvature,
+    largest_slope,
+    outputs_jacobian,
+)
 from lightning_mnn.landscape.minima.models.lipschitz import Bounds, bounds_on_ball
 from lightning_mnn.landscape.minima.models.precise import Precise, precise_equations
 from lightning_mnn.landscape.minima.models.symmetries import Gauge, gauge_of
@@ -193,16 +200,14 @@ def prove_zero(system: System) -> Ball | None:
     residual_error[:p] = absolute.gradient + absolute.jacobian.T @ size
     residual_error[p : p + kinks] = absolute.switching
     residual_error = precise.rounding(face.model) * residual_error + tolerances.UNIT_ROUNDOFF * residual.abs()
-    matrix_error = torch.zeros_like(system.matrix)
-    matrix_error[:p, :p] = hessian(face, theta.abs(), size, absolute=True)
-    matrix_error[p : p + kinks, :p] = absolute.jacobian
-    matrix_error[:p, p : p + kinks] = absolute.jacobian.T
-    matrix_error *= face.model.second_rounding
-    matrix_error += sums * system.matrix.abs()
+    # ‖A E‖ for the errors E of F′ is at most ‖A‖ times bounds on the norms of the blocks of E.
+    error = largest_curvature(face, theta.abs(), size) + 2 * float(absolute.jacobian.norm())
+    error = face.model.second_rounding * error + sums * float(system.matrix.norm())
     eta = float((inverse @ residual).norm() + (magnitude @ (residual_error + sums * residual.abs())).norm())
     identity = torch.eye(len(inverse), dtype=torch.float64)
-    delta = float((identity - inverse @ system.matrix).norm()) + float((magnitude @ matrix_error).norm())
+    delta = float((identity - inverse @ system.matrix).norm())
     norm = (1 + delta) / smallest * (1 + 1e-6)
+    delta += norm * error + sums * float(inverse.norm()) * float(system.matrix.norm())
     return _ball(face, theta, system.multipliers, norm, eta, delta)
 
 
@@ -222,32 +227,62 @@ def _ball(face: Face, theta: Tensor, multipliers: Tensor, norm: float, eta: floa
     return None
 
 
-def prove_fit(face: Face, theta: Tensor) -> Ball | None:
+class Fit:
+    """The equations f(θ) = y, z(θ) = 0 linearised at a point.
+
+    Attributes:
+        jacobian: J, of outputs and switching values, (N·K + κ, P).
+        gram: J Jᵀ.
+    """
+
+    def __init__(self, face: Face, theta: Tensor) -> None:
+        self.face, self.theta = face, theta
+        self.precise = precise_equations(face, theta, theta.new_zeros(face.num_kinks))
+        self.residual = torch.cat([self.precise.misfit.flatten(), self.precise.switching])
+        self.jacobian = outputs_jacobian(face, theta)
+        self.gram = self.jacobian @ self.jacobian.T
+        self._factor, info = torch.linalg.cholesky_ex(self.gram)
+        self.is_definite = not bool(int(info))
+
+    def step(self) -> Tensor:
+        """θ after the smallest step to a zero of the linearised equations."""
+        if self.is_definite:
+            weights = torch.cholesky_solve(self.residual[:, None], self._factor)
+            return self.theta - (self.jacobian.T @ weights)[:, 0]
+        step: Tensor = torch.linalg.lstsq(self.jacobian, self.residual[:, None], driver="gelsd").solution[:, 0]
+        return self.theta - step
+
+    def inverse(self) -> Tensor | None:
+        """X ≈ (J Jᵀ)⁻¹; None where it is singular."""
+        if not self.is_definite:
+            return None
+        found: Tensor = torch.cholesky_inverse(self._factor)
+        return found if bool(found.isfinite().all()) else None
+
+
+def prove_fit(fit: Fit) -> Ball | None:
     """A ball with a point where every output is its target and every active kink is at zero; None if not proved.
 
-    The equations f(θ) = y, z(θ) = 0 have a Jacobian J of full row rank; with A ≈ Jᵀ(JJᵀ)⁻¹ and J Aᵀ ≈ 1 the theorem
-    holds for θ + A v.
+    The equations F(θ) = (f − y, z) have a Jacobian J of full row rank. With X ≈ (J Jᵀ)⁻¹ and A = Jᵀ X the theorem holds
+    for g(v) = F(θ + A v): g′(0) = J A ≈ 1, δ = ‖1 − J Jᵀ X‖, ‖A‖² = ‖Xᵀ J Jᵀ X‖ ≤ ‖X‖ (1 + δ), and ‖A‖² M bounds the
+    change of g′.
     """
-    precise = precise_equations(face, theta, theta.new_zeros(face.num_kinks))
-    residual = torch.cat([precise.misfit.flatten(), precise.switching])
-    jacobian = outputs_jacobian(face, theta)
-    if jacobian.shape[0] > jacobian.shape[1]:
-        return None
-    try:
-        inverse = torch.linalg.pinv(jacobian)
-    except RuntimeError:  # no convergence
+    face, theta, inverse = fit.face, fit.theta, fit.inverse()
+    if inverse is None:
         return None
     at = theta.abs()
     f, z = face.evaluate(at, at.new_zeros(face.num_kinks), absolute=True)
-    residual_error = precise.rounding(face.model) * torch.cat([(f + face.model.loss.targets.abs()).flatten(), z])
-    residual_error += tolerances.UNIT_ROUNDOFF * residual.abs()
-    error = face.model.second_rounding * _absolute_jacobian(face, at)
-    sums = gamma(len(theta) + 2)
-    # The equations in v are g(v) = F(θ + A v), g′(0) = J A ≈ 1: δ = ‖1 − J A‖, and ‖A‖² M bounds the change of g′.
-    norm = float(torch.linalg.matrix_norm(inverse, 2)) * (1 + 1e-6)
-    eta = float(residual.norm() + residual_error.norm())
-    delta = float((torch.eye(len(residual), dtype=torch.float64) - jacobian @ inverse).norm())
-    delta += float(((error + sums * jacobian.abs()) @ inverse.abs()).norm())
+    residual_error = fit.precise.rounding(face.model) * torch.cat([(f + face.model.loss.targets.abs()).flatten(), z])
+    residual_error += tolerances.UNIT_ROUNDOFF * fit.residual.abs()
+    eta = float(fit.residual.norm() + residual_error.norm())
+    size, length = float(inverse.norm()), float(fit.jacobian.norm())
+    sums = gamma(len(theta) + len(inverse) + 4)
+    delta = float((torch.eye(len(inverse), dtype=torch.float64) - fit.gram @ inverse).norm())
+    delta += 2 * sums * length**2 * size
+    if not delta < 0.5:
+        return None
+    norm = (size * (1 + delta)) ** 0.5 * (1 + 1e-6)
+    delta += face.model.second_rounding * largest_slope(face, at) * norm
     eta, delta = 1.01 * eta, 1.01 * delta + tolerances.FLOAT64_EPS
     if not delta < 0.5:
         return None
@@ -261,21 +296,3 @@ def prove_fit(face: Face, theta: Tensor) -> Ball | None:
             return Ball(norm * step, bounds)
         step *= 2
     return None
-
-
-def _absolute_jacobian(face: Face, at: Tensor) -> Tensor:
-    def values(theta: Tensor) -> Tensor:
-        f, z = face.evaluate(theta, theta.new_zeros(face.num_kinks), absolute=True)
-        return torch.cat([f.flatten(), z])
-
-    found: Tensor = torch.func.jacrev(values)(at)
-    return found
-
-
-def gauss_newton_step(face: Face, theta: Tensor) -> Tensor:
-    """θ after the smallest step to f = y and z = 0 in the linearised face."""
-    outputs, switching = face.evaluate(theta, theta.new_zeros(face.num_kinks))
-    residual = torch.cat([(outputs - face.model.loss.targets).flatten(), switching])
-    jacobian = outputs_jacobian(face, theta)
-    step: Tensor = torch.linalg.lstsq(jacobian, residual[:, None], driver="gelsd").solution[:, 0]
-    return theta - step
