@@ -61,6 +61,7 @@ class ModelCertificate(Reasoned):
             which the loss depends.
         symmetries: number of these that are symmetries; None for a minimum of zero error, which needs none.
         inert: number of trained numbers on which nothing depends nearby (weights of units that are never active).
+        inert_units: units all of whose incoming weights are such numbers, by the row of the weight, "0.weight[3]".
         state_dict: the point: all parameters by name, float64; the given ones if no point was found.
         direction: a move of the trained parameters that lowers the loss: of a saddle, or off a kink; else None.
     """
@@ -80,6 +81,7 @@ class ModelCertificate(Reasoned):
     flat_directions: int | None
     symmetries: int | None
     inert: int
+    inert_units: tuple[str, ...]
     state_dict: dict[str, Tensor]
     direction: dict[str, Tensor] | None = None
 
@@ -267,6 +269,7 @@ def as_certificate(model: Model, found: Classified, start: Tensor) -> ModelCerti
         flat_directions=found.flat_directions,
         symmetries=found.symmetries,
         inert=found.reading.inert,
+        inert_units=found.reading.inert_units,
         state_dict={name: value.clone() for name, value in model.parameters(found.vector).items()},
         direction=None if direction is None else {name: direction[name].clone() for name in model.trained},
     )
@@ -331,6 +334,7 @@ def _two_layers(model: Model, vector: Tensor, max_distance: float) -> ModelCerti
         flat_directions=None,
         symmetries=None,
         inert=0,
+        inert_units=(),
         state_dict=at,
         direction=direction,
     )

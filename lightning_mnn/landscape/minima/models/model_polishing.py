@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lightning_mnn.landscape.minima.models.reading import Reading, Unit
 
 _CHECK_STEP = 1e-3  # relative step from which Newton's method on the face may converge
+_FINAL_STEP = 1e-6  # relative step from which it is tried again with the same kinks
 _CHECK_DISTANCE = 1e-3  # relative distance that it may go
 _MIN_DAMPING = 1e-9
 _MAX_CANDIDATE_RATIO = 0.1  # |z − kink|, relative to its scale, of kinks that the local model knows
@@ -145,7 +146,7 @@ class _Search:
             size = self._step()
             now = frozenset(self._multipliers)
             stalls = 0 if size else stalls + 1
-            if (size > _CHECK_STEP and before != now) or (now == checked and size):
+            if (size > _CHECK_STEP and before != now) or (now == checked and size > _FINAL_STEP):
                 continue
             checked = now
             classified = self._classify()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.linalg import LinAlgError, cho_factor, cho_solve, solve_triangular
+from scipy.linalg import LinAlgError, cho_factor, cho_solve
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -142,16 +142,17 @@ class _ActiveSet:
 
     def advance(self) -> bool:
         """One change of the active set; whether the minimum is reached."""
-        model, signs = self.model, self.signs
-        of_gram, start = self._solved(self.gram), self._solved(self.start)
-        of_gram = self._solved(of_gram.T).T  # M⁻¹ Y Yᵀ M⁻ᵀ
+        model, signs, inverse = self.model, self.signs, self._inverse()
+        of_gram, start = self.gram, self.start
+        if inverse is not None:
+            of_gram, start = inverse @ of_gram @ inverse.T, inverse @ start  # M⁻¹ Y Yᵀ M⁻ᵀ
         on = np.flatnonzero(signs == 0)
         weights = signs * model.normal
         free = start - of_gram @ weights
         weights[on] += _solve(of_gram[np.ix_(on, on)], free[on])
         target = start - of_gram @ weights
         target[on] = 0.0
-        v = self._solved(weights, transposed=True)
+        v = weights if inverse is None else inverse.T @ weights
         crossing = (signs != 0) & (target * signs < 0)
         if crossing.any():
             places = np.flatnonzero(crossing)
@@ -173,12 +174,14 @@ class _ActiveSet:
         self.signs[kink] = 1 if v[kink] >= 0 else -1
         return False
 
-    def _solved(self, right: Array, *, transposed: bool = False) -> Array:
-        """M⁻¹ of a vector or a matrix."""
+    def _inverse(self) -> Array | None:
+        """M⁻¹ = 1 + L diag σ + (L diag σ)² + …, which ends after as many terms as there are layers; None if it is 1."""
         if not self._is_coupled:
-            return right
-        matrix = np.eye(len(self.signs)) - self.model.coupling * self.signs
-        found: Array = solve_triangular(matrix, right, lower=True, trans=int(transposed), unit_diagonal=True)
+            return None
+        coupling = self.model.coupling * self.signs
+        found, power = np.eye(len(self.signs)) + coupling, coupling
+        while (power := coupling @ power).any():
+            found += power
         return found
 
     def result(self, *, is_complete: bool) -> ModelMinimum:
@@ -186,7 +189,8 @@ class _ActiveSet:
         scaled = -self.t * self.force - self.rows.T @ self.v
         sizes = np.abs(self.z) - np.abs(self.model.switching)
         value = float(self.force @ scaled + 0.5 * scaled @ scaled + self.model.normal @ sizes)
-        rows = self._solved(self.rows)[on]
+        inverse = self._inverse()
+        rows = self.rows[on] if inverse is None else inverse[on] @ self.rows
         to_kinks = self.root @ _solve(rows @ rows.T, rows).T
         return ModelMinimum(self.root @ scaled, self.signs, self.v, to_kinks, is_complete, value)
 

@@ -18,7 +18,7 @@ from lightning_mnn.landscape.minima.models.face import Face, Model, Pieces, appl
 from lightning_mnn.landscape.minima.models.layers import Affine, Average, Bends, Flatten, Largest, Operation, Scale
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from torch import Tensor
 
@@ -64,6 +64,7 @@ class Reading:
             sample, (N,), by the number of the operation.
         ties: number of windows of max-pooling whose largest number is in doubt.
         inert: number of trained parameters on which nothing depends.
+        inert_units: units all of whose incoming weights are such parameters, as "0.weight[3]".
     """
 
     face: Face
@@ -71,6 +72,7 @@ class Reading:
     gaps: dict[int, Tensor]
     ties: int
     inert: int
+    inert_units: tuple[str, ...]
 
 
 def read_face(model: Model, vector: Tensor, active: Active | None = None) -> Reading:
@@ -81,7 +83,18 @@ def read_face(model: Model, vector: Tensor, active: Active | None = None) -> Rea
     face = Face(model, tuple(reader.pieces), torch.arange(len(vector)), vector)
     keep = (_influence(face) > 0) | (model.weights_of_penalty > 0)
     face = replace(face, free=keep.nonzero()[:, 0])
-    return Reading(face, reader.units, reader.gaps, reader.ties, int((~keep).sum()))
+    return Reading(
+        face, reader.units, reader.gaps, reader.ties, int((~keep).sum()), tuple(_inert_units(model, ~keep))
+    )
+
+
+def _inert_units(model: Model, inert: Tensor) -> Iterator[str]:
+    """The rows of weights that are inert."""
+    masks = model.parameters(inert)
+    for op in model.layers.operations:
+        if isinstance(op, Affine) and op.weight in model.trained:
+            for unit in masks[op.weight].flatten(1).all(1).nonzero()[:, 0].tolist():
+                yield f"{op.weight}[{unit}]"
 
 
 def _influence(face: Face) -> Tensor:

@@ -160,6 +160,7 @@ def test_constants_are_no_kinks_and_dead_units_are_inert():
     reading = read_face(model, vector)
     assert reading.ties == 0
     assert reading.inert >= 2 + 2 * 3  # the dead channel's weight and bias, and what reads it
+    assert reading.inert_units[0] == "0.weight[0]"
     x[0] = -50.0  # now a sample without any active unit
     model, vector = prepare(net, x, torch.ones(6), loss="squared_error", weight_decay=0.0, frozen=())
     unit = read_face(model, vector).units[5]
