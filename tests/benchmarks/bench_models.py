@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -97,7 +98,7 @@ def fit(size):
 
 def module(widths):
     layers = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in pairwise(widths):
         linear = nn.Linear(a, b).double()
         nn.init.normal_(linear.weight, std=(2 / a) ** 0.5)
         layers += [linear, nn.LeakyReLU(0.1)]
@@ -127,7 +128,11 @@ def timed(function):
 
 def peak(make, size):
     """Peak memory of one call, measured by a process of its own."""
-    command = [sys.executable, "-c", f"from tests.benchmarks.bench_models import print_peak; print_peak({make!r}, {size})"]
+    command = [
+        sys.executable,
+        "-c",
+        f"from tests.benchmarks.bench_models import print_peak; print_peak({make!r}, {size})",
+    ]
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=True

@@ -2,8 +2,8 @@
 
 Run it as ``python -m tests.benchmarks.campaign_models [part …] [--count N] [--seconds S] [--seed S]``. Parts: minima,
 kinks, violated, saddles, layers (two-layer points, compared with ``certify``), trained (24 networks of each size,
-trained with Adam and polished), fits (without a penalty, more parameters than equations), digits and convolution (MNIST,
-whose folder LIGHTNING_MNN_DATA names). It prints a line for each part, and for each size.
+trained with Adam and polished), fits (without a penalty, more parameters than equations), digits and convolution
+(MNIST, whose folder LIGHTNING_MNN_DATA names). It prints a line for each part, and for each size.
 """
 
 from __future__ import annotations

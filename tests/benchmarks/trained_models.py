@@ -4,6 +4,7 @@ Shapes: R runs, N samples.
 """
 
 import gzip
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +51,10 @@ def train_runs(widths, n, decay, *, data=None, runs=24, steps=20_000, first_rate
     x, y = gaussian(widths, n, random, runs) if data is None else data
     classes = None if y.is_floating_point() else functional.one_hot(y, widths[-1]).double()
     parameters = []
-    for a, b in zip(widths, widths[1:], strict=False):
-        for shape in ((runs, b, a), (runs, 1, b)):
-            parameters.append((2 * torch.rand(shape, generator=random, dtype=torch.float64) - 1) / a**0.5)
+    for a, b in pairwise(widths):
+        shapes = ((runs, b, a), (runs, 1, b))
+        draws = [torch.rand(shape, generator=random, dtype=torch.float64) for shape in shapes]
+        parameters += [(2 * draw - 1) / a**0.5 for draw in draws]
     layers = len(widths) - 1
     means, squares = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
     for step in range(steps):
@@ -68,8 +70,8 @@ def train_runs(widths, n, decay, *, data=None, runs=24, steps=20_000, first_rate
             gradients = (back.mT @ hs[layer], back.sum(1, keepdim=True))
             if layer:
                 back = (back @ parameters[2 * layer]) * (zs[layer - 1] > 0)
-            for place, g in zip((2 * layer, 2 * layer + 1), gradients, strict=True):
-                g = g + decay * parameters[place]
+            for place, of_loss in zip((2 * layer, 2 * layer + 1), gradients, strict=True):
+                g = of_loss + decay * parameters[place]
                 means[place].lerp_(g, 0.1)
                 squares[place].lerp_(g.square(), 0.001)
                 size = (squares[place] / (1 - 0.999 ** (step + 1))).sqrt_().add_(1e-12)
@@ -79,7 +81,7 @@ def train_runs(widths, n, decay, *, data=None, runs=24, steps=20_000, first_rate
 
 def _module(widths, parameters):
     layers = []
-    for layer, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+    for layer, (a, b) in enumerate(pairwise(widths)):
         linear = nn.Linear(a, b, dtype=torch.float64)
         with torch.no_grad():
             linear.weight.copy_(parameters[2 * layer])

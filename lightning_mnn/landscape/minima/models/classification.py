@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_mnn.landscape import tolerances
-from lightning_mnn.landscape.minima.models.face import Model, Pieces
-from lightning_mnn.landscape.minima.models.reading import Active, Reading, read_face, true_loss
-from lightning_mnn.landscape.minima.models.stationarity import (
+from lightning_mnn.landscape.minima.models.equations.face import Model, Pieces
+from lightning_mnn.landscape.minima.models.equations.reading import Active, Reading, read_face, true_loss
+from lightning_mnn.landscape.minima.models.equations.stationarity import (
     Ball,
     Factors,
     Fit,
@@ -28,7 +28,7 @@ from lightning_mnn.verdicts import Kind, Reason, ReasonCode
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lightning_mnn.landscape.minima.models.face import Face
+    from lightning_mnn.landscape.minima.models.equations.face import Face
 
 _MAX_NEWTON_STEPS = 30
 MAX_UNKNOWNS = 3500  # P + κ of dense linear algebra
@@ -37,7 +37,6 @@ _MIN_STEP = 4 * tolerances.FLOAT64_EPS  # step of Newton's method, relative to t
 _PRECISE_STEP = 1e-4  # step, relative to the parameters, from which the equations are evaluated in double-double
 _MAX_STALLED_STEP = 1e-11  # relative step that no longer falls, with which the point is taken
 _STEPS_PER_FACTORS = 4  # steps with one factorisation, while each is a quarter of the one before
-_MIN_LIKQ = 1e-9  # σ_min/σ_max of Z of independent kinks: half of the digits and more
 
 
 @dataclass(frozen=True)
@@ -80,10 +79,12 @@ class Classified:
         return self.reading.face.num_kinks
 
 
-def solve(model: Model, vector: Tensor, active: Active, max_distance: float) -> tuple[System, Reading, Tensor] | Reason:
+def solve(  # noqa: C901 (one exit for each reason)
+    model: Model, vector: Tensor, active: Active, max_distance: float
+) -> tuple[System, Reading, Tensor] | Reason:
     """The stationary point on the face of given kinks, by Newton's method; or why it was not found."""
     start, scale = vector, max(float(vector.norm()), 1e-300)
-    multipliers, last = None, torch.inf
+    multipliers, last, first = None, torch.inf, None
     for _ in range(_MAX_NEWTON_STEPS):
         safe_point()
         reading = read_face(model, vector, active)
@@ -95,8 +96,9 @@ def solve(model: Model, vector: Tensor, active: Active, max_distance: float) -> 
             multipliers = None
         system = linearise(face, theta, multipliers)
         likq = system.likq
-        if likq is not None and likq < _MIN_LIKQ:
+        if likq is not None and likq < tolerances.MIN_LIKQ:
             return Reason.of(ReasonCode.KINKS_NOT_INDEPENDENT, likq=likq, kinks=face.num_kinks)
+        first = system if first is None else first
         factors = Factors(system)
         if last > _PRECISE_STEP:
             step = factors.step(theta, system.multipliers, system.residual)
@@ -107,21 +109,32 @@ def solve(model: Model, vector: Tensor, active: Active, max_distance: float) -> 
         size = float((step[0] - theta).norm()) / scale
         if last <= _PRECISE_STEP and (size <= _MIN_STEP or (size >= last / 2 and size < _MAX_STALLED_STEP)):
             return system, reading, vector
-        for _ in range(_STEPS_PER_FACTORS):
-            if not _MIN_STEP < size <= _PRECISE_STEP:
-                break
-            following = factors.precise_step(face, *step)
-            if following is None:
-                break
-            before, size = size, float((following[0] - step[0]).norm()) / scale
-            if not size <= before / 4:
-                break
-            step = following
+        if _MIN_STEP < size <= _PRECISE_STEP:
+            step, size = _further(factors, face, step, size, scale)
         last = min(size, last)
         vector, multipliers = face.whole(step[0]), step[1]
         if not float((vector - start).norm()) <= 10 * max_distance * scale:
             break
+    if first is not None and not float(first.inertia.abs().min()) > first.inertia_error:  # steps are arbitrary
+        return Reason.of(ReasonCode.FLAT_DIRECTIONS_UNEXPLAINED)
     return Reason.of(ReasonCode.NO_STATIONARY_POINT, distance=float((vector - start).norm()) / scale)
+
+
+def _further(
+    factors: Factors, face: Face, step: tuple[Tensor, Tensor], size: float, scale: float
+) -> tuple[tuple[Tensor, Tensor], float]:
+    """Steps with the same factors, while each is much shorter than the one before, and the last relative length."""
+    for _ in range(_STEPS_PER_FACTORS):
+        following = factors.precise_step(face, *step)
+        if following is None:
+            break
+        before, size = size, float((following[0] - step[0]).norm()) / scale
+        if not size <= before / 4:
+            break
+        step = following
+        if size <= _MIN_STEP:
+            break
+    return step, size
 
 
 def _too_large_or_dependent(face: Face) -> Reason:

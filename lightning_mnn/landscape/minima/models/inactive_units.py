@@ -13,23 +13,23 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from lightning_mnn.landscape.minima.models.face import Pieces
-from lightning_mnn.landscape.minima.models.layers import Affine, Bends
-from lightning_mnn.landscape.minima.models.reading import read_face
+from lightning_mnn.landscape import tolerances
+from lightning_mnn.landscape.minima.models.equations.face import Pieces
+from lightning_mnn.landscape.minima.models.equations.layers import Affine, Bends
+from lightning_mnn.landscape.minima.models.equations.reading import read_face
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
 
-    from lightning_mnn.landscape.minima.models.face import Model
-    from lightning_mnn.landscape.minima.models.reading import Reading
+    from lightning_mnn.landscape.minima.models.equations.face import Model
+    from lightning_mnn.landscape.minima.models.equations.reading import Reading
 
 COPY_SINE = 1e-2  # sin α: small against the weights, large against rounding
-MAX_ZERO_NORM_RATIO = 1e-6  # norm of a unit's weights, relative to the largest of its layer, of one that goes to zero
 
 
-def split_units(model: Model, vector: Tensor, largest: float = MAX_ZERO_NORM_RATIO) -> Tensor | None:
+def split_units(model: Model, vector: Tensor, largest: float | None = None) -> Tensor | None:
     """The point with each penalised unit that has no part in the outputs a copy of another; None if there is none.
 
     Args:
@@ -37,6 +37,7 @@ def split_units(model: Model, vector: Tensor, largest: float = MAX_ZERO_NORM_RAT
         vector: the point.
         largest: norm of a unit's weights, relative to the largest of its layer, up to which it is as good as zero.
     """
+    largest = tolerances.MAX_ZERO_NORM_RATIO if largest is None else largest
     reading, changed = read_face(model, vector), False
     parameters = {name: value.clone() for name, value in model.parameters(vector).items()}
     for number, first, second in _hidden_layers(model):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.minima.certificate import certify
 from lightning_mnn.landscape.minima.models.classification import (
     MAX_UNKNOWNS,
@@ -20,10 +21,17 @@ from lightning_mnn.landscape.minima.models.classification import (
     fit_exactly,
     solve,
 )
-from lightning_mnn.landscape.minima.models.face import Model
+from lightning_mnn.landscape.minima.models.equations.face import Model
+from lightning_mnn.landscape.minima.models.equations.layers import (
+    Affine,
+    Bends,
+    Loss,
+    LossName,
+    prepare_loss,
+    read_layers,
+)
+from lightning_mnn.landscape.minima.models.equations.reading import active_sets, read_face, true_loss, true_outputs
 from lightning_mnn.landscape.minima.models.inactive_units import split_units
-from lightning_mnn.landscape.minima.models.layers import Affine, Bends, Loss, LossName, prepare_loss, read_layers
-from lightning_mnn.landscape.minima.models.reading import active_sets, read_face, true_loss, true_outputs
 from lightning_mnn.utilities.validation import ArgumentError
 from lightning_mnn.verdicts import Kind, Reason, ReasonCode, Reasoned
 
@@ -34,9 +42,7 @@ if TYPE_CHECKING:
 
     from lightning_mnn.landscape.minima.certificate import Certificate
 
-_MAX_KINK_RATIO = 1e-2  # |z − kink|, relative to its scale, up to which a kink may be active
 _KINK_SETS = 6  # sets of kinks that are tried
-_MAX_FIT_RATIO = 0.1  # ‖f − y‖/‖y‖ up to which a point of zero error is looked for
 
 
 @dataclass(frozen=True)
@@ -215,7 +221,7 @@ def _classify_faces(model: Model, vector: Tensor, max_distance: float) -> Classi
     if len(reading.face.free) > MAX_UNKNOWNS:
         reason = Reason.of(ReasonCode.MODEL_TOO_LARGE, unknowns=len(reading.face.free), limit=MAX_UNKNOWNS)
         return Classified(Kind.UNDECIDED, reason, vector, reading)
-    sets, found = active_sets(reading, _MAX_KINK_RATIO, _KINK_SETS), []
+    sets, found = active_sets(reading, tolerances.MAX_KINK_RATIO, _KINK_SETS), []
     if _may_fit(model, vector):
         for active in sets:
             fitted = fit_exactly(model, vector, active, max_distance)
@@ -246,7 +252,7 @@ def _may_fit(model: Model, vector: Tensor) -> bool:
     y = model.loss.targets
     if model.loss.name != "squared_error" or bool(model.weights_of_penalty.any()) or y.numel() > len(vector):
         return False
-    return float((true_outputs(model, vector) - y).norm()) <= _MAX_FIT_RATIO * float(y.norm())
+    return float((true_outputs(model, vector) - y).norm()) <= tolerances.MAX_FIT_RATIO * float(y.norm())
 
 
 def as_certificate(model: Model, found: Classified, start: Tensor) -> ModelCertificate:

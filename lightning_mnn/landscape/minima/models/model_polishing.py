@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from lightning_mnn.landscape.minima.models.classification import MAX_UNKNOWNS, Classified, classify_point, solve
-from lightning_mnn.landscape.minima.models.face import derivatives, hessian, kink_groups, on_kinks
+from lightning_mnn.landscape.minima.models.equations.face import derivatives, hessian, kink_groups, on_kinks
+from lightning_mnn.landscape.minima.models.equations.reading import Active, objective_at, read_face, true_loss
 from lightning_mnn.landscape.minima.models.inactive_units import scaled_units, split_units
 from lightning_mnn.landscape.minima.models.model_certificate import (
     ModelCertificate,
@@ -22,7 +23,6 @@ from lightning_mnn.landscape.minima.models.model_certificate import (
     prepare,
 )
 from lightning_mnn.landscape.minima.models.piecewise_step import Curvature, LocalModel, minimise
-from lightning_mnn.landscape.minima.models.reading import Active, objective_at, read_face, true_loss
 from lightning_mnn.utilities.interruption import safe_point
 from lightning_mnn.utilities.validation import ArgumentError, whole_number
 from lightning_mnn.verdicts import Reason
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
-    from lightning_mnn.landscape.minima.models.face import Face, Model
-    from lightning_mnn.landscape.minima.models.layers import LossName
+    from lightning_mnn.landscape.minima.models.equations.face import Face, Model
+    from lightning_mnn.landscape.minima.models.equations.layers import LossName
+    from lightning_mnn.landscape.minima.models.equations.reading import Reading, Unit
     from lightning_mnn.landscape.minima.models.piecewise_step import ModelMinimum
-    from lightning_mnn.landscape.minima.models.reading import Reading, Unit
 
 _CHECK_STEP = 1e-3  # relative step from which Newton's method on the face may converge
 _FINAL_STEP = 1e-6  # relative step from which it is tried again with the same kinks
@@ -241,7 +241,7 @@ class _Search:
         masks = candidates.chosen(active)
         weights = [self._multipliers.get(key, 0.0) for key, on in zip(candidates.keys, active, strict=True) if on]
         multipliers = theta.new_tensor(weights)
-        if len(weights) and not multipliers.any():
+        if weights and not multipliers.any():
             signs = np.where(active, 0.0, np.sign(local.switching))
             force = local.gradient + local.jacobian.T @ (signs * local.normal)
             found = np.linalg.lstsq(local.jacobian[active].T, -force, rcond=1e-10)[0]
@@ -360,5 +360,5 @@ def _candidates(model: Model, vector: Tensor, reading: Reading, largest: float, 
         ratios.append(ratio.flatten()[places])
         all_places[number], all_kinks[number] = places, at
     none = torch.zeros(0, dtype=torch.float64)
-    together = (torch.cat([*parts, none]) for parts in (values, ratios))
-    return _Candidates(masks, keys, *together, all_places, all_kinks, members, classes)
+    z, distances = torch.cat([*values, none]), torch.cat([*ratios, none])
+    return _Candidates(masks, keys, z, distances, all_places, all_kinks, members, classes)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_mnn.landscape.minima.models import double_double as dd
+from lightning_mnn.landscape.minima.models.equations import double_double as dd
 
 NUMBERS = st.floats(min_value=-1e20, max_value=1e20).filter(lambda x: x == 0 or abs(x) > 1e-20)
 

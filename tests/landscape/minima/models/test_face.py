@@ -6,10 +6,10 @@ from torch import nn
 from torch.nn import functional
 
 from lightning_mnn.landscape import planted_kink_minimum, planted_model_kink_minimum
-from lightning_mnn.landscape.minima.models.face import derivatives, hessian
+from lightning_mnn.landscape.minima.models.equations.face import derivatives, hessian
+from lightning_mnn.landscape.minima.models.equations.reading import active_sets, read_face, true_loss, true_outputs
+from lightning_mnn.landscape.minima.models.equations.stationarity import linearise, multipliers_at
 from lightning_mnn.landscape.minima.models.model_certificate import prepare
-from lightning_mnn.landscape.minima.models.reading import active_sets, read_face, true_loss, true_outputs
-from lightning_mnn.landscape.minima.models.stationarity import linearise, multipliers_at
 from lightning_mnn.utilities.validation import ArgumentError
 
 

@@ -16,9 +16,9 @@ from lightning_mnn.landscape import (
     planted_model_saddle,
     polish_model,
 )
+from lightning_mnn.landscape.minima.models.equations.reading import read_face, true_loss, true_outputs
+from lightning_mnn.landscape.minima.models.equations.symmetries import gauge_of
 from lightning_mnn.landscape.minima.models.model_certificate import prepare
-from lightning_mnn.landscape.minima.models.reading import read_face, true_loss, true_outputs
-from lightning_mnn.landscape.minima.models.symmetries import gauge_of
 from lightning_mnn.utilities.validation import ArgumentError
 from tests.landscape.minima.models.probing import lowest_nearby, model_of
 

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_mnn.landscape.minima.models.face import derivatives, kink_groups, on_kinks
+from lightning_mnn.landscape.minima.models.equations.face import derivatives, kink_groups, on_kinks
+from lightning_mnn.landscape.minima.models.equations.reading import objective_at, read_face
 from lightning_mnn.landscape.minima.models.model_certificate import prepare
 from lightning_mnn.landscape.minima.models.model_polishing import _candidates
 from lightning_mnn.landscape.minima.models.piecewise_step import Curvature, LocalModel, minimise
-from lightning_mnn.landscape.minima.models.reading import objective_at, read_face
 
 
 def convex_model(seed, p=4, m=3, *, coupled=False):
@@ -21,7 +21,10 @@ def convex_model(seed, p=4, m=3, *, coupled=False):
     random = np.random.default_rng(seed)
     coupling = np.tril(random.standard_normal((m, m)), -1) * 0.1 if coupled else np.zeros((m, m))
     model = LocalModel(
-        random.standard_normal(p), random.uniform(0.5, 2, m), random.standard_normal(m), random.standard_normal((m, p)),
+        random.standard_normal(p),
+        random.uniform(0.5, 2, m),
+        random.standard_normal(m),
+        random.standard_normal((m, p)),
         coupling,
     )
     root = random.standard_normal((p, p))
@@ -31,8 +34,7 @@ def convex_model(seed, p=4, m=3, *, coupled=False):
 def by_enumeration(model, curvature):
     """The lowest value over all signs of a quadratic program with equations, where its signs are right."""
     best, inverse = np.inf, np.linalg.inv(curvature)
-    for signs in itertools.product((-1, 0, 1), repeat=len(model.normal)):
-        signs = np.array(signs)
+    for signs in map(np.array, itertools.product((-1, 0, 1), repeat=len(model.normal))):
         on = signs == 0
         gradient = model.gradient + model.jacobian.T @ (signs * model.normal)
         rows = model.jacobian[on]
@@ -100,7 +102,10 @@ def test_the_model_is_the_objective_to_first_order():
     face = on_kinks(reading.face, candidates.masks, candidates.classes)
     first = derivatives(face, vector[face.free], candidates.values.abs())
     local = LocalModel(
-        first.gradient.numpy(), first.normal.numpy(), candidates.values.numpy(), first.jacobian.numpy(),
+        first.gradient.numpy(),
+        first.normal.numpy(),
+        candidates.values.numpy(),
+        first.jacobian.numpy(),
         first.coupling.numpy(),
     )
     assert len(candidates.keys) > 3
@@ -113,9 +118,7 @@ def test_the_model_is_the_objective_to_first_order():
 def test_candidates_are_limited_in_number():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 1)).double()
-    model, vector = prepare(
-        net, torch.randn(40, 3), torch.randn(40), loss="squared_error", weight_decay=0.0, frozen=()
-    )
+    model, vector = prepare(net, torch.randn(40, 3), torch.randn(40), loss="squared_error", weight_decay=0.0, frozen=())
     assert len(_candidates(model, vector, read_face(model, vector), 10.0, 7).keys) == 7
 
 

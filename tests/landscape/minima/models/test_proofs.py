@@ -11,24 +11,24 @@ from lightning_mnn.landscape import (
     planted_model_minimum,
     polish_model,
 )
-from lightning_mnn.landscape.minima.models.face import (
+from lightning_mnn.landscape.minima.models.equations.face import (
     derivatives,
     hessian,
     largest_curvature,
     largest_slope,
     outputs_jacobian,
 )
+from lightning_mnn.landscape.minima.models.equations.reading import active_sets, objective_at, read_face, true_outputs
+from lightning_mnn.landscape.minima.models.equations.stationarity import Fit, linearise, prove_fit
 from lightning_mnn.landscape.minima.models.inactive_units import COPY_SINE, scaled_units, split_units
 from lightning_mnn.landscape.minima.models.model_certificate import prepare
-from lightning_mnn.landscape.minima.models.reading import active_sets, objective_at, read_face, true_outputs
-from lightning_mnn.landscape.minima.models.stationarity import Fit, linearise
 from tests.landscape.minima.models.probing import model_of
 from tests.landscape.minima.models.test_precise import TARGETS, grouped, line, on_kinks
 
 DIGITS = 100
 
 
-def lagrangian_gradient(mp, net, x, y, decay, kinks, theta, multipliers):
+def lagrangian_gradient(mp, net, x, y, decay, kinks, theta, multipliers):  # noqa: C901, PLR0912, PLR0917 (a plain pass)
     """Gradient of the Lagrangian and switching values, in mpmath."""
     parts, start = [], 0
     for layer in net[::2]:
@@ -119,8 +119,6 @@ def test_the_radius_of_a_zero_holds_too():
         fit = Fit(face, fit_vector)
     jacobian = fit.jacobian.tolist()
     gram = torch.linalg.inv(fit.gram).tolist()
-    from lightning_mnn.landscape.minima.models.stationarity import prove_fit  # noqa: PLC0415
-
     ball = prove_fit(fit)
     assert ball is not None
     with mp.workdps(60):

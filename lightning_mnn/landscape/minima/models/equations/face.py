@@ -14,6 +14,7 @@ Shapes: N samples, K outputs, P free parameters, κ active kinks.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,14 +22,22 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from lightning_mnn.landscape import tolerances
-from lightning_mnn.landscape.minima.models.layers import Affine, Average, Bends, Flatten, Largest, Layers, Scale
+from lightning_mnn.landscape.minima.models.equations.layers import (
+    Affine,
+    Average,
+    Bends,
+    Flatten,
+    Largest,
+    Layers,
+    Scale,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    from lightning_mnn.landscape.minima.models.layers import Loss
+    from lightning_mnn.landscape.minima.models.equations.layers import Loss
 
 _SAMPLES_AT_ONCE = 8  # whose outputs are differentiated together
 _POWER_STEPS = 6
@@ -140,7 +149,7 @@ def kink_groups(places: Tensor, classes: Tensor, size: int) -> tuple[Tensor, Ten
         classes: a number for each sample, equal for samples whose pre-activations are the same functions, (N,).
         size: pre-activations of one sample.
     """
-    keys, groups = (classes[places // size] * size + places % size).unique(return_inverse=True)
+    keys, groups = torch.unique(classes[places // size] * size + places % size, return_inverse=True)
     heads = torch.full_like(keys, len(places)).scatter_reduce(0, groups, torch.arange(len(places)), "amin")
     return groups, heads
 
@@ -435,12 +444,12 @@ def largest_slope(face: Face, theta: Tensor) -> float:
         return torch.cat([f.flatten(), z])
 
     def product(v: Tensor) -> Tensor:
-        result, back = torch.func.vjp(values, theta)
+        result, back = torch.func.vjp(values, theta)[:2]
         ahead = torch.func.grad(lambda u: back(u)[0] @ v)(torch.zeros_like(result))
         found: Tensor = back(ahead)[0]
         return found
 
-    return _collatz(product, torch.ones_like(theta)) ** 0.5
+    return math.sqrt(_collatz(product, torch.ones_like(theta)))
 
 
 def _collatz(product: Callable[[Tensor], Tensor], v: Tensor) -> float:
@@ -448,4 +457,5 @@ def _collatz(product: Callable[[Tensor], Tensor], v: Tensor) -> float:
     for _ in range(_POWER_STEPS):
         following = product(v)
         v = following + 1e-3 * following.norm() / len(v) ** 0.5 + 1e-300
-    return float((product(v) / v).max()) * (1 + 1e-9)
+    largest = float((product(v) / v).max())
+    return largest * (1 + 1e-9)

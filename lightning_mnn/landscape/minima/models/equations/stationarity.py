@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_mnn.landscape import tolerances
-from lightning_mnn.landscape.minima.models.face import (
+from lightning_mnn.landscape.minima.models.equations.face import (
     derivatives,
     gamma,
     hessian,
@@ -23,14 +23,14 @@ from lightning_mnn.landscape.minima.models.face import (
     largest_slope,
     outputs_jacobian,
 )
-from lightning_mnn.landscape.minima.models.lipschitz import Bounds, bounds_on_ball
-from lightning_mnn.landscape.minima.models.precise import Precise, precise_equations
-from lightning_mnn.landscape.minima.models.symmetries import Gauge, gauge_of
+from lightning_mnn.landscape.minima.models.equations.lipschitz import Bounds, bounds_on_ball
+from lightning_mnn.landscape.minima.models.equations.precise import Precise, precise_equations
+from lightning_mnn.landscape.minima.models.equations.symmetries import Gauge, gauge_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lightning_mnn.landscape.minima.models.face import Derivatives, Face
+    from lightning_mnn.landscape.minima.models.equations.face import Derivatives, Face
 
 _MAX_PROOF_ROUNDS = 6  # trial radii of a ball
 
@@ -72,7 +72,8 @@ class System:
     @cached_property
     def inertia(self) -> Tensor:
         """The eigenvalues of F′."""
-        return torch.linalg.eigvalsh(self.matrix)
+        found: Tensor = torch.linalg.eigvalsh(self.matrix)
+        return found
 
     @cached_property
     def absolute(self) -> Derivatives:
@@ -82,7 +83,8 @@ class System:
     @property
     def inertia_error(self) -> float:
         """A bound on the error of these eigenvalues."""
-        return 100 * len(self.matrix) * tolerances.FLOAT64_EPS * float(self.inertia.abs().max())
+        largest = float(self.inertia.abs().max())
+        return tolerances.MATRIX_EIGENVALUE_ROUNDINGS * len(self.matrix) * tolerances.FLOAT64_EPS * largest
 
     @property
     def growth(self) -> Tensor:
@@ -105,7 +107,8 @@ class System:
         rows = torch.cat([self.first.jacobian, self.gauge.basis])
         if not len(rows):
             return torch.eye(len(self.theta), dtype=torch.float64)
-        return torch.linalg.qr(rows.T, mode="complete")[0][:, len(rows) :]
+        found: Tensor = torch.linalg.qr(rows.T, mode="complete")[0][:, len(rows) :]
+        return found
 
     @cached_property
     def tangential_values(self) -> Tensor:

@@ -48,9 +48,11 @@ class Pair(NamedTuple):
         return Pair(move(self.hi), move(self.lo))
 
     def __neg__(self) -> Pair:
+        """−x."""
         return Pair(-self.hi, -self.lo)
 
     def __abs__(self) -> Pair:
+        """|x|."""
         sign = torch.where(self.hi < 0, -1.0, 1.0).to(self.hi.dtype)
         return Pair(sign * self.hi, sign * self.lo)
 

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_mnn.landscape.minima.models.face import Pieces
-from lightning_mnn.landscape.minima.models.layers import Affine, Average, Scale
+from lightning_mnn.landscape.minima.models.equations.face import Pieces
+from lightning_mnn.landscape.minima.models.equations.layers import Affine, Average, Scale
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    from lightning_mnn.landscape.minima.models.face import Face
+    from lightning_mnn.landscape.minima.models.equations.face import Face
 
 _ROUNDED_UP = 1 + 1e-9  # factor that covers the rounding of the bounds themselves
 

@@ -16,18 +16,18 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lightning_mnn.landscape.minima.models import double_double as dd
-from lightning_mnn.landscape.minima.models.double_double import Pair
-from lightning_mnn.landscape.minima.models.face import Pieces
-from lightning_mnn.landscape.minima.models.layers import Affine, Average, Bends, Flatten, Largest, Scale
+from lightning_mnn.landscape.minima.models.equations import double_double as dd
+from lightning_mnn.landscape.minima.models.equations.double_double import Pair
+from lightning_mnn.landscape.minima.models.equations.face import Pieces
+from lightning_mnn.landscape.minima.models.equations.layers import Affine, Average, Bends, Flatten, Largest, Scale
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    from lightning_mnn.landscape.minima.models.face import Face, Model
-    from lightning_mnn.landscape.minima.models.layers import Loss
+    from lightning_mnn.landscape.minima.models.equations.face import Face, Model
+    from lightning_mnn.landscape.minima.models.equations.layers import Loss
 
     Backward = Callable[[Pair], Pair]
 
@@ -112,9 +112,7 @@ class _Walk:
 
     def forward(self) -> Pair:
         h = Pair.of(self.face.model.inputs)
-        for number, (op, piece) in enumerate(
-            zip(self.face.model.layers.operations, self.face.pieces, strict=True)
-        ):
+        for number, (op, piece) in enumerate(zip(self.face.model.layers.operations, self.face.pieces, strict=True)):
             if piece is not None:
                 self.inputs[number] = h.hi
             match op:
@@ -208,9 +206,7 @@ class _Walk:
             whole = Pair(torch.cat([p.hi for p in of_patches], 1), torch.cat([p.lo for p in of_patches], 1))
             inside = places.flatten() > 0
             values = whole.map(lambda t: t.flatten()[inside])
-            return _scattered(values, places.flatten()[inside] - 1, h.hi.numel()).map(
-                lambda t: t.reshape(h.hi.shape)
-            )
+            return _scattered(values, places.flatten()[inside] - 1, h.hi.numel()).map(lambda t: t.reshape(h.hi.shape))
 
         return flat.map(unfolded), back
 

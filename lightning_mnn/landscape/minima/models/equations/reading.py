@@ -14,8 +14,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_mnn.landscape.minima.models.face import Face, Model, Pieces, apply_linear, gamma, kink_groups
-from lightning_mnn.landscape.minima.models.layers import Affine, Average, Bends, Flatten, Largest, Operation, Scale
+from lightning_mnn.landscape import tolerances
+from lightning_mnn.landscape.minima.models.equations.face import Face, Model, Pieces, apply_linear, gamma, kink_groups
+from lightning_mnn.landscape.minima.models.equations.layers import (
+    Affine,
+    Average,
+    Bends,
+    Flatten,
+    Largest,
+    Operation,
+    Scale,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -34,7 +43,8 @@ class Unit:
         scale: Σ |w||h| + |b| of each, (N, …).
         varies: whether it depends on the parameters, (N, …).
         distances: |z − kink|, (N, …, number of kinks); on an active kink that of the float.
-        classes: a number for each sample, equal where all pre-activations are the same functions nearby, (N,).
+        classes: a number for each sample, equal where all pre-activations are the same functions nearby, (N,); without
+            active kinks all are different.
     """
 
     values: Tensor
@@ -83,9 +93,7 @@ def read_face(model: Model, vector: Tensor, active: Active | None = None) -> Rea
     face = Face(model, tuple(reader.pieces), torch.arange(len(vector)), vector)
     keep = (_influence(face) > 0) | (model.weights_of_penalty > 0)
     face = replace(face, free=keep.nonzero()[:, 0])
-    return Reading(
-        face, reader.units, reader.gaps, reader.ties, int((~keep).sum()), tuple(_inert_units(model, ~keep))
-    )
+    return Reading(face, reader.units, reader.gaps, reader.ties, int((~keep).sum()), tuple(_inert_units(model, ~keep)))
 
 
 def _inert_units(model: Model, inert: Tensor) -> Iterator[str]:
@@ -140,7 +148,8 @@ class _Reader:
         self.floor = torch.zeros_like(self.varies)  # values of max(z, 0) on its kink, which nearby are not smaller
         self.pieces: list[Pieces | Tensor | None] = []
         self.units: dict[int, Unit] = {}
-        self.classes = _numbered(row.numpy().tobytes() for row in self.h)
+        # Without active kinks each sample may be a class of its own.
+        self.classes = torch.arange(len(self.h)) if not active else _numbered(row.numpy().tobytes() for row in self.h)
         self.gaps: dict[int, Tensor] = {}
         self.ties = 0
 
@@ -208,6 +217,8 @@ class _Reader:
 
     def _divide(self, *pieces: Tensor) -> None:
         """Classes of samples whose values are the same functions: the same constants, or pieces of the same ones."""
+        if not self.active:
+            return
         varies = self.varies.flatten(1).any(1).tolist()
         rows = torch.cat([self.h.flatten(1), *(piece.double().flatten(1) for piece in pieces)], dim=1)
         width = self.h[0].numel()
@@ -223,7 +234,7 @@ class _Reader:
         varies, floor = (op.windows(mask.double(), 0.0)[0] > 0 for mask in (self.varies, self.floor))
         scale = op.windows(self.scale, 0.0)[0].amax(2, keepdim=True)
         largest = windows.amax(2, keepdim=True)
-        tied = windows >= largest - 1e-12 * scale
+        tied = windows >= largest - tolerances.MAX_POOLING_TIE_RATIO * scale
         # Of equal numbers that which varies is taken; one constant is as good as another.
         first = (tied.double() + (tied & varies).double()).argmax(2, keepdim=True)
         varying = (tied & varies).sum(2, keepdim=True)
