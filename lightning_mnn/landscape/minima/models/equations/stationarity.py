@@ -208,9 +208,10 @@ def prove_zero(system: System) -> Ball | None:
     error = face.model.second_rounding * error + sums * float(system.matrix.norm())
     eta = float((inverse @ residual).norm() + (magnitude @ (residual_error + sums * residual.abs())).norm())
     identity = torch.eye(len(inverse), dtype=torch.float64)
-    delta = float((identity - inverse @ system.matrix).norm())
+    delta = float((identity - inverse @ system.matrix).norm()) * (1 + 1e-6)
+    delta += sums * float(inverse.norm()) * float(system.matrix.norm())
     norm = (1 + delta) / smallest * (1 + 1e-6)
-    delta += norm * error + sums * float(inverse.norm()) * float(system.matrix.norm())
+    delta += norm * error
     return _ball(face, theta, system.multipliers, norm, eta, delta)
 
 
