@@ -47,44 +47,10 @@ def main():
 
 
 def minimum(size):
-    """A kink minimum, moved a little, and the options of its certificate."""
+    """A kink minimum, and the options of its certificate."""
     torch.manual_seed(0)
-    widths = SIZES[size]
-    if size < 1000:
-        planted = planted_model_kink_minimum(SAMPLES[size], widths, 0.1, kinks=KINKS, weight_decay=DECAY)
-        return planted.module, planted.inputs, planted.targets, {"weight_decay": DECAY, "max_distance": 1e-6}
-    # Planting takes a pseudoinverse of N·K rows; these are differentiable, by targets at their stationary values.
-    net = module(widths)
-    x = torch.randn(SAMPLES[size], widths[0]).double()
-    return net, x, stationary_targets(net, x), {"weight_decay": DECAY, "max_distance": 1e-2}
-
-
-def stationary_targets(net, x):
-    """Targets near the outputs for which the objective with penalty has a zero gradient."""
-    outputs = net(x).detach()
-    parameters = {name: value.detach() for name, value in net.named_parameters()}
-    _, back = torch.func.vjp(lambda p: torch.func.functional_call(net, p, x), parameters)
-
-    def gradient(g):
-        return torch.cat([v.flatten() for v in back(g)[0].values()])
-
-    theta = DECAY * torch.cat([v.flatten() for v in parameters.values()])
-    # (2/N) Jᵀ e = −wd θ, by conjugate gradients on J Jᵀ-free normal equations.
-    basis, right = [], -theta * len(x) / 2
-    _, forward = torch.func.vjp(gradient, torch.zeros_like(outputs))
-    e, residual = torch.zeros_like(outputs), right.clone()
-    direction = forward(residual)[0]
-    basis = direction.square().sum()
-    for _ in range(3000):
-        image = gradient(direction)
-        step = basis / image.square().sum()
-        e, residual = e + step * direction, residual - step * image
-        following = forward(residual)[0]
-        size = following.square().sum()
-        if float(residual.norm()) <= 1e-13 * float(right.norm()):
-            break
-        direction, basis = following + size / basis * direction, size
-    return outputs - e
+    planted = planted_model_kink_minimum(SAMPLES[size], SIZES[size], 0.1, kinks=KINKS, weight_decay=DECAY)
+    return planted.module, planted.inputs, planted.targets, {"weight_decay": DECAY, "max_distance": 1e-6}
 
 
 def fit(size):

@@ -218,15 +218,15 @@ def classify_near(model: Model, vector: Tensor, max_distance: float) -> Classifi
 
 def _classify_faces(model: Model, vector: Tensor, max_distance: float) -> Classified:
     reading = read_face(model, vector)
-    if len(reading.face.free) > MAX_UNKNOWNS:
-        reason = Reason.of(ReasonCode.MODEL_TOO_LARGE, unknowns=len(reading.face.free), limit=MAX_UNKNOWNS)
-        return Classified(Kind.UNDECIDED, reason, vector, reading)
     sets, found = active_sets(reading, tolerances.MAX_KINK_RATIO, _KINK_SETS), []
     if _may_fit(model, vector):
         for active in sets:
             fitted = fit_exactly(model, vector, active, max_distance)
             if fitted is not None:
                 return fitted
+    if len(reading.face.free) > MAX_UNKNOWNS:
+        reason = Reason.of(ReasonCode.MODEL_TOO_LARGE, unknowns=len(reading.face.free), limit=MAX_UNKNOWNS)
+        return Classified(Kind.UNDECIDED, reason, vector, reading)
     scale = max(float(vector.norm()), 1e-300)
     for active in sets:
         solved = solve(model, vector, active, max_distance)
