@@ -38,6 +38,22 @@ MIN_KINK_EXIT_RATE = 1e-6  # rate at which every degenerate kink must be left
 MAX_KINK_EXIT_RATIO = 1e-4  # step that leaves degenerate kinks, relative to the weights
 # Source: chosen: a tenth of the default max_distance. Test: none, 32 networks, test_certify.
 
+# Certificates of general networks
+MAX_KINK_RATIO = 1e-2  # |z − kink|, relative to its scale, up to which a kink may be active
+# Source: chosen, as MAX_KINK_SINE. Test: here.
+MAX_FIT_RATIO = 0.1  # ‖f − y‖/‖y‖ up to which a point of zero error is looked for
+# Source: chosen: Gauss-Newton steps from further off leave max_distance. Test: here.
+MIN_LIKQ = 1e-9  # σ_min/σ_max of the gradients of independent kinks
+# Source: chosen: more than half of the digits of float64. Test: none, not tried yet.
+MIN_GENERATOR_RATIO = 1e-8  # singular value, relative to the largest, of independent generators of symmetries
+# Source: half of the digits of float64. Test: none, not tried yet.
+MAX_POOLING_TIE_RATIO = 1e-12  # difference of two numbers in a window of max-pooling, relative to their scale, of a tie
+# Source: chosen: some thousand roundings. Test: none, not tried yet.
+MATRIX_EIGENVALUE_ROUNDINGS = 100.0  # error of dense eigenvalues, per row, in spacings of floats at the largest
+# Source: chosen: errors of a few were measured. Test: none, not tried yet.
+MAX_ZERO_NORM_RATIO = 1e-6  # norm of a unit's weights, relative to its layer's largest, that a penalty takes to zero
+# Source: chosen: far above rounding, far below the weights of a unit with a part in the outputs. Test: here.
+
 # Polishing
 MAX_POLISH_EXCURSION = 100.0  # distance, in units of max_distance, at which the search is given up
 # Source: chosen: a search that went so far seldom comes back. Test: here.

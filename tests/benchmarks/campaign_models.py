@@ -1,13 +1,16 @@
 """A campaign for certify_model: planted points of many sizes, losses and depths, and a comparison with certify.
 
 Run it as ``python -m tests.benchmarks.campaign_models [part …] [--count N] [--seconds S] [--seed S]``. Parts: minima,
-kinks, violated, saddles, layers (two-layer points, compared with ``certify``). It prints one line for each part.
+kinks, violated, saddles, layers (two-layer points, compared with ``certify``), trained (24 networks of each size,
+trained with Adam and polished), fits (without a penalty, more parameters than equations), digits and convolution
+(MNIST, whose folder LIGHTNING_MNN_DATA names). It prints a line for each part, and for each size.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import time
 from collections import Counter
 
@@ -24,11 +27,20 @@ from lightning_mnn.landscape import (
     planted_model_minimum,
     planted_model_saddle,
     planted_saddle,
+    polish_model,
 )
 from lightning_mnn.landscape.minima.models.model_certificate import classify_near, prepare
 from lightning_mnn.utilities.validation import ArgumentError
+from tests.benchmarks.trained_models import digits, train_module, train_runs
 from tests.landscape.minima.models.probing import lowest_nearby
 
+TRAINED = [  # widths, N
+    ((8, 6, 1), 60),
+    ((5, 6, 5, 1), 60),
+    ((5, 6, 5, 1), 30),
+    ((10, 10, 10, 1), 40),
+]
+FITS = [((10, 10, 10, 1), 40), ((10, 10, 10, 3), 40)]
 CASES = [  # widths, N, weight decay, negative slope, loss
     ((4, 4, 2), 60, 0.0, 0.0, "squared_error"),
     ((4, 4, 2), 60, 1e-3, 0.1, "squared_error"),
@@ -129,6 +141,67 @@ def two_layers(count, seconds, seed):
     print("layers points", done, dict(pairs), "contradictions", contradictions)
 
 
+def polished(name, runs, decay, loss="squared_error", seconds=600.0):
+    """Polish trained networks, and tell how they end."""
+    codes, costs, began, distances = Counter(), [], time.monotonic(), []
+    for module, x, y in runs:
+        if time.monotonic() - began > seconds:
+            break
+        start = time.process_time()
+        found = polish_model(module, x, y, loss=loss, weight_decay=decay).certificate
+        costs.append(time.process_time() - start)
+        distances.append(found.distance)
+        codes[f"{found.kind}: {found.reason_code}"] += 1
+    certified = sum(n for code, n in codes.items() if "minimum" in code)
+    print(
+        f"{name}: {certified} of {len(costs)} certified, {dict(codes)}, median {sorted(costs)[len(costs) // 2]:.1f} s, "
+        f"distance at most {max(distances):.1e}",
+        flush=True,
+    )
+
+
+def trained(options):
+    for (widths, n), decay in itertools.product(TRAINED, (2e-3, 2e-2)):
+        runs = train_runs(widths, n, decay, runs=min(24, options.count), seed=options.seed)
+        polished(f"trained {widths}, N = {n}, wd = {decay}", runs, decay, seconds=options.seconds)
+
+
+def fits(options):
+    for widths, n in FITS:
+        runs = train_runs(widths, n, 0.0, runs=min(24, options.count), seed=options.seed, last_rate=1e-4)
+        polished(f"fits {widths}, N = {n}", runs, 0.0, seconds=options.seconds)
+
+
+def of_digits(options):
+    runs = min(24, options.count)
+    x, y = digits(os.environ["LIGHTNING_MNN_DATA"], 60, 10, runs)
+    for decay in (2e-3, 2e-2):
+        found = train_runs((100, 6, 10), 60, decay, data=(x.flatten(2), y), runs=runs, seed=options.seed)
+        polished(f"digits (100, 6, 10), wd = {decay}", found, decay, "cross_entropy", options.seconds)
+
+
+def convolution(options):
+    """Two convolutions and max-pooling on 100 digits, some 1,000 parameters: zero squared error, and a penalty."""
+    x, y = digits(os.environ["LIGHTNING_MNN_DATA"], 100, 10, 1)
+    x, y = x[0], nn.functional.one_hot(y[0], 10).double()
+    for decay in (0.0, 2e-3):
+        torch.manual_seed(options.seed)
+        layers = [nn.Conv2d(1, 6, 3), nn.LeakyReLU(0.1), nn.Conv2d(6, 10, 3), nn.LeakyReLU(0.1), nn.MaxPool2d(2)]
+        net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(90, 10)).double()
+        train_module(net, x, y, decay)
+        start = time.process_time()
+        found = certify_model(net, x, y, weight_decay=decay, max_distance=0.1)
+        print(
+            f"convolution, {sum(p.numel() for p in net.parameters())} parameters, wd = {decay}: {found.kind}, "
+            f"{found.reason_code}, zero error {found.zero_error}, radius {found.radius}, "
+            f"{time.process_time() - start:.1f} s",
+            flush=True,
+        )
+
+
+MORE = {"trained": trained, "fits": fits, "digits": of_digits, "convolution": convolution}
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("parts", nargs="*", default=["minima", "kinks", "violated", "saddles", "layers"])
@@ -137,7 +210,9 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     for part in options.parts:
-        if part == "layers":
+        if part in MORE:
+            MORE[part](options)
+        elif part == "layers":
             two_layers(options.count, options.seconds, options.seed)
         else:
             campaign(part, options.count, options.seconds, options.seed)

@@ -19,12 +19,14 @@ from lightning_mnn.landscape import (
     LossSurface,
     Region,
     certify,
+    certify_model,
     check_stationarity,
     find_minimum,
     kink_distance,
     log_cone_measure,
     planted_kink_minimum,
     planted_minimum,
+    planted_model_kink_minimum,
     polish,
     second_order_verdict,
     tolerances,
@@ -34,6 +36,8 @@ from lightning_mnn.landscape.curvature.newton import Scales, conjugate_gradients
 from lightning_mnn.landscape.labels import wrong
 from lightning_mnn.landscape.minima import planted
 from lightning_mnn.landscape.minima.kink_multipliers import check_multipliers
+from lightning_mnn.landscape.minima.models.inactive_units import split_units
+from lightning_mnn.landscape.minima.models.model_certificate import prepare
 from lightning_mnn.landscape.minima.problem import Problem
 from lightning_mnn.landscape.minima.stationary_point import _spanned, bases_of_kinks
 from lightning_mnn.landscape.perturbation import finest_sigma, moved
@@ -155,6 +159,41 @@ def a_minimum_thirty_times_max_distance_away():
 def two_kinks_with_nearly_parallel_inputs():
     inputs, force = np.array([[1.0, 0.0, 0.0], [1.0, 7e-7, 0.0]]), np.array([1.86, 2.8e-7, -1.2e-8])
     return check_multipliers(inputs, np.array([-1.7, -0.7]), force, 1.0, 0.0, 3e-16).holds
+
+
+# Certificates of general networks
+
+
+@decides("MAX_KINK_RATIO", SMALLER, verdict="kink_minimum")
+def a_minimum_of_a_model_with_its_kink_missed_by_3e_3():
+    problem = planted_model_kink_minimum(40, (3, 3, 1), 0.1, kinks=1, weight_decay=1e-2)
+    ((_, sample, unit),) = problem.kinks
+    first = problem.module[0]
+    with torch.no_grad():
+        own = problem.inputs.abs() @ first.weight[unit].abs() + first.bias[unit].abs()
+        first.bias[unit] += 3e-3 * float(torch.maximum(own[sample], own.mean()))
+    found = certify_model(problem.module, problem.inputs, problem.targets, weight_decay=1e-2, max_distance=0.1)
+    return found.kind
+
+
+@decides("MAX_FIT_RATIO", SMALLER, verdict=True)
+def zero_error_from_outputs_off_by_three_percent():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 20), nn.LeakyReLU(0.1), nn.Linear(20, 2)).double()
+    x = torch.randn(6, 4).double()
+    y = net(x).detach()
+    return certify_model(net, x, y + 0.03 * y.norm() / 12**0.5, max_distance=0.5).zero_error
+
+
+@decides("MAX_ZERO_NORM_RATIO", SMALLER, verdict=True)
+def a_unit_with_small_weights():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 1)).double()
+    with torch.no_grad():
+        net[0].weight[0], net[0].bias[0], net[2].weight[0, 0] = 3e-7, 1e-7, 3e-7
+    x = torch.randn(9, 3).double()
+    model, vector = prepare(net, x, torch.ones(9), loss="squared_error", weight_decay=0.1, frozen=())
+    return split_units(model, vector) is not None
 
 
 # Planted problems

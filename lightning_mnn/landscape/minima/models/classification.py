@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_mnn.landscape import tolerances
-from lightning_mnn.landscape.minima.models.face import Model, Pieces, derivatives, outputs_jacobian
-from lightning_mnn.landscape.minima.models.reading import Active, Reading, read_face, true_loss
-from lightning_mnn.landscape.minima.models.stationarity import (
+from lightning_mnn.landscape.minima.models.equations.face import Model, Pieces
+from lightning_mnn.landscape.minima.models.equations.reading import Active, Reading, read_face, true_loss
+from lightning_mnn.landscape.minima.models.equations.stationarity import (
     Ball,
+    Factors,
+    Fit,
     System,
-    gauss_newton_step,
     linearise,
-    newton_step,
     prove_fit,
     prove_zero,
 )
@@ -28,12 +28,15 @@ from lightning_mnn.verdicts import Kind, Reason, ReasonCode
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lightning_mnn.landscape.minima.models.face import Face
+    from lightning_mnn.landscape.minima.models.equations.face import Face
 
 _MAX_NEWTON_STEPS = 30
-MAX_UNKNOWNS = 3000  # P + κ, or N·K, of dense linear algebra
+MAX_UNKNOWNS = 3500  # P + κ of dense linear algebra
+MAX_EQUATIONS = 6000  # N·K + κ of a point of zero error
 _MIN_STEP = 4 * tolerances.FLOAT64_EPS  # step of Newton's method, relative to the parameters, that is rounding
-_MIN_LIKQ = 1e-9  # σ_min/σ_max of Z of independent kinks: half of the digits and more
+_PRECISE_STEP = 1e-4  # step, relative to the parameters, from which the equations are evaluated in double-double
+_MAX_STALLED_STEP = 1e-11  # relative step that no longer falls, with which the point is taken
+_STEPS_PER_FACTORS = 4  # steps with one factorisation, while each is a quarter of the one before
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,12 @@ class Classified:
         return self.reading.face.num_kinks
 
 
-def solve(model: Model, vector: Tensor, active: Active, max_distance: float) -> tuple[System, Reading, Tensor] | Reason:
+def solve(  # noqa: C901 (one exit for each reason)
+    model: Model, vector: Tensor, active: Active, max_distance: float
+) -> tuple[System, Reading, Tensor] | Reason:
     """The stationary point on the face of given kinks, by Newton's method; or why it was not found."""
     start, scale = vector, max(float(vector.norm()), 1e-300)
-    multipliers, last = None, torch.inf
+    multipliers, last, first = None, torch.inf, None
     for _ in range(_MAX_NEWTON_STEPS):
         safe_point()
         reading = read_face(model, vector, active)
@@ -91,19 +96,45 @@ def solve(model: Model, vector: Tensor, active: Active, max_distance: float) -> 
             multipliers = None
         system = linearise(face, theta, multipliers)
         likq = system.likq
-        if likq is not None and likq < _MIN_LIKQ:
+        if likq is not None and likq < tolerances.MIN_LIKQ:
             return Reason.of(ReasonCode.KINKS_NOT_INDEPENDENT, likq=likq, kinks=face.num_kinks)
-        step = newton_step(system)
+        first = system if first is None else first
+        factors = Factors(system)
+        if last > _PRECISE_STEP:
+            step = factors.step(theta, system.multipliers, system.residual)
+        else:
+            step = factors.step(theta, system.multipliers, factors.residual(system.precise))
         if step is None:
             return Reason.of(ReasonCode.FLAT_DIRECTIONS_UNEXPLAINED)
         size = float((step[0] - theta).norm()) / scale
-        if size <= _MIN_STEP or (size >= last / 2 and size < 1e-11):
+        if last <= _PRECISE_STEP and (size <= _MIN_STEP or (size >= last / 2 and size < _MAX_STALLED_STEP)):
             return system, reading, vector
+        if _MIN_STEP < size <= _PRECISE_STEP:
+            step, size = _further(factors, face, step, size, scale)
         last = min(size, last)
         vector, multipliers = face.whole(step[0]), step[1]
         if not float((vector - start).norm()) <= 10 * max_distance * scale:
             break
+    if first is not None and not float(first.inertia.abs().min()) > first.inertia_error:  # steps are arbitrary
+        return Reason.of(ReasonCode.FLAT_DIRECTIONS_UNEXPLAINED)
     return Reason.of(ReasonCode.NO_STATIONARY_POINT, distance=float((vector - start).norm()) / scale)
+
+
+def _further(
+    factors: Factors, face: Face, step: tuple[Tensor, Tensor], size: float, scale: float
+) -> tuple[tuple[Tensor, Tensor], float]:
+    """Steps with the same factors, while each is much shorter than the one before, and the last relative length."""
+    for _ in range(_STEPS_PER_FACTORS):
+        following = factors.precise_step(face, *step)
+        if following is None:
+            break
+        before, size = size, float((following[0] - step[0]).norm()) / scale
+        if not size <= before / 4:
+            break
+        step = following
+        if size <= _MIN_STEP:
+            break
+    return step, size
 
 
 def _too_large_or_dependent(face: Face) -> Reason:
@@ -117,9 +148,9 @@ def classify_point(  # noqa: C901, PLR0911 (one exit for each reason)
     model: Model, system: System, reading: Reading, vector: Tensor
 ) -> Classified:
     """The kind of the stationary point of a face next to a point."""
-    values, vectors = system.tangential()
+    values = system.tangential_values
     largest = max(float(values.abs().max()) if len(values) else 0.0, 1e-300)
-    growth = system.growth
+    growth = system.precise.growth
     zero = values.abs() <= tolerances.MAX_ZERO_RATIO * largest
     facts = {
         "growth": float(growth.min()) if len(growth) else None,
@@ -146,15 +177,11 @@ def classify_point(  # noqa: C901, PLR0911 (one exit for each reason)
     close = numbers_within(reading, ball)
     if close or not system.gauge.smallest > 2 * system.gauge.change * ball.radius:
         return undecided(ReasonCode.PIECES_WITHIN_RADIUS, count=close, radius=ball.radius)
-    inertia = torch.linalg.eigvalsh(system.matrix)
-    error = 100 * len(inertia) * tolerances.FLOAT64_EPS * float(inertia.abs().max())
-    if not float(inertia.abs().min()) > error:
-        return undecided(ReasonCode.FLAT_DIRECTIONS_UNEXPLAINED)
     kind = Kind.SADDLE
-    negative = int((inertia < 0).sum()) - len(system.multipliers) - len(system.gauge.basis)
+    negative = int((system.inertia < 0).sum()) - len(system.multipliers) - len(system.gauge.basis)
     uncertainty = _growth_error(system) + ball.radius * ball.bounds.growth_change
     if negative > 0:
-        direction = _fall_along_curvature(model, system, vector, vectors[:, 0], ball)
+        direction = _fall_along_curvature(model, system, vector, system.tangential()[1][:, 0], ball)
         code = ReasonCode.NEGATIVE_TANGENTIAL_CURVATURE
         words: dict[str, object] = {"value": float(values[0])}
     elif bool((growth < -uncertainty).any()):
@@ -197,9 +224,8 @@ def numbers_within(reading: Reading, ball: Ball) -> int:
 
 
 def _growth_error(system: System) -> Tensor:
-    size = system.multipliers.abs()
-    absolute = derivatives(system.face, system.theta.abs(), absolute=True)
-    return system.face.model.second_rounding * (absolute.normal + absolute.coupling.T @ size + size)
+    size, absolute = system.multipliers.abs(), system.absolute
+    return system.precise.rounding(system.face.model) * (absolute.normal + absolute.coupling.T @ size + size)
 
 
 def _fall(model: Model, vector: Tensor, moved: Tensor, ball: Ball, outputs_slope: float) -> bool:
@@ -218,7 +244,7 @@ def _loss_slope(model: Model, vector: Tensor, ball: Ball) -> float:
 
 def _fall_off_kink(model: Model, system: System, vector: Tensor, ball: Ball) -> Tensor | None:
     """A move off the kink of the most negative growth, on the side where the loss falls."""
-    kink = int(system.growth.argmin())
+    kink = int(system.precise.growth.argmin())
     target = -system.first.coupling[:, kink].clone()
     target[kink] += 1.0 if float(system.multipliers[kink]) >= 0 else -1.0
     move = torch.linalg.lstsq(system.first.jacobian, target[:, None], driver="gelsd").solution[:, 0]
@@ -266,31 +292,27 @@ def fit_exactly(model: Model, vector: Tensor, active: Active, max_distance: floa
         safe_point()
         reading = read_face(model, vector, active)
         face, equations = reading.face, model.loss.targets.numel() + reading.face.num_kinks
-        if equations > min(len(face.free), MAX_UNKNOWNS) or reading.ties:
+        if equations > min(len(face.free), MAX_EQUATIONS) or reading.ties:
             return None
-        theta = gauss_newton_step(face, vector[face.free])
+        fit = Fit(face, vector[face.free])
+        theta = fit.step()
         size = float((theta - vector[face.free]).norm()) / scale
+        if size <= _MIN_STEP or (size <= 1e-12 and size >= last / 2):
+            break
         if not float((face.whole(theta) - start).norm()) <= max_distance * scale:
             return None
-        if size <= 1e-12 and size >= last / 2:
-            break
         vector, last = face.whole(theta), size
-        if size <= _MIN_STEP:
-            break
-    reading = read_face(model, vector, active)
-    face = reading.face
-    theta = vector[face.free]
-    ball = prove_fit(face, theta)
+    else:
+        return None
+    ball = prove_fit(fit)
     if ball is None or numbers_within(reading, ball):
         return None
-    jacobian = outputs_jacobian(face, theta)
     kinks, outputs = face.num_kinks, model.loss.targets.numel()
-    z = jacobian[outputs:]
-    kernel = (
-        torch.linalg.qr(z.T, mode="complete")[0][:, kinks:] if kinks else torch.eye(len(theta), dtype=torch.float64)
-    )
-    values = torch.linalg.svdvals(jacobian[:outputs] @ kernel)
-    spectrum = torch.linalg.svdvals(z) if kinks else None
+    gram, spectrum = fit.gram[:outputs, :outputs], None
+    if kinks:
+        mixed, own = fit.gram[outputs:, :outputs], fit.gram[outputs:, outputs:]
+        gram, spectrum = gram - mixed.T @ torch.linalg.solve(own, mixed), torch.linalg.eigvalsh(own)
+    values = torch.linalg.eigvalsh(gram)
     return Classified(
         Kind.KINK_MINIMUM if kinks else Kind.DIFFERENTIABLE_MINIMUM,
         Reason.of(ReasonCode.MODEL_FITS, radius=ball.radius),
@@ -298,8 +320,8 @@ def fit_exactly(model: Model, vector: Tensor, active: Active, max_distance: floa
         reading,
         radius=ball.radius,
         growth=0.0 if kinks else None,
-        likq=None if spectrum is None else float(spectrum[-1] / spectrum[0]),
-        smallest_eigenvalue=2 * float(values[-1]) ** 2 / len(model.inputs),
+        likq=None if spectrum is None else float((spectrum[0] / spectrum[-1]).clamp(min=0).sqrt()),
+        smallest_eigenvalue=2 * float(values[0]) / len(model.inputs),
         positive_directions=outputs,
         flat_directions=len(theta) - kinks - outputs,
         symmetries=None,

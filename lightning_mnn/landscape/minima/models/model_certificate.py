@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.minima.certificate import certify
 from lightning_mnn.landscape.minima.models.classification import (
     MAX_UNKNOWNS,
@@ -20,9 +21,17 @@ from lightning_mnn.landscape.minima.models.classification import (
     fit_exactly,
     solve,
 )
-from lightning_mnn.landscape.minima.models.face import Model
-from lightning_mnn.landscape.minima.models.layers import Affine, Bends, Loss, LossName, prepare_loss, read_layers
-from lightning_mnn.landscape.minima.models.reading import active_sets, read_face, true_loss, true_outputs
+from lightning_mnn.landscape.minima.models.equations.face import Model
+from lightning_mnn.landscape.minima.models.equations.layers import (
+    Affine,
+    Bends,
+    Loss,
+    LossName,
+    prepare_loss,
+    read_layers,
+)
+from lightning_mnn.landscape.minima.models.equations.reading import active_sets, read_face, true_loss, true_outputs
+from lightning_mnn.landscape.minima.models.inactive_units import split_units
 from lightning_mnn.utilities.validation import ArgumentError
 from lightning_mnn.verdicts import Kind, Reason, ReasonCode, Reasoned
 
@@ -33,9 +42,7 @@ if TYPE_CHECKING:
 
     from lightning_mnn.landscape.minima.certificate import Certificate
 
-_MAX_KINK_RATIO = 1e-2  # |z − kink|, relative to its scale, up to which a kink may be active
 _KINK_SETS = 6  # sets of kinks that are tried
-_MAX_FIT_RATIO = 0.1  # ‖f − y‖/‖y‖ up to which a point of zero error is looked for
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class ModelCertificate(Reasoned):
             which the loss depends.
         symmetries: number of these that are symmetries; None for a minimum of zero error, which needs none.
         inert: number of trained numbers on which nothing depends nearby (weights of units that are never active).
+        inert_units: units all of whose incoming weights are such numbers, by the row of the weight, "0.weight[3]".
         state_dict: the point: all parameters by name, float64; the given ones if no point was found.
         direction: a move of the trained parameters that lowers the loss: of a saddle, or off a kink; else None.
     """
@@ -79,6 +87,7 @@ class ModelCertificate(Reasoned):
     flat_directions: int | None
     symmetries: int | None
     inert: int
+    inert_units: tuple[str, ...]
     state_dict: dict[str, Tensor]
     direction: dict[str, Tensor] | None = None
 
@@ -196,17 +205,34 @@ def prepare(
 
 
 def classify_near(model: Model, vector: Tensor, max_distance: float) -> Classified:
-    """The best kind that is proved of the faces next to a point: a minimum, else a saddle, else the first reason."""
+    """The best kind that is proved of the faces next to a point: a minimum, else a saddle, else the first reason.
+
+    Where penalised units have no part in the outputs, also next to the point where they are split off other units.
+    """
+    found = _classify_faces(model, vector, max_distance)
+    if found.kind.is_minimum:
+        return found
+    split = split_units(model, vector)
+    scale = max(float(vector.norm()), 1e-300)
+    if split is None or not float((split - vector).norm()) <= max_distance * scale:
+        return found
+    again = _classify_faces(model, split, max_distance)
+    if again.kind.is_minimum and float((again.vector - vector).norm()) <= max_distance * scale:
+        return again
+    return found
+
+
+def _classify_faces(model: Model, vector: Tensor, max_distance: float) -> Classified:
     reading = read_face(model, vector)
-    if len(reading.face.free) > MAX_UNKNOWNS:
-        reason = Reason.of(ReasonCode.MODEL_TOO_LARGE, unknowns=len(reading.face.free), limit=MAX_UNKNOWNS)
-        return Classified(Kind.UNDECIDED, reason, vector, reading)
-    sets, found = active_sets(reading, _MAX_KINK_RATIO, _KINK_SETS), []
+    sets, found = active_sets(reading, tolerances.MAX_KINK_RATIO, _KINK_SETS), []
     if _may_fit(model, vector):
         for active in sets:
             fitted = fit_exactly(model, vector, active, max_distance)
             if fitted is not None:
                 return fitted
+    if len(reading.face.free) > MAX_UNKNOWNS:
+        reason = Reason.of(ReasonCode.MODEL_TOO_LARGE, unknowns=len(reading.face.free), limit=MAX_UNKNOWNS)
+        return Classified(Kind.UNDECIDED, reason, vector, reading)
     scale = max(float(vector.norm()), 1e-300)
     for active in sets:
         solved = solve(model, vector, active, max_distance)
@@ -232,7 +258,7 @@ def _may_fit(model: Model, vector: Tensor) -> bool:
     y = model.loss.targets
     if model.loss.name != "squared_error" or bool(model.weights_of_penalty.any()) or y.numel() > len(vector):
         return False
-    return float((true_outputs(model, vector) - y).norm()) <= _MAX_FIT_RATIO * float(y.norm())
+    return float((true_outputs(model, vector) - y).norm()) <= tolerances.MAX_FIT_RATIO * float(y.norm())
 
 
 def as_certificate(model: Model, found: Classified, start: Tensor) -> ModelCertificate:
@@ -255,6 +281,7 @@ def as_certificate(model: Model, found: Classified, start: Tensor) -> ModelCerti
         flat_directions=found.flat_directions,
         symmetries=found.symmetries,
         inert=found.reading.inert,
+        inert_units=found.reading.inert_units,
         state_dict={name: value.clone() for name, value in model.parameters(found.vector).items()},
         direction=None if direction is None else {name: direction[name].clone() for name in model.trained},
     )
@@ -319,6 +346,7 @@ def _two_layers(model: Model, vector: Tensor, max_distance: float) -> ModelCerti
         flat_directions=None,
         symmetries=None,
         inert=0,
+        inert_units=(),
         state_dict=at,
         direction=direction,
     )

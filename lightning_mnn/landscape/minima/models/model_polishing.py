@@ -9,18 +9,20 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from lightning_mnn.landscape.minima.models.classification import MAX_UNKNOWNS, Classified, classify_point, solve
-from lightning_mnn.landscape.minima.models.face import derivatives, hessian
+from lightning_mnn.landscape.minima.models.equations.face import derivatives, hessian, kink_groups, on_kinks
+from lightning_mnn.landscape.minima.models.equations.reading import Active, objective_at, read_face, true_loss
+from lightning_mnn.landscape.minima.models.inactive_units import scaled_units, split_units
 from lightning_mnn.landscape.minima.models.model_certificate import (
     ModelCertificate,
     as_certificate,
     certificate_at,
     prepare,
 )
-from lightning_mnn.landscape.minima.models.reading import Active, Reading, objective_at, read_face, true_loss
-from lightning_mnn.landscape.minima.models.stationarity import multipliers_at
+from lightning_mnn.landscape.minima.models.piecewise_step import Curvature, LocalModel, minimise
 from lightning_mnn.utilities.interruption import safe_point
 from lightning_mnn.utilities.validation import ArgumentError, whole_number
 from lightning_mnn.verdicts import Reason
@@ -28,17 +30,30 @@ from lightning_mnn.verdicts import Reason
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
-    from lightning_mnn.landscape.minima.models.face import Model
-    from lightning_mnn.landscape.minima.models.layers import LossName
+    from lightning_mnn.landscape.minima.models.equations.face import Face, Model
+    from lightning_mnn.landscape.minima.models.equations.layers import LossName
+    from lightning_mnn.landscape.minima.models.equations.reading import Reading, Unit
+    from lightning_mnn.landscape.minima.models.piecewise_step import ModelMinimum
 
-_CHECK_STEP = 1e-5  # relative step from which Newton's method on the face may converge
-_DROP_STEP = 1e-3  # relative step from which multipliers are known well enough to drop kinks
+_CHECK_STEP = 1e-3  # relative step from which Newton's method on the face may converge
+_FINAL_STEP = 1e-6  # relative step from which it is tried again with the same kinks
 _CHECK_DISTANCE = 1e-3  # relative distance that it may go
-_MIN_CURVATURE_RATIO = 1e-9  # of the regularised Hessian's smallest eigenvalue to its largest
-_CROSSINGS = 24  # kinks on a ray whose losses are tried
-_HALVINGS = 30
+_MIN_DAMPING = 1e-9
+_MAX_CANDIDATE_RATIO = 0.1  # |z − kink|, relative to its scale, of kinks that the local model knows
+_MAX_CANDIDATES = 400
+_FIRST_ACTIVE_RATIO = 1e-6  # |z − kink|, relative to its scale, of the kinks that are active at first
+_FIRST_DAMPING = 1e-3  # added to the Hessian, relative to its largest eigenvalue
+_MAX_DAMPING = 1e6
+_DAMPING_FACTOR = 10.0
+_MIN_GAIN = 0.25  # decrease of the loss, relative to the predicted one, with which damping falls
+_MIN_DECREASE = 1e-15  # of the loss, relative to it, that is no rounding
+_MAX_SMALL_NORM_RATIO = 1e-3  # norm of a unit's weights, relative to its layer's largest, that grows or goes to zero
+_MAX_DOUBLINGS = 10
+_CORRECTIONS = 2  # of active kinks after a move
+_STALLS = 2  # steps without a decrease before the end
 
 
 @dataclass(frozen=True)
@@ -68,10 +83,10 @@ def polish_model(
 ) -> PolishedModel:
     """Go from a model's parameters to a certified local minimum of its training objective.
 
-    Each step is one of Newton's method on the face of the active kinks, with the Hessian's tangential eigenvalues made
-    positive, up to the lowest true loss on the ray, at a fraction of the step or at a kink on the way. A kink at which
-    the loss is lowest becomes active. Where the steps become small, the stationary point of the face is certified;
-    kinks with a negative growth are dropped, and saddles are left along their direction.
+    Each step goes to the minimum of a local model: quadratic, with a positive Hessian, and piecewise linear across the
+    kinks nearby, whose active set is found within the model. The Hessian is damped until the true loss falls. Where
+    the active kinks stay the same, the stationary point of their face is certified; saddles are left along their
+    direction.
 
     Args:
         module: see :func:`certify_model`, as for the other arguments; it is not changed.
@@ -114,28 +129,31 @@ class _Search:
         self.active: Active = {}
         self.losses = [true_loss(model, start)[0]]
         self.steps = 0
+        self._damping = _FIRST_DAMPING
+        self._multipliers: dict[tuple[int, int, int], float] = {}
+        self._is_first = True
 
     def run(self, max_steps: int) -> ModelCertificate | None:
         """Steps until a minimum is certified; None where it is not."""
         found = certificate_at(self.model, self.vector, self.start, _CHECK_DISTANCE)
         if found.is_minimum:
             return found
-        stalls = 0
-        while self.steps < max_steps and stalls < 3:
+        stalls, checked = 0, None
+        while self.steps < max_steps and stalls < _STALLS:
             safe_point()
             self.steps += 1
+            before = frozenset(self._multipliers)
             size = self._step()
-            if size > _CHECK_STEP:
-                stalls = 0
+            now = frozenset(self._multipliers)
+            stalls = 0 if size else stalls + 1
+            if (size > _CHECK_STEP and before != now) or (now == checked and size > _FINAL_STEP):
                 continue
+            checked = now
             classified = self._classify()
             if classified is not None and classified.kind.is_minimum:
                 return as_certificate(self.model, classified, self.start)
-            moved = classified is not None and self._leave(classified)
-            if size == 0 and not moved:
-                stalls += 1
-                if not self._repair():
-                    break
+            if classified is not None and self._leave(classified):
+                stalls = 0
         found = certificate_at(self.model, self.vector, self.start, _CHECK_DISTANCE)
         return found if found.is_minimum else None
 
@@ -145,85 +163,121 @@ class _Search:
 
     def _step(self) -> float:
         """One step; its length relative to the parameters, 0 if the loss does not fall."""
-        reading = read_face(self.model, self.vector, self.active)
-        face, theta = reading.face, self.vector[reading.face.free]
-        first = derivatives(face, theta)
-        multipliers = multipliers_at(first)
-        move = _newton_move(hessian(face, theta, multipliers), first.gradient, first.switching, first.jacobian)
-        growth = first.normal + first.coupling.T @ multipliers - multipliers.abs()
-        near = float(move.norm()) <= _DROP_STEP * float(theta.norm())
-        if near and face.num_kinks and float(growth.min()) < 0:  # the loss falls off this kink
-            self._drop(reading, [int(growth.argmin())])
-            reading = read_face(self.model, self.vector, self.active)
-            face, theta = reading.face, self.vector[reading.face.free]
-            first = derivatives(face, theta)
-            multipliers = multipliers_at(first)
-            move = _newton_move(hessian(face, theta, multipliers), first.gradient, first.switching, first.jacobian)
-        return self._along(reading, face.whole(theta + move) - self.vector)
+        self._split()
+        reading = read_face(self.model, self.vector)
+        candidates = _candidates(self.model, self.vector, reading, _MAX_CANDIDATE_RATIO, _MAX_CANDIDATES)
+        face = on_kinks(reading.face, candidates.masks, candidates.classes)
+        theta = self.vector[face.free]
+        first = derivatives(face, theta, candidates.values.abs())
+        values = candidates.values.numpy()
+        local = LocalModel(
+            first.gradient.numpy(), first.normal.numpy(), values, first.jacobian.numpy(), first.coupling.numpy()
+        )
+        active = self._first_active(candidates)
+        curvature = Curvature(
+            self._curvature(reading, theta, candidates, active, local).numpy(), first.jacobian.numpy()[active]
+        )
+        here = self.losses[-1]
+        while self._damping <= _MAX_DAMPING:
+            safe_point()
+            root = curvature.root(self._damping)
+            found = minimise(local, root, active)
+            moved, loss = self._corrected(face, theta, found, candidates)
+            if loss < here - _MIN_DECREASE * abs(here):
+                predicted = -found.value
+                if here - loss > _MIN_GAIN * predicted:
+                    self._damping /= _DAMPING_FACTOR**2
+                    self._damping = self._damping if self._damping > _MIN_DAMPING else 0.0
+                elif self._damping == 0:
+                    self._damping = _MIN_DAMPING
+                self._remember(candidates, found)
+                length = float((moved - self.vector).norm()) / max(float(self.vector.norm()), 1e-300)
+                self._move(moved, loss)
+                return length
+            if float(np.linalg.norm(found.move)) <= 1e-15 * float(theta.norm()):
+                break
+            self._damping = max(self._damping * _DAMPING_FACTOR, _MIN_DAMPING)
+        self._damping = 0.0
+        self._remember(candidates, minimise(local, curvature.root(0.0), active))
+        return 0.0
 
-    def _along(self, reading: Reading, move: Tensor) -> float:
-        """Go to the lowest loss found on the ray."""
-        crossings = self._crossings(reading, move)
-        trials = [(2.0**-k, None) for k in range(4)] + [(t, kink) for t, kink in crossings[:_CROSSINGS]]
-        here, error = true_loss(self.model, self.vector)
-        best, lowest, at = 0.0, here, None
-        for t, kink in trials:
-            loss = self._loss(self.vector + t * move)
+    def _split(self) -> None:
+        """Make units without a part in the outputs copies of others, where the loss does not rise."""
+        split = split_units(self.model, self.vector)
+        if split is None:
+            split = split_units(self.model, self.vector, _MAX_SMALL_NORM_RATIO)
+            if split is None or self._grow():
+                return
+        loss, (here, error) = self._loss(split), true_loss(self.model, self.vector)
+        if loss < self.losses[-1]:
+            self._move(split, loss)
+        elif loss <= here + error:
+            self.vector = split
+
+    def _grow(self) -> bool:
+        """Scale units with small weights up as far as the loss falls; whether it does."""
+        moved, best = False, self.losses[-1]
+        for power in range(1, _MAX_DOUBLINGS):
+            vector = scaled_units(self.model, self.vector, _MAX_SMALL_NORM_RATIO, 2.0**power)
+            loss = self._loss(vector)
+            if not loss < best:
+                break
+            moved, best, chosen = True, loss, vector
+        if moved:
+            self._move(chosen, best)
+        return moved
+
+    def _first_active(self, candidates: _Candidates) -> NDArray[np.bool_]:
+        """The first guess of the active candidates: those of the last step."""
+        if self._is_first:
+            self._is_first = False
+            return candidates.ratios.numpy() <= _FIRST_ACTIVE_RATIO
+        return np.array([key in self._multipliers for key in candidates.keys], dtype=bool)
+
+    def _curvature(
+        self, reading: Reading, theta: Tensor, candidates: _Candidates, active: NDArray[np.bool_], local: LocalModel
+    ) -> Tensor:
+        """The Hessian on the face of the active candidates, with the multipliers of the last step."""
+        masks = candidates.chosen(active)
+        weights = [self._multipliers.get(key, 0.0) for key, on in zip(candidates.keys, active, strict=True) if on]
+        multipliers = theta.new_tensor(weights)
+        if weights and not multipliers.any():
+            signs = np.where(active, 0.0, np.sign(local.switching))
+            force = local.gradient + local.jacobian.T @ (signs * local.normal)
+            found = np.linalg.lstsq(local.jacobian[active].T, -force, rcond=1e-10)[0]
+            multipliers = torch.from_numpy(found)
+        self.active = masks
+        return hessian(on_kinks(reading.face, masks, candidates.classes), theta, multipliers)
+
+    def _corrected(
+        self, face: Face, theta: Tensor, found: ModelMinimum, candidates: _Candidates
+    ) -> tuple[Tensor, float]:
+        """The end of a move, with its active kinks brought back to zero where this is lower."""
+        move = torch.from_numpy(found.move)
+        best = face.whole(theta + move)
+        lowest = self._loss(best)
+        vector, on = best, torch.from_numpy(np.flatnonzero(found.signs == 0))
+        for _ in range(_CORRECTIONS if len(on) else 0):
+            z = candidates.at(read_face(self.model, vector).units)[on]
+            if not bool(z.isfinite().all()):
+                break
+            vector = face.whole(vector[face.free] - torch.from_numpy(found.to_kinks @ z.numpy()))
+            loss = self._loss(vector)
             if loss < lowest:
-                best, lowest, at = t, loss, kink
-        power = 4
-        while not best and power < _HALVINGS:
-            loss = self._loss(self.vector + 2.0**-power * move)
-            if loss < lowest:
-                best, lowest = 2.0**-power, loss
-            power += 1
-        if not best or lowest > here - 1e-3 * error:
-            return 0.0
-        self._move(self.vector + best * move, lowest)
-        if at is not None:
-            self._add(at)
-        return best * float(move.norm()) / max(float(self.vector.norm()), 1e-300)
+                best, lowest = vector, loss
+        return best, lowest
+
+    def _remember(self, candidates: _Candidates, found: ModelMinimum) -> None:
+        self._multipliers = {
+            key: float(value)
+            for key, value, sign in zip(candidates.keys, found.multipliers, found.signs, strict=True)
+            if sign == 0
+        }
+        self.active = candidates.chosen(found.signs == 0)
 
     def _loss(self, vector: Tensor) -> float:
         value = objective_at(self.model, vector)
         return value if math.isfinite(value) else math.inf
-
-    def _crossings(self, reading: Reading, move: Tensor) -> list[tuple[float, tuple[int, int, int]]]:
-        """Fractions of a move at which inactive units meet a kink, with (activation, place, kink), in order."""
-        after = read_face(self.model, self.vector + move, self.active)
-        found: list[tuple[float, tuple[int, int, int]]] = []
-        for number, unit in reading.units.items():
-            op = self.model.layers.operations[number]
-            z0, z1 = unit.values.flatten(), after.units[number].values.flatten()
-            on = self.active.get(number)
-            for kink, place in enumerate(op.kinks):  # type: ignore[union-attr]
-                a, b = z0 - place, z1 - place
-                crossed = (a * b < 0) & unit.varies.flatten()
-                if on is not None:
-                    crossed &= on.flatten() < 0
-                places = crossed.nonzero()[:, 0].tolist()
-                found += [(float(a[p] / (a[p] - b[p])), (number, p, kink)) for p in places]
-        return sorted(found)
-
-    def _add(self, kink: tuple[int, int, int]) -> None:
-        number, place, which = kink
-        shape = read_face(self.model, self.vector, self.active).units[number].values.shape
-        active = self.active.get(number)
-        active = torch.full(shape, -1) if active is None else active.clone()
-        active.view(-1)[place] = which
-        self.active = {**self.active, number: active}
-
-    def _drop(self, reading: Reading, kinks: list[int]) -> None:
-        """Make active kinks inactive."""
-        first = 0
-        for number, active in sorted(self.active.items()):
-            places = reading.face.pieces[number].kinks  # type: ignore[union-attr]
-            own = [k - first for k in kinks if first <= k < first + len(places)]
-            first += len(places)
-            if own:
-                changed = active.clone()
-                changed.view(-1)[places[own]] = -1
-                self.active = {**self.active, number: changed}
 
     def _classify(self) -> Classified | None:
         solved = solve(self.model, self.vector, self.active, _CHECK_DISTANCE)
@@ -238,45 +292,73 @@ class _Search:
         if not loss < self.losses[-1]:
             return False
         self._move(moved, loss)
-        self.active = {}
-        return True
-
-    def _repair(self) -> bool:
-        """Make the unit nearest to a kink active, where the loss falls on no ray; whether there is one."""
-        reading = read_face(self.model, self.vector, self.active)
-        nearest, chosen = 1e-4, None
-        for number, unit in reading.units.items():
-            ratio, kink = (unit.distances / unit.scale[..., None].clamp(min=1e-300)).min(-1)
-            blocked = ~unit.varies
-            if number in self.active:
-                blocked = blocked | (self.active[number] >= 0)
-            ratio = ratio.masked_fill(blocked, torch.inf).flatten()
-            place = int(ratio.argmin())
-            if float(ratio[place]) < nearest:
-                nearest, chosen = float(ratio[place]), (number, place, int(kink.flatten()[place]))
-        if chosen is None:
-            return False
-        self._add(chosen)
         return True
 
 
-def _newton_move(curvature: Tensor, gradient: Tensor, switching: Tensor, jacobian: Tensor) -> Tensor:
-    """A step to z = 0 and, across it, to the minimum of a model with positive eigenvalues."""
-    kinks = len(switching)
-    if not kinks:
-        normal, kernel = torch.zeros_like(gradient), torch.eye(len(gradient), dtype=gradient.dtype)
-    else:
-        normal = -torch.linalg.pinv(jacobian, rtol=1e-10) @ switching
-        kernel = torch.linalg.qr(jacobian.T, mode="complete")[0][:, kinks:]
-    values, vectors = torch.linalg.eigh(kernel.T @ curvature @ kernel)
-    if not len(values):
-        return normal
-    slope = vectors.T @ (kernel.T @ (gradient + curvature @ normal))
-    size = values.abs()
-    # A direction without curvature is left alone where the gradient in it is rounding.
-    scale = float(size.max())
-    step = torch.where(
-        size > _MIN_CURVATURE_RATIO * scale, slope / size.clamp(min=_MIN_CURVATURE_RATIO * scale), slope / scale
-    )
-    move: Tensor = normal - kernel @ (vectors @ step)
-    return move
+@dataclass(frozen=True)
+class _Candidates:
+    """Kinks nearby, in the order of activations and places.
+
+    Attributes:
+        masks: by the number of the activation, the kink of each unit, or −1, (N, …).
+        keys: (activation, place, kink) of each.
+        values: z of each, (m,).
+        ratios: |z| relative to its scale, (m,).
+        places: of each, in the tensor of its activation, by the number of the activation.
+        kinks: where its kink is, by the number of the activation.
+        members: by the number of the activation, places of all kinks nearby, and for each the number of its variable.
+        classes: of samples, by the number of the activation.
+    """
+
+    masks: Active
+    keys: list[tuple[int, int, int]]
+    values: Tensor
+    ratios: Tensor
+    places: dict[int, Tensor]
+    kinks: dict[int, Tensor]
+    members: dict[int, tuple[Tensor, Tensor]]
+    classes: dict[int, Tensor]
+
+    def chosen(self, mask: NDArray[np.bool_]) -> Active:
+        """The masks of some of them."""
+        result, first = {}, 0
+        for number, places in self.places.items():
+            own = torch.from_numpy(mask[first : first + len(places)])
+            first += len(places)
+            members, groups = self.members[number]
+            members = members[own[groups]]
+            changed = torch.full_like(self.masks[number], -1)
+            changed.view(-1)[members] = self.masks[number].flatten()[members]
+            result[number] = changed
+        return result
+
+    def at(self, units: dict[int, Unit]) -> Tensor:
+        """Their z in other values."""
+        parts = [units[n].values.flatten()[places] - self.kinks[n] for n, places in self.places.items()]
+        return torch.cat([*parts, torch.zeros(0, dtype=torch.float64)])
+
+
+def _candidates(model: Model, vector: Tensor, reading: Reading, largest: float, count: int) -> _Candidates:
+    """The nearest kinks, up to a relative distance and a number."""
+    nearest = {number: unit.nearest() for number, unit in reading.units.items()}
+    every = torch.cat([ratio.flatten() for ratio, _ in nearest.values()]) if nearest else torch.zeros(0).double()
+    if len(every) > count:
+        largest = min(largest, float(every.kthvalue(count).values))
+    masks = {number: torch.where(ratio <= largest, kink, -1) for number, (ratio, kink) in nearest.items()}
+    # Values behind a candidate are no constants.
+    classes = {number: unit.classes for number, unit in read_face(model, vector, masks).units.items()}
+    keys, values, ratios, all_places, all_kinks, members = [], [], [], {}, {}, {}
+    for number, (ratio, kink) in nearest.items():
+        op = reading.face.model.layers.operations[number]
+        near = (masks[number].flatten() >= 0).nonzero()[:, 0]
+        groups, heads = kink_groups(near, classes[number], ratio[0].numel())
+        members[number], places = (near, groups), near[heads]
+        which = kink.flatten()[places]
+        at = torch.tensor(op.kinks, dtype=torch.float64)[which]  # type: ignore[union-attr]
+        keys += [(number, p, k) for p, k in zip(places.tolist(), which.tolist(), strict=True)]
+        values.append(reading.units[number].values.flatten()[places] - at)
+        ratios.append(ratio.flatten()[places])
+        all_places[number], all_kinks[number] = places, at
+    none = torch.zeros(0, dtype=torch.float64)
+    z, distances = torch.cat([*values, none]), torch.cat([*ratios, none])
+    return _Candidates(masks, keys, z, distances, all_places, all_kinks, members, classes)

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_mnn.landscape.minima.models.face import Model, derivatives
-from lightning_mnn.landscape.minima.models.layers import Loss, LossName, read_layers
-from lightning_mnn.landscape.minima.models.reading import read_face
-from lightning_mnn.landscape.minima.models.stationarity import System, linearise
+from lightning_mnn.landscape.minima.models.equations.face import Model, derivatives
+from lightning_mnn.landscape.minima.models.equations.layers import Loss, LossName, read_layers
+from lightning_mnn.landscape.minima.models.equations.reading import read_face
+from lightning_mnn.landscape.minima.models.equations.stationarity import System, linearise
 from lightning_mnn.utilities.validation import ArgumentError
 
 if TYPE_CHECKING:

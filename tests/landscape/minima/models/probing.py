@@ -2,9 +2,9 @@
 
 import torch
 
+from lightning_mnn.landscape.minima.models.equations.reading import active_sets, read_face, true_loss
+from lightning_mnn.landscape.minima.models.equations.stationarity import linearise
 from lightning_mnn.landscape.minima.models.model_certificate import prepare
-from lightning_mnn.landscape.minima.models.reading import active_sets, read_face, true_loss
-from lightning_mnn.landscape.minima.models.stationarity import linearise
 
 
 def model_of(planted):

@@ -6,10 +6,10 @@ from torch import nn
 from torch.nn import functional
 
 from lightning_mnn.landscape import planted_kink_minimum, planted_model_kink_minimum
-from lightning_mnn.landscape.minima.models.face import derivatives, hessian
+from lightning_mnn.landscape.minima.models.equations.face import derivatives, hessian
+from lightning_mnn.landscape.minima.models.equations.reading import active_sets, read_face, true_loss, true_outputs
+from lightning_mnn.landscape.minima.models.equations.stationarity import linearise, multipliers_at
 from lightning_mnn.landscape.minima.models.model_certificate import prepare
-from lightning_mnn.landscape.minima.models.reading import active_sets, read_face, true_loss, true_outputs
-from lightning_mnn.landscape.minima.models.stationarity import linearise, multipliers_at
 from lightning_mnn.utilities.validation import ArgumentError
 
 
@@ -160,6 +160,7 @@ def test_constants_are_no_kinks_and_dead_units_are_inert():
     reading = read_face(model, vector)
     assert reading.ties == 0
     assert reading.inert >= 2 + 2 * 3  # the dead channel's weight and bias, and what reads it
+    assert reading.inert_units[0] == "0.weight[0]"
     x[0] = -50.0  # now a sample without any active unit
     model, vector = prepare(net, x, torch.ones(6), loss="squared_error", weight_decay=0.0, frozen=())
     unit = read_face(model, vector).units[5]

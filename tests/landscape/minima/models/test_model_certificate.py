@@ -16,9 +16,9 @@ from lightning_mnn.landscape import (
     planted_model_saddle,
     polish_model,
 )
+from lightning_mnn.landscape.minima.models.equations.reading import read_face, true_loss, true_outputs
+from lightning_mnn.landscape.minima.models.equations.symmetries import gauge_of
 from lightning_mnn.landscape.minima.models.model_certificate import prepare
-from lightning_mnn.landscape.minima.models.reading import read_face, true_loss, true_outputs
-from lightning_mnn.landscape.minima.models.symmetries import gauge_of
 from lightning_mnn.utilities.validation import ArgumentError
 from tests.landscape.minima.models.probing import lowest_nearby, model_of
 
@@ -101,13 +101,14 @@ def test_a_far_point_is_not_stationary():
     assert found.reason_code is ReasonCode.NO_STATIONARY_POINT
 
 
-def test_dependent_kinks_are_undecided():
-    """The same sample twice has two kinks with the same gradient."""
+def test_kinks_of_equal_samples_are_one():
+    """The same sample twice has two kinks with the same gradient, and one multiplier."""
     planted = planted_model_kink_minimum(60, (4, 4, 2), 0.1, kinks=2, weight_decay=1e-3)
     x, y = (t.repeat(2, 1) for t in (planted.inputs, planted.targets))
     found = certify_model(planted.module, x, y, weight_decay=1e-3)
-    assert found.kind is Kind.UNDECIDED
-    assert not found.is_minimum
+    assert found.kind is Kind.KINK_MINIMUM
+    assert found.kinks == 2
+    assert found.growth == pytest.approx(float(planted.growth.min()), rel=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -14,22 +14,33 @@ Shapes: N samples, K outputs, P free parameters, κ active kinks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from lightning_mnn.landscape import tolerances
-from lightning_mnn.landscape.minima.models.layers import Affine, Average, Flatten, Largest, Layers, Scale
+from lightning_mnn.landscape.minima.models.equations.layers import (
+    Affine,
+    Average,
+    Bends,
+    Flatten,
+    Largest,
+    Layers,
+    Scale,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    from lightning_mnn.landscape.minima.models.layers import Loss
+    from lightning_mnn.landscape.minima.models.equations.layers import Loss
 
+_SAMPLES_AT_ONCE = 8  # whose outputs are differentiated together
+_POWER_STEPS = 6
 _CHUNK_NUMBERS = 2**24  # numbers of one batch of directional derivatives
 
 
@@ -71,8 +82,8 @@ class Model:
         return result
 
     @cached_property
-    def rounding(self) -> float:
-        """γ of the objective's first derivatives, and of switching values (see the module).
+    def operations(self) -> int:
+        """Number of operations on the way of a term of first derivatives, or of switching values (see the module).
 
         A term goes through one sum of each layer forwards and one backwards, one over outputs, and one over samples and
         places.
@@ -89,7 +100,12 @@ class Model:
                     count += 2 * size
                 case _:
                     count += 6
-        return gamma(count + 2 * len(self.inputs) * places)
+        return count + 2 * len(self.inputs) * places
+
+    @property
+    def rounding(self) -> float:
+        """γ of first derivatives and switching values."""
+        return gamma(self.operations)
 
     @property
     def second_rounding(self) -> float:
@@ -109,9 +125,11 @@ class Pieces(NamedTuple):
     Attributes:
         slope: (N, …).
         offset: (N, …).
-        kinks: places of the active kinks in the flat tensor, (κ of this activation,).
-        half: half the difference of the slopes, (κ,).
-        place: the kink, (κ,).
+        kinks: places of the active kinks in the flat tensor.
+        half: half the difference of the slopes of each.
+        place: the kink of each.
+        groups: the number of its variable s for each: kinks whose z are the same function have one together.
+        heads: for each variable one of its kinks, a place in ``kinks``, (κ of this activation,).
     """
 
     slope: Tensor
@@ -119,6 +137,21 @@ class Pieces(NamedTuple):
     kinks: Tensor
     half: Tensor
     place: Tensor
+    groups: Tensor
+    heads: Tensor
+
+
+def kink_groups(places: Tensor, classes: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The groups and heads of the kinks of an activation, see :class:`Pieces`.
+
+    Args:
+        places: places in the flat tensor of pre-activations.
+        classes: a number for each sample, equal for samples whose pre-activations are the same functions, (N,).
+        size: pre-activations of one sample.
+    """
+    keys, groups = torch.unique(classes[places // size] * size + places % size, return_inverse=True)
+    heads = torch.full_like(keys, len(places)).scatter_reduce(0, groups, torch.arange(len(places)), "amin")
+    return groups, heads
 
 
 @dataclass(frozen=True)
@@ -141,12 +174,36 @@ class Face:
     @cached_property
     def num_kinks(self) -> int:
         """κ."""
-        return sum(len(p.kinks) for p in self.pieces if isinstance(p, Pieces))
+        return sum(len(p.heads) for p in self.pieces if isinstance(p, Pieces))
+
+    @cached_property
+    def sizes(self) -> dict[int, int]:
+        """Numbers of one sample that enter each operation."""
+        found: dict[int, int] = {}
+        with torch.no_grad():
+            self.evaluate(
+                self.base[self.free],
+                self.base.new_zeros(self.num_kinks),
+                visit=lambda number, h: found.update({number: h[0].numel()}),
+            )
+        return found
+
+    @cached_property
+    def members(self) -> tuple[Tensor, Tensor]:
+        """The sample of each active kink, and the number of its variable."""
+        rows, numbers, first = [], [], 0
+        for piece in self.pieces:
+            if isinstance(piece, Pieces):
+                rows.append(piece.kinks // piece.slope[0].numel())
+                numbers.append(piece.groups + first)
+                first += len(piece.heads)
+        none = torch.zeros(0, dtype=torch.long)
+        return torch.cat([*rows, none]), torch.cat([*numbers, none])
 
     @cached_property
     def samples(self) -> Tensor:
-        """The sample of each active kink, (κ,)."""
-        rows = [p.kinks // p.slope[0].numel() for p in self.pieces if isinstance(p, Pieces)]
+        """The sample whose pre-activation is the switching value of each variable, (κ,)."""
+        rows = [p.kinks[p.heads] // p.slope[0].numel() for p in self.pieces if isinstance(p, Pieces)]
         return torch.cat([*rows, torch.zeros(0, dtype=torch.long)])
 
     def whole(self, theta: Tensor, *, absolute: bool = False) -> Tensor:
@@ -176,11 +233,11 @@ class Face:
                 visit(number, h)
             if isinstance(piece, Pieces):
                 place = size(piece.place)
-                values = h.flatten()[piece.kinks]
+                values, place = h.flatten()[piece.kinks[piece.heads]], place[piece.heads]
                 switching.append(values + place if absolute else values - place)
                 result = size(piece.slope) * h + size(piece.offset)
-                if count := len(piece.kinks):
-                    extra = size(piece.half) * s[used : used + count]
+                if count := len(piece.heads):
+                    extra = size(piece.half) * s[used : used + count][piece.groups]
                     result = result.flatten().index_add(0, piece.kinks, extra).reshape(result.shape)
                     used += count
                 h = result
@@ -205,6 +262,30 @@ class Face:
         f, switching = self.evaluate(theta, s, absolute=True)
         penalty = 0.5 * (self.model.weights_of_penalty[self.free] * theta.square()).sum()
         return self.model.loss.absolute(f, outputs) + penalty + multipliers @ switching
+
+
+def on_kinks(face: Face, active: dict[int, Tensor], classes: dict[int, Tensor]) -> Face:
+    """The same face with the units of some places on their kinks, and all others on the pieces they have.
+
+    Args:
+        face: the face.
+        active: by the number of the activation, the kink of each unit, or −1, (N, …).
+        classes: by the number of the activation, see :func:`kink_groups`.
+    """
+    pieces = list(face.pieces)
+    for number, on in active.items():
+        op, piece = face.model.layers.operations[number], pieces[number]
+        assert isinstance(op, Bends)  # noqa: S101 (what kinks are of)
+        assert isinstance(piece, Pieces)  # noqa: S101 (what activations have)
+        places = (on.flatten() >= 0).nonzero()[:, 0]
+        kink = on.flatten()[places]
+        slopes, kinks, values = (torch.tensor(t, dtype=torch.float64) for t in (op.slopes, op.kinks, op.values))
+        mean, half = (slopes[kink + 1] + slopes[kink]) / 2, (slopes[kink + 1] - slopes[kink]) / 2
+        slope = piece.slope.flatten().index_copy(0, places, mean).reshape(piece.slope.shape)
+        offset = piece.offset.flatten().index_copy(0, places, values[kink] - mean * kinks[kink])
+        groups = kink_groups(places, classes[number], piece.slope[0].numel())
+        pieces[number] = Pieces(slope, offset.reshape(piece.offset.shape), places, half, kinks[kink], *groups)
+    return replace(face, pieces=tuple(pieces))
 
 
 def apply_linear(op: object, h: Tensor, parameters: dict[str, Tensor], *, absolute: bool = False) -> Tensor:
@@ -246,9 +327,13 @@ class Derivatives:
     coupling: Tensor
 
 
-def derivatives(face: Face, theta: Tensor, *, absolute: bool = False) -> Derivatives:
-    """First derivatives at a point; ``absolute``: of the absolute evaluation, at θ ≥ 0."""
-    s, none = theta.new_zeros(face.num_kinks), theta.new_zeros(face.num_kinks)
+def derivatives(face: Face, theta: Tensor, s: Tensor | None = None, *, absolute: bool = False) -> Derivatives:
+    """First derivatives at a point, with the active kinks at zero unless s is given.
+
+    ``absolute``: of the absolute evaluation, at θ ≥ 0.
+    """
+    none = theta.new_zeros(face.num_kinks)
+    s = none if s is None else s
     lagrangian = _lagrangian(face, theta, absolute=absolute)
     gradient, normal = torch.func.grad(lagrangian, argnums=(0, 1))(theta, s, none)
 
@@ -288,12 +373,89 @@ def chunk_size(face: Face, order: int) -> int:
 
 
 def outputs_jacobian(face: Face, theta: Tensor) -> Tensor:
-    """The Jacobian of outputs (sample by sample) and switching values, (N·K + κ, P)."""
+    """The Jacobian of outputs (sample by sample) and switching values, (N·K + κ, P).
+
+    Some samples at a time, since an output depends on its own sample only.
+    """
+    rows = []
+    for start in range(0, len(face.model.inputs), _SAMPLES_AT_ONCE):
+        part = of_samples(face, start, start + _SAMPLES_AT_ONCE)
+        s = theta.new_zeros(part.num_kinks)
+
+        def values(t: Tensor, part: Face = part, s: Tensor = s) -> Tensor:
+            return part.evaluate(t, s)[0].flatten()
+
+        rows.append(torch.func.jacrev(values, chunk_size=chunk_size(part, 1))(theta))
+    if face.num_kinks:
+        rows.append(derivatives(face, theta).jacobian)
+    return torch.cat(rows)
+
+
+def of_samples(face: Face, start: int, end: int) -> Face:
+    """The face of some of the samples, without the connection of kinks that are the same function."""
+    inputs = face.model.inputs[start:end]
+    targets = face.model.loss.targets[start:end]
+    model = replace(face.model, inputs=inputs, loss=replace(face.model.loss, targets=targets))
+    pieces: list[Pieces | Tensor | None] = []
+    for number, (op, piece) in enumerate(zip(face.model.layers.operations, face.pieces, strict=True)):
+        if isinstance(piece, Pieces):
+            size = piece.slope[0].numel()
+            own = (piece.kinks >= start * size) & (piece.kinks < end * size)
+            every = torch.arange(int(own.sum()))
+            pieces.append(
+                Pieces(
+                    piece.slope[start:end],
+                    piece.offset[start:end],
+                    piece.kinks[own] - start * size,
+                    piece.half[own],
+                    piece.place[own],
+                    every,
+                    every,
+                )
+            )
+        elif isinstance(op, Largest) and piece is not None:
+            pieces.append(piece[start:end] - start * face.sizes[number])
+        else:
+            pieces.append(None)
+    return replace(face, model=model, pieces=tuple(pieces))
+
+
+def largest_curvature(face: Face, theta: Tensor, multipliers: Tensor) -> float:
+    """A bound on the norm of the Hessian of the absolute evaluation.
+
+    Its numbers are at least zero: so for every v > 0 its norm is at most the largest (Hv)_i/v_i (Collatz).
+    """
+    s = theta.new_zeros(face.num_kinks)
+    gradient = torch.func.grad(_lagrangian(face, theta, absolute=True))
+
+    def product(v: Tensor) -> Tensor:
+        found: Tensor = torch.func.grad(lambda t: gradient(t, s, multipliers) @ v)(theta)
+        return found
+
+    return _collatz(product, torch.ones_like(theta))
+
+
+def largest_slope(face: Face, theta: Tensor) -> float:
+    """A bound on the norm of the Jacobian of the absolute outputs and switching values, at θ ≥ 0."""
     s = theta.new_zeros(face.num_kinks)
 
-    def values(theta: Tensor) -> Tensor:
-        f, z = face.evaluate(theta, s)
+    def values(t: Tensor) -> Tensor:
+        f, z = face.evaluate(t, s, absolute=True)
         return torch.cat([f.flatten(), z])
 
-    found: Tensor = torch.func.jacrev(values, chunk_size=chunk_size(face, 1))(theta)
-    return found
+    def product(v: Tensor) -> Tensor:
+        result, back = torch.func.vjp(values, theta)[:2]
+        ahead = torch.func.grad(lambda u: back(u)[0] @ v)(torch.zeros_like(result))
+        found: Tensor = back(ahead)[0]
+        return found
+
+    return math.sqrt(_collatz(product, torch.ones_like(theta)))
+
+
+def _collatz(product: Callable[[Tensor], Tensor], v: Tensor) -> float:
+    """The largest (Mv)_i/v_i, after some steps of the power method, for a symmetric M ≥ 0."""
+    for _ in range(_POWER_STEPS):
+        following = product(v)
+        v = following + 1e-3 * following.norm() / len(v) ** 0.5 + 1e-300
+    largest = float((product(v) / v).max())
+    return largest * (1 + 1e-9)

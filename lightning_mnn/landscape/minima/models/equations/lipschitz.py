@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_mnn.landscape.minima.models.face import Pieces
-from lightning_mnn.landscape.minima.models.layers import Affine, Average, Scale
+from lightning_mnn.landscape.minima.models.equations.face import Pieces
+from lightning_mnn.landscape.minima.models.equations.layers import Affine, Average, Scale
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    from lightning_mnn.landscape.minima.models.face import Face
+    from lightning_mnn.landscape.minima.models.equations.face import Face
 
 _ROUNDED_UP = 1 + 1e-9  # factor that covers the rounding of the bounds themselves
 
@@ -62,10 +62,15 @@ def bounds_on_ball(face: Face, theta: Tensor, multipliers: Tensor, radius: float
     size = multipliers.abs() + radius
     change = (loss.third * d1**3 + 3 * loss.second * d1 * d2 + slope * d3).sum() / count
     change = change + (size * z3).sum() + 2 * z2.square().sum().sqrt()
-    samples = face.samples
-    mixed = (loss.second * d1.square() + slope * d2)[samples] / count
-    coupled = torch.zeros(count, dtype=torch.float64).index_add(0, samples, size * z2)[samples]
-    direct = torch.zeros(count, dtype=torch.float64).index_add(0, samples, z1.square())[samples].sqrt()
+    samples, (rows, variables) = face.samples, face.members
+
+    def summed(of_samples: Tensor) -> Tensor:
+        """For each variable, over the samples on whose kinks it is."""
+        return torch.zeros_like(z1).index_add(0, variables, of_samples[rows])
+
+    mixed = summed(loss.second * d1.square() + slope * d2) / count
+    coupled = summed(torch.zeros(count, dtype=torch.float64).index_add(0, samples, size * z2))
+    direct = summed(torch.zeros(count, dtype=torch.float64).index_add(0, samples, z1.square())).sqrt()
     return Bounds(
         curvature_change=float(change) * _ROUNDED_UP,
         growth_change=(mixed + coupled + direct + 1) * _ROUNDED_UP,
@@ -102,8 +107,8 @@ class _Walk:
         piece = self.face.pieces[number]
         if piece is not None:
             self.slopes[number] = self.jets[1]
-        if isinstance(piece, Pieces) and len(piece.kinks):
-            rows = piece.kinks // piece.slope[0].numel()
+        if isinstance(piece, Pieces) and len(piece.heads):
+            rows = piece.kinks[piece.heads] // piece.slope[0].numel()
             self._kinks.append((self.jets[1][rows], self.jets[2][rows], self.jets[3][rows]))
         self._pending = number
         self._input = h

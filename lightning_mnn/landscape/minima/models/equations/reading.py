@@ -14,10 +14,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_mnn.landscape.minima.models.face import Face, Model, Pieces, apply_linear, gamma
-from lightning_mnn.landscape.minima.models.layers import Affine, Average, Bends, Flatten, Largest, Operation, Scale
+from lightning_mnn.landscape import tolerances
+from lightning_mnn.landscape.minima.models.equations.face import Face, Model, Pieces, apply_linear, gamma, kink_groups
+from lightning_mnn.landscape.minima.models.equations.layers import (
+    Affine,
+    Average,
+    Bends,
+    Flatten,
+    Largest,
+    Operation,
+    Scale,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from torch import Tensor
 
 Active = dict[int, "Tensor"]  # for each activation: the kink (0, 1, …) on which a unit is active, or −1; (N, …)
@@ -32,12 +43,24 @@ class Unit:
         scale: Σ |w||h| + |b| of each, (N, …).
         varies: whether it depends on the parameters, (N, …).
         distances: |z − kink|, (N, …, number of kinks); on an active kink that of the float.
+        classes: a number for each sample, equal where all pre-activations are the same functions nearby, (N,); without
+            active kinks all are different.
     """
 
     values: Tensor
     scale: Tensor
     varies: Tensor
     distances: Tensor
+    classes: Tensor
+
+    def nearest(self) -> tuple[Tensor, Tensor]:
+        """The nearest kink of each, and |z − kink| relative to its scale, infinite where z does not vary; (N, …).
+
+        The scale is at least the mean over samples: where all inputs of a unit are zero, it is not its bias.
+        """
+        scale = self.scale.maximum(self.scale.mean(0, keepdim=True)).clamp(min=1e-300)
+        ratio, kink = (self.distances / scale[..., None]).min(-1)
+        return ratio.masked_fill(~self.varies, torch.inf), kink
 
 
 @dataclass(frozen=True)
@@ -51,6 +74,7 @@ class Reading:
             sample, (N,), by the number of the operation.
         ties: number of windows of max-pooling whose largest number is in doubt.
         inert: number of trained parameters on which nothing depends.
+        inert_units: units all of whose incoming weights are such parameters, as "0.weight[3]".
     """
 
     face: Face
@@ -58,6 +82,7 @@ class Reading:
     gaps: dict[int, Tensor]
     ties: int
     inert: int
+    inert_units: tuple[str, ...]
 
 
 def read_face(model: Model, vector: Tensor, active: Active | None = None) -> Reading:
@@ -68,7 +93,16 @@ def read_face(model: Model, vector: Tensor, active: Active | None = None) -> Rea
     face = Face(model, tuple(reader.pieces), torch.arange(len(vector)), vector)
     keep = (_influence(face) > 0) | (model.weights_of_penalty > 0)
     face = replace(face, free=keep.nonzero()[:, 0])
-    return Reading(face, reader.units, reader.gaps, reader.ties, int((~keep).sum()))
+    return Reading(face, reader.units, reader.gaps, reader.ties, int((~keep).sum()), tuple(_inert_units(model, ~keep)))
+
+
+def _inert_units(model: Model, inert: Tensor) -> Iterator[str]:
+    """The rows of weights that are inert."""
+    masks = model.parameters(inert)
+    for op in model.layers.operations:
+        if isinstance(op, Affine) and op.weight in model.trained:
+            for unit in masks[op.weight].flatten(1).all(1).nonzero()[:, 0].tolist():
+                yield f"{op.weight}[{unit}]"
 
 
 def _influence(face: Face) -> Tensor:
@@ -114,6 +148,8 @@ class _Reader:
         self.floor = torch.zeros_like(self.varies)  # values of max(z, 0) on its kink, which nearby are not smaller
         self.pieces: list[Pieces | Tensor | None] = []
         self.units: dict[int, Unit] = {}
+        # Without active kinks each sample may be a class of its own.
+        self.classes = torch.arange(len(self.h)) if not active else _numbered(row.numpy().tobytes() for row in self.h)
         self.gaps: dict[int, Tensor] = {}
         self.ties = 0
 
@@ -156,8 +192,12 @@ class _Reader:
             torch.tensor(op.slopes, dtype=torch.float64),
         )
         distances = (z[..., None] - kinks).abs()
-        self.units[number] = Unit(z, self.scale, self.varies, distances)
+        self.units[number] = Unit(z, self.scale, self.varies, distances, self.classes)
         on = self.active.get(number, torch.full(z.shape, -1)).where(self.varies, torch.tensor(-1))
+        if bool((on >= 0).any()):  # with one all whose z are the same function
+            shared = torch.full((int(self.classes.max()) + 1, on[0].numel()), -1)
+            index = self.classes[:, None].expand(-1, on[0].numel())
+            on = shared.scatter_reduce(0, index, on.flatten(1), "amax")[self.classes].reshape(on.shape)
         piece = (z[..., None] > kinks).sum(-1)
         is_on, kink = on >= 0, on.clamp(min=0)
         half = (slopes[1:] - slopes[:-1])[kink] / 2
@@ -171,15 +211,30 @@ class _Reader:
         self.varies = self.varies & (is_on | (slope != 0))
         self.floor = is_on & (slopes[kink] == 0) & (half > 0)
         self.scale = self.h.abs()
-        return Pieces(slope, offset, places, half.flatten()[places], at.flatten()[places])
+        groups = kink_groups(places, self.classes, slope[0].numel())
+        self._divide(slope, offset)
+        return Pieces(slope, offset, places, half.flatten()[places], at.flatten()[places], *groups)
+
+    def _divide(self, *pieces: Tensor) -> None:
+        """Classes of samples whose values are the same functions: the same constants, or pieces of the same ones."""
+        if not self.active:
+            return
+        varies = self.varies.flatten(1).any(1).tolist()
+        rows = torch.cat([self.h.flatten(1), *(piece.double().flatten(1) for piece in pieces)], dim=1)
+        width = self.h[0].numel()
+        self.classes = _numbered(
+            (own, row[width:].numpy().tobytes()) if moves else row[:width].numpy().tobytes()
+            for own, row, moves in zip(self.classes.tolist(), rows, varies, strict=True)
+        )
 
     def _pool(self, number: int, op: Largest) -> Tensor:
         windows, shape = op.windows(self.h, -torch.inf)
+        inputs_of_sample = self.h[0].numel()
         places = op.windows(torch.arange(self.h.numel()).double().reshape(self.h.shape), -1.0)[0].long()
         varies, floor = (op.windows(mask.double(), 0.0)[0] > 0 for mask in (self.varies, self.floor))
         scale = op.windows(self.scale, 0.0)[0].amax(2, keepdim=True)
         largest = windows.amax(2, keepdim=True)
-        tied = windows >= largest - 1e-12 * scale
+        tied = windows >= largest - tolerances.MAX_POOLING_TIE_RATIO * scale
         # Of equal numbers that which varies is taken; one constant is as good as another.
         first = (tied.double() + (tied & varies).double()).argmax(2, keepdim=True)
         varying = (tied & varies).sum(2, keepdim=True)
@@ -195,7 +250,15 @@ class _Reader:
         winners = places.gather(2, first)[:, :, 0].reshape(shape)
         self.h, self.scale = self.h.flatten()[winners], self.scale.flatten()[winners]
         self.varies, self.floor = self.varies.flatten()[winners], torch.zeros_like(winners, dtype=torch.bool)
+        first_of_sample = torch.arange(len(winners)).reshape(-1, *[1] * (winners.ndim - 1)) * inputs_of_sample
+        self._divide(winners - first_of_sample)
         return winners
+
+
+def _numbered(keys: Iterable[object]) -> Tensor:
+    """A number for each key, equal for equal keys."""
+    numbers: dict[object, int] = {}
+    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
 
 
 def true_outputs(model: Model, vector: Tensor) -> Tensor:
@@ -246,8 +309,8 @@ def active_sets(reading: Reading, largest: float, count: int) -> list[Active]:
     """
     numbers, places, kinks, ratios = [], [], [], []
     for index, unit in reading.units.items():
-        ratio, kink = (unit.distances / unit.scale[..., None].clamp(min=1e-300)).min(-1)
-        near = (unit.varies & (ratio <= largest)).flatten().nonzero()[:, 0]
+        ratio, kink = unit.nearest()
+        near = (ratio <= largest).flatten().nonzero()[:, 0]
         numbers.append(torch.full_like(near, index))
         places.append(near)
         kinks.append(kink.flatten()[near])

@@ -17,17 +17,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_mnn.landscape.minima.models.face import Pieces
-from lightning_mnn.landscape.minima.models.layers import Affine, Largest, Scale
+from lightning_mnn.landscape import tolerances
+from lightning_mnn.landscape.minima.models.equations.face import Pieces
+from lightning_mnn.landscape.minima.models.equations.layers import Affine, Largest, Scale
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
 
-    from lightning_mnn.landscape.minima.models.face import Face
-
-MIN_INDEPENDENT = 1e-8  # singular value, relative to the largest, of independent generators
+    from lightning_mnn.landscape.minima.models.equations.face import Face
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def gauge_of(face: Face, theta: Tensor) -> Gauge:
         return Gauge(theta.new_zeros(0, len(theta)), 1.0, 0.0, 0)
     generators = torch.stack(found)
     _, values, rows = torch.linalg.svd(generators, full_matrices=False)
-    rank = int((values > MIN_INDEPENDENT * values[0]).sum())
+    rank = int((values > tolerances.MIN_GENERATOR_RATIO * values[0]).sum())
     return Gauge(rows[:rank], float(values[rank - 1]), 4.0 * len(found) ** 0.5, len(found))
 
 
