@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
     from lightning_mnn.callbacks.evaluation.run_module import ModelFunction
-    from lightning_mnn.landscape.minima.models.layers import LossName
+    from lightning_mnn.landscape.minima.models.equations.layers import LossName
 
 _NAMES: dict[LossName, str] = {
     "squared_error": "the mean squared error",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lightning_mnn.landscape.minima.models.layers import LossName
+    from lightning_mnn.landscape.minima.models.equations.layers import LossName
 
 MAX_CERTIFICATE_WORK = 1 << 39  # about a minute of one core
 CHECK_SHARE = 0.05  # of the work of training that certificates at scheduled checks, or a descent, may cost

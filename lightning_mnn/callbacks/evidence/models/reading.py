@@ -21,8 +21,8 @@ from lightning_mnn.callbacks.evidence.models.objective import MAX_GATHERED
 from lightning_mnn.callbacks.evidence.models.sequential import found_sequential
 from lightning_mnn.data.loaders.shards import num_samples
 from lightning_mnn.landscape.curvature.loss_surface import NoDerivativeError
+from lightning_mnn.landscape.minima.models.equations.reading import true_outputs
 from lightning_mnn.landscape.minima.models.model_certificate import prepare
-from lightning_mnn.landscape.minima.models.reading import true_outputs
 from lightning_mnn.utilities.compat.torch_internals import as_evaluated
 from lightning_mnn.utilities.distributed import gather, gather_results
 from lightning_mnn.utilities.validation import ArgumentError
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
     from lightning_mnn.callbacks.evaluation.run_module import ModelFunction
-    from lightning_mnn.landscape.minima.models.layers import LossName
+    from lightning_mnn.landscape.minima.models.equations.layers import LossName
 
 
 class NotModelLossError(Exception):

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_mnn.callbacks.evaluation.isolation import trained_parameters
 from lightning_mnn.callbacks.evaluation.module_network import network_of
 from lightning_mnn.callbacks.evaluation.snapshots import restoring_generators
-from lightning_mnn.landscape.minima.models.layers import read_layers
+from lightning_mnn.landscape.minima.models.equations.layers import read_layers
 from lightning_mnn.utilities.compat.torch_internals import as_evaluated
 from lightning_mnn.utilities.validation import ArgumentError
 
