@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from lightning_mnn.landscape.minima.models.model_certificate import ModelCertificate
     from lightning_mnn.landscape.minima.models.model_polishing import PolishedModel
 
-_NOT_STATIONARY = (Kind.NOT_STATIONARY, Kind.ON_KINK)  # kinds of the cheap check, after which there are no eigenvalues
-
 
 class ModelTier(SecondOrderTier):
     """Certifies the model of a module; the cheap check is that of second-order evidence.
@@ -236,8 +234,9 @@ class ModelTier(SecondOrderTier):
         """Whether the verdict is a certificate's."""
         if not self.certificates or self._ran_out:
             return False
-        weaker = self.verdict is None or self.verdict.kind in _NOT_STATIONARY
-        return _is_definite(self.certificates[0]) or self._moved is not None or weaker
+        (certificate,), cheap = self.certificates, None if self.verdict is None else self.verdict.kind
+        weaker = cheap in (None, Kind.ON_KINK) or (cheap, certificate.kind) == (Kind.NOT_STATIONARY,) * 2
+        return _is_definite(certificate) or self._moved is not None or weaker
 
     def _read(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read the objective, unless a certificate would take too long."""

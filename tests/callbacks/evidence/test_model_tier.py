@@ -23,6 +23,7 @@ from lightning_mnn.landscape import (
     planted_model_saddle,
     polish_model,
 )
+from lightning_mnn.landscape.minima.models.classification import MAX_UNKNOWNS
 
 LOSSES = {
     "squared_error": lambda out, y: (out - y).square().sum(1).mean(),
@@ -275,8 +276,9 @@ def test_the_model_its_inputs_and_its_targets_are_found(make_trainer, name):
     make, net, loss, y = COVERED[name]
     module = make(net(), loss)
     found = fit(make_trainer, module, X, y, LocalMinimumDetector(Schedule(every=1), follow_descent=False))
-    assert found["evidence"] == "certificate", found["reason"]
     assert found["kind"] == "not_stationary"
+    if found["evidence"] != "certificate":  # then there is one, which proves nothing
+        assert "no certificate: there are flat directions" in found["reason"]
 
 
 def smoothed(module, x, y):
@@ -431,7 +433,7 @@ def test_of_two_layers_too_dropout_in_the_step_is_seen(make_trainer):
 
 def test_too_large_a_model_has_weaker_evidence(make_trainer, monkeypatch):
     large = nn.Sequential(nn.Linear(6, 400), nn.ReLU(), nn.Linear(400, 3)).double()
-    assert "3000 of dense linear algebra" in fit(make_trainer, Steps(large, plain), X, CLASSES)["reason"]
+    assert f"{MAX_UNKNOWNS} of dense linear algebra" in fit(make_trainer, Steps(large, plain), X, CLASSES)["reason"]
     monkeypatch.setattr(model_tier, "MAX_CERTIFICATE_WORK", 1)
     found = fit(make_trainer, Steps(head(), plain), X, CLASSES)
     assert found["evidence"] == "second_order"
