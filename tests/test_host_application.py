@@ -182,7 +182,7 @@ def test_a_report_of_the_whole_sweep_has_each_jobs_metrics_return_value_and_kind
             values["step"][-1],
             record["seconds"],
         )
-        assert (row["kind"], row["evidence"]) == (record["minimum"]["kind"], "second_order")
+        assert (row["kind"], row["evidence"]) == tuple(record["minimum"][key] for key in ("kind", "evidence"))
         assert f"LocalMinimumDetector: {row['kind']}: " in (job / "console.log").read_text()
         assert row["minimum/loss"] == values["minimum/loss"][-1]
     (figure,) = drawn
