@@ -234,6 +234,16 @@ class ReasonCode(StrEnum):
     TOO_MANY_BRANCHES = auto()
     BRANCHES_IN_DOUBT = auto()
 
+    # Sampled learning coefficients
+    CHAINS_AGREE = auto()
+    CHAINS_DIVERGED = auto()
+    LOWER_LOSS_FOUND = auto()
+    MOVES_REJECTED = auto()
+    CHAINS_DRIFT = auto()
+    CHAINS_DISAGREE = auto()
+    TOO_FEW_SAMPLES = auto()
+    STEP_TOO_LARGE = auto()
+
     # The run
     NOT_CHECKED = auto()
     ERROR = auto()
@@ -475,6 +485,33 @@ SENTENCES = {
     ReasonCode.PATTERN_IN_DOUBT: "undecided: whether unit {unit} can have its pattern is in doubt",
     ReasonCode.TOO_MANY_BRANCHES: "undecided: more than {limit} branches",
     ReasonCode.BRANCHES_IN_DOUBT: "undecided: t* = 0 is in doubt in {branches} branches",
+    ReasonCode.CHAINS_AGREE: "{chains} chains agree: R-hat is {r_hat:.3f}, with {samples:.0f} effective samples",
+    ReasonCode.CHAINS_DIVERGED: (
+        "unreliable: the chains diverged: nβ E[L − L(w*)] = {value:.3g}, and no minimum with {size} parameters has more "
+        "than {size}; use a smaller step size"
+    ),
+    ReasonCode.LOWER_LOSS_FOUND: (
+        "unreliable: not a minimum at this temperature: a chain met a loss {gain:.1e} below L(w*), which is nβ times "
+        "that = {energy:.2g}; train on, or raise the localisation γ"
+    ),
+    ReasonCode.MOVES_REJECTED: (
+        "unreliable: Metropolis' rule accepts {acceptance:.1%} of the moves, less than {limit:.0%}: use a smaller step "
+        "size"
+    ),
+    ReasonCode.CHAINS_DRIFT: (
+        "unreliable: the chains drift: from their first to their last third the mean changes by {drift:.1f} standard "
+        "errors; use more burn-in"
+    ),
+    ReasonCode.CHAINS_DISAGREE: (
+        "unreliable: the chains disagree: R-hat is {r_hat:.3f}, above {limit:g}; use more steps, or raise γ"
+    ),
+    ReasonCode.TOO_FEW_SAMPLES: (
+        "unreliable: the chains have not mixed: {samples:.0f} effective samples, less than {limit}; use more steps"
+    ),
+    ReasonCode.STEP_TOO_LARGE: (
+        "unreliable: the step size is too large: half of it changes the estimate from {value:.4g} to {halved:.4g}, by "
+        "more than their errors; use a smaller step size"
+    ),
     ReasonCode.NOT_CHECKED: "not checked yet",
     ReasonCode.ERROR: "{cause}",
     ReasonCode.DIVERGED: "{cause}",
