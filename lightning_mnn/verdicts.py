@@ -487,8 +487,8 @@ SENTENCES = {
     ReasonCode.BRANCHES_IN_DOUBT: "undecided: t* = 0 is in doubt in {branches} branches",
     ReasonCode.CHAINS_AGREE: "{chains} chains agree: R-hat is {r_hat:.3f}, with {samples:.0f} effective samples",
     ReasonCode.CHAINS_DIVERGED: (
-        "unreliable: the chains diverged: nβ E[L − L(w*)] = {value:.3g}, and no minimum with {size} parameters has more "
-        "than {size}; use a smaller step size"
+        "unreliable: the chains diverged: nβ E[L − L(w*)] = {value:.3g}, and no minimum with {size} parameters has "
+        "more than {size}; use a smaller step size"
     ),
     ReasonCode.LOWER_LOSS_FOUND: (
         "unreliable: not a minimum at this temperature: a chain met a loss {gain:.1e} below L(w*), which is nβ times "

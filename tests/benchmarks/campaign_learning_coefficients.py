@@ -72,8 +72,7 @@ def crossings():
             loss, point, inverse_temperature=beta, chains=128, steps=4000, leapfrog_steps=1
         )
         told(f"normal crossing {powers}", found, truth, time.monotonic() - began)
-        beta = min(beta, 1e12)
-        print(f"  the exact mean at nβ = {beta:g} is {expected_crossing(*powers, beta):.4f}", flush=True)
+        print(f"  the exact mean at nβ = 1e12 is {expected_crossing(*powers, 1e12):.4f}", flush=True)
 
 
 def certified(seed):
@@ -138,7 +137,9 @@ def broken(count, seconds):
         sgld = {"adjusted": False, "preconditioned": False, "steps": 300, "burn_in": 300}
         settings = [
             NETWORKS | {"step_size": 100 * good.step_size},
-            NETWORKS | sgld | {"step_size": 100 / (NETWORKS["inverse_temperature"] * largest_curvature(loss, point)) ** 0.5},
+            NETWORKS
+            | sgld
+            | {"step_size": 100 / (NETWORKS["inverse_temperature"] * largest_curvature(loss, point)) ** 0.5},
             NETWORKS | {"steps": 20, "burn_in": 5},
         ]
         for tally, setting in zip(tallies.values(), settings, strict=True):

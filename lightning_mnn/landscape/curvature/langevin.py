@@ -1,4 +1,4 @@
-"""Langevin chains, with or without Metropolis' rule, that sample exp(−nβ (L(w) − L(w*)) − γ/2 ‖w − w*‖²) around a point.
+"""Langevin chains, with or without Metropolis' rule, that sample exp(−nβ (L(w) − L(w*)) − γ/2 ‖w − w*‖²) around w*.
 
 Shapes: C chains, P parameters; all chains move together, as points (C, P).
 
@@ -121,9 +121,8 @@ def curvature_preconditioner(target: Target, chains: int) -> Preconditioner:
     if size > _MAX_DENSE:
         return Preconditioner(torch.full_like(target.point, width))
     moves = width * torch.eye(size, dtype=target.point.dtype, device=target.point.device)
-    rows = [
-        target(target.point + part).gradients - target(target.point - part).gradients for part in moves.split(chains)
-    ]
+    at, parts = target.point, torch.split(moves, chains)  # type: ignore[no-untyped-call]
+    rows = [target(at + part).gradients - target(at - part).gradients for part in parts]
     hessian = torch.cat(rows) / (2 * width)
     if not bool(hessian.isfinite().all()):
         return Preconditioner(moves)
@@ -174,9 +173,7 @@ class Chains:
     lowest: float
 
 
-def run_chains(
-    target: Target, moves: Moves, chains: int, steps: int, burn_in: int, stream: torch.Generator
-) -> Chains:
+def run_chains(target: Target, moves: Moves, chains: int, steps: int, burn_in: int, stream: torch.Generator) -> Chains:
     """Run all chains from w*."""
     sampler = _Sampler(target, moves, chains, stream)
     window, seen = max(1, burn_in // (_WINDOWS + 1)), []
@@ -245,7 +242,7 @@ class _Sampler:
         """
         before, offsets = self.at, self.at.points - self._target.point
         places = torch.arange(offsets.shape[1], device=offsets.device)
-        first, last = (self._uniform(offsets.new_empty(len(offsets), 2)) * offsets.shape[1]).floor().split(1, 1)
+        first, last = ((self._uniform(offsets[:, :1]) * offsets.shape[1]).floor() for _ in range(2))
         within = (places >= first) & (places <= last)
         within = torch.where(first <= last, within, ~((places > last) & (places < first)))  # a ring of coordinates
         logs = self._normal(offsets[:, :1]) * 2 * 10 ** (-_SCALES * self._uniform(offsets[:, :1]))

@@ -15,7 +15,7 @@ from lightning_mnn.landscape.curvature.chain_diagnostics import drift, effective
 from lightning_mnn.landscape.curvature.langevin import Moves, Target, run_chains
 from lightning_mnn.utilities.seeding import generator
 from lightning_mnn.utilities.validation import ArgumentError, positive_integer, real_number
-from lightning_mnn.verdicts import Reason, Reasoned, ReasonCode
+from lightning_mnn.verdicts import Reason, ReasonCode, Reasoned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +27,7 @@ MIN_SAMPLES_PER_CHAIN = 4  # effective samples of each chain, on average
 MAX_DRIFT_ERRORS = 4.5  # change from the first to the last third of the chains, in standard errors
 MIN_ACCEPTANCE = 0.15  # of moves under Metropolis' rule
 MAX_GAIN_SHARE = 0.02  # loss below L(w*), as a share of the estimate, which is too small by as much
+_MAX_HALVINGS = 3
 MAX_HALVING_CHANGE = 0.02  # relative change by halving the step size, beyond the errors of both runs
 
 
@@ -92,9 +93,10 @@ def estimate_learning_coefficient(
     minimum use a large nβ and γ, such as 1e8 and 1e4, in float64.
 
     All chains start at w* and move as one batch. A full-batch loss is deterministic, so by default each move is
-    accepted or rejected by Metropolis' rule: the chains are then exact at any step size, and mix faster than SGLD, whose
-    steps must be small. The step size and the preconditioner are adapted during burn-in. Without the rule
-    (``adjusted=False``) it is localised SGLD (Lau et al. 2023), which is run again with half the step size.
+    accepted or rejected by Metropolis' rule: the chains are then exact at any step size, and mix faster than SGLD,
+    whose steps must be small. The step size and the preconditioner are adapted during burn-in. Without the rule
+    (``adjusted=False``) it is localised SGLD (Lau et al. 2023), which is run again with half the step size: up to three
+    times, if the step size is adapted.
 
     The result has no value but a reason where chains diverged, met a loss below L(w*), reject most moves, drift,
     disagree, have not mixed, or (SGLD) depend on the step size.
@@ -109,8 +111,8 @@ def estimate_learning_coefficient(
         steps: number S of moves of each chain after burn-in.
         burn_in: number of moves before; None: as many as ``steps``, and at most 1,000.
         adjusted: whether Metropolis' rule is used.
-        preconditioned: adapt a preconditioner: the covariance of the chains (up to 256 parameters, its diagonal beyond),
-            for SGLD the gradients' root mean square (RMSprop).
+        preconditioned: adapt a preconditioner: the covariance of the chains (its diagonal, for more than 256
+            parameters), for SGLD the gradients' root mean square (RMSprop).
         leapfrog_steps: gradients of each move; None: 4, or 1 for SGLD, which has no other.
         step_size: ε of the moves, in units of the preconditioner; None: it is adapted.
         seed: of everything that is drawn.
@@ -138,18 +140,23 @@ def estimate_learning_coefficient(
         preconditioned,
         positive_integer("leapfrog_steps", leapfrog_steps),
         None if step_size is None else real_number("step_size", step_size, above=0),
-        0.75 if adjusted else 0.97,
+        0.75 if adjusted else 0.99,
     )
     target = Target(loss, point.detach(), beta, real_number("localisation", localisation, at_least=0))
     sizes = positive_integer("chains", chains), positive_integer("steps", steps)
     burn_in = min(steps, 1000) if burn_in is None else positive_integer("burn_in", burn_in)
     found = run_chains(target, moves, *sizes, burn_in, generator(seed, "learning coefficient"))
     because = _reason_unreliable(found, target, adjusted=adjusted)
-    if because is None and not adjusted:
-        halved = replace(moves, step_size=found.step_size / 2)
-        again = run_chains(target, halved, *sizes, 2 * burn_in, generator(seed, "half the step size"))
-        because = _reason_unreliable(again, target, adjusted=False) or _reason_biased(found, again)
-        found = again
+    if not adjusted:
+        for halving in range(1 if moves.step_size else _MAX_HALVINGS):
+            if because is not None and (halving == 0 or because.code is not ReasonCode.STEP_TOO_LARGE):
+                break
+            halved = replace(moves, step_size=found.step_size / 2)
+            again = run_chains(target, halved, *sizes, burn_in << halving, generator(seed, "halved", halving))
+            because = _reason_unreliable(again, target, adjusted=False) or _reason_biased(found, again)
+            found = again
+            if because is None:
+                break
     return _result(found, target, because)
 
 
@@ -165,26 +172,28 @@ def _inverse_temperature(num_samples: int | None, inverse_temperature: float | N
 
 def _reason_unreliable(found: Chains, target: Target, *, adjusted: bool) -> Reason | None:
     """Why the mean of the chains is no estimate; None if it is."""
-    chains, size = len(found.losses), len(target.point)
-    value = float(found.losses.mean())
+    size, value = len(target.point), float(found.losses.mean())
+    rounding = 16 * torch.finfo(target.point.dtype).eps * abs(target.lowest) * target.inverse_temperature
     if not bool(found.losses.isfinite().all()) or value > size:
         return Reason.of(ReasonCode.CHAINS_DIVERGED, value=value, size=size)
-    rounding = 16 * torch.finfo(target.point.dtype).eps * abs(target.lowest) * target.inverse_temperature
     if -found.lowest > MAX_GAIN_SHARE * max(value, 0.5) + rounding:
         gain = -found.lowest / target.inverse_temperature
         return Reason.of(ReasonCode.LOWER_LOSS_FOUND, gain=gain, energy=-found.lowest)
     if adjusted and found.acceptance < MIN_ACCEPTANCE:
         return Reason.of(ReasonCode.MOVES_REJECTED, acceptance=found.acceptance, limit=MIN_ACCEPTANCE)
-    change = max(map(drift, (found.losses, found.distances)))
+    return _reason_not_mixed(found)
+
+
+def _reason_not_mixed(found: Chains) -> Reason | None:
+    """Whether the chains drift, disagree or are too short, by their losses and their distances to w*."""
+    both = found.losses, found.distances
+    change, r_hat, samples = max(map(drift, both)), max(map(split_r_hat, both)), min(map(effective_samples, both))
+    limit = MIN_SAMPLES_PER_CHAIN * len(found.losses)
     if change > MAX_DRIFT_ERRORS:
         return Reason.of(ReasonCode.CHAINS_DRIFT, drift=change)
-    r_hat = max(map(split_r_hat, (found.losses, found.distances)))
     if r_hat > MAX_R_HAT:
         return Reason.of(ReasonCode.CHAINS_DISAGREE, r_hat=r_hat, limit=MAX_R_HAT)
-    samples, limit = min(map(effective_samples, (found.losses, found.distances))), MIN_SAMPLES_PER_CHAIN * chains
-    if samples < limit:
-        return Reason.of(ReasonCode.TOO_FEW_SAMPLES, samples=samples, limit=limit)
-    return None
+    return Reason.of(ReasonCode.TOO_FEW_SAMPLES, samples=samples, limit=limit) if samples < limit else None
 
 
 def _reason_biased(found: Chains, halved: Chains) -> Reason | None:

@@ -45,7 +45,8 @@ class Allocation:
     def environment(self) -> dict[str, str]:
         """Variables of the job's environment; a number of threads that the user has set is kept.
 
-        One for OpenMP is that of the other libraries too: torch would take MKL's for its own. A job on the CPU sees no GPU; otherwise all such jobs would train on the first one.
+        One for OpenMP is that of the other libraries too: torch would take MKL's for its own. A job
+        on the CPU sees no GPU; otherwise all such jobs would train on the first one.
         """
         number = os.environ.get("OMP_NUM_THREADS", str(self.threads))
         shared = {name: os.environ.get(name, number) for name in THREADS}
