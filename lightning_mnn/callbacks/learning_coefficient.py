@@ -144,7 +144,7 @@ class LearningCoefficient(ScheduledCallback):
             loss(loss.point.expand(self.chains, -1))  # it finds out how, and reads the data
             self.is_batched, once = batch.is_batched, time.monotonic()
             loss(loss.point.expand(self.chains, -1))
-            moves = self._moves(max(gather(time.monotonic() - once)))
+            moves = self._moves(max(gather(time.monotonic() - once)), len(loss.point))
             self.found = estimate_learning_coefficient(
                 loss,
                 loss.point,
@@ -164,9 +164,10 @@ class LearningCoefficient(ScheduledCallback):
             f"in {time.monotonic() - began:.0f} s: {self.found.reason}"
         )
 
-    def _moves(self, seconds: float) -> int:
+    def _moves(self, seconds: float, size: int) -> int:
         """Moves after burn-in within the budget and the time limit, if all chains' gradients take some seconds."""
         passes = min(self.budget / self.chains, self.max_seconds / max(seconds, 1e-9))
+        passes -= 4 + 2 * min(size, 256) / self.chains  # at the start: the curvature, and the first points
         # A move of SGLD has one gradient, and up to four runs with burn-in of 1, 1, 2 and 4 parts; of the other chains
         # a move has one more than its leapfrog steps.
         of_a_move = 2 * (_LEAPFROG_STEPS + 1) if self.adjusted else 12

@@ -66,7 +66,7 @@ class PointsBatch(FullBatch):
             loss, gradient = self._local(two, parameters, together=False)
             batched, slopes = self._local(two, parameters, together=True)
         except Exception as error:
-            if isinstance(error, SERIOUS):
+            if isinstance(error, SERIOUS) and not isinstance(error, NoDerivativeError):
                 raise
             return False  # vmap refuses in many ways; an error of single points is raised again by the evaluation
         finally:

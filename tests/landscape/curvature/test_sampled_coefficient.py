@@ -42,7 +42,7 @@ def test_more_parameters_than_a_whole_matrix_is_used_for():
 
     agrees(
         estimate_learning_coefficient(
-            loss, torch.zeros(300, dtype=torch.float64), inverse_temperature=1e4, localisation=10, steps=300
+            loss, torch.zeros(300, dtype=torch.float64), inverse_temperature=1e4, localisation=10, steps=150
         ),
         20,
     )
@@ -59,8 +59,8 @@ def test_sgld(preconditioned):
         inverse_temperature=1e4,
         adjusted=False,
         preconditioned=preconditioned,
-        steps=3000,
-        burn_in=500,
+        steps=1500,
+        burn_in=200,
     )
     agrees(found, 1.5, 0.03)
 
@@ -69,14 +69,14 @@ def test_sgld(preconditioned):
 def test_normal_crossings_at_a_finite_temperature(powers):
     loss, point, _ = crossing(*powers)
     found = estimate_learning_coefficient(
-        loss, point, inverse_temperature=1e6, chains=64, steps=1000, burn_in=500, leapfrog_steps=1
+        loss, point, inverse_temperature=1e6, chains=128, steps=400, burn_in=200, leapfrog_steps=1
     )
     agrees(found, expected_crossing(*powers, 1e6), 0.03)
 
 
 def test_reduced_rank_regression():
     loss, point, truth = reduced_rank(2, 1, 4)
-    found = estimate_learning_coefficient(loss, point, inverse_temperature=1e4, steps=800)
+    found = estimate_learning_coefficient(loss, point, inverse_temperature=1e3, steps=500)
     agrees(found, truth, 0.05)
 
 
