@@ -48,7 +48,7 @@ def test_more_parameters_than_a_whole_matrix_is_used_for():
     )
 
 
-@pytest.mark.parametrize("preconditioned", [True, False])
+@pytest.mark.parametrize("preconditioned", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_sgld(preconditioned):
     def loss(points):
         return (points[:, :3].square() * torch.tensor([1.0, 2.0, 4.0], dtype=points.dtype)).sum(1)
@@ -59,7 +59,7 @@ def test_sgld(preconditioned):
         inverse_temperature=1e4,
         adjusted=False,
         preconditioned=preconditioned,
-        steps=1500,
+        steps=3000,
         burn_in=200,
     )
     agrees(found, 1.5, 0.03)
@@ -69,9 +69,9 @@ def test_sgld(preconditioned):
 def test_normal_crossings_at_a_finite_temperature(powers):
     loss, point, _ = crossing(*powers)
     found = estimate_learning_coefficient(
-        loss, point, inverse_temperature=1e6, chains=128, steps=400, burn_in=200, leapfrog_steps=1
+        loss, point, inverse_temperature=1e4, chains=64, steps=1000, burn_in=200, leapfrog_steps=1
     )
-    agrees(found, expected_crossing(*powers, 1e6), 0.03)
+    agrees(found, expected_crossing(*powers, 1e4), 0.03)
 
 
 def test_reduced_rank_regression():
@@ -80,10 +80,10 @@ def test_reduced_rank_regression():
     agrees(found, truth, 0.05)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 5])  # planted, with kinks, polished
+@pytest.mark.parametrize("seed", [0, 1, 2])  # planted, with kinks, polished
 def test_certified_minima(seed):
     loss, point, truth = certified(seed)
-    found = estimate_learning_coefficient(loss, point, **NETWORKS | {"steps": 150, "burn_in": 300})
+    found = estimate_learning_coefficient(loss, point, **NETWORKS | {"steps": 400})
     agrees(found, truth)
 
 
