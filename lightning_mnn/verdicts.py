@@ -305,6 +305,7 @@ _STATIONARITY = "‖G e‖/(‖G‖‖y‖) = {stationarity:.1e}"
 _SINE = "smallest |w·x|/(‖w‖‖x‖) = {sine:.1e}"
 _STEP_GRADIENT = "the norm of the last step's gradient, of a {batch}, is {relative:.1e} times that of the first"
 _GAIN = "a Newton step would gain {gain:.1e} of the loss of {loss:.1e}"
+_UNRELIABLE = "unreliable: "
 _NO_EIGENVALUE = "no eigenvalue of the Hessian: "
 
 SENTENCES = {
@@ -486,32 +487,13 @@ SENTENCES = {
     ReasonCode.TOO_MANY_BRANCHES: "undecided: more than {limit} branches",
     ReasonCode.BRANCHES_IN_DOUBT: "undecided: t* = 0 is in doubt in {branches} branches",
     ReasonCode.CHAINS_AGREE: "{chains} chains agree: R-hat is {r_hat:.3f}, with {samples:.0f} effective samples",
-    ReasonCode.CHAINS_DIVERGED: (
-        "unreliable: the chains diverged: nβ E[L − L(w*)] = {value:.3g}, and no minimum with {size} parameters has "
-        "more than {size}; use a smaller step size"
-    ),
-    ReasonCode.LOWER_LOSS_FOUND: (
-        "unreliable: not a minimum at this temperature: a chain met a loss {gain:.1e} below L(w*), which is nβ times "
-        "that = {energy:.2g}; train on, or raise the localisation γ"
-    ),
-    ReasonCode.MOVES_REJECTED: (
-        "unreliable: Metropolis' rule accepts {acceptance:.1%} of the moves, less than {limit:.0%}: use a smaller step "
-        "size"
-    ),
-    ReasonCode.CHAINS_DRIFT: (
-        "unreliable: the chains drift: from their first to their last third the mean changes by {drift:.1f} standard "
-        "errors; use more burn-in"
-    ),
-    ReasonCode.CHAINS_DISAGREE: (
-        "unreliable: the chains disagree: R-hat is {r_hat:.3f}, above {limit:g}; use more steps, or raise γ"
-    ),
-    ReasonCode.TOO_FEW_SAMPLES: (
-        "unreliable: the chains have not mixed: {samples:.0f} effective samples, less than {limit}; use more steps"
-    ),
-    ReasonCode.STEP_TOO_LARGE: (
-        "unreliable: the step size is too large: half of it changes the estimate from {value:.4g} to {halved:.4g}, by "
-        "more than their errors; use a smaller step size"
-    ),
+    ReasonCode.CHAINS_DIVERGED: _UNRELIABLE + "the chains diverged: the mean is {value:.3g}, with {size} parameters",
+    ReasonCode.LOWER_LOSS_FOUND: _UNRELIABLE + "no minimum: a loss {gain:.1e} below L(w*), by {energy:.2g}/(nβ)",
+    ReasonCode.MOVES_REJECTED: _UNRELIABLE + "Metropolis' rule accepts {acceptance:.1%} of the moves: too large a step",
+    ReasonCode.CHAINS_DRIFT: _UNRELIABLE + "the chains drift by {drift:.1f} standard errors: too few steps of burn-in",
+    ReasonCode.CHAINS_DISAGREE: _UNRELIABLE + "the chains disagree: R-hat is {r_hat:.3f}, above {limit:g}",
+    ReasonCode.TOO_FEW_SAMPLES: _UNRELIABLE + "{samples:.0f} effective samples, fewer than {limit}: too few steps",
+    ReasonCode.STEP_TOO_LARGE: _UNRELIABLE + "half the step changes the mean from {value:.4g} to {halved:.4g}",
     ReasonCode.NOT_CHECKED: "not checked yet",
     ReasonCode.ERROR: "{cause}",
     ReasonCode.DIVERGED: "{cause}",

@@ -127,14 +127,14 @@ class LearningCoefficient(ScheduledCallback):
         assert self.found is not None  # noqa: S101 (just estimated)
         found = self.found
         values = {
-            "": found.value,
-            "_standard_error": found.standard_error,
-            "_reliable": float(found.is_reliable),
-            "_r_hat": found.r_hat,
-            "_effective_samples": found.effective_samples,
-            "_acceptance": found.acceptance,
+            "volume/learning_coefficient": found.value,
+            "volume/learning_coefficient_standard_error": found.standard_error,
+            "volume/learning_coefficient_reliable": float(found.is_reliable),
+            "volume/learning_coefficient_r_hat": found.r_hat,
+            "volume/learning_coefficient_effective_samples": found.effective_samples,
+            "volume/learning_coefficient_acceptance": found.acceptance,
         }
-        log_scalars(trainer, {f"volume/learning_coefficient{name}": value for name, value in values.items()})
+        log_scalars(trainer, values)
 
     @override
     def recall(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

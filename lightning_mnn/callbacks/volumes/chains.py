@@ -106,7 +106,9 @@ class PointsBatch(FullBatch):
             points = points.detach().requires_grad_(True)  # noqa: FBT003 (torch's own)
 
             def one(point: Tensor) -> Tensor:
-                return functional_call(runner, dict(zip(names, _split(point, parameters), strict=True)), ())
+                pieces = dict(zip(names, _split(point, parameters), strict=True))
+                loss: Tensor = functional_call(runner, pieces, ())
+                return loss
 
             losses = torch.vmap(one, randomness="same")(points)
         finally:
@@ -157,7 +159,7 @@ class AtPoints:
 
     def __call__(self, points: Tensor) -> Tensor:
         """The losses."""
-        losses: Tensor = _Losses.apply(points, self._batch, self._parameters)  # type: ignore[no-untyped-call]
+        losses: Tensor = _Losses.apply(points, self._batch, self._parameters)
         return losses
 
 

@@ -121,7 +121,7 @@ def curvature_preconditioner(target: Target, chains: int) -> Preconditioner:
     if size > _MAX_DENSE:
         return Preconditioner(torch.full_like(target.point, width))
     moves = width * torch.eye(size, dtype=target.point.dtype, device=target.point.device)
-    at, parts = target.point, torch.split(moves, chains)  # type: ignore[no-untyped-call]
+    at, parts = target.point, torch.split(moves, chains)
     rows = [target(at + part).gradients - target(at - part).gradients for part in parts]
     hessian = torch.cat(rows) / (2 * width)
     if not bool(hessian.isfinite().all()):

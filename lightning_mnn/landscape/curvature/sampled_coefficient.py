@@ -180,7 +180,7 @@ def _reason_unreliable(found: Chains, target: Target, *, adjusted: bool) -> Reas
         gain = -found.lowest / target.inverse_temperature
         return Reason.of(ReasonCode.LOWER_LOSS_FOUND, gain=gain, energy=-found.lowest)
     if adjusted and found.acceptance < MIN_ACCEPTANCE:
-        return Reason.of(ReasonCode.MOVES_REJECTED, acceptance=found.acceptance, limit=MIN_ACCEPTANCE)
+        return Reason.of(ReasonCode.MOVES_REJECTED, acceptance=found.acceptance)
     return _reason_not_mixed(found)
 
 
