@@ -22,6 +22,7 @@ from lightning_mnn.utilities.validation import MisfitError, positive_integer, re
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
+    from torch import Tensor
 
     from lightning_mnn.callbacks.evaluation.run_module import ModelFunction
 
@@ -126,7 +127,7 @@ class LearningCoefficient(ScheduledCallback):
         self.recall(trainer, pl_module)
         assert self.found is not None  # noqa: S101 (just estimated)
         found = self.found
-        values = {
+        values: dict[str, Tensor | float | None] = {
             "volume/learning_coefficient": found.value,
             "volume/learning_coefficient_standard_error": found.standard_error,
             "volume/learning_coefficient_reliable": float(found.is_reliable),
