@@ -27,8 +27,8 @@ MIN_SAMPLES_PER_CHAIN = 4  # effective samples of each chain, on average
 MAX_DRIFT_ERRORS = 4.5  # change from the first to the last third of the chains, in standard errors
 MIN_ACCEPTANCE = 0.15  # of moves under Metropolis' rule
 MAX_GAIN_SHARE = 0.02  # loss below L(w*), as a share of the estimate, which is too small by as much
-_MAX_HALVINGS = 3
 MAX_HALVING_CHANGE = 0.02  # relative change by halving the step size, beyond the errors of both runs
+_MAX_HALVINGS = 3  # of a step size that is adapted
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,10 @@ def estimate_learning_coefficient(
 
     All chains start at w* and move as one batch. A full-batch loss is deterministic, so by default each move is
     accepted or rejected by Metropolis' rule: the chains are then exact at any step size, and mix faster than SGLD,
-    whose steps must be small. The step size and the preconditioner are adapted during burn-in. Without the rule
+    whose steps must be small. They stay in a ball around w* that has all but 1e-9 of the normal distribution of
+    precision γ, beyond which a lower loss would draw them away. After each move successive coordinates of w − w* are
+    scaled by a random factor, as a singular minimum has many scales. The step size and the preconditioner are adapted
+    during burn-in. Without the rule
     (``adjusted=False``) it is localised SGLD (Lau et al. 2023), which is run again with half the step size: up to three
     times, if the step size is adapted.
 
@@ -147,15 +150,13 @@ def estimate_learning_coefficient(
     burn_in = min(steps, 1000) if burn_in is None else positive_integer("burn_in", burn_in)
     found = run_chains(target, moves, *sizes, burn_in, generator(seed, "learning coefficient"))
     because = _reason_unreliable(found, target, adjusted=adjusted)
-    if not adjusted:
+    if not adjusted and because is None:
         for halving in range(1 if moves.step_size else _MAX_HALVINGS):
-            if because is not None and (halving == 0 or because.code is not ReasonCode.STEP_TOO_LARGE):
-                break
             halved = replace(moves, step_size=found.step_size / 2)
             again = run_chains(target, halved, *sizes, burn_in << halving, generator(seed, "halved", halving))
             because = _reason_unreliable(again, target, adjusted=False) or _reason_biased(found, again)
             found = again
-            if because is None:
+            if because is None or because.code is not ReasonCode.STEP_TOO_LARGE:
                 break
     return _result(found, target, because)
 
