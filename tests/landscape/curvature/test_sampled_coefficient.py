@@ -65,7 +65,9 @@ def test_sgld(preconditioned):
     agrees(found, 1.5, 0.03)
 
 
-@pytest.mark.parametrize("powers", [(1, 2), (2, 2), (3, 1)])
+@pytest.mark.parametrize(
+    "powers", [pytest.param((1, 2), marks=pytest.mark.slow), (2, 2), pytest.param((3, 1), marks=pytest.mark.slow)]
+)
 def test_normal_crossings_at_a_finite_temperature(powers):
     loss, point, _ = crossing(*powers)
     found = estimate_learning_coefficient(
@@ -80,7 +82,7 @@ def test_reduced_rank_regression():
     agrees(found, truth, 0.05)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])  # planted, with kinks, polished
+@pytest.mark.parametrize("seed", [0, 1, pytest.param(2, marks=pytest.mark.slow)])  # planted, with kinks, polished
 def test_certified_minima(seed):
     loss, point, truth = certified(seed)
     found = estimate_learning_coefficient(loss, point, **NETWORKS | {"steps": 400})
