@@ -232,6 +232,16 @@ class ReasonCode(StrEnum):
     TOO_MANY_BRANCHES = auto()
     BRANCHES_IN_DOUBT = auto()
 
+    # Sampled learning coefficients
+    CHAINS_AGREE = auto()
+    CHAINS_DIVERGED = auto()
+    LOWER_LOSS_FOUND = auto()
+    MOVES_REJECTED = auto()
+    CHAINS_DRIFT = auto()
+    CHAINS_DISAGREE = auto()
+    TOO_FEW_SAMPLES = auto()
+    STEP_TOO_LARGE = auto()
+
     # The run
     NOT_CHECKED = auto()
     ERROR = auto()
@@ -293,6 +303,7 @@ _STATIONARITY = "‖G e‖/(‖G‖‖y‖) = {stationarity:.1e}"
 _SINE = "smallest |w·x|/(‖w‖‖x‖) = {sine:.1e}"
 _STEP_GRADIENT = "the norm of the last step's gradient, of a {batch}, is {relative:.1e} times that of the first"
 _GAIN = "a Newton step would gain {gain:.1e} of the loss of {loss:.1e}"
+_UNRELIABLE = "unreliable: "
 _NO_EIGENVALUE = "no eigenvalue of the Hessian: "
 
 SENTENCES = {
@@ -473,6 +484,14 @@ SENTENCES = {
     ReasonCode.PATTERN_IN_DOUBT: "undecided: whether unit {unit} can have its pattern is in doubt",
     ReasonCode.TOO_MANY_BRANCHES: "undecided: more than {limit} branches",
     ReasonCode.BRANCHES_IN_DOUBT: "undecided: t* = 0 is in doubt in {branches} branches",
+    ReasonCode.CHAINS_AGREE: "{chains} chains agree: R-hat is {r_hat:.3f}, with {samples:.0f} effective samples",
+    ReasonCode.CHAINS_DIVERGED: _UNRELIABLE + "the chains diverged: the mean is {value:.3g}, with {size} parameters",
+    ReasonCode.LOWER_LOSS_FOUND: _UNRELIABLE + "no minimum: a loss {gain:.1e} below L(w*), by {energy:.2g}/(nβ)",
+    ReasonCode.MOVES_REJECTED: _UNRELIABLE + "Metropolis' rule accepts {acceptance:.1%} of the moves: too large a step",
+    ReasonCode.CHAINS_DRIFT: _UNRELIABLE + "the chains drift by {drift:.1f} standard errors: too few steps of burn-in",
+    ReasonCode.CHAINS_DISAGREE: _UNRELIABLE + "the chains disagree: R-hat is {r_hat:.3f}, above {limit:g}",
+    ReasonCode.TOO_FEW_SAMPLES: _UNRELIABLE + "{samples:.0f} effective samples, fewer than {limit}: too few steps",
+    ReasonCode.STEP_TOO_LARGE: _UNRELIABLE + "half the step changes the mean from {value:.4g} to {halved:.4g}",
     ReasonCode.NOT_CHECKED: "not checked yet",
     ReasonCode.ERROR: "{cause}",
     ReasonCode.DIVERGED: "{cause}",

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from lightning_mnn.callbacks.activation_pattern_recorder import ActivationPatternRecorder
     from lightning_mnn.callbacks.angular_volume_monitor import AngularVolumeMonitor
     from lightning_mnn.callbacks.evidence.choose_tier import FirstOrderTolerances, SecondOrderSettings
+    from lightning_mnn.callbacks.learning_coefficient import LearningCoefficient
     from lightning_mnn.callbacks.local_minimum_detector import LocalMinimumDetector
     from lightning_mnn.callbacks.pattern_store import PatternStore
     from lightning_mnn.callbacks.schedule import Schedule
@@ -23,6 +24,7 @@ __all__ = [
     "ConeSettings",
     "FirstOrderTolerances",
     "LastCheckpoint",
+    "LearningCoefficient",
     "LocalMinimumDetector",
     "LocalVolumeSettings",
     "PatternStore",
@@ -37,6 +39,7 @@ _MODULES = {
     "ConeSettings": "volumes.cones",
     "FirstOrderTolerances": "evidence.choose_tier",
     "LastCheckpoint": "trainer.last_checkpoint",
+    "LearningCoefficient": "learning_coefficient",
     "LocalMinimumDetector": "local_minimum_detector",
     "LocalVolumeSettings": "volumes.probe",
     "PatternStore": "pattern_store",

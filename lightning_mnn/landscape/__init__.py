@@ -6,6 +6,7 @@ from typing import Any
 from lightning_mnn.landscape import bounds
 from lightning_mnn.landscape.curvature.lanczos import Spectrum, extreme_eigenvalues, products_needed
 from lightning_mnn.landscape.curvature.loss_surface import LossSurface, NoDerivativeError
+from lightning_mnn.landscape.curvature.sampled_coefficient import SampledCoefficient, estimate_learning_coefficient
 from lightning_mnn.landscape.curvature.second_order import (
     SecondOrderVerdict,
     check_curvature,
@@ -86,6 +87,7 @@ __all__ = [
     "ReasonCode",
     "Region",
     "RegionVolume",
+    "SampledCoefficient",
     "SecondOrderVerdict",
     "Spectrum",
     "bounds",
@@ -97,6 +99,7 @@ __all__ = [
     "check_stationarity",
     "classify",
     "ensemble_census",
+    "estimate_learning_coefficient",
     "extreme_eigenvalues",
     "find_minimum",
     "first_order_verdicts",
