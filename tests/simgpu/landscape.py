@@ -28,6 +28,7 @@ from lightning_mnn.landscape import (
     check_proof,
     check_stationarity,
     classify,
+    estimate_learning_coefficient,
     extreme_eigenvalues,
     find_minimum,
     first_order_verdicts,
@@ -62,6 +63,8 @@ NO_TENSORS = {
     "RareEvent": "logarithms, as numbers",
     "Reason": "a code and its numbers",
     "ReasonCode": "an enumeration",
+    "LearningCoefficient": "numbers",
+    "learning_coefficient": "a function of counts",
     "bounds": "functions of sizes",
     "ensemble_census": "draws its data itself, on the CPU",
     "PlantedModel": "drawn on the CPU",
@@ -372,6 +375,17 @@ def certificates_of_models(device):
         certify_model(module, inputs, targets, weight_decay=1e-2),
         polish_model(module, inputs, targets, weight_decay=1e-2, max_steps=3),
     )
+
+
+@case("estimate_learning_coefficient", "SampledCoefficient", tolerance=0.1)
+def sampled_coefficients(device):
+    curvatures = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64, device=device)
+    point = torch.zeros_like(curvatures)
+
+    def loss(points):
+        return (curvatures * points**2).sum(-1)
+
+    return estimate_learning_coefficient(loss, point, inverse_temperature=1e4, chains=8, steps=200)
 
 
 @pytest.mark.parametrize("name", CASES)
