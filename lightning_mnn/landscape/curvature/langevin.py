@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_mnn.utilities.transfer import sent
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -185,7 +187,7 @@ def run_chains(target: Target, moves: Moves, chains: int, steps: int, burn_in: i
             if len(seen) == window and step < burn_in - window:  # the last window is for ε alone
                 sampler.adapt_preconditioner(torch.cat(seen))
                 seen = []
-    losses, distances, acceptance = [], [], 0.0
+    losses, distances, acceptance = [], [], torch.zeros_like(target.point[0])
     for _ in range(steps):
         acceptance += sampler.move(adjusted=moves.adjusted)
         losses.append(sampler.at.losses)
@@ -193,32 +195,34 @@ def run_chains(target: Target, moves: Moves, chains: int, steps: int, burn_in: i
     return Chains(
         torch.stack(losses, 1),
         torch.stack(distances, 1),
-        acceptance / steps,
-        sampler.step_size,
+        float(acceptance) / steps,
+        float(sampler.step_size),
         sampler.preconditioner,
-        sampler.lowest,
+        float(sampler.lowest),
     )
 
 
 class _Sampler:
     def __init__(self, target: Target, moves: Moves, chains: int, stream: torch.Generator) -> None:
         self.at = target(target.point.expand(chains, -1))
-        self.step_size = 1.0 if moves.step_size is None else moves.step_size
+        step_size = 1.0 if moves.step_size is None else moves.step_size
         if moves.preconditioned:
             self.preconditioner = curvature_preconditioner(target, chains)
         else:
             self.preconditioner = Preconditioner(torch.ones_like(target.point))
             if moves.step_size is None:
-                self.step_size = 1 / math.sqrt(target.inverse_temperature + target.localisation)
-        self.lowest = 0.0
+                step_size = 1 / math.sqrt(target.inverse_temperature + target.localisation)
+        # Numbers that every move changes stay on the device: nothing waits for it.
+        self.step_size = torch.full_like(target.point[0], step_size)
+        self.lowest = torch.zeros_like(self.step_size)
         self._target, self._moves, self._stream = target, moves, stream
-        self._accepted = 0.0
+        self._accepted = torch.zeros_like(self.step_size)
 
-    def move(self, *, adjusted: bool) -> float:
+    def move(self, *, adjusted: bool) -> Tensor:
         """Move all chains once; return the mean acceptance."""
         before, like = self.at, self.at.points
         momenta = self._normal(like)
-        sizes = torch.full_like(like[:, :1], self.step_size)
+        sizes = self.step_size.expand_as(like[:, :1])
         if self._moves.adjusted:  # sizes within a decade, most of them near ε: distributions may have several scales
             sizes = sizes * 10 ** -self._uniform(like[:, :1]).square()
         moved, at = momenta - sizes / 2 * self.preconditioner.transposed(before.gradients), before
@@ -231,8 +235,8 @@ class _Sampler:
         self.at = self._chosen(at, before, probabilities) if adjusted else at
         if adjusted:
             self._scale()
-        self.lowest = min(self.lowest, float(self.at.losses.nan_to_num(nan=0.0).min()))
-        self._accepted = float(probabilities.mean())
+        self.lowest = torch.minimum(self.lowest, self.at.losses.nan_to_num(nan=0.0).min())
+        self._accepted = probabilities.mean()
         return self._accepted
 
     def _scale(self) -> None:
@@ -260,7 +264,7 @@ class _Sampler:
         """Make ε larger if the last move was accepted too often, and smaller otherwise."""
         if self._moves.step_size is None:
             rate = _FASTEST * min(1.0, (_SETTLING / (step % 100 + 1)) ** 0.6)
-            self.step_size *= math.exp(rate * (self._accepted - self._moves.target_acceptance))
+            self.step_size = self.step_size * (rate * (self._accepted - self._moves.target_acceptance)).exp()
 
     def adapt_preconditioner(self, seen: Tensor) -> None:
         """Adapt S to the points, or the gradients, of a window (n, P)."""
@@ -273,10 +277,10 @@ class _Sampler:
             self.preconditioner = Preconditioner((scale + 1e-3 * scale.max() + 1e-30).rsqrt())
 
     def _normal(self, like: Tensor) -> Tensor:
-        return torch.randn(like.shape, dtype=like.dtype, generator=self._stream).to(like.device)
+        return sent(torch.randn(like.shape, dtype=like.dtype, generator=self._stream), like.device)
 
     def _uniform(self, like: Tensor) -> Tensor:
-        return torch.rand(like.shape, dtype=like.dtype, generator=self._stream).to(like.device)
+        return sent(torch.rand(like.shape, dtype=like.dtype, generator=self._stream), like.device)
 
 
 def _parts(places: Places) -> tuple[Tensor, ...]:
