@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _MIN_RIDGE = 1e-13  # of the matrix of active kinks, relative to its largest diagonal number
 _MIN_CURVATURE_RATIO = 1e-9  # eigenvalue of the Hessian, relative to the largest, that is no rounding
 _MAX_ROUNDS_PER_CANDIDATE = 4
+_CHANGES_PER_RESTART = 64  # of a sign, after which M⁻¹ is computed again
 _MIN_ROUNDS = 50
 _MAX_NEGATIVE_GROWTH = 1e-12  # growth, relative to the largest number in b, that counts as zero
 
@@ -139,20 +140,20 @@ class _ActiveSet:
         self.t, self.v = 0.0, np.zeros(len(active))
         self.smallest = -_MAX_NEGATIVE_GROWTH * float(np.abs(model.normal).max(initial=0.0))
         self._is_coupled = bool(model.coupling.any())
+        self._changes = 0
+        self._restart()
 
     def advance(self) -> bool:
         """One change of the active set; whether the minimum is reached."""
-        model, signs, inverse = self.model, self.signs, self._inverse()
-        of_gram, start = self.gram, self.start
-        if inverse is not None:
-            of_gram, start = inverse @ of_gram @ inverse.T, inverse @ start  # M⁻¹ Y Yᵀ M⁻ᵀ
+        model, signs = self.model, self.signs
+        of_gram, start = self._of_gram, self._of_start
         on = np.flatnonzero(signs == 0)
         weights = signs * model.normal
         free = start - of_gram @ weights
         weights[on] += _solve(of_gram[np.ix_(on, on)], free[on])
         target = start - of_gram @ weights
         target[on] = 0.0
-        v = weights if inverse is None else inverse.T @ weights
+        v = self._inverse.T @ weights if self._is_coupled else weights
         crossing = (signs != 0) & (target * signs < 0)
         if crossing.any():
             places = np.flatnonzero(crossing)
@@ -162,35 +163,53 @@ class _ActiveSet:
             fraction = float(fractions[first])
             self.z = self.z + fraction * (target - self.z)
             self.t, self.v = self.t + fraction * (1 - self.t), self.v + fraction * (v - self.v)
-            self.signs = signs.copy()
-            self.signs[places[first]] = 0
+            self._change(int(places[first]), 0)
             return False
         self.z, self.t, self.v = target, 1.0, v
         growth = (model.normal + model.coupling.T @ v - np.abs(v))[on]
         if not len(on) or float(growth.min()) >= self.smallest:
             return True
         kink = on[int(growth.argmin())]
-        self.signs = signs.copy()
-        self.signs[kink] = 1 if v[kink] >= 0 else -1
+        self._change(int(kink), 1 if v[kink] >= 0 else -1)
         return False
 
-    def _inverse(self) -> Array | None:
-        """M⁻¹ = 1 + L diag σ + (L diag σ)² + …, which ends after as many terms as there are layers; None if it is 1."""
+    def _restart(self) -> None:
+        """M⁻¹ = 1 + L diag σ + (L diag σ)² + …, with as many terms as there are layers; and M⁻¹ Y Yᵀ M⁻ᵀ."""
+        self._of_gram, self._of_start = self.gram, self.start
         if not self._is_coupled:
-            return None
+            return
         coupling = self.model.coupling * self.signs
         found, power = np.eye(len(self.signs)) + coupling, coupling
         while (power := coupling @ power).any():
             found += power
-        return found
+        self._inverse = found
+        self._of_gram, self._of_start = found @ self.gram @ found.T, found @ self.start
+
+    def _change(self, place: int, sign: int) -> None:
+        """Change one sign, and so a column of M: as L is strictly lower triangular, M⁻¹ changes by δ u wᵀ."""
+        change = float(sign - self.signs[place])
+        self.signs = self.signs.copy()
+        self.signs[place] = sign
+        self._changes += 1
+        if not self._is_coupled:
+            return
+        if self._changes % _CHANGES_PER_RESTART == 0:  # so that rounding errors do not add up
+            self._restart()
+            return
+        u, w = self._inverse @ self.model.coupling[:, place], self._inverse[place].copy()
+        of_w = self.gram @ w
+        mixed = np.outer(change * u, self._inverse @ of_w)
+        self._of_gram = self._of_gram + mixed + mixed.T + np.outer(change**2 * float(w @ of_w) * u, u)
+        self._of_start = self._of_start + change * float(w @ self.start) * u
+        self._inverse = self._inverse + np.outer(change * u, w)
 
     def result(self, *, is_complete: bool) -> ModelMinimum:
         on = np.flatnonzero(self.signs == 0)
         scaled = -self.t * self.force - self.rows.T @ self.v
         sizes = np.abs(self.z) - np.abs(self.model.switching)
         value = float(self.force @ scaled + 0.5 * scaled @ scaled + self.model.normal @ sizes)
-        inverse = self._inverse()
-        rows = self.rows[on] if inverse is None else inverse[on] @ self.rows
+        self._restart()
+        rows = self._inverse[on] @ self.rows if self._is_coupled else self.rows[on]
         to_kinks = self.root @ _solve(rows @ rows.T, rows).T
         return ModelMinimum(self.root @ scaled, self.signs, self.v, to_kinks, is_complete, value)
 
