@@ -14,6 +14,7 @@ from lightning_mnn.callbacks.evidence.models.objective import (
     steps_of_descent,
     work_of_a_certificate,
     work_of_a_step,
+    work_of_descent,
     work_of_training,
 )
 from lightning_mnn.callbacks.evidence.second_order import SecondOrderTier
@@ -136,13 +137,10 @@ class ModelTier(SecondOrderTier):
         objective = self._objective
         if objective is None or not self.certificates or self.found_minimum or self.descent is not None:
             return
-        steps = steps_of_descent(
-            _num_trained(trainer, pl_module),
-            self._products(trainer, pl_module),
-            self._training_work(trainer, pl_module, trainer.global_step),
-        )
+        work = self._training_work(trainer, pl_module, trainer.global_step)
+        steps = steps_of_descent(_num_trained(trainer, pl_module), self._products(trainer, pl_module), work)
         if steps:
-            self.descent = on_first_process(trainer, lambda: objective.polish(steps))
+            self.descent = on_first_process(trainer, lambda: objective.polish(steps, work_of_descent(work)))
 
     @override
     def run_out(self, why: str) -> None:
@@ -260,7 +258,7 @@ class ModelTier(SecondOrderTier):
             return False
         work = work_of_a_step(_num_trained(trainer, pl_module), self._products(trainer, pl_module))
         steps = min(300, MAX_CERTIFICATE_WORK // work)
-        polished: PolishedModel = on_first_process(trainer, lambda: objective.polish(steps))
+        polished: PolishedModel = on_first_process(trainer, lambda: objective.polish(steps, MAX_CERTIFICATE_WORK))
         certificate = polished.certificate
         if not certificate.is_minimum:
             self.descent = polished

@@ -69,7 +69,7 @@ class ModelObjective:
             max_distance=max_distance,
         )
 
-    def polish(self, max_steps: int) -> PolishedModel:
+    def polish(self, max_steps: int, max_work: float) -> PolishedModel:
         """Where descent leads to from the model's parameters."""
         return polish_model(
             self.module,
@@ -79,6 +79,7 @@ class ModelObjective:
             weight_decay=self.weight_decay,
             frozen=self.frozen,
             max_steps=max_steps,
+            max_work=max_work,
         )
 
     def value(self, loss: float) -> float:
@@ -141,11 +142,19 @@ def work_of_training(steps: int, products_of_a_batch: int) -> int:
     return steps * (_WORK_OF_A_TRAINING_STEP + 3 * _WORK_PER_MULTIPLICATION * products_of_a_batch)
 
 
+def work_of_descent(training: int) -> int:
+    """How much work a descent may cost after training of so much work.
+
+    >>> work_of_descent(0) < work_of_descent(10**12) < work_of_descent(10**15) == work_of_descent(10**16)
+    True
+    """
+    return min(_MAX_DESCENT_WORK, max(_MIN_DESCENT_WORK, int(CHECK_SHARE * training)))
+
+
 def steps_of_descent(parameters: int, products: int, training: int) -> int:
     """How many steps of a descent fit into its limit of work, at most 300: a share of the training's work.
 
     >>> steps_of_descent(231, 8_400, 0), steps_of_descent(231, 8_400, 10**12), steps_of_descent(2_000, 10**6, 10**12)
     (16, 47, 0)
     """
-    limit = min(_MAX_DESCENT_WORK, max(_MIN_DESCENT_WORK, int(CHECK_SHARE * training)))
-    return min(300, limit // work_of_a_step(parameters, products))
+    return min(300, work_of_descent(training) // work_of_a_step(parameters, products))

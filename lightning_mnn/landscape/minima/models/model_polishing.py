@@ -44,6 +44,9 @@ _CHECK_DISTANCE = 1e-3  # relative distance that it may go
 _MIN_DAMPING = 1e-9
 _MAX_CANDIDATE_RATIO = 0.1  # |z − kink|, relative to its scale, of kinks that the local model knows
 _MAX_CANDIDATES = 400
+_WORK_PER_ROUND = 100  # of a change of the active set of m candidates, in m², in units of 0.1 ns
+_WORK_PER_CUBE = 40  # of a factorisation of P rows, in P³
+_MIN_ROUNDS = 20  # of a step, however little work is left
 _FIRST_ACTIVE_RATIO = 1e-6  # |z − kink|, relative to its scale, of the kinks that are active at first
 _FIRST_DAMPING = 1e-3  # added to the Hessian, relative to its largest eigenvalue
 _MAX_DAMPING = 1e6
@@ -80,6 +83,7 @@ def polish_model(
     weight_decay: float | Mapping[str, float] = 0.0,
     frozen: Iterable[str] = (),
     max_steps: int = 300,
+    max_work: float = math.inf,
 ) -> PolishedModel:
     """Go from a model's parameters to a certified local minimum of its training objective.
 
@@ -96,6 +100,7 @@ def polish_model(
         weight_decay: the penalty.
         frozen: names of parameters that are not trained.
         max_steps: largest number of steps.
+        max_work: work after which no step begins, in units of about 0.1 ns of one core.
 
     Raises:
         ArgumentError: a layer, a name, a shape or a value cannot be used.
@@ -112,7 +117,7 @@ def polish_model(
     max_steps = whole_number("max_steps", max_steps, at_least=0)
     if len(start) > MAX_UNKNOWNS:
         raise ArgumentError("module", f"{len(start)} parameters", f"must have at most {MAX_UNKNOWNS} trained numbers")
-    search = _Search(model, start)
+    search = _Search(model, start, max_work)
     found = search.run(max_steps)
     if found is not None:
         return PolishedModel(found, search.steps, tuple(search.losses))
@@ -124,8 +129,9 @@ def polish_model(
 class _Search:
     """The state of the search."""
 
-    def __init__(self, model: Model, start: Tensor) -> None:
+    def __init__(self, model: Model, start: Tensor, max_work: float) -> None:
         self.model, self.start, self.vector = model, start, start
+        self._left = max_work
         self.active: Active = {}
         self.losses = [true_loss(model, start)[0]]
         self.steps = 0
@@ -139,7 +145,7 @@ class _Search:
         if found.is_minimum:
             return found
         stalls, checked = 0, None
-        while self.steps < max_steps and stalls < _STALLS:
+        while self.steps < max_steps and stalls < _STALLS and self._left > 0:
             safe_point()
             self.steps += 1
             before = frozenset(self._multipliers)
@@ -181,7 +187,8 @@ class _Search:
         while self._damping <= _MAX_DAMPING:
             safe_point()
             root = curvature.root(self._damping)
-            found = minimise(local, root, active)
+            found = minimise(local, root, active, self._rounds(len(active)))
+            self._left -= _WORK_PER_ROUND * len(active) ** 2 * found.rounds + _WORK_PER_CUBE * len(theta) ** 3
             moved, loss = self._corrected(face, theta, found, candidates)
             if loss < here - _MIN_DECREASE * abs(here):
                 predicted = -found.value
@@ -198,8 +205,14 @@ class _Search:
                 break
             self._damping = max(self._damping * _DAMPING_FACTOR, _MIN_DAMPING)
         self._damping = 0.0
-        self._remember(candidates, minimise(local, curvature.root(0.0), active))
+        self._remember(candidates, minimise(local, curvature.root(0.0), active, self._rounds(len(active))))
         return 0.0
+
+    def _rounds(self, candidates: int) -> int | None:
+        """How many changes of an active set of so many candidates what is left of the work allows; None: any number."""
+        if math.isinf(self._left):
+            return None
+        return max(_MIN_ROUNDS, int(self._left / (_WORK_PER_ROUND * max(1, candidates) ** 2)))
 
     def _split(self) -> None:
         """Make units without a part in the outputs copies of others, where the loss does not rise."""

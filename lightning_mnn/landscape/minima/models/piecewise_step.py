@@ -101,6 +101,7 @@ class ModelMinimum:
         multipliers: λ of all candidates: on active kinks the multipliers, elsewhere the derivatives in z, (m,).
         to_kinks: H⁻¹ Z_σᵀ (Z_σ H⁻¹ Z_σᵀ)⁻¹ of the active kinks: the shortest move that changes their z, (P, κ).
         is_complete: whether the active set ended.
+        rounds: number of its changes.
         value: the model there, with the damped H.
     """
 
@@ -109,19 +110,22 @@ class ModelMinimum:
     multipliers: Array
     to_kinks: Array
     is_complete: bool
+    rounds: int
     value: float
 
 
-def minimise(model: LocalModel, root: Array, active: NDArray[np.bool_]) -> ModelMinimum:
+def minimise(model: LocalModel, root: Array, active: NDArray[np.bool_], max_rounds: int | None = None) -> ModelMinimum:
     """A local minimum of the model, from Δ = 0 and a first guess of the active kinks.
 
     Args:
         model: the model.
         root: R with H⁻¹ = R Rᵀ.
         active: the first active kinks, (m,).
+        max_rounds: largest number of changes of the active set; None: 4 m.
     """
     search = _ActiveSet(model, root, active)
     rounds = max(_MIN_ROUNDS, _MAX_ROUNDS_PER_CANDIDATE * len(active))
+    rounds = rounds if max_rounds is None else min(rounds, max_rounds)
     is_complete = any(search.advance() for _ in range(rounds))
     return search.result(is_complete=is_complete)
 
@@ -198,10 +202,12 @@ class _ActiveSet:
             return
         u, w = self._inverse @ self.model.coupling[:, place], self._inverse[place].copy()
         of_w = self.gram @ w
-        mixed = np.outer(change * u, self._inverse @ of_w)
-        self._of_gram = self._of_gram + mixed + mixed.T + np.outer(change**2 * float(w @ of_w) * u, u)
+        half = self._inverse @ of_w + (change / 2 * float(w @ of_w)) * u
+        mixed = np.outer(change * u, half)
+        self._of_gram += mixed
+        self._of_gram += mixed.T
         self._of_start = self._of_start + change * float(w @ self.start) * u
-        self._inverse = self._inverse + np.outer(change * u, w)
+        self._inverse += np.outer(change * u, w)
 
     def result(self, *, is_complete: bool) -> ModelMinimum:
         on = np.flatnonzero(self.signs == 0)
@@ -211,7 +217,7 @@ class _ActiveSet:
         self._restart()
         rows = self._inverse[on] @ self.rows if self._is_coupled else self.rows[on]
         to_kinks = self.root @ _solve(rows @ rows.T, rows).T
-        return ModelMinimum(self.root @ scaled, self.signs, self.v, to_kinks, is_complete, value)
+        return ModelMinimum(self.root @ scaled, self.signs, self.v, to_kinks, is_complete, self._changes, value)
 
 
 def _solve(matrix: Array, right: Array) -> Array:
