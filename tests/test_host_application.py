@@ -187,7 +187,7 @@ def test_a_report_of_the_whole_sweep_has_each_jobs_metrics_return_value_and_kind
         assert row["minimum/loss"] == values["minimum/loss"][-1]
     (figure,) = drawn
     titles = [ax.get_title() for ax in figure.axes]
-    assert titles[:3] == ["Kinds", "return_value", "val/acc"]
+    assert titles[:3] == ["What training ended in", "return_value", "val/acc"]
     assert {"val/loss", "test/acc", "test/loss", "train/loss"} < set(titles)
     assert "4 finished jobs against model.width and model.optimizer.lr" in figure.get_suptitle()
 
