@@ -78,6 +78,34 @@ def missing(part):
     return pytest.raises(MissingPartError, match=re.escape(part))
 
 
+@canary_of(torch_internals.as_evaluated)
+def test_layers_in_eval_mode_without_hooks(monkeypatch):
+    module = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.9)), nn.BatchNorm1d(2))
+    calls = []
+    module[0][0].register_forward_hook(lambda *_: calls.append("a hook"))
+    twin = torch_internals.as_evaluated(module)
+    assert twin[0][0].weight is module[0][0].weight
+    twin(torch.ones(3, 2))
+    assert not calls
+    assert module.training
+    assert len(module[0][0]._forward_hooks) == 1
+    hide(monkeypatch, module, "_modules")
+    with missing("_modules"):
+        torch_internals.as_evaluated(module)
+
+
+@canary_of(torch_internals.changes_in_training)
+@pytest.mark.parametrize(("layer", "said"), [(nn.Dropout2d(), "dropout"), (nn.BatchNorm2d(2), "batch norm")])
+def test_layers_that_change_in_training(monkeypatch, layer, said):
+    assert said in torch_internals.changes_in_training(nn.Sequential(layer))
+    assert torch_internals.changes_in_training(nn.Sequential(layer).eval()) is None
+    name = "_DropoutNd" if said == "dropout" else "_NormBase"
+    owner = nn.modules.dropout if said == "dropout" else nn.modules.batchnorm
+    hide(monkeypatch, owner, name)
+    with missing(name):
+        torch_internals.changes_in_training(nn.Sequential(layer))
+
+
 def test_each_function_has_a_canary():
     found = {
         function

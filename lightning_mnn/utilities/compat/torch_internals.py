@@ -149,7 +149,8 @@ def as_evaluated(module: nn.Module) -> nn.Module:
     """
     twin = copy(module)
     attributes = vars(twin)
-    attributes["_modules"] = {name: child and as_evaluated(child) for name, child in module._modules.items()}
+    children = attribute(module, "_modules", "torch")
+    attributes["_modules"] = {name: child and as_evaluated(child) for name, child in children.items()}
     attributes["training"] = False
     for name in _HOOKS:
         if name in attributes:
@@ -159,9 +160,11 @@ def as_evaluated(module: nn.Module) -> nn.Module:
 
 def changes_in_training(module: nn.Module) -> str | None:
     """A layer that computes something else in training mode, if it is in that mode now, in words."""
+    dropout = attribute(torch, "nn.modules.dropout._DropoutNd", "torch")
+    batch_norm = attribute(torch, "nn.modules.batchnorm._NormBase", "torch")
     for layer in module.modules():
-        if layer.training and isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0:
+        if layer.training and isinstance(layer, dropout) and layer.p > 0:
             return f"dropout is active in training ({layer})"
-        if layer.training and isinstance(layer, nn.modules.batchnorm._NormBase):
+        if layer.training and isinstance(layer, batch_norm):
             return f"batch norm normalises by its batch in training ({type(layer).__name__})"
     return None
