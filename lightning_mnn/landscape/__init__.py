@@ -18,7 +18,7 @@ from lightning_mnn.landscape.kinks.tracing import Kink, KinkTrace
 from lightning_mnn.landscape.labels import infer_threshold
 from lightning_mnn.landscape.minima.certificate import Certificate, certify
 from lightning_mnn.landscape.minima.first_order import FirstOrderVerdict, first_order_verdicts
-from lightning_mnn.landscape.minima.learning_coefficient import LearningCoefficient, learning_coefficient
+from lightning_mnn.landscape.minima.learning_coefficient import ExactCoefficient, learning_coefficient
 from lightning_mnn.landscape.minima.models.model_certificate import ModelCertificate, certify_model
 from lightning_mnn.landscape.minima.models.model_polishing import PolishedModel, polish_model
 from lightning_mnn.landscape.minima.models.planted_models import (
@@ -56,6 +56,7 @@ __all__ = [
     "ClosedBranch",
     "Direction",
     "DistributedGroup",
+    "ExactCoefficient",
     "Existence",
     "FirstOrderVerdict",
     "KeepCurve",
@@ -64,7 +65,6 @@ __all__ = [
     "KinkDistance",
     "KinkTrace",
     "Layer",
-    "LearningCoefficient",
     "LeastSquares",
     "LocalVolume",
     "LogEstimate",

@@ -63,7 +63,7 @@ NO_TENSORS = {
     "RareEvent": "logarithms, as numbers",
     "Reason": "a code and its numbers",
     "ReasonCode": "an enumeration",
-    "LearningCoefficient": "numbers",
+    "ExactCoefficient": "numbers",
     "learning_coefficient": "a function of counts",
     "bounds": "functions of sizes",
     "ensemble_census": "draws its data itself, on the CPU",

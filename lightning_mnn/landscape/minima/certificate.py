@@ -415,15 +415,15 @@ def certificate_of(
     moved = (point.hidden - given.hidden).norm(dim=1)
     active = outputs.preactivations > 0
     rank, cap = _rank(problem, active if kinks is None else torch.where(kinks, found.active, active), input_rank)
-    rising = None
+    rising, zero_error = None, problem.is_zero(outputs)
     if optimality.kind.is_minimum:
-        rising = rising_directions(problem, point, outputs, on_kink, zero_error=problem.is_zero(outputs), rank=rank)
+        rising = rising_directions(problem, point, outputs, on_kink, zero_error=zero_error, rank=rank)
     weights = units.unscaled(point)
     width = point.hidden.shape[1] - int(biased)
     return Certificate(
         kind=optimality.kind,
         because=optimality.because,
-        zero_error=problem.is_zero(outputs),
+        zero_error=zero_error,
         mse=units.squares(problem.squared_error(outputs.errors) / problem.num_samples),
         mce=None if mistakes is None else float(process_group.sum(mistakes.sum())) / problem.num_samples,
         distance=_distance(found) if stationary else found.distance,

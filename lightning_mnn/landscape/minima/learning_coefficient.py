@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lightning_mnn.landscape.minima.problem import Outputs, Point, Problem
     from lightning_mnn.verdicts import Kind
 
-_MAX_SIDE = 2000  # the shorter side of the matrix whose singular values are counted
+_MAX_ENTRIES = 1_000_000  # of the matrix whose singular values are counted: less than a second
 
 
 class CountedDirections(Protocol):
@@ -40,7 +40,7 @@ class CountedDirections(Protocol):
 
 
 @dataclass(frozen=True)
-class LearningCoefficient:
+class ExactCoefficient:
     """The local learning coefficient of a minimum, and what it consists of; see :func:`learning_coefficient`.
 
     Attributes:
@@ -54,7 +54,7 @@ class LearningCoefficient:
     positive_directions: int
 
 
-def learning_coefficient(certificate: CountedDirections) -> LearningCoefficient:
+def learning_coefficient(certificate: CountedDirections) -> ExactCoefficient:
     """The λ in V(L ≤ L* + ε) ~ c ε^λ, the volume of the points near a certified minimum with a loss up to ε above it.
 
     The smaller λ is, the more singular the minimum, and the larger its share of the volume. Off its κ active kinks the
@@ -72,7 +72,7 @@ def learning_coefficient(certificate: CountedDirections) -> LearningCoefficient:
     >>> planted = planted_minimum(12, 2, 2)
     >>> found = certify(planted.hidden_weights, planted.output_weights, planted.inputs, planted.targets)
     >>> learning_coefficient(found)
-    LearningCoefficient(value=1.0, kink_directions=0, positive_directions=2)
+    ExactCoefficient(value=1.0, kink_directions=0, positive_directions=2)
     """
     if not certificate.is_minimum:
         raise ArgumentError("certificate", certificate.kind, "is not of a minimum", "train on, or polish the weights")
@@ -86,9 +86,9 @@ def learning_coefficient(certificate: CountedDirections) -> LearningCoefficient:
             "certificate",
             certificate.kind,
             "does not tell in how many directions the loss rises",
-            "this needs active units with z_i ≠ 0, an error on each kink, and at most 2,000 outputs or weights",
+            "this needs active units with z_i ≠ 0, an error on each kink, and samples times weights up to a million",
         )
-    return LearningCoefficient(value, kinks, positive)
+    return ExactCoefficient(value, kinks, positive)
 
 
 def known_coefficient(certificate: CountedDirections) -> float | None:
@@ -131,7 +131,7 @@ def rising_directions(
 
     Returns:
         None where the count does not follow, or is too costly: z_i = 0 for a unit that is active on some sample; kinks
-        of samples without an error, off which the loss rises quadratically; more than 2,000 outputs and weights.
+        of samples without an error, off which the loss rises quadratically; samples times weights above a million.
     """
     group = problem.process_group
     active = (outputs.preactivations > 0) & ~on_kink
@@ -148,7 +148,7 @@ def rising_directions(
     if not kinked and not problem.free.shape[1]:
         return None if rank is None else Directions(0, rank)
     width, dim = point.hidden.shape
-    if min(problem.num_samples, width * dim + problem.free.shape[1]) > _MAX_SIDE:
+    if problem.num_samples * (width * dim + problem.free.shape[1]) > _MAX_ENTRIES:
         return None
     bases = bases_of_kinks(problem, on_kink) if kinked else {}
     slopes = torch.where(on_kink, 0.0, problem.slopes(active))

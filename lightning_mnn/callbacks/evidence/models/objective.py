@@ -6,7 +6,7 @@ Shapes: N samples, K outputs, P trained numbers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -59,28 +59,11 @@ class ModelObjective:
 
     def certify(self, max_distance: float) -> ModelCertificate:
         """The certificate of the model's parameters."""
-        return certify_model(
-            self.module,
-            self.inputs,
-            self.targets,
-            loss=self.loss,
-            weight_decay=self.weight_decay,
-            frozen=self.frozen,
-            max_distance=max_distance,
-        )
+        return certify_model(*self._samples, **self._options, max_distance=max_distance)
 
     def polish(self, max_steps: int, max_work: float) -> PolishedModel:
         """Where descent leads to from the model's parameters."""
-        return polish_model(
-            self.module,
-            self.inputs,
-            self.targets,
-            loss=self.loss,
-            weight_decay=self.weight_decay,
-            frozen=self.frozen,
-            max_steps=max_steps,
-            max_work=max_work,
-        )
+        return polish_model(*self._samples, **self._options, max_steps=max_steps, max_work=max_work)
 
     def value(self, loss: float) -> float:
         """What training lowers, from the loss of a certificate."""
@@ -92,6 +75,14 @@ class ModelObjective:
             return None
         penalty = sum(0.5 * wd * float(certificate.state_dict[name].square().sum()) for name, wd in self._decays())
         return max(certificate.loss - penalty, 0.0)
+
+    @property
+    def _samples(self) -> tuple[nn.Sequential, Tensor, Tensor]:
+        return self.module, self.inputs, self.targets
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"loss": self.loss, "weight_decay": self.weight_decay, "frozen": self.frozen}
 
     def _decays(self) -> Sequence[tuple[str, float]]:
         return [(name, wd) for name, wd in self.weight_decay.items() if wd and name not in self.frozen]
