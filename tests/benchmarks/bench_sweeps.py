@@ -41,7 +41,7 @@ def main():
                 print(f"  {way:32} {seconds[way][-1]:6.1f} s, {processor[way][-1]:6.1f} s of the processor", flush=True)
                 records = [json.loads(path.read_text()) for path in Path(folder).glob("sweep/*/job.json")]
             assert all(record["status"] == "finished" for record in records)
-            overheads[way] += [record["seconds_to_training"] for record in records]
+            overheads[way] += [took for record in records if (took := record["seconds_to_training"]) is not None]
     print(f"{jobs} jobs, {rounds} times")
     for way, found in seconds.items():
         print(
