@@ -113,7 +113,7 @@ def figure_of_test_errors(folder: Path) -> Path | None:
         return None
     figure = _figure_of(rows, x, columns, color or None, "confidence")
     how_many = f"{len(rows):,} of {len(finished):,} networks, those at certified global minima"
-    figure.suptitle(f"{how_many}\nmean, with its 95 % interval by Student's t", fontsize=10)
+    figure.suptitle(f"{how_many}\nmean, with its 95 % interval by Student's t, cut at 0", fontsize=10)
     return save(figure, folder / "figure_test_error.png")
 
 

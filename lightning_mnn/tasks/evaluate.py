@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.markup import escape
@@ -82,9 +83,15 @@ def _evaluate_run(cfg: DictConfig, folder: Path, console: Console) -> None:
     detector = (chosen.get("callbacks") or {}).get("local_minimum_detector") or {}
     objective = _objective(run)
     distance = float(detector.get("max_distance", 1e-3)) if objective == "mse" else None
-    found = results_of(module, datamodule, distance) | {"objective": objective}
+    found = results_of(module, datamodule, distance) | {"objective": objective, "data": _data_overrides()}
     write_json(folder / EVALUATION, found)
     console.print(f"[bold]{escape(str(relative(folder)))}[/] {escape(_line(run, found))}")
+
+
+def _data_overrides() -> str:
+    """What the command says about the data; empty: they are those of the run."""
+    given = (override.lstrip("+~") for override in HydraConfig.get().overrides.task)
+    return " ".join(one for one in given if one.partition("=")[0].partition(".")[0] == "data")
 
 
 def _changes(cfg: DictConfig, given: set[str]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ def test_evaluation_gives_the_numbers_of_the_summaries_and_adds_them_to_the_tabl
         certified = ("kind", "reason_code", "zero_error", "distance", "kinks", "rank")
         for key in ("mse", "mce", "test_mse", "test_mce", *(certified if "kind" in found else ())):
             assert same(found[key], summary[key]), key
+        assert found["data"] == ""
         assert ("kind" in found) == (job < 2)  # there are no certificates of deeper networks
     with (sweep / "sweep" / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -52,6 +53,7 @@ def test_other_data_and_settings_are_those_of_the_command(sweep):
         with torch.no_grad():
             assert found[f"{prefix}mse"] == pytest.approx(float((module(inputs) - targets).square().mean()), rel=1e-12)
     assert found["max_distance"] == 1e-3
+    assert found["data"] == "data.seed=5 data.num_test=9"
     command(sweep, "task=evaluate", "folder=sweep/0", "callbacks.local_minimum_detector.max_distance=0.5")
     assert json.loads((sweep / "sweep/0/evaluation.json").read_text())["max_distance"] == 0.5
 
