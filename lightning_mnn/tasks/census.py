@@ -13,8 +13,8 @@ from rich.console import Console
 
 from lightning_mnn.figures import census_figure
 from lightning_mnn.landscape import bounds
+from lightning_mnn.landscape.volumes.rare_events.suboptimal import rare_census
 from lightning_mnn.landscape.volumes.region_census import LABELS, Case, Census, GaussianSamples, Outcome, tally
-from lightning_mnn.landscape.volumes.splitting import rare_census
 from lightning_mnn.runs.resume import run_lock
 from lightning_mnn.tasks.experiment import (
     command_of_run,
@@ -122,7 +122,7 @@ class Splitting:
     Attributes:
         case: with Gaussian data.
         data_set: number of the data set among the case's draws.
-        particles: P; this and the following as in :func:`~lightning_mnn.landscape.volumes.splitting.rare_census`.
+        particles: P; this and the following as in :func:`~lightning_mnn.landscape.rare_census`.
         runs: R.
         steps: moves of every particle at each level.
         regions: number of regions of each run that are searched for a minimum.

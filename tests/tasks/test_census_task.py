@@ -11,8 +11,8 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from lightning_mnn.landscape import bounds
+from lightning_mnn.landscape.volumes.rare_events.suboptimal import rare_census
 from lightning_mnn.landscape.volumes.region_census import GaussianSamples, ensemble_census
-from lightning_mnn.landscape.volumes.splitting import rare_census
 from lightning_mnn.runs.resume import run_lock
 from lightning_mnn.tasks.census import census
 from tests.children import PATIENCE, all_ended, command, start, wait_for

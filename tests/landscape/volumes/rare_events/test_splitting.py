@@ -7,14 +7,14 @@ from scipy.stats import binomtest, norm
 
 from lightning_mnn.landscape import ActivationPattern, Region, find_minimum
 from lightning_mnn.landscape.volumes.intervals import Estimate, Proportion
-from lightning_mnn.landscape.volumes.region_census import Case, DataSet, GaussianSamples, census
-from lightning_mnn.landscape.volumes.splitting import (
+from lightning_mnn.landscape.volumes.rare_events.splitting import rare_event
+from lightning_mnn.landscape.volumes.rare_events.suboptimal import (
     fewest_wrong,
     rare_census,
-    rare_event,
     suboptimal_score,
     unactivated_score,
 )
+from lightning_mnn.landscape.volumes.region_census import Case, DataSet, GaussianSamples, census
 
 
 def first(weights):
@@ -146,7 +146,7 @@ def test_score_does_not_depend_on_its_batch(monkeypatch):
         score = suboptimal_score(data.inputs, data.targets, slope)
         whole = score(weights)
         with monkeypatch.context() as patch:
-            patch.setattr("lightning_mnn.landscape.volumes.splitting._ENTRIES_PER_BATCH", 300)
+            patch.setattr("lightning_mnn.landscape.volumes.rare_events.suboptimal._ENTRIES_PER_BATCH", 300)
             torch.testing.assert_close(score(weights), whole, rtol=1e-9, atol=1e-9)
 
 
