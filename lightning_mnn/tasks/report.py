@@ -10,7 +10,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lightning_mnn.figures import band_figure, census_figure, model_figure, run_figure, scan_figure
+from lightning_mnn.figures import (
+    band_figure,
+    census_figure,
+    interpolators_figure,
+    model_figure,
+    run_figure,
+    scan_figure,
+)
 from lightning_mnn.runs.folders import remove_job_folder
 from lightning_mnn.sweeps.jobs import is_finished, is_foreign, read_run, read_sweep
 from lightning_mnn.sweeps.page import write_report_page
@@ -27,6 +34,7 @@ if TYPE_CHECKING:
 _FIGURES: dict[str, Callable[[Path], Path]] = {
     "scan.csv": scan_figure,
     "census.csv": census_figure,
+    "interpolators.csv": interpolators_figure,
     "metrics.csv": run_figure,
 }
 

@@ -92,8 +92,8 @@ def agreement(draws):
             p, e = found.probability, found.test_error
             print(
                 f"N = {num_samples}, data {seed}: plain {share.value:.3e} [{share.low:.3e}, {share.high:.3e}], "
-                f"splitting {p.value:.3e} [{p.low:.3e}, {p.high:.3e}]; test error {error:.4f} ± {1.96 * deviation:.4f}, "
-                f"splitting {e.value:.4f} [{e.low:.4f}, {e.high:.4f}]; overlap "
+                f"splitting {p.value:.3e} [{p.low:.3e}, {p.high:.3e}]; test error {error:.4f} ± "
+                f"{1.96 * deviation:.4f}, splitting {e.value:.4f} [{e.low:.4f}, {e.high:.4f}]; overlap "
                 f"{max(share.low, p.low) <= min(share.high, p.high)}, "
                 f"{max(error - 1.96 * deviation, e.low) <= min(error + 1.96 * deviation, e.high)}",
                 flush=True,
