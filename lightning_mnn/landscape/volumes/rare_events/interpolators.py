@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from lightning_mnn.landscape.volumes.rare_events.splitting import Score
+
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 _MAX_BINS = 50  # of the test error
@@ -83,7 +85,7 @@ class Architecture(NamedTuple):
         """
         columns = inputs.T.contiguous()
         batch = max(1, _ENTRIES_PER_BATCH // (len(inputs) * max(1, *self.hidden_dims, 1)))
-        return torch.cat([self._outputs(part, columns) for part in weights.split(batch)])
+        return torch.cat([self._outputs(part, columns) for part in torch.split(weights, batch)])
 
     def blocks(self) -> Tensor:
         """The weights of each hidden unit, incoming and outgoing, and of each layer, bool (number of blocks, D)."""
@@ -246,7 +248,7 @@ def random_interpolators(
     table = _JointTable(network, train, test, runs)
     options = {"particles": particles, "runs": runs, "steps": steps, "seed": seed}
     blocks, device, level = network.blocks(), train.inputs.device, float(len(train.signs))
-    score = _Score(network, train)
+    score = _score(network, train)
     stages = splitting_stages(score, (network.num_weights,), level, **options, blocks=blocks, device=device)
     last = next(stages)
     history = [last.log_runs]
@@ -331,18 +333,18 @@ def _test_samples(inputs: Tensor | None, targets: Tensor | None, train: _Samples
     return _Samples(test.inputs.to(device), test.signs.to(device), test.threshold)
 
 
-class _Score(NamedTuple):
+def _score(network: Architecture, train: _Samples) -> Score:
     """The number of samples that are right, plus a fraction that is larger the less the others are violated."""
 
-    network: Architecture
-    train: _Samples
-
-    def __call__(self, weights: Tensor) -> Tensor:
-        margins = self.network.outputs(weights, self.train.inputs) * self.train.signs
+    def score(weights: Tensor) -> Tensor:
+        margins = network.outputs(weights, train.inputs) * train.signs
         scale = margins.square().mean(1).sqrt()
         violation = (-margins).clamp(min=0).sum(1) / torch.where(scale > 0, scale, 1.0)
         right = (margins > 0).sum(1)
-        return right + (1 / (1 + violation)).clamp(max=_MAX_LEAD) * (right < margins.shape[1])
+        lead = (1 / (1 + violation)).clamp(max=_MAX_LEAD)
+        return right + torch.where(right < margins.shape[1], lead, 0.0)
+
+    return score
 
 
 class _JointTable:
