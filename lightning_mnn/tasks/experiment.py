@@ -16,7 +16,7 @@ from lightning_mnn.figures.tables import read_table
 from lightning_mnn.loggers.media import log_image, log_table
 from lightning_mnn.runs.wandb import is_resumable, log_summary_again, wandb_options
 from lightning_mnn.tasks.parts import finish_parts
-from lightning_mnn.utilities.files import relative
+from lightning_mnn.utilities.files import read_csv, relative
 from lightning_mnn.utilities.resources import cores
 from lightning_mnn.utilities.validation import ArgumentError, positive_integer
 
@@ -157,7 +157,16 @@ def _wandb_logger(cfg: DictConfig, key: str, node: DictConfig, run_id: str) -> A
 
 def _fill(run_dir: Path, tables: Sequence[str], summary: Mapping[str, Any], logger: Any, step: int) -> None:
     for name in tables:
-        if rows := read_table(run_dir / f"{name}.csv"):
-            log_table(logger, name, list(rows[0]), [list(row.values()) for row in rows], step)
+        path = run_dir / f"{name}.csv"
+        rows, texts = read_table(path), read_csv(path)
+        if not rows:
+            continue
+        words = {column for row in rows for column, value in row.items() if isinstance(value, str)}
+        # A column of W&B's has one type: widths such as 10x10 make that of 10 a text.
+        data = [
+            [texts[number][column] or None if column in words else value for column, value in row.items()]
+            for number, row in enumerate(rows)
+        ]
+        log_table(logger, name, list(rows[0]), data, step)
     log_image(logger, "figure", run_dir / "figure.png", step)
     logger.log_summary(summary)

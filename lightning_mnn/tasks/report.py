@@ -40,7 +40,7 @@ _FIGURES: dict[str, Callable[[Path], Path]] = {
 
 
 def report(cfg: DictConfig) -> None:
-    """Draw ``figure.png`` in ``cfg.folder`` from the results of a scan, a census or a training run there.
+    """Draw ``figure.png`` in ``cfg.folder`` from the results of an experiment or a training run there.
 
     If the folder's subfolders contain training runs, write ``table_1.csv`` instead, a row for each network, and print
     it; its first column is the subfolder. Runs that diverged or were interrupted are left out, and their names printed.
@@ -201,8 +201,8 @@ def _nothing_to_report(folder: Path) -> str:
     if any(folder.glob("events.out.tfevents.*")):
         return f"{folder} contains only a log of TensorBoard, which is not drawn here: add a CSVLogger to the Trainer"
     return (
-        f"{folder} contains no scan.csv, census.csv or metrics.csv to draw, and no training runs with a summary.json "
-        "below it: give the folder of a run or experiment, or one with runs in it"
+        f"{folder} contains no scan.csv, census.csv, interpolators.csv or metrics.csv to draw, and no training runs "
+        "with a summary.json below it: give the folder of a run or experiment, or one with runs in it"
     )
 
 

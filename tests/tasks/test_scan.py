@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import os
+import shutil
 import signal
 import statistics
 from pathlib import Path
@@ -17,11 +18,12 @@ from lightning_mnn.data import GaussianData
 from lightning_mnn.tasks.scan import Fit, Size, _sizes, scan, size_summary
 from lightning_mnn.utilities.errors import DivergenceError
 from tests.children import PATIENCE, all_ended, command, start, wait_for
+from tests.wandb_files import summary_of
 
 EPOCHS = 30
 SMALL = (
     "experiment=figure_5_1", "scan.input_dims=[5,6]", "scan.ratios=[0.2,0.45]", f"scan.max_epochs={EPOCHS}",
-    "replicas=3", "scan.replicas_per_part=2", "seed=4",
+    "replicas=3", "scan.replicas_per_part=2", "seed=4", "logger.mode=disabled",
 )  # fmt: skip
 
 pytestmark = pytest.mark.xdist_group("scan")  # whose fixture takes seconds: for one process, not for each
@@ -109,6 +111,17 @@ def test_begun_with_fewer_sizes_and_interrupted_it_ends_in_the_files_of_an_unbro
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert len(list(folder.glob("parts/*"))) == PARTS
     assert results(folder) == results(unbroken)
+
+
+@pytest.mark.slow
+def test_its_table_figure_and_counts_go_to_one_run_of_wandb(unbroken, tmp_path):
+    shutil.copytree(unbroken, tmp_path / "run")  # all parts are done
+    for figure in ("error", "error", "minima"):
+        command(tmp_path, *SMALL, "logger.mode=offline", f"scan.figure={figure}", "hydra.run.dir=run")
+    (logged,) = Path("run").glob("wandb/offline-run-*")
+    found = summary_of(logged)
+    assert found["networks"] == found["scan"]["nrows"] == 24
+    assert found["figure"]["count"] == 1
 
 
 def settings(*overrides):
