@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -123,7 +124,7 @@ def test_stages_estimate_events_between_the_levels():
     options = {"particles": 400, "runs": 10, "steps": 5, "seed": 0}
     stages = list(splitting.splitting_stages(lambda w: w[:, 0], (1,), 4.0, **options))
     estimates = []
-    for stage, following in zip(stages, stages[1:], strict=False):  # P(3 ≤ w < 3.5), shell by shell
+    for stage, following in itertools.pairwise(stages):  # P(3 ≤ w < 3.5), shell by shell
         inside = (stage.scores >= 3) & (stage.scores < min(3.5, following.level))
         estimates.append(stage.log_runs.exp() * inside.double().mean(1))
     runs = torch.stack(estimates).sum(0)
@@ -278,9 +279,7 @@ def test_bad_input_is_named():
         r"to 1000 numbers, got shape \(1000,\) with 1000 NaN": {"score": lambda w: first(w) * math.nan},
         r"to 1000 numbers, got shape \(1000, 1\) with 0 NaN": {"score": lambda w: w[:, 0]},
         "shape must have at least one axis": {"shape": ()},
-        r"blocks must be bool of shape \(number of blocks, 1, 1\), got torch.int64": {
-            "blocks": torch.ones(1, 1, 1).long()
-        },
+        r"blocks must be bool of shape \(number of blocks, 1, 1\), got torch.float32": {"blocks": torch.ones(1, 1, 1)},
         r"blocks must be bool .* of shape \(1, 2\)": {"blocks": torch.ones(1, 2) == 1},
         "blocks must each contain a weight": {"blocks": torch.zeros(1, 1, 1) == 1},
     }.items():
