@@ -154,7 +154,7 @@ def test_a_folder_with_another_run_is_refused():
         ("model=mnn", "model: task=scan does not use it"),
         ("trainer=cpu", "trainer: task=scan does not use it"),
         ("callbacks=mnn", "callbacks: task=scan does not use it"),
-        ("logger=default", "logger: task=scan does not use it"),
+        ("+logger.other={_target_: a.B}", "logger.other: task=scan logs to W&B only: leave it out"),
         ("threads=4", "threads=4: each worker process of task=scan uses one thread: .* by scan.processes"),
         ("scan.ratios=[-1]", "scan.ratios must be a number, above 0"),
         ("scan.ratios=[0.001]", "scan.ratios must not contain 0.001, which gives no sample at d = 10"),
