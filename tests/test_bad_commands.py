@@ -197,7 +197,7 @@ VALUES = [
     ("resume=true ckpt_path=a", "ckpt_path=a: starts a new run", "leave one of them out"),
     ("name=a/b", "name=a/b: must be the name of one folder in outputs", "hydra.run.dir"),
     ("name=", "name='': must be the name of one folder in outputs", "hydra.run.dir"),
-    ("task=fly", "task=fly: there is no such task", "choose task=census|dashboard|evaluate|report|scan|train"),
+    ("task=fly", "task=fly: there is no such task", "task=census|dashboard|evaluate|interpolators|report|scan|train"),
     ("task=scan", "task=scan: has no settings", "experiment=figure_5_1|figure_5_2"),
     ("task=census", "task=census: has no settings", "experiment=census"),
     ("experiment=census census=null", "task=census: has no settings", "experiment=census"),
@@ -323,7 +323,11 @@ OPTIONS = [
 RESULTS = [
     ("task=report", "task=report needs saved results", "folder=DIR"),
     ("task=report folder=/nowhere", "folder=/nowhere: there is no such folder"),
-    ("task=report folder=.", "contains no scan.csv, census.csv or metrics.csv", "give the folder of a run"),
+    (
+        "task=report folder=.",
+        "contains no scan.csv, census.csv, interpolators.csv or metrics.csv",
+        "the folder of a run",
+    ),
     ("task=report sweep=/nowhere", "sweep=/nowhere: there is no such folder"),
     ("task=report sweep=.", "sweep=. contains no jobs", "give the folder of a sweep"),
     ("task=report folder=a sweep=b", "folder=a and sweep=b are two reports", "give one of them"),

@@ -16,6 +16,7 @@ FLOORS = (  # folders from the ground up: a module imports from lower ones, and 
     ("config", "advice", "landscape", "data.loaders", "loggers", "runs.processes", "launchers.warm"),
     ("landscape.regions", "landscape.kinks", "metrics", "data", "data.images", "callbacks.trainer"),
     ("landscape.minima", "landscape.volumes", "landscape.curvature"),
+    ("landscape.volumes.rare_events",),
     ("landscape.minima.models.equations",),
     ("landscape.minima.models",),
     ("figures", "callbacks.evaluation"),

@@ -240,6 +240,28 @@ class CensusSettings:
     processes: int | None
 
 
+@dataclass
+class InterpolatorSettings:
+    """``interpolators``: settings of the task ``interpolators``."""
+
+    num_samples: list[int]
+    input_dim: int
+    networks: Any  # widths of the hidden layers of each network
+    negative_slope: float
+    bias: bool
+    label_noise: list[float]
+    teacher: Any  # widths of its hidden layers, or null
+    num_test: int
+    data_sets: int
+    particles: int
+    runs: int
+    steps: int
+    trained: Any
+    replicas: int
+    max_steps: int
+    processes: int | None
+
+
 # By the name that the defaults lists in conf/ use, as /schema/NAME.
 SCHEMAS: dict[str, type] = {
     "config": Config,
@@ -256,6 +278,7 @@ SCHEMAS: dict[str, type] = {
     "trainer": Trainer,
     "scan": Scan,
     "census": CensusSettings,
+    "interpolators": InterpolatorSettings,
 }
 
 # Nodes of the config, and the classes that each may have; "" is the top level.
@@ -268,6 +291,7 @@ _PLACES: dict[str, tuple[type, ...]] = {
     "trainer": (Trainer,),
     "scan": (Scan,),
     "census": (CensusSettings,),
+    "interpolators": (InterpolatorSettings,),
 }
 
 

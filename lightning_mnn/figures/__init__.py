@@ -1,6 +1,7 @@
 """Figures drawn from saved results."""
 
 from lightning_mnn.figures.census import census_figure
+from lightning_mnn.figures.interpolators import interpolators_figure
 from lightning_mnn.figures.local_volume import local_volume_figure
 from lightning_mnn.figures.model import model_figure
 from lightning_mnn.figures.run import PANELS, Panel, run_figure
@@ -17,6 +18,7 @@ __all__ = [
     "census_figure",
     "error_figure",
     "figure_of_test_errors",
+    "interpolators_figure",
     "local_volume_figure",
     "minima_figure",
     "model_figure",

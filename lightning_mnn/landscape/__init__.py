@@ -38,6 +38,14 @@ from lightning_mnn.landscape.regions.statistics import Layer, NetworkStatistics,
 from lightning_mnn.landscape.volumes.cone import log_cone_measure
 from lightning_mnn.landscape.volumes.intervals import LogEstimate, Proportion
 from lightning_mnn.landscape.volumes.random_moves import KeepCurve, LocalVolume, local_volume
+from lightning_mnn.landscape.volumes.rare_events.interpolators import (
+    Architecture,
+    MeanError,
+    RandomInterpolators,
+    random_interpolators,
+)
+from lightning_mnn.landscape.volumes.rare_events.splitting import RareEvent, rare_event
+from lightning_mnn.landscape.volumes.rare_events.suboptimal import RareCensus, rare_census
 from lightning_mnn.landscape.volumes.region_census import Census, census, classify, ensemble_census
 from lightning_mnn.landscape.volumes.region_volume import (
     RegionVolume,
@@ -45,12 +53,12 @@ from lightning_mnn.landscape.volumes.region_volume import (
     log_volume_lower_bound,
     region_log_volume,
 )
-from lightning_mnn.landscape.volumes.splitting import RareCensus, RareEvent, rare_census, rare_event
 from lightning_mnn.utilities.distributed import DistributedGroup, ProcessGroup
 from lightning_mnn.verdicts import Kind, Reason, ReasonCode
 
 __all__ = [
     "ActivationPattern",
+    "Architecture",
     "Census",
     "Certificate",
     "ClosedBranch",
@@ -69,6 +77,7 @@ __all__ = [
     "LocalVolume",
     "LogEstimate",
     "LossSurface",
+    "MeanError",
     "ModelCertificate",
     "Network",
     "NetworkStatistics",
@@ -81,6 +90,7 @@ __all__ = [
     "PolishedModel",
     "ProcessGroup",
     "Proportion",
+    "RandomInterpolators",
     "RareCensus",
     "RareEvent",
     "Reason",
@@ -121,6 +131,7 @@ __all__ = [
     "polish",
     "polish_model",
     "products_needed",
+    "random_interpolators",
     "rare_census",
     "rare_event",
     "region_log_volume",

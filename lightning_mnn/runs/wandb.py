@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import secrets
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +15,15 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 
+from lightning_mnn.launchers.jobs.records import read_record
 from lightning_mnn.loggers.media import log_table
 from lightning_mnn.loggers.wandb import ResumableWandbLogger
+from lightning_mnn.utilities.files import write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+
+SUMMARY_RECORD = "wandb_summary.json"  # in a folder: id of its summary run, how often and what it logged
 
 # Keys for a run's place and start, for other tasks, and those that other keys only refer to.
 _NO_SETTINGS = (
@@ -173,6 +180,43 @@ def end_wandb_runs(loggers: Sequence[Any], *, failed: bool) -> None:
             import wandb  # noqa: PLC0415 (slow, and only used with its logger)
 
             wandb.finish(exit_code=int(failed))
+
+
+def log_summary_again(folder: Path, table: Path, make: Callable[[str], Any], fill: Callable[[Any, int], None]) -> bool:
+    """Log the results in a folder to its summary run, if its table is not the one that was logged last.
+
+    The run of a folder that was resumed continues: the new table and figures replace the old ones. Offline, the files
+    of the old ones are removed, unless they were uploaded, so that one folder has everything.
+
+    Args:
+        folder: the folder.
+        table: the file that changes if the results change.
+        make: builds the W&B logger of the run with the given id.
+        fill: logs everything to it; the second argument is the step.
+
+    Returns:
+        Whether anything was logged.
+    """
+    record = read_record(folder / SUMMARY_RECORD)
+    digest = hashlib.sha256(table.read_bytes()).hexdigest()
+    if record.get("table") == digest:
+        return False
+    run_id, times = str(record.get("id") or secrets.token_hex(4)), int(record.get("times") or 0)
+    write_json(folder / SUMMARY_RECORD, {"id": run_id, "times": times + 1, "table": None})
+    before = list(folder.glob(f"wandb/offline-run-*-{run_id}"))
+    logger, failed = make(run_id), True
+    try:
+        logger.rows = times  # its steps in W&B follow those of the former times
+        logger.begin()
+        fill(logger, times)
+        failed = False
+    finally:
+        end_wandb_runs([logger], failed=failed)
+    for old in before:
+        if not any(old.glob("*.synced")):
+            shutil.rmtree(old, ignore_errors=True)
+    write_json(folder / SUMMARY_RECORD, {"id": run_id, "times": times + 1, "table": digest})
+    return True
 
 
 def _job() -> int | None:

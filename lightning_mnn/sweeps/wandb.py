@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import secrets
-import shutil
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
@@ -13,19 +10,15 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lightning_mnn.config.build import build
 from lightning_mnn.figures.scales import label_of
-from lightning_mnn.launchers.jobs.records import read_record
 from lightning_mnn.loggers.media import log_image, log_table
-from lightning_mnn.runs.wandb import end_wandb_runs, group_of_sweep, is_wandb
+from lightning_mnn.runs.wandb import group_of_sweep, is_wandb, log_summary_again
 from lightning_mnn.sweeps.jobs import Status
-from lightning_mnn.utilities.files import write_json
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from lightning_mnn.sweeps.jobs import Sweep
     from lightning_mnn.sweeps.report import Report
-
-RECORD = "wandb_summary.json"  # in the sweep's folder: id of the run, how often and what it logged
 
 _LOGGER = "lightning_mnn.loggers.ResumableWandbLogger"
 
@@ -50,19 +43,12 @@ def log_summary_run(config: DictConfig, sweep: Sweep, report: Report) -> bool:
         return False
     if node.get("mode") == "disabled":
         return False
-    record = read_record(sweep.folder / RECORD)
-    table = hashlib.sha256((sweep.folder / "sweep.csv").read_bytes()).hexdigest()
-    if record.get("table") == table:
-        return False
-    run_id, times = str(record.get("id") or secrets.token_hex(4)), int(record.get("times") or 0)
-    write_json(sweep.folder / RECORD, {"id": run_id, "times": times + 1, "table": None})
-    before = _offline_folders(sweep.folder, run_id)
-    _log(_logger(config, sweep, run_id), sweep, report, times)
-    for folder in before:
-        if not any(folder.glob("*.synced")):
-            shutil.rmtree(folder, ignore_errors=True)
-    write_json(sweep.folder / RECORD, {"id": run_id, "times": times + 1, "table": table})
-    return True
+    return log_summary_again(
+        sweep.folder,
+        sweep.folder / "sweep.csv",
+        lambda run_id: _logger(config, sweep, run_id),
+        lambda logger, step: _log(logger, sweep, report, step),
+    )
 
 
 def _logger(config: DictConfig, sweep: Sweep, run_id: str) -> Any:
@@ -84,19 +70,12 @@ def _logger(config: DictConfig, sweep: Sweep, run_id: str) -> Any:
     return build(cfg, "logger.wandb", **own, tags=list(dict.fromkeys(map(str, tags))), run_config=settings)
 
 
-def _log(logger: Any, sweep: Sweep, report: Report, times: int) -> None:
+def _log(logger: Any, sweep: Sweep, report: Report, step: int) -> None:
     columns, rows = _table(report.typed)
-    failed = True
-    try:
-        logger.rows = times  # its steps in W&B follow those of the former times
-        logger.begin()
-        log_table(logger, "sweep", columns, rows, times)
-        for figure in report.figures:
-            log_image(logger, figure.stem, figure, times)
-        logger.log_summary({f"jobs_{status}": len(sweep.having(status)) for status in Status if sweep.having(status)})
-        failed = False
-    finally:
-        end_wandb_runs([logger], failed=failed)
+    log_table(logger, "sweep", columns, rows, step)
+    for figure in report.figures:
+        log_image(logger, figure.stem, figure, step)
+    logger.log_summary({f"jobs_{status}": len(sweep.having(status)) for status in Status if sweep.having(status)})
 
 
 def _table(path: Path) -> tuple[list[str], list[list[Any]]]:
@@ -106,7 +85,3 @@ def _table(path: Path) -> tuple[list[str], list[list[Any]]]:
         [json.dumps(value) if isinstance(value, list) else value for value in row.values()] for row in table.to_pylist()
     ]
     return table.column_names, rows
-
-
-def _offline_folders(folder: Path, run_id: str) -> list[Path]:
-    return list(folder.glob(f"wandb/offline-run-*-{run_id}"))

@@ -13,13 +13,15 @@ from rich.console import Console
 
 from lightning_mnn.figures import census_figure
 from lightning_mnn.landscape import bounds
+from lightning_mnn.landscape.volumes.rare_events.suboptimal import rare_census
 from lightning_mnn.landscape.volumes.region_census import LABELS, Case, Census, GaussianSamples, Outcome, tally
-from lightning_mnn.landscape.volumes.splitting import rare_census
 from lightning_mnn.runs.resume import run_lock
 from lightning_mnn.tasks.experiment import (
+    check_loggers,
     command_of_run,
     different,
     finish_experiment,
+    log_to_wandb,
     number_of_processes,
     refuse_unused,
     task_settings,
@@ -47,7 +49,7 @@ _OF_ALL = ("rank_deficient", "suboptimal_residual", "suboptimal_minimum")
 _OF_SEARCHED = ("any_minimum", "global_minimum", "undecided")
 
 # Parts of the config that the task does not use, with their defaults: nothing is trained.
-_UNUSED = dict.fromkeys(("data", "model", "optimizer", "schedule", "trainer", "callbacks", "logger")) | {
+_UNUSED = dict.fromkeys(("data", "model", "optimizer", "schedule", "trainer", "callbacks")) | {
     "replicas": 1,
     "dtype": "float64",
 }
@@ -122,7 +124,7 @@ class Splitting:
     Attributes:
         case: with Gaussian data.
         data_set: number of the data set among the case's draws.
-        particles: P; this and the following as in :func:`~lightning_mnn.landscape.volumes.splitting.rare_census`.
+        particles: P; this and the following as in :func:`~lightning_mnn.landscape.rare_census`.
         runs: R.
         steps: moves of every particle at each level.
         regions: number of regions of each run that are searched for a minimum.
@@ -182,6 +184,8 @@ def census(cfg: DictConfig) -> None:
     uninterrupted run, except for the seconds: the name of the experiment's folder contains ``name`` and ``seed``, not
     the time. Other settings need another folder.
 
+    Tables, figure and counts also go to one W&B run, unless ``logger.mode`` is ``disabled``.
+
     Raises:
         ValueError: a value of the config is out of its range; the message names its key.
         FileExistsError: another process works in the folder, or it contains another run, or a census with another plan.
@@ -201,18 +205,15 @@ def census(cfg: DictConfig) -> None:
             run_dir / "census.csv", [row for item in draws for row in item.rows([found[n] for n in item.names()])]
         )
         write_csv(run_dir / "splitting.csv", [splitting.row(found[splitting.name]) for splitting in splittings])
-        write_json(
-            run_dir / "summary.json",
-            {
-                "command": command,
-                "regions_searched": sum(item.num_regions for item in draws),
-                "regions_screened": sum(item.num_screened for item in draws),
-                "data_sets_split": len(splittings),
-                "seconds": sum(part["seconds"] for part in found.values()),
-                **plan,
-            },
-        )
+        counts = {
+            "regions_searched": sum(item.num_regions for item in draws),
+            "regions_screened": sum(item.num_screened for item in draws),
+            "data_sets_split": len(splittings),
+            "seconds": sum(part["seconds"] for part in found.values()),
+        }
+        write_json(run_dir / "summary.json", {"command": command, **counts, **plan})
         census_figure(run_dir)
+        log_to_wandb(cfg, run_dir, ("census", "splitting"), counts)
         Console(soft_wrap=True, highlight=False).print(f"[bold]everything is in[/] {relative(run_dir)}")
 
 
@@ -223,6 +224,7 @@ def _settings(cfg: DictConfig) -> dict[str, Any]:
     """
     settings = task_settings(cfg, "census", "census")
     refuse_unused(cfg, "census", _UNUSED)
+    check_loggers(cfg, "census")
     for key in ("negative_slopes", "epsilons"):
         different(f"census.{key}", settings[key], "numbers")
     positive_integer("census.parts", settings["parts"])

@@ -1,17 +1,22 @@
-"""What experiments in parts have in common: checks of their settings, the command that resumes them, Ctrl-C."""
+"""What experiments in parts have in common: checks of their settings, the command that resumes them, Ctrl-C, W&B."""
 
 from __future__ import annotations
 
 import shlex
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from lightning_mnn.config.build import build
 from lightning_mnn.config.mistakes import UserError
+from lightning_mnn.figures.tables import read_table
+from lightning_mnn.loggers.media import log_image, log_table
+from lightning_mnn.runs.wandb import is_resumable, log_summary_again, wandb_options
 from lightning_mnn.tasks.parts import finish_parts
-from lightning_mnn.utilities.files import relative
+from lightning_mnn.utilities.files import read_csv, relative
 from lightning_mnn.utilities.resources import cores
 from lightning_mnn.utilities.validation import ArgumentError, positive_integer
 
@@ -115,3 +120,53 @@ def finish_experiment(parts: Sequence[Part], run_dir: Path, processes: int, comm
             f"interrupted: finished parts are kept. Resume with\n  {command}", markup=False
         )
         raise SystemExit(130) from None
+
+
+def check_loggers(cfg: DictConfig, task: str) -> None:
+    """Refuse loggers other than W&B's: an experiment in parts has a table and a figure, but no rows of metrics.
+
+    Raises:
+        ValueError: there is another logger.
+    """
+    for key, node in (cfg.get("logger") or {}).items():
+        if isinstance(node, DictConfig) and not ("_target_" in node and is_resumable(node)):
+            raise UserError(f"logger.{key}: task={task} logs to W&B only: leave it out, or choose logger.{key}=null")
+
+
+def log_to_wandb(cfg: DictConfig, run_dir: Path, tables: Sequence[str], summary: Mapping[str, Any]) -> None:
+    """Log tables, the figure and the summary of a finished experiment to one W&B run, unless W&B is disabled.
+
+    An experiment that is run again continues its W&B run; if its first table is the same, nothing is logged.
+
+    Args:
+        cfg: the config.
+        run_dir: the experiment's folder.
+        tables: names of its tables, without the suffix .csv.
+        summary: values for the run's summary.
+    """
+    for key, node in (cfg.get("logger") or {}).items():
+        if isinstance(node, DictConfig) and node.get("mode") != "disabled":
+            make = partial(_wandb_logger, cfg, str(key), node)
+            fill = partial(_fill, run_dir, tables, summary)
+            log_summary_again(run_dir, run_dir / f"{tables[0]}.csv", make, fill)
+
+
+def _wandb_logger(cfg: DictConfig, key: str, node: DictConfig, run_id: str) -> Any:
+    return build(cfg, f"logger.{key}", node, **wandb_options(cfg, node, run_id) | {"id": run_id})
+
+
+def _fill(run_dir: Path, tables: Sequence[str], summary: Mapping[str, Any], logger: Any, step: int) -> None:
+    for name in tables:
+        path = run_dir / f"{name}.csv"
+        rows, texts = read_table(path), read_csv(path)
+        if not rows:
+            continue
+        words = {column for row in rows for column, value in row.items() if isinstance(value, str)}
+        # A column of W&B's has one type: widths such as 10x10 make that of 10 a text.
+        data = [
+            [texts[number][column] or None if column in words else value for column, value in row.items()]
+            for number, row in enumerate(rows)
+        ]
+        log_table(logger, name, list(rows[0]), data, step)
+    log_image(logger, "figure", run_dir / "figure.png", step)
+    logger.log_summary(summary)

@@ -10,7 +10,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lightning_mnn.figures import band_figure, census_figure, model_figure, run_figure, scan_figure
+from lightning_mnn.figures import (
+    band_figure,
+    census_figure,
+    interpolators_figure,
+    model_figure,
+    run_figure,
+    scan_figure,
+)
 from lightning_mnn.runs.folders import remove_job_folder
 from lightning_mnn.sweeps.jobs import is_finished, is_foreign, read_run, read_sweep
 from lightning_mnn.sweeps.page import write_report_page
@@ -27,12 +34,13 @@ if TYPE_CHECKING:
 _FIGURES: dict[str, Callable[[Path], Path]] = {
     "scan.csv": scan_figure,
     "census.csv": census_figure,
+    "interpolators.csv": interpolators_figure,
     "metrics.csv": run_figure,
 }
 
 
 def report(cfg: DictConfig) -> None:
-    """Draw ``figure.png`` in ``cfg.folder`` from the results of a scan, a census or a training run there.
+    """Draw ``figure.png`` in ``cfg.folder`` from the results of an experiment or a training run there.
 
     If the folder's subfolders contain training runs, write ``table_1.csv`` instead, a row for each network, and print
     it; its first column is the subfolder. Runs that diverged or were interrupted are left out, and their names printed.
@@ -193,8 +201,8 @@ def _nothing_to_report(folder: Path) -> str:
     if any(folder.glob("events.out.tfevents.*")):
         return f"{folder} contains only a log of TensorBoard, which is not drawn here: add a CSVLogger to the Trainer"
     return (
-        f"{folder} contains no scan.csv, census.csv or metrics.csv to draw, and no training runs with a summary.json "
-        "below it: give the folder of a run or experiment, or one with runs in it"
+        f"{folder} contains no scan.csv, census.csv, interpolators.csv or metrics.csv to draw, and no training runs "
+        "with a summary.json below it: give the folder of a run or experiment, or one with runs in it"
     )
 
 

@@ -25,9 +25,11 @@ from lightning_mnn.model.mnn import MNN
 from lightning_mnn.runs.quiet import quieten
 from lightning_mnn.runs.resume import run_lock
 from lightning_mnn.tasks.experiment import (
+    check_loggers,
     command_of_run,
     different,
     finish_experiment,
+    log_to_wandb,
     number_of_processes,
     refuse_unused,
     task_settings,
@@ -50,7 +52,7 @@ _REFERENCES = ("square", "parameter")
 _INDIFFERENT = ("input_dims", "hidden_layers", "samples_per", "ratios")
 
 # Groups of the config that the task does not use: the settings of scan define each network and its data.
-_UNUSED = dict.fromkeys(("data", "model", "trainer", "callbacks", "logger"))
+_UNUSED = dict.fromkeys(("data", "model", "trainer", "callbacks"))
 
 # Columns that the detector computes: of the trained weights, and of the minimum next to them.
 _MEASURES = (
@@ -223,6 +225,8 @@ def scan(cfg: DictConfig) -> None:
     uninterrupted run, except for the seconds. The same folder can later be used with more sizes, more replicas or
     another figure; other settings need another folder.
 
+    Table, figure and counts also go to one W&B run, unless ``logger.mode`` is ``disabled``.
+
     Raises:
         ValueError: a value of the config is out of its range; the message names its key.
         FileExistsError: another process works in the folder, or it contains another run, or a scan with another plan.
@@ -245,14 +249,13 @@ def scan(cfg: DictConfig) -> None:
             for size in sizes
         ]
         write_csv(run_dir / "scan.csv", rows)
+        counts = {"networks": len(rows), "kinds": _kinds(rows), "seconds": sum(seconds.values())}
         write_json(
             run_dir / "summary.json",
             {
                 "command": command,
                 "figure": figure,
-                "networks": len(rows),
-                "kinds": _kinds(rows),
-                "seconds": sum(seconds.values()),
+                **counts,
                 "replicas": cfg.replicas,
                 **plan,
                 "scan": settings,
@@ -260,6 +263,7 @@ def scan(cfg: DictConfig) -> None:
             },
         )
         scan_figure(run_dir)
+        log_to_wandb(cfg, run_dir, ("scan",), counts)
         _print_table(summaries, run_dir)
 
 
@@ -288,6 +292,7 @@ def _settings(cfg: DictConfig) -> dict[str, Any]:
     """The node ``scan`` as a dictionary, checked except for what the model and data of :class:`Fit` check."""
     settings = task_settings(cfg, "scan", "figure_5_1|figure_5_2")
     refuse_unused(cfg, "scan", _UNUSED)
+    check_loggers(cfg, "scan")
     for key, what in (("input_dims", "widths"), ("hidden_layers", "numbers of layers"), ("ratios", "numbers")):
         different(f"scan.{key}", settings[key], what)
     for width in settings["input_dims"]:

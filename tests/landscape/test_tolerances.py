@@ -46,7 +46,7 @@ from lightning_mnn.landscape.regions.least_squares import _by_singular_values, s
 from lightning_mnn.landscape.regions.linear_map import FaceMap
 from lightning_mnn.landscape.volumes import expectation_propagation
 from lightning_mnn.landscape.volumes.expectation_propagation import approximate, distinct_constraints
-from lightning_mnn.landscape.volumes.splitting import _estimate
+from lightning_mnn.landscape.volumes.rare_events.splitting import _estimate
 from tests.landscape.volumes.cones import random_cone
 
 ROOT = Path(__file__).parents[2]

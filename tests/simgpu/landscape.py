@@ -12,6 +12,7 @@ from torch import nn
 from lightning_mnn import landscape
 from lightning_mnn.landscape import (
     ActivationPattern,
+    Architecture,
     DistributedGroup,
     KinkDistance,
     KinkTrace,
@@ -46,19 +47,22 @@ from lightning_mnn.landscape import (
     planted_saddle,
     polish,
     polish_model,
+    random_interpolators,
     rare_census,
     rare_event,
     region_log_volume,
     second_order_verdict,
 )
-from lightning_mnn.landscape.volumes.splitting import suboptimal_score, unactivated_score
+from lightning_mnn.landscape.volumes.rare_events.suboptimal import suboptimal_score, unactivated_score
 from tests.simgpu.comparison import differences, placed, walk
 
 NO_TENSORS = {
     "Census": "counts, by names",
     "KeepCurve": "counts and scales, as numbers",
+    "MeanError": "numbers",
     "Kind": "an enumeration",
     "Proportion": "counts",
+    "RandomInterpolators": "estimates and weights, on the CPU",
     "RareCensus": "estimates, as numbers",
     "RareEvent": "logarithms, as numbers",
     "Reason": "a code and its numbers",
@@ -210,6 +214,16 @@ def rare_regions(device):
         rare_event(unactivated_score(inputs), (3, 3), level=0.0, **few),
         rare_event(suboptimal_score(inputs, labels), (5, 3), level=1.0, **few),
     )
+
+
+@case("random_interpolators", "Architecture")
+def interpolators(device):
+    inputs, labels, *_ = random_data(device, 8, 3, 5)
+    few = {"particles": 30, "runs": 2, "steps": 1, "test_inputs": inputs, "test_targets": labels}
+    network = Architecture(3, (4, 2), 0.1, bias=True)
+    outputs = network.outputs(torch.ones(2, network.num_weights, dtype=inputs.dtype, device=device), inputs)
+    found = random_interpolators(inputs, labels, (4,), **few)
+    return outputs, random_interpolators(inputs, labels, (4, 2), negative_slope=0.1, bias=True, **few), found
 
 
 @case("log_cone_measure", "LogEstimate", tolerance=0.1)

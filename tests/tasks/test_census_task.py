@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shlex
+import shutil
 import signal
 from pathlib import Path
 
@@ -11,17 +12,19 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from lightning_mnn.landscape import bounds
+from lightning_mnn.landscape.volumes.rare_events.suboptimal import rare_census
 from lightning_mnn.landscape.volumes.region_census import GaussianSamples, ensemble_census
-from lightning_mnn.landscape.volumes.splitting import rare_census
 from lightning_mnn.runs.resume import run_lock
 from lightning_mnn.tasks.census import census
 from tests.children import PATIENCE, all_ended, command, start, wait_for
+from tests.wandb_files import summary_of
 
 SMALL = (
     "experiment=census", "census.scans.width.sizes=[[6,2,2],[6,2,4]]", "census.scans.width.num_regions=12",
     "census.scans.width.num_screened=28", "census.scans.samples.sizes=[[4,2,3]]", "census.scans.samples.num_regions=5",
     "census.scans.samples.num_screened=0", "census.splitting.cases=[[6,2,4,0.0,20]]",
     "census.splitting.runs=3", "census.splitting.steps=2", "census.splitting.regions=2", "census.parts=3", "seed=4",
+    "logger.mode=disabled",
 )  # fmt: skip
 
 pytestmark = pytest.mark.xdist_group("census")  # whose fixture takes seconds: for one process, not for each
@@ -132,6 +135,20 @@ def settings(*overrides):
 
 
 @pytest.mark.slow
+def test_its_tables_figure_and_counts_go_to_one_run_of_wandb(unbroken, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken, folder)  # all parts are done
+    for _ in range(2):
+        command(tmp_path, *SMALL, "logger.mode=offline", "hydra.run.dir=run")
+    (logged,) = folder.glob("wandb/offline-run-*")
+    found = summary_of(logged)
+    assert found["regions_searched"] == 58
+    assert found["census"]["nrows"] == 12
+    assert found["splitting"]["nrows"] == 2
+    assert found["figure"]["count"] == 1
+
+
+@pytest.mark.slow
 def test_another_plan_is_refused(unbroken):
     before = results(unbroken)
     with pytest.raises(FileExistsError, match=r"census.max_nodes is 20000, not 3; seed is 4, not 5: choose another"):
@@ -167,6 +184,7 @@ def test_a_folder_in_which_another_process_works_is_refused():
         ("census.splitting.cases=[[20,5,8,1.0,9]]", "census.splitting.cases, .*negative_slope must not be 1"),
         ("census.splitting.cases=[[20,5,8,0.0,0]]", "census.splitting.cases: particles, .* must be at least 1"),
         ("data=mnist", "data: task=census does not use it: leave data out"),
+        ("+logger.other={_target_: a.B}", "logger.other: task=census logs to W&B only: leave it out, or choose logger"),
         ("optimizer=sgd", "optimizer: task=census does not use it"),
         ("schedule=constant", "schedule: task=census does not use it"),
         ("threads=2", "threads=2: each worker process of task=census uses one thread: .* by census.processes"),

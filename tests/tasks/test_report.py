@@ -138,7 +138,7 @@ def test_unfinished_runs_are_left_out_and_named(capsys, monkeypatch):
     [
         (None, "null", "give folder=DIR"),
         (None, "nowhere", "folder=nowhere: there is no such folder"),
-        (None, ".", "contains no scan.csv, census.csv or metrics.csv .* no training runs"),
+        (None, ".", "contains no scan.csv, census.csv, interpolators.csv or metrics.csv .* no training runs"),
         ("version_0/metrics.csv", ".", "contains log folders: .* folder=.*version_0"),
         ("csv/version_3/metrics.csv", ".", "contains log folders: .* folder=.*csv/version_3"),
         ("events.out.tfevents.1", ".", "only a log of TensorBoard.*add a CSVLogger"),

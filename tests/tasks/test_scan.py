@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import os
+import shutil
 import signal
 import statistics
 from pathlib import Path
@@ -17,11 +18,12 @@ from lightning_mnn.data import GaussianData
 from lightning_mnn.tasks.scan import Fit, Size, _sizes, scan, size_summary
 from lightning_mnn.utilities.errors import DivergenceError
 from tests.children import PATIENCE, all_ended, command, start, wait_for
+from tests.wandb_files import summary_of
 
 EPOCHS = 30
 SMALL = (
     "experiment=figure_5_1", "scan.input_dims=[5,6]", "scan.ratios=[0.2,0.45]", f"scan.max_epochs={EPOCHS}",
-    "replicas=3", "scan.replicas_per_part=2", "seed=4",
+    "replicas=3", "scan.replicas_per_part=2", "seed=4", "logger.mode=disabled",
 )  # fmt: skip
 
 pytestmark = pytest.mark.xdist_group("scan")  # whose fixture takes seconds: for one process, not for each
@@ -111,6 +113,17 @@ def test_begun_with_fewer_sizes_and_interrupted_it_ends_in_the_files_of_an_unbro
     assert results(folder) == results(unbroken)
 
 
+@pytest.mark.slow
+def test_its_table_figure_and_counts_go_to_one_run_of_wandb(unbroken, tmp_path):
+    shutil.copytree(unbroken, tmp_path / "run")  # all parts are done
+    for figure in ("error", "error", "minima"):
+        command(tmp_path, *SMALL, "logger.mode=offline", f"scan.figure={figure}", "hydra.run.dir=run")
+    (logged,) = Path("run").glob("wandb/offline-run-*")
+    found = summary_of(logged)
+    assert found["networks"] == found["scan"]["nrows"] == 24
+    assert found["figure"]["count"] == 1
+
+
 def settings(*overrides):
     with initialize_config_module("lightning_mnn.conf", version_base="1.3"):
         return compose("config", ["experiment=figure_5_1", "run_dir=.", *overrides])
@@ -141,7 +154,7 @@ def test_a_folder_with_another_run_is_refused():
         ("model=mnn", "model: task=scan does not use it"),
         ("trainer=cpu", "trainer: task=scan does not use it"),
         ("callbacks=mnn", "callbacks: task=scan does not use it"),
-        ("logger=default", "logger: task=scan does not use it"),
+        ("+logger.other={_target_: a.B}", "logger.other: task=scan logs to W&B only: leave it out"),
         ("threads=4", "threads=4: each worker process of task=scan uses one thread: .* by scan.processes"),
         ("scan.ratios=[-1]", "scan.ratios must be a number, above 0"),
         ("scan.ratios=[0.001]", "scan.ratios must not contain 0.001, which gives no sample at d = 10"),

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -7,14 +8,15 @@ from scipy.stats import binomtest, norm
 
 from lightning_mnn.landscape import ActivationPattern, Region, find_minimum
 from lightning_mnn.landscape.volumes.intervals import Estimate, Proportion
-from lightning_mnn.landscape.volumes.region_census import Case, DataSet, GaussianSamples, census
-from lightning_mnn.landscape.volumes.splitting import (
+from lightning_mnn.landscape.volumes.rare_events import splitting
+from lightning_mnn.landscape.volumes.rare_events.splitting import rare_event
+from lightning_mnn.landscape.volumes.rare_events.suboptimal import (
     fewest_wrong,
     rare_census,
-    rare_event,
     suboptimal_score,
     unactivated_score,
 )
+from lightning_mnn.landscape.volumes.region_census import Case, DataSet, GaussianSamples, census
 
 
 def first(weights):
@@ -83,6 +85,55 @@ def test_runs_are_unbiased_and_intervals_cover(score, shape, level, exact):
     assert binomtest(covered, 60, 0.95, alternative="less").pvalue > 1e-4
 
 
+BLOCKS = torch.tensor([[1, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 1]]) == 1
+
+
+@pytest.mark.parametrize(("shape", "blocks"), [((6,), None), ((6,), BLOCKS), ((1, 2, 3), BLOCKS.reshape(3, 1, 2, 3))])
+def test_weights_have_any_shape_and_blocks(shape, blocks):
+    direction = torch.tensor([1.0, -2, 0, 2, 0, 4], dtype=torch.float64) / 5  # of length 1
+
+    def along(weights):
+        assert weights.shape[1:] == shape
+        return weights.flatten(1) @ direction
+
+    found = rare_event(along, shape, 5.0, particles=300, blocks=blocks)
+    assert found.low < norm.sf(5) < found.high
+    assert found.high / found.low < 3
+    assert found.population.shape == (10, 300, *shape)
+    values = found.population.flatten(2) @ direction
+    assert abs(float(values.mean()) - norm.pdf(5) / norm.sf(5)) < 0.05
+    # The weights across this direction are free.
+    across = found.population.flatten(2) @ torch.tensor([2.0, 1, 0, 0, 0, 0], dtype=torch.float64) / math.sqrt(5)
+    assert abs(float(across.var()) - 1) < 0.2
+
+
+def test_a_block_moves_alone():
+    moves = splitting._Blocks.of(BLOCKS, (6,), torch.device("cpu"))
+    torch.testing.assert_close(moves.factors[:, 0], (6 / BLOCKS.sum(1).double()).sqrt())
+    one = splitting._Blocks.of(BLOCKS[:1], (6,), torch.device("cpu"))
+    population = splitting._Population(lambda w: w[:, 0] * 0, (2, 50, 6), one, torch.Generator().manual_seed(0))
+    population.score = lambda w: torch.where((w[:, 2:] == start[:, 2:]).all(1), 1.0, -1.0)  # nothing else may move
+    start = population.weights.flatten(0, 1)
+    population.move(0.0, 0.3)
+    moved = population.weights.flatten(0, 1) != start
+    assert moved[:, :2].all()
+    assert not moved[:, 2:].any()
+
+
+def test_stages_estimate_events_between_the_levels():
+    options = {"particles": 400, "runs": 10, "steps": 5, "seed": 0}
+    stages = list(splitting.splitting_stages(lambda w: w[:, 0], (1,), 4.0, **options))
+    estimates = []
+    for stage, following in itertools.pairwise(stages):  # P(3 ≤ w < 3.5), shell by shell
+        inside = (stage.scores >= 3) & (stage.scores < min(3.5, following.level))
+        estimates.append(stage.log_runs.exp() * inside.double().mean(1))
+    runs = torch.stack(estimates).sum(0)
+    assert abs(float(runs.mean()) - (norm.sf(3) - norm.sf(3.5))) < 4 * float(runs.std()) / math.sqrt(10)
+    assert stages[0].level == -math.inf
+    assert (stages[0].log_runs == 0).all()
+    assert [stage.evaluations for stage in stages] == sorted(stage.evaluations for stage in stages)
+
+
 def test_the_population_has_the_law_of_the_event():
     found = rare_event(first, (1, 2), 2.0, particles=500)
     tail, other = found.population[..., 0].numpy(), found.population[..., 1].numpy()
@@ -146,7 +197,7 @@ def test_score_does_not_depend_on_its_batch(monkeypatch):
         score = suboptimal_score(data.inputs, data.targets, slope)
         whole = score(weights)
         with monkeypatch.context() as patch:
-            patch.setattr("lightning_mnn.landscape.volumes.splitting._ENTRIES_PER_BATCH", 300)
+            patch.setattr("lightning_mnn.landscape.volumes.rare_events.suboptimal._ENTRIES_PER_BATCH", 300)
             torch.testing.assert_close(score(weights), whole, rtol=1e-9, atol=1e-9)
 
 
@@ -227,6 +278,10 @@ def test_bad_input_is_named():
         "seed must not be negative": {"seed": -1},
         r"to 1000 numbers, got shape \(1000,\) with 1000 NaN": {"score": lambda w: first(w) * math.nan},
         r"to 1000 numbers, got shape \(1000, 1\) with 0 NaN": {"score": lambda w: w[:, 0]},
+        "shape must have at least one axis": {"shape": ()},
+        r"blocks must be bool of shape \(number of blocks, 1, 1\), got torch.float32": {"blocks": torch.ones(1, 1, 1)},
+        r"blocks must be bool .* of shape \(1, 2\)": {"blocks": torch.ones(1, 2) == 1},
+        "blocks must each contain a weight": {"blocks": torch.zeros(1, 1, 1) == 1},
     }.items():
         with pytest.raises(ValueError, match=match):
             rare_event(**{"score": first, "shape": (1, 1), "level": 1.0} | change)

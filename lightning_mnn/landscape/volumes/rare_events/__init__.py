@@ -1,0 +1,1 @@
+"""Probabilities of rare events of random weights: the method, and the events."""
