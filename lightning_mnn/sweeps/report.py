@@ -106,7 +106,12 @@ def print_verdicts(sweep: Sweep, console: Console) -> None:
     classes = {id(row): class_of(row) for row in rows}
     ends = [end for end in ENDS if end in classes.values()]
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), title="means ± half of their 95 % intervals by Student's t")
-    for name in (*(key.rpartition(".")[2] for key in keys), "networks", *(look_of(end).short for end in ends), *means.values()):
+    for name in (
+        *(key.rpartition(".")[2] for key in keys),
+        "networks",
+        *(look_of(end).short for end in ends),
+        *means.values(),
+    ):
         table.add_column(name, justify="right", overflow="fold")
     for names, group in list(groups.items())[:_MAX_LINES]:
         found = [classes[id(row)] for row in group]

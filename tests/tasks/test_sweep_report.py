@@ -23,7 +23,8 @@ from tests.runs.test_resume import kill_when, rows_of
 
 SUMMARY = {
     "mse": 1e-3, "mce": 0.1, "wrong": 5, "kind": "saddle", "min_preactivation": 1e-4, "rank": 20, "log_volume": None,
-    "log_volume_lower_bound": -50.0, "learning_coefficient": 2.5, "regions_visited": 7, "reason": "why", "finished": True, "epochs": 9, "steps": 90,
+    "log_volume_lower_bound": -50.0, "learning_coefficient": 2.5,
+    "regions_visited": 7, "reason": "why", "finished": True, "epochs": 9, "steps": 90,
     "seconds": 1.5, "num_samples": 50, "input_dim": 6, "hidden_dims": [8], "negative_slope": 0.0, "replicas": 1,
     "seed": 0,
 }  # fmt: skip

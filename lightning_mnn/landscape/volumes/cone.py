@@ -14,6 +14,7 @@ import torch
 from scipy.stats import t as student
 
 from lightning_mnn.landscape import tolerances
+from lightning_mnn.landscape.intervals import LogEstimate
 from lightning_mnn.landscape.volumes.annealing import (
     PILOT_STATES,
     Centred,
@@ -27,7 +28,6 @@ from lightning_mnn.landscape.volumes.expectation_propagation import (
     distinct_constraints,
     third_order_correction,
 )
-from lightning_mnn.landscape.volumes.intervals import LogEstimate
 from lightning_mnn.utilities.seeding import generator as seeded
 from lightning_mnn.utilities.validation import ArgumentError
 

@@ -15,10 +15,10 @@ from scipy import special
 from scipy.stats import t as student
 
 from lightning_mnn.landscape import tolerances
+from lightning_mnn.landscape.intervals import LogEstimate
 from lightning_mnn.landscape.network import smallest_sines
 from lightning_mnn.landscape.volumes.cone import check_precision, log_cone_measure, one_thread
 from lightning_mnn.landscape.volumes.ep_sampling import TARGET_FRACTION, SharedCones
-from lightning_mnn.landscape.volumes.intervals import LogEstimate
 from lightning_mnn.utilities.seeding import generator
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import torch
 from scipy.stats import binomtest, norm
 
 from lightning_mnn.landscape import ActivationPattern, Region, find_minimum
-from lightning_mnn.landscape.volumes.intervals import Estimate, Proportion
+from lightning_mnn.landscape.intervals import Estimate, Proportion
 from lightning_mnn.landscape.volumes.region_census import Case, DataSet, GaussianSamples, census
 from lightning_mnn.landscape.volumes.splitting import (
     fewest_wrong,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from scipy import stats
 
+from lightning_mnn.landscape import tolerances
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -85,6 +87,35 @@ class Estimate:
     log_value: float
     log_low: float
     log_high: float
+
+    @classmethod
+    def of_runs(cls, log_runs: Tensor) -> Estimate:
+        """A probability from the logarithms of unbiased estimates of independent runs, (R,), with at least one finite.
+
+        The interval is Cox's for the mean of a lognormal variable, with quantiles of Student's t (Olsson 2005, J. Stat.
+        Educ. 13(1)), because products of many fractions are close to lognormal. If some runs did not reach the event,
+        the interval is the product of two intervals of 97.5 %: that of the fraction of runs that did, and that of their
+        mean. If all runs are equal, they count as trials that are all hits.
+        """
+        logs = log_runs[log_runs.isfinite()].numpy()
+        log_value = float(log_runs.logsumexp(0)) - math.log(len(log_runs))
+        if len(logs) == 1:
+            return cls(log_value, -math.inf, 0.0)
+        variance = float(logs.var(ddof=1))
+        if len(logs) == len(log_runs) and variance == 0:
+            log_lower = math.log(Proportion.of(len(logs), len(logs)).low)
+            return cls(log_value, log_value + log_lower, min(log_value - log_lower, 0.0))
+        confidence, log_low, log_high = tolerances.INTERVAL_CONFIDENCE, 0.0, 0.0
+        if len(logs) < len(log_runs):
+            alive = Proportion.of(len(logs), len(log_runs), confidence=tolerances.JOINT_INTERVAL_CONFIDENCE)
+            confidence = tolerances.JOINT_INTERVAL_CONFIDENCE
+            log_low, log_high = math.log(alive.low), math.log(alive.high)
+        centre = float(logs.mean()) + variance / 2
+        spread = math.sqrt(variance / len(logs) + variance**2 / (2 * (len(logs) - 1)))
+        spread *= float(stats.t.ppf((1 + confidence) / 2, len(logs) - 1))
+        return cls(
+            log_value, min(centre - spread + log_low, log_value), min(max(centre + spread + log_high, log_value), 0.0)
+        )
 
     @property
     def value(self) -> float:
