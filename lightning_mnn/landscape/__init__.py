@@ -13,7 +13,7 @@ from lightning_mnn.landscape.curvature.second_order import (
     check_stationarity,
     second_order_verdict,
 )
-from lightning_mnn.landscape.intervals import LogEstimate, Proportion
+from lightning_mnn.landscape.intervals import LogEstimate, Proportion, Stop
 from lightning_mnn.landscape.kinks.distance import KinkDistance, kink_distance
 from lightning_mnn.landscape.kinks.tracing import Kink, KinkTrace
 from lightning_mnn.landscape.labels import infer_threshold
@@ -99,6 +99,7 @@ __all__ = [
     "SampledCoefficient",
     "SecondOrderVerdict",
     "Spectrum",
+    "Stop",
     "bounds",
     "census",
     "certify",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import StrEnum, auto
 from typing import TYPE_CHECKING
 
 from scipy import stats
@@ -18,6 +19,46 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 
+class Stop(StrEnum):
+    """Why no more samples were taken; of several estimates together, the last in this order.
+
+    Attributes:
+        CLOSED_FORM: none were needed.
+        APPROXIMATED: none were asked for: the value is an approximation without an error bar.
+        TARGET: a pilot found that so many reach the target of the standard error.
+        LIMIT: the largest number that is allowed is less than that.
+    """
+
+    CLOSED_FORM = auto()
+    APPROXIMATED = auto()
+    TARGET = auto()
+    LIMIT = auto()
+
+
+@dataclass
+class SampleCount:
+    """Counts the samples of an estimate while it is computed.
+
+    Attributes:
+        samples: number of them, pilots included.
+        stopped: why there are no more.
+
+    >>> count = SampleCount()
+    >>> count.add(100, Stop.LIMIT)
+    >>> count.add(50, Stop.TARGET)
+    >>> count.samples, str(count.stopped)
+    (150, 'limit')
+    """
+
+    samples: int = 0
+    stopped: Stop = Stop.CLOSED_FORM
+
+    def add(self, samples: int, stopped: Stop) -> None:
+        """Add a part of the estimate."""
+        self.samples += samples
+        self.stopped = max(self.stopped, stopped, key=list(Stop).index)
+
+
 @dataclass(frozen=True)
 class LogEstimate:
     """An estimate of a logarithm.
@@ -26,10 +67,15 @@ class LogEstimate:
         value: natural logarithm; a float, with leading axes a tensor on the CPU.
         standard_error: of the value, in nats: value ± 1.96 standard errors covers 95 %. For a closed form, its rounding
             error.
+        samples: number of samples, pilots included; with leading axes, of all together. A sample is a point after all
+            of its coordinates moved once.
+        stopped: why there are no more; with leading axes, for the worst of them.
     """
 
     value: float | Tensor
     standard_error: float | Tensor
+    samples: int
+    stopped: Stop
 
 
 @dataclass(frozen=True)

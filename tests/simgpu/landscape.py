@@ -60,6 +60,7 @@ NO_TENSORS = {
     "Census": "counts, by names",
     "KeepCurve": "counts and scales, as numbers",
     "LogBounds": "numbers",
+    "Stop": "an enumeration",
     "closed_form_log_volume": "a function of numbers",
     "Kind": "an enumeration",
     "Proportion": "counts",
