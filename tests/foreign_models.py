@@ -15,7 +15,13 @@ ZOO = ("mlp", "lenet", "resnet18", "gru", "transformer", "functional")  # classi
 OTHERS = ("no_forward", "dict_batches", "manual")
 
 # Of one sample of each.
-_SHAPES = {"lenet": (1, 28, 28), "resnet18": (3, 32, 32), "gru": (7, 5), "transformer": (6, 4)}
+_SHAPES = {
+    "lenet": (1, 28, 28),
+    "resnet18": (3, 32, 32),
+    "small_resnet": (3, 32, 32),
+    "gru": (7, 5),
+    "transformer": (6, 4),
+}
 _FLAT = (8,)
 _CLASSES = {"mlp": 3, "lenet": 10, "resnet18": 10, "gru": 3, "transformer": 3, "functional": 3}
 
@@ -136,6 +142,23 @@ def _classes(namespace):  # noqa: C901 (its classes count as branches)
         def forward(self, x):
             return self.model(x)
 
+    class SmallResNet(Classifier):
+        """Two residual blocks of 4 and 8 channels, with batch normalisation; 1,100 parameters."""
+
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU())
+            self.block = nn.Sequential(
+                nn.Conv2d(4, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1, bias=False)
+            )
+            self.shortcut = nn.Conv2d(4, 8, 1, 2, bias=False)
+            self.norm, self.head = nn.BatchNorm2d(8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = self.stem(x)
+            x = F.relu(self.norm(self.block(x) + self.shortcut(x)))
+            return self.head(x.mean((2, 3)))
+
     class GRU(Classifier):
         """The last state of a GRU (smooth), and a head with a ReLU."""
 
@@ -254,6 +277,7 @@ def _classes(namespace):  # noqa: C901 (its classes count as branches)
         "mlp": MLP,
         "lenet": LeNet,
         "resnet18": ResNet18,
+        "small_resnet": SmallResNet,
         "gru": GRU,
         "transformer": Transformer,
         "functional": Functional,

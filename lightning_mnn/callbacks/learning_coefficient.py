@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from pytorch_lightning.utilities import rank_zero_info
@@ -16,7 +18,7 @@ from lightning_mnn.callbacks.scheduled import ScheduledCallback
 from lightning_mnn.callbacks.volumes.chains import loss_at_points
 from lightning_mnn.data.loaders.shards import num_samples
 from lightning_mnn.landscape.curvature.sampled_coefficient import SampledCoefficient, estimate_learning_coefficient
-from lightning_mnn.loggers.media import log_scalars
+from lightning_mnn.loggers.media import log_image, log_scalars, shows_images
 from lightning_mnn.utilities.distributed import gather
 from lightning_mnn.utilities.validation import MisfitError, positive_integer, real_number, seed_number, truth_value
 
@@ -38,7 +40,8 @@ class LearningCoefficient(ScheduledCallback):
     :func:`~lightning_mnn.landscape.estimate_learning_coefficient`. L is the module's own training loss over its whole
     training set, in eval mode, with the penalty of weight decay, and in float64 where its step allows this, as
     :class:`~lightning_mnn.callbacks.LocalMinimumDetector` evaluates it. Where the chains are not reliable, nothing but
-    diagnostics is logged, and the summary says why. It does not change training.
+    diagnostics is logged, and the summary says why. W&B and TensorBoard also get a picture of the traces of the chains,
+    which takes about half a second; see :func:`~lightning_mnn.figures.chains_figure`. It does not change training.
 
     It is meant for small networks and data: an estimate costs up to ``budget`` gradients of the loss over the training
     set. Those of all chains are computed together by ``torch.vmap``, if the module's step allows this (a metric that
@@ -136,6 +139,7 @@ class LearningCoefficient(ScheduledCallback):
             "volume/learning_coefficient_acceptance": found.acceptance,
         }
         log_scalars(trainer, values)
+        self._log_traces(trainer, pl_module)
 
     @override
     def recall(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -164,6 +168,18 @@ class LearningCoefficient(ScheduledCallback):
             f"LearningCoefficient: {self.found.gradient_evaluations:,} gradients of {self.chains} chains, {together}, "
             f"in {time.monotonic() - began:.0f} s: {self.found.reason}"
         )
+
+    def _log_traces(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log a picture of the chains' traces to loggers that can show pictures."""
+        if self.found is None or not trainer.is_global_zero or not any(map(shows_images, trainer.loggers)):
+            return
+        from lightning_mnn.figures.volumes import chains_figure  # noqa: PLC0415 (matplotlib is slow)
+
+        title = f"{type(pl_module).__name__} after {trainer.global_step} steps"
+        with TemporaryDirectory() as folder:
+            picture = chains_figure(self.found, Path(folder) / "chains.png", title)
+            for logger in trainer.loggers:
+                log_image(logger, "volume/learning_coefficient_chains", picture, trainer.global_step)
 
     def _moves(self, seconds: float, size: int) -> int:
         """Moves after burn-in within the budget and the time limit, if all chains' gradients take some seconds."""

@@ -2,13 +2,13 @@
 
 from lightning_mnn.figures.census import census_figure
 from lightning_mnn.figures.interpolators import interpolators_figure
-from lightning_mnn.figures.local_volume import local_volume_figure
 from lightning_mnn.figures.model import model_figure
 from lightning_mnn.figures.run import PANELS, Panel, run_figure
 from lightning_mnn.figures.scaling import FIGURES, error_figure, minima_figure, scan_figure
 from lightning_mnn.figures.sweep import sweep_figure
 from lightning_mnn.figures.sweep_bands import band_figure, figure_of_test_errors
 from lightning_mnn.figures.tables import read_metrics
+from lightning_mnn.figures.volumes import chains_figure, local_volume_figure
 
 __all__ = [
     "FIGURES",
@@ -16,6 +16,7 @@ __all__ = [
     "Panel",
     "band_figure",
     "census_figure",
+    "chains_figure",
     "error_figure",
     "figure_of_test_errors",
     "interpolators_figure",

@@ -90,6 +90,12 @@ MEASURES = (
     ),
     Measure("Rank", "rank(A∘X) / N", _rank_share, log=False, limits=(0, 1.05)),
     _VOLUME,
+    Measure(
+        "Local learning coefficient",
+        "λ of the certified minimum",
+        lambda row: row.get("learning_coefficient"),
+        log=False,
+    ),
     Measure("Regions seen", "activation patterns", lambda row: row.get("regions_visited")),
     Measure("Length of training", "optimiser steps", lambda row: row.get("steps"), of_job=True),
     Measure("Time", "seconds of training", lambda row: row.get("seconds"), of_job=True),

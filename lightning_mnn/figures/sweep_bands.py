@@ -45,6 +45,7 @@ _UNITS = {
     "num_samples": "N",
     "seconds": "seconds",
     "log_volume": "log-volume (nats)",
+    "learning_coefficient": "learning coefficient λ",
     "steps": "optimiser steps",
     "model.hidden_dims": "hidden units",
 }

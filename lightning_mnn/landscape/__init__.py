@@ -13,6 +13,7 @@ from lightning_mnn.landscape.curvature.second_order import (
     check_stationarity,
     second_order_verdict,
 )
+from lightning_mnn.landscape.intervals import LogEstimate, Proportion, Stop
 from lightning_mnn.landscape.kinks.distance import KinkDistance, kink_distance
 from lightning_mnn.landscape.kinks.tracing import Kink, KinkTrace
 from lightning_mnn.landscape.labels import infer_threshold
@@ -36,7 +37,13 @@ from lightning_mnn.landscape.regions.existence import ClosedBranch, Existence, c
 from lightning_mnn.landscape.regions.region import LeastSquares, Region
 from lightning_mnn.landscape.regions.statistics import Layer, NetworkStatistics, merge_statistics, network_statistics
 from lightning_mnn.landscape.volumes.cone import log_cone_measure
-from lightning_mnn.landscape.volumes.intervals import LogEstimate, Proportion
+from lightning_mnn.landscape.volumes.loss_volume import (
+    LogBounds,
+    LossVolume,
+    closed_form_log_volume,
+    loss_volume,
+    minimum_log_volume,
+)
 from lightning_mnn.landscape.volumes.random_moves import KeepCurve, LocalVolume, local_volume
 from lightning_mnn.landscape.volumes.rare_events.interpolators import (
     Architecture,
@@ -75,8 +82,10 @@ __all__ = [
     "Layer",
     "LeastSquares",
     "LocalVolume",
+    "LogBounds",
     "LogEstimate",
     "LossSurface",
+    "LossVolume",
     "MeanError",
     "ModelCertificate",
     "Network",
@@ -100,6 +109,7 @@ __all__ = [
     "SampledCoefficient",
     "SecondOrderVerdict",
     "Spectrum",
+    "Stop",
     "bounds",
     "census",
     "certify",
@@ -108,6 +118,7 @@ __all__ = [
     "check_proof",
     "check_stationarity",
     "classify",
+    "closed_form_log_volume",
     "ensemble_census",
     "estimate_learning_coefficient",
     "extreme_eigenvalues",
@@ -120,7 +131,9 @@ __all__ = [
     "log_cap_measure",
     "log_cone_measure",
     "log_volume_lower_bound",
+    "loss_volume",
     "merge_statistics",
+    "minimum_log_volume",
     "network_statistics",
     "planted_kink_minimum",
     "planted_minimum",

@@ -33,6 +33,9 @@ _NO_LOGS = (
     "save_dir=${hydra:runtime.output_dir}"
 )
 
+# Columns of the printed table, with their headings.
+_MEANS = {"mse": "mse", "mce": "mce", "test_mse": "test_mse", "test_mce": "test_mce", "learning_coefficient": "λ"}
+
 _MAX_LINES = 40  # of the printed table
 
 
@@ -88,24 +91,32 @@ def print_report(sweep: Sweep, console: Console, *, unfinished: bool = True) -> 
 
 
 def print_verdicts(sweep: Sweep, console: Console) -> None:
-    """Print what the networks ended in and their mean errors, for each value of the figure's axis and colour."""
+    """Print what the networks ended in and mean errors, for each value of the figure's axis and colour.
+
+    With them are the means of λ, the exact learning coefficient, over the minima for which it is known.
+    """
     rows = [row for row in table_rows(sweep) if has_result(row)]
     if not any(row.get("kind") for row in rows):
         return
     keys = [key for key in axes_of(sweep, rows) if key not in ("", REPETITION)]
-    errors = [name for name in ("mse", "mce", "test_mse", "test_mce") if any(row.get(name) is not None for row in rows)]
+    means = {name: head for name, head in _MEANS.items() if any(row.get(name) is not None for row in rows)}
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(label_of(row[key]) for key in keys), []).append(row)
     classes = {id(row): class_of(row) for row in rows}
     ends = [end for end in ENDS if end in classes.values()]
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), title="means ± half of their 95 % intervals by Student's t")
-    for name in (*(key.rpartition(".")[2] for key in keys), "networks", *(look_of(end).short for end in ends), *errors):
+    for name in (
+        *(key.rpartition(".")[2] for key in keys),
+        "networks",
+        *(look_of(end).short for end in ends),
+        *means.values(),
+    ):
         table.add_column(name, justify="right", overflow="fold")
     for names, group in list(groups.items())[:_MAX_LINES]:
         found = [classes[id(row)] for row in group]
         counts = [str(found.count(end) or "–") for end in ends]
-        table.add_row(*names, str(len(group)), *counts, *(_mean_text(group, name) for name in errors))
+        table.add_row(*names, str(len(group)), *counts, *(_mean_text(group, name) for name in means))
     console.print(table)
     if len(groups) > _MAX_LINES:
         console.print(f"… and {len(groups) - _MAX_LINES} more groups, in {PAGE}")

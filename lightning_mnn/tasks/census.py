@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
-    from lightning_mnn.landscape.volumes.intervals import Estimate
+    from lightning_mnn.landscape.intervals import Estimate
 
 # The draws that a proportion is over: rank and residual of a region are known without a search for a minimum.
 _OF_ALL = ("rank_deficient", "suboptimal_residual", "suboptimal_minimum")

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from scipy.special import logsumexp, ndtr, ndtri
 
 from lightning_mnn.landscape import ActivationPattern, Region, polish, region_log_volume
+from lightning_mnn.landscape.intervals import SampleCount
 from lightning_mnn.landscape.volumes import annealing, cone
 from lightning_mnn.landscape.volumes.annealing import analytic_centre
 from lightning_mnn.landscape.volumes.closed_forms import ConeGroup
@@ -100,7 +101,7 @@ def cost(values, seconds):
 def sampled(normals, interior, seed):
     """Value and standard error by sampling, whether or not there is a closed form."""
     group = ConeGroup(normals, interior)
-    value, error = cone._sample([group], np.array([TARGET]), 2**20, torch.Generator().manual_seed(seed))
+    value, error = cone._sample([group], np.array([TARGET]), 2**20, torch.Generator().manual_seed(seed), SampleCount())
     return value[0], error[0]
 
 

@@ -2,7 +2,10 @@
 
 Run it as ``python -m tests.benchmarks.campaign_learning_coefficients [part …] [--count N] [--seconds S]``. Parts:
 regression (reduced-rank, true map 0), crossings (w1^a w2^b)², minima (of two-layer networks, whose coefficient is
-certified), sgld (the same, by SGLD), broken (steps 100 times too large, chains too short). It prints a line for each.
+certified), sgld (the same, by SGLD), trained (of networks that Adam trained), exact (the counts of certificates of two
+and three layers, with and without kinks and penalty, against chains), volumes (coverage of the intervals of
+loss_volume), broken (steps 100 times too large, chains too short), devinterp (the same cases by devinterp, if it is
+installed). It prints a line for each.
 """
 
 from __future__ import annotations
@@ -15,10 +18,15 @@ import torch
 
 from lightning_mnn.landscape import (
     certify,
+    certify_model,
+    closed_form_log_volume,
     estimate_learning_coefficient,
     learning_coefficient,
+    loss_volume,
     planted_kink_minimum,
     planted_minimum,
+    planted_model_kink_minimum,
+    planted_model_minimum,
     polish,
 )
 from lightning_mnn.utilities.validation import ArgumentError
@@ -26,14 +34,17 @@ from tests.landscape.curvature.singular_losses import crossing, expected_crossin
 
 SIZES = [(5, 3, 5), (5, 4, 5), (4, 3, 8), (8, 3, 4), (3, 8, 4)]
 POWERS = [((1, 2), 1e12, 4000), ((2, 2), 1e40, 12_000), ((3, 1), 1e12, 4000)]  # a and b, nβ, steps
+# A trained network has kinks near its minimum, so γ is larger than for planted ones; γ/nβ is the same.
+TRAINED = {"inverse_temperature": 1e13, "localisation": 1e8, "chains": 32, "steps": 400, "burn_in": 300}
 NETWORKS = {"inverse_temperature": 1e11, "localisation": 1e6, "chains": 32, "steps": 600, "burn_in": 600}
 
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("parts", nargs="*", default=["regression", "crossings", "minima", "sgld", "broken"])
+    parser.add_argument("parts", nargs="*", default=["regression", "crossings", "minima", "sgld", "trained", "broken"])
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--first", type=int, default=0, help="first seed of the minima")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for part in options.parts:
@@ -41,8 +52,20 @@ def main():
             regressions()
         elif part == "crossings":
             crossings()
-        elif part in ("minima", "sgld"):
-            minima(options.count, options.seconds, adjusted=part == "minima")
+        elif part in ("minima", "sgld", "trained"):
+            minima(
+                options.count,
+                options.seconds,
+                adjusted=part != "sgld",
+                of_seed=trained if part == "trained" else certified,
+                first=options.first,
+            )
+        elif part == "exact":
+            exact(options.count, options.seconds)
+        elif part == "volumes":
+            volumes(options.count)
+        elif part == "devinterp":
+            devinterp_table()
         else:
             broken(options.count, options.seconds)
 
@@ -96,6 +119,25 @@ def certified(seed):
         return None
 
 
+def trained(seed):
+    """The same for the minimum at which descent ends that goes on where Adam stopped."""
+    stream = torch.Generator().manual_seed(seed)
+    num, dim, width = 12 + 2 * (seed % 5), 2 + seed % 2, 2 + seed // 2 % 3
+    x = torch.randn(num, dim, generator=stream, dtype=torch.float64)
+    y = torch.randint(2, (num,), generator=stream).double()
+    weights = torch.randn(width, dim, generator=stream, dtype=torch.float64).requires_grad_()
+    z = torch.randn(width, generator=stream, dtype=torch.float64).requires_grad_()
+    optimizer = torch.optim.Adam([weights, z], lr=1e-2)
+    for _ in range(1000):
+        optimizer.zero_grad()
+        ((x @ weights.T).relu() @ z - y).square().mean().backward()
+        optimizer.step()
+    try:
+        return around(polish(weights.detach(), z.detach(), x, y).certificate, x, y)
+    except ArgumentError:
+        return None
+
+
 def around(certificate, x, y):
     truth = learning_coefficient(certificate).value
     weights, z = certificate.hidden_weights, certificate.output_weights
@@ -107,27 +149,148 @@ def around(certificate, x, y):
     return (loss, torch.cat([weights.flatten(), z]), truth) if truth else None
 
 
-def each_minimum(count, seconds):
-    began, seed = time.monotonic(), 0
+def each_minimum(count, seconds, of_seed=certified, first=0):
+    began, seed = time.monotonic(), first
     while count and time.monotonic() - began < seconds:
-        found = certified(seed)
+        found = of_seed(seed)
         if found is not None:
             count -= 1
             yield seed, *found
         seed += 1
 
 
-def minima(count, seconds, *, adjusted):
+def minima(count, seconds, *, adjusted, of_seed, first=0):
     tally, worst = Counter(), 0.0
-    for seed, loss, point, truth in each_minimum(count, seconds):
-        found = estimate_learning_coefficient(loss, point, **NETWORKS, adjusted=adjusted, seed=seed)
+    for seed, loss, point, truth in each_minimum(count, seconds, of_seed, first):
+        settings = TRAINED if of_seed is trained else NETWORKS
+        found = estimate_learning_coefficient(loss, point, **settings, adjusted=adjusted, seed=seed)
         covered = found.is_reliable and abs(found.value - truth) <= 1.96 * found.standard_error
         tally["covered" if covered else "missed" if found.is_reliable else str(found.reason_code)] += 1
         if found.is_reliable:
             worst = max(worst, abs(found.value / truth - 1))
         if not covered:
             told(f"  minimum {seed}", found, truth, 0)
-    print(f"minima, {'Metropolis' if adjusted else 'SGLD'}: {dict(tally)}, largest error {worst:.1%}", flush=True)
+    name = f"{of_seed.__name__} minima, {'Metropolis' if adjusted else 'SGLD'}"
+    print(f"{name}: {dict(tally)}, largest error {worst:.1%}", flush=True)
+
+
+PLANTED = [  # widths, samples, kinks, weight decay
+    ((2, 3, 1), 30, 0, 0.0), ((2, 3, 1), 40, 1, 0.0), ((2, 3, 1), 40, 3, 0.0), ((2, 4, 1), 90, 4, 0.0),
+    ((3, 5, 1), 150, 10, 0.0), ((2, 3, 1), 30, 0, 1e-2), ((2, 3, 1), 40, 2, 1e-2), ((2, 4, 1), 90, 4, 1e-2),
+    ((2, 2, 2, 1), 40, 0, 0.0), ((2, 2, 2, 1), 40, 2, 0.0), ((2, 3, 2, 1), 60, 4, 0.0), ((2, 2, 2, 1), 40, 0, 1e-2),
+    ((2, 2, 2, 1), 40, 2, 1e-2), ((2, 3, 2, 1), 90, 6, 1e-2),
+]  # fmt: skip
+
+
+def of_module(planted):
+    """The objective of a planted model as a function of points, and its parameters as a vector."""
+    names, parts = zip(*planted.module.named_parameters(), strict=True)
+    sizes, shapes = [part.numel() for part in parts], [part.shape for part in parts]
+
+    def one(point):
+        pieces = {n: p.reshape(s) for n, p, s in zip(names, point.split(sizes), shapes, strict=True)}
+        outputs = torch.func.functional_call(planted.module, pieces, (planted.inputs,))
+        loss = (outputs - planted.targets.reshape(outputs.shape)).square().sum(1).mean()
+        return loss + planted.weight_decay / 2 * point.square().sum()
+
+    return torch.vmap(one), torch.cat([part.detach().flatten() for part in parts])
+
+
+def exact(count, seconds):
+    """The largest disagreement of certified counts and chains, in errors and in percent."""
+    began = time.monotonic()
+    for widths, num, kinks, decay in PLANTED[:count]:
+        if time.monotonic() - began > seconds:
+            break
+        options = {"weight_decay": decay, "seed": kinks}
+        try:
+            if kinks:
+                planted = planted_model_kink_minimum(num, widths, kinks=kinks, **options)
+            else:
+                planted = planted_model_minimum(num, widths, **options)
+            certificate = certify_model(planted.module, planted.inputs, planted.targets, weight_decay=decay)
+            loss, point = of_module(planted)
+            truth = learning_coefficient(certificate).value
+        except ArgumentError as error:
+            print(f"{widths}, {kinks} kinks, decay {decay:g}: {error}", flush=True)
+            continue
+        started = time.monotonic()
+        found = estimate_learning_coefficient(loss, point, **NETWORKS | {"steps": 400 + 300 * kinks})
+        told(f"{widths}, {kinks} kinks, decay {decay:g}", found, truth, time.monotonic() - started)
+
+
+def volumes(count):
+    """How often the intervals of volumes and slopes hold the closed form."""
+    tally = Counter()
+    slopes, curvatures = [1.0, 3.0], [2.0, 0.2]
+    levels = [1e-4, 1e-6, 1e-8]
+
+    def loss(points):
+        kinked = (points[:, :2].abs() * torch.tensor(slopes, dtype=points.dtype)).sum(1)
+        return kinked + (points[:, 2:4].square() * torch.tensor(curvatures, dtype=points.dtype)).sum(1) / 2
+
+    truth = closed_form_log_volume(levels, curvatures, slopes)
+    for seed in range(count):
+        found = loss_volume(loss, torch.zeros(6, dtype=torch.float64), levels, particles=16, steps=24, seed=seed)
+        for low, high, least, most in zip(found.log_lows, found.log_highs, truth.low, truth.high, strict=True):
+            tally["volume held" if low <= most and least <= high else "volume missed"] += 1
+        for slope, error in zip(found.slopes, found.slope_errors, strict=True):
+            tally["slope held" if abs(slope - 3) <= 1.96 * error else "slope missed"] += 1
+    print(f"volumes of two kinks and two curvatures: {dict(tally)}", flush=True)
+
+
+def devinterp_cases():
+    """Name, loss, point, coefficient."""
+    curvatures = torch.tensor([1.0, 0.01, 100.0, 0.0, 0.0], dtype=torch.float64)
+    zero = torch.zeros(5, dtype=torch.float64)
+    yield "quadratic, curvatures 0.02 to 200", lambda w: (w.square() * curvatures).sum(-1), zero, 1.5
+    yield "two kinks and a quadratic", lambda w: w[:, :2].abs().sum(-1) + w[:, 2].square(), zero, 2.5
+    yield "reduced-rank regression 2–1–4", *reduced_rank(2, 1, 4)
+    yield "reduced-rank regression 5–3–5", *reduced_rank(5, 3, 5)
+    for seed in (0, 3, 1, 4):  # differentiable minima, then kink minima
+        yield f"certified minimum {seed}", *certified(seed)
+
+
+class AtPoint(torch.nn.Module):
+    """A loss of points as a module whose parameter is the point."""
+
+    def __init__(self, loss, point):
+        super().__init__()
+        self.point, self.loss = torch.nn.Parameter(point.clone()), loss
+
+    def forward(self, x):
+        return self.loss(self.point[None])[0]
+
+
+def devinterp_table():
+    """λ by devinterp's SGLD at its defaults, and with its step size chosen, beside ours at the same nβ and γ."""
+    from devinterp.optim.sgld import SGLD
+    from devinterp.slt.sampler import estimate_learning_coeff_with_summary
+
+    beta, gamma, draws = 1e5, 1e3, 2000
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(12, 1)), batch_size=12)
+    for name, loss, point, truth in devinterp_cases():
+        ours = estimate_learning_coefficient(
+            loss, point, inverse_temperature=beta, localisation=gamma, chains=10, steps=1000
+        )
+        line = f"{name}: truth {truth:g}, ours {ours.mean:.3f} ± {ours.standard_error or float('nan'):.3f}"
+        line += f" ({ours.reason_code}, {ours.gradient_evaluations} gradients)"
+        stable = 0.1 / (beta * largest_curvature(loss, point) + gamma)
+        for label, options, sizes in (
+            ("defaults", {}, {"num_draws": 100, "num_burnin_steps": 0}),
+            ("same nβ and γ, lr 1e-5", {"lr": 1e-5, "nbeta": beta, "localization": gamma}, {}),
+            ("same, lr 0.1/(nβ h + γ)", {"lr": stable, "nbeta": beta, "localization": gamma}, {}),
+        ):
+            try:
+                found = estimate_learning_coeff_with_summary(
+                    AtPoint(loss, point), loader, evaluate=lambda model, batch: model(batch[0]), sampling_method=SGLD,
+                    optimizer_kwargs=options, num_chains=10, seed=0, verbose=False,
+                    **{"num_draws": draws, "num_burnin_steps": draws} | sizes,
+                )  # fmt: skip
+                line += f"; {label}: {found['llc/mean']:.3f} ± {found['llc/std'] / 10**0.5:.3f}"
+            except (RuntimeError, ValueError) as error:
+                line += f"; {label}: {type(error).__name__} {str(error)[:40]}"
+        print(line, flush=True)
 
 
 def broken(count, seconds):

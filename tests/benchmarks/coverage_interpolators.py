@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from lightning_mnn.landscape.volumes.intervals import Proportion
+from lightning_mnn.landscape.intervals import Proportion
 from lightning_mnn.landscape.volumes.rare_events.interpolators import Architecture, random_interpolators
 
 _BATCH = 50_000

@@ -1,10 +1,12 @@
 """LearningCoefficient in other people's modules: its numbers, and training as without it."""
 
+import json
 import math
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from matplotlib.image import imread
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -15,6 +17,7 @@ from lightning_mnn.callbacks.volumes.chains import loss_at_points
 from lightning_mnn.data import GaussianData
 from lightning_mnn.landscape.curvature import langevin
 from lightning_mnn.utilities.validation import ArgumentError, MisfitError
+from tests.children import side_by_side
 from tests.documented import undocumented_names
 from tests.foreign_models import NAMESPACES, foreign_model, foreign_trainer
 
@@ -96,7 +99,7 @@ def test_a_step_that_vmap_refuses_has_the_same_numbers_one_by_one():
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
-@pytest.mark.parametrize("name", ["mlp", "lenet", "dict_batches", "no_forward"])
+@pytest.mark.parametrize("name", ["mlp", "lenet", "gru", "small_resnet", "dict_batches", "no_forward"])
 def test_training_is_bit_for_bit_as_without_it(name, namespace, short):
     ended = []
     for callback in (None, LearningCoefficient(Schedule(every=1), strict=True, chains=2, budget=40)):
@@ -117,6 +120,73 @@ def test_fast_dev_run_without_a_logger(namespace, short):
     callback = LearningCoefficient(strict=True, chains=2, budget=40)
     fit(*foreign_model("mlp", namespace), callback, namespace, fast_dev_run=True)
     assert callback.found.traces.shape[0] == 2
+
+
+class Pictures(CSVLogger):
+    """A logger that can show pictures, as W&B's can."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.shown = []
+
+    def log_image(self, key, images, step):
+        self.shown.append((key, step, imread(images[0]).shape))
+
+
+@pytest.mark.parametrize("name", ["lenet", "gru", "small_resnet"])
+def test_the_traces_of_the_chains_are_shown_in_one_picture_per_estimate(name, tmp_path, short, drawn):
+    logger = Pictures(tmp_path)
+    callback = LearningCoefficient(Schedule(every=1), strict=True, chains=2, budget=40)
+    fit(*foreign_model(name), callback, logger=logger)
+    assert [(key, step) for key, step, _ in logger.shown] == [
+        ("volume/learning_coefficient_chains", 3),
+        ("volume/learning_coefficient_chains", 6),
+    ]
+    assert undocumented_names({key for key, _, _ in logger.shown}) == []
+    (ax,) = drawn[-1].axes
+    heights = torch.stack([torch.as_tensor(line.get_ydata()) for line in ax.lines[:4]])
+    drawn_traces = callback.found.burn_in_traces, callback.found.traces
+    torch.testing.assert_close(heights, torch.cat(drawn_traces).double())
+    assert "R-hat" in ax.get_title()
+    assert "no estimate" in ax.get_title()
+
+
+def test_a_resumed_run_ends_with_the_same_estimate(tmp_path):
+    options = LOCAL | {"chains": 4, "budget": 2000}
+    whole = LearningCoefficient(**options)
+    fit(Line(), lines(), whole, max_epochs=4)
+    trainer = fit(Line(), lines(), LearningCoefficient(**options))
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = LearningCoefficient(**options)
+    trainer = foreign_trainer(callbacks=[resumed], max_epochs=4)
+    trainer.fit(Line(), lines(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert torch.equal(resumed.found.traces, whole.found.traces)
+    assert resumed.summary() == whole.summary()
+
+
+def estimate_in_processes(devices, folder):
+    """Estimate the coefficient on one or two processes, and write it."""
+    callback = LearningCoefficient(**LOCAL, chains=4, budget=1500)
+    trainer = foreign_trainer(callbacks=[callback], devices=devices, strategy="ddp" if devices > 1 else "auto")
+    trainer.fit(Line(), lines(12, 3))
+    found = {"world": trainer.world_size, "traces": callback.found.traces.tolist(), "summary": callback.summary()}
+    (folder / f"{trainer.global_rank}.json").write_text(json.dumps(found))
+
+
+@pytest.mark.slow
+def test_two_processes_agree_with_one_and_with_each_other(tmp_path):
+    for devices in (1, 2):
+        side_by_side(tmp_path / str(devices), devices, estimate_in_processes, devices, tmp_path / str(devices))
+    one, two, other = (json.loads((tmp_path / name).read_text()) for name in ("1/0.json", "2/0.json", "2/1.json"))
+    assert (one["world"], two["world"]) == (1, 2)
+    assert two["traces"] == other["traces"]
+    assert two["summary"] == other["summary"]
+    assert one["summary"]["sampled_learning_coefficient_reason_code"] == "chains_agree"
+    first, second = (torch.tensor(found["traces"])[:, :10] for found in (one, two))
+    torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-3)  # later, chains amplify rounding
+    values = [found["summary"]["sampled_learning_coefficient"] for found in (one, two)]
+    error = one["summary"]["sampled_learning_coefficient_standard_error"]
+    assert abs(values[0] - values[1]) < 5 * error
 
 
 def test_it_acts_at_the_end_only_unless_there_is_a_schedule():

@@ -11,7 +11,7 @@ from matplotlib.text import Text
 
 from lightning_mnn.figures import PANELS, census_figure, read_metrics, run_figure, scan_figure
 from lightning_mnn.landscape.bounds import global_log_volume, suboptimal_log_volume
-from lightning_mnn.landscape.volumes.intervals import Proportion
+from lightning_mnn.landscape.intervals import Proportion
 from tests.scans import write_scan
 
 SUMMARY = {

@@ -39,7 +39,9 @@ from lightning_mnn.landscape import (
     log_cap_measure,
     log_cone_measure,
     log_volume_lower_bound,
+    loss_volume,
     merge_statistics,
+    minimum_log_volume,
     network_statistics,
     planted_kink_minimum,
     planted_minimum,
@@ -60,6 +62,9 @@ NO_TENSORS = {
     "Census": "counts, by names",
     "KeepCurve": "counts and scales, as numbers",
     "MeanError": "numbers",
+    "LogBounds": "numbers",
+    "Stop": "an enumeration",
+    "closed_form_log_volume": "a function of numbers",
     "Kind": "an enumeration",
     "Proportion": "counts",
     "RandomInterpolators": "estimates and weights, on the CPU",
@@ -400,6 +405,19 @@ def sampled_coefficients(device):
         return (curvatures * points**2).sum(-1)
 
     return estimate_learning_coefficient(loss, point, inverse_temperature=1e4, chains=8, steps=200)
+
+
+@case("loss_volume", "LossVolume", "minimum_log_volume", tolerance=0.3)
+def loss_volumes(device):
+    curvatures = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64, device=device)
+    planted = planted_kink_minimum(12, 2, 2)
+    given = [
+        placed(getattr(planted, name), device) for name in ("hidden_weights", "output_weights", "inputs", "targets")
+    ]
+    sampled = loss_volume(
+        lambda points: (curvatures * points**2).sum(-1), torch.zeros_like(curvatures), [0.1, 0.01], runs=4, steps=8
+    )
+    return sampled.log_volumes, minimum_log_volume(certify(*given), *given[2:], [1e-6])
 
 
 @pytest.mark.parametrize("name", CASES)

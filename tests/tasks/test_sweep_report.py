@@ -23,7 +23,8 @@ from tests.runs.test_resume import kill_when, rows_of
 
 SUMMARY = {
     "mse": 1e-3, "mce": 0.1, "wrong": 5, "kind": "saddle", "min_preactivation": 1e-4, "rank": 20, "log_volume": None,
-    "log_volume_lower_bound": -50.0, "regions_visited": 7, "reason": "why", "finished": True, "epochs": 9, "steps": 90,
+    "log_volume_lower_bound": -50.0, "learning_coefficient": 2.5,
+    "regions_visited": 7, "reason": "why", "finished": True, "epochs": 9, "steps": 90,
     "seconds": 1.5, "num_samples": 50, "input_dim": 6, "hidden_dims": [8], "negative_slope": 0.0, "replicas": 1,
     "seed": 0,
 }  # fmt: skip
@@ -385,6 +386,22 @@ def test_a_swept_number_is_an_axis_with_every_job_and_the_medians(drawn):
     assert "pooled over seed (3 values)" in figure.get_suptitle()
     titles = {ax.get_title() for ax in figure.axes}
     assert titles == {measure.title for measure in MEASURES} - {"Test loss", "Test error"} | {"What training ended in"}
+
+
+def test_the_exact_learning_coefficient_is_printed_and_drawn_where_jobs_have_one(drawn, capsys):
+    known = {(4, 1): 3.0, (4, 2): 4.0, (8, 1): 7.5, (8, 2): None}
+    write_sweep(
+        Path("sweep"),
+        {"data.input_dim": [4, 8], "seed": [1, 2]},
+        lambda input_dim, seed: {"learning_coefficient": known[input_dim, seed]},
+    )
+    report(settings("sweep=sweep"))
+    (figure,) = drawn
+    assert dots(panel(figure, "Local learning coefficient")) == [(4, 3.0), (4, 4.0), (8, 7.5)]
+    heads, rows = re.search(r"networks.*?λ *\n.*?\n(.*?)\n(.*?)\n", capsys.readouterr().out, re.DOTALL).groups()
+    assert heads.split()[-3:] == ["3.5", "±", "6.4"]  # 12.7 · 0.5, by Student's t
+    assert rows.split()[-1] == "7.5"
+    assert "learning_coefficient" in Path("sweep/report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ class LocalVolumeMonitor:
         log_scalars(trainer, scalars)
         if volume is None or not trainer.is_global_zero or not any(map(shows_images, trainer.loggers)):
             return
-        from lightning_mnn.figures.local_volume import local_volume_figure  # noqa: PLC0415 (matplotlib is slow)
+        from lightning_mnn.figures.volumes import local_volume_figure  # noqa: PLC0415 (matplotlib is slow)
 
         draws = f"{self._settings.num_draws} draws"
         title = f"{type(pl_module).__name__} after {trainer.global_step} steps, {draws}"

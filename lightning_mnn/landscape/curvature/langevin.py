@@ -165,6 +165,7 @@ class Chains:
         step_size: ε.
         preconditioner: S.
         lowest: the smallest nβ (L − L(w*)) that was met, in burn-in too.
+        burn_in: nβ (L − L(w*)) before, (C, B).
     """
 
     losses: Tensor
@@ -173,15 +174,17 @@ class Chains:
     step_size: float
     preconditioner: Preconditioner
     lowest: float
+    burn_in: Tensor
 
 
 def run_chains(target: Target, moves: Moves, chains: int, steps: int, burn_in: int, stream: torch.Generator) -> Chains:
     """Run all chains from w*."""
     sampler = _Sampler(target, moves, chains, stream)
-    window, seen = max(1, burn_in // (_WINDOWS + 1)), []
+    window, seen, before = max(1, burn_in // (_WINDOWS + 1)), [], []
     for step in range(burn_in):
         sampler.move(adjusted=True)  # of SGLD too: a step that is still too large must not lead the chains away
         sampler.adapt_step(step)
+        before.append(sampler.at.losses)
         if moves.preconditioned:
             seen.append(sampler.at.points if moves.adjusted else sampler.at.gradients)
             if len(seen) == window and step < burn_in - window:  # the last window is for ε alone
@@ -199,6 +202,7 @@ def run_chains(target: Target, moves: Moves, chains: int, steps: int, burn_in: i
         float(sampler.step_size),
         sampler.preconditioner,
         float(sampler.lowest),
+        torch.stack(before, 1),
     )
 
 

@@ -48,6 +48,7 @@ class SampledCoefficient(Reasoned):
         step_size: ε.
         gradient_evaluations: number of gradients of single points, all runs together.
         traces: nβ (L − L(w*)) of the chains after burn-in, (C, S).
+        burn_in_traces: the same of their burn-in, (C, B), of the last run.
     """
 
     value: float | None
@@ -62,6 +63,7 @@ class SampledCoefficient(Reasoned):
     step_size: float
     gradient_evaluations: int
     traces: Tensor
+    burn_in_traces: Tensor
 
     @property
     def is_reliable(self) -> bool:
@@ -223,4 +225,5 @@ def _result(found: Chains, target: Target, because: Reason | None) -> SampledCoe
         found.step_size,
         target.gradient_evaluations,
         found.losses,
+        found.burn_in,
     )

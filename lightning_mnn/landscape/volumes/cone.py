@@ -14,6 +14,7 @@ import torch
 from scipy.stats import t as student
 
 from lightning_mnn.landscape import tolerances
+from lightning_mnn.landscape.intervals import LogEstimate, SampleCount, Stop
 from lightning_mnn.landscape.volumes.annealing import (
     PILOT_STATES,
     Centred,
@@ -27,7 +28,6 @@ from lightning_mnn.landscape.volumes.expectation_propagation import (
     distinct_constraints,
     third_order_correction,
 )
-from lightning_mnn.landscape.volumes.intervals import LogEstimate
 from lightning_mnn.utilities.seeding import generator as seeded
 from lightning_mnn.utilities.validation import ArgumentError
 
@@ -131,25 +131,26 @@ def log_cone_measure(
     values = np.array([part.value for part in parts])
     squares = np.array([part.standard_error**2 for part in parts])
     device = unit.device if unit.device.type in _ENTRIES_PER_CHUNK else torch.device("cpu")
-    groups = []
+    groups, count = [], SampleCount()
     for k, part in enumerate(parts):
         approximation = _by_ep(part.groups, device) if method == "ep" and part.groups else None
         if approximation is None:
             groups += [(k, group) for group in part.groups]
         else:
             values[k], squares[k] = values[k] + approximation, math.nan
+            count.add(0, Stop.APPROXIMATED)
     generator = torch.Generator(device).manual_seed(seeded(seed, "cone").initial_seed())
     for chunk in _chunks(groups, device):
         owners = [k for k, _ in chunk]
         targets = np.array([target_standard_error / math.sqrt(len(parts[k].groups)) for k in owners])
         with one_thread():
-            found, errors = _sample([group for _, group in chunk], targets, max_samples, generator)
+            found, errors = _sample([group for _, group in chunk], targets, max_samples, generator, count)
         np.add.at(values, owners, found)
         np.add.at(squares, owners, errors**2)
     if not leading:
-        return LogEstimate(float(values[0]), math.sqrt(squares[0]))
+        return LogEstimate(float(values[0]), math.sqrt(squares[0]), count.samples, count.stopped)
     value, error = (torch.from_numpy(part).reshape(leading) for part in (values, np.sqrt(squares)))
-    return LogEstimate(value, error)
+    return LogEstimate(value, error, count.samples, count.stopped)
 
 
 def _by_ep(groups: tuple[ConeGroup, ...], device: torch.device) -> float | None:
@@ -238,7 +239,7 @@ def _chunks(groups: list[tuple[int, ConeGroup]], device: torch.device) -> list[l
 
 
 def _sample(
-    groups: list[ConeGroup], targets: Array, max_samples: int, generator: torch.Generator
+    groups: list[ConeGroup], targets: Array, max_samples: int, generator: torch.Generator, count: SampleCount
 ) -> tuple[Array, Array]:
     """Log measures and standard errors of groups of one rank, (K,), by annealed sampling."""
     max_constraints, rank = len(groups[-1].normals), groups[0].normals.shape[1]
@@ -247,13 +248,13 @@ def _sample(
         padded[: len(group.normals)] = group.normals
     interior = np.stack([group.interior for group in groups])
     try:
-        return _sample_padded(normals, interior, targets, max_samples, generator)
+        return _sample_padded(normals, interior, targets, max_samples, generator, count)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined] # it is public, but for torch's stubs
         raise ArithmeticError(f"a cone is too thin for float64: {error}") from None
 
 
 def _sample_padded(
-    normals: Array, interior: Array, targets: Array, max_samples: int, generator: torch.Generator
+    normals: Array, interior: Array, targets: Array, max_samples: int, generator: torch.Generator, count: SampleCount
 ) -> tuple[Array, Array]:
     """The same for unit normals (K, N, d), padded with rows of zeros for smaller groups, and points (K, d)."""
     on_device = (torch.from_numpy(part).to(generator.device) for part in (normals, interior))
@@ -262,9 +263,9 @@ def _sample_padded(
     if not thinnest >= tolerances.MIN_CENTRE_MARGIN:  # nor is NaN
         raise ArithmeticError(f"a cone is too thin for float64: at its centre the smallest margin is {thinnest:.1e}")
     steps = schedule(cones, generator)
-    lengths = _lengths(
-        cones, steps, targets, max_samples // (_ISLANDS * _CHAINS * len(steps)) - PILOT_STATES, generator
-    )
+    max_states = max_samples // (_ISLANDS * _CHAINS * len(steps)) - PILOT_STATES
+    lengths = _lengths(cones, steps, targets, max_states, generator, count)
+    count.add(int(lengths.sum()) * _samples_per_state(steps), Stop.CLOSED_FORM)
     values, errors = np.empty(len(normals)), np.empty(len(normals))
     for length in np.unique(lengths):
         equal = np.flatnonzero(lengths == length)
@@ -274,8 +275,13 @@ def _sample_padded(
     return values, errors
 
 
+def _samples_per_state(steps: Tensor) -> int:
+    """Samples of a cone if its chains have one state each."""
+    return _ISLANDS * _CHAINS * len(steps)
+
+
 def _lengths(
-    cones: Centred, steps: Tensor, targets: Array, max_states: int, generator: torch.Generator
+    cones: Centred, steps: Tensor, targets: Array, max_states: int, generator: torch.Generator, count: SampleCount
 ) -> NDArray[np.int64]:
     """Lengths of the chains of each cone, (K,), from pilots whose samples are used for nothing else.
 
@@ -290,6 +296,7 @@ def _lengths(
         targets: standard errors, (K,).
         max_states: largest number of states of a chain.
         generator: generator of the random numbers.
+        count: counts the samples of the pilots, and notes if the lengths are cut off.
     """
     rule = _STATES_PER_SQUARED_STEP * len(steps) ** 2 / targets**2
     lengths, pending = np.zeros(len(targets)), np.arange(len(targets))
@@ -297,6 +304,7 @@ def _lengths(
     smallest, largest = rule / 2, rule * 2
     while True:
         _, errors = _one_round(cones, steps, pending, pilot, generator)
+        count.add(len(pending) * pilot * _samples_per_state(steps), Stop.TARGET)
         max_states -= pilot
         needed = np.nan_to_num(pilot * (errors / (_TARGET_FRACTION * targets[pending])) ** 2, nan=np.inf)
         lengths[pending] = np.clip(needed, smallest[pending], largest[pending])
@@ -307,6 +315,8 @@ def _lengths(
             break
         pilot = min(following, _MAX_PILOT_GROWTH * pilot)
     max_states = max(max_states, _MIN_CHAIN_STATES)
+    if (lengths > max_states).any():
+        count.add(0, Stop.LIMIT)
     clipped = np.clip(lengths, _MIN_CHAIN_STATES, max_states)
     octaves = np.log2(clipped / _MIN_CHAIN_STATES)
     few = _MIN_CHAIN_STATES * 2 ** (np.ceil(8 * octaves) / 8) if len(targets) > 1 else clipped

@@ -27,6 +27,7 @@ import torch
 from scipy.stats import t as student
 
 from lightning_mnn.landscape import tolerances
+from lightning_mnn.landscape.intervals import SampleCount, Stop
 from lightning_mnn.landscape.volumes.annealing import move_along_rays
 from lightning_mnn.landscape.volumes.expectation_propagation import Approximation, approximate, distinct_constraints
 from lightning_mnn.utilities.interruption import safe_point
@@ -112,7 +113,9 @@ class SharedCones:
         """Log measures by EP, (K,); NaN where it failed."""
         return torch.where(self.found.valid, self.found.log_measures, math.nan)
 
-    def sample(self, cones: Tensor, standard_error: float, max_samples: int, seed: int) -> tuple[Tensor, Tensor]:
+    def sample(
+        self, cones: Tensor, standard_error: float, max_samples: int, seed: int, count: SampleCount
+    ) -> tuple[Tensor, Tensor]:
         """Log measures (m,) of some cones by sampling, and their standard errors, on the CPU (see :func:`sample`)."""
         cones = cones.to(self.directions.device)
         stream = torch.Generator(self.directions.device).manual_seed(seed)
@@ -123,6 +126,7 @@ class SharedCones:
             standard_error=standard_error,
             max_samples=max_samples,
             generator=stream,
+            count=count,
         )
         factor = float(student.ppf(0.975, particles - 1)) / 1.96  # the spread of few particles is itself uncertain
         return values.cpu(), factor * variances.sqrt().cpu()
@@ -136,6 +140,7 @@ def sample(
     standard_error: float,
     max_samples: int,
     generator: torch.Generator,
+    count: SampleCount,
 ) -> tuple[Tensor, Tensor, int]:
     """Log measures of cones by sampling from their EP approximations.
 
@@ -146,6 +151,7 @@ def sample(
         standard_error: target for each log measure. The number of samples is set in advance for it, by a pilot.
         max_samples: largest number of samples (particles times steps) of a cone.
         generator: generator of the random numbers, on the device of the others.
+        count: counts the samples.
 
     Returns:
         Log measures (K,); their variances (K,), NaN where no particle reached the cone; the number of particles.
@@ -158,9 +164,11 @@ def sample(
     target = (TARGET_FRACTION * standard_error) ** 2
     particles = math.ceil(1.2 * math.expm1(variance / num_steps) / target)
     limit = min(max_samples // num_steps, _MAX_ENTRIES // _near(approximation))
+    stopped = Stop.TARGET if particles <= limit else Stop.LIMIT
     particles = max(MIN_PARTICLES, min(particles, limit))
     draws = max(math.ceil(10 * (1 / _START_PROBABILITY - 1) / target), 8 * particles)
     draws = max(_START_DRAWS, min(draws, _MAX_ENTRIES // directions.shape[1]))
+    count.add(len(sides) * particles * num_steps, stopped)
     betas = _spaced(steps, num_steps)
     size = max(1, _ENTRIES_PER_CHUNK[directions.device.type] // (particles * _near(approximation)))
     found = []

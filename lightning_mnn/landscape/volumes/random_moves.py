@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from lightning_mnn.landscape import tolerances
+from lightning_mnn.landscape.intervals import Proportion
 from lightning_mnn.landscape.perturbation import RandomMoves, finest_sigma
-from lightning_mnn.landscape.volumes.intervals import Proportion
 from lightning_mnn.utilities.compat.precision import full_precision
 from lightning_mnn.utilities.interruption import safe_point
 from lightning_mnn.utilities.seeding import generator

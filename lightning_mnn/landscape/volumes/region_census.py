@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 
+from lightning_mnn.landscape.intervals import Proportion
 from lightning_mnn.landscape.labels import infer_threshold
 from lightning_mnn.landscape.pattern import ActivationPattern
 from lightning_mnn.landscape.regions.existence import find_minimum
 from lightning_mnn.landscape.regions.rank import khatri_rao_rank
 from lightning_mnn.landscape.regions.region import Region
-from lightning_mnn.landscape.volumes.intervals import Proportion
 from lightning_mnn.utilities.resources import one_thread_each
 from lightning_mnn.utilities.seeding import generator
 from lightning_mnn.utilities.validation import (

@@ -15,10 +15,10 @@ from scipy import special
 from scipy.stats import t as student
 
 from lightning_mnn.landscape import tolerances
+from lightning_mnn.landscape.intervals import LogEstimate, SampleCount, Stop
 from lightning_mnn.landscape.network import smallest_sines
 from lightning_mnn.landscape.volumes.cone import check_precision, log_cone_measure, one_thread
 from lightning_mnn.landscape.volumes.ep_sampling import TARGET_FRACTION, SharedCones
-from lightning_mnn.landscape.volumes.intervals import LogEstimate
 from lightning_mnn.utilities.seeding import generator
 
 if TYPE_CHECKING:
@@ -154,9 +154,11 @@ def region_log_volume(
         num_units = width if closed else num_units_for(width, target_standard_error)
     chosen = units[valid[units]][:num_units].sort().values
     fallbacks = units[~valid[units]].sort().values
-    precision = (target_standard_error, max_samples)
+    precision, count = (target_standard_error, max_samples), SampleCount()
     parts = [
-        _network_volume(network, of_ep, chosen, fallbacks, precision, generator(seed, "cones", r).initial_seed())
+        _network_volume(
+            network, of_ep, chosen, fallbacks, precision, seed=generator(seed, "cones", r).initial_seed(), count=count
+        )
         for r, (network, of_ep) in enumerate(zip(networks, shared, strict=True))
     ]
     sampled = torch.cat([chosen, fallbacks])
@@ -171,6 +173,8 @@ def region_log_volume(
     return RegionVolume(
         value=total if leading else float(total),
         standard_error=error if leading else float(error),
+        samples=count.samples,
+        stopped=count.stopped,
         lower_bound=bound,
         units=sampled[order],
         unit_values=values,
@@ -187,27 +191,35 @@ def num_units_for(width: int, target_standard_error: float) -> int:
 
 
 def _network_volume(
-    cones: _UnitCones, shared: SharedCones, chosen: Tensor, fallbacks: Tensor, precision: tuple[float, int], seed: int
+    cones: _UnitCones,
+    shared: SharedCones,
+    chosen: Tensor,
+    fallbacks: Tensor,
+    precision: tuple[float, int],
+    *,
+    seed: int,
+    count: SampleCount,
 ) -> tuple[float, float, Tensor, Tensor]:
     """Value, standard error, and log measures of the chosen units and the fallbacks, with standard errors (m,)."""
     target, max_samples = precision
-    alone, alone_errors = _measures(cones, fallbacks, target, max_samples, seed)
+    alone, alone_errors = _measures(cones, fallbacks, target, max_samples, seed, count)
     width = len(shared.valid) - len(fallbacks)
     regular = torch.ones(len(shared.valid), dtype=torch.bool)
     regular[fallbacks] = False
     total = float(shared.approximations.cpu()[regular].sum() + alone.sum())
     if not len(chosen):
         error = float(alone_errors.norm()) if not width else math.nan
+        count.add(0, Stop.APPROXIMATED if width else Stop.CLOSED_FORM)
         return total, error, alone, alone_errors
     unit_target = target * math.sqrt(len(chosen) / width)
     if shared.closed:
-        values, errors = _measures(cones, chosen, unit_target, max_samples, seed)
+        values, errors = _measures(cones, chosen, unit_target, max_samples, seed, count)
     else:
         with one_thread():
-            values, errors = shared.sample(chosen, unit_target, max_samples, seed)
+            values, errors = shared.sample(chosen, unit_target, max_samples, seed, count)
         lost = ~(values + errors).isfinite()  # no particle reached these cones
         if bool(lost.any()):
-            values[lost], errors[lost] = _measures(cones, chosen[lost], target, max_samples, seed)
+            values[lost], errors[lost] = _measures(cones, chosen[lost], target, max_samples, seed, count)
     missed = values - shared.approximations.cpu()[chosen]
     factor = width / len(chosen)
     variance = factor * errors.square().sum() + alone_errors.square().sum()
@@ -303,7 +315,9 @@ def _unit_cones(region: Region, weights: Tensor) -> _UnitCones:
     return _UnitCones(inputs, preactivations.sign().mT, weights)
 
 
-def _measures(cones: _UnitCones, units: Tensor, target: float, max_samples: int, seed: int) -> tuple[Tensor, Tensor]:
+def _measures(
+    cones: _UnitCones, units: Tensor, target: float, max_samples: int, seed: int, count: SampleCount
+) -> tuple[Tensor, Tensor]:
     """Log measures (m,) of the cones of some units by sampling each by itself, and their standard errors."""
     if not len(cones.inputs) or not len(units):
         return torch.zeros(len(units), dtype=torch.float64), torch.zeros(len(units), dtype=torch.float64)
@@ -317,6 +331,8 @@ def _measures(cones: _UnitCones, units: Tensor, target: float, max_samples: int,
         )
         for some in batches
     ]
+    for part in parts:
+        count.add(part.samples, part.stopped)
     values, errors = zip(*((part.value, part.standard_error) for part in parts), strict=True)
     return torch.cat(values), torch.cat(errors)
 

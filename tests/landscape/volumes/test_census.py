@@ -9,7 +9,7 @@ import torch
 from scipy.stats import binomtest
 
 from lightning_mnn.landscape import ActivationPattern, Region
-from lightning_mnn.landscape.volumes.intervals import Proportion
+from lightning_mnn.landscape.intervals import Proportion
 from lightning_mnn.landscape.volumes.region_census import (
     Case,
     Census,

@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from lightning_mnn.landscape import Stop
+from lightning_mnn.landscape.intervals import SampleCount
 from lightning_mnn.landscape.volumes import cone
 from lightning_mnn.landscape.volumes.closed_forms import ConeGroup
 from lightning_mnn.landscape.volumes.cone import _sample, log_cone_measure
@@ -30,7 +32,7 @@ seeds = st.integers(0, 2**31 - 1)
 def sampled(normals, point, seed=0, target=0.1):
     """Value and error by sampling, whether or not there is a closed form."""
     group = ConeGroup(normals / np.linalg.norm(normals, axis=1, keepdims=True), point)
-    value, error = _sample([group], np.array([target]), 2**20, torch.Generator().manual_seed(seed))
+    value, error = _sample([group], np.array([target]), 2**20, torch.Generator().manual_seed(seed), SampleCount())
     return value[0], error[0]
 
 
@@ -142,6 +144,33 @@ def test_nothing_ends_or_goes_on_by_the_error_of_the_estimate_itself(monkeypatch
     assert len(lengths) == 2
     assert estimate.value == expected.value
     assert estimate.standard_error == pytest.approx(factor * expected.standard_error)
+
+
+def test_an_estimate_says_how_many_samples_it_took_and_why_it_stopped(monkeypatch):
+    normals, point, _ = equicorrelated(6)
+    states, original = [], cone._one_round
+
+    def one_round(cones, steps, pending, length, generator):
+        states.append(len(pending) * length * len(steps) * cone._ISLANDS * cone._CHAINS)
+        return original(cones, steps, pending, length, generator)
+
+    monkeypatch.setattr(cone, "_one_round", one_round)
+    found = log_cone_measure(normals, point)
+    assert (found.samples, found.stopped) == (sum(states), Stop.TARGET)
+    precise = log_cone_measure(normals, point, target_standard_error=0.01)
+    assert precise.samples > 2 * found.samples
+    assert precise.stopped == Stop.TARGET
+    short = log_cone_measure(normals, point, target_standard_error=0.003, max_samples=2**14)
+    assert short.stopped == Stop.LIMIT
+    assert short.samples < 2**15
+    assert short.standard_error > 0.003
+    orthant_like = log_cone_measure(np.eye(3))
+    assert (orthant_like.samples, orthant_like.stopped) == (0, Stop.CLOSED_FORM)
+    approximated = log_cone_measure(normals, point, method="ep")
+    assert (approximated.samples, approximated.stopped) == (0, Stop.APPROXIMATED)
+    both = log_cone_measure(np.stack([normals, rotation(6, np.random.default_rng(0))]))  # the second is an orthant
+    assert both.stopped == Stop.TARGET
+    assert both.samples > 0
 
 
 @pytest.mark.slow

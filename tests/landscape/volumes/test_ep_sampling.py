@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lightning_mnn.landscape import ActivationPattern, Region, log_cone_measure, region_log_volume, tolerances
+from lightning_mnn.landscape.intervals import SampleCount, Stop
 from lightning_mnn.landscape.volumes import ep_sampling, region_volume
 from lightning_mnn.landscape.volumes.ep_sampling import SharedCones
 from tests.landscape.volumes.cones import equicorrelated, orthant
@@ -27,7 +28,7 @@ def test_samples_agree_with_closed_forms(name):
     inputs = torch.from_numpy(normals)
     sides = (inputs @ torch.from_numpy(point)).sign()[None].expand(20, -1)
     cones = SharedCones.of(inputs, sides)
-    values, errors = cones.sample(torch.arange(20), 0.1, 2**16, 0)
+    values, errors = cones.sample(torch.arange(20), 0.1, 2**16, 0, SampleCount())
     assert float(errors.max()) < 0.25
     assert abs(float(values.mean()) - truth) < 4 * float(errors.norm()) / 20
     assert float(((values - truth) / errors).abs().max()) < 4.5
@@ -37,7 +38,7 @@ def test_samples_agree_with_the_other_sampler():
     region, weights = region_of(60, 10, 6, 0)
     sides = (region.inputs @ weights.T).sign().T
     cones = SharedCones.of(region.inputs, sides)
-    values, errors = cones.sample(torch.arange(6), 0.1, 2**16, 0)
+    values, errors = cones.sample(torch.arange(6), 0.1, 2**16, 0, SampleCount())
     others = log_cone_measure(sides[:, :, None] * region.inputs, weights, target_standard_error=0.1)
     assert bool(((values - others.value).abs() < 4.5 * torch.hypot(errors, others.standard_error)).all())
 
@@ -48,7 +49,7 @@ def test_walls_that_the_moves_leave_out_count(monkeypatch):
     sides = (region.inputs @ weights.T).sign().T
     truth = log_cone_measure(sides[:, :, None] * region.inputs, weights, target_standard_error=0.05)
     monkeypatch.setattr(ep_sampling, "_FAR_DEVIATIONS", 2.0)
-    values, errors = SharedCones.of(region.inputs, sides).sample(torch.arange(10), 0.1, 2**16, 0)
+    values, errors = SharedCones.of(region.inputs, sides).sample(torch.arange(10), 0.1, 2**16, 0, SampleCount())
     missed = float((values - truth.value).sum())
     assert abs(missed) < 4 * float(torch.hypot(errors, truth.standard_error).norm())
 
@@ -161,3 +162,18 @@ def test_the_number_of_units_follows_the_target():
     assert region_volume.num_units_for(8, 10.0) == 8
     assert region_volume.num_units_for(500, 10.0) == 12
     assert region_volume.num_units_for(500, 0.01) == 500
+
+
+def test_a_volume_says_how_many_samples_it_took_and_why_it_stopped():
+    region, weights = region_of(20, 5, 6, seed=0)
+    found = region_log_volume(region, weights)
+    assert found.stopped == Stop.TARGET
+    assert found.samples >= 6 * ep_sampling.MIN_PARTICLES * ep_sampling.MIN_STEPS
+    limited = region_log_volume(region, weights, target_standard_error=0.005, max_samples=2**12)
+    assert limited.stopped == Stop.LIMIT
+    assert limited.samples <= 6 * 2**12
+    approximated = region_log_volume(region, weights, num_units=0)
+    assert (approximated.samples, approximated.stopped) == (0, Stop.APPROXIMATED)
+    small, small_weights = region_of(10, 2, 3, seed=0)
+    closed = region_log_volume(small, small_weights)
+    assert (closed.samples, closed.stopped) == (0, Stop.CLOSED_FORM)

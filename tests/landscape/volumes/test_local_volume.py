@@ -9,8 +9,8 @@ from torch import nn
 
 from lightning_mnn.figures import local_volume_figure
 from lightning_mnn.landscape import KinkTrace
+from lightning_mnn.landscape.intervals import Proportion
 from lightning_mnn.landscape.perturbation import finest_sigma
-from lightning_mnn.landscape.volumes.intervals import Proportion
 from lightning_mnn.landscape.volumes.random_moves import (
     ALL_LAYERS,
     SIGMAS,

@@ -19,7 +19,7 @@ import torch
 from scipy import stats
 
 from lightning_mnn.landscape import tolerances
-from lightning_mnn.landscape.volumes.intervals import Estimate, Proportion
+from lightning_mnn.landscape.intervals import Estimate, Proportion
 from lightning_mnn.landscape.volumes.rare_events.splitting import (
     Stage,
     estimate_of_levels,

@@ -20,11 +20,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from scipy import stats
 from torch import Tensor
 
-from lightning_mnn.landscape import tolerances
-from lightning_mnn.landscape.volumes.intervals import Estimate, Proportion
+from lightning_mnn.landscape.intervals import Estimate, Proportion
 from lightning_mnn.utilities.seeding import generator
 from lightning_mnn.utilities.transfer import sent, widest_dtype
 from lightning_mnn.utilities.validation import ArgumentError, positive_integer
@@ -352,35 +350,7 @@ def estimate_of_runs(before: Tensor, log_runs: Tensor) -> Estimate:
     In that case each run is one observation of a failure, because its particles may be equal.
     """
     if bool(log_runs.isfinite().any()):
-        return _estimate(log_runs)
+        return Estimate.of_runs(log_runs)
     runs = int(before.isfinite().sum())
-    upper = _estimate(before).log_high + math.log(Proportion.of(0, runs).high) if runs else 0.0
+    upper = Estimate.of_runs(before).log_high + math.log(Proportion.of(0, runs).high) if runs else 0.0
     return Estimate(-math.inf, -math.inf, upper)
-
-
-def _estimate(log_runs: Tensor) -> Estimate:
-    """A probability from the logarithms of unbiased estimates of independent runs, (R,), with at least one finite.
-
-    The interval is Cox's for the mean of a lognormal variable, with quantiles of Student's t (Olsson 2005, J. Stat.
-    Educ. 13(1)), because products of many fractions are close to lognormal. If some runs did not reach the event, the
-    interval is the product of two intervals of 97.5 %: that of the fraction of runs that did, and that of their mean.
-    If all runs are equal, they count as trials that are all hits.
-    """
-    logs = log_runs[log_runs.isfinite()].numpy()
-    log_value = float(log_runs.logsumexp(0)) - math.log(len(log_runs))
-    if len(logs) == 1:
-        return Estimate(log_value, -math.inf, 0.0)
-    variance = float(logs.var(ddof=1))
-    if len(logs) == len(log_runs) and variance == 0:
-        log_lower = math.log(Proportion.of(len(logs), len(logs)).low)
-        return Estimate(log_value, log_value + log_lower, min(log_value - log_lower, 0.0))
-    confidence, log_low, log_high = tolerances.INTERVAL_CONFIDENCE, 0.0, 0.0
-    if len(logs) < len(log_runs):
-        alive = Proportion.of(len(logs), len(log_runs), confidence=tolerances.JOINT_INTERVAL_CONFIDENCE)
-        confidence, log_low, log_high = tolerances.JOINT_INTERVAL_CONFIDENCE, math.log(alive.low), math.log(alive.high)
-    centre = float(logs.mean()) + variance / 2
-    spread = math.sqrt(variance / len(logs) + variance**2 / (2 * (len(logs) - 1)))
-    spread *= float(stats.t.ppf((1 + confidence) / 2, len(logs) - 1))
-    return Estimate(
-        log_value, min(centre - spread + log_low, log_value), min(max(centre + spread + log_high, log_value), 0.0)
-    )

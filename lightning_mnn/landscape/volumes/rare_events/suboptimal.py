@@ -21,7 +21,7 @@ from lightning_mnn.utilities.transfer import sent
 from lightning_mnn.utilities.validation import positive_integer
 
 if TYPE_CHECKING:
-    from lightning_mnn.landscape.volumes.intervals import Estimate
+    from lightning_mnn.landscape.intervals import Estimate
 
 _ENTRIES_PER_BATCH = 2_000_000  # entries of the matrices decomposed in one batch
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_mnn.landscape import log_cone_measure, random_interpolators
-from lightning_mnn.landscape.volumes.intervals import Proportion
+from lightning_mnn.landscape.intervals import Proportion
 from lightning_mnn.landscape.volumes.rare_events import interpolators
 from lightning_mnn.landscape.volumes.rare_events.interpolators import Architecture, mean_over_runs
 

@@ -7,7 +7,7 @@ import torch
 from scipy.stats import binomtest, norm
 
 from lightning_mnn.landscape import ActivationPattern, Region, find_minimum
-from lightning_mnn.landscape.volumes.intervals import Estimate, Proportion
+from lightning_mnn.landscape.intervals import Estimate, Proportion
 from lightning_mnn.landscape.volumes.rare_events import splitting
 from lightning_mnn.landscape.volumes.rare_events.splitting import rare_event
 from lightning_mnn.landscape.volumes.rare_events.suboptimal import (

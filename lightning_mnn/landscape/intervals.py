@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import StrEnum, auto
 from typing import TYPE_CHECKING
 
 from scipy import stats
+
+from lightning_mnn.landscape import tolerances
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,6 +17,46 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     Array = NDArray[np.float64]
+
+
+class Stop(StrEnum):
+    """Why no more samples were taken; of several estimates together, the last in this order.
+
+    Attributes:
+        CLOSED_FORM: none were needed.
+        APPROXIMATED: none were asked for: the value is an approximation without an error bar.
+        TARGET: a pilot found that so many reach the target of the standard error.
+        LIMIT: the largest number that is allowed is less than that.
+    """
+
+    CLOSED_FORM = auto()
+    APPROXIMATED = auto()
+    TARGET = auto()
+    LIMIT = auto()
+
+
+@dataclass
+class SampleCount:
+    """Counts the samples of an estimate while it is computed.
+
+    Attributes:
+        samples: number of them, pilots included.
+        stopped: why there are no more.
+
+    >>> count = SampleCount()
+    >>> count.add(100, Stop.LIMIT)
+    >>> count.add(50, Stop.TARGET)
+    >>> count.samples, str(count.stopped)
+    (150, 'limit')
+    """
+
+    samples: int = 0
+    stopped: Stop = Stop.CLOSED_FORM
+
+    def add(self, samples: int, stopped: Stop) -> None:
+        """Add a part of the estimate."""
+        self.samples += samples
+        self.stopped = max(self.stopped, stopped, key=list(Stop).index)
 
 
 @dataclass(frozen=True)
@@ -24,10 +67,15 @@ class LogEstimate:
         value: natural logarithm; a float, with leading axes a tensor on the CPU.
         standard_error: of the value, in nats: value ± 1.96 standard errors covers 95 %. For a closed form, its rounding
             error.
+        samples: number of samples, pilots included; with leading axes, of all together. A sample is a point after all
+            of its coordinates moved once.
+        stopped: why there are no more; with leading axes, for the worst of them.
     """
 
     value: float | Tensor
     standard_error: float | Tensor
+    samples: int
+    stopped: Stop
 
 
 @dataclass(frozen=True)
@@ -85,6 +133,35 @@ class Estimate:
     log_value: float
     log_low: float
     log_high: float
+
+    @classmethod
+    def of_runs(cls, log_runs: Tensor) -> Estimate:
+        """A probability from the logarithms of unbiased estimates of independent runs, (R,), with at least one finite.
+
+        The interval is Cox's for the mean of a lognormal variable, with quantiles of Student's t (Olsson 2005, J. Stat.
+        Educ. 13(1)), because products of many fractions are close to lognormal. If some runs did not reach the event,
+        the interval is the product of two intervals of 97.5 %: that of the fraction of runs that did, and that of their
+        mean. If all runs are equal, they count as trials that are all hits.
+        """
+        logs = log_runs[log_runs.isfinite()].numpy()
+        log_value = float(log_runs.logsumexp(0)) - math.log(len(log_runs))
+        if len(logs) == 1:
+            return cls(log_value, -math.inf, 0.0)
+        variance = float(logs.var(ddof=1))
+        if len(logs) == len(log_runs) and variance == 0:
+            log_lower = math.log(Proportion.of(len(logs), len(logs)).low)
+            return cls(log_value, log_value + log_lower, min(log_value - log_lower, 0.0))
+        confidence, log_low, log_high = tolerances.INTERVAL_CONFIDENCE, 0.0, 0.0
+        if len(logs) < len(log_runs):
+            alive = Proportion.of(len(logs), len(log_runs), confidence=tolerances.JOINT_INTERVAL_CONFIDENCE)
+            confidence = tolerances.JOINT_INTERVAL_CONFIDENCE
+            log_low, log_high = math.log(alive.low), math.log(alive.high)
+        centre = float(logs.mean()) + variance / 2
+        spread = math.sqrt(variance / len(logs) + variance**2 / (2 * (len(logs) - 1)))
+        spread *= float(stats.t.ppf((1 + confidence) / 2, len(logs) - 1))
+        return cls(
+            log_value, min(centre - spread + log_low, log_value), min(max(centre + spread + log_high, log_value), 0.0)
+        )
 
     @property
     def value(self) -> float:

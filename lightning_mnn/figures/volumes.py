@@ -1,10 +1,12 @@
-"""The figure of local volumes: keep probabilities against the size of a random move."""
+"""Figures of local volumes (keep probabilities against the size of a random move) and of Langevin chains."""
 
 from __future__ import annotations
 
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
@@ -16,11 +18,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from matplotlib.axes import Axes
+    from numpy.typing import NDArray
 
+    from lightning_mnn.landscape.curvature.sampled_coefficient import SampledCoefficient
     from lightning_mnn.landscape.volumes.random_moves import KeepCurve, LocalVolume
 
 _MAX_LEGEND_LAYERS = 6  # layers that the legend names; if there are more, layers are coloured by depth
 _MAX_BAR_NAMES = 24  # names of layers that fit beside the colour bar
+_MAX_CHAINS = 16  # chains whose traces can be told apart
+_MAX_PLACES = 250  # places of a trace
 _SPREAD = 0.5  # part of the gap between two values of σ over which intervals are spread, so that none is hidden
 
 
@@ -58,6 +64,63 @@ def local_volume_figure(volume: LocalVolume, path: Path, title: str = "") -> Pat
     if not few:
         _depth_bar(figure, ax, colors, volume.layers)
     return save(figure, path)
+
+
+def chains_figure(found: SampledCoefficient, path: Path, title: str = "") -> Path:
+    """Draw the loss above the minimum, nβ (L − L(w*)), of each chain against its moves, with the burn-in shaded.
+
+    Of more than 250 moves, means of successive ones are drawn, and of more than 16 chains the first 16. The
+    broken line is the mean of all chains; with a reliable estimate, a band shows its 95 % interval. The title has
+    R-hat, the effective number of samples, and the estimate, or why there is none.
+
+    Args:
+        found: the chains and the estimate.
+        path: of the PNG file.
+        title: the first line of the title.
+
+    Returns:
+        The path.
+    """
+    parts = [part[:_MAX_CHAINS].cpu().double().numpy() for part in (found.burn_in_traces, found.traces)]
+    chains, moves = len(found.traces), sum(part.shape[1] for part in parts)
+    together = -(-moves // _MAX_PLACES)
+    figure = Figure(figsize=(8.6, 4.8), layout="constrained")
+    ax = figure.subplots()
+    start = -parts[0].shape[1]
+    for part, first in zip(parts, (start, 0), strict=True):
+        places, means = _means_of(part, together)
+        ax.plot(first + places, means.T, lw=0.7, alpha=0.6, color=COLORS[0])
+    ax.axvspan(start, 0, color="0.9", lw=0, zorder=0, label="burn-in")
+    ax.axhline(found.mean, color=COLORS[1], lw=1.4, ls="--", label="mean")
+    if found.value is not None and found.standard_error is not None:
+        half = 1.96 * found.standard_error
+        ax.axhspan(found.value - half, found.value + half, color=COLORS[1], alpha=0.2, lw=0, label="95 % interval")
+    ax.set(
+        xlabel="moves after burn-in" + (f" (means of {together})" if together > 1 else ""),
+        ylabel="nβ (L − L(w*))",
+        xlim=(start, moves + start),
+    )
+    result = "no estimate" if found.value is None else f"λ̂ = {found.value:.4g} ± {found.standard_error:.2g}"
+    facts = f"R-hat {found.r_hat:.3f}, {found.effective_samples:,.0f} effective samples, {result}"
+    reason = "" if found.value is not None else f"\n{fill(found.reason, 100)}"
+    ax.set_title(literal("\n".join(filter(None, (title, facts))) + reason), fontsize=11)
+    tidy(ax)
+    of_all = f"{chains} chains" if chains <= _MAX_CHAINS else f"{_MAX_CHAINS} of {chains} chains"
+    ax.plot([], [], lw=0.7, color=COLORS[0], label=of_all)
+    ax.legend(loc="upper left", bbox_to_anchor=(0, -0.14), ncols=4, frameon=False, fontsize=9)
+    return save(figure, path)
+
+
+def _means_of(traces: NDArray[np.float64], together: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Means of so many successive moves, the last of fewer, and their places.
+
+    >>> places, means = _means_of(np.array([[1.0, 3.0, 5.0]]), 2)
+    >>> places.tolist(), means.tolist()
+    ([1.0, 2.5], [[2.0, 5.0]])
+    """
+    starts = np.arange(0, traces.shape[1], together)
+    counts = np.diff(np.append(starts, traces.shape[1]))
+    return starts + counts / 2, np.add.reduceat(traces, starts, axis=1) / counts
 
 
 def _draw(ax: Axes, curve: KeepCurve, shift: float, **look: Any) -> None:
