@@ -177,7 +177,9 @@ class GradientStatistics(ScheduledCallback):
         if not self._norms:
             lines = ["no gradient was measured: no optimiser made a step at a scheduled time"]
         elif not lines:
-            lines = [f"nothing out of the ordinary in {len(self._relative)} layers, measured {len(self._norms)} times"]
+            lines = [
+                f"nothing out of the ordinary in {len(self._relative)} layer(s), measured {len(self._norms)} time(s)"
+            ]
         if self.noise_scale and self._noise.reason is not None:
             lines.append(f"noise_scale is not known: {self._noise.reason}")
         if self.cost.share is not None:

@@ -11,7 +11,7 @@ from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_mnn.callbacks.evaluation.run_module import StepFailedError
@@ -196,6 +196,8 @@ class ScheduledCallback(pl.Callback, OtherCallback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.observe(lambda: self.finish(trainer, pl_module))
+        if self.failure is not None:
+            rank_zero_info(f"{type(self).__name__}: {self.missing}, because of {self.failure}")
         self._weights = weights_of(pl_module)
         if trainer.is_global_zero and trains_in_children(trainer):
             write_json(self._result_file, self.summary())

@@ -13,6 +13,7 @@ import torch
 
 from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.pattern import count_packed
+from lightning_mnn.utilities.transfer import to_host
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -55,7 +56,7 @@ def freeze_step(snapshots: Iterable[tuple[int, Mapping[str, PackedPattern]]]) ->
         if patterns.keys() != later.keys() or not all(p.is_comparable(later[n]) for n, p in patterns.items()):
             raise ValueError(f"the snapshot of step {step} has other layers, units or samples than a later one")
         for name, pattern in patterns.items():
-            changing[name] |= pattern.bits ^ later[name].bits
+            changing[name] |= pattern.bits ^ later[name].bits.to(pattern.bits.device)
         still = _share(changing, patterns) < tolerances.MAX_CHANGING_SHARE
         if not still.any():
             break
@@ -67,7 +68,8 @@ def freeze_step(snapshots: Iterable[tuple[int, Mapping[str, PackedPattern]]]) ->
 
 def _share(changing: Mapping[str, Tensor], patterns: Mapping[str, PackedPattern]) -> Tensor:
     """The share of pairs that change, of all layers together, (...)."""
-    counts = [count_packed(bits, patterns[name].num_pieces) for name, bits in changing.items()]
+    on_host = zip(changing, to_host(list(changing.values())), strict=True)
+    counts = [count_packed(bits, patterns[name].num_pieces) for name, bits in on_host]
     pairs = sum(pattern.width * pattern.bits.shape[-2] for pattern in patterns.values())
     return reduce(operator.add, counts).to(torch.float64) / pairs
 
