@@ -13,7 +13,9 @@ def page(name):
 
 def undocumented_names(names):
     """Those of the logged names that the page does not list: ``pattern/<layer>/flips`` stands for one of each layer."""
-    spans = re.findall(r"`((?:train|val|test|minimum|pattern|volume)/[^`\s]+)`", page("reference/logged-names.md"))
+    spans = re.findall(
+        r"`((?:train|val|test|minimum|pattern|gradient|volume)/[^`\s]+)`", page("reference/logged-names.md")
+    )
     known = [re.compile(re.sub(r"<[^<>]+>", "[^/]+", re.sub(r"([.^$*+?()|])", r"\\\1", span))) for span in spans]
     return [name for name in sorted(names) if not any(one.fullmatch(name) for one in known)]
 

@@ -12,16 +12,16 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "lightning_mnn"
 FLOORS = (  # folders from the ground up: a module imports from lower ones, and from its own folder
-    ("utilities.compat", "utilities", "verdicts"),
+    ("utilities.compat", "utilities", "verdicts", "findings"),
     ("config", "advice", "landscape", "data.loaders", "loggers", "runs.processes", "launchers.warm"),
-    ("landscape.regions", "landscape.kinks", "metrics", "data", "data.images", "callbacks.trainer"),
+    ("landscape.regions", "landscape.kinks", "landscape.vitals", "metrics", "data", "data.images", "callbacks.trainer"),
     ("landscape.minima", "landscape.volumes", "landscape.curvature"),
     ("landscape.volumes.rare_events",),
     ("landscape.minima.models.equations",),
     ("landscape.minima.models",),
     ("figures", "callbacks.evaluation"),
     ("callbacks.evidence.models",),
-    ("callbacks.evidence", "callbacks.volumes", "figures.report_page"),
+    ("callbacks.evidence", "callbacks.patterns", "callbacks.volumes", "figures.report_page"),
     ("callbacks",),
     ("model",),
     ("launchers.jobs",),

@@ -107,7 +107,7 @@ def sources(suffix):
 
 
 def test_names_in_the_sources_are_documented():
-    names = set(re.findall(r"\"((?:train|test|minimum|pattern|volume)/\w+)\"", sources("py")))
+    names = set(re.findall(r"\"((?:train|test|minimum|pattern|gradient|volume)/\w+)\"", sources("py")))
     assert len(names) > 30
     assert undocumented_names(names) == []
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from lightning_mnn.callbacks.activation_pattern_recorder import ActivationPatternRecorder
     from lightning_mnn.callbacks.angular_volume_monitor import AngularVolumeMonitor
     from lightning_mnn.callbacks.evidence.choose_tier import FirstOrderTolerances, SecondOrderSettings
+    from lightning_mnn.callbacks.gradient_statistics import GradientStatistics
     from lightning_mnn.callbacks.learning_coefficient import LearningCoefficient
     from lightning_mnn.callbacks.local_minimum_detector import LocalMinimumDetector
     from lightning_mnn.callbacks.pattern_store import PatternStore
@@ -23,6 +24,7 @@ __all__ = [
     "AngularVolumeMonitor",
     "ConeSettings",
     "FirstOrderTolerances",
+    "GradientStatistics",
     "LastCheckpoint",
     "LearningCoefficient",
     "LocalMinimumDetector",
@@ -38,6 +40,7 @@ _MODULES = {
     "AngularVolumeMonitor": "angular_volume_monitor",
     "ConeSettings": "volumes.cones",
     "FirstOrderTolerances": "evidence.choose_tier",
+    "GradientStatistics": "gradient_statistics",
     "LastCheckpoint": "trainer.last_checkpoint",
     "LearningCoefficient": "learning_coefficient",
     "LocalMinimumDetector": "local_minimum_detector",

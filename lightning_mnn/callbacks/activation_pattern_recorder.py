@@ -11,11 +11,15 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_mnn.callbacks.evaluation.kink_probe import KinkProbe, checked_probe, chosen_samples
-from lightning_mnn.callbacks.evaluation.module_network import states_network
+from lightning_mnn.callbacks.evaluation.module_network import network_of, states_network
 from lightning_mnn.callbacks.evaluation.training_set import patterns_of_training_set
 from lightning_mnn.callbacks.pattern_store import LostSnapshotError, PatternStore, StoredSnapshot, digest_of
+from lightning_mnn.callbacks.patterns.history import PatternHistory
+from lightning_mnn.callbacks.patterns.vital_report import VitalReport
+from lightning_mnn.callbacks.patterns.vital_signs import VitalSettings
 from lightning_mnn.callbacks.schedule import Schedule
 from lightning_mnn.callbacks.scheduled import ScheduledCallback
+from lightning_mnn.callbacks.trainer.cost import CostTier
 from lightning_mnn.callbacks.trainer.long_pass import long_pass
 from lightning_mnn.data.loaders.shards import num_samples
 from lightning_mnn.landscape.kinks.layers import KinkLayer
@@ -34,7 +38,16 @@ if TYPE_CHECKING:
 
     from lightning_mnn.callbacks.evaluation.kink_probe import Samples
     from lightning_mnn.callbacks.evaluation.run_module import ModelFunction
+    from lightning_mnn.findings import Finding, Freeze
     from lightning_mnn.landscape.kinks.tracing import Names
+
+_LIGHT_PROBE = 256  # samples
+
+_VITALS = {
+    CostTier.LIGHT: VitalSettings(samples=0, centres=0),
+    CostTier.STANDARD: VitalSettings(samples=64, centres=16),
+    CostTier.FULL: VitalSettings(),
+}
 
 
 class ActivationPatternRecorder(ScheduledCallback):
@@ -56,10 +69,16 @@ class ActivationPatternRecorder(ScheduledCallback):
     If there is no comparable pattern after the first snapshot (weights that are NaN, a layer that is new or is not
     called any more, a training set that became smaller), the recorder warns and leaves out that snapshot.
 
+    Beside the patterns it measures vital signs of the layers: dead and dormant units, local complexity, the effective
+    rank of the activations (see :mod:`lightning_mnn.landscape`), and at the end of training the step at which patterns
+    froze, and that at which the weights settled. What is out of the ordinary is logged at the end, and is in
+    ``summary()["findings"]``. A vital sign that cannot be measured is named there, and does not end the recording.
+
     What is logged is listed in the page Logged names; what checkpoints and the store hold, in Files.
 
     Args:
-        schedule: when to record, besides the start and the end; None: after 1, 2, 4, 8, … epochs.
+        schedule: when to record, besides the start and the end; None: after 1, 2, 4, 8, … epochs, and with a tier
+            other than "full" after as many steps.
         probe: number of samples to record, a fixed random subset; None: the whole training set if the module defines
             its network, and otherwise min(N, 1024, what the budget allows), in whole batches if the loader drops
             incomplete ones (``drop_last``). Or a batch of samples as the training loader yields it, the same on every
@@ -77,6 +96,9 @@ class ActivationPatternRecorder(ScheduledCallback):
             training; a choice that may be unexpected is logged.
         strict: if true, an error in the callback ends the run; otherwise it warns once, and training goes on without
             the callback.
+        tier: "light": at most 1 % of training's time, of 256 samples, dead units only; "standard": at most 5 %, all
+            vital signs, of fewer samples; "full": everything, without a limit. A scheduled time beyond the limit is
+            left out, by the clock, so two runs may record different steps.
 
     Attributes:
         store: the store of the snapshots; None before training, on processes other than the first, in a fast_dev_run,
@@ -107,9 +129,11 @@ class ActivationPatternRecorder(ScheduledCallback):
         memory_budget: int = 2**25,
         forward_fn: ModelFunction | None = None,
         strict: bool = False,
+        tier: str = CostTier.FULL,
     ) -> None:
-        super().__init__(schedule or Schedule(growth=2.0), strict=strict)
-        self.probe = checked_probe(probe)
+        unit = "epoch" if tier == CostTier.FULL else "step"
+        super().__init__(schedule or Schedule(growth=2.0, unit=unit), strict=strict, tier=tier)
+        self.probe = checked_probe(_LIGHT_PROBE if probe is None and self.tier is CostTier.LIGHT else probe)
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.seed = seed_number("seed", seed)
         self.modules = modules if modules is None or isinstance(modules, str) else list(modules)
@@ -125,6 +149,23 @@ class ActivationPatternRecorder(ScheduledCallback):
         self._regions: list[list[str]] = []  # for each replica: distinct digests in the order of visit
         self._recorded_step: int | None = None
         self._skipped = False  # whether a snapshot was left out
+        self._vitals = VitalReport(_VITALS[self.tier], self.seed, self.memory_budget)
+        self._history = PatternHistory(self.seed)
+
+    @property
+    def findings(self) -> list[list[Finding]]:
+        """What is out of the ordinary at the last snapshot, one list for each replica."""
+        return self._vitals.findings
+
+    @property
+    def freezes(self) -> list[Freeze]:
+        """When patterns and weights settled, one for each replica."""
+        return self._vitals.freezes
+
+    @property
+    def not_measured(self) -> dict[str, str]:
+        """What could not be measured, and why."""
+        return self._vitals.missing
 
     @property
     @override
@@ -140,6 +181,7 @@ class ActivationPatternRecorder(ScheduledCallback):
             self._clear()
             self.store, self._store_path = None, None
             self.layers, self._kinks, self._recorded_step, self._skipped = {}, None, None, False
+            self._vitals.clear()
 
     @override
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -166,6 +208,7 @@ class ActivationPatternRecorder(ScheduledCallback):
     @override
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         try:
+            signs = self._vitals.measure(trainer, pl_module, self._kinks, self._chosen(trainer), strict=self.strict)
             patterns = self._patterns(trainer, pl_module)
         except PatternError as error:
             if not self._last:
@@ -179,6 +222,9 @@ class ActivationPatternRecorder(ScheduledCallback):
         if self.store is not None:
             self.store.write(trainer.global_step, self.completed_epochs, on_host, digest)
         self._name_stored(trainer.global_step, list(patterns), digest)
+        lead = next(iter(patterns.values())).lead
+        stored = None if self._store_path is None else (self._store_path, digest)
+        self._history.record(trainer, pl_module, lead.numel() if lead else 0, stored)
         digests = [digest] if isinstance(digest, str) else digest
         self._regions = self._regions or [[] for _ in digests]
         for visited, digest in zip(self._regions, digests, strict=True):
@@ -187,6 +233,35 @@ class ActivationPatternRecorder(ScheduledCallback):
         self._first = {name: self._first.get(name, p).to(p.bits.device) for name, p in patterns.items()}
         last, self._last = self._last or patterns, patterns
         self._log(trainer, on_host, last)
+        log_scalars(trainer, self._vitals.take(signs, on_host, self.layers))
+
+    @override
+    def recall(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure the vital signs again, without logging."""
+        if not self._last:
+            return
+        signs = self._vitals.measure(trainer, pl_module, self._kinks, self._chosen(trainer), strict=self.strict)
+        bits = to_host([pattern.bits for pattern in self._last.values()])
+        last = {name: replace(p, bits=copy) for (name, p), copy in zip(self._last.items(), bits, strict=True)}
+        if not self.layers:
+            self._name_layers(pl_module, last)
+        self._vitals.take(signs, last, self.layers)
+
+    @override
+    def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().finish(trainer, pl_module)
+        if not self._last:
+            return
+        layers = list(self._last)
+
+        def read(path: str, step: int, digest: str | list[str]) -> dict[str, PackedPattern]:
+            return _found(StoredSnapshot(path, step, layers, digest), folder)[1]
+
+        folder = self._folder(trainer)
+        self._vitals.take_freezes(on_first_process(trainer, lambda: self._history.freeze(read)))
+        log_scalars(trainer, self._vitals.freeze_scalars())
+        for line in [*self._vitals.lines(), *([] if self.cost.share is None else [f"recording {self.cost}"])]:
+            rank_zero_info(f"ActivationPatternRecorder: {line}")
 
     def _name_stored(self, step: int, layers: list[str], digest: str | list[str]) -> None:
         """Make checkpoints name the snapshot that was written, instead of containing its bits."""
@@ -215,7 +290,8 @@ class ActivationPatternRecorder(ScheduledCallback):
         replicated = any(pattern.lead for pattern in self._last.values()) or any(
             isinstance(snapshot.digest, list) for snapshot in self._stored.values()
         )
-        found = {"regions_visited": (visited if replicated else visited[0]) if visited else None}
+        found: dict[str, Any] = {"regions_visited": (visited if replicated else visited[0]) if visited else None}
+        found |= self._vitals.summary(replicated=replicated)
         return found if self.failure is None else {**found, "patterns_reason": self.failure}
 
     @override
@@ -229,7 +305,8 @@ class ActivationPatternRecorder(ScheduledCallback):
             for key, patterns in (("first", self._first), ("last", self._last))
         }
         stored = {key: asdict(snapshot) for key, snapshot in self._stored.items()}
-        return super().state_dict() | bits | {"stored": stored, "regions": self._regions}
+        own = {"stored": stored, "regions": self._regions, "history": self._history.state()}
+        return super().state_dict() | bits | own | {"findings": self._vitals.state()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -238,6 +315,8 @@ class ActivationPatternRecorder(ScheduledCallback):
         self._last = {name: PackedPattern(**p) for name, p in state_dict.get("last", {}).items()}
         self._stored = {key: StoredSnapshot(**named) for key, named in state_dict.get("stored", {}).items()}
         self._regions = state_dict.get("regions", [])
+        self._history.load(state_dict.get("history", {}))
+        self._vitals.load(state_dict.get("findings", []))
         self._recorded_step = self._stored["last"].step if "last" in self._stored else self._last_step
 
     @override
@@ -290,6 +369,7 @@ class ActivationPatternRecorder(ScheduledCallback):
 
     def _clear(self) -> None:
         self._first, self._last, self._stored, self._regions = {}, {}, {}, []
+        self._history.clear()
 
     def _patterns(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, PackedPattern]:
         """The pattern of every layer on the recorded samples, in the data set's order, on every process."""
@@ -298,12 +378,24 @@ class ActivationPatternRecorder(ScheduledCallback):
         with long_pass(trainer, f"Activation patterns after {trainer.global_step} steps, of the whole training set"):
             layers = enumerate(patterns_of_training_set(trainer, pl_module), start=1)
         found = {f"layer_{i}": pattern for i, pattern in layers}
-        self.layers = {name: KinkLayer(pattern.width) for name, pattern in found.items()}
+        self._name_layers(pl_module, found)
         if not isinstance(self.probe, int):
             return found
-        total = num_samples(trainer.train_dataloader)
-        chosen = chosen_samples(total, self.probe, self.seed)
+        chosen = self._chosen(trainer)
         return {name: PackedPattern(p.bits[..., chosen, :], p.width) for name, p in found.items()}
+
+    def _name_layers(self, pl_module: pl.LightningModule, patterns: dict[str, PackedPattern]) -> None:
+        """Set the layers of a module that defines its network."""
+        network = network_of(pl_module)
+        blocks = network is not None and network.negative_slope == 0
+        self.layers = {name: KinkLayer(pattern.width, blocks=blocks) for name, pattern in patterns.items()}
+
+    def _chosen(self, trainer: pl.Trainer) -> Tensor:
+        """Indices of the recorded samples of a module that defines its network."""
+        if self._kinks is not None:
+            return torch.empty(0, dtype=torch.int64)
+        total = num_samples(trainer.train_dataloader)
+        return chosen_samples(total, self.probe, self.seed) if isinstance(self.probe, int) else torch.arange(total)
 
     def _log(self, trainer: pl.Trainer, now: dict[str, PackedPattern], last: dict[str, PackedPattern]) -> None:
         flips, from_start = (
@@ -327,6 +419,8 @@ class ActivationPatternRecorder(ScheduledCallback):
             scalars |= {
                 "pattern/never_active_units": _total(a.never_active for a in activity.values()),
                 "pattern/always_active_units": _total(a.always_active for a in activity.values()),
+                "pattern/dead_fraction": _total(a.never_active for a in activity.values()).to(torch.float64)
+                / sum(now[name].width for name in activity),
                 "pattern/unactivated_samples": _any_layer(a.unactivated for a in activity.values()).sum(-1),
             }
         for name, pattern in now.items():
@@ -339,6 +433,7 @@ class ActivationPatternRecorder(ScheduledCallback):
             if name in activity:
                 of_layer["never_active_units"] = activity[name].never_active
                 of_layer["always_active_units"] = activity[name].always_active
+                of_layer["dead_fraction"] = activity[name].never_active.to(torch.float64) / pattern.width
             scalars |= {f"pattern/{name}/{quantity}": value for quantity, value in of_layer.items()}
         log_scalars(trainer, dict(scalars))
 

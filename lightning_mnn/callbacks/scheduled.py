@@ -11,15 +11,16 @@ from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_mnn.callbacks.evaluation.run_module import StepFailedError
 from lightning_mnn.callbacks.evaluation.snapshots import weights_of
 from lightning_mnn.callbacks.evaluation.training_set import forget_statistics
+from lightning_mnn.callbacks.trainer.cost import CostTier, TimeShare
 from lightning_mnn.callbacks.trainer.last_checkpoint import LastCheckpoint
 from lightning_mnn.utilities.compat.lightning_internals import trains_in_children
-from lightning_mnn.utilities.distributed import share_errors
+from lightning_mnn.utilities.distributed import on_first_process, share_errors
 from lightning_mnn.utilities.errors import DivergenceError
 from lightning_mnn.utilities.files import read_json, write_json
 from lightning_mnn.utilities.interruption import Interrupted, stop_at_this_step, stopping
@@ -27,6 +28,7 @@ from lightning_mnn.utilities.transfer import fetched
 from lightning_mnn.utilities.validation import (
     ArgumentError,
     MisfitError,
+    one_of,
     truth_value,
 )
 
@@ -76,8 +78,10 @@ class ScheduledCallback(pl.Callback, OtherCallback):
     Args:
         schedule: when to act between the start and the end.
         strict: if true, an error ends the run.
+        tier: which share of training's time the actions may take; at scheduled times beyond it there is none.
 
     Attributes:
+        cost: the time of the actions.
         completed_epochs: number of epochs that are done when the callback acts.
         failure: the error after which the callback does nothing more; None: there was none.
     """
@@ -86,8 +90,10 @@ class ScheduledCallback(pl.Callback, OtherCallback):
     remedy = ""  # what may prevent a failure
     ends_diverged = True  # whether a DivergenceError in the callback ends training
 
-    def __init__(self, schedule: Schedule, *, strict: bool = False) -> None:
+    def __init__(self, schedule: Schedule, *, strict: bool = False, tier: str = CostTier.FULL) -> None:
         self.schedule = schedule
+        self.tier = CostTier(one_of("tier", str(tier), map(str, CostTier)))
+        self.cost = TimeShare(self.tier.share)
         self.strict = truth_value("strict", strict)
         self.failure: str | None = None
         self._weights: list[Tensor] | None = None  # digests of the weights when it acted last
@@ -164,6 +170,7 @@ class ScheduledCallback(pl.Callback, OtherCallback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.completed_epochs, self._last_fit = trainer.current_epoch, None
+        self.cost.begin()
         self.observe(lambda: self._begin(trainer, pl_module))
 
     @override
@@ -189,6 +196,8 @@ class ScheduledCallback(pl.Callback, OtherCallback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.observe(lambda: self.finish(trainer, pl_module))
+        if self.failure is not None:
+            rank_zero_info(f"{type(self).__name__}: {self.missing}, because of {self.failure}")
         self._weights = weights_of(pl_module)
         if trainer.is_global_zero and trains_in_children(trainer):
             write_json(self._result_file, self.summary())
@@ -250,7 +259,8 @@ class ScheduledCallback(pl.Callback, OtherCallback):
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         try:
-            share_errors(lambda: self.prepare(trainer, pl_module))
+            with self.cost.measured(pl_module.device, repeats=False):
+                share_errors(lambda: self.prepare(trainer, pl_module))
         except StepFailedError:
             self._waits = True
         else:
@@ -272,14 +282,21 @@ class ScheduledCallback(pl.Callback, OtherCallback):
             return
         before, self._last_step = self._last_step, trainer.global_step
         try:
-            self.act(trainer, pl_module)
+            with self.cost.measured(pl_module.device):
+                self.act(trainer, pl_module)
         except Interrupted:
             self._last_step = before
             raise
         self._acted, self._pending, self._weights = True, False, weights_of(pl_module)
 
+    def _affordable(self, trainer: pl.Trainer) -> bool:
+        """Whether there is time for an action, by the clock of the first process."""
+        return self.cost.share is None or on_first_process(trainer, self.cost.affordable)
+
     def _act_or_postpone(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Act at a step from which the run can be resumed; if interrupted, leave the action to the resumed run."""
+        if self.failure is not None or not self._affordable(trainer):
+            return
         act = lambda: self._act_once(trainer, pl_module)  # noqa: E731
         done = or_stop_here(trainer, lambda: self.observe(act))
         self._pending = not done and self.failure is None and trainer.global_step != self._last_step

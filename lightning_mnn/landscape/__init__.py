@@ -3,6 +3,7 @@
 import warnings
 from typing import Any
 
+from lightning_mnn.findings import Finding, FindingCode, Freeze
 from lightning_mnn.landscape import bounds
 from lightning_mnn.landscape.curvature.lanczos import Spectrum, extreme_eigenvalues, products_needed
 from lightning_mnn.landscape.curvature.loss_surface import LossSurface, NoDerivativeError
@@ -36,6 +37,15 @@ from lightning_mnn.landscape.pattern import ActivationPattern, PackedPattern, Pi
 from lightning_mnn.landscape.regions.existence import ClosedBranch, Existence, check_proof, find_minimum
 from lightning_mnn.landscape.regions.region import LeastSquares, Region
 from lightning_mnn.landscape.regions.statistics import Layer, NetworkStatistics, merge_statistics, network_statistics
+from lightning_mnn.landscape.vitals.freezing import freeze_step, weights_freeze_step
+from lightning_mnn.landscape.vitals.gradients import GradientSizes, gradient_noise_scale, gradient_sizes
+from lightning_mnn.landscape.vitals.signs import (
+    dormant_fraction,
+    dormant_units,
+    effective_rank,
+    local_complexity,
+    random_frame,
+)
 from lightning_mnn.landscape.volumes.cone import log_cone_measure
 from lightning_mnn.landscape.volumes.loss_volume import (
     LogBounds,
@@ -73,7 +83,11 @@ __all__ = [
     "DistributedGroup",
     "ExactCoefficient",
     "Existence",
+    "Finding",
+    "FindingCode",
     "FirstOrderVerdict",
+    "Freeze",
+    "GradientSizes",
     "KeepCurve",
     "Kind",
     "Kink",
@@ -119,14 +133,21 @@ __all__ = [
     "check_stationarity",
     "classify",
     "closed_form_log_volume",
+    "dormant_fraction",
+    "dormant_units",
+    "effective_rank",
     "ensemble_census",
     "estimate_learning_coefficient",
     "extreme_eigenvalues",
     "find_minimum",
     "first_order_verdicts",
+    "freeze_step",
+    "gradient_noise_scale",
+    "gradient_sizes",
     "infer_threshold",
     "kink_distance",
     "learning_coefficient",
+    "local_complexity",
     "local_volume",
     "log_cap_measure",
     "log_cone_measure",
@@ -144,11 +165,13 @@ __all__ = [
     "polish",
     "polish_model",
     "products_needed",
+    "random_frame",
     "random_interpolators",
     "rare_census",
     "rare_event",
     "region_log_volume",
     "second_order_verdict",
+    "weights_freeze_step",
 ]
 
 _RENAMED = {

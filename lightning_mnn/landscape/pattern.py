@@ -131,6 +131,16 @@ class PackedPattern:
             unactivated=torch.as_tensor(~active.any(-1)),
         )
 
+    def dead(self, active_pieces: Sequence[int] = (1,)) -> Tensor:
+        """Which units are active on none of these samples, bool (..., d1), on the CPU.
+
+        >>> ActivationPattern(torch.tensor([[True, False, True], [False, False, True]])).pack().dead()
+        tensor([False,  True, False])
+        """
+        active = reduce(np.bitwise_or, [self._on_piece(piece) for piece in active_pieces])
+        ever = torch.from_numpy(np.bitwise_or.reduce(active, axis=-2))
+        return ~_unpack(ever, self.width).bool()
+
     def _on_piece(self, piece: int) -> np.ndarray:
         """Packed flags of the units on one piece, (..., N, ⌈d1/8⌉)."""
         bits = _numpy(self.bits)
@@ -257,13 +267,26 @@ def count_flips(pairs: Sequence[tuple[PackedPattern, PackedPattern]]) -> list[Te
                 f"and {tuple(other.bits.shape)}, width {other.width}"
             )
     differing = to_host([one.bits ^ other.bits.to(one.bits.device) for one, other in pairs])
-    return [_flips(bits.numpy(), one.num_pieces) for bits, (one, _) in zip(differing, pairs, strict=True)]
+    return [count_packed(bits, one.num_pieces) for bits, (one, _) in zip(differing, pairs, strict=True)]
 
 
-def _flips(differing: np.ndarray, num_pieces: int) -> Tensor:
+def count_packed(bits: Tensor, num_pieces: int = 2) -> Tensor:
+    """Number of (sample, unit) pairs with any bit set in packed bits, as those of a PackedPattern.
+
+    Args:
+        bits: uint8 (..., N, ⌈d1/8⌉), or with an axis of digits before the samples, on the CPU.
+        num_pieces: number of pieces that a unit can be on.
+
+    Returns:
+        int64 (...), on the CPU.
+
+    >>> int(count_packed(torch.tensor([[3], [1]], dtype=torch.uint8)))
+    3
+    """
+    array = bits.numpy()
     if num_digits(num_pieces) > 1:
-        differing = np.bitwise_or.reduce(differing, axis=-3)
-    return torch.as_tensor(np.bitwise_count(differing).sum(axis=(-2, -1), dtype=np.int64))
+        array = np.bitwise_or.reduce(array, axis=-3)
+    return torch.as_tensor(np.bitwise_count(array).sum(axis=(-2, -1), dtype=np.int64))
 
 
 def distinct_patterns(layers: Sequence[PackedPattern]) -> Tensor:

@@ -273,3 +273,21 @@ MAX_CLOSE_KINK_RATIO = 1e-6  # distance, relative to the layer's root mean squar
 # Source: chosen: of a thousand units one is that close by chance once in a thousand. Test: none, it only adds a note.
 MAX_REDUCTION_ERROR_RATIO = 1e-3  # relative difference of two losses up to which a batch's loss is a sum, or a mean
 # Source: chosen: above the rounding of float32. Test: here.
+
+# Vital signs
+MAX_DORMANT_RATIO = 0.025  # mean |activation| of a dormant unit, relative to the mean of its layer
+# Source: Sokar et al. 2023, for networks that train on. Test: here.
+MAX_CHANGING_SHARE = 0.01  # share of the pairs that still change, or of the weights' path, after they have settled
+# Source: part of the contract: 1 %. Test: here.
+MAX_ORDINARY_DEAD_SHARE = 0.1  # share of a layer's channels that may be dead without a finding
+# Source: chosen: after usual initialisation a few of a hundred are. Test: here.
+MAX_ORDINARY_DORMANT_SHARE = 0.25  # the same of its units that are dormant
+# Source: chosen: sparse but healthy layers stay below. Test: none, test_pattern_findings.
+MIN_ORDINARY_RANK = 2.0  # effective rank of a layer's activations without a finding
+# Source: chosen: one direction and a little noise have less. Test: here.
+MIN_GRADIENT_BALANCE = 1e-4  # gradient of a layer relative to its weights, in units of the largest of the layers
+# Source: chosen: Adam's steps hide less; with SGD the layer then stands still. Test: here.
+MAX_GRADIENT_GROWTH = 100.0  # norm of all gradients, in units of its median so far
+# Source: chosen: noise of small batches stays below 10. Test: here.
+NEAR_ZERO_GRADIENT_RATIO = 1e-3  # size of a gradient's entry that is near zero, relative to its root mean square
+# Source: chosen: of a normal distribution, 0.08 % are smaller. Test: here.

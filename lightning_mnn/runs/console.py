@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -12,6 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.tree import Tree
 
+from lightning_mnn.findings import Finding
 from lightning_mnn.utilities.errors import EarlyEnd
 from lightning_mnn.utilities.files import relative
 from lightning_mnn.verdicts import STATIONARY, Kind
@@ -89,6 +91,9 @@ def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("rank of A∘X", _rank(summary)),
         ("log-volume of its region", _volume(summary)),
         ("regions seen", _span(summary.get("regions_visited"))),
+        ("patterns froze at step", _span(summary.get("freeze_step"))),
+        ("weights settled at step", _span(summary.get("weights_freeze_step"))),
+        ("out of the ordinary", _findings(summary)),
         ("trained", f"{summary['epochs']} epochs, {summary['steps']} steps, {summary['seconds']:.1f} s"),
     ]
     return [(label, value) for label, value in facts if value is not None]
@@ -121,6 +126,23 @@ def _advice(summary: dict[str, Any]) -> str | None:
     """The advice on all verdicts that are no minima, each once, the most frequent first."""
     found = [advice for advice in _listed(summary.get("advice")) if advice is not None]
     return "\n".join(sorted(dict.fromkeys(found), key=lambda advice: -found.count(advice))) or None
+
+
+def _findings(summary: dict[str, Any]) -> str | None:
+    """What is out of the ordinary in units and gradients, a sentence each; with replicas, in how many of them."""
+    found = summary.get("findings") or []
+    replicated = any(isinstance(part, list) for part in found)
+    parts = [finding for part in found for finding in part] if replicated else found
+    if replicated:
+        counts = Counter((finding["code"], finding["layer"]) for finding in parts)
+        lines = [
+            f"{n} × {str(code).replace('_', ' ')}" + (f" in {layer}" if layer else "")
+            for (code, layer), n in counts.items()
+        ]
+    else:
+        lines = [str(Finding.from_plain(finding)) for finding in parts]
+    lines += [str(Finding.from_plain(finding)) for finding in summary.get("gradient_findings") or []]
+    return "\n".join(lines) or None
 
 
 def _listed(value: Any) -> list[Any]:

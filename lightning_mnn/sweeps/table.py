@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-_LISTS = ("hidden_dims", "visits", "objective_differs_by")  # values of a summary that are lists, but not over replicas
+_LISTS = (
+    "hidden_dims",
+    "visits",
+    "objective_differs_by",
+    "gradient_findings",
+)  # values of a summary that are lists, but not over replicas
 
 
 def table_rows(sweep: Sweep) -> list[Row]:

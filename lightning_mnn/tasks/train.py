@@ -79,7 +79,7 @@ MEASURES = (
         "kinks",
     ),
     *("rank", "rank_cap", "log_volume", "log_volume_standard_error", "log_volume_lower_bound", "learning_coefficient"),
-    "regions_visited",
+    *("regions_visited", "freeze_step", "weights_freeze_step", "findings"),
 )
 
 _ENDED = Path("checkpoints", "ended.ckpt")  # the final checkpoint, until the run is finished

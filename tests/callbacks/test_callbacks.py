@@ -132,7 +132,7 @@ def test_recorder_agrees_with_the_weights_of_each_step(make_trainer, tmp_path):
         assert rows[step]["pattern/never_active_units"] == sum(not b[:, i].any() for i in range(5))
         assert rows[step]["pattern/always_active_units"] == sum(bool(b[:, i].all()) for i in range(5))
         assert rows[step]["pattern/unactivated_samples"] == sum(not row.any() for row in b)
-    assert recorder.summary() == {"regions_visited": len({p.digest() for p in patterns.values()})}
+    assert recorder.summary()["regions_visited"] == len({p.digest() for p in patterns.values()})
     assert rows[15]["pattern/regions_visited"] == recorder.summary()["regions_visited"]
 
 

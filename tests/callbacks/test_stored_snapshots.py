@@ -49,6 +49,11 @@ def after(epochs):
     return Path("saved", f"epoch={epochs - 1}.ckpt")
 
 
+def without_freeze(found):
+    """All but what is known at the end alone, and needs the snapshots of all steps."""
+    return {key: value for key, value in found.items() if "freeze_step" not in key}
+
+
 def state_in(path):
     """The recorder's state in a checkpoint."""
     callbacks = torch.load(path, weights_only=True)["callbacks"]
@@ -135,8 +140,8 @@ def test_without_a_store_the_bits_are_in_the_checkpoint(first_writes, make_train
     folders = [tmp_path / "run", None] if first_writes else [None, tmp_path / "run"]
     train(make_trainer, folders[0], epochs=3)
     (recorder,), logged = train(make_trainer, folders[1], resume=after(3))
-    assert {epoch: values for epoch, values in whole[1].items() if epoch > 3} == logged
-    assert recorder.summary() == whole[0][0].summary()
+    assert {epoch: without_freeze(values) for epoch, values in whole[1].items() if epoch > 3} == logged
+    assert without_freeze(recorder.summary()) == without_freeze(whole[0][0].summary())
     state = state_in(after(EPOCHS))
     held = "last" if first_writes else "first"
     assert state[held].keys() == {"layer_1", "layer_2"}
@@ -204,8 +209,10 @@ def test_a_state_that_was_loaded_is_saved_as_it_was(make_trainer, tmp_path):
     (recorder,), _ = train(make_trainer, tmp_path / "run", epochs=3)
     loaded = ActivationPatternRecorder(Schedule(every=1))
     loaded.load_state_dict(state_in(after(3)))
-    assert loaded.state_dict() == recorder.state_dict()
-    assert loaded.summary() == recorder.summary()
+    states = loaded.state_dict(), recorder.state_dict()
+    assert torch.equal(*(state["history"].pop("weights") for state in states))
+    assert states[0] == states[1]
+    assert without_freeze(loaded.summary()) == without_freeze(recorder.summary())
 
 
 def test_recorders_that_are_resumed_elsewhere_do_not_share_a_store(make_trainer, tmp_path):

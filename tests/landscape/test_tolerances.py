@@ -21,7 +21,10 @@ from lightning_mnn.landscape import (
     certify,
     certify_model,
     check_stationarity,
+    dormant_units,
     find_minimum,
+    freeze_step,
+    gradient_sizes,
     kink_distance,
     log_cone_measure,
     planted_kink_minimum,
@@ -30,6 +33,7 @@ from lightning_mnn.landscape import (
     polish,
     second_order_verdict,
     tolerances,
+    weights_freeze_step,
 )
 from lightning_mnn.landscape.curvature.flat_directions import _power, flat_check, probe
 from lightning_mnn.landscape.curvature.newton import Scales, conjugate_gradients
@@ -44,6 +48,7 @@ from lightning_mnn.landscape.perturbation import finest_sigma, moved
 from lightning_mnn.landscape.regions.existence import _Model
 from lightning_mnn.landscape.regions.least_squares import _by_singular_values, solve
 from lightning_mnn.landscape.regions.linear_map import FaceMap
+from lightning_mnn.landscape.vitals.out_of_ordinary import gradient_findings, pattern_findings
 from lightning_mnn.landscape.volumes import expectation_propagation
 from lightning_mnn.landscape.volumes.expectation_propagation import approximate, distinct_constraints
 from lightning_mnn.landscape.volumes.rare_events.splitting import _estimate
@@ -708,6 +713,51 @@ def losses_that_are_nearly_a_mean():
         batch = SimpleNamespace(_loss_part=lambda _, x, off=off: x.mean() * (1 + off * (len(x) < 4)))
         found.append(FullBatch._reduction_of(batch, 0, torch.ones(4).double(), 4))
     return found
+
+
+# Vital signs
+
+
+@decides("MAX_DORMANT_RATIO", LARGER, SMALLER, verdict=[True, False, False])
+def units_of_a_hundredth_and_a_tenth_of_their_layer():
+    return dormant_units(double([[0.01, 0.1, 3.0]])).tolist()
+
+
+@decides("MAX_CHANGING_SHARE", LARGER, SMALLER, verdict=[10, 20])
+def patterns_and_weights_of_which_half_a_percent_still_changes():
+    before = torch.arange(200)[None] < 100
+    snapshots = [
+        (step, {"1": ActivationPattern(active).pack()}) for step, active in ((20, before), (10, before), (0, ~before))
+    ]
+    snapshots[1][1]["1"] = ActivationPattern(before ^ (torch.arange(200)[None] == 7)).pack()
+    snapshots[2][1]["1"] = ActivationPattern(before ^ (torch.arange(200)[None] < 5)).pack()
+    path = weights_freeze_step(torch.tensor([0, 10, 20, 30]), double([90.0, 5.0, 0.5]))
+    return [int(freeze_step(snapshots)), int(path)]
+
+
+@decides("MAX_ORDINARY_DEAD_SHARE", LARGER, SMALLER, verdict=[["dead_units"], []])
+def layers_with_a_fifth_and_a_fiftieth_of_dead_channels():
+    return [[f.code for f in pattern_findings({"1": share}, {}, {}, None, 0.1)] for share in (0.2, 0.02)]
+
+
+@decides("MIN_ORDINARY_RANK", LARGER, SMALLER, verdict=[["few_directions"], []])
+def layers_with_one_direction_and_with_nine():
+    return [[f.code for f in pattern_findings({}, {}, {"1": (rank, 64)}, None, 0.1)] for rank in (1.1, 9.0)]
+
+
+@decides("MIN_GRADIENT_BALANCE", LARGER, SMALLER, verdict=[["vanishing_gradient"], []])
+def layers_with_small_gradients_beside_another():
+    return [[f.code for f in gradient_findings({"1": 1.0, "2": norm}, [])] for norm in (3e-5, 3e-4)]
+
+
+@decides("MAX_GRADIENT_GROWTH", LARGER, SMALLER, verdict=[["exploding_gradient"], []])
+def gradients_that_grow():
+    return [[f.code for f in gradient_findings({}, [*[1.0] * 5, norm])] for norm in (300.0, 30.0)]
+
+
+@decides("NEAR_ZERO_GRADIENT_RATIO", LARGER, SMALLER, verdict=1)
+def entries_of_a_gradient():
+    return int(gradient_sizes([double([1.0, 3e-4, 3e-3])], [torch.ones(3)]).near_zero)
 
 
 @pytest.mark.parametrize(("name", "verdict", "factors", "function"), CASES)

@@ -29,12 +29,19 @@ from lightning_mnn.landscape import (
     check_proof,
     check_stationarity,
     classify,
+    dormant_fraction,
+    dormant_units,
+    effective_rank,
     estimate_learning_coefficient,
     extreme_eigenvalues,
     find_minimum,
     first_order_verdicts,
+    freeze_step,
+    gradient_noise_scale,
+    gradient_sizes,
     infer_threshold,
     kink_distance,
+    local_complexity,
     local_volume,
     log_cap_measure,
     log_cone_measure,
@@ -54,6 +61,7 @@ from lightning_mnn.landscape import (
     rare_event,
     region_log_volume,
     second_order_verdict,
+    weights_freeze_step,
 )
 from lightning_mnn.landscape.volumes.rare_events.suboptimal import suboptimal_score, unactivated_score
 from tests.simgpu.comparison import differences, placed, walk
@@ -65,6 +73,9 @@ NO_TENSORS = {
     "LogBounds": "numbers",
     "Stop": "an enumeration",
     "closed_form_log_volume": "a function of numbers",
+    "Finding": "a code and its number",
+    "FindingCode": "an enumeration",
+    "Freeze": "numbers of steps",
     "Kind": "an enumeration",
     "Proportion": "counts",
     "RandomInterpolators": "estimates and weights, on the CPU",
@@ -81,6 +92,7 @@ NO_TENSORS = {
     "planted_model_minimum": "draws its data itself, on the CPU",
     "planted_model_saddle": "draws its data itself, on the CPU",
     "products_needed": "a function of sizes",
+    "random_frame": "drawn on the CPU",
 }
 
 
@@ -262,6 +274,32 @@ def patterns(device):
         [packed, packed.unpack(), packed.flips(beside), packed.flips(beside.to("cpu")), packed.activity()],
         [one.flips(other), one.digest(), one.slopes(0.1)],
         [packed_pieces, packed_pieces.unpack_pieces(), packed_pieces.activity((1, 2)), packed_pieces.digest()],
+    )
+
+
+@case("local_complexity", "dormant_units", "dormant_fraction", "effective_rank", "freeze_step", "weights_freeze_step")
+def vital_signs(device):
+    inputs, _, weights, _ = random_data(device, 30, 5, 13)
+    patterns = [
+        {"1": ActivationPattern.from_preactivations((inputs + shift) @ weights.T).pack()} for shift in (0.3, -0.3, 0.0)
+    ]
+    activations = (inputs @ weights.T).relu()
+    lengths = torch.tensor([5.0, 1.0, 0.01], device=device)
+    return (
+        local_complexity(patterns),
+        [dormant_units(activations), dormant_fraction(activations), effective_rank(activations)],
+        [freeze_step(zip((20, 10, 0), patterns, strict=True)), weights_freeze_step(torch.arange(4), lengths)],
+    )
+
+
+@case("GradientSizes", "gradient_sizes", "gradient_noise_scale")
+def sizes_and_noise_of_gradients(device):
+    inputs, labels, weights, _ = random_data(device, 30, 5, 13)
+    sizes = gradient_sizes([inputs, labels], [weights])
+    return (
+        sizes,
+        [sizes.norm, sizes.relative_norm, sizes.near_zero_fraction],
+        gradient_noise_scale(inputs.square().mean(), inputs.mean().square(), 4, 16),
     )
 
 

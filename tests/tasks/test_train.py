@@ -24,7 +24,7 @@ from tests.documented import undocumented_keys, undocumented_names
 SUMMARY = {
     "mse", "mce", "wrong", "kind", "zero_error", "distance", "margin_ratio", "min_preactivation", "kinks", "rank",
     "rank_cap", "log_volume", "log_volume_standard_error", "log_volume_lower_bound", "learning_coefficient",
-    "regions_visited", "epochs",
+    "regions_visited", "freeze_step", "weights_freeze_step", "findings", "epochs",
     "steps", "seconds", "num_samples", "input_dim", "hidden_dims", "negative_slope", "replicas", "seed", "processes",
     "visits", "reason_code", "advice", "descends_to", "descends_to_mse", "descends_to_distance",
     "descends_to_zero_error",

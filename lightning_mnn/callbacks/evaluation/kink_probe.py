@@ -97,7 +97,7 @@ class KinkProbe:
     @property
     def num_samples(self) -> int:
         """Number of recorded samples; 0 before :meth:`prepare`."""
-        return batch_size(self.probe) if self._is_batch else len(self._chosen)
+        return batch_size(self.probe) if self.is_batch else len(self._chosen)
 
     @torch.no_grad()
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -108,7 +108,7 @@ class KinkProbe:
             TypeError: the samples of the training set cannot be enumerated, and the probe is not a batch.
             ValueError: the budget does not allow the probe, or the numbers of a layer cannot be assigned to samples.
         """
-        if not self._is_batch and draws(trainer.train_dataloader):
+        if not self.is_batch and draws(trainer.train_dataloader):
             self.probe = first_batch(trainer)
         total = self._total(trainer)
 
@@ -124,7 +124,7 @@ class KinkProbe:
         self.found = find_layers(pl_module, run, self.modules)
         self._check_budget(trainer, total)
         _log_limits(type(pl_module).__name__, self.found)
-        if not self._is_batch:
+        if not self.is_batch:
             self._chosen = chosen_samples(total, self._size(trainer, total), self.seed)
             self._data_set = _reference(_data_set(trainer))
 
@@ -137,7 +137,7 @@ class KinkProbe:
                 become smaller.
         """
         assert self.found is not None  # noqa: S101 (prepare comes first)
-        if self._is_batch:
+        if self.is_batch:
             return local_result(lambda: self._pass(trainer, pl_module, 0, self.num_samples)).patterns()
         self._check_data(trainer)
         low, high = part_of(self.num_samples, trainer.global_rank, trainer.world_size)
@@ -145,6 +145,27 @@ class KinkProbe:
         for bits in rows.bits.values():  # the rows of other processes are zero
             add_up(bits)
         return rows.patterns()
+
+    def some_samples(self, trainer: pl.Trainer, pl_module: pl.LightningModule, size: int) -> Any:
+        """Evenly spaced ones of the recorded samples as one batch as in training, the same on every process.
+
+        It must be called within ``isolated``.
+
+        Raises:
+            PatternError: the training set has become smaller.
+        """
+        spaced = torch.arange(size) * self.num_samples // size
+        if self.is_batch:
+            found = _select(self.probe, spaced, self.num_samples)
+        else:
+            self._check_data(trainer)
+            (found,) = exact_shard(trainer.train_dataloader, chosen=self._chosen[spaced], batch_size=size)
+        return as_in_training(trainer, pl_module, found)
+
+    def run(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        """Run the module on a batch as for patterns; within ``isolated``."""
+        with _as_training(trainer):
+            forward_on(pl_module, batch, self._run)
 
     def _pass(self, trainer: pl.Trainer, pl_module: pl.LightningModule, low: int, high: int) -> PatternRows:
         """Run the module on this process's samples, whose rows are ``low`` to ``high``."""
@@ -165,17 +186,23 @@ class KinkProbe:
         return rows
 
     def _batches(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Any]:
-        if self._is_batch:
+        if self.is_batch:
             yield as_in_training(trainer, pl_module, self.probe)
         else:
             yield from model_batches(trainer, pl_module, self._chosen)
 
     @property
-    def _is_batch(self) -> bool:
+    def layers_without_samples(self) -> tuple[str, ...]:
+        """Kink calls without a number for each sample, which are not recorded."""
+        return () if self.found is None else self.found.without_samples
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether the samples are a batch, instead of samples of the training set."""
         return not (self.probe is None or isinstance(self.probe, int))
 
     def _total(self, trainer: pl.Trainer) -> int:
-        if self._is_batch:
+        if self.is_batch:
             return batch_size(self.probe)
         try:
             return num_samples(trainer.train_dataloader)
@@ -184,7 +211,7 @@ class KinkProbe:
 
     def _few(self, trainer: pl.Trainer, indices: list[int]) -> Any:
         """A collated batch of a few samples, the same on every process."""
-        if self._is_batch:
+        if self.is_batch:
             return _select(self.probe, torch.tensor(indices), batch_size(self.probe))
         chosen = torch.tensor(indices)
         (batch,) = exact_shard(trainer.train_dataloader, chosen=chosen, batch_size=len(indices))
@@ -208,7 +235,7 @@ class KinkProbe:
     @contextmanager
     def _note_on_partial_batch(self, trainer: pl.Trainer, left: int) -> Iterator[None]:
         """Add a note to an error in a last batch that is smaller than those in training."""
-        size = 0 if self._is_batch else _dropping(trainer)
+        size = 0 if self.is_batch else _dropping(trainer)
         try:
             yield
         except Exception as error:
@@ -231,7 +258,7 @@ class KinkProbe:
         return SNAPSHOTS * samples * sum(layer.bytes_per_sample for layer in self.layers.values())
 
     def _check_budget(self, trainer: pl.Trainer, total: int) -> None:
-        size = total if self._is_batch else max(1, self._size(trainer, total))
+        size = total if self.is_batch else max(1, self._size(trainer, total))
         if self._bytes(size) > self.memory_budget:
             one = self._bytes(1)
             raise (ValueError if self.probe is None else MisfitError)(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.kinks.tracing import Kink, KinkTrace, Names, PatternError, check_numbers
@@ -24,6 +25,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _MORE, _FEWER = 3, 2  # samples of the two passes that are compared
+
+# Functions that pass a gradient on every piece.
+_PASSING = ("leaky_relu", "prelu", "rrelu", "elu", "selu", "abs", "absolute")
+
+_CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)
+_CHANNELS_SECOND = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm),
+)
 
 
 class NoKinksError(TypeError):
@@ -46,6 +56,9 @@ class KinkLayer:
         outer: number of repetitions of the n samples on the axis.
         inner: number of successive entries of each sample on the axis.
         rest: sizes of the other axes.
+        channel: which of these axes has the channels, as the maps of a convolution: units of one channel share their
+            weights. None: each unit has its own.
+        blocks: whether an inactive unit passes no gradient, unlike that of a LeakyReLU.
     """
 
     num_units: int
@@ -55,6 +68,8 @@ class KinkLayer:
     outer: int = 1
     inner: int = 1
     rest: tuple[int, ...] = ()
+    channel: int | None = None
+    blocks: bool = True
 
     @property
     def bytes_per_sample(self) -> int:
@@ -80,6 +95,19 @@ class KinkLayer:
         moved = values.movedim(self.axis, 0)
         num = moved.shape[0] // (self.outer * self.inner)
         return moved.reshape(self.outer, num, self.inner, -1).movedim(1, 0).reshape(num, self.num_units)
+
+    def whole_channels(self, flags: Tensor) -> Tensor:
+        """Of flags of the units (..., units), whether all of a channel's units have it, (..., channels).
+
+        >>> layer = KinkLayer(num_units=4, rest=(2, 2), channel=0)
+        >>> layer.whole_channels(torch.tensor([True, True, True, False]))
+        tensor([ True, False])
+        """
+        if self.channel is None:
+            return flags
+        shape = (*flags.shape[:-1], self.outer * self.inner, *self.rest)
+        moved = flags.reshape(shape).movedim(flags.ndim + self.channel, -1)
+        return moved.flatten(flags.ndim - 1, -2).all(-2)
 
 
 @dataclass(frozen=True)
@@ -108,6 +136,8 @@ class _Output:
     values: Tensor  # distances to the kink: they differ between samples, while pieces may agree by chance
     num_pieces: int
     active_pieces: tuple[int, ...] | None
+    channel_axis: int  # of the values, counted from the first or the last axis
+    blocks: bool
 
 
 def find_layers(
@@ -161,12 +191,21 @@ def _outputs(
 
     def record(kink: Kink) -> None:
         if kink.num_pieces > 1:
-            found[kink.name] = _Output(kink.distance().cpu().to(torch.float64), kink.num_pieces, kink.active_pieces)
+            values = kink.distance().cpu().to(torch.float64)
+            axis, blocks = _channel_axis(kink, values.ndim), kink.function not in _PASSING
+            found[kink.name] = _Output(values, kink.num_pieces, kink.active_pieces, axis, blocks)
 
     trace = KinkTrace(module, record, modules)
     with trace:
         run(num)
     return found, trace
+
+
+def _channel_axis(kink: Kink, ndim: int) -> int:
+    """The axis of a call's output whose entries have their own weights, by the module before it, or else by custom."""
+    if isinstance(kink.source, _CHANNELS_LAST):
+        return -1
+    return 1 if ndim > 3 or isinstance(kink.source, _CHANNELS_SECOND) else -1
 
 
 def _layer(name: str, output: _Output, other: _Output) -> tuple[KinkLayer, bool]:
@@ -181,9 +220,20 @@ def _layer(name: str, output: _Output, other: _Output) -> tuple[KinkLayer, bool]
     if left or small[axis] != _FEWER * fold:
         raise _unclear(name, f"its shape is {tuple(large)} for {_MORE} samples and {tuple(small)} for {_FEWER}")
     rest = (*large[:axis], *large[axis + 1 :])
+    place = output.channel_axis % len(large)
+    channel = place - (place > axis)
+    shared = place != axis and fold * math.prod(rest) > rest[channel]
     layers = [
         KinkLayer(
-            fold * math.prod(rest), output.num_pieces, output.active_pieces, axis, fold // inner, inner, tuple(rest)
+            num_units=fold * math.prod(rest),
+            num_pieces=output.num_pieces,
+            active_pieces=output.active_pieces,
+            axis=axis,
+            outer=fold // inner,
+            inner=inner,
+            rest=tuple(rest),
+            channel=channel if shared else None,
+            blocks=output.blocks,
         )
         for inner in range(1, fold + 1)
         if fold % inner == 0

@@ -144,6 +144,7 @@ class KinkTrace:
         module: the module; the names of its submodules give the names of the layers.
         on_kink: is called with each :class:`Kink`, without a gradient, before the function runs.
         modules: names or patterns (``*``, ``?``) of the layers to trace, or of modules that contain them; None: all.
+        on_output: is called with each :class:`Kink` and what its function returned, without a gradient; None: nothing.
 
     Attributes:
         names: layers found so far, in the order of the forward pass, without those that ``modules`` leaves out.
@@ -159,12 +160,19 @@ class KinkTrace:
     (['1'], [torch.Size([5, 3])], {'tanh'})
     """
 
-    def __init__(self, module: nn.Module, on_kink: Callable[[Kink], None], modules: Names = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        on_kink: Callable[[Kink], None],
+        modules: Names = None,
+        on_output: Callable[[Kink, Any], None] | None = None,
+    ) -> None:
         self.names: list[str] = []
         self.left_out: list[str] = []
         self.smooth: set[str] = set()
         self.opaque: set[str] = set()
         self._on_kink = on_kink
+        self._on_output = on_output
         self._patterns = (modules,) if isinstance(modules, str) else None if modules is None else tuple(modules)
         self._parts: list[nn.Module] = []  # the hash of a metric is not that of an object
         self._paths: dict[int, str] = {}
@@ -189,7 +197,7 @@ class KinkTrace:
             for part in self._parts:
                 stack.callback(part.register_forward_pre_hook(self._enter_module).remove)
                 stack.callback(part.register_forward_hook(self._leave_module, always_call=True).remove)
-            stack.enter_context(_Mode(self._on_call))
+            stack.enter_context(_Mode(self._on_call, self._on_output))
             self._stack = stack.pop_all()
         return self
 
@@ -210,29 +218,31 @@ class KinkTrace:
         self._output = (module, inputs[0] if len(inputs) == 1 else None, output)
 
     @torch.no_grad()
-    def _on_call(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        """Inspect a call of torch, and pass it to ``on_kink`` if it has kinks."""
+    def _on_call(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Kink | None:
+        """Inspect a call of torch, and pass it to ``on_kink`` if it has kinks; return what was passed."""
         if self._metrics and any(id(part) in self._metrics for part in self._within):
-            return
+            return None
         if is_smooth(name, args, kwargs):
             self.smooth.add(name)
         if has_unseen_kinks(name, args, kwargs):
             self.opaque.add(name)
         if has_kinks(name) and any(map(_is_wrapped, (*args, *kwargs.values()))):
             self.opaque.add(f"{self._layer(name)} (within torch.vmap or torch.func)")
-            return
+            return None
         call = function_of(name, args, kwargs)
         if call is None:
-            return
+            return None
         layer = self._layer(name)
         if not self._wanted(layer):
             _note(self.left_out, layer)
-            return
+            return None
         _note(self.names, layer)
         source = None
         if self._output is not None and self._output[2] is call.input:
             source = self._output[:2]
-        self._on_kink(Kink(layer, name, call, source))
+        kink = Kink(layer, name, call, source)
+        self._on_kink(kink)
+        return kink
 
     def _layer(self, function: str) -> str:
         path = self._paths[id(self._within[-1])] if self._within else ""
@@ -252,17 +262,26 @@ class KinkTrace:
 
 
 class _Mode(TorchFunctionMode):
-    """Reports each call of torch before it runs."""
+    """Reports each call of torch before it runs, and what a kink call returns."""
 
-    def __init__(self, on_call: Callable[[str, Sequence[Any], dict[str, Any]], None]) -> None:
+    def __init__(
+        self,
+        on_call: Callable[[str, Sequence[Any], dict[str, Any]], Kink | None],
+        on_output: Callable[[Kink, Any], None] | None,
+    ) -> None:
         super().__init__()
         self._on_call = on_call
+        self._on_output = on_output
 
     @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self._on_call(getattr(func, "__name__", "").strip("_"), args, kwargs)
-        return func(*args, **kwargs)
+        kink = self._on_call(getattr(func, "__name__", "").strip("_"), args, kwargs)
+        output = func(*args, **kwargs)
+        if kink is not None and self._on_output is not None:
+            with torch.no_grad():
+                self._on_output(kink, output)
+        return output
 
 
 def _is_wrapped(value: Any) -> bool:

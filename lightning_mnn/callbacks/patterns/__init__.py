@@ -1,0 +1,1 @@
+"""What ActivationPatternRecorder delegates to: vital signs of the units, and when patterns and weights settle."""

@@ -1,0 +1,117 @@
+"""TimeShare: keeps what a callback costs within a share of the time of training."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from enum import StrEnum, auto
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class CostTier(StrEnum):
+    """How much of the time of training a callback may take.
+
+    Attributes:
+        LIGHT: at most 1 %.
+        STANDARD: at most 5 %.
+        FULL: no limit.
+    """
+
+    LIGHT = auto()
+    STANDARD = auto()
+    FULL = auto()
+
+    @property
+    def share(self) -> float | None:
+        """The largest share; None: no limit."""
+        return {CostTier.LIGHT: 0.01, CostTier.STANDARD: 0.05}.get(self)
+
+
+class TimeShare:
+    """Measures the time of a callback's work, and says whether more of it stays within a share of training's time.
+
+    Training's time is that since the start without the callback's own. The work at the start and at the end is always
+    done, so a short training may exceed the share. Where there is a limit, a GPU is waited for before and after the
+    work, so that the work of training is not counted as the callback's.
+
+    Args:
+        share: the largest share; None: no limit, and nothing is measured.
+
+    Attributes:
+        spent: seconds of the work so far.
+        left_out: number of times at which there was no time for it.
+        done: number of times at which it was done.
+
+    >>> TimeShare(None).affordable(), TimeShare(0.01).affordable()
+    (True, False)
+    """
+
+    def __init__(self, share: float | None) -> None:
+        self.share = share
+        self.begin()
+
+    def begin(self) -> None:
+        """Start the clock of a training."""
+        self.spent, self.left_out, self.done = 0.0, 0, 0
+        self._last = self._current = 0.0
+        self._start = time.monotonic()
+
+    def affordable(self) -> bool:
+        """Whether the work can be done again, and once at the end, within the share; what is left out is counted."""
+        if self.share is None:
+            return True
+        fits = self.spent + 2 * self._last < self.share * self.training_seconds
+        self.left_out += not fits
+        return fits
+
+    @property
+    def training_seconds(self) -> float:
+        """Seconds since the start without the callback's own."""
+        return time.monotonic() - self._start - self.spent
+
+    @contextmanager
+    def measured(self, device: torch.device, *, repeats: bool = True, completes: bool = True) -> Iterator[None]:
+        """A context whose time is counted.
+
+        Args:
+            device: the device on which the module trains.
+            repeats: whether the work is what is done at the scheduled times.
+            completes: whether that is all of it for this time; otherwise more follows.
+        """
+        if self.share is None:
+            yield
+            return
+        _wait(device)
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            _wait(device)
+            seconds = time.monotonic() - start
+            self.spent += seconds
+            if repeats:
+                self._current += seconds
+            if repeats and completes:
+                self._last, self._current, self.done = self._current, 0.0, self.done + 1
+
+    def __str__(self) -> str:
+        """What the work cost, in one sentence."""
+        if self.share is None:
+            return "no limit of time"
+        training = max(self.training_seconds, 1e-9)
+        percent = 100 * self.spent / training
+        text = f"took {self.spent:.1f} s, {percent:.2g} % of training (limit {100 * self.share:g} %)"
+        if self.left_out:
+            times = self.left_out + self.done
+            text += f"; to stay within it, {self.left_out} of {times} times were left out"
+        return text
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
