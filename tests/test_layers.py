@@ -18,6 +18,7 @@ FLOORS = (  # folders from the ground up: a module imports from lower ones, and 
     ("landscape.minima", "landscape.volumes", "landscape.curvature"),
     ("landscape.minima.models.equations",),
     ("landscape.minima.models",),
+    ("landscape.slices",),
     ("figures", "callbacks.evaluation"),
     ("callbacks.evidence.models",),
     ("callbacks.evidence", "callbacks.volumes", "figures.report_page"),

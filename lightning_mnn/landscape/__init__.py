@@ -35,6 +35,9 @@ from lightning_mnn.landscape.pattern import ActivationPattern, PackedPattern, Pi
 from lightning_mnn.landscape.regions.existence import ClosedBranch, Existence, check_proof, find_minimum
 from lightning_mnn.landscape.regions.region import LeastSquares, Region
 from lightning_mnn.landscape.regions.statistics import Layer, NetworkStatistics, merge_statistics, network_statistics
+from lightning_mnn.landscape.slices.directions import curvature_directions, principal_directions, random_directions
+from lightning_mnn.landscape.slices.kink_lines import SliceKinks
+from lightning_mnn.landscape.slices.landscape_slice import LandscapeSlice, landscape_slice
 from lightning_mnn.landscape.volumes.cone import log_cone_measure
 from lightning_mnn.landscape.volumes.intervals import LogEstimate, Proportion
 from lightning_mnn.landscape.volumes.random_moves import KeepCurve, LocalVolume, local_volume
@@ -64,6 +67,7 @@ __all__ = [
     "Kink",
     "KinkDistance",
     "KinkTrace",
+    "LandscapeSlice",
     "Layer",
     "LeastSquares",
     "LocalVolume",
@@ -89,6 +93,7 @@ __all__ = [
     "RegionVolume",
     "SampledCoefficient",
     "SecondOrderVerdict",
+    "SliceKinks",
     "Spectrum",
     "bounds",
     "census",
@@ -98,6 +103,7 @@ __all__ = [
     "check_proof",
     "check_stationarity",
     "classify",
+    "curvature_directions",
     "ensemble_census",
     "estimate_learning_coefficient",
     "extreme_eigenvalues",
@@ -105,6 +111,7 @@ __all__ = [
     "first_order_verdicts",
     "infer_threshold",
     "kink_distance",
+    "landscape_slice",
     "learning_coefficient",
     "local_volume",
     "log_cap_measure",
@@ -120,7 +127,9 @@ __all__ = [
     "planted_saddle",
     "polish",
     "polish_model",
+    "principal_directions",
     "products_needed",
+    "random_directions",
     "rare_census",
     "rare_event",
     "region_log_volume",
