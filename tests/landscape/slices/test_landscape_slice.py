@@ -146,22 +146,21 @@ def test_kink_lines_of_the_first_layer_are_where_its_pre_activation_changes_sign
 
 @settings(max_examples=5, deadline=None)
 @given(seed=SEEDS)
-def test_later_kinks_in_a_plane_are_interpolated_within_a_cell(seed):
-    module, inputs, targets, moves = drawn(seed, 2, 4, 3, 1, num_samples=3)
-    found = landscape_slice(module, inputs, targets, 0.3 * moves, resolution=25)
+def test_later_kinks_in_a_plane_are_in_the_cells_between_whose_corners_a_unit_changes_its_sign(seed):
+    module, inputs, targets, moves = drawn(seed, 2, 4, 3, 1, num_samples=2)
+    found = landscape_slice(module, inputs, targets, 0.3 * moves, resolution=15)
     first, later = found.kinks
     assert (first.exact, later.exact) == (True, False)
-    size = float(found.axes[0][1] - found.axes[0][0])
-    for ends, sample, unit in zip(later.ends[::7], later.samples.tolist()[::7], later.units.tolist()[::7], strict=True):
-        middle, along = ends.mean(0), ends[1] - ends[0]
-        if along.norm() < 0.1 * size:
-            continue
-        normal = torch.stack([-along[1], along[0]]) / along.norm()
-        values = [
-            preactivation(module, point(module, found, middle + s * size * normal), inputs, 3, sample, unit)
-            for s in (-1, 1)
-        ]
-        assert values[0] * values[1] <= 0 or min(map(abs, values)) < 1e-3
+    grid = torch.cartesian_prod(*found.axes)
+    for sample in range(2):
+        for unit in range(3):
+            values = [preactivation(module, point(module, found, c), inputs, 3, sample, unit) for c in grid]
+            signs = torch.tensor(values).view(15, 15) > 0
+            corners = torch.stack([signs[:-1, :-1], signs[1:, :-1], signs[:-1, 1:], signs[1:, 1:]])
+            expected = {tuple(cell) for cell in (corners != corners[0]).any(0).nonzero().tolist()}
+            ends = later.ends[(later.samples == sample) & (later.units == unit)]
+            places = [torch.searchsorted(axis, ends.mean(1)[:, i].contiguous()) for i, axis in enumerate(found.axes)]
+            assert {tuple(cell) for cell in (torch.stack(places, 1) - 1).tolist()} == expected
 
 
 def every_change(module, found, inputs, layer, sample, unit):
