@@ -5,11 +5,13 @@ Shapes: k directions (1 or 2), P parameters, N samples, G points of an axis, T p
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.slices.directions import flat_point
 from lightning_mnn.landscape.slices.kink_lines import KinkPasses, SliceKinks, trace_kinks
 from lightning_mnn.landscape.slices.losses import MEMORY_BUDGET, PointLosses
@@ -58,6 +60,17 @@ class LandscapeSlice:
     trajectory: Tensor
     off_slice: Tensor
     kind: Kind | None
+
+    def kink_radius(self, count: int) -> float:
+        """Distance, in coordinates, within which ``count`` of the traced kinks pass the centre; infinite for fewer.
+
+        Kinks through the centre do not count, as those of a minimum on kinks.
+        """
+        distances = [_distances(kinks.ends) for kinks in self.kinks]
+        found = torch.cat([*distances, self.axes[0].new_zeros(0)])
+        size = max(abs(number) for axis in self.axes for number in fetched(axis[0], axis[-1]))
+        found = found[found > tolerances.MAX_ZERO_RATIO * size].sort().values
+        return float(found[count - 1]) if len(found) >= count else math.inf
 
 
 def landscape_slice(
@@ -139,6 +152,15 @@ def landscape_slice(
     kinks, region = trace_kinks(KinkPasses(losses, origin, moves, rows), axes, kink_pairs, seed)
     (center_loss,) = fetched(losses(origin, torch.zeros_like(grid[:1]), moves))
     return LandscapeSlice(axes, values, center_loss, moves, kinks, region, rows, passed, off, kind)
+
+
+def _distances(ends: Tensor) -> Tensor:
+    """Distances of the centre from segments (M, 2, 2), or from positions (M, 1, 1): (M,)."""
+    start, along = ends[:, 0], ends[:, -1] - ends[:, 0]
+    squares = along.square().sum(1)
+    share = -(start * along).sum(1) / torch.where(squares > 0, squares, 1.0)
+    nearest = start + share.clamp(0, 1)[:, None] * along
+    return nearest.square().sum(1).sqrt()
 
 
 def _checked(module: nn.Module, directions: Tensor | Sequence[Point]) -> Tensor:
