@@ -36,6 +36,7 @@ from lightning_mnn.landscape.regions.existence import ClosedBranch, Existence, c
 from lightning_mnn.landscape.regions.region import LeastSquares, Region
 from lightning_mnn.landscape.regions.statistics import Layer, NetworkStatistics, merge_statistics, network_statistics
 from lightning_mnn.landscape.slices.directions import curvature_directions, principal_directions, random_directions
+from lightning_mnn.landscape.slices.input_regions import InputRegions, input_regions
 from lightning_mnn.landscape.slices.kink_lines import SliceKinks
 from lightning_mnn.landscape.slices.landscape_slice import LandscapeSlice, landscape_slice
 from lightning_mnn.landscape.volumes.cone import log_cone_measure
@@ -62,6 +63,7 @@ __all__ = [
     "ExactCoefficient",
     "Existence",
     "FirstOrderVerdict",
+    "InputRegions",
     "KeepCurve",
     "Kind",
     "Kink",
@@ -110,6 +112,7 @@ __all__ = [
     "find_minimum",
     "first_order_verdicts",
     "infer_threshold",
+    "input_regions",
     "kink_distance",
     "landscape_slice",
     "learning_coefficient",
