@@ -40,6 +40,7 @@ class Config:
     watch: bool
     report: bool
     figure: bool | None
+    plane: str
     dry_run: bool
     dashboard: Any
 

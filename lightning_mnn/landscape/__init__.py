@@ -37,6 +37,10 @@ from lightning_mnn.landscape.pattern import ActivationPattern, PackedPattern, Pi
 from lightning_mnn.landscape.regions.existence import ClosedBranch, Existence, check_proof, find_minimum
 from lightning_mnn.landscape.regions.region import LeastSquares, Region
 from lightning_mnn.landscape.regions.statistics import Layer, NetworkStatistics, merge_statistics, network_statistics
+from lightning_mnn.landscape.slices.directions import curvature_directions, principal_directions, random_directions
+from lightning_mnn.landscape.slices.input_regions import InputRegions, input_regions
+from lightning_mnn.landscape.slices.kink_lines import SliceKinks
+from lightning_mnn.landscape.slices.landscape_slice import LandscapeSlice, landscape_slice
 from lightning_mnn.landscape.vitals.freezing import freeze_step, weights_freeze_step
 from lightning_mnn.landscape.vitals.gradients import GradientSizes, gradient_noise_scale, gradient_sizes
 from lightning_mnn.landscape.vitals.signs import (
@@ -88,11 +92,13 @@ __all__ = [
     "FirstOrderVerdict",
     "Freeze",
     "GradientSizes",
+    "InputRegions",
     "KeepCurve",
     "Kind",
     "Kink",
     "KinkDistance",
     "KinkTrace",
+    "LandscapeSlice",
     "Layer",
     "LeastSquares",
     "LocalVolume",
@@ -122,6 +128,7 @@ __all__ = [
     "RegionVolume",
     "SampledCoefficient",
     "SecondOrderVerdict",
+    "SliceKinks",
     "Spectrum",
     "Stop",
     "bounds",
@@ -133,6 +140,7 @@ __all__ = [
     "check_stationarity",
     "classify",
     "closed_form_log_volume",
+    "curvature_directions",
     "dormant_fraction",
     "dormant_units",
     "effective_rank",
@@ -145,7 +153,9 @@ __all__ = [
     "gradient_noise_scale",
     "gradient_sizes",
     "infer_threshold",
+    "input_regions",
     "kink_distance",
+    "landscape_slice",
     "learning_coefficient",
     "local_complexity",
     "local_volume",
@@ -164,7 +174,9 @@ __all__ = [
     "planted_saddle",
     "polish",
     "polish_model",
+    "principal_directions",
     "products_needed",
+    "random_directions",
     "random_frame",
     "random_interpolators",
     "rare_census",

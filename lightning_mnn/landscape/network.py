@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,3 +130,27 @@ class Network:
         hidden = torch.where(last > 0, last, self.negative_slope * last)
         found = (hidden @ self.output_weights[..., None])[..., 0]
         return found if self.output_bias is None else found + self.output_bias[..., None]
+
+    def to_sequential(self) -> nn.Sequential:
+        """The network as an ``nn.Sequential`` of copies of its weights, with outputs (N, 1), for one without replicas.
+
+        >>> network = Network((torch.eye(2),), torch.tensor([1.0, -1.0]), 0.5)
+        >>> network.to_sequential()(torch.tensor([[2.0, -4.0]]))
+        tensor([[4.]], grad_fn=<MmBackward0>)
+        """
+        layers: list[nn.Module] = []
+        for weights in self.hidden_weights:
+            activation = nn.ReLU() if self.negative_slope == 0 else nn.LeakyReLU(self.negative_slope)
+            layers += [_linear(weights, self.hidden_bias), activation]
+        output_bias = None if self.output_bias is None else self.output_bias.reshape(1)
+        return nn.Sequential(*layers, _linear(self.output_weights[None], output_bias))
+
+
+def _linear(weights: Tensor, bias: Tensor | None) -> nn.Linear:
+    options: dict[str, Any] = {"device": weights.device, "dtype": weights.dtype}
+    layer = nn.Linear(weights.shape[1], weights.shape[0], bias=bias is not None, **options)
+    with torch.no_grad():
+        layer.weight.copy_(weights)
+        if bias is not None:
+            layer.bias.copy_(bias)
+    return layer

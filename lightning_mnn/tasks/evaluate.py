@@ -122,7 +122,7 @@ def results_of(module: MNN, datamodule: ExactData, max_distance: float | None) -
     Without a ``max_distance`` there are no certificates: those are of minima of the MSE, over all weights.
     """
     network = module.network().to(torch.float64)
-    inputs, targets = _samples(datamodule, replicated=module.replicas > 1)
+    inputs, targets = samples_of(datamodule, replicated=module.replicas > 1)
     regression = bool(module.hparams["regression"])
     sums = ErrorSums(module.threshold, regression=regression)
     sums.add(network.predict(inputs), targets)
@@ -138,7 +138,7 @@ def results_of(module: MNN, datamodule: ExactData, max_distance: float | None) -
     return found
 
 
-def _samples(datamodule: ExactData, *, replicated: bool) -> tuple[Tensor, Tensor]:
+def samples_of(datamodule: ExactData, *, replicated: bool) -> tuple[Tensor, Tensor]:
     """All samples of the training set, in float64."""
     loader = datamodule.train_dataloader()
     sizes = {"num_samples": loader.num_samples, "input_dim": datamodule.input_dim}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -145,20 +145,4 @@ def _tensors(network: Network) -> dict[str, Tensor]:
 
 def _sequential(network: Network) -> nn.Sequential:
     """A single network as an ``nn.Sequential``, in float64 on the CPU."""
-    wide = replace(network).to(torch.device("cpu")).to(torch.float64)
-    layers: list[nn.Module] = []
-    for weight in (*wide.hidden_weights, wide.output_weights[None]):
-        layers += [nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=torch.float64), nn.LeakyReLU()]
-    slope = network.negative_slope
-    for place in range(1, len(layers), 2):
-        layers[place] = nn.LeakyReLU(slope) if slope else nn.ReLU()
-    biases = {0: wide.hidden_bias, len(layers) - 2: wide.output_bias}
-    for place, bias in biases.items():
-        if bias is not None:
-            layers[place].bias = nn.Parameter(bias.detach().reshape(-1).clone())
-    found = nn.Sequential(*layers[:-1])
-    with torch.no_grad():
-        for name, tensor in _tensors(wide).items():
-            parameter = found.get_parameter(name)
-            parameter.copy_(tensor.reshape(parameter.shape))
-    return found
+    return network.to(torch.device("cpu")).to(torch.float64).to_sequential()
