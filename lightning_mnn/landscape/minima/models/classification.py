@@ -182,15 +182,13 @@ def classify_point(  # noqa: C901, PLR0911 (one exit for each reason)
         reach = Reach(ball.radius, ball.bounds.slopes)
         if not torch.equal(implied_kinks(system.face, system.theta, reach), system.implied):
             return undecided(ReasonCode.KINKS_NOT_INDEPENDENT, likq=0.0, kinks=system.face.num_kinks)
-    kind, off = Kind.SADDLE, None
+    kind = Kind.SADDLE
     negative = int((system.inertia < 0).sum()) - system.num_independent - len(system.gauge.basis)
-    uncertainty = _growth_error(system) + ball.radius * ball.bounds.growth_change
-    if bool(system.implied.any()) and not bool((growth > uncertainty).all()):
-        cells = growth_in_cells(system, ball)
-        if cells is None:
-            return undecided(ReasonCode.GROWTH_WITHIN_ROUNDING, value=float(growth.min()))
-        growth, uncertainty, off = growth.new_tensor([cells.smallest]), cells.uncertainty, cells.move
-        facts["growth"] = cells.smallest
+    smallest = _smallest_growth(system, ball)
+    if smallest is None:
+        return undecided(ReasonCode.GROWTH_WITHIN_ROUNDING, value=float(growth.min()))
+    growth, uncertainty, off = smallest
+    facts["growth"] = float(growth.min()) if len(growth) else None
     if negative > 0:
         direction = _fall_along_curvature(model, system, vector, system.tangential()[1][:, 0], ball)
         code = ReasonCode.NEGATIVE_TANGENTIAL_CURVATURE
@@ -209,6 +207,18 @@ def classify_point(  # noqa: C901, PLR0911 (one exit for each reason)
     if direction is None:
         return undecided(ReasonCode.FALL_WITHIN_ROUNDING)
     return result(kind, Reason.of(code, **words), radius=ball.radius, direction=direction)
+
+
+def _smallest_growth(system: System, ball: Ball) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Growths, bounds on their errors, and a direction in which the loss falls if it is known; None if undecided."""
+    growth = system.precise.growth
+    uncertainty = _growth_error(system) + ball.radius * ball.bounds.growth_change
+    if not bool(system.implied.any()) or bool((growth > uncertainty).all()):
+        return growth, uncertainty, None
+    cells = growth_in_cells(system, ball)
+    if cells is None:
+        return None
+    return growth.new_tensor([cells.smallest]), growth.new_tensor([cells.uncertainty]), cells.move
 
 
 def numbers_within(reading: Reading, ball: Ball) -> int:
@@ -253,9 +263,7 @@ def _loss_slope(model: Model, vector: Tensor, ball: Ball) -> float:
     return float((ball.bounds.loss_slope * ball.bounds.outputs[0]).mean()) + penalty
 
 
-def _fall_off_kink(
-    model: Model, system: System, vector: Tensor, ball: Ball, move: Tensor | None
-) -> Tensor | None:
+def _fall_off_kink(model: Model, system: System, vector: Tensor, ball: Ball, move: Tensor | None) -> Tensor | None:
     """A given move, or one off the kink of the most negative growth, on the side where the loss falls."""
     if move is not None:
         return _lowest(model, system, vector, move, ball, onto_face=False)

@@ -122,7 +122,8 @@ def certify_model(
     within ``radius``, with bounds on all rounding errors. It is a local minimum if the loss grows strictly off each
     active kink (normal growth), and the Hessian of the Lagrangian on the face is positive definite off the model's
     symmetries (Griewank and Walther 2016). The kinks must be independent (LIKQ), but for those that are proved to be
-    active wherever the others are. All this is checked for the whole ball of that radius. A point of zero error is proved by a Jacobian of full row rank and is a global minimum.
+    active wherever the others are. All this is checked for the whole ball of that radius. A point of zero error is
+    proved by a Jacobian of full row rank and is a global minimum.
 
     Whatever is not proved is ``undecided``, with the reason. ``not_stationary``: Newton's method found no stationary
     point within ``max_distance``, or the loss falls off a kink at first order, along ``direction``. Two-layer

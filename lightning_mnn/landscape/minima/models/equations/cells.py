@@ -134,4 +134,7 @@ class _Cells:
         ahead, behind = (zero.index_add(0, place, weights.clamp(min=0) * (sign == side)) for side in (1.0, -1.0))
         both = torch.minimum(ahead, behind)
         kink = int(both.argmax()) if float(both.max()) > tolerances.LINEAR_PROGRAM_ERROR_RATIO else None
-        return float((bound - matrix @ move).min()), own + self.null @ move, kink, ahead - behind
+        multipliers = own + self.null @ move
+        growth = first.normal + first.coupling.T @ multipliers
+        smallest = float((growth[place] - sign * multipliers[place]).min())
+        return smallest, multipliers, kink, ahead - behind

@@ -2,13 +2,13 @@
 
 Pre-activations of a linear layer are z = v·h, with the row v of a unit (its bias included) and the inputs h of a sample
 (one for the bias). Let T be some of the inputs, and S samples whose other inputs are zero on the face, where units on
-active kinks are zero too. A sample m has its inputs in T, unit u is on its kinks for S, and units Q are on theirs for S
-and m. Then the v of u and of Q, on T, are orthogonal to the inputs of S. If the inputs of S and the v of Q together have
-rank |T|, the v of Q span all that is orthogonal to the inputs of S. So the v of u is a combination of those of Q, and
-unit u is on its kink for m: this kink is *implied* by the others, and its gradient is a combination of theirs.
+active kinks are zero too. A sample m has its inputs in T, unit u is on its kinks for S, and units Q are on theirs for
+S and m. Then the v of u and of Q, on T, are orthogonal to the inputs of S. If the inputs of S and the v of Q together
+have rank |T|, the v of Q span all that is orthogonal to the inputs of S. So the v of u is a combination of those of Q,
+and unit u is on its kink for m: this kink is *implied* by the others, and its gradient is a combination of theirs.
 
-Trained networks have such kinks of samples that no unit of the layer before sees, whose pre-activations are biases (T is
-the bias), and of units with proportional weights.
+Trained networks have such kinks of samples that no unit of the layer before sees, whose pre-activations are biases (T
+is the bias), and of units with proportional weights.
 
 Shapes: N samples, P free parameters, κ active kinks.
 """
@@ -98,7 +98,8 @@ def _zeros(face: Face, number: int, inputs: dict[int, Tensor]) -> Tensor | None:
     if not (isinstance(op, Bends) and op.kinks == (0.0,) and isinstance(piece, Pieces)):
         return None
     zero = (piece.slope == 0) & (piece.offset == 0)
-    return zero.flatten().index_fill(0, piece.kinks, True).reshape(zero.shape)
+    zero.view(-1)[piece.kinks] = True
+    return zero
 
 
 def _errors(face: Face, number: int, reach: Reach | None, sizes: dict[int, Tensor]) -> Tensor:

@@ -114,13 +114,23 @@ def _of_pair(  # noqa: C901 (conditions of one pair)
         result[b.weight] = change
         return result
 
+    def placed(block: list[int], ahead: Tensor, back: Tensor) -> dict[str, Tensor]:
+        """A move of the weights of a block."""
+        inputs, result = weight.shape[1], {}
+        result[a.weight], result[b.weight] = torch.zeros_like(weight), torch.zeros_like(outgoing)
+        result[a.weight][block], result[b.weight][:, block] = ahead[:, :inputs], back
+        if a.bias is not None:
+            result[a.bias] = torch.zeros_like(parameters[a.bias])
+            result[a.bias][block] = ahead[:, inputs]
+        return result
+
     is_linear = not a.groups and not b.groups and columns == 1 and not single
     for block, has_kinks in _blocks(face, len(weight), between):
         if free and is_linear and not has_kinks:
             rows = weight if a.bias is None else torch.cat([weight, parameters[a.bias][:, None]], dim=1)
             kernel = _kernel_of_product(rows[block], outgoing[:, block])
             if kernel is not None:
-                yield from (_placed(a, b, weight, outgoing, block, *move) for move in zip(*kernel, strict=True))
+                yield from (placed(block, *move) for move in zip(*kernel, strict=True))
                 continue
         if free:
             yield from (mixed(i, i) for i in block)
@@ -157,21 +167,6 @@ def _kernel_of_product(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor] |
     basis = smallest * torch.linalg.svd(product)[2][outputs * inputs :]
     ahead, back = basis[:, : units * inputs], basis[:, units * inputs :]
     return ahead.reshape(-1, units, inputs), back.reshape(-1, outputs, units)
-
-
-def _placed(
-    first: Affine, second: Affine, weight: Tensor, outgoing: Tensor, block: list[int], ahead: Tensor, back: Tensor
-) -> dict[str, Tensor]:
-    """A move of the weights of a block as one of parameters by name."""
-    inputs = weight.shape[1]
-    rows, columns = torch.zeros_like(weight), torch.zeros_like(outgoing)
-    rows[block], columns[:, block] = ahead[:, :inputs], back
-    result = {first.weight: rows, second.weight: columns}
-    if first.bias is not None:
-        bias = weight.new_zeros(len(weight))
-        bias[block] = ahead[:, inputs]
-        result[first.bias] = bias
-    return result
 
 
 def _blocks(face: Face, channels: int, between: range) -> list[tuple[list[int], bool]]:
