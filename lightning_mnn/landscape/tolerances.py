@@ -47,6 +47,8 @@ MIN_LIKQ = 1e-9  # σ_min/σ_max of the gradients of independent kinks
 # Source: chosen: more than half of the digits of float64. Test: none, not tried yet.
 MIN_GENERATOR_RATIO = 1e-8  # singular value, relative to the largest, of independent generators of symmetries
 # Source: half of the digits of float64. Test: none, not tried yet.
+MIN_SUBMERSION_RATIO = 1e-6  # smallest singular value of V or W, relative to the larger norm, of a product V W
+# Source: chosen: the radius of a certificate is far smaller, and is checked against it. Test: here.
 MAX_POOLING_TIE_RATIO = 1e-12  # difference of two numbers in a window of max-pooling, relative to their scale, of a tie
 # Source: chosen: some thousand roundings. Test: none, not tried yet.
 MATRIX_EIGENVALUE_ROUNDINGS = 100.0  # error of dense eigenvalues, per row, in spacings of floats at the largest

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_mnn.landscape import tolerances
+from lightning_mnn.landscape.minima.models.equations.cells import growth_in_cells
 from lightning_mnn.landscape.minima.models.equations.face import Model, Pieces
+from lightning_mnn.landscape.minima.models.equations.implied import Reach, implied_kinks
 from lightning_mnn.landscape.minima.models.equations.reading import Active, Reading, read_face, true_loss
 from lightning_mnn.landscape.minima.models.equations.stationarity import (
     Ball,
@@ -50,11 +52,12 @@ class Classified:
         reading: its pieces.
         radius: the exact point lies within it; None if there is none.
         growth: the smallest growth; None without kinks.
-        likq: σ_min/σ_max of Z; None without kinks.
+        likq: σ_min/σ_max of Z, of kinks that are not implied; None without kinks.
         smallest_eigenvalue: the smallest tangential eigenvalue off the symmetries; None if there is none.
         positive_directions: number of positive tangential eigenvalues.
         flat_directions: number of tangential directions without curvature.
         symmetries: number of independent symmetries.
+        implied_kinks: number of kinks that the others imply.
         zero_error: whether all outputs are the targets.
         direction: a move that lowers the loss: of a saddle, or where the loss falls off a kink; else None.
     """
@@ -70,6 +73,7 @@ class Classified:
     positive_directions: int | None = None
     flat_directions: int | None = None
     symmetries: int | None = None
+    implied_kinks: int = 0
     zero_error: bool = False
     direction: Tensor | None = None
 
@@ -89,8 +93,9 @@ def solve(  # noqa: C901 (one exit for each reason)
         safe_point()
         reading = read_face(model, vector, active)
         face = reading.face
-        if face.num_kinks > len(face.free) or len(face.free) + face.num_kinks > MAX_UNKNOWNS:
-            return _too_large_or_dependent(face)
+        unknowns = len(face.free) + face.num_kinks
+        if unknowns > MAX_UNKNOWNS:
+            return Reason.of(ReasonCode.MODEL_TOO_LARGE, unknowns=unknowns, limit=MAX_UNKNOWNS)
         theta = vector[face.free]
         if multipliers is not None and len(multipliers) != face.num_kinks:
             multipliers = None
@@ -113,6 +118,8 @@ def solve(  # noqa: C901 (one exit for each reason)
             step, size = _further(factors, face, step, size, scale)
         last = min(size, last)
         vector, multipliers = face.whole(step[0]), step[1]
+        if bool(system.implied.any()) and last > _PRECISE_STEP:
+            multipliers = None  # chosen again, as they are not unique
         if not float((vector - start).norm()) <= 10 * max_distance * scale:
             break
     if first is not None and not float(first.inertia.abs().min()) > first.inertia_error:  # steps are arbitrary
@@ -137,13 +144,6 @@ def _further(
     return step, size
 
 
-def _too_large_or_dependent(face: Face) -> Reason:
-    if face.num_kinks > len(face.free):
-        return Reason.of(ReasonCode.KINKS_NOT_INDEPENDENT, likq=0.0, kinks=face.num_kinks)
-    unknowns = len(face.free) + face.num_kinks
-    return Reason.of(ReasonCode.MODEL_TOO_LARGE, unknowns=unknowns, limit=MAX_UNKNOWNS)
-
-
 def classify_point(  # noqa: C901, PLR0911 (one exit for each reason)
     model: Model, system: System, reading: Reading, vector: Tensor
 ) -> Classified:
@@ -159,6 +159,7 @@ def classify_point(  # noqa: C901, PLR0911 (one exit for each reason)
         "positive_directions": int((values > 0).sum()),
         "flat_directions": int(zero.sum()),
         "symmetries": len(system.gauge.basis),
+        "implied_kinks": int(system.implied.sum()),
     }
 
     def result(kind: Kind, because: Reason, **more: object) -> Classified:
@@ -177,15 +178,23 @@ def classify_point(  # noqa: C901, PLR0911 (one exit for each reason)
     close = numbers_within(reading, ball)
     if close or not system.gauge.smallest > 2 * system.gauge.change * ball.radius:
         return undecided(ReasonCode.PIECES_WITHIN_RADIUS, count=close, radius=ball.radius)
+    if bool(system.implied.any()):
+        reach = Reach(ball.radius, ball.bounds.slopes)
+        if not torch.equal(implied_kinks(system.face, system.theta, reach), system.implied):
+            return undecided(ReasonCode.KINKS_NOT_INDEPENDENT, likq=0.0, kinks=system.face.num_kinks)
     kind = Kind.SADDLE
-    negative = int((system.inertia < 0).sum()) - len(system.multipliers) - len(system.gauge.basis)
-    uncertainty = _growth_error(system) + ball.radius * ball.bounds.growth_change
+    negative = int((system.inertia < 0).sum()) - system.num_independent - len(system.gauge.basis)
+    smallest = _smallest_growth(system, ball)
+    if smallest is None:
+        return undecided(ReasonCode.GROWTH_WITHIN_ROUNDING, value=float(growth.min()))
+    growth, uncertainty, off = smallest
+    facts["growth"] = float(growth.min()) if len(growth) else None
     if negative > 0:
         direction = _fall_along_curvature(model, system, vector, system.tangential()[1][:, 0], ball)
         code = ReasonCode.NEGATIVE_TANGENTIAL_CURVATURE
         words: dict[str, object] = {"value": float(values[0])}
     elif bool((growth < -uncertainty).any()):
-        direction = _fall_off_kink(model, system, vector, ball)
+        direction = _fall_off_kink(model, system, vector, ball, off)
         code, words, kind = ReasonCode.GROWTH_NEGATIVE, {"value": float(growth.min())}, Kind.NOT_STATIONARY
     elif bool((growth > uncertainty).all()):
         kind = Kind.KINK_MINIMUM if len(growth) else Kind.DIFFERENTIABLE_MINIMUM
@@ -198,6 +207,18 @@ def classify_point(  # noqa: C901, PLR0911 (one exit for each reason)
     if direction is None:
         return undecided(ReasonCode.FALL_WITHIN_ROUNDING)
     return result(kind, Reason.of(code, **words), radius=ball.radius, direction=direction)
+
+
+def _smallest_growth(system: System, ball: Ball) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Growths, bounds on their errors, and a direction in which the loss falls if it is known; None if undecided."""
+    growth = system.precise.growth
+    uncertainty = _growth_error(system) + ball.radius * ball.bounds.growth_change
+    if not bool(system.implied.any()) or bool((growth > uncertainty).all()):
+        return growth, uncertainty, None
+    cells = growth_in_cells(system, ball)
+    if cells is None:
+        return None
+    return growth.new_tensor([cells.smallest]), growth.new_tensor([cells.uncertainty]), cells.move
 
 
 def numbers_within(reading: Reading, ball: Ball) -> int:
@@ -242,8 +263,10 @@ def _loss_slope(model: Model, vector: Tensor, ball: Ball) -> float:
     return float((ball.bounds.loss_slope * ball.bounds.outputs[0]).mean()) + penalty
 
 
-def _fall_off_kink(model: Model, system: System, vector: Tensor, ball: Ball) -> Tensor | None:
-    """A move off the kink of the most negative growth, on the side where the loss falls."""
+def _fall_off_kink(model: Model, system: System, vector: Tensor, ball: Ball, move: Tensor | None) -> Tensor | None:
+    """A given move, or one off the kink of the most negative growth, on the side where the loss falls."""
+    if move is not None:
+        return _lowest(model, system, vector, move, ball, onto_face=False)
     kink = int(system.precise.growth.argmin())
     target = -system.first.coupling[:, kink].clone()
     target[kink] += 1.0 if float(system.multipliers[kink]) >= 0 else -1.0

@@ -59,8 +59,9 @@ class ModelCertificate(Reasoned):
             where the exact test of two-layer networks decided, which states no radius.
         distance: ‖θ* − θ‖/‖θ‖ of the trained parameters, from the given ones to ``state_dict``.
         kinks: number of active kinks.
+        implied_kinks: number of these that are active wherever the others are, and not independent of them.
         growth: the smallest of b + Lᵀλ − |λ|; None without kinks.
-        likq: σ_min/σ_max of Z; None without kinks.
+        likq: σ_min/σ_max of Z, of the kinks that are not implied; None without kinks.
         smallest_eigenvalue: the smallest tangential eigenvalue off the symmetries; None if it was not computed.
         positive_directions: number of positive tangential eigenvalues; None if they were not computed.
         flat_directions: number of tangential directions without curvature, symmetries included, of the parameters on
@@ -80,6 +81,7 @@ class ModelCertificate(Reasoned):
     radius: float | None
     distance: float
     kinks: int
+    implied_kinks: int
     growth: float | None
     likq: float | None
     smallest_eigenvalue: float | None
@@ -100,7 +102,7 @@ class ModelCertificate(Reasoned):
     def kink_directions(self) -> int | None:
         """Number of directions off the kinks, in which the loss rises linearly; None if that is not known."""
         rises = self.is_minimum and not (self.zero_error and self.kinks) and self.positive_directions is not None
-        return self.kinks if rises else None
+        return self.kinks - self.implied_kinks if rises else None
 
 
 def certify_model(
@@ -117,10 +119,11 @@ def certify_model(
 
     The objective is the mean loss over the samples plus ½ Σ wd θ². On each face of its pieces it is smooth. Newton's
     method finds the stationary point of the face, and the theorem of Newton and Kantorovich proves that one exists
-    within ``radius``, with bounds on all rounding errors. It is a local minimum if the active kinks are independent
-    (LIKQ), the loss grows strictly off each of them (normal growth), and the Hessian of the Lagrangian on the face is
-    positive definite off the model's symmetries (Griewank and Walther 2016). All this is checked for the whole ball of
-    that radius. A point of zero error is proved by a Jacobian of full row rank and is a global minimum.
+    within ``radius``, with bounds on all rounding errors. It is a local minimum if the loss grows strictly off each
+    active kink (normal growth), and the Hessian of the Lagrangian on the face is positive definite off the model's
+    symmetries (Griewank and Walther 2016). The kinks must be independent (LIKQ), but for those that are proved to be
+    active wherever the others are. All this is checked for the whole ball of that radius. A point of zero error is
+    proved by a Jacobian of full row rank and is a global minimum.
 
     Whatever is not proved is ``undecided``, with the reason. ``not_stationary``: Newton's method found no stationary
     point within ``max_distance``, or the loss falls off a kink at first order, along ``direction``. Two-layer
@@ -274,6 +277,7 @@ def as_certificate(model: Model, found: Classified, start: Tensor) -> ModelCerti
         radius=found.radius,
         distance=float((found.vector - start).norm()) / max(float(start.norm()), 1e-300),
         kinks=found.kinks,
+        implied_kinks=found.implied_kinks,
         growth=found.growth,
         likq=found.likq,
         smallest_eigenvalue=found.smallest_eigenvalue,
@@ -339,6 +343,7 @@ def _two_layers(model: Model, vector: Tensor, max_distance: float) -> ModelCerti
         radius=None,
         distance=float((end - vector).norm()) / max(float(vector.norm()), 1e-300),
         kinks=found.kinks,
+        implied_kinks=0,
         growth=None,
         likq=None,
         smallest_eigenvalue=None,

@@ -19,7 +19,7 @@ def model_of(planted):
     )
 
 
-def lowest_nearby(planted, found, *, draws=60, seed=0):
+def lowest_nearby(planted, found, *, draws=60, seed=0, sizes=(1e-3, 1e-5, 1e-7)):
     """The lowest loss found around a certificate's point minus its own, in units of the rounding of both.
 
     Moves: random ones, those off each kink in both directions, those of the tangential eigenvectors, of several sizes
@@ -45,7 +45,7 @@ def lowest_nearby(planted, found, *, draws=60, seed=0):
     for move in moves:
         if not float(move.norm()) > 0:
             continue
-        for size in (1e-3, 1e-5, 1e-7):
+        for size in sizes:
             for sign in (1, -1):
                 there, error_there = true_loss(model, vector + sign * size * scale * move / move.norm())
                 slack = found.radius * (1 + found.radius) if found.radius else 0.0

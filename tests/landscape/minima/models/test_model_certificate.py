@@ -9,16 +9,19 @@ from torch import nn
 from lightning_mnn.landscape import (
     Kind,
     ReasonCode,
+    certify,
     certify_model,
     planted_kink_minimum,
+    planted_minimum,
     planted_model_kink_minimum,
     planted_model_minimum,
     planted_model_saddle,
     polish_model,
 )
+from lightning_mnn.landscape.minima.models.equations.face import outputs_jacobian
 from lightning_mnn.landscape.minima.models.equations.reading import read_face, true_loss, true_outputs
 from lightning_mnn.landscape.minima.models.equations.symmetries import gauge_of
-from lightning_mnn.landscape.minima.models.model_certificate import prepare
+from lightning_mnn.landscape.minima.models.model_certificate import classify_near, prepare
 from lightning_mnn.utilities.validation import ArgumentError
 from tests.landscape.minima.models.probing import lowest_nearby, model_of
 
@@ -175,6 +178,46 @@ def test_two_layer_points_are_classified_by_the_exact_test():
     assert found.kind is Kind.KINK_MINIMUM
     assert found.reason_code is ReasonCode.CERTIFIED_ON_KINKS
     assert found.radius is None
+
+
+@pytest.mark.parametrize("seed", [0, 4, 8])
+def test_a_manifold_of_minima_beyond_the_symmetries_is_explained(seed):
+    """Units of one pattern with parallel weights: gl(k) moves along 7 of the 9 flat directions."""
+    planted = planted_minimum(30, 3, 3, (0.0, 0.1)[seed // 4 % 2], seed=seed)
+    net = nn.Sequential(nn.Linear(3, 3, bias=False), nn.LeakyReLU(planted.negative_slope), nn.Linear(3, 1, bias=False))
+    net = net.double()
+    with torch.no_grad():
+        net[0].weight.copy_(planted.hidden_weights)
+        net[2].weight.copy_(planted.output_weights[None])
+    exact = certify(
+        planted.hidden_weights,
+        planted.output_weights,
+        planted.inputs,
+        planted.targets,
+        planted.negative_slope,
+        threshold=0.0,
+    )
+    model, vector = prepare(net, planted.inputs, planted.targets, loss="squared_error", weight_decay=0.0, frozen=())
+    found = classify_near(model, vector, 1e-3)
+    assert found.kind is exact.kind is Kind.DIFFERENTIABLE_MINIMUM
+    assert found.positive_directions == exact.rank
+    assert found.symmetries + found.positive_directions == len(vector)
+
+
+def test_moves_of_equal_products_change_no_output():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    with torch.no_grad():
+        net[0].weight[:3] = net[0].weight[:1]  # rank 1 and one bias: the units are of one pattern
+        net[0].bias[:3] = net[0].bias[0]
+        net[2].weight[:, 2] = 0.0
+    x, y = torch.randn(20, 2).double(), torch.randn(20, 2).double()
+    model, vector = prepare(net, x, y, loss="squared_error", weight_decay=0.0, frozen=())
+    face = read_face(model, vector).face
+    theta = vector[face.free]
+    gauge = gauge_of(face, theta)
+    assert len(gauge.basis) == (3 * 3 + 3 * 2 - 3 * 2) + 1  # of the product of the three units, and of the scaling
+    assert float((outputs_jacobian(face, theta) @ gauge.basis.T).abs().max()) < 1e-13
 
 
 def test_polish_ends_at_a_certified_minimum_without_raising_the_loss():

@@ -3,7 +3,10 @@
 Unknowns are u = (θ, λ, μ): F(u) = (∇ψ + Zᵀλ + Gᵀμ, z, G(θ − θ̂)), with the symmetries' basis G. At a zero μ = 0, since
 the loss on the face is constant along symmetries. F′ is symmetric.
 
-Shapes: P free parameters, κ active kinks, q symmetries.
+Kinks that others imply (see the module ``implied``) have no equation, and their λ are numbers, not unknowns: any λ with
+∇ψ + Zᵀλ = 0 will do. A linear program chooses those of the largest growth.
+
+Shapes: P free parameters, κ active kinks, κ' of them not implied, q symmetries.
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from scipy.optimize import linprog
 
 from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.minima.models.equations.face import (
@@ -23,6 +28,7 @@ from lightning_mnn.landscape.minima.models.equations.face import (
     largest_slope,
     outputs_jacobian,
 )
+from lightning_mnn.landscape.minima.models.equations.implied import implied_kinks
 from lightning_mnn.landscape.minima.models.equations.lipschitz import Bounds, bounds_on_ball
 from lightning_mnn.landscape.minima.models.equations.precise import Precise, precise_equations
 from lightning_mnn.landscape.minima.models.equations.symmetries import Gauge, gauge_of
@@ -46,7 +52,9 @@ class System:
         first: first derivatives.
         hessian: of ψ + λᵀz, (P, P).
         gauge: the symmetries.
-        matrix: F′, (P + κ + q, P + κ + q).
+        matrix: F′, (P + κ' + q, P + κ' + q).
+        implied: which kinks are implied by the others, bool (κ,).
+        likq: σ_min/σ_max of the rows of Z of the other kinks; None without kinks.
     """
 
     face: Face
@@ -56,13 +64,20 @@ class System:
     hessian: Tensor
     gauge: Gauge
     matrix: Tensor
+    implied: Tensor
+    likq: float | None
 
     @property
     def residual(self) -> Tensor:
         """F at μ = 0."""
         first = self.first
         gradient = first.gradient + first.jacobian.T @ self.multipliers
-        return torch.cat([gradient, first.switching, self.theta.new_zeros(len(self.gauge.basis))])
+        return torch.cat([gradient, first.switching[~self.implied], self.theta.new_zeros(len(self.gauge.basis))])
+
+    @property
+    def num_independent(self) -> int:
+        """κ'."""
+        return int((~self.implied).sum())
 
     @cached_property
     def precise(self) -> Precise:
@@ -92,19 +107,9 @@ class System:
         return self.first.normal + self.first.coupling.T @ self.multipliers - self.multipliers.abs()
 
     @cached_property
-    def likq(self) -> float | None:
-        """σ_min/σ_max of Z; None without kinks."""
-        if not len(self.multipliers):
-            return None
-        if self.first.jacobian.shape[0] > self.first.jacobian.shape[1]:
-            return 0.0
-        values = torch.linalg.svdvals(self.first.jacobian)
-        return float(values[-1] / values[0]) if float(values[0]) > 0 else 0.0
-
-    @cached_property
     def kernel(self) -> Tensor:
         """An orthonormal basis of the kernel of Z and G, as columns."""
-        rows = torch.cat([self.first.jacobian, self.gauge.basis])
+        rows = torch.cat([self.first.jacobian[~self.implied], self.gauge.basis])
         if not len(rows):
             return torch.eye(len(self.theta), dtype=torch.float64)
         found: Tensor = torch.linalg.qr(rows.T, mode="complete")[0][:, len(rows) :]
@@ -130,15 +135,58 @@ def multipliers_at(first: Derivatives) -> Tensor:
     return found
 
 
+def multipliers_of_largest_growth(first: Derivatives, rank: int) -> Tensor:
+    """Of the λ nearest to a + Zᵀλ = 0, that whose smallest growth b + Lᵀλ − |λ| is largest, by a linear program.
+
+    Args:
+        first: first derivatives.
+        rank: the rank of Z.
+    """
+    nearest = multipliers_at(first)
+    scale = float(first.normal.abs().max())
+    null = torch.linalg.svd(first.jacobian)[0][:, rank:].numpy()  # λ + null μ are as near
+    if not null.shape[1] or not scale > 0:
+        return nearest
+    own, coupled = nearest.numpy() / scale, first.coupling.T.numpy()
+    ones, base = np.ones((len(own), 1)), first.normal.numpy() / scale + coupled @ own
+    rows = [np.c_[sign * null - coupled @ null, ones] for sign in (1.0, -1.0)]  # t + ±λ − Lᵀλ ≤ b
+    found = linprog(
+        c=np.r_[np.zeros(null.shape[1]), -1.0],
+        A_ub=np.concatenate(rows),
+        b_ub=np.r_[base - own, base + own],
+        bounds=[(None, None)] * null.shape[1] + [(None, 1.0)],
+        method="highs",
+        options={"primal_feasibility_tolerance": tolerances.MAX_INFEASIBILITY},
+    )
+    return nearest if found.x is None else nearest + scale * torch.from_numpy(null @ found.x[:-1])
+
+
 def linearise(face: Face, theta: Tensor, multipliers: Tensor | None = None) -> System:
-    """The equations at a point; without multipliers, with those nearest to stationarity."""
+    """The equations at a point; without multipliers, with those nearest to stationarity, and of the largest growth."""
     first = derivatives(face, theta)
-    multipliers = multipliers_at(first) if multipliers is None else multipliers
+    implied, likq = torch.zeros(len(first.normal), dtype=torch.bool), _independence(first.jacobian)
+    if likq is not None and likq < tolerances.MIN_LIKQ:
+        implied = implied_kinks(face, theta)
+        likq = _independence(first.jacobian[~implied])
+    if multipliers is None:
+        is_plain = not bool(implied.any())
+        rank = int((~implied).sum())
+        multipliers = multipliers_at(first) if is_plain else multipliers_of_largest_growth(first, rank)
     curvature, gauge = hessian(face, theta, multipliers), gauge_of(face, theta)
-    border = torch.cat([first.jacobian, gauge.basis])
+    border = torch.cat([first.jacobian[~implied], gauge.basis])
     zeros = theta.new_zeros(len(border), len(border))
     matrix = torch.cat([torch.cat([curvature, border.T], dim=1), torch.cat([border, zeros], dim=1)])
-    return System(face, theta, multipliers, first, curvature, gauge, matrix)
+    return System(face, theta, multipliers, first, curvature, gauge, matrix, implied, likq)
+
+
+def _independence(jacobian: Tensor) -> float | None:
+    """σ_min/σ_max; None without rows, 0 with more rows than columns."""
+    if not len(jacobian):
+        return None
+    if jacobian.shape[0] > jacobian.shape[1]:
+        return 0.0
+    values = torch.linalg.svdvals(jacobian)
+    return float(values[-1] / values[0]) if float(values[0]) > 0 else 0.0
 
 
 class Factors:
@@ -146,7 +194,7 @@ class Factors:
 
     def __init__(self, system: System) -> None:
         self._lu, self._pivots, info = torch.linalg.lu_factor_ex(system.matrix)
-        self._symmetries = len(system.gauge.basis)
+        self._symmetries, self._independent = len(system.gauge.basis), ~system.implied
         self._singular = bool(int(info))
 
     def step(self, theta: Tensor, multipliers: Tensor, residual: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -156,8 +204,10 @@ class Factors:
         solution = torch.linalg.lu_solve(self._lu, self._pivots, -residual[:, None])[:, 0]
         if not bool(solution.isfinite().all()):
             return None
-        p, kinks = len(theta), len(multipliers)
-        return theta + solution[:p], multipliers + solution[p : p + kinks]
+        p, kinks = len(theta), int(self._independent.sum())
+        following = multipliers.clone()
+        following[self._independent] += solution[p : p + kinks]
+        return theta + solution[:p], following
 
     def precise_step(self, face: Face, theta: Tensor, multipliers: Tensor) -> tuple[Tensor, Tensor] | None:
         """The same with the equations in double-double, on a face."""
@@ -165,7 +215,8 @@ class Factors:
 
     def residual(self, precise: Precise) -> Tensor:
         """F at μ = 0."""
-        return torch.cat([precise.gradient, precise.switching, precise.gradient.new_zeros(self._symmetries)])
+        none = precise.gradient.new_zeros(self._symmetries)
+        return torch.cat([precise.gradient, precise.switching[self._independent], none])
 
 
 @dataclass(frozen=True)
@@ -193,15 +244,15 @@ def prove_zero(system: System) -> Ball | None:
     inverse, info = torch.linalg.inv_ex(system.matrix)
     if not smallest > 0 or int(info) or not bool(inverse.isfinite().all()):
         return None
-    p, kinks = len(theta), len(size)
+    p, kinks, independent = len(theta), system.num_independent, ~system.implied
     sums = gamma(len(system.matrix) + 2)
     magnitude, precise = inverse.abs(), system.precise
     residual = system.residual.clone()
-    residual[:p], residual[p : p + kinks] = precise.gradient, precise.switching
+    residual[:p], residual[p : p + kinks] = precise.gradient, precise.switching[independent]
     residual_error = torch.zeros_like(residual)
     absolute = system.absolute
     residual_error[:p] = absolute.gradient + absolute.jacobian.T @ size
-    residual_error[p : p + kinks] = absolute.switching
+    residual_error[p : p + kinks] = absolute.switching[independent]
     residual_error = precise.rounding(face.model) * residual_error + tolerances.UNIT_ROUNDOFF * residual.abs()
     # ‖A E‖ for the errors E of F′ is at most ‖A‖ times bounds on the norms of the blocks of E.
     error = largest_curvature(face, theta.abs(), size) + 2 * float(absolute.jacobian.norm())

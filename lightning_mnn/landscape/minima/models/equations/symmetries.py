@@ -7,6 +7,12 @@ are equal within each tensor the rotations so(k) are. With the cross-entropy and
 one number may be added to a column of it.
 
 A generator is the derivative of such a change at M = 1: a vector that is linear in θ.
+
+Without a penalty more than gl(k) may be free. The face depends on the incoming weights W and the outgoing weights V of
+a block through V W alone. Where V has full row rank, or W full column rank, the map (W, V) → V W is a submersion: the
+points of equal V W are a manifold, whose tangent space is the kernel of dV W + V dW. With one output each block with an
+output weight that is not zero is such a one. That kernel contains the generators of gl(k). It holds for blocks without
+active kinks: an equal V W does not keep zero switching values zero.
 """
 
 from __future__ import annotations
@@ -35,7 +41,7 @@ class Gauge:
 
     Attributes:
         basis: G, rows that span them, (q, P).
-        smallest: the smallest singular value of the generators that span G.
+        smallest: at most the smallest singular value of the generators that span G, and the shortest generator.
         change: by how much the generators change for a step of length 1, as an operator norm.
         count: number of generators, with dependent ones.
     """
@@ -50,13 +56,18 @@ def gauge_of(face: Face, theta: Tensor) -> Gauge:
     """The symmetries of a face at a point."""
     parameters = face.model.parameters(face.whole(theta))
     found = [_vector(face, changes) for changes in _generators(face, parameters)]
-    found = [vector for vector in found if bool(vector.any())]
-    if not found:
+    lengths = torch.tensor([float(vector.norm()) for vector in found], dtype=torch.float64)
+    large = lengths > tolerances.MIN_GENERATOR_RATIO * lengths.max() if found else lengths > 0
+    if not bool(large.any()):
         return Gauge(theta.new_zeros(0, len(theta)), 1.0, 0.0, 0)
-    generators = torch.stack(found)
+    generators = torch.stack(found)[large]
     _, values, rows = torch.linalg.svd(generators, full_matrices=False)
     rank = int((values > tolerances.MIN_GENERATOR_RATIO * values[0]).sum())
-    return Gauge(rows[:rank], float(values[rank - 1]), 4.0 * len(found) ** 0.5, len(found))
+    # Rows of a kernel are an orthonormal basis times σ, the smallest singular value of dV W + V dW. Projected onto the
+    # kernel at a distance r < σ/2 they change by at most 2 r together, which is less than 4 r a row. No row is longer
+    # than σ, so that r is small enough where it is small against the shortest row.
+    smallest = min(float(values[rank - 1]), float(lengths[large].min()))
+    return Gauge(rows[:rank], smallest, 4.0 * len(generators) ** 0.5, len(generators))
 
 
 def _vector(face: Face, changes: dict[str, Tensor]) -> Tensor:
@@ -103,7 +114,24 @@ def _of_pair(  # noqa: C901 (conditions of one pair)
         result[b.weight] = change
         return result
 
-    for block in _blocks(face, len(weight), between):
+    def placed(block: list[int], ahead: Tensor, back: Tensor) -> dict[str, Tensor]:
+        """A move of the weights of a block."""
+        inputs, result = weight.shape[1], {}
+        result[a.weight], result[b.weight] = torch.zeros_like(weight), torch.zeros_like(outgoing)
+        result[a.weight][block], result[b.weight][:, block] = ahead[:, :inputs], back
+        if a.bias is not None:
+            result[a.bias] = torch.zeros_like(parameters[a.bias])
+            result[a.bias][block] = ahead[:, inputs]
+        return result
+
+    is_linear = not a.groups and not b.groups and columns == 1 and not single
+    for block, has_kinks in _blocks(face, len(weight), between):
+        if free and is_linear and not has_kinks:
+            rows = weight if a.bias is None else torch.cat([weight, parameters[a.bias][:, None]], dim=1)
+            kernel = _kernel_of_product(rows[block], outgoing[:, block])
+            if kernel is not None:
+                yield from (placed(block, *move) for move in zip(*kernel, strict=True))
+                continue
         if free:
             yield from (mixed(i, i) for i in block)
         if not single:
@@ -115,10 +143,36 @@ def _of_pair(  # noqa: C901 (conditions of one pair)
                     yield {name: ahead[name] - back[name] for name in ahead}
 
 
-def _blocks(face: Face, channels: int, between: range) -> list[list[int]]:
-    """Channels with equal, linear states in all activations between two layers."""
+def _kernel_of_product(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor] | None:
+    """An orthonormal basis of the moves with dV W + V dW = 0, times the smallest singular value of this map.
+
+    None where the map is not onto up to ``MIN_SUBMERSION_RATIO``. It is onto if V has full row rank or W full column
+    rank, and its smallest singular value is then at least the smallest of theirs.
+
+    Args:
+        rows: W, (k, inputs).
+        columns: V, (outputs, k).
+
+    Returns:
+        dW (q, k, inputs) and dV (q, outputs, k).
+    """
+    (units, inputs), outputs = rows.shape, len(columns)
+    sizes = [torch.linalg.svdvals(t)[-1] if len(t) <= t.shape[1] else t.new_zeros(()) for t in (columns, rows.T)]
+    smallest = float(torch.stack(sizes).max())
+    if not smallest > tolerances.MIN_SUBMERSION_RATIO * max(float(rows.norm()), float(columns.norm())):
+        return None
+    of_rows = torch.kron(columns.contiguous(), torch.eye(inputs, dtype=torch.float64))  # of dW, row by row
+    of_columns = torch.kron(torch.eye(outputs, dtype=torch.float64), rows.T.contiguous())  # of dV, row by row
+    product = torch.cat([of_rows, of_columns], dim=1)
+    basis = smallest * torch.linalg.svd(product)[2][outputs * inputs :]
+    ahead, back = basis[:, : units * inputs], basis[:, units * inputs :]
+    return ahead.reshape(-1, units, inputs), back.reshape(-1, outputs, units)
+
+
+def _blocks(face: Face, channels: int, between: range) -> list[tuple[list[int], bool]]:
+    """Channels with equal, linear states in all activations between two layers, and whether they have active kinks."""
     states: list[list[object]] = [[] for _ in range(channels)]
-    linear = [True] * channels
+    linear, kinked = [True] * channels, [False] * channels
     for number in between:
         piece = face.pieces[number]
         if not isinstance(piece, Pieces):
@@ -131,12 +185,13 @@ def _blocks(face: Face, channels: int, between: range) -> list[list[int]]:
         slope, offset, on, at = (t.reshape(len(piece.slope), channels, -1) for t in (piece.slope, piece.offset, on, at))
         for c in range(channels):
             states[c] += [tuple(t[:, c].flatten().tolist()) for t in (slope, on)]
+            kinked[c] |= bool(on[:, c].any())
             linear[c] &= not (offset[:, c].any() or at[:, c].any())
     groups: dict[object, list[int]] = {}
     for c in range(channels):
         if linear[c]:
             groups.setdefault(tuple(states[c]), []).append(c)
-    return list(groups.values())
+    return [(group, kinked[group[0]]) for group in groups.values()]
 
 
 def _shifts(face: Face, parameters: dict[str, Tensor], last: Affine) -> Iterator[dict[str, Tensor]]:
