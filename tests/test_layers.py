@@ -22,7 +22,14 @@ FLOORS = (  # folders from the ground up: a module imports from lower ones, and 
     ("landscape.slices",),
     ("figures", "callbacks.evaluation"),
     ("callbacks.evidence.models",),
-    ("callbacks.evidence", "callbacks.patterns", "callbacks.volumes", "figures.report_page", "figures.slices"),
+    (
+        "callbacks.evidence",
+        "callbacks.patterns",
+        "callbacks.volumes",
+        "figures.report_page",
+        "figures.slices",
+        "figures.experiments",
+    ),
     ("callbacks",),
     ("model",),
     ("launchers.jobs",),
@@ -116,7 +123,7 @@ INTERNAL = re.compile(
 )  # modules that no documentation describes
 PRIVATE = re.compile(r"_(?!_)\w*[^_\W]")  # a name that begins, and does not end, with an underscore
 PUBLIC_ALL_THE_SAME = {"_fields", "_replace", "_asdict", "_exit"}  # of named tuples, of os
-ENDS_OF_COLUMNS = {"_low", "_high", "_hits", "_trials"}
+ENDS_OF_COLUMNS = {"_low", "_high", "_hits", "_trials", "_interpolating"}
 LIBRARIES_LOOPS = {"fit_loop", "validate_loop", "epoch_loop"}  # of a Trainer, whose parts are all undocumented
 
 
@@ -130,12 +137,14 @@ def private_parts(source: str) -> set[str]:
     }
     own = of_own_objects | {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     own |= PUBLIC_ALL_THE_SAME | ENDS_OF_COLUMNS
+    # In an f-string only what it begins with can be the beginning of a name.
+    later = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values[1:]}
     found = set()
     for node in ast.walk(tree):
         match node:
             case ast.Attribute(attr=name) if name in LIBRARIES_LOOPS or (PRIVATE.fullmatch(name) and name not in own):
                 found.add(ast.unparse(node))
-            case ast.Constant(value=str(name)) if PRIVATE.fullmatch(name) and name not in own:
+            case ast.Constant(value=str(name)) if PRIVATE.fullmatch(name) and name not in own and id(node) not in later:
                 found.add(repr(name))
             case ast.Import() | ast.ImportFrom():
                 names = [alias.name for alias in node.names]

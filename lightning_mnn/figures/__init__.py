@@ -1,10 +1,10 @@
 """Figures drawn from saved results."""
 
-from lightning_mnn.figures.census import census_figure
-from lightning_mnn.figures.interpolators import interpolators_figure
+from lightning_mnn.figures.experiments.census import census_figure
+from lightning_mnn.figures.experiments.interpolators import interpolators_figure
+from lightning_mnn.figures.experiments.scaling import FIGURES, error_figure, minima_figure, scan_figure
 from lightning_mnn.figures.model import model_figure
 from lightning_mnn.figures.run import PANELS, Panel, run_figure
-from lightning_mnn.figures.scaling import FIGURES, error_figure, minima_figure, scan_figure
 from lightning_mnn.figures.slices.input_space import input_space_animation, input_space_figure
 from lightning_mnn.figures.slices.weight_space import line_figure, slice_figure
 from lightning_mnn.figures.sweep import sweep_figure

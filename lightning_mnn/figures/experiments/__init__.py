@@ -1,0 +1,1 @@
+"""Figures of experiments that train nothing, or one network after another."""
