@@ -21,7 +21,7 @@ FLOORS = (  # folders from the ground up: a module imports from lower ones, and 
     ("landscape.minima.models",),
     ("figures", "callbacks.evaluation"),
     ("callbacks.evidence.models",),
-    ("callbacks.evidence", "callbacks.volumes", "figures.report_page"),
+    ("callbacks.evidence", "callbacks.volumes", "figures.report_page", "figures.experiments"),
     ("callbacks",),
     ("model",),
     ("launchers.jobs",),

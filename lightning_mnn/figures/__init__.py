@@ -1,11 +1,11 @@
 """Figures drawn from saved results."""
 
-from lightning_mnn.figures.census import census_figure
-from lightning_mnn.figures.interpolators import interpolators_figure
+from lightning_mnn.figures.experiments.census import census_figure
+from lightning_mnn.figures.experiments.interpolators import interpolators_figure
+from lightning_mnn.figures.experiments.scaling import FIGURES, error_figure, minima_figure, scan_figure
 from lightning_mnn.figures.local_volume import local_volume_figure
 from lightning_mnn.figures.model import model_figure
 from lightning_mnn.figures.run import PANELS, Panel, run_figure
-from lightning_mnn.figures.scaling import FIGURES, error_figure, minima_figure, scan_figure
 from lightning_mnn.figures.sweep import sweep_figure
 from lightning_mnn.figures.sweep_bands import band_figure, figure_of_test_errors
 from lightning_mnn.figures.tables import read_metrics

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from lightning_mnn.callbacks import LocalMinimumDetector, Schedule
 from lightning_mnn.data import GaussianData
-from lightning_mnn.figures.scaling import FIGURES, scan_figure
+from lightning_mnn.figures.experiments.scaling import FIGURES, scan_figure
 from lightning_mnn.model.mnn import MNN
 from lightning_mnn.runs.quiet import quieten
 from lightning_mnn.runs.resume import run_lock
