@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -41,7 +42,7 @@ def interpolators_figure(run_dir: Path) -> Path:
         same = [case for case in cases if (case["hidden_dims"], case["label_noise"]) == column]
         table = [row for row in rows if (_text(row["hidden_dims"]), row["label_noise"]) == column]
         hidden, noise = column
-        widths = "no hidden layer" if hidden == "none" else f"hidden layers {hidden.replace('x', ', ')}"
+        widths = "no hidden layer" if hidden == "none" else f"hidden units {hidden.replace('x', ', ')}"
         title = f"d0 = {same[0]['input_dim']}, {widths}" + (f", {100 * noise:g} % label noise" if noise else "")
         axes[0, number].set_title(title, fontsize=12, fontweight="bold")
         _draw_errors(axes[0, number], same, trained)
@@ -89,8 +90,9 @@ def _draw_probabilities(ax: Axes, cases: Sequence[Row], rows: Sequence[Row]) -> 
     ends = _ends(means, "log_probability")
     places, values = [case["num_samples"] for case in means], [case["log_probability"] for case in means]
     ax.errorbar(places, values, ends, color=COLORS[0], marker="o", ms=5.5, lw=1.4, elinewidth=1, label="their mean")
-    grid = sorted({case["num_samples"] for case in cases})
-    ax.plot(grid, [-size * math.log(2) for size in grid], "--", color="0.4", lw=1.2, label="$-N$ ln 2: coin flips")
+    sizes = [case["num_samples"] for case in cases]
+    grid = np.geomspace(min(sizes), max(sizes), 100)
+    ax.plot(grid, -grid * math.log(2), "--", color="0.4", lw=1.2, label="$-N$ ln 2: coin flips")
     ax.legend(frameon=False, fontsize=10, loc="lower left")
     lost = sum(case["not_reached"] for case in cases)
     if lost:
