@@ -41,11 +41,12 @@ class LearningCoefficient(ScheduledCallback):
     training set, in eval mode, with the penalty of weight decay, and in float64 where its step allows this, as
     :class:`~lightning_mnn.callbacks.LocalMinimumDetector` evaluates it. Where the chains are not reliable, nothing but
     diagnostics is logged, and the summary says why. W&B and TensorBoard also get a picture of the traces of the chains,
-    which takes about half a second; see :func:`~lightning_mnn.figures.chains_figure`. It does not change training.
+    which takes about a second. It does not change training.
 
     It is meant for small networks and data: an estimate costs up to ``budget`` gradients of the loss over the training
     set. Those of all chains are computed together by ``torch.vmap``, if the module's step allows this (a metric that
-    the step updates does not), and otherwise one after another.
+    the step updates does not), and otherwise one after another. With 353 parameters and 256 samples a
+    gradient took 23 ms one after another, and 1.2 ms together: give ``loss_fn`` if the step has metrics.
 
     Args:
         schedule: when to estimate it, besides the end; None: at the end only.

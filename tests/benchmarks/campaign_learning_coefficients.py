@@ -44,7 +44,7 @@ def main():
     parser.add_argument("parts", nargs="*", default=["regression", "crossings", "minima", "sgld", "trained", "broken"])
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=300)
-    parser.add_argument("--first", type=int, default=0, help="first seed of the minima")
+    parser.add_argument("--first", type=int, default=0, help="first seed, or case")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for part in options.parts:
@@ -65,7 +65,7 @@ def main():
         elif part == "volumes":
             volumes(options.count)
         elif part == "devinterp":
-            devinterp_table()
+            devinterp_table(options.first)
         else:
             broken(options.count, options.seconds)
 
@@ -95,7 +95,7 @@ def crossings():
             loss, point, inverse_temperature=beta, chains=128, steps=steps, leapfrog_steps=1
         )
         told(f"normal crossing {powers}", found, truth, time.monotonic() - began)
-        print(f"  the exact mean at nβ = 1e12 is {expected_crossing(*powers, 1e12):.4f}", flush=True)
+        print(f"  the exact mean at nβ = {beta:g} is {expected_crossing(*powers, beta):.4f}", flush=True)
 
 
 def certified(seed):
@@ -247,7 +247,7 @@ def devinterp_cases():
     yield "two kinks and a quadratic", lambda w: w[:, :2].abs().sum(-1) + w[:, 2].square(), zero, 2.5
     yield "reduced-rank regression 2–1–4", *reduced_rank(2, 1, 4)
     yield "reduced-rank regression 5–3–5", *reduced_rank(5, 3, 5)
-    for seed in (0, 3, 1, 4):  # differentiable minima, then kink minima
+    for seed in (0, 1):  # a differentiable minimum, and one with kinks
         yield f"certified minimum {seed}", *certified(seed)
 
 
@@ -262,32 +262,32 @@ class AtPoint(torch.nn.Module):
         return self.loss(self.point[None])[0]
 
 
-def devinterp_table():
-    """λ by devinterp's SGLD at its defaults, and with its step size chosen, beside ours at the same nβ and γ."""
+def devinterp_table(first=0):
+    """λ by devinterp's SGLD at its defaults, and at two step sizes, beside ours at the same nβ and γ."""
     from devinterp.optim.sgld import SGLD
     from devinterp.slt.sampler import estimate_learning_coeff_with_summary
 
-    beta, gamma, draws = 1e5, 1e3, 2000
+    beta, chains, draws = 1e5, 4, 500
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(12, 1)), batch_size=12)
-    for name, loss, point, truth in devinterp_cases():
+    for name, loss, point, truth in list(devinterp_cases())[first:]:
+        gamma = 1e3 if name.startswith("certified") else 1.0  # other minima of networks are near
         ours = estimate_learning_coefficient(
-            loss, point, inverse_temperature=beta, localisation=gamma, chains=10, steps=1000
+            loss, point, inverse_temperature=beta, localisation=gamma, chains=16, steps=500
         )
         line = f"{name}: truth {truth:g}, ours {ours.mean:.3f} ± {ours.standard_error or float('nan'):.3f}"
         line += f" ({ours.reason_code}, {ours.gradient_evaluations} gradients)"
-        stable = 0.1 / (beta * largest_curvature(loss, point) + gamma)
         for label, options, sizes in (
             ("defaults", {}, {"num_draws": 100, "num_burnin_steps": 0}),
+            ("same nβ and γ, lr 1e-7", {"lr": 1e-7, "nbeta": beta, "localization": gamma}, {}),
             ("same nβ and γ, lr 1e-5", {"lr": 1e-5, "nbeta": beta, "localization": gamma}, {}),
-            ("same, lr 0.1/(nβ h + γ)", {"lr": stable, "nbeta": beta, "localization": gamma}, {}),
         ):
             try:
                 found = estimate_learning_coeff_with_summary(
                     AtPoint(loss, point), loader, evaluate=lambda model, batch: model(batch[0]), sampling_method=SGLD,
-                    optimizer_kwargs=options, num_chains=10, seed=0, verbose=False,
+                    optimizer_kwargs=options, num_chains=chains, seed=0, verbose=False,
                     **{"num_draws": draws, "num_burnin_steps": draws} | sizes,
                 )  # fmt: skip
-                line += f"; {label}: {found['llc/mean']:.3f} ± {found['llc/std'] / 10**0.5:.3f}"
+                line += f"; {label}: {found['llc/mean']:.3f} ± {found['llc/std'] / chains**0.5:.3f}"
             except (RuntimeError, ValueError) as error:
                 line += f"; {label}: {type(error).__name__} {str(error)[:40]}"
         print(line, flush=True)

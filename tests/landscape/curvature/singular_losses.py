@@ -33,9 +33,9 @@ def crossing(first, second):
 
 
 def expected_crossing(first, second, beta):
-    """The mean of nβ L itself under exp(−nβ L − ‖w‖²/2), by quadrature in log w, for nβ up to 1e12."""
-    logs = np.linspace(-40, 3, 4000)
+    """The mean of nβ L itself under exp(−nβ L − ‖w‖²/2), by quadrature in log w, for nβ up to 1e40."""
+    logs = np.linspace(-80, 3, 6000)
     prior = logs - np.exp(2 * logs) / 2
-    energies = np.minimum(beta * np.exp(2 * (first * logs[:, None] + second * logs)), 700)
+    energies = np.exp(np.minimum(np.log(beta) + 2 * (first * logs[:, None] + second * logs), np.log(700)))
     density = np.exp(prior[:, None] + prior - energies)
     return float((density * energies).sum() / density.sum())
