@@ -284,10 +284,11 @@ class ScheduledCallback(pl.Callback, OtherCallback):
         try:
             with self.cost.measured(pl_module.device):
                 self.act(trainer, pl_module)
+                self._weights = weights_of(pl_module)
         except Interrupted:
             self._last_step = before
             raise
-        self._acted, self._pending, self._weights = True, False, weights_of(pl_module)
+        self._acted, self._pending = True, False
 
     def _affordable(self, trainer: pl.Trainer) -> bool:
         """Whether there is time for an action, by the clock of the first process."""
