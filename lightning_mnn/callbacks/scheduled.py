@@ -90,7 +90,7 @@ class ScheduledCallback(pl.Callback, OtherCallback):
     remedy = ""  # what may prevent a failure
     ends_diverged = True  # whether a DivergenceError in the callback ends training
 
-    def __init__(self, schedule: Schedule, *, strict: bool = False, tier: str = CostTier.FULL) -> None:
+    def __init__(self, schedule: Schedule, *, strict: bool = False, tier: str = "full") -> None:
         self.schedule = schedule
         self.tier = CostTier(one_of("tier", str(tier), map(str, CostTier)))
         self.cost = TimeShare(self.tier.share)
