@@ -129,7 +129,7 @@ class ActivationPatternRecorder(ScheduledCallback):
         memory_budget: int = 2**25,
         forward_fn: ModelFunction | None = None,
         strict: bool = False,
-        tier: str = CostTier.FULL,
+        tier: str = "full",
     ) -> None:
         unit = "epoch" if tier == CostTier.FULL else "step"
         super().__init__(schedule or Schedule(growth=2.0, unit=unit), strict=strict, tier=tier)

@@ -82,7 +82,7 @@ class GradientStatistics(ScheduledCallback):
         *,
         noise_scale: bool = False,
         strict: bool = False,
-        tier: str = CostTier.FULL,
+        tier: str = "full",
     ) -> None:
         default = Schedule(every=50, unit="step") if tier == CostTier.FULL else Schedule(growth=2.0, unit="step")
         super().__init__(schedule or default, strict=strict, tier=tier)

@@ -90,7 +90,7 @@ class ScheduledCallback(pl.Callback, OtherCallback):
     remedy = ""  # what may prevent a failure
     ends_diverged = True  # whether a DivergenceError in the callback ends training
 
-    def __init__(self, schedule: Schedule, *, strict: bool = False, tier: str = CostTier.FULL) -> None:
+    def __init__(self, schedule: Schedule, *, strict: bool = False, tier: str = "full") -> None:
         self.schedule = schedule
         self.tier = CostTier(one_of("tier", str(tier), map(str, CostTier)))
         self.cost = TimeShare(self.tier.share)
@@ -284,10 +284,11 @@ class ScheduledCallback(pl.Callback, OtherCallback):
         try:
             with self.cost.measured(pl_module.device):
                 self.act(trainer, pl_module)
+                self._weights = weights_of(pl_module)
         except Interrupted:
             self._last_step = before
             raise
-        self._acted, self._pending, self._weights = True, False, weights_of(pl_module)
+        self._acted, self._pending = True, False
 
     def _affordable(self, trainer: pl.Trainer) -> bool:
         """Whether there is time for an action, by the clock of the first process."""

@@ -104,7 +104,7 @@ def main():
                     seconds = fit(make, data, [callback], steps)
                     share, each = callback.seconds / plain, callback.seconds / max(callback.times, 1)
                     print(
-                        f"  {type(callback).__name__}, {tier}: {callback.times} times, {100 * share:.2f} % of training, "
+                        f"  {type(callback).__name__}, {tier}: {callback.times} times, {100 * share:.2f} %, "
                         f"{each:.3f} s each time; ratio {seconds / plain:.3f}"
                     )
                     if callback.cost.share is not None:
