@@ -201,7 +201,7 @@ def a_unit_with_small_weights():
 
 
 def two_close_kinks(offset):
-    """Whether the kinks of two samples that differ by an offset are too dependent; σ_min/σ_max of Z is a quarter of it."""
+    """Whether the kinks of two samples that differ by an offset are too dependent (σ_min/σ_max of Z: a quarter)."""
     net = nn.Sequential(nn.Linear(2, 1), nn.ReLU(), nn.Linear(1, 1)).double()
     with torch.no_grad():
         net[0].weight.copy_(double([[1.0, 0.0]]))
