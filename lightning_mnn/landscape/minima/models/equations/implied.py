@@ -185,4 +185,4 @@ class _Layer:
         change = float((self.error[samples] / lengths[: len(samples)]).square().sum())
         if units:
             change += self.radius**2 / float(lengths[len(samples) :].square().amin())
-        return smallest > max(tolerances.MIN_LIKQ, 2 * change**0.5)
+        return bool(smallest > max(tolerances.MIN_LIKQ, 2 * change**0.5))
