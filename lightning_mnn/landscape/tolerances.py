@@ -44,15 +44,15 @@ MAX_KINK_RATIO = 1e-2  # |z − kink|, relative to its scale, up to which a kink
 MAX_FIT_RATIO = 0.1  # ‖f − y‖/‖y‖ up to which a point of zero error is looked for
 # Source: chosen: Gauss-Newton steps from further off leave max_distance. Test: here.
 MIN_LIKQ = 1e-9  # σ_min/σ_max of the gradients of independent kinks
-# Source: chosen: more than half of the digits of float64. Test: none, not tried yet.
+# Source: chosen: more than half of the digits of float64. Test: here.
 MIN_GENERATOR_RATIO = 1e-8  # singular value, relative to the largest, of independent generators of symmetries
-# Source: half of the digits of float64. Test: none, not tried yet.
+# Source: half of the digits of float64. Test: here.
 MIN_SUBMERSION_RATIO = 1e-6  # smallest singular value of V or W, relative to the larger norm, of a product V W
 # Source: chosen: the radius of a certificate is far smaller, and is checked against it. Test: here.
 MAX_POOLING_TIE_RATIO = 1e-12  # difference of two numbers in a window of max-pooling, relative to their scale, of a tie
-# Source: chosen: some thousand roundings. Test: none, not tried yet.
+# Source: chosen: some thousand roundings. Test: here.
 MATRIX_EIGENVALUE_ROUNDINGS = 100.0  # error of dense eigenvalues, per row, in spacings of floats at the largest
-# Source: chosen: errors of a few were measured. Test: none, not tried yet.
+# Source: chosen: errors of a few were measured. Test: here.
 MAX_ZERO_NORM_RATIO = 1e-6  # norm of a unit's weights, relative to its layer's largest, that a penalty takes to zero
 # Source: chosen: far above rounding, far below the weights of a unit with a part in the outputs. Test: here.
 

@@ -17,6 +17,7 @@ from lightning_mnn.landscape import (
     KinkDistance,
     KinkTrace,
     LossSurface,
+    ReasonCode,
     Region,
     certify,
     certify_model,
@@ -40,6 +41,9 @@ from lightning_mnn.landscape.curvature.newton import Scales, conjugate_gradients
 from lightning_mnn.landscape.labels import wrong
 from lightning_mnn.landscape.minima import planted
 from lightning_mnn.landscape.minima.kink_multipliers import check_multipliers
+from lightning_mnn.landscape.minima.models import classification
+from lightning_mnn.landscape.minima.models.equations.reading import read_face
+from lightning_mnn.landscape.minima.models.equations.symmetries import gauge_of
 from lightning_mnn.landscape.minima.models.inactive_units import split_units
 from lightning_mnn.landscape.minima.models.model_certificate import prepare
 from lightning_mnn.landscape.minima.problem import Problem
@@ -199,6 +203,77 @@ def a_unit_with_small_weights():
     x = torch.randn(9, 3).double()
     model, vector = prepare(net, x, torch.ones(9), loss="squared_error", weight_decay=0.1, frozen=())
     return split_units(model, vector) is not None
+
+
+def two_close_kinks(offset):
+    """Whether the kinks of two samples that differ by an offset are too dependent (σ_min/σ_max of Z: a quarter)."""
+    net = nn.Sequential(nn.Linear(2, 1), nn.ReLU(), nn.Linear(1, 1)).double()
+    with torch.no_grad():
+        net[0].weight.copy_(double([[1.0, 0.0]]))
+        net[0].bias.copy_(double([-1.0]))
+    x = double([[1.0, 0.0], [1.0, offset], [2.0, 1.0], [3.0, -1.0]])
+    model, vector = prepare(net, x, torch.ones(4), loss="squared_error", weight_decay=0.1, frozen=())
+    found = classification.solve(model, vector, {1: torch.tensor([[0], [0], [-1], [-1]])}, 1e-3)
+    return getattr(found, "code", None) is ReasonCode.KINKS_NOT_INDEPENDENT
+
+
+@decides("MIN_LIKQ", LARGER, SMALLER, verdict=(False, True))
+def two_kinks_with_nearly_equal_inputs():
+    return two_close_kinks(1.2e-8), two_close_kinks(1.2e-9)
+
+
+def symmetries_of(net, x, num_outputs):
+    model, vector = prepare(net, x, torch.ones(len(x), num_outputs), loss="squared_error", weight_decay=0.0, frozen=())
+    face = read_face(model, vector).face
+    return len(gauge_of(face, vector[face.free]).basis)
+
+
+@decides("MIN_GENERATOR_RATIO", LARGER, SMALLER, verdict=[2, 1])
+def the_scalings_of_two_units_of_which_one_is_small():
+    found = []
+    for size in (3e-8, 3e-9):
+        net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 2, bias=False)).double()
+        with torch.no_grad():
+            net[0].weight.copy_(double([[1.0, 0.0], [0.0, size]]))
+            net[2].weight.copy_(double([[1.0, size], [0.0, 0.0]]))
+        found.append(symmetries_of(net, double([[1.0, -1.0], [-1.0, 1.0], [1.0, 1.0]]), 2))
+    return found
+
+
+@decides("MIN_SUBMERSION_RATIO", LARGER, SMALLER, verdict=[5, 3])
+def the_flat_directions_of_two_parallel_units_with_small_output_weights():
+    found = []
+    for size in (3e-6, 3e-7):
+        net = nn.Sequential(nn.Linear(3, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False)).double()
+        with torch.no_grad():
+            net[0].weight.copy_(double([[0.6, 0.0, 0.0], [0.6, 0.0, 0.0]]))
+            net[2].weight.copy_(double([[size, 0.0]]))
+        found.append(symmetries_of(net, double([[1.0, 2.0, 0.5], [2.0, 0.3, -1.0], [1.0, -1.0, 1.0]]), 1))
+    return found
+
+
+@decides("MAX_POOLING_TIE_RATIO", LARGER, SMALLER, verdict=[1, 0])
+def windows_whose_numbers_differ_by_5e_13_and_5e_12():
+    net = nn.Sequential(nn.Conv1d(1, 1, 1, bias=False), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(1, 1)).double()
+    nn.init.ones_(net[0].weight)
+    found = []
+    for gap in (5e-13, 5e-12):
+        x = double([[[1.0, 1.0 + gap]]])
+        model, vector = prepare(net, x, torch.ones(1), loss="squared_error", weight_decay=0.0, frozen=())
+        found.append(read_face(model, vector).ties)
+    return found
+
+
+@decides("MATRIX_EIGENVALUE_ROUNDINGS", LARGER, SMALLER, verdict=["no_stationary_point", "flat_directions_unexplained"])
+def far_points_of_quadratics_with_a_small_curvature():
+    codes, unit = [], 2 * 100 * EPS
+    for ratio in (3 * unit, unit / 3):
+        net = nn.Sequential(nn.Linear(2, 1, bias=False)).double()
+        nn.init.ones_(net[0].weight)
+        x = double([[1.0, 0.0], [0.0, ratio**0.5]])
+        model, vector = prepare(net, x, double([3.0, 1.0]), loss="squared_error", weight_decay=0.0, frozen=())
+        codes.append(str(classification.solve(model, vector, {}, 1e-6).code))
+    return codes
 
 
 # Planted problems

@@ -200,7 +200,7 @@ def prepare(
     vector = blank.vector(layers.parameters)
     try:
         outputs = true_outputs(blank, vector)
-    except (RuntimeError, IndexError) as error:
+    except (RuntimeError, IndexError, ValueError) as error:
         raise ArgumentError("inputs", tuple(x.shape), f"do not fit the module: {error}") from error
     if outputs.ndim != 2:
         raise ArgumentError("module", tuple(outputs.shape), "must give outputs of shape (N, K)", "end it with Flatten")

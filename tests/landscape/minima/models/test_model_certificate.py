@@ -168,6 +168,32 @@ def test_channels_of_a_convolution_have_their_symmetries(flatten_first):
             assert float(change.abs().max()) < 1e-11
 
 
+CHANNELS = [  # layers, the shape of a sample, and the number of symmetries
+    ([nn.Linear(3, 4), nn.ReLU(), nn.AvgPool1d(2), nn.Linear(2, 1)], (3,), 0),
+    ([nn.Conv1d(1, 2, 2), nn.ReLU(), nn.Linear(4, 1), nn.Flatten()], (1, 5), 0),
+    ([nn.Linear(3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 1)], (4, 3), 0),
+    ([nn.Conv1d(1, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 1)], (1, 5), 2),
+    ([nn.Conv1d(1, 2, 2), nn.ReLU(), nn.AvgPool1d(2), nn.Conv1d(2, 2, 2), nn.Flatten()], (1, 5), 2),
+    ([nn.Conv1d(1, 2, 2), nn.ReLU(), nn.Flatten(), nn.AvgPool1d(2), nn.Linear(4, 1)], (1, 5), 0),
+]
+
+
+@pytest.mark.parametrize(("layers", "shape", "count"), CHANNELS)
+def test_layers_that_mix_channels_have_no_symmetries_of_channels(layers, shape, count):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(*layers).double(), torch.randn(9, *shape).double()
+    for layer in net:
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+    model, vector = prepare(net, x, torch.zeros_like(net(x)), loss="squared_error", weight_decay=0.0, frozen=())
+    face = read_face(model, vector).face
+    gauge = gauge_of(face, vector[face.free])
+    assert len(gauge.basis) == count
+    if count:
+        change = outputs_jacobian(face, vector[face.free]) @ gauge.basis.T
+        assert float(change.abs().max()) < 1e-13
+
+
 def test_two_layer_points_are_classified_by_the_exact_test():
     planted = planted_kink_minimum(30, 3, 3)
     net = nn.Sequential(nn.Linear(3, 3, bias=False), nn.ReLU(), nn.Linear(3, 1, bias=False)).double()

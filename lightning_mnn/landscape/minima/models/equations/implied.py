@@ -109,7 +109,8 @@ def _errors(face: Face, number: int, reach: Reach | None, sizes: dict[int, Tenso
     piece = face.pieces[number - 2]
     assert isinstance(piece, Pieces)  # noqa: S101 (what ``_zeros`` has seen)
     moved = reach.slopes[number - 2] * float(piece.slope.abs().max()) * reach.radius
-    return moved + face.model.rounding * sizes[number - 1].norm(dim=1)
+    found: Tensor = moved + face.model.rounding * sizes[number - 1].norm(dim=1)
+    return found
 
 
 class _Layer:
@@ -181,6 +182,7 @@ class _Layer:
         whole = torch.cat([self.h[samples], self.rows[units]])
         lengths = whole.norm(dim=1).clamp(min=1e-300)
         smallest = float(torch.linalg.svdvals((whole / lengths[:, None])[:, inputs])[-1])
-        change = (self.error[samples] / lengths[: len(samples)]).square().sum()
-        change += self.radius**2 / lengths[len(samples) :].square().amin() if units else 0.0
-        return smallest > max(tolerances.MIN_LIKQ, 2 * float(change) ** 0.5)
+        change = float((self.error[samples] / lengths[: len(samples)]).square().sum())
+        if units:
+            change += self.radius**2 / float(lengths[len(samples) :].square().amin())
+        return bool(smallest > max(tolerances.MIN_LIKQ, 2 * change**0.5))

@@ -25,7 +25,7 @@ import torch
 
 from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.minima.models.equations.face import Pieces
-from lightning_mnn.landscape.minima.models.equations.layers import Affine, Largest, Scale
+from lightning_mnn.landscape.minima.models.equations.layers import Affine, Average, Bends, Flatten, Largest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -94,7 +94,7 @@ def _of_pair(  # noqa: C901 (conditions of one pair)
         return
     names = [name for name in (a.weight, a.bias, b.weight) if name is not None]
     between = range(first + 1, second)
-    if not set(names) <= set(model.trained) or any(isinstance(model.layers.operations[n], Scale) for n in between):
+    if not set(names) <= set(model.trained) or not _keeps_channels(face, a, b, between):
         return
     weight, outgoing = parameters[a.weight], parameters[b.weight]
     columns = outgoing.shape[1] // len(weight)  # of one channel, after flattening
@@ -141,6 +141,23 @@ def _of_pair(  # noqa: C901 (conditions of one pair)
                 elif i < j:
                     ahead, back = mixed(i, j), mixed(j, i)
                     yield {name: ahead[name] - back[name] for name in ahead}
+
+
+def _keeps_channels(face: Face, a: Affine, b: Affine, between: range) -> bool:
+    """Whether the inputs of the second layer that come from a channel of the first are a block of columns of its own.
+
+    Pooling after a linear layer, or after flattening, mixes channels, and a linear layer may act on another axis.
+    """
+    steps = [face.model.layers.operations[n] for n in between]
+    if not all(isinstance(op, Bends | Average | Largest | Flatten) for op in steps):
+        return False
+    if not a.groups:
+        flat = all(isinstance(p, Pieces) and p.slope.ndim == 2 for p in (face.pieces[n] for n in between))
+        return not b.groups and flat and (bool(steps) or face.model.inputs.ndim == 2)
+    places = [place for place, op in enumerate(steps) if isinstance(op, Flatten)]
+    if b.groups:
+        return not places
+    return len(places) == 1 and all(isinstance(op, Bends) for op in steps[places[0] + 1 :])
 
 
 def _kernel_of_product(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor] | None:
