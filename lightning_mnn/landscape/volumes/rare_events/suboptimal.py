@@ -209,7 +209,8 @@ def _spectral_lead(gram: Tensor) -> Tensor:
     It is the mean of −log10 of the two smallest eigenvalues, up to rounding, as a fraction of the digits of a float.
     """
     values = torch.linalg.eigvalsh(gram)[:, :_SMALLEST_EIGENVALUES].clamp(min=10.0**-_DIGITS)
-    return (-values.log10().mean(1) / _DIGITS).clamp(min=0.0)
+    lead: Tensor = (-values.log10().mean(1) / _DIGITS).clamp(min=0.0)
+    return lead
 
 
 def _ranked(values: Tensor, rank: Tensor) -> Tensor:
