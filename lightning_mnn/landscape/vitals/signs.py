@@ -167,7 +167,9 @@ def effective_rank_of_gram(gram: Tensor) -> Tensor:
     >>> f"{float(effective_rank_of_gram(torch.diag(torch.tensor([4.0, 4.0, 0.0])))):.4f}"
     '2.0000'
     """
-    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    eigenvalues = torch.linalg.eigvalsh(gram)
+    rounding = gram.shape[-1] * torch.finfo(gram.dtype).eps * eigenvalues[..., -1:]
+    singular = torch.where(eigenvalues > rounding, eigenvalues, 0.0).sqrt()  # the root would magnify what is rounding
     total = singular.sum(-1, keepdim=True)
     p = singular / torch.where(total > 0, total, torch.ones_like(total))
     rank = torch.special.entr(p).sum(-1).exp()
