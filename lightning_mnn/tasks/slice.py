@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
+from lightning_mnn.figures.input_space import input_space_animation, input_space_figure
 from lightning_mnn.figures.slice import line_figure, slice_figure
 from lightning_mnn.landscape import (
     LossSurface,
     certify,
     curvature_directions,
+    infer_threshold,
+    input_regions,
     landscape_slice,
     principal_directions,
     random_directions,
@@ -23,6 +27,7 @@ from lightning_mnn.runs.folders import remove_job_folder
 from lightning_mnn.runs.saved import load_run
 from lightning_mnn.tasks.evaluate import samples_of
 from lightning_mnn.utilities.files import relative
+from lightning_mnn.utilities.seeding import generator
 from lightning_mnn.utilities.validation import one_of
 from lightning_mnn.verdicts import Kind
 
@@ -32,7 +37,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from torch import Tensor, nn
 
-    from lightning_mnn.landscape import LandscapeSlice
+    from lightning_mnn.landscape import InputRegions, LandscapeSlice
     from lightning_mnn.landscape.network import Network
     from lightning_mnn.model.mnn import MNN
     from lightning_mnn.runs.saved import Run
@@ -41,6 +46,7 @@ PLANES = ("trajectory", "random", "curvature")
 _KINKS_NEAR = 12  # kinks that pass the centre in the pictures nearby
 _POINTS = {1: 241, 2: 121}  # along a direction, by the number of directions
 _POINTS_OF_DEEP_PLANES = 51  # with several hidden layers each takes a pass of its own
+_FRAMES = 50  # of the animation, at most, and the end
 _BEYOND = 0.25  # of the way from the start, on both ends of the line
 
 
@@ -54,7 +60,9 @@ class _Drawn:
         inputs: all samples.
         targets: of them.
         states: the networks of the trajectory, the start first; without the centre.
+        names: the step of each.
         title: in words.
+        threshold: of the decision; None: of a regression.
     """
 
     module: nn.Sequential
@@ -62,7 +70,9 @@ class _Drawn:
     inputs: Tensor
     targets: Tensor
     states: list[dict[str, Tensor]]
+    names: list[str]
     title: str
+    threshold: float | None
 
 
 def slice(cfg: DictConfig) -> None:  # noqa: A001 (the name of the task)
@@ -73,6 +83,9 @@ def slice(cfg: DictConfig) -> None:  # noqa: A001 (the name of the task)
     start alone, the way there and a random direction), two random filter-normalised directions, or those of the
     largest and the smallest curvature. A second panel shows the surroundings of the centre, where a dozen kinks pass.
     The line goes from the start to the centre.
+
+    ``inputs.png`` has the linear regions on the plane of the inputs, or through three random samples, and
+    ``inputs.gif`` those of the whole trajectory, if there are checkpoints.
 
     Raises:
         ValueError: no folder is given, or an unknown plane.
@@ -86,7 +99,11 @@ def slice(cfg: DictConfig) -> None:  # noqa: A001 (the name of the task)
     if not folder.is_dir():
         raise FileNotFoundError(f"folder={cfg.folder}: there is no such folder")
     drawn = _drawn(load_run(folder))
-    paths = [_draw_plane(drawn, cfg.plane, folder / "slice.png"), _draw_line(drawn, folder / "line.png")]
+    paths = [
+        _draw_plane(drawn, cfg.plane, folder / "slice.png"),
+        _draw_line(drawn, folder / "line.png"),
+        *_draw_inputs(drawn, folder),
+    ]
     for path in paths:
         console.print(f"[bold]drawn:[/] {relative(path)}")
 
@@ -110,7 +127,11 @@ def _drawn(run: Run) -> _Drawn:
     title = f"{sizes}, ρ = {network.negative_slope:g}, N = {len(inputs):,}"
     if module.replicas > 1:
         title += f", the first of {module.replicas} networks"
-    return _Drawn(network.to_sequential(), kind, inputs, targets, _states(run, module), title)
+    threshold = None if module.hparams["regression"] else module.threshold
+    if threshold is None and not module.hparams["regression"]:
+        threshold = infer_threshold(targets)
+    states = _states(run, module)
+    return _Drawn(network.to_sequential(), kind, inputs, targets, list(states.values()), list(states), title, threshold)
 
 
 def _kind(found: Any) -> Kind | None:
@@ -130,18 +151,17 @@ def _with_weights(network: Network, *weights: Tensor) -> Network:
     return type(network)(tuple(weights[:-1]), weights[-1], network.negative_slope, network.unit_roundoff)
 
 
-def _states(run: Run, module: MNN) -> list[dict[str, Tensor]]:
+def _states(run: Run, module: MNN) -> dict[str, dict[str, Tensor]]:
     """The first networks of the checkpoints in the order of their steps, from the weights that training started from.
 
     A run that started from a checkpoint has an unknown start.
     """
-    modules: list[MNN] = [] if run.config.get("ckpt_path") else [type(module)(**module.hparams)]
-    steps: dict[int, Path] = {}
+    modules: dict[int, MNN] = {} if run.config.get("ckpt_path") else {0: type(module)(**module.hparams)}
     for path in sorted((run.folder / "checkpoints").glob("*.ckpt")):
-        if path.name != "last.ckpt":
-            steps.setdefault(int(read_checkpoint(path, "remove it")["global_step"]), path)
-    modules += [run.module(steps[step]) for step in sorted(steps) if step > 0]
-    return [_first(one).to_sequential().state_dict() for one in modules]
+        step = int(read_checkpoint(path, "remove it")["global_step"])
+        if path.name != "last.ckpt" and step > 0:
+            modules[step] = run.module(path)
+    return {f"step {step:,}": _first(modules[step]).to_sequential().state_dict() for step in sorted(modules)}
 
 
 def _directions(drawn: _Drawn, plane: str) -> tuple[Tensor, tuple[str, str]]:
@@ -203,3 +223,35 @@ def _draw_line(drawn: _Drawn, path: Path) -> Path:
     if radius < (ranges[0][1] - ranges[0][0]) / 4:
         panels["around the centre"] = _slice(drawn, way, [(-radius, radius)])
     return line_figure(panels, path, drawn.title, label)
+
+
+def _draw_inputs(drawn: _Drawn, folder: Path) -> list[Path]:
+    """The regions on a plane of inputs: the inputs themselves if there are two, else through three samples."""
+    inputs, rows = drawn.inputs, torch.arange(len(drawn.inputs))
+    moves, center, labels = None, None, ("x₁", "x₂")
+    if inputs.shape[1] != 2:
+        rows = torch.randperm(len(inputs), generator=generator(0, "input plane"))[:3]
+        if len(rows) < 3 or int(torch.linalg.matrix_rank(inputs[rows[1:]] - inputs[rows[0]])) < 2:
+            return []  # no plane
+        center = inputs[rows].mean(0)
+        moves = torch.linalg.qr((inputs[rows[1:]] - inputs[rows[0]]).T).Q.T
+        labels = ("distance in the plane through three samples", "")
+    places = inputs[rows] if moves is None else (inputs[rows] - center) @ moves.T
+    half = 0.7 * float((places.amax(0) - places.amin(0)).max()) or 1.0
+    ranges = [(float(middle) - half, float(middle) + half) for middle in (places.amax(0) + places.amin(0)) / 2]
+    samples = places.numpy(), drawn.targets[rows].numpy()
+    options: dict[str, Any] = {"threshold": drawn.threshold, "labels": labels}
+
+    def regions_of(module: nn.Sequential) -> InputRegions:
+        return input_regions(module, moves, center=center, ranges=ranges)
+
+    last = regions_of(drawn.module)
+    paths = [input_space_figure(last, folder / "inputs.png", samples, title=drawn.title, **options)]
+    if len(drawn.states) > 1:
+        frames, module = [], copy.deepcopy(drawn.module)
+        for k in sorted({round(i * (len(drawn.states) - 1) / (_FRAMES - 1)) for i in range(_FRAMES)}):
+            module.load_state_dict(drawn.states[k])
+            frames.append((drawn.names[k], regions_of(module)))
+        frames.append(("end", last))
+        paths.append(input_space_animation(frames, folder / "inputs.gif", samples, **options))
+    return paths
