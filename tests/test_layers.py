@@ -21,7 +21,7 @@ FLOORS = (  # folders from the ground up: a module imports from lower ones, and 
     ("landscape.slices",),
     ("figures", "callbacks.evaluation"),
     ("callbacks.evidence.models",),
-    ("callbacks.evidence", "callbacks.volumes", "figures.report_page"),
+    ("callbacks.evidence", "callbacks.volumes", "figures.report_page", "figures.slices"),
     ("callbacks",),
     ("model",),
     ("launchers.jobs",),

@@ -44,6 +44,15 @@ class LinearOperator(ABC):
     def adjoint(self, vector: Tensor) -> Tensor:
         """Fᵀ y, (n,)."""
 
+    def __matmul__(self, other: Tensor) -> Tensor:
+        """F x for a vector (n,), or for the columns of a matrix (n, k).
+
+        So an operator can be given to the estimators of ``curvlinops``, such as ``hutchinson_trace``.
+        """
+        if other.ndim == 1:
+            return self.apply(other)
+        return torch.stack([self.apply(column) for column in other.unbind(1)], dim=1)
+
     def dense(self) -> Tensor:
         """F itself, (m, n), from n products."""
         basis = torch.eye(self.shape[1], dtype=self.dtype, device=self.device)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from lightning_mnn.figures.input_space import input_space_animation, input_space_figure
-from lightning_mnn.figures.slice import line_figure, slice_figure
+from lightning_mnn.figures.slices.input_space import input_space_animation, input_space_figure
+from lightning_mnn.figures.slices.weight_space import line_figure, slice_figure
 from lightning_mnn.landscape import (
     LossSurface,
     certify,
@@ -228,7 +228,7 @@ def _draw_line(drawn: _Drawn, path: Path) -> Path:
 def _draw_inputs(drawn: _Drawn, folder: Path) -> list[Path]:
     """The regions on a plane of inputs: the inputs themselves if there are two, else through three samples."""
     inputs, rows = drawn.inputs, torch.arange(len(drawn.inputs))
-    moves, center, labels = None, None, ("x₁", "x₂")
+    moves, center, labels = torch.eye(2, dtype=inputs.dtype), torch.zeros_like(inputs[0]), ("x₁", "x₂")
     if inputs.shape[1] != 2:
         rows = torch.randperm(len(inputs), generator=generator(0, "input plane"))[:3]
         if len(rows) < 3 or int(torch.linalg.matrix_rank(inputs[rows[1:]] - inputs[rows[0]])) < 2:
@@ -236,7 +236,7 @@ def _draw_inputs(drawn: _Drawn, folder: Path) -> list[Path]:
         center = inputs[rows].mean(0)
         moves = torch.linalg.qr((inputs[rows[1:]] - inputs[rows[0]]).T).Q.T
         labels = ("distance in the plane through three samples", "")
-    places = inputs[rows] if moves is None else (inputs[rows] - center) @ moves.T
+    places = (inputs[rows] - center) @ moves.T
     half = 0.7 * float((places.amax(0) - places.amin(0)).max()) or 1.0
     ranges = [(float(middle) - half, float(middle) + half) for middle in (places.amax(0) + places.amin(0)) / 2]
     samples = places.numpy(), drawn.targets[rows].numpy()

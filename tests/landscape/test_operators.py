@@ -51,6 +51,9 @@ def test_products_agree_with_the_dense_matrix(draw, seed):
     assert torch.allclose(operator.dense(), matrix, atol=1e-11)
     assert torch.allclose(operator.apply(x), matrix @ x, atol=1e-11)
     assert torch.allclose(operator.adjoint(y), matrix.T @ y, atol=1e-11)
+    assert torch.allclose(operator @ x, matrix @ x, atol=1e-11)
+    columns = torch.stack([x, x.flip(0)], 1)
+    assert torch.allclose(operator @ columns, matrix @ columns, atol=1e-11)
     assert torch.allclose(operator.apply(x) @ y, x @ operator.adjoint(y), atol=1e-11)
     for_scipy = operator.to_scipy()
     assert (for_scipy.shape, for_scipy.dtype) == ((m, n), np.float64)
@@ -75,3 +78,13 @@ def test_a_hessian_follows_its_parameters():
     with surface.moved(torch.tensor([1.0, 0.0], dtype=torch.float64)):
         assert torch.equal(hessian.dense(), torch.tensor([12.0, 6.0], dtype=torch.float64).diag())
     assert torch.equal(hessian.dense(), 6 * torch.eye(2, dtype=torch.float64))
+
+
+def test_curvlinops_takes_the_hessian_of_a_loss():
+    curvlinops = pytest.importorskip("curvlinops", reason="pip install curvlinops-for-pytorch")
+    operator, matrix = drawn_hessian(0)
+    torch.manual_seed(0)
+    draws = torch.stack([curvlinops.hutchinson_trace(operator, 4) for _ in range(200)])
+    assert abs(float(draws.mean() - matrix.trace())) < 5 * float(draws.std()) / 200**0.5
+    values, densities = curvlinops.lanczos_approximate_spectrum(operator, ncv=4)
+    assert float(torch.trapezoid(densities, values)) == pytest.approx(1, rel=1e-2)

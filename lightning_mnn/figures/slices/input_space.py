@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from io import BytesIO
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import TwoSlopeNorm, hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.tri import Triangulation
 from PIL import Image
 
 from lightning_mnn.figures.style import literal, save
@@ -101,13 +104,15 @@ def input_space_animation(
     images = []
     for title, regions in frames:
         figure = Figure(figsize=(5.2, 5.4), layout="constrained", dpi=90)
-        canvas, ax = FigureCanvasAgg(figure), figure.subplots()
+        FigureCanvasAgg(figure)
+        ax = figure.subplots()
         _draw_output(ax, regions, threshold)
         _draw_samples(ax, *samples, threshold)
         _frame(ax, regions, labels)
         ax.set_title(literal(f"{title}, {len(regions.polygons):,} regions"), fontsize=11)
-        canvas.draw()
-        images.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("P", palette=Image.Palette.ADAPTIVE))
+        picture = BytesIO()
+        figure.savefig(picture, format="png")
+        images.append(Image.open(picture).convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE))
     durations = [_FRAME_MS] * (len(images) - 1) + [_LAST_FRAME_MS]
     with whole_file(path) as unfinished:
         images[0].save(
@@ -125,15 +130,12 @@ def _draw_output(ax: Axes, regions: InputRegions, threshold: float | None) -> An
             [f[0, 0] + p @ f[0, 1:] for p, f in zip(regions.polygons, regions.outputs, strict=True)]
         )
         starts = np.cumsum([0, *(len(polygon) for polygon in regions.polygons)])
-        fans = [
-            (start, i, i + 1) for start, end in zip(starts, starts[1:], strict=False) for i in range(start + 1, end - 1)
-        ]
+        fans = [(start, i, i + 1) for start, end in pairwise(starts) for i in range(start + 1, end - 1)]
         center = 0.0 if threshold is None else threshold
         far = max(float(np.abs(values - center).max()), 1e-12)
-        spread = ax.tripcolor(
-            *corners.T, np.array(fans), values, shading="gouraud", cmap="RdBu_r", rasterized=True,
-            norm=TwoSlopeNorm(center, center - far, center + far),
-        )  # fmt: skip
+        triangles = Triangulation(corners[:, 0], corners[:, 1], np.array(fans))
+        norm = TwoSlopeNorm(center, center - far, center + far)
+        spread = ax.tripcolor(triangles, values, shading="gouraud", cmap="RdBu_r", norm=norm, rasterized=True)
     _draw_kinks(ax, regions)
     if threshold is not None or regions.outputs.shape[1] > 1:
         boundary = regions.decision_boundary(0.0 if threshold is None else threshold)
@@ -152,7 +154,7 @@ def _layer(depth: int) -> str:
 
 def _draw_samples(ax: Axes, places: Array, targets: Array, threshold: float | None) -> None:
     colors = "black" if threshold is None else [_LABELS[int(target > threshold)] for target in targets]
-    ax.scatter(*places.T, c=colors, s=22, edgecolors="white", linewidths=0.7, zorder=3)
+    ax.scatter(places[:, 0], places[:, 1], c=colors, s=22, edgecolors="white", linewidths=0.7, zorder=3)
 
 
 def _frame(ax: Axes, regions: InputRegions, labels: tuple[str, str]) -> None:

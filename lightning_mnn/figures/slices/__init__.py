@@ -1,0 +1,1 @@
+"""Figures of slices: the loss on planes and lines of weight space, and regions on planes of inputs."""
