@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 PLANES = ("trajectory", "random", "curvature")
 _KINKS_NEAR = 12  # kinks that pass the centre in the pictures nearby
 _POINTS = {1: 241, 2: 121}  # along a direction, by the number of directions
-_POINTS_OF_DEEP_PLANES = 51  # with several hidden layers each takes a pass of its own
+_POINTS_OF_DEEP_PLANES = 41  # with several hidden layers each takes a pass of its own
 _FRAMES = 50  # of the animation, at most, and the end
 _BEYOND = 0.25  # of the way from the start, on both ends of the line
 
