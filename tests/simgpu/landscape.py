@@ -28,12 +28,15 @@ from lightning_mnn.landscape import (
     check_proof,
     check_stationarity,
     classify,
+    curvature_directions,
     estimate_learning_coefficient,
     extreme_eigenvalues,
     find_minimum,
     first_order_verdicts,
     infer_threshold,
+    input_regions,
     kink_distance,
+    landscape_slice,
     local_volume,
     log_cap_measure,
     log_cone_measure,
@@ -46,6 +49,8 @@ from lightning_mnn.landscape import (
     planted_saddle,
     polish,
     polish_model,
+    principal_directions,
+    random_directions,
     rare_census,
     rare_event,
     region_log_volume,
@@ -386,6 +391,35 @@ def sampled_coefficients(device):
         return (curvatures * points**2).sum(-1)
 
     return estimate_learning_coefficient(loss, point, inverse_temperature=1e4, chains=8, steps=200)
+
+
+@case("landscape_slice", "LandscapeSlice", "SliceKinks", "principal_directions", "random_directions")
+def slices(device):
+    inputs, labels, *_ = random_data(device, 12, 5, 4)
+    net = small_model(device)
+    here = torch.cat([part.detach().flatten() for part in net.parameters()])
+    points = [here + move for move in random_directions(net, seed=1)]
+    moves = principal_directions(net, points)
+    options = {"trajectory": points, "resolution": 9, "kink_samples": 8, "kink_pairs": 20}
+    return (
+        landscape_slice(net, inputs, labels, moves, **options),
+        landscape_slice(net, inputs, labels, random_directions(net, count=1), resolution=9),
+    )
+
+
+@case("curvature_directions", tolerance=1e-3)
+def directions_of_curvature(device):
+    shape = torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64, device=device)
+    theta = torch.zeros_like(shape).requires_grad_()
+    return curvature_directions(LossSurface([theta], lambda: [(1.0, lambda: shape @ theta.square())])).abs()
+
+
+@case("input_regions", "InputRegions")
+def regions_of_inputs(device):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 1)).double().to(device)
+    moves = torch.eye(3, dtype=torch.float64, device=device)[:2]
+    return input_regions(net, moves, center=torch.ones(3, dtype=torch.float64, device=device))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -91,8 +91,8 @@ def _draw_plane(figure: Figure, ax: Axes, found: LandscapeSlice, legend: dict[st
     figure.colorbar(image, ax=ax, label=name, shrink=0.8, pad=0.01)
     inside = found.region.cpu().numpy()
     if inside.sum() > 1:
-        ax.contourf(first, second, inside.T.astype(float), [0.5, 1.5], colors=["#ffd92f"], alpha=0.55)
-        legend["region of the centre"] = Patch(color="#ffd92f", alpha=0.55)
+        ax.contourf(first, second, inside.T.astype(float), [0.5, 1.5], colors=["#ffd92f"], alpha=0.4)
+        legend["region of the centre"] = Patch(color="#ffd92f", alpha=0.4)
     for depth, kinks in enumerate(found.kinks):
         color = _LAYERS[depth % len(_LAYERS)]
         strength = min(0.9, max(0.03, _INK / max(_num_kinks(kinks), 1)))
