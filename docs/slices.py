@@ -5,6 +5,7 @@ The digits for LeNet are those of the folder ``LIGHTNING_MNN_DATA``; a name as a
 
 from __future__ import annotations
 
+import gzip
 import os
 import sys
 import tempfile
@@ -13,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional
-from torchvision.datasets import MNIST
 
 from lightning_mnn.app import main as run_command
 from lightning_mnn.figures import input_space_figure, line_figure, slice_figure
@@ -68,8 +68,8 @@ def kink_minimum() -> None:
 
 def lenet() -> None:
     """A LeNet on digits: the plane nearest to its trajectory, and the line from its start."""
-    digits = MNIST(os.environ["LIGHTNING_MNN_DATA"])
-    inputs, labels = digits.data[:100, None].float() / 255, digits.targets[:100]
+    inputs = digits("train-images-idx3-ubyte.gz", 16, 100 * 784).view(100, 1, 28, 28) / 255
+    labels = digits("train-labels-idx1-ubyte.gz", 8, 100).long()
     torch.manual_seed(0)
     module = nn.Sequential(
         nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
@@ -98,6 +98,13 @@ def lenet() -> None:
     line = landscape_slice(module, inputs, labels, [way], trajectory=states[:1], resolution=101, **options)
     label = "distance from the centre, towards the start"
     line_figure({"whole line": line}, FOLDER / "lenet_line.png", "LeNet, 100 digits", label)
+
+
+def digits(name: str, header: int, size: int) -> torch.Tensor:
+    """The first numbers of a file of MNIST."""
+    with gzip.open(Path(os.environ["LIGHTNING_MNN_DATA"], "MNIST", "raw", name)) as file:
+        file.read(header)
+        return torch.tensor(list(file.read(size)), dtype=torch.float32)
 
 
 def inputs() -> None:
