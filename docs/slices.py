@@ -84,12 +84,12 @@ def lenet() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    options = {"loss": "cross_entropy", "kink_samples": 16, "kink_pairs": 300}
+    options = {"loss": "cross_entropy", "kink_samples": 8, "kink_pairs": 300}
     moves = principal_directions(module, states)
-    wide = landscape_slice(module, inputs, labels, moves, trajectory=states, resolution=31, **options)
+    wide = landscape_slice(module, inputs, labels, moves, trajectory=states, resolution=25, **options)
     radius = wide.kink_radius(12)
     near = landscape_slice(
-        module, inputs, labels, moves, trajectory=states, ranges=[(-radius, radius)] * 2, resolution=31, **options
+        module, inputs, labels, moves, trajectory=states, ranges=[(-radius, radius)] * 2, resolution=25, **options
     )
     names = "first main component of the trajectory", "second main component"
     panels = {"whole plane": wide, "around the centre": near}

@@ -52,7 +52,7 @@ def slice_figure(
         ax.set(xlabel=literal(labels[0]), ylabel=literal(labels[1]))
         ax.set_title(literal(name), fontsize=11)
     figure.suptitle(literal(_title(title, [found.kind for found in slices.values()])), fontsize=12)
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return save(figure, path)
 
 
@@ -75,7 +75,7 @@ def line_figure(slices: dict[str, LandscapeSlice], path: Path, title: str = "", 
         ax.set_xlabel(literal(label))
         ax.set_title(literal(name), fontsize=11)
     figure.suptitle(literal(_title(title, [found.kind for found in slices.values()])), fontsize=12)
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return save(figure, path)
 
 
@@ -165,4 +165,4 @@ def _num_kinks(kinks: SliceKinks) -> int:
 
 def _kinks_label(kinks: SliceKinks) -> str:
     some = f", {kinks.traced:,} of {kinks.pairs:,} pairs" if kinks.traced < kinks.pairs else ""
-    return literal(f"kinks of layer {kinks.layer} ({'exact' if kinks.exact else 'from the grid'}{some})")
+    return literal(f"kinks of layer {kinks.layer} ({'exact' if kinks.exact else 'grid'}{some})")

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NUMBERS_AT_ONCE = 2**23
+_TIED = -1  # in place of a piece
 _ROOT_STEPS = 16  # of the Illinois method: it gains two thirds of its digits with each step
 
 
@@ -62,6 +63,17 @@ class SliceKinks:
     pairs: int
 
 
+def _read(kink: Kink) -> tuple[Tensor, Tensor]:
+    """Pieces and distances of a call, flat; the piece is −1 where the largest of several numbers is not unique.
+
+    Such ties, as of a window of max-pooling that contains zeros only, end at kinks of an earlier layer.
+    """
+    pieces, distances = kink.pieces().flatten(), kink.distance().flatten()
+    if kink.active_pieces is None:
+        pieces = torch.where(distances > 0, pieces.to(torch.int32), _TIED)
+    return pieces, distances
+
+
 class KinkPasses:
     """Forward passes at points of a slice that return what each unit is on.
 
@@ -86,7 +98,7 @@ class KinkPasses:
     def _read_layer(self, kink: Kink) -> None:
         if not kink.depends_on_weights or kink.num_pieces < 2:
             return
-        pieces, distances = kink.pieces().flatten(), kink.distance().flatten()
+        pieces, distances = _read(kink)
         if len(pieces) % len(self._inputs):
             problem = f"must have the samples on the first axis of the input of {kink.name}"
             raise ArgumentError("module", tuple(kink.input.shape), problem, "slices are of networks of that form only")
@@ -113,7 +125,7 @@ class KinkPasses:
 
         def read(kink: Kink) -> None:
             if kink.name in self.exact:
-                found[kink.name] = kink.pieces().flatten(), kink.distance().flatten()
+                found[kink.name] = _read(kink)
 
         inputs = self._inputs if row is None else self._inputs[row : row + 1]
         theta = self._origin + coordinates @ self._directions
@@ -240,7 +252,10 @@ def _sample(
     for point in torch.cartesian_prod(*axes).reshape(-1, len(axes)):
         safe_point()
         read = passes.at(point)
-        same = [((read[name][0] == passes.pieces[name]) | ~passes.clear[name]).all() for name in passes.layers]
+        same = [
+            ((now == passes.pieces[name]) | (now == _TIED) | ~passes.clear[name]).all()
+            for name, (now, _) in read.items()
+        ]
         inside.append(torch.stack(same).all())
         for name, pairs in chosen.items():
             for values, new in zip(found[name], read[name], strict=True):
@@ -260,7 +275,8 @@ def _roots(
     The root of the distance, negative off the piece of the left end, by the Illinois method: regula falsi in which the
     value of an end that stays is halved.
     """
-    left, places = (pieces[:-1] != pieces[1:]).nonzero(as_tuple=True)
+    untied = (pieces[:-1] != _TIED) & (pieces[1:] != _TIED)
+    left, places = ((pieces[:-1] != pieces[1:]) & untied).nonzero(as_tuple=True)
     a, b = axis[left], axis[left + 1]
     value_a, value_b = distances[left, places], -distances[left + 1, places]
     piece = pieces[left, places]
@@ -299,7 +315,7 @@ def _segments(axes: Sequence[Tensor], pieces: Tensor, distances: Tensor) -> tupl
     for corners in (((0, 0), (1, 0), (1, 1)), ((0, 0), (1, 1), (0, 1))):
         views = [(slice(i, i + rows), slice(j, j + columns)) for i, j in corners]
         at_corners = torch.stack([pieces[view] for view in views])
-        changed = (at_corners != at_corners[0]).any(0)
+        changed = (at_corners != at_corners[0]).any(0) & (at_corners != _TIED).all(0)
         row, column, pair = changed.nonzero(as_tuple=True)
         p = at_corners[:, row, column, pair]
         d = torch.stack([distances[view][row, column, pair] for view in views])

@@ -242,6 +242,25 @@ def test_convolutions_and_pooling():
         assert abs(preactivation(module, theta, inputs, 1, sample, unit)) < 1e-12
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_ties_of_pooled_zeros_are_no_kinks(count):
+    """A window of which one number becomes positive has the kink of that number only, in the layer before."""
+    module = nn.Sequential(nn.Linear(1, 4), nn.ReLU(), nn.MaxPool1d(4)).double()
+    with torch.no_grad():
+        module[0].weight.zero_()
+        module[0].bias.copy_(torch.tensor([-1.0, -1, -1, -1]))
+    moves = torch.zeros(count, 8, dtype=torch.float64)
+    moves[0, 5], moves[-1, 6] = 2.3, 2.3
+    data = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+    found = landscape_slice(module, *data, moves, resolution=8)
+    relu, pooling = found.kinks
+    assert len(relu.ends) == 2
+    for t in pooling.ends.reshape(-1, count):  # only where both are positive, and equal
+        assert count == 2
+        assert float(t[0] - t[1]) == pytest.approx(0, abs=1e-9)
+        assert float(t.min()) > 1 / 2.3 - 2 / 7
+
+
 def test_of_many_pairs_some_are_traced_those_at_the_centre_first():
     planted = planted_model_kink_minimum(40, (3, 5, 1), kinks=2)
     moves = random_directions(planted.module)
