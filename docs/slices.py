@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from lightning_mnn.app import main as run_command
-from lightning_mnn.figures import input_space_figure, line_figure, slice_figure
+from lightning_mnn.figures import input_space_figure, slice_figure
 from lightning_mnn.landscape import (
     certify_model,
     input_regions,
@@ -67,7 +67,7 @@ def kink_minimum() -> None:
 
 
 def lenet() -> None:
-    """A LeNet on digits: the plane nearest to its trajectory, and the line from its start."""
+    """A LeNet on digits: the plane nearest to its trajectory."""
     inputs = digits("train-images-idx3-ubyte.gz", 16, 100 * 784).view(100, 1, 28, 28) / 255
     labels = digits("train-labels-idx1-ubyte.gz", 8, 100).long()
     torch.manual_seed(0)
@@ -94,10 +94,6 @@ def lenet() -> None:
     names = "first main component of the trajectory", "second main component"
     panels = {"whole plane": wide, "around the centre": near}
     slice_figure(panels, FOLDER / "lenet_slice.png", "LeNet, 100 digits, 100 steps of Adam", names)
-    (way,) = principal_directions(module, states[:1], count=1)
-    line = landscape_slice(module, inputs, labels, [way], trajectory=states[:1], resolution=101, **options)
-    label = "distance from the centre, towards the start"
-    line_figure({"whole line": line}, FOLDER / "lenet_line.png", "LeNet, 100 digits", label)
 
 
 def digits(name: str, header: int, size: int) -> torch.Tensor:
