@@ -181,7 +181,7 @@ class ActivationPatternRecorder(ScheduledCallback):
             self._clear()
             self.store, self._store_path = None, None
             self.layers, self._kinks, self._recorded_step, self._skipped = {}, None, None, False
-            self._vitals.clear()
+            self._vitals = VitalReport(_VITALS[self.tier], self.seed, self.memory_budget)  # the old one may be kept
 
     @override
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -369,7 +369,7 @@ class ActivationPatternRecorder(ScheduledCallback):
 
     def _clear(self) -> None:
         self._first, self._last, self._stored, self._regions = {}, {}, {}, []
-        self._history.clear()
+        self._history = PatternHistory(self.seed)
 
     def _patterns(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, PackedPattern]:
         """The pattern of every layer on the recorded samples, in the data set's order, on every process."""

@@ -20,6 +20,7 @@ from lightning_mnn.callbacks import (
     local_minimum_detector,
 )
 from lightning_mnn.callbacks.evaluation import full_batch
+from lightning_mnn.callbacks.patterns.vital_signs import VitalSettings
 from lightning_mnn.callbacks.trainer import long_pass
 from lightning_mnn.utilities import interruption
 from tests.children import side_by_side
@@ -143,8 +144,9 @@ def test_recorder_and_monitor_read_a_probe(make_trainer, tmp_path, name):
 def test_the_callbacks_share_one_pass_over_a_network(make_trainer, tmp_path, name):
     callbacks = [LocalMinimumDetector(), ActivationPatternRecorder(dirpath=tmp_path), AngularVolumeMonitor(measure=[])]
     of_recorder = 0 if name == "mnn" else _SAMPLES  # on whose samples a foreign module runs itself
+    of_vital_signs = VitalSettings().samples  # which are read once more
     reads = _reads_before_first_batch(make_trainer, name, callbacks)
-    assert reads <= _SAMPLES + of_recorder + 3 * _FEW
+    assert reads <= _SAMPLES + of_recorder + of_vital_signs + 3 * _FEW
 
 
 def test_a_stationary_start_on_kinks_waits_for_the_next_check(make_trainer):

@@ -76,6 +76,7 @@ NO_TENSORS = {
     "KeepCurve": "counts and scales, as numbers",
     "MeanError": "numbers",
     "LogBounds": "numbers",
+    "LossVolume": "numbers",
     "Stop": "an enumeration",
     "closed_form_log_volume": "a function of numbers",
     "Finding": "a code and its number",
@@ -450,7 +451,7 @@ def sampled_coefficients(device):
     return estimate_learning_coefficient(loss, point, inverse_temperature=1e4, chains=8, steps=200)
 
 
-@case("loss_volume", "LossVolume", "minimum_log_volume", tolerance=0.3)
+@case("loss_volume", "minimum_log_volume", tolerance=0.3)
 def loss_volumes(device):
     curvatures = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64, device=device)
     planted = planted_kink_minimum(12, 2, 2)

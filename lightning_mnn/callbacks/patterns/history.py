@@ -38,10 +38,6 @@ class PatternHistory:
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget all of it."""
         self._steps: list[int] = []
         self._stored: list[tuple[str, Digest] | None] = []  # path of the store, and the digest
         self._lengths: list[Tensor] = []  # of the moves, over replicas

@@ -43,10 +43,6 @@ class VitalReport:
     def __init__(self, settings: VitalSettings, seed: int, memory_budget: int) -> None:
         self._settings = settings
         self._probe = VitalProbe(settings, seed, memory_budget)
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget an earlier fit."""
         self.findings: list[list[Finding]] = []
         self.freezes: list[Freeze] = []
         self.missing: dict[str, str] = {}

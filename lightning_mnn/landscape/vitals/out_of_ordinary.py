@@ -57,8 +57,8 @@ def gradient_findings(relative_norms: Mapping[str, float], norms: Sequence[float
         relative_norms: ‖g‖/‖θ‖ by layer, at the last measurement; layers without a number for it may be NaN.
         norms: norm of all gradients together at each measurement, in their order.
 
-    >>> gradient_findings({"1": 1e-9, "2": 1e-2}, [1.0] * 5)
-    [Finding(code=<FindingCode.VANISHING_GRADIENT: 'vanishing_gradient'>, layer='1', value=1e-07)]
+    >>> gradient_findings({"1": 0.0, "2": 1e-2}, [1.0] * 5)
+    [Finding(code=<FindingCode.VANISHING_GRADIENT: 'vanishing_gradient'>, layer='1', value=0.0)]
     """
     found = []
     known = {layer: norm for layer, norm in relative_norms.items() if math.isfinite(norm)}

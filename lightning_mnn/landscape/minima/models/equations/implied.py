@@ -184,5 +184,6 @@ class _Layer:
         smallest = float(torch.linalg.svdvals((whole / lengths[:, None])[:, inputs])[-1])
         change = float((self.error[samples] / lengths[: len(samples)]).square().sum())
         if units:
-            change += self.radius**2 / float(lengths[len(samples) :].square().amin())
+            ratio = self.radius / float(lengths[len(samples) :].amin())
+            change += ratio * ratio  # ratio**2 would be an error where it is infinite
         return bool(smallest > max(tolerances.MIN_LIKQ, 2 * change**0.5))
