@@ -93,11 +93,9 @@ class PatternHistory:
 
     def load(self, state: dict[str, Any]) -> None:
         """Restore a state; an empty one, of an earlier version, forgets all."""
-        self.clear()
-        if state:
-            self._steps, self._stored = list(state["steps"]), list(state["stored"])
-            self._lengths = [torch.tensor(length, dtype=torch.float64) for length in state["lengths"]]
-            self._weights = state["weights"]
+        self._steps, self._stored = list(state.get("steps", [])), list(state.get("stored", []))
+        self._lengths = [torch.tensor(length, dtype=torch.float64) for length in state.get("lengths", [])]
+        self._weights = state.get("weights")
 
     def _snapshots(self, read: Read) -> Iterator[tuple[int, dict[str, PackedPattern]]]:
         for step, stored in zip(reversed(self._steps), reversed(self._stored), strict=True):
