@@ -38,6 +38,7 @@ from lightning_mnn.landscape import (
 )
 from lightning_mnn.landscape.curvature.flat_directions import _power, flat_check, probe
 from lightning_mnn.landscape.curvature.newton import Scales, conjugate_gradients
+from lightning_mnn.landscape.intervals import Estimate
 from lightning_mnn.landscape.labels import wrong
 from lightning_mnn.landscape.minima import planted
 from lightning_mnn.landscape.minima.kink_multipliers import check_multipliers
@@ -55,7 +56,6 @@ from lightning_mnn.landscape.regions.linear_map import FaceMap
 from lightning_mnn.landscape.vitals.out_of_ordinary import gradient_findings, pattern_findings
 from lightning_mnn.landscape.volumes import expectation_propagation
 from lightning_mnn.landscape.volumes.expectation_propagation import approximate, distinct_constraints
-from lightning_mnn.landscape.volumes.rare_events.splitting import _estimate
 from tests.landscape.volumes.cones import random_cone
 
 ROOT = Path(__file__).parents[2]
@@ -757,7 +757,7 @@ def coverage(alive):
         logs = -10.125 + 0.5 * random.standard_normal(8)  # a mean of exp(-10)
         logs[random.random(8) > alive] = -np.inf
         if np.isfinite(logs).sum() > 1:
-            found = _estimate(torch.from_numpy(logs))
+            found = Estimate.of_runs(torch.from_numpy(logs))
             hits += found.log_low <= math.log(alive) - 10 <= found.log_high
     return hits / 300
 
