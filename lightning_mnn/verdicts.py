@@ -180,6 +180,10 @@ class ReasonCode(StrEnum):
     GRADIENT_ABOVE_TOLERANCE = auto()
     NOT_FINITE = auto()
     ONE_SIDED = auto()
+    STATIONARY_ON_KINKS = auto()
+    LOSS_FALLS_ALONG_KINKS = auto()
+    LOSS_FALLS_OFF_KINK = auto()
+    FALL_FROM_KINKS_NOT_CONFIRMED = auto()
 
     # Second-order evidence: curvature
     HESSIAN_ZERO = auto()
@@ -216,6 +220,10 @@ class ReasonCode(StrEnum):
     COARSE_PREACTIVATIONS = auto()
     SIDES_COMPARED = auto()
     SIDES_NOT_COMPARED = auto()
+    KINK_CONDITIONS = auto()
+    KINKS_TOO_MANY = auto()
+    KINKS_OF_OTHER_FUNCTIONS = auto()
+    NO_ACTIVE_KINK = auto()
     EIGENVALUES = auto()
     NEWTON_DISTANCE = auto()
     NOT_A_PROOF = auto()
@@ -416,6 +424,20 @@ SENTENCES = {
     ),
     ReasonCode.NOT_FINITE: "the loss ({loss}) or the norm of its gradient ({norm}) is not finite",
     ReasonCode.ONE_SIDED: "the gradient and the Hessian are those of one side of kinks only",
+    ReasonCode.STATIONARY_ON_KINKS: (
+        "stationary on its kinks, to first order: a candidate for a minimum on kinks, whose curvature along them was "
+        "not tested"
+    ),
+    ReasonCode.LOSS_FALLS_ALONG_KINKS: (
+        "not stationary on its kinks: along them the loss falls by {fall:.1e} at {length:.1e}"
+    ),
+    ReasonCode.LOSS_FALLS_OFF_KINK: (
+        "not stationary on its kinks: off one of them, in {layer}, the loss falls by {fall:.1e} at {length:.1e}"
+    ),
+    ReasonCode.FALL_FROM_KINKS_NOT_CONFIRMED: (
+        "the first-order conditions on its kinks fail, but the loss does not fall as predicted, beyond rounding and "
+        "before another kink"
+    ),
     ReasonCode.HESSIAN_ZERO: "the Hessian is zero up to rounding",
     ReasonCode.NEGATIVE_CURVATURE: "negative curvature: the loss falls by {fall:.1e} at {length:.1e} along v",
     ReasonCode.CURVATURE_EXPLAINED_BY_GRADIENT: (
@@ -467,6 +489,18 @@ SENTENCES = {
     ),
     ReasonCode.SIDES_COMPARED: "between the sides of these kinks the gradient changes by {jump:.1e} of the reference",
     ReasonCode.SIDES_NOT_COMPARED: "the sides of these kinks were not compared",
+    ReasonCode.KINK_CONDITIONS: (
+        "{kinks} active kinks, whose gradients have rank {rank} (σ_min/σ_max = {likq:.1e}); along them the gradient's "
+        "norm is {residual:.1e} of the reference; the slowest rise off one is {growth:.1e} of it, ±{error:.0e}, in "
+        "{layer}"
+    ),
+    ReasonCode.KINKS_TOO_MANY: (
+        "their first-order conditions were not tested: more than {limit} active kinks, of {size} trained numbers"
+    ),
+    ReasonCode.KINKS_OF_OTHER_FUNCTIONS: (
+        "their first-order conditions were not tested: some are kinks of {functions}, not of ReLU, LeakyReLU or |x|"
+    ),
+    ReasonCode.NO_ACTIVE_KINK: "their first-order conditions were not tested: in this precision no kink is active",
     ReasonCode.EIGENVALUES: (
         "λ_min = {smallest:.2e} (at least {bound:.2e}) and λ_max = {largest:.2e}, by {products} products"
     ),

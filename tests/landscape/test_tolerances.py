@@ -37,6 +37,7 @@ from lightning_mnn.landscape import (
     weights_freeze_step,
 )
 from lightning_mnn.landscape.curvature.flat_directions import _power, flat_check, probe
+from lightning_mnn.landscape.curvature.kink_conditions import check_kinks, kink_conditions
 from lightning_mnn.landscape.curvature.newton import Scales, conjugate_gradients
 from lightning_mnn.landscape.intervals import Estimate
 from lightning_mnn.landscape.labels import wrong
@@ -444,6 +445,35 @@ def a_kink_twenty_spacings_away():
 def slopes_with_a_kink():
     surfaces = [surface_of([1.0], lambda z, c=change: z[0] + c / 2 * (z[0] - 1).abs()) for change in (0.3, 1.2)]
     return [check_stationarity(surface, ON_KINK, 1.0).kind for surface in surfaces]
+
+
+def on_kinks(start, function):
+    """The surface and the passes of a function of θ that calls |x|."""
+    theta, module = torch.tensor(start, dtype=torch.float64, requires_grad=True), nn.Module()
+
+    def run(on_kink, replaced=None):
+        with KinkTrace(module, on_kink, replace=replaced):
+            return function(theta)
+
+    surface = LossSurface([theta], lambda: [(1.0, lambda: function(theta))])
+    return surface, lambda: [(1.0, run, lambda active: run(lambda _: None, active))]
+
+
+@decides("MAX_KINK_SPACINGS", LARGER, SMALLER, verdict=[1, ReasonCode.NO_ACTIVE_KINK])
+def active_kinks_some_spacings_away():
+    cases = [on_kinks([spacings * EPS, 1.0], lambda t: t.abs().sum()) for spacings in (4, 40)]
+    first, second = (kink_conditions(*case) for case in cases)
+    return [getattr(first, "kinks", 0), getattr(second, "code", None)]
+
+
+@decides("GROWTH_ERROR_FACTOR", LARGER, SMALLER, verdict=["stationary_on_kinks", "growth_within_rounding"])
+def growths_some_residuals_large():
+    found = []
+    for growth in (2e-3, 2e-4):
+        surface, passes = on_kinks([0.0, 1.0], lambda t, g=growth: t[0].abs() + (1 - g) * t[0] + 1e-4 * t[1])
+        cheap = check_stationarity(surface, ON_KINK, 1.0)
+        found.append(check_kinks(surface, cheap, passes, EPS, reference=1.0).reason_code)
+    return found
 
 
 @decides("MIN_CHANCE_UNITS", LARGER, verdict=True)
