@@ -224,6 +224,7 @@ class ReasonCode(StrEnum):
     KINKS_TOO_MANY = auto()
     KINKS_OF_OTHER_FUNCTIONS = auto()
     NO_ACTIVE_KINK = auto()
+    KINKS_NOT_EVALUABLE = auto()
     EIGENVALUES = auto()
     NEWTON_DISTANCE = auto()
     NOT_A_PROOF = auto()
@@ -501,6 +502,7 @@ SENTENCES = {
         "their first-order conditions were not tested: some are kinks of {functions}, not of ReLU, LeakyReLU or |x|"
     ),
     ReasonCode.NO_ACTIVE_KINK: "their first-order conditions were not tested: in this precision no kink is active",
+    ReasonCode.KINKS_NOT_EVALUABLE: "their first-order conditions could not be tested: {cause}",
     ReasonCode.EIGENVALUES: (
         "λ_min = {smallest:.2e} (at least {bound:.2e}) and λ_max = {largest:.2e}, by {products} products"
     ),

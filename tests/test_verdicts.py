@@ -198,6 +198,7 @@ OF_MINIMA = {
 NO_VERDICTS = {  # codes of facts beside the one that decided, and of minima in a region, of sampled chains
     *(ReasonCode.NO_KINK, ReasonCode.NEAREST_KINK, ReasonCode.UNITS_ON_KINKS, ReasonCode.COARSE_PREACTIVATIONS),
     *(ReasonCode.SIDES_COMPARED, ReasonCode.SIDES_NOT_COMPARED, ReasonCode.EIGENVALUES, ReasonCode.NEWTON_DISTANCE),
+    *(ReasonCode.KINKS_NOT_EVALUABLE,),
     *(ReasonCode.KINK_CONDITIONS, ReasonCode.KINKS_TOO_MANY, ReasonCode.KINKS_OF_OTHER_FUNCTIONS),
     *(
         ReasonCode.NO_ACTIVE_KINK,

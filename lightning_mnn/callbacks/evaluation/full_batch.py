@@ -274,8 +274,10 @@ class FullBatch:
             yield self._weight(size), trace, partial(self._part_on_kinks, index, batch)
 
     def _part_on_kinks(self, index: int, batch: Any, active: ActiveKinks) -> Tensor:
+        self._restore()  # before the trace, whose hooks it would remove
         with KinkTrace(self._module, lambda _: None, self._modules, replace=active):
-            return self._part(index, _copied(batch))
+            loss = self._loss_or_none(index, _copied(batch))
+        return loss + penalty_of(self.decays) if self.decays else loss
 
     def _kinks_of(self, meter: KinkMeter) -> KinkDistance:
         """The kinks that a pass recorded, over all processes."""

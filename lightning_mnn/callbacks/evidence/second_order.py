@@ -278,8 +278,12 @@ class SecondOrderTier(Tier):
         return found
 
     def _without_eigenvalue(self, code: ReasonCode, cause: Exception | str) -> None:
-        """State why an undecided point stays undecided."""
+        """State why an undecided point stays undecided, or why the conditions on its kinks are not known."""
         assert self.verdict is not None  # noqa: S101
+        if self.verdict.kind is Kind.ON_KINK and code is not ReasonCode.TIME_LIMIT:
+            because = self.verdict.because
+            fact = Reason.of(ReasonCode.KINKS_NOT_EVALUABLE, cause=str(cause))
+            self.verdict = replace(self.verdict, because=replace(because, facts=(*because.facts, fact)))
         if self.verdict.kind is Kind.UNDECIDED:
             because = Reason.of(code, self.verdict.because, cause=str(cause))
             self.verdict = replace(self.verdict, because=because)
