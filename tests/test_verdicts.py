@@ -201,7 +201,6 @@ NO_VERDICTS = {  # codes of facts beside the one that decided, and of minima in 
     *(ReasonCode.KINKS_NOT_EVALUABLE,),
     *(ReasonCode.KINK_CONDITIONS, ReasonCode.KINKS_TOO_MANY, ReasonCode.KINKS_OF_OTHER_FUNCTIONS),
     *(
-        ReasonCode.NO_ACTIVE_KINK,
         ReasonCode.NOT_A_PROOF,
         ReasonCode.MINIMUM_FOUND,
         ReasonCode.NO_MINIMUM,

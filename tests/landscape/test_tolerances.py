@@ -459,7 +459,7 @@ def on_kinks(start, function):
     return surface, lambda: [(1.0, run, lambda active: run(lambda _: None, active))]
 
 
-@decides("MAX_KINK_SPACINGS", LARGER, SMALLER, verdict=[1, ReasonCode.NO_ACTIVE_KINK])
+@decides("MAX_KINK_SPACINGS", LARGER, SMALLER, verdict=[1, ReasonCode.KINKS_NOT_EVALUABLE])
 def active_kinks_some_spacings_away():
     cases = [on_kinks([spacings * EPS, 1.0], lambda t: t.abs().sum()) for spacings in (4, 40)]
     first, second = (kink_conditions(*case) for case in cases)

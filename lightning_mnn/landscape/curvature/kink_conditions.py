@@ -103,12 +103,12 @@ def kink_conditions(
     others_anywhere, too_many_anywhere = group.any([bool(others), too_many], device)
     kinks = group.total(face.count, device)
     if too_many_anywhere or kinks > face.limit:
-        return Reason.of(ReasonCode.KINKS_TOO_MANY, limit=face.limit, size=surface.size)
+        return Reason.of(ReasonCode.KINKS_TOO_MANY, limit=face.limit)
     if others_anywhere:
         names = ", ".join(sorted(others)) or "another process"
         return Reason.of(ReasonCode.KINKS_OF_OTHER_FUNCTIONS, functions=names)
     if not kinks:
-        return Reason.of(ReasonCode.NO_ACTIVE_KINK)
+        return Reason.of(ReasonCode.KINKS_NOT_EVALUABLE, cause="none is active in this precision")
     return _solved(face, reference)
 
 
