@@ -29,6 +29,12 @@ ADVICE: dict[ReasonCode, str] = {
             *(_C.GROWTH_NEGATIVE, _C.NEGATIVE_TANGENTIAL_CURVATURE),
         ),
         "train on, or call polish_model with more steps": (_C.NO_STATIONARY_POINT,),
+        "train on, with a lower learning rate: the loss falls from these kinks": (
+            *(_C.LOSS_FALLS_ALONG_KINKS, _C.LOSS_FALLS_OFF_KINK, _C.FALL_FROM_KINKS_NOT_CONFIRMED),
+        ),
+        "for a proof, use a network and a loss that certify_model reads: this is a candidate for a minimum": (
+            _C.STATIONARY_ON_KINKS,
+        ),
         "train on, with smaller batches: the loss falls here": (_C.NEGATIVE_CURVATURE, _C.DEGENERATE_DESCENT),
         "train on, or from another seed: rounding of the certificate, in float64, hides the answer here": (
             *(_C.PREACTIVATIONS_WITHIN_ROUNDING, _C.ROUNDING_HIDES_KINK_FORCES, _C.MULTIPLIER_AT_END),

@@ -180,7 +180,10 @@ class ReasonCode(StrEnum):
     GRADIENT_ABOVE_TOLERANCE = auto()
     NOT_FINITE = auto()
     ONE_SIDED = auto()
-
+    STATIONARY_ON_KINKS = auto()
+    LOSS_FALLS_ALONG_KINKS = auto()
+    LOSS_FALLS_OFF_KINK = auto()
+    FALL_FROM_KINKS_NOT_CONFIRMED = auto()
     # Second-order evidence: curvature
     HESSIAN_ZERO = auto()
     NEGATIVE_CURVATURE = auto()
@@ -201,14 +204,12 @@ class ReasonCode(StrEnum):
     CURVATURE_VARIES = auto()
     MORE_PRODUCTS_FOR_FLAT_DIRECTIONS = auto()
     FLAT_DIRECTIONS_UNEXPLAINED = auto()
-
     # Second-order evidence: no eigenvalue was computed
     NO_SECOND_DERIVATIVE = auto()
     PRODUCT_NOT_FINITE = auto()
     LOSS_NOT_EVALUABLE = auto()
     OUT_OF_MEMORY = auto()
     TIME_LIMIT = auto()
-
     # Second-order evidence: facts beside the one that decided
     NO_KINK = auto()
     NEAREST_KINK = auto()
@@ -216,6 +217,10 @@ class ReasonCode(StrEnum):
     COARSE_PREACTIVATIONS = auto()
     SIDES_COMPARED = auto()
     SIDES_NOT_COMPARED = auto()
+    KINK_CONDITIONS = auto()
+    KINKS_TOO_MANY = auto()
+    KINKS_OF_OTHER_FUNCTIONS = auto()
+    KINKS_NOT_EVALUABLE = auto()
     EIGENVALUES = auto()
     NEWTON_DISTANCE = auto()
     NOT_A_PROOF = auto()
@@ -416,6 +421,10 @@ SENTENCES = {
     ),
     ReasonCode.NOT_FINITE: "the loss ({loss}) or the norm of its gradient ({norm}) is not finite",
     ReasonCode.ONE_SIDED: "the gradient and the Hessian are those of one side of kinks only",
+    ReasonCode.STATIONARY_ON_KINKS: "stationary on its kinks, to first order: a candidate for a minimum on kinks",
+    ReasonCode.LOSS_FALLS_ALONG_KINKS: "the loss falls along its kinks, by {fall:.1e} at {length:.1e}",
+    ReasonCode.LOSS_FALLS_OFF_KINK: "the loss falls off a kink in {layer}, by {fall:.1e} at {length:.1e}",
+    ReasonCode.FALL_FROM_KINKS_NOT_CONFIRMED: "the loss seems to fall from its kinks, but no fall was measured",
     ReasonCode.HESSIAN_ZERO: "the Hessian is zero up to rounding",
     ReasonCode.NEGATIVE_CURVATURE: "negative curvature: the loss falls by {fall:.1e} at {length:.1e} along v",
     ReasonCode.CURVATURE_EXPLAINED_BY_GRADIENT: (
@@ -439,9 +448,7 @@ SENTENCES = {
     ReasonCode.GRADIENT_ALONG_FLAT_DIRECTION: (
         "the gradient has a part along directions without curvature, where the loss may fall further"
     ),
-    ReasonCode.MORE_PRODUCTS_FOR_NEWTON: (
-        "more products are needed to follow Newton's method (max_products); " + _GAIN
-    ),
+    ReasonCode.MORE_PRODUCTS_FOR_NEWTON: "more products are needed for Newton's method (max_products); " + _GAIN,
     ReasonCode.QUADRATIC_MODEL_WRONG: (
         _GAIN + ", but along it the quadratic model is wrong: the gradient is off by {misfit:.0%}"
     ),
@@ -467,6 +474,13 @@ SENTENCES = {
     ),
     ReasonCode.SIDES_COMPARED: "between the sides of these kinks the gradient changes by {jump:.1e} of the reference",
     ReasonCode.SIDES_NOT_COMPARED: "the sides of these kinks were not compared",
+    ReasonCode.KINK_CONDITIONS: (
+        "{kinks} active kinks, whose gradients have rank {rank} (σ_min/σ_max = {likq:.1e}); of the reference, the "
+        "gradient along them is {residual:.1e}, and the slowest rise off one {growth:.1e} ±{error:.0e}, in {layer}"
+    ),
+    ReasonCode.KINKS_TOO_MANY: "the conditions on kinks were not tested: there are more than {limit}",
+    ReasonCode.KINKS_OF_OTHER_FUNCTIONS: "the conditions on kinks were not tested: some are kinks of {functions}",
+    ReasonCode.KINKS_NOT_EVALUABLE: "the conditions on kinks could not be tested: {cause}",
     ReasonCode.EIGENVALUES: (
         "λ_min = {smallest:.2e} (at least {bound:.2e}) and λ_max = {largest:.2e}, by {products} products"
     ),

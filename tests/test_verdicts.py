@@ -198,7 +198,14 @@ OF_MINIMA = {
 NO_VERDICTS = {  # codes of facts beside the one that decided, and of minima in a region, of sampled chains
     *(ReasonCode.NO_KINK, ReasonCode.NEAREST_KINK, ReasonCode.UNITS_ON_KINKS, ReasonCode.COARSE_PREACTIVATIONS),
     *(ReasonCode.SIDES_COMPARED, ReasonCode.SIDES_NOT_COMPARED, ReasonCode.EIGENVALUES, ReasonCode.NEWTON_DISTANCE),
-    *(ReasonCode.NOT_A_PROOF, ReasonCode.MINIMUM_FOUND, ReasonCode.NO_MINIMUM, ReasonCode.REGION_EMPTY),
+    *(ReasonCode.KINKS_NOT_EVALUABLE,),
+    *(ReasonCode.KINK_CONDITIONS, ReasonCode.KINKS_TOO_MANY, ReasonCode.KINKS_OF_OTHER_FUNCTIONS),
+    *(
+        ReasonCode.NOT_A_PROOF,
+        ReasonCode.MINIMUM_FOUND,
+        ReasonCode.NO_MINIMUM,
+        ReasonCode.REGION_EMPTY,
+    ),
     *(ReasonCode.REGION_TOO_LARGE, ReasonCode.INPUT_TOO_SHORT, ReasonCode.RANK_IN_DOUBT, ReasonCode.FIT_IN_DOUBT),
     *(ReasonCode.PATTERN_IN_DOUBT, ReasonCode.TOO_MANY_BRANCHES, ReasonCode.BRANCHES_IN_DOUBT),
     *(ReasonCode.CHAINS_AGREE, ReasonCode.CHAINS_DIVERGED, ReasonCode.LOWER_LOSS_FOUND, ReasonCode.MOVES_REJECTED),

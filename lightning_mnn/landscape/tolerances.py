@@ -137,6 +137,8 @@ KINK_CROSSING_SPACINGS = 64.0  # length of a step across kinks, in spacings of f
 # Source: four times MAX_KINK_SPACINGS, so that the step passes the kink. Test: here.
 MAX_JUMP_PER_GRADIENT = 0.5  # change of the gradient across kinks, relative to it, of a descent on all their sides
 # Source: a gradient that changes by less than half of itself is zero on no side. Test: here.
+GROWTH_ERROR_FACTOR = 4.0  # error of the growth off a kink, in units of that of its multiplier
+# Source: chosen: multiplier and slope move by one each, and the face's curvature is not known. Test: here.
 MIN_CHANCE_UNITS = 8.0  # units on kinks by chance from which their number is well known
 # Source: a Poisson number of 8 is known to a third. Test: here.
 MAX_EIGENVALUE_ERROR_RATIO = 0.02  # error of a negative λ_min, relative to the largest |λ|, that is small enough

@@ -37,7 +37,9 @@ from lightning_mnn.landscape import (
     weights_freeze_step,
 )
 from lightning_mnn.landscape.curvature.flat_directions import _power, flat_check, probe
+from lightning_mnn.landscape.curvature.kink_conditions import check_kinks, kink_conditions
 from lightning_mnn.landscape.curvature.newton import Scales, conjugate_gradients
+from lightning_mnn.landscape.intervals import Estimate
 from lightning_mnn.landscape.labels import wrong
 from lightning_mnn.landscape.minima import planted
 from lightning_mnn.landscape.minima.kink_multipliers import check_multipliers
@@ -55,7 +57,6 @@ from lightning_mnn.landscape.regions.linear_map import FaceMap
 from lightning_mnn.landscape.vitals.out_of_ordinary import gradient_findings, pattern_findings
 from lightning_mnn.landscape.volumes import expectation_propagation
 from lightning_mnn.landscape.volumes.expectation_propagation import approximate, distinct_constraints
-from lightning_mnn.landscape.volumes.rare_events.splitting import _estimate
 from tests.landscape.volumes.cones import random_cone
 
 ROOT = Path(__file__).parents[2]
@@ -446,6 +447,35 @@ def slopes_with_a_kink():
     return [check_stationarity(surface, ON_KINK, 1.0).kind for surface in surfaces]
 
 
+def on_kinks(start, function):
+    """The surface and the passes of a function of θ that calls |x|."""
+    theta, module = torch.tensor(start, dtype=torch.float64, requires_grad=True), nn.Module()
+
+    def run(on_kink, replaced=None):
+        with KinkTrace(module, on_kink, replace=replaced):
+            return function(theta)
+
+    surface = LossSurface([theta], lambda: [(1.0, lambda: function(theta))])
+    return surface, lambda: [(1.0, run, lambda active: run(lambda _: None, active))]
+
+
+@decides("MAX_KINK_SPACINGS", LARGER, SMALLER, verdict=[1, ReasonCode.KINKS_NOT_EVALUABLE])
+def active_kinks_some_spacings_away():
+    cases = [on_kinks([spacings * EPS, 1.0], lambda t: t.abs().sum()) for spacings in (4, 40)]
+    first, second = (kink_conditions(*case) for case in cases)
+    return [getattr(first, "kinks", 0), getattr(second, "code", None)]
+
+
+@decides("GROWTH_ERROR_FACTOR", LARGER, SMALLER, verdict=["stationary_on_kinks", "growth_within_rounding"])
+def growths_some_residuals_large():
+    found = []
+    for growth in (2e-3, 2e-4):
+        surface, passes = on_kinks([0.0, 1.0], lambda t, g=growth: t[0].abs() + (1 - g) * t[0] + 1e-4 * t[1])
+        cheap = check_stationarity(surface, ON_KINK, 1.0)
+        found.append(check_kinks(surface, cheap, passes, EPS, reference=1.0).reason_code)
+    return found
+
+
 @decides("MIN_CHANCE_UNITS", LARGER, verdict=True)
 def kinks_as_many_as_by_chance():
     many = KinkDistance(0.0, 0.0, "1", count=12, units=10**6, by_chance=9.0, spacing=EPS)
@@ -757,7 +787,7 @@ def coverage(alive):
         logs = -10.125 + 0.5 * random.standard_normal(8)  # a mean of exp(-10)
         logs[random.random(8) > alive] = -np.inf
         if np.isfinite(logs).sum() > 1:
-            found = _estimate(torch.from_numpy(logs))
+            found = Estimate.of_runs(torch.from_numpy(logs))
             hits += found.log_low <= math.log(alive) - 10 <= found.log_high
     return hits / 300
 

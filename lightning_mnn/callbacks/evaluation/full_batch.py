@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
     from lightning_mnn.callbacks.evaluation.run_module import ModelFunction
     from lightning_mnn.callbacks.trainer.weight_decay import Decays
+    from lightning_mnn.landscape.kinks.active import ActiveKinks
 
 _MAX_CACHED = 1 << 28  # bytes of batches up to which they are cached for the next pass
 
@@ -260,6 +261,23 @@ class FullBatch:
 
         gather_results(local_pass)
         return self._kinks_of(meter)
+
+    def kink_passes(
+        self,
+    ) -> Iterator[tuple[float, Callable[[Callable[[Kink], None]], None], Callable[[ActiveKinks], Tensor]]]:
+        """For each batch its weight, a traced pass, and a pass with active kinks that returns the loss.
+
+        See :func:`lightning_mnn.landscape.curvature.kink_conditions.kink_conditions`.
+        """
+        for index, batch, size in self._batches():
+            trace = partial(self._trace, index, batch)
+            yield self._weight(size), trace, partial(self._part_on_kinks, index, batch)
+
+    def _part_on_kinks(self, index: int, batch: Any, active: ActiveKinks) -> Tensor:
+        self._restore()  # before the trace, whose hooks it would remove
+        with KinkTrace(self._module, lambda _: None, self._modules, replace=active):
+            loss = self._loss_or_none(index, _copied(batch))
+        return loss + penalty_of(self.decays) if self.decays else loss
 
     def _kinks_of(self, meter: KinkMeter) -> KinkDistance:
         """The kinks that a pass recorded, over all processes."""

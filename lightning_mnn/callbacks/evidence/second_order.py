@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from lightning_mnn.callbacks.evidence.gradient_norms import GradientNorms
 from lightning_mnn.callbacks.evidence.tiers import Evidence, Finding, Tier, check_weights, conditions, diverged
 from lightning_mnn.data.loaders.shards import batch_size_of, draws, num_samples
 from lightning_mnn.landscape import tolerances
+from lightning_mnn.landscape.curvature.kink_conditions import check_kinks
 from lightning_mnn.landscape.curvature.loss_surface import NoDerivativeError
 from lightning_mnn.landscape.curvature.second_order import SecondOrderVerdict, check_curvature, check_stationarity
 from lightning_mnn.verdicts import Kind, Reason, ReasonCode
@@ -126,6 +128,9 @@ class SecondOrderTier(Tier):
         self._certified = True
         batch = self._full_batch(trainer, pl_module)
         try:
+            if self.verdict.kind is Kind.ON_KINK:
+                self.verdict = self._on_kinks(trainer, pl_module)
+                return
             self.verdict = self._verdict_in_float64(trainer, pl_module) or self._curvature(batch)
         except NoDerivativeError as error:
             self._without_eigenvalue(ReasonCode.NO_SECOND_DERIVATIVE, error)
@@ -231,6 +236,31 @@ class SecondOrderTier(Tier):
         except NoDerivativeError:
             return None
 
+    def _on_kinks(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> SecondOrderVerdict:
+        """The verdict by the first-order conditions on the kinks, in float64 if possible."""
+        trained = trained_parameters(trainer, pl_module)
+        if trained[0].dtype != torch.float64:
+            with suppress(NoDerivativeError), in_double(pl_module) as double:
+                decay = self._weight_decay
+                batch = DoubleBatch(trainer, pl_module, double, self._loss_fn, self._modules, weight_decay=decay)
+                return self._kink_verdict(batch, double.of(trained))
+        return self._kink_verdict(self._full_batch(trainer, pl_module))
+
+    def _kink_verdict(self, batch: FullBatch, parameters: Sequence[Tensor] | None = None) -> SecondOrderVerdict:
+        assert self.verdict is not None  # noqa: S101
+        assert self._kinks is not None  # noqa: S101
+        with batch.open():
+            found = check_kinks(
+                batch.surface(parameters),
+                self.verdict,
+                batch.kink_passes,
+                self._kinks.spacing,
+                reference=self._compared,
+                gradient_tolerance=self._gradient_tolerance,
+            )
+            batch.check()
+        return found
+
     def _curvature(self, batch: FullBatch, parameters: Sequence[Tensor] | None = None) -> SecondOrderVerdict:
         assert self.verdict is not None  # noqa: S101
         with batch.open():
@@ -248,8 +278,12 @@ class SecondOrderTier(Tier):
         return found
 
     def _without_eigenvalue(self, code: ReasonCode, cause: Exception | str) -> None:
-        """State why an undecided point stays undecided."""
+        """State why an undecided point stays undecided, or why the conditions on its kinks are not known."""
         assert self.verdict is not None  # noqa: S101
+        if self.verdict.kind is Kind.ON_KINK and code is not ReasonCode.TIME_LIMIT:
+            because = self.verdict.because
+            fact = Reason.of(ReasonCode.KINKS_NOT_EVALUABLE, cause=str(cause))
+            self.verdict = replace(self.verdict, because=replace(because, facts=(*because.facts, fact)))
         if self.verdict.kind is Kind.UNDECIDED:
             because = Reason.of(code, self.verdict.because, cause=str(cause))
             self.verdict = replace(self.verdict, because=because)

@@ -47,6 +47,14 @@ class LossSurface:
         process_group: the processes; each calls the same methods in the same order.
         normalise: divide the c_b by their sum, which need not be known before a pass.
 
+    Attributes:
+        parameters: θ.
+        size: n, the number of entries of θ.
+        dtype: that of θ.
+        device: that of θ.
+        process_group: the processes.
+        normalise: whether the c_b are divided by their sum.
+
     Raises:
         ValueError: there are no parameters, one occurs twice, or they have several dtypes or devices.
 
@@ -80,7 +88,7 @@ class LossSurface:
         self.size = sum(parameter.numel() for parameter in self.parameters)
         self.process_group = ProcessGroup() if process_group is None else process_group
         self._parts = parts
-        self._normalise = normalise
+        self.normalise = normalise
         self._free = [parameter for parameter in self.parameters if parameter.requires_grad]
 
     def loss(self) -> float:
@@ -92,7 +100,7 @@ class LossSurface:
                 total[0] += weight * _scalar(part()).detach()
                 total[1] += weight
 
-        self._on_all(add_local_parts)
+        self.on_all(add_local_parts)
         return float(self._over_all(total)[0])
 
     def value_and_gradient(self) -> tuple[float, Tensor]:
@@ -162,7 +170,7 @@ class LossSurface:
                         depends = True
                         slot.add_(gradient.detach(), alpha=weight)
 
-        self._on_all(add_local_parts)
+        self.on_all(add_local_parts)
         if not self.process_group.any([depends], self.device)[0]:
             raise NoDerivativeError(
                 "the loss depends on none of the parameters: it must be returned with its graph, not detached"
@@ -170,8 +178,11 @@ class LossSurface:
         total = self._over_all(total)
         return total[-1], total[:-1].to(self.dtype)
 
-    def _on_all(self, evaluate: Callable[[], None]) -> None:
-        """Evaluate this process's parts; an error in one process is raised in all, because the others would wait."""
+    def on_all(self, evaluate: Callable[[], None]) -> None:
+        """Evaluate this process's parts, so that they can be differentiated twice.
+
+        An error in one process is raised in all, because the others would wait.
+        """
         failure: Exception | Interrupted | None = None
         try:
             with alone(), _evaluable(), torch.inference_mode(mode=False), torch.enable_grad():
@@ -185,14 +196,14 @@ class LossSurface:
     def _over_all(self, total: Tensor) -> Tensor:
         """The sums over all processes, without the last one: the sum of the weights c_b, a divisor if ``normalise``."""
         total = self.process_group.sum(total)
-        return total[:-1] / total[-1] if self._normalise else total[:-1]
+        return total[:-1] / total[-1] if self.normalise else total[:-1]
 
     def _differentiate(self, loss: Tensor) -> Sequence[Tensor | None]:
-        return _gradient(loss, self._free, "the loss cannot be differentiated with respect to its parameters")
+        return gradient_of(loss, self._free, "the loss cannot be differentiated with respect to its parameters")
 
     def _differentiate_twice(self, loss: Tensor, pieces: Sequence[Tensor]) -> Sequence[Tensor | None]:
         reason = "the loss cannot be differentiated twice with respect to its parameters"
-        first = _gradient(loss, self._free, reason, create_graph=True)
+        first = gradient_of(loss, self._free, reason, create_graph=True)
         products = [
             (gradient * piece).sum()
             for gradient, piece in zip(first, pieces, strict=True)
@@ -201,7 +212,7 @@ class LossSurface:
         if not products:  # a loss that is linear in the parameters
             return [None if gradient is None else torch.zeros_like(gradient) for gradient in first]
         total = torch.stack(products).sum()
-        second = _gradient(total, self._free, reason)
+        second = gradient_of(total, self._free, reason)
         return [
             torch.zeros_like(old) if new is None and old is not None else new
             for old, new in zip(first, second, strict=True)
@@ -236,15 +247,25 @@ class Hessian(LinearOperator):
     adjoint = apply
 
 
-def _gradient(
-    output: Tensor, parameters: Sequence[Tensor], reason: str, *, create_graph: bool = False
+def gradient_of(
+    output: Tensor,
+    parameters: Sequence[Tensor],
+    reason: str,
+    *,
+    create_graph: bool = False,
+    retain_graph: bool | None = None,
 ) -> Sequence[Tensor | None]:
+    """The gradient by each parameter, None where the output does not depend on it.
+
+    Raises:
+        NoDerivativeError: there is none; the message begins with the reason.
+    """
     obstacle = without_derivative(output)
     if obstacle is not None:
         raise NoDerivativeError(f"{reason}: {obstacle}")
     try:
         gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
-            output, parameters, create_graph=create_graph, allow_unused=True
+            output, parameters, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
         )
     except torch.OutOfMemoryError:
         raise

@@ -105,20 +105,26 @@ class KinkMeter:
     Args:
         parameters: θ; those that require a gradient are moved, and restored bit for bit.
         seed: seed of the direction of s.
+        spacing: ε of the floats that θ was found in, if the passes compute with a smaller one; 0: that of the passes.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], seed: int = 0) -> None:
+    def __init__(self, parameters: Sequence[Tensor], seed: int = 0, *, spacing: float = 0.0) -> None:
         self._layers: dict[str, Tensor] = {}
         self._jitter = Jitter(parameters, seed)
+        self._spacing = spacing
 
-    def take(self, run: Callable[[Callable[[Kink], None]], None]) -> None:
+    def take(self, run: Callable[[Callable[[Kink], None]], None]) -> dict[str, Tensor]:
         """Record the kinks of one batch.
 
         Args:
             run: runs one forward pass, as for :func:`kink_distance`.
+
+        Returns:
+            By layer, which units of the batch are on their kink within rounding, tied ones left out: bool, flat, in the
+            order of the function's output. Layers without a unit on its kink or tied are left out.
         """
         with full_precision():
-            first = _FirstPass(self._layers)
+            first = _FirstPass(self._layers, self._spacing)
             run(first)
             closed = first.closed_calls()
             eps = max((call.eps for call in closed.values()), default=0.0)
@@ -129,6 +135,7 @@ class KinkMeter:
             for name, call in first.calls.items():
                 before, new = self._layers.get(name), call.measures()
                 self._layers[name] = new if before is None else _joined(before, new)
+        return {name: call.opened for name, call in closed.items()}
 
     def found(self, process_group: ProcessGroup | None = None) -> KinkDistance:
         """The distance over the batches of all processes; each process must call this."""
@@ -170,6 +177,7 @@ class _Call:
     Args:
         kink: the call.
         before: the numbers of its layer, (8,), from earlier batches; None: this is the first.
+        spacing: the smallest ε that counts.
 
     Attributes:
         eps: ε of its floats.
@@ -177,13 +185,13 @@ class _Call:
         opened: closed units that left their kink at every step so far.
     """
 
-    def __init__(self, kink: Kink, before: Tensor | None) -> None:
+    def __init__(self, kink: Kink, before: Tensor | None, spacing: float) -> None:
         x = kink.input.detach()
         finite = x.isfinite()
         self._squares = torch.linalg.vector_norm(torch.where(finite, x, 0.0), dtype=torch.float64).square()
         self._numbers = finite.sum()
         self._distances = kink.distance().detach().flatten()
-        self.eps = torch.finfo(x.dtype).eps
+        self.eps = max(torch.finfo(x.dtype).eps, spacing)
         squares, numbers = self._squares, self._numbers
         if before is not None:
             squares, numbers = squares + before[2], numbers + before[3]
@@ -210,13 +218,14 @@ class _Call:
 class _FirstPass:
     """Records the kinks of a batch at θ, given the numbers of the layers from earlier batches."""
 
-    def __init__(self, before: dict[str, Tensor]) -> None:
+    def __init__(self, before: dict[str, Tensor], spacing: float) -> None:
         self._before = before
+        self._spacing = spacing
         self.calls: dict[str, _Call] = {}
 
     def __call__(self, kink: Kink) -> None:
         if kink.depends_on_weights:
-            self.calls[kink.name] = _Call(kink, self._before.get(kink.name))
+            self.calls[kink.name] = _Call(kink, self._before.get(kink.name), self._spacing)
 
     def closed_calls(self) -> dict[str, _Call]:
         """The calls with units on their kink within rounding."""

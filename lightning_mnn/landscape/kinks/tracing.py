@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from lightning_mnn.landscape.kinks.pieces import Function
 
+    Replace: TypeAlias = Callable[["Kink", Callable[..., Any], Sequence[Any], dict[str, Any]], Any]
+
 Names: TypeAlias = "str | Sequence[str] | None"
 
 # Modules that are a single function: the layer has the name of the module.
@@ -145,6 +147,9 @@ class KinkTrace:
         on_kink: is called with each :class:`Kink`, without a gradient, before the function runs.
         modules: names or patterns (``*``, ``?``) of the layers to trace, or of modules that contain them; None: all.
         on_output: is called with each :class:`Kink` and what its function returned, without a gradient; None: nothing.
+        replace: runs each function instead, with a gradient, and returns the result: it is called with the
+            :class:`Kink`, the function of torch, its positional and its keyword arguments. None: functions run as
+            usual.
 
     Attributes:
         names: layers found so far, in the order of the forward pass, without those that ``modules`` leaves out.
@@ -166,6 +171,7 @@ class KinkTrace:
         on_kink: Callable[[Kink], None],
         modules: Names = None,
         on_output: Callable[[Kink, Any], None] | None = None,
+        replace: Replace | None = None,
     ) -> None:
         self.names: list[str] = []
         self.left_out: list[str] = []
@@ -173,6 +179,7 @@ class KinkTrace:
         self.opaque: set[str] = set()
         self._on_kink = on_kink
         self._on_output = on_output
+        self._replace = replace
         self._patterns = (modules,) if isinstance(modules, str) else None if modules is None else tuple(modules)
         self._parts: list[nn.Module] = []  # the hash of a metric is not that of an object
         self._paths: dict[int, str] = {}
@@ -197,7 +204,7 @@ class KinkTrace:
             for part in self._parts:
                 stack.callback(part.register_forward_pre_hook(self._enter_module).remove)
                 stack.callback(part.register_forward_hook(self._leave_module, always_call=True).remove)
-            stack.enter_context(_Mode(self._on_call, self._on_output))
+            stack.enter_context(_Mode(self._on_call, self._on_output, self._replace))
             self._stack = stack.pop_all()
         return self
 
@@ -268,16 +275,21 @@ class _Mode(TorchFunctionMode):
         self,
         on_call: Callable[[str, Sequence[Any], dict[str, Any]], Kink | None],
         on_output: Callable[[Kink, Any], None] | None,
+        replace: Replace | None,
     ) -> None:
         super().__init__()
         self._on_call = on_call
         self._on_output = on_output
+        self._replace = replace
 
     @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         kink = self._on_call(getattr(func, "__name__", "").strip("_"), args, kwargs)
-        output = func(*args, **kwargs)
+        if kink is not None and self._replace is not None:
+            output = self._replace(kink, func, args, kwargs)
+        else:
+            output = func(*args, **kwargs)
         if kink is not None and self._on_output is not None:
             with torch.no_grad():
                 self._on_output(kink, output)
