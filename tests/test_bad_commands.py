@@ -197,7 +197,11 @@ VALUES = [
     ("resume=true ckpt_path=a", "ckpt_path=a: starts a new run", "leave one of them out"),
     ("name=a/b", "name=a/b: must be the name of one folder in outputs", "hydra.run.dir"),
     ("name=", "name='': must be the name of one folder in outputs", "hydra.run.dir"),
-    ("task=fly", "task=fly: there is no such task", "task=census|dashboard|evaluate|interpolators|report|scan|slice|train"),
+    (
+        "task=fly",
+        "task=fly: there is no such task",
+        "task=census|dashboard|evaluate|interpolators|report|scan|slice|train",
+    ),
     ("task=scan", "task=scan: has no settings", "experiment=figure_5_1|figure_5_2"),
     ("task=census", "task=census: has no settings", "experiment=census"),
     ("experiment=census census=null", "task=census: has no settings", "experiment=census"),

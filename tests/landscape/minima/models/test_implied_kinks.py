@@ -155,3 +155,17 @@ def test_kinks_that_are_dependent_up_to_rounding_stay_undecided():
     face = read_face(model, vector, active).face
     assert not bool(implied_kinks(face, vector[face.free]).any())
     assert linearise(face, vector[face.free]).likq < 1e-12
+
+
+def test_kinks_after_a_layer_that_is_zero_on_the_face_are_implied_by_it():
+    """Without biases: where all units of the first layer are on kinks, so are those of the second."""
+    net = nn.Sequential(
+        *(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False))
+    ).double()
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([[0.0, 1.0], [0.0, 2.0]]))
+    x = torch.tensor([[1.0, 0.0], [0.5, 1.0]], dtype=torch.float64)
+    model, vector = prepare(net, x, torch.ones(2), loss="squared_error", weight_decay=0.1, frozen=())
+    active = {1: torch.tensor([[0, 0], [-1, -1]]), 3: torch.tensor([[0, 0], [-1, -1]])}
+    face = read_face(model, vector, active).face
+    assert implied_kinks(face, vector[face.free]).tolist() == [False, False, True, True]

@@ -177,6 +177,8 @@ class _Layer:
     def _spans(self, inputs: Tensor, samples: list[int], units: list[int]) -> bool:
         """Whether the inputs of samples and the v of units have rank |T|, everywhere in the ball."""
         size = int(inputs.sum())
+        if size == 0:  # all inputs of the sample are zero on the face
+            return True
         if len(samples) + len(units) < size:
             return False
         whole = torch.cat([self.h[samples], self.rows[units]])
