@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional
 
@@ -35,6 +36,13 @@ def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name in sys.argv[1:] or NAMES:
         globals()[name]()
+
+
+def reduce_colors(path: Path) -> None:
+    """Write a picture again with 256 colours: hundreds of thin lines compress badly in more."""
+    with Image.open(path) as picture:
+        reduced = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    reduced.save(path, optimize=True)
 
 
 def quickstart() -> None:
@@ -93,7 +101,7 @@ def lenet() -> None:
     )
     names = "first main component of the trajectory", "second main component"
     panels = {"whole plane": wide, "around the centre": near}
-    slice_figure(panels, FOLDER / "lenet_slice.png", "LeNet, 100 digits, 100 steps of Adam", names)
+    reduce_colors(slice_figure(panels, FOLDER / "lenet_slice.png", "LeNet, 100 digits, 100 steps of Adam", names))
 
 
 def digits(name: str, header: int, size: int) -> torch.Tensor:
