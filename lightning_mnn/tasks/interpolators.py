@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from scipy import stats
 
 from lightning_mnn.data.loaders.selection import changed_labels
 from lightning_mnn.figures import interpolators_figure
+from lightning_mnn.figures.sweep_bands import half_width
 from lightning_mnn.landscape import Architecture, random_interpolators
 from lightning_mnn.landscape.volumes.rare_events.interpolators import QUANTILES
 from lightning_mnn.model.zero_error import OPTIMIZERS, train_to_zero_error
@@ -250,7 +250,7 @@ def mean_with_interval(name: str, values: Sequence[float]) -> dict[str, float | 
     mean = statistics.fmean(values) if values else None
     if mean is None or len(values) < 2:
         return {name: mean, f"{name}_low": None, f"{name}_high": None}
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    half = half_width(values)
     return {name: mean, f"{name}_low": mean - half, f"{name}_high": mean + half}
 
 

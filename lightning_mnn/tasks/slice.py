@@ -22,6 +22,7 @@ from lightning_mnn.landscape import (
     principal_directions,
     random_directions,
 )
+from lightning_mnn.landscape.slices.directions import flat_point
 from lightning_mnn.runs.checkpoints import read_checkpoint
 from lightning_mnn.runs.folders import remove_job_folder
 from lightning_mnn.runs.saved import load_run
@@ -209,11 +210,10 @@ def _draw_plane(drawn: _Drawn, plane: str, path: Path) -> Path:
 
 
 def _draw_line(drawn: _Drawn, path: Path) -> Path:
-    if drawn.states:
-        way = principal_directions(drawn.module, drawn.states[:1], count=1)
-        start = torch.cat([drawn.states[0][name].flatten() for name in drawn.module.state_dict()])
-        own = torch.cat([parameter.detach().flatten() for parameter in drawn.module.parameters()])
-        length = float((start - own).norm())
+    away = flat_point(drawn.module, drawn.states[0] if drawn.states else None) - flat_point(drawn.module)
+    length = float(away.norm())
+    if length > 0:
+        way = (away / length)[None]
         ranges, label = [(-_BEYOND * length, (1 + _BEYOND) * length)], "distance from the centre, towards the start"
     else:
         way, ranges, label = random_directions(drawn.module, count=1), [(-1.0, 1.0)], "along a random direction"

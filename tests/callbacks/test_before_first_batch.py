@@ -146,7 +146,7 @@ def test_the_callbacks_share_one_pass_over_a_network(make_trainer, tmp_path, nam
     of_recorder = 0 if name == "mnn" else _SAMPLES  # on whose samples a foreign module runs itself
     of_vital_signs = VitalSettings().samples  # which are read once more
     reads = _reads_before_first_batch(make_trainer, name, callbacks)
-    assert reads <= _SAMPLES + of_recorder + of_vital_signs + 4 * _FEW
+    assert reads <= _SAMPLES + of_recorder + of_vital_signs + 3 * _FEW
 
 
 def test_a_stationary_start_on_kinks_waits_for_the_next_check(make_trainer):

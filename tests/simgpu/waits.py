@@ -296,8 +296,8 @@ LOOKS = {
         4,
     ),
     "a bound of the volume of MNN": (lambda: AngularVolumeMonitor(Schedule(every=1), measure=()), False, 5),
-    "a snapshot of MNN, with vital signs": (lambda: ActivationPatternRecorder(Schedule(every=1)), False, 11),
-    "a snapshot of a CNN, with vital signs": (lambda: ActivationPatternRecorder(Schedule(every=1)), True, 20),
+    "a snapshot of MNN, with vital signs": (lambda: ActivationPatternRecorder(Schedule(every=1)), False, 9),
+    "a snapshot of a CNN, with vital signs": (lambda: ActivationPatternRecorder(Schedule(every=1)), True, 18),
     "a check of a CNN": (lambda: LocalMinimumDetector(Schedule(every=1), stop_training=False), True, 22),
 }
 

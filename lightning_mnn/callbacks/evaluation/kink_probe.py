@@ -156,7 +156,7 @@ class KinkProbe:
         """
         spaced = torch.arange(size) * self.num_samples // size
         if self.is_batch:
-            found = _select(self.probe, spaced, self.num_samples)
+            found = select(self.probe, spaced, self.num_samples)
         else:
             self._check_data(trainer)
             (found,) = exact_shard(trainer.train_dataloader, chosen=self._chosen[spaced], batch_size=size)
@@ -212,7 +212,7 @@ class KinkProbe:
     def _few(self, trainer: pl.Trainer, indices: list[int]) -> Any:
         """A collated batch of a few samples, the same on every process."""
         if self.is_batch:
-            return _select(self.probe, torch.tensor(indices), batch_size(self.probe))
+            return select(self.probe, torch.tensor(indices), batch_size(self.probe))
         chosen = torch.tensor(indices)
         (batch,) = exact_shard(trainer.train_dataloader, chosen=chosen, batch_size=len(indices))
         return batch
@@ -325,21 +325,21 @@ def _as_training(trainer: pl.Trainer) -> Iterator[None]:
         yield
 
 
-def _select(batch: Any, indices: Tensor, total: int) -> Any:
+def select(batch: Any, indices: Tensor, total: int) -> Any:
     """Some samples of a batch of ``total``: their rows of each tensor with ``total`` rows; other parts unchanged."""
     if isinstance(batch, Tensor):
         return batch[indices.to(batch.device)] if batch.ndim > 0 and len(batch) == total else batch
     if isinstance(batch, Mapping):
         selected: Any = copy(batch)
         for key, value in batch.items():
-            selected[key] = _select(value, indices, total)
+            selected[key] = select(value, indices, total)
         return selected
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_select(part, indices, total) for part in batch))
+        return type(batch)(*(select(part, indices, total) for part in batch))
     if isinstance(batch, list | tuple):
         if len(batch) == total and not any(isinstance(part, Tensor | Mapping | list | tuple) for part in batch):
             return type(batch)(batch[i] for i in indices.tolist())
-        return type(batch)(_select(part, indices, total) for part in batch)
+        return type(batch)(select(part, indices, total) for part in batch)
     return batch
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_mnn.callbacks.evaluation.isolation import isolated
+from lightning_mnn.callbacks.evaluation.kink_probe import select
 from lightning_mnn.callbacks.evaluation.module_network import network_of
 from lightning_mnn.callbacks.evaluation.snapshots import restoring_generators, seed_generators
 from lightning_mnn.data.loaders.shards import batch_size_of, exact_shard, flat_batch
@@ -26,7 +27,7 @@ from lightning_mnn.landscape.vitals.signs import (
 )
 from lightning_mnn.utilities.distributed import local_result
 from lightning_mnn.utilities.seeding import generator
-from lightning_mnn.utilities.transfer import fetched
+from lightning_mnn.utilities.transfer import to_host
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -148,9 +149,15 @@ class VitalProbe:
 
         def vertices() -> Iterator[Mapping[str, PackedPattern]]:
             centres = inputs[..., : self.settings.centres, :]
-            for shift in self.shifts(centres, centres.ndim - 1):
-                found = network.preactivations(centres + shift)
-                yield {f"layer_{i}": ActivationPattern(z > 0).pack() for i, z in enumerate(found, start=1)}
+            shifts = torch.stack(list(self.shifts(centres, centres.ndim - 1)))
+            moved = (centres[..., None, :, :] + shifts[:, None]).flatten(-3, -2)  # all vertices in one pass
+            layers = [ActivationPattern(z > 0).pack() for z in network.preactivations(moved)]
+            count = centres.shape[-2]
+            for start in range(0, moved.shape[-2], count):
+                yield {
+                    f"layer_{i}": PackedPattern(pattern.bits[..., start : start + count, :], pattern.width)
+                    for i, pattern in enumerate(layers, start=1)
+                }
 
         complexity = local_complexity(vertices()) if self.settings.centres else {}
         return readers.signs(complexity, {})
@@ -226,9 +233,13 @@ class _OfModel:
         return found
 
     def _complexity(self, batch: Any, size: int, centres: int) -> dict[str, Tensor]:
-        few = batch if centres == size else self._kinks.some_samples(self._trainer, self._module, centres)
+        spaced = torch.arange(centres, device=self._module.device) * size // centres
+        few = batch if centres == size else select(batch, spaced, size)
         samples = _samples_of(few, centres)
         assert samples is not None  # noqa: S101 (the whole batch has them)
+
+        def shifted(shift: Tensor) -> Any:
+            return apply_to_collection(few, Tensor, lambda t: t + shift if t is samples else t, allow_frozen=True)
 
         def vertices() -> Iterator[Mapping[str, PackedPattern]]:
             for shift in self._probe.shifts(samples):
@@ -237,7 +248,7 @@ class _OfModel:
                 )
                 seed_generators(0)
                 with KinkTrace(self._module, rows.take, self._kinks.modules):
-                    self._kinks.run(self._trainer, self._module, _replaced(few, samples, samples + shift))
+                    self._kinks.run(self._trainer, self._module, shifted(shift))
                 rows.end_batch()
                 rows.check()
                 yield rows.patterns()
@@ -268,10 +279,12 @@ class _Activations:
         if not self._grams:
             return VitalSigns(complexity=complexity, missing=missing)
         grams = torch.stack(list(self._grams.values()))
-        if not fetched(grams.isfinite().all())[0]:
+        finite = grams.isfinite().all()
+        grams = torch.where(finite, grams, 0.0)
+        ranks = effective_rank_of_gram(torch.cat([grams, grams.sum(0, keepdim=True)]))
+        ranks, counts, finite = to_host([ranks, torch.stack(list(self._dormant.values())), finite])
+        if not finite:
             raise PatternError("activations are not finite: they have no effective rank")
-        ranks = effective_rank_of_gram(torch.cat([grams, grams.sum(0, keepdim=True)])).cpu()
-        counts = torch.stack(list(self._dormant.values())).cpu()
         units = torch.tensor(list(self._units.values()), dtype=torch.float64)
         fractions = counts.movedim(0, -1) / units
         return VitalSigns(
@@ -310,19 +323,3 @@ def _reason_not_shifted(batch: Any, size: int) -> str | None:
     if not samples.is_floating_point():
         return f"the samples are not real numbers but {str(samples.dtype).removeprefix('torch.')}"
     return None
-
-
-def _replaced(batch: Any, old: Tensor, new: Tensor) -> Any:
-    """A batch with another tensor in the place of one of its tensors."""
-    if batch is old:
-        return new
-    if isinstance(batch, Mapping):
-        found: Any = copy(batch)
-        for key, value in batch.items():
-            found[key] = _replaced(value, old, new)
-        return found
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_replaced(part, old, new) for part in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(_replaced(part, old, new) for part in batch)
-    return batch

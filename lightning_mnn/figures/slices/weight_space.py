@@ -165,4 +165,5 @@ def _num_kinks(kinks: SliceKinks) -> int:
 
 def _kinks_label(kinks: SliceKinks) -> str:
     some = f", {kinks.traced:,} of {kinks.pairs:,} pairs" if kinks.traced < kinks.pairs else ""
-    return literal(f"kinks of layer {kinks.layer} ({'exact' if kinks.exact else 'grid'}{some})")
+    how = "exact" if kinks.exact else "grid" if kinks.ends.shape[1] == 2 else "roots"
+    return literal(f"kinks of layer {kinks.layer} ({how}{some})")

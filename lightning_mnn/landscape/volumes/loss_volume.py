@@ -430,6 +430,8 @@ def _log_runs(
         alive = losses <= stage.level
         total = total + alive.to(losses).mean(1).log()
         found.append(total)
+        if stage is plan[-1]:
+            break
         # A random order with the points below the level first, repeated as evenly as possible.
         order = (_uniform(losses, stream) + 2 * ~alive).argsort(1)
         places = torch.arange(particles, device=losses.device) % alive.sum(1, keepdim=True).clamp(min=1)
