@@ -55,7 +55,7 @@ ADVICE: dict[ReasonCode, str] = {
         "nothing is left to do: the given weights have no error": (_C.GIVEN_WEIGHTS_FIT,),
         "use one hidden layer, whose points on kinks have exact certificates": (_C.PREACTIVATION_BELOW_TOLERANCE,),
         "use weight decay that is part of an objective (of Adam or SGD), or none": (_C.NO_OBJECTIVE,),
-        "use replicas=1, or train without weight decay and with all weights free": (_C.OBJECTIVE_OF_REPLICAS,),
+        "use fewer replicas, or smaller networks": (_C.OBJECTIVE_OF_REPLICAS,),
         "train for at least one step": (_C.NO_STEP_YET, _C.NO_GRADIENT_SEEN),
         "give a loss_fn that can be evaluated": (_C.STEP_GRADIENT_SMALL, _C.STEP_GRADIENT_OF_MINI_BATCH),
         "let training reach the detector's check at its end": (_C.GRADIENT_SMALL, _C.NOT_CHECKED),

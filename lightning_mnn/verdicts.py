@@ -407,8 +407,8 @@ SENTENCES = {
         "have a minimum here"
     ),
     ReasonCode.OBJECTIVE_OF_REPLICAS: (
-        "with weight decay or frozen weights a minimum is tested for a single network only: use replicas=1, or neither "
-        "of the two"
+        "certificates of {replicas} replicas that are deep, or have weight decay or frozen weights, would take more "
+        "than about a minute"
     ),
     ReasonCode.NO_STEP_YET: "there was no optimiser step yet",
     ReasonCode.NO_GRADIENT_SEEN: "no gradient was seen",

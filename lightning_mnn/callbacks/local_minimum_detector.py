@@ -22,6 +22,7 @@ from lightning_mnn.callbacks.evidence.errors_on_test_set import errors_on_test_s
 from lightning_mnn.callbacks.evidence.first_order import FirstOrderTier
 from lightning_mnn.callbacks.evidence.model_tier import ModelTier
 from lightning_mnn.callbacks.evidence.models.reading import NotModelLossError
+from lightning_mnn.callbacks.evidence.replica_tier import ReplicaModelTier
 from lightning_mnn.callbacks.evidence.second_order import SecondOrderTier
 from lightning_mnn.callbacks.evidence.tiers import Evidence, Finding
 from lightning_mnn.callbacks.schedule import Schedule
@@ -162,7 +163,7 @@ class LocalMinimumDetector(ScheduledCallback):
         tier: Tier | None = self._tier
         if isinstance(tier, CertificateTier) and tier.other is not None:
             tier = tier.other
-        return tier.certificates if isinstance(tier, CertificateTier | ModelTier) else []
+        return tier.certificates if isinstance(tier, CertificateTier | ModelTier | ReplicaModelTier) else []
 
     @property
     def statistics(self) -> NetworkStatistics | None:

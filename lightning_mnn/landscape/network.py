@@ -101,6 +101,27 @@ class Network:
         )
 
     @property
+    def replicas(self) -> int:
+        """R; 1 for a single network."""
+        return len(self.output_weights) if self.output_weights.ndim > 1 else 1
+
+    def replica(self, number: int) -> Network:
+        """A single network that shares the weights of a replica; a network without replicas is its own.
+
+        >>> Network((torch.ones(3, 5, 2),), torch.ones(3, 5), 0.0).replica(1).hidden_weights[0].shape
+        torch.Size([5, 2])
+        """
+        if self.output_weights.ndim == 1:
+            return self
+        return replace(
+            self,
+            hidden_weights=tuple(weights[number] for weights in self.hidden_weights),
+            output_weights=self.output_weights[number],
+            hidden_bias=None if self.hidden_bias is None else self.hidden_bias[number],
+            output_bias=None if self.output_bias is None else self.output_bias[number],
+        )
+
+    @property
     def input_dim(self) -> int:
         """d0, without the input of ones for a hidden bias."""
         return self.hidden_weights[0].shape[-1]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_mnn.callbacks.evaluation.full_batch import FullBatch
-from lightning_mnn.callbacks.evidence.squared_error import _Comparison, _factor
+from lightning_mnn.callbacks.evidence.models.squared_error import _Comparison, _factor
 from lightning_mnn.landscape import (
     ActivationPattern,
     KinkDistance,

@@ -21,9 +21,11 @@ from lightning_mnn.callbacks.evidence.certification import (
 )
 from lightning_mnn.callbacks.evidence.model_tier import ModelTier
 from lightning_mnn.callbacks.evidence.models.loss import ModelLoss
+from lightning_mnn.callbacks.evidence.models.objective import MAX_CERTIFICATE_WORK
 from lightning_mnn.callbacks.evidence.models.sequential import found_sequential
+from lightning_mnn.callbacks.evidence.models.squared_error import SquaredErrorLoss, still_fits
 from lightning_mnn.callbacks.evidence.models.training_mode import reason_in_steps
-from lightning_mnn.callbacks.evidence.squared_error import SquaredErrorLoss, still_fits
+from lightning_mnn.callbacks.evidence.replica_tier import ReplicaModelTier, work_of_replicas
 from lightning_mnn.callbacks.evidence.tiers import (
     Difference,
     Evidence,
@@ -96,7 +98,7 @@ class CertificateTier(Tier):
         self.certificates: list[Certificate] = []
         self.statistics: NetworkStatistics | None = None
         self.fitted = fitted
-        self.other: SecondOrderTier | None = None
+        self.other: SecondOrderTier | ReplicaModelTier | None = None
         self._other_checked = False  # whether it was checked at the weights of the last check
         self._of_objective = of_objective
         self._loss_fn = loss_fn
@@ -106,6 +108,7 @@ class CertificateTier(Tier):
         self.descents: list[Polished | None] = []
         self._moved: list[float] = []  # relative distances of replicas that polishing moved too far; 0 for the others
         self._certifiable = False
+        self._too_many_replicas = False  # for certificates of models, all together
         self._reason_not_certified: str | None = None
         self._rank_cap: Tensor | None = None
         self.differences: list[Difference] = []
@@ -155,6 +158,9 @@ class CertificateTier(Tier):
         self._notes = _notes(trainer, pl_module, self.differences, fitted=self.fitted is not None)
         with _restoring_if_foreign(trainer, pl_module):
             self._statistics(trainer, pl_module, network)
+        self._too_many_replicas = len(self.verdicts) > 1 and (
+            self.fitted is not None or work_of_replicas(trainer, pl_module) > MAX_CERTIFICATE_WORK
+        )
         self._check_other(trainer, pl_module)
 
     def _check_other(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -165,7 +171,8 @@ class CertificateTier(Tier):
             return
         if self.other is None:
             assert self._of_objective is not None  # noqa: S101 (else there is a reason)
-            self.other = self._of_objective()
+            several = len(self.verdicts) > 1
+            self.other = ReplicaModelTier(self._max_distance) if several else self._of_objective()
         self._other_checked = False
         if self.differences:
             self._check_model(trainer, pl_module)
@@ -177,7 +184,7 @@ class CertificateTier(Tier):
             self._other_checked = True
 
     @property
-    def _checked(self) -> SecondOrderTier | None:
+    def _checked(self) -> SecondOrderTier | ReplicaModelTier | None:
         """The other tier, if it was checked at the weights of the last check."""
         return self.other if self._other_checked else None
 
@@ -185,8 +192,8 @@ class CertificateTier(Tier):
         """The reason why the objective that training lowers cannot be tested; None if it can."""
         if Difference.DECOUPLED_WEIGHT_DECAY in self.differences:
             return Reason.of(ReasonCode.NO_OBJECTIVE)
-        if len(self.verdicts) > 1:
-            return Reason.of(ReasonCode.OBJECTIVE_OF_REPLICAS)
+        if self._too_many_replicas:
+            return Reason.of(ReasonCode.OBJECTIVE_OF_REPLICAS, replicas=len(self.verdicts))
         return Reason.of(ReasonCode.NOT_CHECKED) if self._of_objective is None else None
 
     @override
@@ -319,9 +326,11 @@ class CertificateTier(Tier):
             "rank_cap": plain(self._rank_cap),
         }
         stationary = [verdict.kind in STATIONARY for verdict in verdicts]
+        of_models = self.other.certificates if isinstance(self.other, ReplicaModelTier) else []
         for name in ("zero_error", "kinks", "rank_cap"):  # of the certified point, if there is one
             values = found[name] if isinstance(found[name], list) else [found[name]] * len(verdicts)
-            pairs = zip(self.certificates, stationary, values, strict=False)
+            certificates = self.certificates or (of_models if name != "rank_cap" else [])
+            pairs = zip(certificates, stationary, values, strict=False)
             found[name] = [getattr(c, name) if yes else value for c, yes, value in pairs] or values
         for name in ("mse", "mce"):
             found[f"minimum_{name}"] = [
@@ -343,7 +352,7 @@ class CertificateTier(Tier):
 
     def _of_model(self) -> dict[str, Any]:
         """What the certificate of a model says, where it differs from measures of the network's weights."""
-        if not isinstance(self.other, ModelTier):
+        if not isinstance(self.other, ModelTier | ReplicaModelTier):
             return {}
         names = ("objective", "objective_differs_by")
         return {key: value for key, value in self.other.certified().items() if key not in names}
@@ -405,7 +414,7 @@ def _descends_to(descents: Sequence[Polished | None], replicas: int) -> dict[str
 
 
 def _differences(trainer: pl.Trainer, pl_module: pl.LightningModule, network: Network) -> list[Difference]:
-    """How training's objective differs; frozen output weights do not matter if none is zero.
+    """How training's objective differs; without a penalty frozen output weights do not matter if none is zero.
 
     A minimum over all weights is one over the hidden weights. The converse holds where z_i ≠ 0, as the loss depends on
     z_i w_i only, and w_i alone can reach all its values of one sign.
@@ -414,12 +423,12 @@ def _differences(trainer: pl.Trainer, pl_module: pl.LightningModule, network: Ne
     weights = [parameter for parameter in pl_module.parameters() if parameter.data_ptr() in places]
     free = {id(parameter) for parameter in trained}
     frozen = [parameter for parameter in weights if id(parameter) not in free]
-    output = network.output_weights
+    output, decays = network.output_weights, decay_differences(trainer)
     harmless = len(network.hidden_weights) == 1 and all(
         parameter.data_ptr() == output.data_ptr() for parameter in frozen
     )
-    differs = frozen and not (harmless and bool((output != 0).all()))
-    return decay_differences(trainer) + ([Difference.FROZEN_WEIGHTS] if differs else [])
+    differs = frozen and not (harmless and not decays and bool((output != 0).all()))
+    return decays + ([Difference.FROZEN_WEIGHTS] if differs else [])
 
 
 def _notes(

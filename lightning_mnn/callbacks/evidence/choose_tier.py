@@ -16,8 +16,8 @@ from lightning_mnn.callbacks.evidence.first_order import FirstOrderTier
 from lightning_mnn.callbacks.evidence.model_tier import ModelTier
 from lightning_mnn.callbacks.evidence.models.loss import ModelLoss, model_loss
 from lightning_mnn.callbacks.evidence.models.source import NetworkSource, SequentialSource
+from lightning_mnn.callbacks.evidence.models.squared_error import SquaredErrorLoss, squared_error_loss
 from lightning_mnn.callbacks.evidence.second_order import SecondOrderTier
-from lightning_mnn.callbacks.evidence.squared_error import SquaredErrorLoss, squared_error_loss
 from lightning_mnn.callbacks.evidence.tiers import Evidence
 from lightning_mnn.data.loaders.shards import NotEnumerableError, can_be_enumerated, draws, flat_batch
 from lightning_mnn.utilities.validation import MisfitError, positive_integer, real_number

@@ -95,37 +95,59 @@ class NetworkSource(ModelSource):
 
     @override
     def objective(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ModelObjective:
-        network = _network(pl_module)
-        numbers = num_samples(trainer.train_dataloader) * network.input_dim
-        if numbers > MAX_GATHERED:
-            raise NotModelLossError(f"its training set has {numbers:.1e} input numbers, above {MAX_GATHERED:.1e}")
-        inputs, targets = (t.cpu().double() for t in training_samples(trainer, network, whole=True))
-        tensors = _tensors(network)
-        names = {tensor.data_ptr(): name for name, tensor in tensors.items()}
-        trained = {parameter.data_ptr() for parameter in trained_parameters(trainer, pl_module)}
-        return ModelObjective(
-            module=_sequential(network),
-            inputs=inputs,
-            targets=targets,
-            loss="squared_error",
-            weight_decay={
-                names[parameter.data_ptr()]: decay
-                for parameter, decay in weight_decays(trainer)
-                if parameter.data_ptr() in names
-            },
-            frozen=tuple(name for name, tensor in tensors.items() if tensor.data_ptr() not in trained),
-        )
+        (objective,) = replica_objectives(trainer, pl_module)
+        return objective
 
     @override
     def products(self, pl_module: pl.LightningModule) -> int:
-        network = _network(pl_module)
-        return sum(tensor.numel() for tensor in (*network.hidden_weights, network.output_weights))
+        return products_of_network(pl_module)
 
     @override
     def move(self, trainer: pl.Trainer, pl_module: pl.LightningModule, point: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, tensor in _tensors(_network(pl_module)).items():
-                tensor.copy_(point[name].reshape(tensor.shape))
+        move_replica(pl_module, 0, point)
+
+
+def replica_objectives(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[ModelObjective]:
+    """The objective of each replica of a module's network, at the present weights.
+
+    Raises:
+        NotModelLossError: the training set is too large.
+    """
+    network = _network(pl_module)
+    numbers = num_samples(trainer.train_dataloader) * network.input_dim
+    if numbers > MAX_GATHERED:
+        raise NotModelLossError(f"its training set has {numbers:.1e} input numbers, above {MAX_GATHERED:.1e}")
+    inputs, targets = (t.cpu().double() for t in training_samples(trainer, network, whole=True))
+    tensors = _tensors(network)
+    names = {tensor.data_ptr(): name for name, tensor in tensors.items()}
+    trained = {parameter.data_ptr() for parameter in trained_parameters(trainer, pl_module)}
+    decays = {names[p.data_ptr()]: decay for p, decay in weight_decays(trainer) if p.data_ptr() in names}
+    wide = network.to(torch.device("cpu")).to(torch.float64)  # certificates are computed there
+    return [
+        ModelObjective(
+            module=wide.replica(number).to_sequential(),
+            inputs=inputs[number] if inputs.ndim > 2 else inputs,
+            targets=targets[number] if targets.ndim > 1 else targets,
+            loss="squared_error",
+            weight_decay=decays,
+            frozen=tuple(name for name, tensor in tensors.items() if tensor.data_ptr() not in trained),
+        )
+        for number in range(network.replicas)
+    ]
+
+
+def products_of_network(pl_module: pl.LightningModule) -> int:
+    """Multiplications of a forward pass on one sample, of one replica."""
+    network = _network(pl_module)
+    weights = sum(tensor.numel() for tensor in (*network.hidden_weights, network.output_weights))
+    return weights // network.replicas
+
+
+def move_replica(pl_module: pl.LightningModule, number: int, point: dict[str, Tensor]) -> None:
+    """Write the weights of a point into a replica, in their precision."""
+    with torch.no_grad():
+        for name, tensor in _tensors(_network(pl_module).replica(number)).items():
+            tensor.copy_(point[name].reshape(tensor.shape))
 
 
 def _network(pl_module: pl.LightningModule) -> Network:
@@ -135,14 +157,9 @@ def _network(pl_module: pl.LightningModule) -> Network:
 
 
 def _tensors(network: Network) -> dict[str, Tensor]:
-    """The tensors of a single network by their names in :func:`_sequential`."""
+    """The tensors of a network by their names in its ``nn.Sequential``."""
     weights = {f"{2 * layer}.weight": weight for layer, weight in enumerate(network.hidden_weights)}
     last = 2 * len(network.hidden_weights)
     found = {**weights, f"{last}.weight": network.output_weights, "0.bias": network.hidden_bias}
     found[f"{last}.bias"] = network.output_bias
     return {name: tensor for name, tensor in found.items() if tensor is not None}
-
-
-def _sequential(network: Network) -> nn.Sequential:
-    """A single network as an ``nn.Sequential``, in float64 on the CPU."""
-    return network.to(torch.device("cpu")).to(torch.float64).to_sequential()

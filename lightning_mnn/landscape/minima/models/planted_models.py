@@ -21,7 +21,7 @@ from torch import nn
 from lightning_mnn.landscape.minima.models.equations.face import Model, derivatives
 from lightning_mnn.landscape.minima.models.equations.layers import Loss, LossName, read_layers
 from lightning_mnn.landscape.minima.models.equations.reading import read_face
-from lightning_mnn.landscape.minima.models.equations.stationarity import System, linearise
+from lightning_mnn.landscape.minima.models.equations.stationarity import linearise
 from lightning_mnn.utilities.validation import ArgumentError
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def planted_model_saddle(
     bias: bool = True,
     seed: int = 0,
 ) -> PlantedModel:
-    """A stationary point of the squared error with a negative tangential eigenvalue, also on kinks.
+    """A stationary point of the squared error with a negative tangential eigenvalue and none of 0, also on kinks.
 
     Args:
         num_samples: N; N·K must exceed the number of parameters and kinks.
@@ -360,8 +360,10 @@ def _targets(
             continue
         model = Model(layers, inputs, Loss(loss, targets), blank.penalties, names)
         system = linearise(read_face(model, vector, active).face, theta, size * multipliers)
-        smallest, largest = _tangential(system)
-        if smallest > _MIN_EIGENVALUE_RATIO * largest if not saddle else smallest < -1e-3 * largest:
+        values = system.tangential()[0]
+        smallest, largest = float(values[0]), float(values.abs().max())
+        clear = float(values.abs().min()) > _MIN_EIGENVALUE_RATIO * largest  # no flat direction off the symmetries
+        if clear and (smallest < -1e-3 * largest if saddle else smallest > 0):
             return PlantedModel(
                 module,
                 inputs,
@@ -387,8 +389,3 @@ def _of_slopes(loss: LossName, f: Tensor, g: Tensor) -> Tensor | None:
         case _:
             targets = f.sigmoid() - g
     return targets if bool(((targets > 0.01) & (targets < 0.99)).all()) else None
-
-
-def _tangential(system: System) -> tuple[float, float]:
-    values = system.tangential()[0]
-    return float(values[0]), float(values.abs().max())
