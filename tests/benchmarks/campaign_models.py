@@ -183,7 +183,7 @@ def polished_weights(w, z, x, y, slope):
 
 
 def two_layers(count, seconds, seed):
-    """Two-layer points: the general classification must never contradict ``certify``."""
+    """Two-layer points: the general classification must never contradict ``certify`` at the same point."""
     pairs, contradictions, minima, decided, began, done = Counter(), [], Counter(), Counter(), time.monotonic(), 0
     undecided = Counter()
     for number in itertools.count(seed):
@@ -211,7 +211,7 @@ def two_layers(count, seconds, seed):
                 undecided[str(general.because.code)] += 1
         falls = exact.kind is Kind.SADDLE or exact.reason_code is ReasonCode.GROWTH_NEGATIVE
         near = float((general.vector - vector).norm()) <= 1e-6 * float(vector.norm())
-        if (exact.kind.is_minimum and general.direction is not None) or (falls and general.kind.is_minimum and near):
+        if near and ((exact.kind.is_minimum and general.direction is not None) or (falls and general.kind.is_minimum)):
             contradictions.append((number, str(exact.kind), str(general.kind)))
     print("layers points", done, dict(pairs), "contradictions", contradictions)
     print("  minima decided by both", sum(decided.values()), "of", sum(minima.values()), "else", dict(undecided))
