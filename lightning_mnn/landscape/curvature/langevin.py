@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     Losses = Callable[[Tensor], Tensor]
 
 _MAX_DENSE = 256  # parameters up to which the preconditioner is a whole matrix
+CURVATURE_ROUNDS = 4  # passes that find the curvature at the start, each of two gradients for each parameter
 _WINDOWS = 8  # times that the preconditioner is adapted
 _FASTEST = 1.0  # change of log ε by a move that is always, or never, accepted; later moves change it less
 _SCALES = 2.0  # decades of the factors' logarithms
@@ -89,7 +90,7 @@ class Target:
 
 
 class Preconditioner:
-    """S of the moves w ← w + ε S r: a triangular matrix (P, P), or the diagonal of one (P,)."""
+    """S of the moves w ← w + ε S r: a matrix (P, P), or the diagonal of one (P,)."""
 
     def __init__(self, root: Tensor) -> None:
         self.root = root
@@ -108,30 +109,39 @@ class Preconditioner:
         share = count / (count + size)
         centred = points - points.mean(0)
         if self.root.ndim > 1:
-            blend = share * centred.T @ centred / count + (1 - share) * self.root @ self.root.T
-            root, failed = torch.linalg.cholesky_ex(blend)
-            return self if int(failed) else Preconditioner(root)
+            # Not by Cholesky's factors of the covariance: beside flat directions of width 1/√γ, kinks are only 1/nβ
+            # wide, and the ratio of the squares is below the rounding of float64.
+            stacked = torch.cat([math.sqrt(share / count) * centred, math.sqrt(1 - share) * self.root.T])
+            return Preconditioner(torch.linalg.qr(stacked, mode="r").R.T)
         return Preconditioner((share * centred.square().mean(0) + (1 - share) * self.root.square()).sqrt())
 
 
 def curvature_preconditioner(target: Target, chains: int) -> Preconditioner:
-    """S Sᵀ = (nβ |H| + γ)⁻¹, with H from differences of gradients over the width 1/√(nβ + γ) of a typical direction.
+    """S Sᵀ = |H|⁻¹, with the curvature H of U over the width of S itself; no wider than 1/√γ.
+
+    H is found from differences of gradients along the columns of S, first over 1/√(nβ + γ), the width of a typical
+    direction, and then over the widths just found: so that off a kink, where the loss rises by a ‖w − w*‖, they tend to
+    1/(nβ a). Its singular vectors count: the differences across kinks are no symmetric matrix, but all of them are
+    normal to the directions in which the loss is constant.
 
     For more than 256 parameters: the multiple 1/(nβ + γ) of the identity.
     """
     size, width = len(target.point), 1 / math.sqrt(target.inverse_temperature + target.localisation)
     if size > _MAX_DENSE:
         return Preconditioner(torch.full_like(target.point, width))
-    moves = width * torch.eye(size, dtype=target.point.dtype, device=target.point.device)
-    at, parts = target.point, torch.split(moves, chains)
-    rows = [target(at + part).gradients - target(at - part).gradients for part in parts]
-    hessian = torch.cat(rows) / (2 * width)
-    if not bool(hessian.isfinite().all()):
-        return Preconditioner(moves)
-    values, vectors = torch.linalg.eigh((hessian + hessian.T) / 2)
-    values = values.abs().clamp(min=target.localisation or float(values.abs().max()) * 1e-8 or 1.0)
-    root, failed = torch.linalg.cholesky_ex((vectors / values) @ vectors.T)
-    return Preconditioner(moves) if int(failed) else Preconditioner(root)
+    root = width * torch.eye(size, dtype=target.point.dtype, device=target.point.device)
+    for _ in range(CURVATURE_ROUNDS):
+        parts = torch.split(root.T, chains)
+        rows = [target(target.point + part).gradients - target(target.point - part).gradients for part in parts]
+        products = torch.cat(rows) @ root / 2
+        if not bool(products.isfinite().all()):
+            break
+        _, values, right = torch.linalg.svd(products)
+        wider = root @ right.T
+        lowest = target.localisation * wider.square().sum(0) if target.localisation else 1e-8 * values.max()
+        values = torch.maximum(values, lowest)
+        root = wider / torch.where(values > 0, values, 1.0).sqrt()
+    return Preconditioner(root)
 
 
 @dataclass(frozen=True)
