@@ -36,6 +36,7 @@ POWERS = [((1, 2), 1e12, 4000), ((2, 2), 1e40, 12_000), ((3, 1), 1e12, 4000)]  #
 # A trained network has kinks near its minimum, and flat directions of it, so γ is larger, and γ/nβ smaller.
 TRAINED = {"inverse_temperature": 1e14, "localisation": 1e8, "chains": 32, "steps": 200, "burn_in": 150}
 NETWORKS = {"inverse_temperature": 1e11, "localisation": 1e6, "chains": 32, "steps": 600, "burn_in": 600}
+MIN_CURVATURE = 1e-4  # of minima of trained networks: γ/nβ is a hundredth of it
 MAX_TRIALS = 4  # a minimum whose chains are refused is sampled again, with twice the moves
 
 
@@ -129,9 +130,30 @@ def trained(seed):
         ((x @ weights.T).relu() @ z - y).square().mean().backward()
         optimizer.step()
     try:
-        return around(polish(weights.detach(), z.detach(), x, y).certificate, x, y)
+        end = polish(weights.detach(), z.detach(), x, y).certificate
+        return around(end, x, y) if smallest_curvature(end, x) >= MIN_CURVATURE else None
     except ArgumentError:
         return None
+
+
+def smallest_curvature(certificate, x):
+    """The smallest positive curvature on the face of the kinks."""
+    hidden, output = certificate.hidden_weights, certificate.output_weights
+    u = x @ hidden.T
+    on_kink = u.abs() <= 1e-12 * x.norm(dim=1)[:, None] * hidden.norm(dim=1)
+    gates = ((u > 0) & ~on_kink).to(u)
+    jacobian = torch.cat([((gates * output)[:, :, None] * x[:, None, :]).flatten(1), gates * u], 1)
+    samples, units = on_kink.nonzero(as_tuple=True)
+    normals = torch.zeros(len(samples), jacobian.shape[1], dtype=u.dtype)
+    for row, sample, unit in zip(normals, samples, units, strict=True):
+        row[: hidden.numel()].view_as(hidden)[unit] = x[sample]
+    face = (
+        torch.linalg.svd(normals).Vh[torch.linalg.matrix_rank(normals) :]
+        if len(normals)
+        else torch.eye(len(jacobian.T)).to(u)
+    )
+    values = torch.linalg.svdvals(jacobian @ face.T)[: certificate.positive_directions or 0]
+    return float(2 / len(x) * values.square().min()) if len(values) else float("inf")
 
 
 def around(certificate, x, y):
