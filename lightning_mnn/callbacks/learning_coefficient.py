@@ -15,11 +15,14 @@ from typing_extensions import override
 from lightning_mnn.callbacks.evaluation.module_network import NetworkModule
 from lightning_mnn.callbacks.schedule import Schedule
 from lightning_mnn.callbacks.scheduled import ScheduledCallback
+from lightning_mnn.callbacks.trainer.long_pass import LONG, duration
 from lightning_mnn.callbacks.volumes.chains import loss_at_points
 from lightning_mnn.data.loaders.shards import num_samples
+from lightning_mnn.landscape.curvature.langevin import gradients_at_start
 from lightning_mnn.landscape.curvature.sampled_coefficient import SampledCoefficient, estimate_learning_coefficient
 from lightning_mnn.loggers.media import log_image, log_scalars, shows_images
 from lightning_mnn.utilities.distributed import gather
+from lightning_mnn.utilities.interruption import TimeLimitError
 from lightning_mnn.utilities.validation import MisfitError, positive_integer, real_number, seed_number, truth_value
 
 if TYPE_CHECKING:
@@ -55,7 +58,7 @@ class LearningCoefficient(ScheduledCallback):
         localisation: γ.
         chains: number of chains.
         budget: largest number of gradients, of all chains together. Half of the moves are burn-in.
-        max_seconds: time limit, by which fewer moves are made than the budget allows.
+        max_seconds: time limit, by which fewer moves are made than the budget allows; none are made if 10 take longer.
         adjusted: whether Metropolis' rule is used; False: SGLD.
         loss_fn: ``loss_fn(module, batch)``; None: the module's ``training_step``.
         seed: seed of the chains.
@@ -150,7 +153,7 @@ class LearningCoefficient(ScheduledCallback):
             loss(loss.point.expand(self.chains, -1))  # it finds out how, and reads the data
             self.is_batched, once = batch.is_batched, time.monotonic()
             loss(loss.point.expand(self.chains, -1))
-            moves = self._moves(max(gather(time.monotonic() - once)), len(loss.point))
+            moves = self._moves_within(max(gather(time.monotonic() - once)), len(loss.point))
             self.found = estimate_learning_coefficient(
                 loss,
                 loss.point,
@@ -182,14 +185,33 @@ class LearningCoefficient(ScheduledCallback):
             for logger in trainer.loggers:
                 log_image(logger, "volume/learning_coefficient_chains", picture, trainer.global_step)
 
-    def _moves(self, seconds: float, size: int) -> int:
-        """Moves after burn-in within the budget and the time limit, if all chains' gradients take some seconds."""
-        passes = min(self.budget / self.chains, self.max_seconds / max(seconds, 1e-9))
-        passes -= 4 + 2 * min(size, 256) / self.chains  # at the start: the curvature, and the first points
+    def _moves_within(self, seconds: float, size: int) -> int:
+        """Moves after burn-in within the budget and the time limit, if all chains' gradients take some seconds.
+
+        Long work is announced.
+
+        Raises:
+            TimeLimitError: there is time for too few moves.
+        """
         # A move of SGLD has one gradient, and up to four runs with burn-in of 1, 1, 2 and 4 parts; of the other chains
         # a move has one more than its leapfrog steps.
         of_a_move = 2 * (_LEAPFROG_STEPS + 1) if self.adjusted else 12
-        return max(_MIN_MOVES, int(passes / of_a_move))
+        first = 4 + gradients_at_start(size) / self.chains
+        affordable, in_time = self.budget / self.chains, self.max_seconds / max(seconds, 1e-9)
+        moves = max(_MIN_MOVES, int((min(affordable, in_time) - first) / of_a_move))
+        passes = first + moves * of_a_move
+        expected = (
+            f"{moves:,} moves of {self.chains} chains after as many of burn-in, about {duration(passes * seconds)}"
+        )
+        if passes > in_time and moves == _MIN_MOVES:
+            raise TimeLimitError(
+                f"{expected}, are more than max_seconds={self.max_seconds:g}: raise it, or take fewer chains"
+            )
+        if passes * seconds >= LONG:
+            rank_zero_info(
+                f"LearningCoefficient: {expected} for {passes * self.chains:,.0f} gradients of {size:,} parameters"
+            )
+        return moves
 
     @override
     def summary(self) -> dict[str, Any]:

@@ -262,6 +262,22 @@ INTERVAL_CONFIDENCE = 0.95  # confidence of an interval of a proportion
 JOINT_INTERVAL_CONFIDENCE = 0.975  # confidence of each of two intervals that must be valid together
 # Source: Bonferroni: 1 - 0.05 / 2. Test: here.
 
+# Sampled learning coefficients
+MAX_R_HAT = 1.05  # split R-hat of the losses of chains that agree
+# Source: Vehtari et al. 2021 advise 1.01 for tails; a mean whose error is the spread of chains needs less. Test: here.
+MAX_DISTANCE_R_HAT = 1.2  # the same of their distances to w*
+# Source: four effective samples a chain, as MIN_SAMPLES_PER_CHAIN; they affect the mean by the losses only. Test: here.
+MIN_SAMPLES_PER_CHAIN = 4  # effective samples of each chain, on average
+# Source: chosen: with 16 chains the error of the mean is an eighth of the standard deviation. Test: here.
+MAX_DRIFT_ERRORS = 4.5  # change from the first to the last third of the chains, in standard errors
+# Source: of chains in their distribution one in 1e5 has more. Test: here.
+MIN_ACCEPTANCE = 0.15  # acceptance of moves under Metropolis' rule
+# Source: chosen: a fifth of the target of 0.75. Test: here.
+MAX_GAIN_SHARE = 0.02  # loss below L(w*), as a share of the estimate
+# Source: chosen: the estimate is too small by as much. Test: here.
+MAX_HALVING_CHANGE = 0.02  # relative change of SGLD's mean by half the step size, beyond the errors of both runs
+# Source: chosen: as much as MAX_GAIN_SHARE. Test: here.
+
 # The detector
 FAR_STEP_RATIO = 0.1  # step, relative to the weights, to a point where no gradient vanishes by chance
 # Source: chosen. Test: none, test_foreign_detector.

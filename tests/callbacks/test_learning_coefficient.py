@@ -214,12 +214,39 @@ def test_losses_at_points_are_those_of_the_module_in_float64():
     torch.testing.assert_close(gradients, torch.autograd.grad(exact.sum(), points)[0])
 
 
-def test_a_time_limit_leaves_few_moves_and_no_value():
-    callback = LearningCoefficient(**LOCAL, max_seconds=1e-6)
-    fit(Line(), lines(), callback, max_epochs=1)
-    assert callback.found.traces.shape == (16, 10)
+def test_a_time_limit_leaves_fewer_moves_and_long_work_is_announced(caplog):
+    callback = LearningCoefficient()
+    with caplog.at_level("INFO"):
+        assert callback._moves_within(1e-4, 1000) == 312  # of a budget of 50,000 gradients
+        assert not caplog.records
+        assert callback._moves_within(0.5, 1000) == 119
+    assert (
+        "LearningCoefficient: 119 moves of 16 chains after as many of burn-in, about 10 min for 19,104 gradients of "
+        "1,000 parameters"
+    ) in caplog.text
+
+
+def test_too_short_a_time_limit_gives_no_value_but_a_reason():
+    callback = LearningCoefficient(**LOCAL | {"strict": False}, max_seconds=1e-6)
+    with pytest.warns(UserWarning, match="no learning coefficient is estimated"):
+        fit(Line(), lines(), callback, max_epochs=1)
+    assert callback.found is None
     assert callback.summary()["sampled_learning_coefficient"] is None
-    assert callback.summary()["sampled_learning_coefficient_reason"].startswith("unreliable")
+    assert "are more than max_seconds=1e-06" in callback.summary()["sampled_learning_coefficient_reason"]
+
+
+@pytest.mark.slow
+def test_resnet18_trains_bit_for_bit_as_without_it(short):
+    ended = []
+    for callback in (None, LearningCoefficient(strict=True, chains=2, budget=40)):
+        module, loader = foreign_model("resnet18", num_samples=4, batch_size=2)
+        fit(module, loader, callback, max_epochs=1)
+        ended.append((module.state_dict(), torch.get_rng_state()))
+    (before, state), (after, drawn) = ended
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert torch.equal(state, drawn)
+    assert callback.found.traces.shape == (2, 2)
+    assert bool(callback.found.traces.isfinite().all())
 
 
 def test_replicas_are_refused():

@@ -39,6 +39,7 @@ from lightning_mnn.landscape import (
 from lightning_mnn.landscape.curvature.flat_directions import _power, flat_check, probe
 from lightning_mnn.landscape.curvature.kink_conditions import check_kinks, kink_conditions
 from lightning_mnn.landscape.curvature.newton import Scales, conjugate_gradients
+from lightning_mnn.landscape.curvature.sampled_coefficient import _reason_biased, _reason_unreliable
 from lightning_mnn.landscape.intervals import Estimate
 from lightning_mnn.landscape.labels import wrong
 from lightning_mnn.landscape.minima import planted
@@ -863,6 +864,65 @@ def gradients_that_grow():
 @decides("NEAR_ZERO_GRADIENT_RATIO", LARGER, SMALLER, verdict=1)
 def entries_of_a_gradient():
     return int(gradient_sizes([double([1.0, 3e-4, 3e-3])], [torch.ones(3)]).near_zero)
+
+
+# Sampled learning coefficients
+
+
+def sampled_chains(steps=300, *, memory=0.0, apart=0.0, further=0.0, rise=0.0, **others):
+    """Traces of 16 chains around 1, whose means differ, or drift, in units of their standard deviation."""
+    stream = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 16, steps, generator=stream, dtype=torch.float64)
+    for k in range(1, steps):
+        noise[..., k] = memory * noise[..., k - 1] + (1 - memory**2) ** 0.5 * noise[..., k]
+    offsets = torch.linspace(-1, 1, 16, dtype=torch.float64)[:, None]
+    offsets = offsets / offsets.std()
+    losses = 1 + 0.1 * (noise[0] + apart * offsets + torch.linspace(0, rise, steps, dtype=torch.float64))
+    facts = {"losses": losses, "distances": noise[1] + further * offsets, "acceptance": 0.75, "lowest": 0.0}
+    return SimpleNamespace(**facts | others)
+
+
+def reason_code_of(found):
+    target = SimpleNamespace(point=torch.zeros(5), lowest=0.0, inverse_temperature=1e6)
+    because = _reason_unreliable(found, target, adjusted=True)
+    return because and because.code
+
+
+@decides("MAX_R_HAT", LARGER, SMALLER, verdict=[None, ReasonCode.CHAINS_DISAGREE])
+def chains_whose_losses_differ():
+    return [reason_code_of(sampled_chains(apart=apart)) for apart in (0.2, 0.5)]  # R-hat of 1.02 and 1.12
+
+
+@decides("MAX_DISTANCE_R_HAT", LARGER, SMALLER, verdict=[None, ReasonCode.CHAINS_DISAGREE])
+def chains_whose_distances_differ():
+    return [reason_code_of(sampled_chains(further=further)) for further in (0.45, 0.9)]  # R-hat of 1.10 and 1.35
+
+
+@decides("MIN_SAMPLES_PER_CHAIN", LARGER, verdict=None)
+def chains_with_a_long_memory():
+    return reason_code_of(sampled_chains(600, memory=0.9))
+
+
+@decides("MAX_DRIFT_ERRORS", LARGER, SMALLER, verdict=[None, ReasonCode.CHAINS_DRIFT])
+def chains_that_rise():
+    return [reason_code_of(sampled_chains(rise=rise)) for rise in (0.1, 0.5)]
+
+
+@decides("MIN_ACCEPTANCE", LARGER, SMALLER, verdict=[None, ReasonCode.MOVES_REJECTED])
+def moves_that_are_rejected():
+    return [reason_code_of(sampled_chains(acceptance=share)) for share in (0.3, 0.08)]
+
+
+@decides("MAX_GAIN_SHARE", LARGER, SMALLER, verdict=[None, ReasonCode.LOWER_LOSS_FOUND])
+def losses_below_that_of_the_point():
+    return [reason_code_of(sampled_chains(lowest=lowest)) for lowest in (-0.01, -0.05)]
+
+
+@decides("MAX_HALVING_CHANGE", LARGER, SMALLER, verdict=[None, ReasonCode.STEP_TOO_LARGE])
+def means_of_half_the_step():
+    long = sampled_chains(20_000)
+    found = [_reason_biased(SimpleNamespace(losses=long.losses * factor), long) for factor in (1.01, 1.06)]
+    return [because and because.code for because in found]
 
 
 @pytest.mark.parametrize(("name", "verdict", "factors", "function"), CASES)

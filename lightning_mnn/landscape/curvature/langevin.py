@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     Losses = Callable[[Tensor], Tensor]
 
 _MAX_DENSE = 256  # parameters up to which the preconditioner is a whole matrix
+_CURVATURE_ROUNDS = 4  # passes that find the curvature at the start, each of two gradients for each parameter
 _WINDOWS = 8  # times that the preconditioner is adapted
 _FASTEST = 1.0  # change of log ε by a move that is always, or never, accepted; later moves change it less
 _SCALES = 2.0  # decades of the factors' logarithms
@@ -88,8 +89,30 @@ class Target:
         return Places(points, losses, energies, self.inverse_temperature * gradients + self.localisation * offsets)
 
 
+class Window:
+    """Vectors (C, P) of successive moves, to which the preconditioner adapts.
+
+    Args:
+        like: one of them, (P,).
+        keeps_all: whether the vectors themselves are kept, and not only sums: C P numbers for each move.
+    """
+
+    def __init__(self, like: Tensor, *, keeps_all: bool) -> None:
+        self.moves, self.count, self.keeps_all = 0, 0, keeps_all
+        self.points: list[Tensor] = []
+        self.sum, self.squares = torch.zeros_like(like), torch.zeros_like(like)
+
+    def add(self, vectors: Tensor) -> None:
+        """Add those of one move."""
+        self.moves, self.count = self.moves + 1, self.count + len(vectors)
+        self.sum += vectors.sum(0)
+        self.squares += vectors.square().sum(0)
+        if self.keeps_all:
+            self.points.append(vectors)
+
+
 class Preconditioner:
-    """S of the moves w ← w + ε S r: a triangular matrix (P, P), or the diagonal of one (P,)."""
+    """S of the moves w ← w + ε S r: a matrix (P, P), or the diagonal of one (P,)."""
 
     def __init__(self, root: Tensor) -> None:
         self.root = root
@@ -102,36 +125,50 @@ class Preconditioner:
         """Sᵀ g, of (C, P)."""
         return gradients @ self.root if self.root.ndim > 1 else gradients * self.root
 
-    def adapted(self, points: Tensor) -> Preconditioner:
+    def adapted(self, seen: Window) -> Preconditioner:
         """The one whose S Sᵀ is the covariance of points (n, P), blended with this one as by P points of it."""
-        count, size = points.shape
-        share = count / (count + size)
-        centred = points - points.mean(0)
+        share = seen.count / (seen.count + len(seen.sum))
         if self.root.ndim > 1:
-            blend = share * centred.T @ centred / count + (1 - share) * self.root @ self.root.T
-            root, failed = torch.linalg.cholesky_ex(blend)
-            return self if int(failed) else Preconditioner(root)
-        return Preconditioner((share * centred.square().mean(0) + (1 - share) * self.root.square()).sqrt())
+            centred = torch.cat(seen.points) - seen.sum / seen.count
+            # Not by Cholesky's factors of the covariance: beside flat directions of width 1/√γ, kinks are only 1/nβ
+            # wide, and the ratio of the squares is below the rounding of float64.
+            stacked = torch.cat([math.sqrt(share / seen.count) * centred, math.sqrt(1 - share) * self.root.T])
+            return Preconditioner(torch.linalg.qr(stacked, mode="r").R.T)
+        variances = (seen.squares / seen.count - (seen.sum / seen.count).square()).clamp(min=0)
+        return Preconditioner((share * variances + (1 - share) * self.root.square()).sqrt())
+
+
+def gradients_at_start(size: int) -> int:
+    """Number of gradients of single points that :func:`curvature_preconditioner` needs for P parameters."""
+    return 2 * _CURVATURE_ROUNDS * size if size <= _MAX_DENSE else 0
 
 
 def curvature_preconditioner(target: Target, chains: int) -> Preconditioner:
-    """S Sᵀ = (nβ |H| + γ)⁻¹, with H from differences of gradients over the width 1/√(nβ + γ) of a typical direction.
+    """S Sᵀ = |H|⁻¹, with the curvature H of U over the width of S itself; no wider than 1/√γ.
+
+    H is found from differences of gradients along the columns of S, first over 1/√(nβ + γ), the width of a typical
+    direction, and then over the widths just found: so that off a kink, where the loss rises by a ‖w − w*‖, they tend to
+    1/(nβ a). Its singular vectors count: the differences across kinks are no symmetric matrix, but all of them are
+    normal to the directions in which the loss is constant.
 
     For more than 256 parameters: the multiple 1/(nβ + γ) of the identity.
     """
     size, width = len(target.point), 1 / math.sqrt(target.inverse_temperature + target.localisation)
     if size > _MAX_DENSE:
         return Preconditioner(torch.full_like(target.point, width))
-    moves = width * torch.eye(size, dtype=target.point.dtype, device=target.point.device)
-    at, parts = target.point, torch.split(moves, chains)
-    rows = [target(at + part).gradients - target(at - part).gradients for part in parts]
-    hessian = torch.cat(rows) / (2 * width)
-    if not bool(hessian.isfinite().all()):
-        return Preconditioner(moves)
-    values, vectors = torch.linalg.eigh((hessian + hessian.T) / 2)
-    values = values.abs().clamp(min=target.localisation or float(values.abs().max()) * 1e-8 or 1.0)
-    root, failed = torch.linalg.cholesky_ex((vectors / values) @ vectors.T)
-    return Preconditioner(moves) if int(failed) else Preconditioner(root)
+    root = width * torch.eye(size, dtype=target.point.dtype, device=target.point.device)
+    for _ in range(_CURVATURE_ROUNDS):
+        parts = torch.split(root.T, chains)
+        rows = [target(target.point + part).gradients - target(target.point - part).gradients for part in parts]
+        products = torch.cat(rows) @ root / 2
+        if not bool(products.isfinite().all()):
+            break
+        _, values, right = torch.linalg.svd(products)
+        wider = root @ right.T
+        lowest = target.localisation * wider.square().sum(0) if target.localisation else 1e-8 * values.max()
+        values = torch.maximum(values, lowest)
+        root = wider / torch.where(values > 0, values, 1.0).sqrt()
+    return Preconditioner(root)
 
 
 @dataclass(frozen=True)
@@ -180,16 +217,16 @@ class Chains:
 def run_chains(target: Target, moves: Moves, chains: int, steps: int, burn_in: int, stream: torch.Generator) -> Chains:
     """Run all chains from w*."""
     sampler = _Sampler(target, moves, chains, stream)
-    window, seen, before = max(1, burn_in // (_WINDOWS + 1)), [], []
+    window, seen, before = max(1, burn_in // (_WINDOWS + 1)), sampler.new_window(), []
     for step in range(burn_in):
         sampler.move(adjusted=True)  # of SGLD too: a step that is still too large must not lead the chains away
         sampler.adapt_step(step)
         before.append(sampler.at.losses)
         if moves.preconditioned:
-            seen.append(sampler.at.points if moves.adjusted else sampler.at.gradients)
-            if len(seen) == window and step < burn_in - window:  # the last window is for ε alone
-                sampler.adapt_preconditioner(torch.cat(seen))
-                seen = []
+            seen.add(sampler.at.points - target.point if moves.adjusted else sampler.at.gradients)
+            if seen.moves == window and step < burn_in - window:  # the last window is for ε alone
+                sampler.adapt_preconditioner(seen)
+                seen = sampler.new_window()
     losses, distances, acceptance = [], [], torch.zeros_like(target.point[0])
     for _ in range(steps):
         acceptance += sampler.move(adjusted=moves.adjusted)
@@ -270,14 +307,18 @@ class _Sampler:
             rate = _FASTEST * min(1.0, (_SETTLING / (step % 100 + 1)) ** 0.6)
             self.step_size = self.step_size * (rate * (self._accepted - self._moves.target_acceptance)).exp()
 
-    def adapt_preconditioner(self, seen: Tensor) -> None:
-        """Adapt S to the points, or the gradients, of a window (n, P)."""
-        if not bool(seen.isfinite().all()):
+    def new_window(self) -> Window:
+        """One to fill with w − w*, or for SGLD with gradients."""
+        return Window(self._target.point, keeps_all=self._moves.adjusted and self.preconditioner.root.ndim > 1)
+
+    def adapt_preconditioner(self, seen: Window) -> None:
+        """Adapt S to the points, or the gradients, of a window."""
+        if not bool(seen.squares.isfinite().all()):
             return
         if self._moves.adjusted:
             self.preconditioner = self.preconditioner.adapted(seen)
         else:
-            scale = seen.square().mean(0).sqrt()
+            scale = (seen.squares / seen.count).sqrt()
             self.preconditioner = Preconditioner((scale + 1e-3 * scale.max() + 1e-30).rsqrt())
 
     def _normal(self, like: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.curvature.chain_diagnostics import drift, effective_samples, error_of_mean, split_r_hat
 from lightning_mnn.landscape.curvature.langevin import Moves, Target, run_chains
 from lightning_mnn.utilities.seeding import generator
@@ -22,12 +23,6 @@ if TYPE_CHECKING:
 
     from lightning_mnn.landscape.curvature.langevin import Chains, Losses
 
-MAX_R_HAT = 1.05  # of the losses and of the distances (Vehtari et al. 2021 advise 1.01 for tails; means need less)
-MIN_SAMPLES_PER_CHAIN = 4  # effective samples of each chain, on average
-MAX_DRIFT_ERRORS = 4.5  # change from the first to the last third of the chains, in standard errors
-MIN_ACCEPTANCE = 0.15  # of moves under Metropolis' rule
-MAX_GAIN_SHARE = 0.02  # loss below L(w*), as a share of the estimate, which is too small by as much
-MAX_HALVING_CHANGE = 0.02  # relative change by halving the step size, beyond the errors of both runs
 _MAX_HALVINGS = 3  # of a step size that is adapted
 
 
@@ -42,7 +37,8 @@ class SampledCoefficient(Reasoned):
         mean: nβ (E[L] − L(w*)) of the chains, reliable or not.
         inverse_temperature: nβ.
         localisation: γ.
-        r_hat: the larger split R-hat of the losses and of the distances to w*.
+        r_hat: split R-hat of the losses.
+        distance_r_hat: the same of the squared distances to w*, which may be larger.
         effective_samples: of the losses, of all chains together.
         acceptance: mean probability with which Metropolis' rule accepts the moves; of SGLD: would accept.
         step_size: ε.
@@ -58,6 +54,7 @@ class SampledCoefficient(Reasoned):
     inverse_temperature: float
     localisation: float
     r_hat: float
+    distance_r_hat: float
     effective_samples: float
     acceptance: float
     step_size: float
@@ -179,10 +176,10 @@ def _reason_unreliable(found: Chains, target: Target, *, adjusted: bool) -> Reas
     rounding = 16 * torch.finfo(target.point.dtype).eps * abs(target.lowest) * target.inverse_temperature
     if not bool(found.losses.isfinite().all()) or value > size:
         return Reason.of(ReasonCode.CHAINS_DIVERGED, value=value, size=size)
-    if -found.lowest > MAX_GAIN_SHARE * max(value, 0.5) + rounding:
+    if -found.lowest > tolerances.MAX_GAIN_SHARE * max(value, 0.5) + rounding:
         gain = -found.lowest / target.inverse_temperature
         return Reason.of(ReasonCode.LOWER_LOSS_FOUND, gain=gain, energy=-found.lowest)
-    if adjusted and found.acceptance < MIN_ACCEPTANCE:
+    if adjusted and found.acceptance < tolerances.MIN_ACCEPTANCE:
         return Reason.of(ReasonCode.MOVES_REJECTED, acceptance=found.acceptance)
     return _reason_not_mixed(found)
 
@@ -190,27 +187,29 @@ def _reason_unreliable(found: Chains, target: Target, *, adjusted: bool) -> Reas
 def _reason_not_mixed(found: Chains) -> Reason | None:
     """Whether the chains drift, disagree or are too short, by their losses and their distances to w*."""
     both = found.losses, found.distances
-    change, r_hat, samples = max(map(drift, both)), max(map(split_r_hat, both)), min(map(effective_samples, both))
-    limit = MIN_SAMPLES_PER_CHAIN * len(found.losses)
-    if change > MAX_DRIFT_ERRORS:
+    change, samples = max(map(drift, both)), min(map(effective_samples, both))
+    least = tolerances.MIN_SAMPLES_PER_CHAIN * len(found.losses)
+    if change > tolerances.MAX_DRIFT_ERRORS:
         return Reason.of(ReasonCode.CHAINS_DRIFT, drift=change)
-    if r_hat > MAX_R_HAT:
-        return Reason.of(ReasonCode.CHAINS_DISAGREE, r_hat=r_hat, limit=MAX_R_HAT)
-    return Reason.of(ReasonCode.TOO_FEW_SAMPLES, samples=samples, limit=limit) if samples < limit else None
+    # The error is the spread of the chains' losses, so that it holds what slow distances do to them.
+    for trace, limit in zip(both, (tolerances.MAX_R_HAT, tolerances.MAX_DISTANCE_R_HAT), strict=True):
+        if (r_hat := split_r_hat(trace)) > limit:
+            return Reason.of(ReasonCode.CHAINS_DISAGREE, r_hat=r_hat, limit=limit)
+    return Reason.of(ReasonCode.TOO_FEW_SAMPLES, samples=samples, limit=least) if samples < least else None
 
 
 def _reason_biased(found: Chains, halved: Chains) -> Reason | None:
     """Whether half the step size changes the estimate."""
     value, other = float(found.losses.mean()), float(halved.losses.mean())
     errors = math.hypot(*(error_of_mean(run.losses.mean(1)) for run in (found, halved)))
-    if abs(value - other) > 2 * errors + MAX_HALVING_CHANGE * abs(other):
+    if abs(value - other) > 2 * errors + tolerances.MAX_HALVING_CHANGE * abs(other):
         return Reason.of(ReasonCode.STEP_TOO_LARGE, value=value, halved=other)
     return None
 
 
 def _result(found: Chains, target: Target, because: Reason | None) -> SampledCoefficient:
     mean = float(found.losses.mean())
-    r_hat, samples = max(map(split_r_hat, (found.losses, found.distances))), effective_samples(found.losses)
+    r_hat, samples = split_r_hat(found.losses), effective_samples(found.losses)
     agree = Reason.of(ReasonCode.CHAINS_AGREE, chains=len(found.losses), r_hat=r_hat, samples=samples)
     return SampledCoefficient(
         mean if because is None else None,
@@ -220,6 +219,7 @@ def _result(found: Chains, target: Target, because: Reason | None) -> SampledCoe
         target.inverse_temperature,
         target.localisation,
         r_hat,
+        split_r_hat(found.distances),
         samples,
         found.acceptance,
         found.step_size,
