@@ -20,6 +20,7 @@ from scipy import stats
 
 from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.intervals import Estimate, Proportion
+from lightning_mnn.landscape.volumes.rare_events.paths import PathPopulation
 from lightning_mnn.landscape.volumes.rare_events.splitting import (
     Stage,
     estimate_of_levels,
@@ -44,8 +45,6 @@ _MAX_BINS = 50  # of the test error
 _ENTRIES_PER_BATCH = 60_000  # pre-activations that are computed at once: they fit into a processor's cache
 
 _PARTICLES_PER_STAGE = 200  # of each run, on which the test error is computed at the stages before the last
-
-_MAX_LEAD = 1 - 1e-9  # below 1 by more than the rounding of the number of samples that it is added to
 
 
 class Architecture(NamedTuple):
@@ -86,26 +85,6 @@ class Architecture(NamedTuple):
         columns = inputs.T.contiguous()
         batch = max(1, _ENTRIES_PER_BATCH // (len(inputs) * max(1, *self.hidden_dims, 1)))
         return torch.cat([self._outputs(part, columns) for part in torch.split(weights, batch)])
-
-    def blocks(self) -> Tensor:
-        """The weights of each hidden unit, incoming and outgoing, and of each layer, bool (number of blocks, D)."""
-        blocks = []
-        for number, start in enumerate(self._starts()):
-            inputs, outputs = self._layers[number]
-            layer = torch.zeros(self.num_weights, dtype=torch.bool)
-            layer[start : start + outputs * (inputs + self.bias)] = True
-            blocks.append(layer)
-            if number == len(self._layers) - 1:
-                continue
-            following = start + outputs * (inputs + self.bias)
-            for unit in range(outputs):
-                block = torch.zeros(self.num_weights, dtype=torch.bool)
-                block[start + unit * inputs : start + (unit + 1) * inputs] = True
-                if self.bias:
-                    block[start + outputs * inputs + unit] = True
-                block[following + unit : following + outputs * self._layers[number + 1][1] : outputs] = True
-                blocks.append(block)
-        return torch.stack(blocks)
 
     @property
     def _layers(self) -> list[tuple[int, int]]:
@@ -199,9 +178,9 @@ def random_interpolators(
     threshold: float | None = None,
     test_inputs: Tensor | None = None,
     test_targets: Tensor | None = None,
-    particles: int = 1000,
+    particles: int = 2000,
     runs: int = 10,
-    steps: int = 5,
+    steps: int = 20,
     seed: int = 0,
 ) -> RandomInterpolators:
     """Estimate P(no training error) over random weights of all layers, and the law of the test error given that.
@@ -247,9 +226,8 @@ def random_interpolators(
     test = _test_samples(test_inputs, test_targets, train)
     table = _JointTable(network, train, test, runs)
     options = {"particles": particles, "runs": runs, "steps": steps, "seed": seed}
-    blocks, device, level = network.blocks(), train.inputs.device, float(len(train.signs))
-    score = _score(network, train)
-    stages = splitting_stages(score, (network.num_weights,), level, **options, blocks=blocks, device=device)
+    device, score = train.inputs.device, _score(network, train)
+    stages = splitting_stages(score, (network.num_weights,), 0.0, **options, device=device, population=PathPopulation)
     last = next(stages)
     history = [last.log_runs]
     for stage in stages:
@@ -334,15 +312,13 @@ def _test_samples(inputs: Tensor | None, targets: Tensor | None, train: _Samples
 
 
 def _score(network: Architecture, train: _Samples) -> Score:
-    """The number of samples that are right, plus a fraction that is larger the less the others are violated."""
+    """−Σ |f_n|/rms(f) over the wrong samples, less 1 for each output of 0; it is 0 where no sample is wrong."""
 
     def score(weights: Tensor) -> Tensor:
         margins = network.outputs(weights, train.inputs) * train.signs
         scale = margins.square().mean(1).sqrt()
         violation = (-margins).clamp(min=0).sum(1) / torch.where(scale > 0, scale, 1.0)
-        right = (margins > 0).sum(1)
-        lead = (1 / (1 + violation)).clamp(max=_MAX_LEAD)
-        return right + torch.where(right < margins.shape[1], lead, 0.0)
+        return -violation - (margins == 0).sum(1)
 
     return score
 
@@ -357,35 +333,33 @@ class _JointTable:
     """
 
     def __init__(self, network: Architecture, train: _Samples, test: _Samples | None, runs: int) -> None:
-        self._network, self._test, self._num_samples = network, test, len(train.signs)
+        self._network, self._train, self._test, self._num_samples = network, train, test, len(train.signs)
         self._bins = 1 if test is None else min(_MAX_BINS, len(test.signs))
         self.logs = torch.full((runs, self._num_samples + 1, self._bins), -math.inf, dtype=torch.float64)
 
     def add(self, stage: Stage, below: float = math.inf) -> None:
-        """Add the particles of a stage whose scores are below a level; of each run only the first ones, for speed."""
-        some = slice(None, _PARTICLES_PER_STAGE)
-        self._count(stage.log_runs, self._test_errors(stage.weights[:, some]), stage.scores[:, some], below)
+        """Add the particles of a stage whose scores are below a level; of each run only some, for speed."""
+        every = math.ceil(stage.scores.shape[1] / _PARTICLES_PER_STAGE)
+        self._add(stage.log_runs, stage.weights[:, ::every], stage.scores[:, ::every], below)
 
     def add_all(self, stage: Stage) -> Tensor | None:
         """Add all particles of the last stage, and return their test errors, (R', P) on the CPU; None without any."""
-        errors = self._test_errors(stage.weights)
-        self._count(stage.log_runs, errors, stage.scores, math.inf)
-        return None if self._test is None or len(errors) == 0 else errors.cpu()
+        if len(stage.scores) == 0:
+            return None
+        errors = self._add(stage.log_runs, stage.weights, stage.scores, math.inf)
+        return None if self._test is None else errors.cpu()
 
-    def _test_errors(self, weights: Tensor) -> Tensor:
-        """Fractions of wrong test samples, (R', P); zeros without a test set."""
-        runs, particles = weights.shape[:2]
-        if self._test is None or runs == 0:
-            return torch.zeros(runs, particles, dtype=torch.float64, device=weights.device)
-        outputs = self._network.outputs(weights.flatten(0, 1), self._test.inputs)
-        right = (outputs * self._test.signs > 0).sum(1)
-        total = len(self._test.signs)
-        return ((total - right).to(weights.dtype) / total).reshape(runs, particles)
+    def _wrong(self, samples: _Samples, weights: Tensor) -> Tensor:
+        """Numbers of wrong samples, (R', P)."""
+        right = (self._network.outputs(weights.flatten(0, 1), samples.inputs) * samples.signs > 0).sum(1)
+        return len(samples.signs) - right.reshape(weights.shape[:2])
 
-    def _count(self, log_runs: Tensor, errors: Tensor, scores: Tensor, below: float) -> None:
-        if len(scores) == 0:
-            return
-        wrong = self._num_samples - scores.floor().to(torch.int64)
+    def _add(self, log_runs: Tensor, weights: Tensor, scores: Tensor, below: float) -> Tensor:
+        """Add particles whose scores are below a level, and return the test errors of all, (R', P)."""
+        wrong = self._wrong(self._train, weights)
+        errors = torch.zeros_like(scores)
+        if self._test is not None:
+            errors = self._wrong(self._test, weights).to(scores.dtype) / len(self._test.signs)
         # The smallest number keeps a multiple of 1/K in its own bin, although it is rounded.
         bins = (errors * self._bins + 1e-9).floor().to(torch.int64).clamp(max=self._bins - 1)
         shares = torch.zeros(len(scores), (self._num_samples + 1) * self._bins, device=scores.device)
@@ -393,6 +367,7 @@ class _JointTable:
         logs = (shares.cpu().double() / scores.shape[1]).log().reshape(-1, *self.logs.shape[1:])
         alive = log_runs.isfinite()
         self.logs[alive] = torch.logaddexp(self.logs[alive], logs + log_runs[alive][:, None, None])
+        return errors
 
 
 def _quantiles(errors: Tensor, log_runs: Tensor) -> dict[float, float]:
