@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from enum import StrEnum, auto
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ from lightning_mnn.landscape.volumes.rare_events.splitting import (
 )
 from lightning_mnn.landscape.volumes.region_census import DataSet
 from lightning_mnn.utilities.transfer import sent, widest_dtype
-from lightning_mnn.utilities.validation import positive_integer, real_number
+from lightning_mnn.utilities.validation import one_of, positive_integer, real_number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,7 +45,23 @@ _MAX_BINS = 50  # of the test error
 
 _ENTRIES_PER_BATCH = 60_000  # pre-activations that are computed at once: they fit into a processor's cache
 
+_MAX_LEAD = 1 - 1e-9  # below 1 by more than the rounding of the number of samples that it is added to
+
+_MARGIN = 0.2  # of an output that counts as right in the score, relative to rms(f)
+
 _PARTICLES_PER_STAGE = 200  # of each run, on which the test error is computed at the stages before the last
+
+
+class Moves(StrEnum):
+    """How particles move at a level.
+
+    Attributes:
+        WALK: by random walks, of all weights and of single units and layers; best up to about 100 weights.
+        PATHS: along paths that bounce off the boundary of the event, all of whose states count.
+    """
+
+    WALK = auto()
+    PATHS = auto()
 
 
 class Architecture(NamedTuple):
@@ -85,6 +102,26 @@ class Architecture(NamedTuple):
         columns = inputs.T.contiguous()
         batch = max(1, _ENTRIES_PER_BATCH // (len(inputs) * max(1, *self.hidden_dims, 1)))
         return torch.cat([self._outputs(part, columns) for part in torch.split(weights, batch)])
+
+    def blocks(self) -> Tensor:
+        """The weights of each hidden unit, incoming and outgoing, and of each layer, bool (number of blocks, D)."""
+        blocks = []
+        for number, start in enumerate(self._starts()):
+            inputs, outputs = self._layers[number]
+            layer = torch.zeros(self.num_weights, dtype=torch.bool)
+            layer[start : start + outputs * (inputs + self.bias)] = True
+            blocks.append(layer)
+            if number == len(self._layers) - 1:
+                continue
+            following = start + outputs * (inputs + self.bias)
+            for unit in range(outputs):
+                block = torch.zeros(self.num_weights, dtype=torch.bool)
+                block[start + unit * inputs : start + (unit + 1) * inputs] = True
+                if self.bias:
+                    block[start + outputs * inputs + unit] = True
+                block[following + unit : following + outputs * self._layers[number + 1][1] : outputs] = True
+                blocks.append(block)
+        return torch.stack(blocks)
 
     @property
     def _layers(self) -> list[tuple[int, int]]:
@@ -178,9 +215,10 @@ def random_interpolators(
     threshold: float | None = None,
     test_inputs: Tensor | None = None,
     test_targets: Tensor | None = None,
-    particles: int = 2000,
+    particles: int = 1000,
     runs: int = 10,
-    steps: int = 20,
+    steps: int = 5,
+    moves: str = Moves.WALK,
     seed: int = 0,
 ) -> RandomInterpolators:
     """Estimate P(no training error) over random weights of all layers, and the law of the test error given that.
@@ -188,9 +226,11 @@ def random_interpolators(
     All weights are i.i.d. N(0, 1). The scale of a layer does not matter without biases: f is positively homogeneous in
     each layer's matrix, and only the sign of f counts. An output of 0 is an error for both labels.
 
-    The method is multilevel splitting (see :mod:`~lightning_mnn.landscape.volumes.rare_events.splitting`) on the number
-    of samples that are right, plus a fraction that is larger the less the others are violated: 1/(1 + Σ |f_n|/rms(f))
-    over the wrong samples. It does not change with the scale of f.
+    The method is multilevel splitting (see :mod:`~lightning_mnn.landscape.volumes.rare_events.splitting`) on a score
+    that does not change with the scale of f. With random walks it is the number of samples that are right, plus a
+    fraction that is larger the less the others are violated: 1/(1 + Σ |f_n|/rms(f)) over the wrong samples. With paths
+    (see :mod:`~lightning_mnn.landscape.volumes.rare_events.paths`) it is −Σ (0.2 − y_n f_n/rms(f))₊, and 0 where all
+    samples are right.
 
     The time grows with −log P: see `docs/explanation/interpolators.md`.
 
@@ -205,7 +245,8 @@ def random_interpolators(
         test_targets: (T,), with the same labels.
         particles: P, of each run.
         runs: R, at least 2; the intervals come from their spread.
-        steps: number of times that every particle makes its two moves at each level.
+        steps: number of times that every particle makes its two moves at each level; with paths, states of each path.
+        moves: a :class:`Moves`. For hundreds of weights take paths, with 20 to 80 steps.
         seed: seed of the draws.
 
     Raises:
@@ -226,8 +267,13 @@ def random_interpolators(
     test = _test_samples(test_inputs, test_targets, train)
     table = _JointTable(network, train, test, runs)
     options = {"particles": particles, "runs": runs, "steps": steps, "seed": seed}
-    device, score = train.inputs.device, _score(network, train)
-    stages = splitting_stages(score, (network.num_weights,), 0.0, **options, device=device, population=PathPopulation)
+    shape, device = (network.num_weights,), train.inputs.device
+    if one_of("moves", str(moves), [str(each) for each in Moves]) == Moves.WALK:
+        score, level = _count_score(network, train), float(len(train.signs))
+        stages = splitting_stages(score, shape, level, **options, blocks=network.blocks(), device=device)
+    else:
+        score = _margin_score(network, train)
+        stages = splitting_stages(score, shape, 0.0, **options, device=device, population=PathPopulation)
     last = next(stages)
     history = [last.log_runs]
     for stage in stages:
@@ -311,14 +357,31 @@ def _test_samples(inputs: Tensor | None, targets: Tensor | None, train: _Samples
     return _Samples(test.inputs.to(device), test.signs.to(device), test.threshold)
 
 
-def _score(network: Architecture, train: _Samples) -> Score:
-    """−Σ |f_n|/rms(f) over the wrong samples, less 1 for each output of 0; it is 0 where no sample is wrong."""
+def _count_score(network: Architecture, train: _Samples) -> Score:
+    """The number of samples that are right, plus a fraction that is larger the less the others are violated."""
 
     def score(weights: Tensor) -> Tensor:
         margins = network.outputs(weights, train.inputs) * train.signs
         scale = margins.square().mean(1).sqrt()
         violation = (-margins).clamp(min=0).sum(1) / torch.where(scale > 0, scale, 1.0)
-        return -violation - (margins == 0).sum(1)
+        right = (margins > 0).sum(1)
+        lead = (1 / (1 + violation)).clamp(max=_MAX_LEAD)
+        return right + torch.where(right < margins.shape[1], lead, 0.0)
+
+    return score
+
+
+def _margin_score(network: Architecture, train: _Samples) -> Score:
+    """−Σ (μ − margin)₊ with margins relative to rms(f) and μ = 0.2; 0 where all samples are right.
+
+    So the score falls before a ReLU network's output becomes 0, where it has no gradient.
+    """
+
+    def score(weights: Tensor) -> Tensor:
+        margins = network.outputs(weights, train.inputs) * train.signs
+        scale = margins.square().mean(1).sqrt()
+        shortfall = (_MARGIN - margins / torch.where(scale > 0, scale, 1.0)[:, None]).clamp(min=0).sum(1)
+        return torch.where((margins > 0).all(1), 0.0, -shortfall)
 
     return score
 

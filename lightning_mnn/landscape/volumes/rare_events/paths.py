@@ -21,13 +21,15 @@ from torch import Tensor
 from lightning_mnn.landscape.volumes.rare_events.splitting import Population
 from lightning_mnn.utilities.transfer import sent, widest_dtype
 
-_FAILED_FRACTION = 0.2  # target fraction of steps of the pilot after which a particle stays where it is
+_LEFT_FRACTION = 0.4  # target fraction of steps of the pilot that leave the event, before they are reflected
 
 _GAIN = 0.2  # of the size's logarithm at each step of the pilot
 
-_MAX_SIZE = 1.5  # radians; at π/2 a step forgets where it started
+_MIN_SIZE = 1e-3  # radians; so small steps do not spread the particles anyway
 
-_STEPS_PER_VELOCITY = 20  # before a velocity is drawn again
+_MAX_SIZE = 0.5  # radians; at π/2 a reflected step would always return to the score where it started
+
+_STEPS_PER_VELOCITY = 10  # before a velocity is drawn again
 
 
 class PathPopulation(Population):
@@ -37,7 +39,10 @@ class PathPopulation(Population):
     """
 
     def climb(self, level: float) -> Tensor:
-        """Start paths from states that reach a level, evenly spaced among them; see :meth:`Population.climb`."""
+        """Start paths from states that reach a level, evenly spaced among them; see :meth:`Population.climb`.
+
+        Each state that reaches the level is as likely to start a path as any other.
+        """
         self.check()
         reached = self.scores >= level
         counts, states = reached.sum(1), reached.shape[1]
@@ -68,9 +73,9 @@ class PathPopulation(Population):
         for step in range(self.steps):
             if step % _STEPS_PER_VELOCITY == 0:
                 velocity = self._normal(self.weights.shape)
-            velocity, failed = self._step(velocity, level, size)
+            velocity, left = self._step(velocity, level, size)
             if gain:
-                size = min(_MAX_SIZE, size * math.exp(gain * (_FAILED_FRACTION - float(failed))))
+                size = min(_MAX_SIZE, max(_MIN_SIZE, size * math.exp(gain * (_LEFT_FRACTION - float(left)))))
             weights.append(self.weights)
             scores.append(self.scores)
         self.weights = torch.stack(weights, 2).flatten(1, 2)[:, : self._states]
@@ -78,32 +83,31 @@ class PathPopulation(Population):
         return size
 
     def _step(self, velocity: Tensor, level: float, size: float) -> tuple[Tensor, Tensor]:
-        """Move all particles once, and return their velocities and the fraction of those that stayed."""
+        """Move all particles once, and return their velocities and the fraction of those that left the event."""
         start, speed, scores = self.weights.flatten(0, 1), velocity.flatten(0, 1), self.scores.flatten()
         turned, moving = _turned(start, speed, size)
         found = self._scored(turned[None])[0]
-        # On the CPU only those that left the event are reflected. To know how many, one would wait for a device.
-        left = (
-            (found < level).nonzero()[:, 0]
-            if self.device.type == "cpu"
-            else torch.arange(len(found), device=self.device)
-        )
+        outside = found < level
+        left = self._reflected(outside)
         normals = self._normals(turned[left])
         reflected = moving[left] - 2 * (normals * moving[left]).sum(1, keepdim=True) * normals
         back, returning = _turned(turned[left], reflected, size)
         found_back = self._scored(back[None])[0]
-        stays = ~(found[left] >= level) & ~(found_back >= level)
-        returns = ~(found[left] >= level) & (found_back >= level)
-        choices = ((turned, back, start), (moving, returning, -speed), (found, found_back, scores))
-        for target, if_returns, if_stays in choices:
+        returns = found_back >= level
+        for target, if_returns, if_not in (
+            (turned, back, start),
+            (moving, returning, -speed),
+            (found, found_back, scores),
+        ):
             shape = (-1, *(1 for _ in target.shape[1:]))
-            target[left] = torch.where(
-                returns.reshape(shape),
-                if_returns,
-                torch.where(stays.reshape(shape), if_stays[left], target[left]),
-            )
+            bounced = torch.where(returns.reshape(shape), if_returns, if_not[left])
+            target[left] = torch.where(outside[left].reshape(shape), bounced, target[left])
         self.weights, self.scores = turned.reshape(self.weights.shape), found.reshape(self.scores.shape)
-        return moving.reshape(velocity.shape), stays.sum() / len(found)
+        return moving.reshape(velocity.shape), outside.to(found.dtype).mean()
+
+    def _reflected(self, below: Tensor) -> Tensor:
+        """Which particles to reflect: those below the level, or all where one would wait for a device to count them."""
+        return below.nonzero()[:, 0] if below.device.type == "cpu" else torch.arange(len(below), device=below.device)
 
     def _normals(self, weights: Tensor) -> Tensor:
         """Unit normals (B, D) of the surfaces of equal scores; 0 where the score has no gradient."""

@@ -1,5 +1,5 @@
 import math
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -61,6 +61,24 @@ def test_outputs_do_not_depend_on_the_batch(monkeypatch):
     torch.testing.assert_close(network.outputs(theta, inputs), whole)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("hidden_dims", [(), (3,), (3, 2)])
+def test_a_block_is_a_layer_or_all_that_touches_a_hidden_unit(hidden_dims, bias):
+    network, inputs = Architecture(4, hidden_dims, bias=bias), normal(6, 4)
+    theta, blocks = normal(1, network.num_weights), network.blocks()
+    layers = [outputs * (inputs + bias) for inputs, outputs in pairwise((4, *hidden_dims, 1))]
+    assert len(blocks) == len(layers) + sum(hidden_dims)
+    found = iter(blocks)
+    for number, size in enumerate(layers):
+        start = sum(layers[:number])
+        assert next(found).nonzero().flatten().tolist() == list(range(start, start + size))
+        for _ in range(hidden_dims[number] if number < len(hidden_dims) else 0):
+            unit = next(found)  # what remains without it are the weights of a network without the unit
+            fewer = Architecture(4, tuple(w - (k == number) for k, w in enumerate(hidden_dims)), bias=bias)
+            smaller = fewer.outputs(theta[:, ~unit], inputs)
+            torch.testing.assert_close(network.outputs(theta * ~unit, inputs), smaller)
+
+
 def plain_draws(network, training, test, draws):
     theta = normal(draws, network.num_weights, seed=5)
     wrong = (network.outputs(theta, training[0]) * training[1] <= 0).sum(1)
@@ -71,14 +89,15 @@ def plain_draws(network, training, test, draws):
 @pytest.mark.parametrize(
     ("hidden_dims", "options"), [((4,), {}), ((3, 3), {"negative_slope": 0.1}), ((3,), {"bias": True})]
 )
-def test_it_agrees_with_plain_draws(hidden_dims, options):
+@pytest.mark.parametrize("moves", [{"particles": 300}, {"moves": "paths", "particles": 1000, "steps": 10}])
+def test_it_agrees_with_plain_draws(hidden_dims, options, moves):
     inputs, labels, test, test_labels = data(8, 3)
     network = Architecture(3, hidden_dims, options.get("negative_slope", 0.0), options.get("bias", False))
     wrong, errors = plain_draws(network, (inputs, labels), (test, test_labels), 200_000)
     hits = wrong == 0
     share = Proportion.of(int(hits.sum()), len(hits))
     found = random_interpolators(
-        inputs, labels, hidden_dims, test_inputs=test, test_targets=test_labels, particles=300, **options
+        inputs, labels, hidden_dims, test_inputs=test, test_targets=test_labels, **options, **moves
     )
     assert max(share.low, found.probability.low) <= min(share.high, found.probability.high)
     spread = 3 * float(errors[hits].std()) / math.sqrt(int(hits.sum()))
@@ -99,12 +118,12 @@ def test_it_agrees_with_plain_draws(hidden_dims, options):
 
 def test_the_population_makes_no_training_error_and_has_the_reported_test_errors():
     inputs, labels, test, test_labels = data(8, 3)
-    found = random_interpolators(inputs, labels, (4,), test_inputs=test, test_targets=test_labels, particles=200, runs=3)
+    found = random_interpolators(inputs, labels, (4,), test_inputs=test, test_targets=test_labels, particles=50, runs=3)
     network = Architecture(3, (4,))
     theta = found.weights.flatten(0, 1)
-    assert found.weights.shape == (3, 200, network.num_weights)
+    assert found.weights.shape == (3, 50, network.num_weights)
     assert bool((network.outputs(theta, inputs) * labels > 0).all())
-    errors = (network.outputs(theta, test) * test_labels <= 0).double().mean(1).reshape(3, 200).mean(1)
+    errors = (network.outputs(theta, test) * test_labels <= 0).double().mean(1).reshape(3, 50).mean(1)
     assert found.test_error == mean_over_runs(errors, found.log_runs)
     assert found.training_errors(0).log_value == pytest.approx(found.probability.log_value)
     assert float(found.log_joint.logsumexp((0, 1))) == pytest.approx(0, abs=0.3)
@@ -134,13 +153,14 @@ def test_a_perceptron_has_the_measure_of_its_cone():
 def test_the_score_does_not_depend_on_the_scale_of_a_layer():
     inputs, labels, *_ = data(9, 3)
     network = Architecture(3, (4,))
-    score = interpolators._score(network, interpolators._Samples.of(inputs, labels, None))
+    score = interpolators._count_score(network, interpolators._Samples.of(inputs, labels, None))
     theta = normal(20, network.num_weights)
     scaled = torch.cat([7 * theta[:, :12], theta[:, 12:] / 3], 1)
     torch.testing.assert_close(score(theta), score(scaled), rtol=1e-9, atol=1e-9)
-    right = (network.outputs(theta, inputs) * labels > 0).all(1)
-    assert ((score(theta) >= 0) == right).all()
-    assert score(theta * 0).tolist() == [-9] * 20  # an output of 0 is wrong
+    wrong = (network.outputs(theta, inputs) * labels <= 0).sum(1)
+    assert score(theta).floor().tolist() == (9 - wrong).tolist()
+    assert score(theta * 0).floor().tolist() == [0] * 20  # an output of 0 is wrong
+    assert bool((score(theta) <= 9).all())
 
 
 def test_labels_that_cannot_be_realised_have_an_upper_limit():
@@ -200,6 +220,7 @@ def test_bad_input_is_named():
         "test_targets must have shape": {"test_inputs": x, "test_targets": torch.ones(3)},
         "particles must be at least 1": {"particles": 0},
         "runs must be at least 2": {"runs": 1},
+        "moves must be one of walk, paths, got 'hmc'": {"moves": "hmc"},
         "seed must not be negative": {"seed": -1},
     }.items():
         with pytest.raises(ValueError, match=match):
