@@ -1,9 +1,9 @@
 """How often intervals of random interpolators cover the truth, and whether they agree with plain draws.
 
-``python -m tests.benchmarks.coverage_interpolators [coverage] [agreement] [speed] [rare] [--repetitions R]``. Coverage: 95 %
-intervals of a small case, whose truth comes from many plain draws. Agreement: five data sets at N = 10 and 20, each
-beside plain draws. Speed: processor seconds and widths of intervals at larger sizes. Rare: paths at ln P of about −100,
-several seeds beside a closed form and random labels.
+``python -m tests.benchmarks.coverage_interpolators [coverage] [agreement] [speed] [rare] [--repetitions R]``. Coverage:
+95 % intervals of a small case, whose truth comes from many plain draws. Agreement: five data sets at N = 10 and 20,
+each beside plain draws. Speed: processor seconds and widths of intervals at larger sizes. Rare: paths at ln P of about
+−100, several seeds beside a closed form and random labels.
 """
 
 import argparse
