@@ -23,6 +23,7 @@ from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.intervals import Estimate, Proportion
 from lightning_mnn.landscape.volumes.rare_events.paths import PathPopulation
 from lightning_mnn.landscape.volumes.rare_events.splitting import (
+    Population,
     Stage,
     estimate_of_levels,
     estimate_of_runs,
@@ -267,13 +268,22 @@ def random_interpolators(
     test = _test_samples(test_inputs, test_targets, train)
     table = _JointTable(network, train, test, runs)
     options = {"particles": particles, "runs": runs, "steps": steps, "seed": seed}
-    shape, device = (network.num_weights,), train.inputs.device
+    blocks: Tensor | None = None
+    population: type[Population] = PathPopulation
     if one_of("moves", str(moves), [str(each) for each in Moves]) == Moves.WALK:
         score, level = _count_score(network, train), float(len(train.signs))
-        stages = splitting_stages(score, shape, level, **options, blocks=network.blocks(), device=device)
+        blocks, population = network.blocks(), Population
     else:
-        score = _margin_score(network, train)
-        stages = splitting_stages(score, shape, 0.0, **options, device=device, population=PathPopulation)
+        score, level = _margin_score(network, train), 0.0
+    stages = splitting_stages(
+        score,
+        (network.num_weights,),
+        level,
+        **options,
+        blocks=blocks,
+        device=train.inputs.device,
+        population=population,
+    )
     last = next(stages)
     history = [last.log_runs]
     for stage in stages:

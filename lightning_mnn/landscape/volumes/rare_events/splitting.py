@@ -118,7 +118,7 @@ def rare_event(
     """
     options = {"particles": particles, "runs": runs, "steps": steps, "seed": seed}
     levels, log_runs = [], []
-    for stage in splitting_stages(score, shape, level, **options, blocks=blocks, device=device):
+    for stage in splitting_stages(score, shape, level, **options, blocks=blocks, device=device, population=Population):
         levels.append(stage.level)
         log_runs.append(stage.log_runs)
     return RareEvent(
