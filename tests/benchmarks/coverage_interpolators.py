@@ -1,8 +1,9 @@
 """How often intervals of random interpolators cover the truth, and whether they agree with plain draws.
 
-``python -m tests.benchmarks.coverage_interpolators [coverage] [agreement] [speed] [--repetitions R]``. Coverage: 95 %
-intervals of a small case, whose truth comes from many plain draws. Agreement: five data sets at N = 10 and 20, each
-beside plain draws. Speed: processor seconds and widths of intervals at larger sizes.
+``python -m tests.benchmarks.coverage_interpolators [coverage] [agreement] [speed] [rare] [--repetitions R]``. Coverage:
+95 % intervals of a small case, whose truth comes from many plain draws. Agreement: five data sets at N = 10 and 20,
+each beside plain draws. Speed: processor seconds and widths of intervals at larger sizes. Rare: paths at ln P of about
+−100, several seeds beside a closed form and random labels.
 """
 
 import argparse
@@ -30,6 +31,8 @@ def main():
         agreement(options.draws)
     if "speed" in options.parts:
         speed()
+    if "rare" in options.parts:
+        rare()
 
 
 def teacher_data(num_samples, input_dim, seed, num_test=1000):
@@ -109,6 +112,28 @@ def speed():
             f"{p.log_high:.2f}], {found.levels} levels, {time.process_time() - start:.1f} processor seconds",
             flush=True,
         )
+
+
+def rare(seeds=8):
+    draw = torch.Generator().manual_seed(0)
+    inputs = torch.randn(100, 20, generator=draw, dtype=torch.float64)
+    random_labels = 2.0 * torch.randint(0, 2, (100,), generator=draw) - 1
+    alternating = torch.ones(144).double()
+    alternating[::2] = -1
+    options = {"moves": "paths", "particles": 1600, "steps": 80, "runs": 6}
+    for name, data, hidden_dims in (
+        (f"perceptron, ln P = {-144 * math.log(2):.2f}", (torch.eye(144).double(), alternating), ()),
+        ("random labels, N = 100, d0 = 20, width 10", (inputs, random_labels), (10,)),
+    ):
+        for seed in range(seeds):
+            start = time.process_time()
+            found = random_interpolators(*data, hidden_dims, threshold=0.0, seed=seed, **options)
+            p, logs = found.probability, found.log_runs[found.log_runs.isfinite()]
+            print(
+                f"{name}, seed {seed}: {p.log_value:.2f} [{p.log_low:.2f}, {p.log_high:.2f}], {len(logs)} runs with "
+                f"standard deviation {float(logs.std()):.2f}, {time.process_time() - start:.1f} processor seconds",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

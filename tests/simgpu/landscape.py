@@ -246,7 +246,8 @@ def interpolators(device):
     network = Architecture(3, (4, 2), 0.1, bias=True)
     outputs = network.outputs(torch.ones(2, network.num_weights, dtype=inputs.dtype, device=device), inputs)
     found = random_interpolators(inputs, labels, (4,), **few)
-    return outputs, random_interpolators(inputs, labels, (4, 2), negative_slope=0.1, bias=True, **few), found
+    paths = random_interpolators(inputs, labels, (4,), moves="paths", **few)
+    return outputs, random_interpolators(inputs, labels, (4, 2), negative_slope=0.1, bias=True, **few), found, paths
 
 
 @case("log_cone_measure", "LogEstimate", tolerance=0.1)

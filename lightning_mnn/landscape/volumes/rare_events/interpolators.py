@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from enum import StrEnum, auto
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -20,7 +21,9 @@ from scipy import stats
 
 from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.intervals import Estimate, Proportion
+from lightning_mnn.landscape.volumes.rare_events.paths import PathPopulation
 from lightning_mnn.landscape.volumes.rare_events.splitting import (
+    Population,
     Stage,
     estimate_of_levels,
     estimate_of_runs,
@@ -28,7 +31,7 @@ from lightning_mnn.landscape.volumes.rare_events.splitting import (
 )
 from lightning_mnn.landscape.volumes.region_census import DataSet
 from lightning_mnn.utilities.transfer import sent, widest_dtype
-from lightning_mnn.utilities.validation import positive_integer, real_number
+from lightning_mnn.utilities.validation import one_of, positive_integer, real_number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,9 +46,23 @@ _MAX_BINS = 50  # of the test error
 
 _ENTRIES_PER_BATCH = 60_000  # pre-activations that are computed at once: they fit into a processor's cache
 
+_MAX_LEAD = 1 - 1e-9  # below 1 by more than the rounding of the number of samples that it is added to
+
+_MARGIN = 0.2  # of an output that counts as right in the score, relative to rms(f)
+
 _PARTICLES_PER_STAGE = 200  # of each run, on which the test error is computed at the stages before the last
 
-_MAX_LEAD = 1 - 1e-9  # below 1 by more than the rounding of the number of samples that it is added to
+
+class Moves(StrEnum):
+    """How particles move at a level.
+
+    Attributes:
+        WALK: by random walks, of all weights and of single units and layers; best up to about 100 weights.
+        PATHS: along paths that bounce off the boundary of the event, all of whose states count.
+    """
+
+    WALK = auto()
+    PATHS = auto()
 
 
 class Architecture(NamedTuple):
@@ -202,6 +219,7 @@ def random_interpolators(
     particles: int = 1000,
     runs: int = 10,
     steps: int = 5,
+    moves: str = Moves.WALK,
     seed: int = 0,
 ) -> RandomInterpolators:
     """Estimate P(no training error) over random weights of all layers, and the law of the test error given that.
@@ -209,9 +227,11 @@ def random_interpolators(
     All weights are i.i.d. N(0, 1). The scale of a layer does not matter without biases: f is positively homogeneous in
     each layer's matrix, and only the sign of f counts. An output of 0 is an error for both labels.
 
-    The method is multilevel splitting (see :mod:`~lightning_mnn.landscape.volumes.rare_events.splitting`) on the number
-    of samples that are right, plus a fraction that is larger the less the others are violated: 1/(1 + Σ |f_n|/rms(f))
-    over the wrong samples. It does not change with the scale of f.
+    The method is multilevel splitting (see :mod:`~lightning_mnn.landscape.volumes.rare_events.splitting`) on a score
+    that does not change with the scale of f. With random walks it is the number of samples that are right, plus a
+    fraction that is larger the less the others are violated: 1/(1 + Σ |f_n|/rms(f)) over the wrong samples. With paths
+    (see :mod:`~lightning_mnn.landscape.volumes.rare_events.paths`) it is −Σ (0.2 − y_n f_n/rms(f))₊, and 0 where all
+    samples are right.
 
     The time grows with −log P: see `docs/explanation/interpolators.md`.
 
@@ -226,7 +246,8 @@ def random_interpolators(
         test_targets: (T,), with the same labels.
         particles: P, of each run.
         runs: R, at least 2; the intervals come from their spread.
-        steps: number of times that every particle makes its two moves at each level.
+        steps: number of times that every particle makes its two moves at each level; with paths, states of each path.
+        moves: a :class:`Moves`. For hundreds of weights take paths, with 20 to 80 steps.
         seed: seed of the draws.
 
     Raises:
@@ -247,9 +268,22 @@ def random_interpolators(
     test = _test_samples(test_inputs, test_targets, train)
     table = _JointTable(network, train, test, runs)
     options = {"particles": particles, "runs": runs, "steps": steps, "seed": seed}
-    blocks, device, level = network.blocks(), train.inputs.device, float(len(train.signs))
-    score = _score(network, train)
-    stages = splitting_stages(score, (network.num_weights,), level, **options, blocks=blocks, device=device)
+    blocks: Tensor | None = None
+    population: type[Population] = PathPopulation
+    if one_of("moves", str(moves), [str(each) for each in Moves]) == Moves.WALK:
+        score, level = _count_score(network, train), float(len(train.signs))
+        blocks, population = network.blocks(), Population
+    else:
+        score, level = _margin_score(network, train), 0.0
+    stages = splitting_stages(
+        score,
+        (network.num_weights,),
+        level,
+        **options,
+        blocks=blocks,
+        device=train.inputs.device,
+        population=population,
+    )
     last = next(stages)
     history = [last.log_runs]
     for stage in stages:
@@ -333,7 +367,7 @@ def _test_samples(inputs: Tensor | None, targets: Tensor | None, train: _Samples
     return _Samples(test.inputs.to(device), test.signs.to(device), test.threshold)
 
 
-def _score(network: Architecture, train: _Samples) -> Score:
+def _count_score(network: Architecture, train: _Samples) -> Score:
     """The number of samples that are right, plus a fraction that is larger the less the others are violated."""
 
     def score(weights: Tensor) -> Tensor:
@@ -343,6 +377,21 @@ def _score(network: Architecture, train: _Samples) -> Score:
         right = (margins > 0).sum(1)
         lead = (1 / (1 + violation)).clamp(max=_MAX_LEAD)
         return right + torch.where(right < margins.shape[1], lead, 0.0)
+
+    return score
+
+
+def _margin_score(network: Architecture, train: _Samples) -> Score:
+    """−Σ (μ − margin)₊ with margins relative to rms(f) and μ = 0.2; 0 where all samples are right.
+
+    So the score falls before a ReLU network's output becomes 0, where it has no gradient.
+    """
+
+    def score(weights: Tensor) -> Tensor:
+        margins = network.outputs(weights, train.inputs) * train.signs
+        scale = margins.square().mean(1).sqrt()
+        shortfall = (_MARGIN - margins / torch.where(scale > 0, scale, 1.0)[:, None]).clamp(min=0).sum(1)
+        return torch.where((margins > 0).all(1), 0.0, -shortfall)
 
     return score
 
@@ -357,35 +406,33 @@ class _JointTable:
     """
 
     def __init__(self, network: Architecture, train: _Samples, test: _Samples | None, runs: int) -> None:
-        self._network, self._test, self._num_samples = network, test, len(train.signs)
+        self._network, self._train, self._test, self._num_samples = network, train, test, len(train.signs)
         self._bins = 1 if test is None else min(_MAX_BINS, len(test.signs))
         self.logs = torch.full((runs, self._num_samples + 1, self._bins), -math.inf, dtype=torch.float64)
 
     def add(self, stage: Stage, below: float = math.inf) -> None:
-        """Add the particles of a stage whose scores are below a level; of each run only the first ones, for speed."""
-        some = slice(None, _PARTICLES_PER_STAGE)
-        self._count(stage.log_runs, self._test_errors(stage.weights[:, some]), stage.scores[:, some], below)
+        """Add the particles of a stage whose scores are below a level; of each run only some, for speed."""
+        every = math.ceil(stage.scores.shape[1] / _PARTICLES_PER_STAGE)
+        self._add(stage.log_runs, stage.weights[:, ::every], stage.scores[:, ::every], below)
 
     def add_all(self, stage: Stage) -> Tensor | None:
         """Add all particles of the last stage, and return their test errors, (R', P) on the CPU; None without any."""
-        errors = self._test_errors(stage.weights)
-        self._count(stage.log_runs, errors, stage.scores, math.inf)
-        return None if self._test is None or len(errors) == 0 else errors.cpu()
+        if len(stage.scores) == 0:
+            return None
+        errors = self._add(stage.log_runs, stage.weights, stage.scores, math.inf)
+        return None if self._test is None else errors.cpu()
 
-    def _test_errors(self, weights: Tensor) -> Tensor:
-        """Fractions of wrong test samples, (R', P); zeros without a test set."""
-        runs, particles = weights.shape[:2]
-        if self._test is None or runs == 0:
-            return torch.zeros(runs, particles, dtype=torch.float64, device=weights.device)
-        outputs = self._network.outputs(weights.flatten(0, 1), self._test.inputs)
-        right = (outputs * self._test.signs > 0).sum(1)
-        total = len(self._test.signs)
-        return ((total - right).to(weights.dtype) / total).reshape(runs, particles)
+    def _wrong(self, samples: _Samples, weights: Tensor) -> Tensor:
+        """Numbers of wrong samples, (R', P)."""
+        right = (self._network.outputs(weights.flatten(0, 1), samples.inputs) * samples.signs > 0).sum(1)
+        return len(samples.signs) - right.reshape(weights.shape[:2])
 
-    def _count(self, log_runs: Tensor, errors: Tensor, scores: Tensor, below: float) -> None:
-        if len(scores) == 0:
-            return
-        wrong = self._num_samples - scores.floor().to(torch.int64)
+    def _add(self, log_runs: Tensor, weights: Tensor, scores: Tensor, below: float) -> Tensor:
+        """Add particles whose scores are below a level, and return the test errors of all, (R', P)."""
+        wrong = self._wrong(self._train, weights)
+        errors = torch.zeros_like(scores)
+        if self._test is not None:
+            errors = self._wrong(self._test, weights).to(scores.dtype) / len(self._test.signs)
         # The smallest number keeps a multiple of 1/K in its own bin, although it is rounded.
         bins = (errors * self._bins + 1e-9).floor().to(torch.int64).clamp(max=self._bins - 1)
         shares = torch.zeros(len(scores), (self._num_samples + 1) * self._bins, device=scores.device)
@@ -393,6 +440,7 @@ class _JointTable:
         logs = (shares.cpu().double() / scores.shape[1]).log().reshape(-1, *self.logs.shape[1:])
         alive = log_runs.isfinite()
         self.logs[alive] = torch.logaddexp(self.logs[alive], logs + log_runs[alive][:, None, None])
+        return errors
 
 
 def _quantiles(errors: Tensor, log_runs: Tensor) -> dict[float, float]:

@@ -118,7 +118,7 @@ def rare_event(
     """
     options = {"particles": particles, "runs": runs, "steps": steps, "seed": seed}
     levels, log_runs = [], []
-    for stage in splitting_stages(score, shape, level, **options, blocks=blocks, device=device):
+    for stage in splitting_stages(score, shape, level, **options, blocks=blocks, device=device, population=Population):
         levels.append(stage.level)
         log_runs.append(stage.log_runs)
     return RareEvent(
@@ -141,10 +141,12 @@ def splitting_stages(
     seed: int,
     blocks: Tensor | None = None,
     device: torch.device | str = "cpu",
+    population: type[Population] | None = None,
 ) -> Iterator[Stage]:
     """The particles of :func:`rare_event` at the start and at each of its levels, for estimates of more than one event.
 
-    The last stage is that of `level`, or the first that no run reached. The arguments are those of :func:`rare_event`.
+    The last stage is that of `level`, or the first that no run reached. The arguments are those of :func:`rare_event`,
+    and the kind of population, which says how particles move.
 
     Raises:
         ValueError: as :func:`rare_event`.
@@ -159,22 +161,21 @@ def splitting_stages(
     if not math.isfinite(level):
         raise ValueError(f"level must be finite, got {level}")
     moves = _Blocks.of(blocks, shape, torch.device(device))
-    pilot = _Population(score, (1, particles, *shape), moves, generator(seed, "splitting pilot"))
-    plan = _plan(pilot, level, steps)
-    population = _Population(score, (runs, particles, *shape), moves, generator(seed, "splitting runs"))
+    kind = Population if population is None else population
+    pilot = kind(score, (1, particles, *shape), moves, steps, generator(seed, "splitting pilot"))
+    plan = _plan(pilot, level)
+    main = kind(score, (runs, particles, *shape), moves, steps, generator(seed, "splitting runs"))
     log_runs = torch.zeros(runs, dtype=torch.float64)
 
     def stage(at: float) -> Stage:
-        evaluations = pilot.evaluations + population.evaluations
-        return Stage(at, log_runs, population.weights, population.scores, evaluations)
+        return Stage(at, log_runs, main.weights, main.scores, pilot.evaluations + main.evaluations)
 
     yield stage(-math.inf)
     for threshold, size in plan.items():
         log_runs = log_runs.clone()
-        log_runs[log_runs.isfinite()] += population.climb(threshold).log()
+        log_runs[log_runs.isfinite()] += main.climb(threshold).log()
         if bool(log_runs.isfinite().any()):
-            for _ in range(steps):
-                population.move(threshold, size)
+            main.spread(threshold, size)
         yield stage(threshold)
         if not bool(log_runs.isfinite().any()):
             return
@@ -207,11 +208,13 @@ class _Blocks(NamedTuple):
         return cls(masks.to(device), (1 / shares).sqrt().to(device, widest_dtype(device)))
 
 
-class _Population:
+class Population:
     """Particles of several runs, at or above a level that rises."""
 
-    def __init__(self, score: Score, shape: tuple[int, ...], blocks: _Blocks, draw: torch.Generator) -> None:
-        self.score, self.blocks, self.random, self.evaluations = score, blocks, draw, 0
+    def __init__(
+        self, score: Score, shape: tuple[int, ...], blocks: _Blocks, steps: int, draw: torch.Generator
+    ) -> None:
+        self.score, self.blocks, self.steps, self.random, self.evaluations = score, blocks, steps, draw, 0
         self.device = blocks.masks.device
         self._nan = torch.zeros((), dtype=torch.int64, device=self.device)
         self.weights = self._normal(shape)
@@ -245,6 +248,17 @@ class _Population:
         rows = torch.arange(len(parents), device=self.device)[:, None]
         self.weights, self.scores = self.weights[alive][rows, parents], self.scores[alive][rows, parents]
         return counts.cpu() / particles
+
+    def spread(self, level: float, size: float) -> None:
+        """Move all particles at a level."""
+        for _ in range(self.steps):
+            self.move(level, size)
+
+    def tune(self, level: float, size: float) -> float:
+        """Move all particles at a level, and return a size of the moves that suits it."""
+        for _ in range(self.steps):
+            size = min(1.0, size * math.exp(float(self.move(level, size)) - _ACCEPTED_FRACTION))
+        return size
 
     def move(self, level: float, size: float) -> Tensor:
         """Move every particle twice: first all of its weights, then one random block by a larger step.
@@ -302,7 +316,7 @@ class _Population:
         return (weights.shape[0] * weights.shape[1], *weights.shape[2:])
 
 
-def _plan(pilot: _Population, level: float, steps: int) -> dict[float, float]:
+def _plan(pilot: Population, level: float) -> dict[float, float]:
     """Levels up to the given one, and the size s of the moves at each, from a pilot run."""
     plan: dict[float, float] = {}
     current, size, stalled = -math.inf, 1.0, 0
@@ -314,9 +328,7 @@ def _plan(pilot: _Population, level: float, steps: int) -> dict[float, float]:
             current, stalled = level if reached is None else min(reached, level), 0
             if not pilot.climb(current).all():
                 return plan | {current: size}
-        for _ in range(steps):
-            share = float(pilot.move(current, size))
-            size = min(1.0, size * math.exp(share - _ACCEPTED_FRACTION))
+        size = pilot.tune(current, size)
         plan[current] = size
     return plan
 

@@ -89,14 +89,15 @@ def plain_draws(network, training, test, draws):
 @pytest.mark.parametrize(
     ("hidden_dims", "options"), [((4,), {}), ((3, 3), {"negative_slope": 0.1}), ((3,), {"bias": True})]
 )
-def test_it_agrees_with_plain_draws(hidden_dims, options):
+@pytest.mark.parametrize("moves", [{"particles": 300}, {"moves": "paths", "particles": 1000, "steps": 10}])
+def test_it_agrees_with_plain_draws(hidden_dims, options, moves):
     inputs, labels, test, test_labels = data(8, 3)
     network = Architecture(3, hidden_dims, options.get("negative_slope", 0.0), options.get("bias", False))
     wrong, errors = plain_draws(network, (inputs, labels), (test, test_labels), 200_000)
     hits = wrong == 0
     share = Proportion.of(int(hits.sum()), len(hits))
     found = random_interpolators(
-        inputs, labels, hidden_dims, test_inputs=test, test_targets=test_labels, particles=300, **options
+        inputs, labels, hidden_dims, test_inputs=test, test_targets=test_labels, **options, **moves
     )
     assert max(share.low, found.probability.low) <= min(share.high, found.probability.high)
     spread = 3 * float(errors[hits].std()) / math.sqrt(int(hits.sum()))
@@ -152,7 +153,7 @@ def test_a_perceptron_has_the_measure_of_its_cone():
 def test_the_score_does_not_depend_on_the_scale_of_a_layer():
     inputs, labels, *_ = data(9, 3)
     network = Architecture(3, (4,))
-    score = interpolators._score(network, interpolators._Samples.of(inputs, labels, None))
+    score = interpolators._count_score(network, interpolators._Samples.of(inputs, labels, None))
     theta = normal(20, network.num_weights)
     scaled = torch.cat([7 * theta[:, :12], theta[:, 12:] / 3], 1)
     torch.testing.assert_close(score(theta), score(scaled), rtol=1e-9, atol=1e-9)
@@ -219,6 +220,7 @@ def test_bad_input_is_named():
         "test_targets must have shape": {"test_inputs": x, "test_targets": torch.ones(3)},
         "particles must be at least 1": {"particles": 0},
         "runs must be at least 2": {"runs": 1},
+        "moves must be one of walk, paths, got 'hmc'": {"moves": "hmc"},
         "seed must not be negative": {"seed": -1},
     }.items():
         with pytest.raises(ValueError, match=match):

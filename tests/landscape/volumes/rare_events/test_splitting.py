@@ -111,7 +111,7 @@ def test_a_block_moves_alone():
     moves = splitting._Blocks.of(BLOCKS, (6,), torch.device("cpu"))
     torch.testing.assert_close(moves.factors[:, 0], (6 / BLOCKS.sum(1).double()).sqrt())
     one = splitting._Blocks.of(BLOCKS[:1], (6,), torch.device("cpu"))
-    population = splitting._Population(lambda w: w[:, 0] * 0, (2, 50, 6), one, torch.Generator().manual_seed(0))
+    population = splitting.Population(lambda w: w[:, 0] * 0, (2, 50, 6), one, 5, torch.Generator().manual_seed(0))
     population.score = lambda w: torch.where((w[:, 2:] == start[:, 2:]).all(1), 1.0, -1.0)  # nothing else may move
     start = population.weights.flatten(0, 1)
     population.move(0.0, 0.3)
