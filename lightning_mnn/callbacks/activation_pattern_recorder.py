@@ -10,7 +10,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from lightning_mnn.callbacks.evaluation.kink_probe import KinkProbe, checked_probe, chosen_samples
+from lightning_mnn.callbacks.evaluation.kink_probe import KinkProbe, checked_probe, chosen_samples, limits
 from lightning_mnn.callbacks.evaluation.module_network import network_of, states_network
 from lightning_mnn.callbacks.evaluation.training_set import patterns_of_training_set
 from lightning_mnn.callbacks.pattern_store import LostSnapshotError, PatternStore, StoredSnapshot, digest_of
@@ -20,8 +20,10 @@ from lightning_mnn.callbacks.patterns.vital_signs import VitalSettings
 from lightning_mnn.callbacks.schedule import Schedule
 from lightning_mnn.callbacks.scheduled import ScheduledCallback
 from lightning_mnn.callbacks.trainer.cost import CostTier
+from lightning_mnn.callbacks.trainer.findings_file import folder_of_run
 from lightning_mnn.callbacks.trainer.long_pass import long_pass
 from lightning_mnn.data.loaders.shards import num_samples
+from lightning_mnn.findings import Unknown, UnknownCode
 from lightning_mnn.landscape.kinks.layers import KinkLayer
 from lightning_mnn.landscape.kinks.tracing import PatternError
 from lightning_mnn.landscape.pattern import PackedPattern, count_flips, distinct_patterns
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 
     from lightning_mnn.callbacks.evaluation.kink_probe import Samples
     from lightning_mnn.callbacks.evaluation.run_module import ModelFunction
-    from lightning_mnn.findings import Finding, Freeze
+    from lightning_mnn.findings import Fact, Finding, Freeze
     from lightning_mnn.landscape.kinks.tracing import Names
 
 _LIGHT_PROBE = 256  # samples
@@ -194,7 +196,7 @@ class ActivationPatternRecorder(ScheduledCallback):
 
     def _folder(self, trainer: pl.Trainer) -> Path | None:
         log_dir = trainer.log_dir  # a collective
-        return self.dirpath or _folder_of_run(trainer, log_dir)
+        return self.dirpath or folder_of_run(trainer, log_dir)
 
     def _open_store(self, folder: Path) -> str:
         """Open the store, on the first process; return its path, for all processes."""
@@ -293,6 +295,18 @@ class ActivationPatternRecorder(ScheduledCallback):
         found: dict[str, Any] = {"regions_visited": (visited if replicated else visited[0]) if visited else None}
         found |= self._vitals.summary(replicated=replicated)
         return found if self.failure is None else {**found, "patterns_reason": self.failure}
+
+    @override
+    def facts(self) -> list[Fact]:
+        return self._vitals.facts()
+
+    @override
+    def unknowns(self) -> list[Unknown]:
+        left_out = [] if self._kinks is None or self._kinks.found is None else limits(self._kinks.found)
+        return [
+            *(Unknown("patterns of all layers", UnknownCode.NOT_MEASURED, reason) for reason in left_out),
+            *(Unknown(name, UnknownCode.NOT_MEASURED, reason) for name, reason in self.not_measured.items()),
+        ]
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -451,16 +465,6 @@ def _total(counts: Iterable[Tensor]) -> Tensor:
 
 def _any_layer(flags: Iterable[Tensor]) -> Tensor:
     return torch.stack(list(flags)).any(0)
-
-
-def _folder_of_run(trainer: pl.Trainer, log_dir: str | None) -> Path | None:
-    """The folder of the first logger's run, where Lightning's checkpoints are, too; None: no files are wanted."""
-    logger = trainer.logger
-    if logger is None and Path(trainer.default_root_dir).absolute() == Path.cwd():
-        return None
-    if logger is None or logger.save_dir is None or logger.log_dir is not None:
-        return Path(log_dir or trainer.default_root_dir)
-    return Path(logger.save_dir, str(logger.name), str(logger.version))  # for W&B, which has many runs in one folder
 
 
 def _found(named: StoredSnapshot, folder: Path | None) -> tuple[StoredSnapshot, dict[str, PackedPattern]]:

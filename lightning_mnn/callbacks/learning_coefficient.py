@@ -17,6 +17,7 @@ from lightning_mnn.callbacks.schedule import Schedule
 from lightning_mnn.callbacks.scheduled import ScheduledCallback
 from lightning_mnn.callbacks.volumes.chains import loss_at_points
 from lightning_mnn.data.loaders.shards import num_samples
+from lightning_mnn.findings import Fact, Unknown, UnknownCode
 from lightning_mnn.landscape.curvature.sampled_coefficient import SampledCoefficient, estimate_learning_coefficient
 from lightning_mnn.loggers.media import log_image, log_scalars, shows_images
 from lightning_mnn.utilities.distributed import gather
@@ -190,6 +191,22 @@ class LearningCoefficient(ScheduledCallback):
         # a move has one more than its leapfrog steps.
         of_a_move = 2 * (_LEAPFROG_STEPS + 1) if self.adjusted else 12
         return max(_MIN_MOVES, int(passes / of_a_move))
+
+    @override
+    def facts(self) -> list[Fact]:
+        found = self.found
+        if found is None or found.value is None:
+            return []
+        estimate = f"{found.value:.4g} ± {found.standard_error:.2g}"
+        text = f"the learning coefficient of the chains is {estimate}: {found.reason}"
+        return [Fact(str(found.reason_code), text, value=found.value)]
+
+    @override
+    def unknowns(self) -> list[Unknown]:
+        found = self.found
+        if found is None or found.value is not None:
+            return []
+        return [Unknown("the learning coefficient", UnknownCode.NOT_MEASURED, found.reason)]
 
     @override
     def summary(self) -> dict[str, Any]:

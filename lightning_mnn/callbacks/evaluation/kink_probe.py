@@ -345,17 +345,21 @@ def select(batch: Any, indices: Tensor, total: int) -> Any:
 
 def _log_limits(name: str, found: FoundLayers) -> None:
     """Log once what the patterns do not show."""
+    smooth = [f"between its kinks {name} is not linear because of {_listed(found.smooth)}"] if found.smooth else []
+    for note in (*smooth, *limits(found)):
+        rank_zero_info(f"Activation patterns: {note}")
+
+
+def limits(found: FoundLayers) -> list[str]:
+    """Which kinks the patterns do not show, or not sample by sample, as sentences."""
     notes = []
-    if found.smooth:
-        notes.append(f"between its kinks {name} is not linear because of {_listed(found.smooth)}")
     if found.opaque:
         notes.append(f"the kinks of {_listed(found.opaque)} cannot be seen")
     if found.without_samples:
         notes.append(f"{_listed(found.without_samples)} are left out: they do not have a number for each sample")
     if found.mixed:
         notes.append(f"in {_listed(found.mixed)} a sample's numbers depend on chance or on other samples of its batch")
-    for note in notes:
-        rank_zero_info(f"Activation patterns: {note}")
+    return notes
 
 
 def _listed(names: Sequence[str], most: int = 10) -> str:
