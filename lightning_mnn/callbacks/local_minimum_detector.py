@@ -242,11 +242,12 @@ class LocalMinimumDetector(ScheduledCallback):
         if tier is None or self.failure is not None or not (summary := tier.summary()):
             return []
         findings, several = tier.findings(), isinstance(summary["kind"], list)
-        weaker = "; ".join(unknown.reason for unknown in self.unknowns())  # stands by itself
+        apart = [f"; {unknown.reason}" for unknown in self.unknowns()]
         facts = []
         for replica, verdict in enumerate(findings):
             name = f"(replica {replica}) " if len(findings) > 1 else ""
-            text = f"{name}{str(verdict.kind).replace('_', ' ')}: {verdict.reason}".replace(f"; {weaker}", "")
+            reason = verdict.reason.replace(apart[0], "") if apart else verdict.reason
+            text = f"{name}{str(verdict.kind).replace('_', ' ')}: {reason}"
             facts.append(Fact(str(verdict.reason_code), text, advice=verdict.plain()["advice"]))
             ahead = summary.get("descends_to")
             if ahead := ahead[replica] if several and ahead else ahead:
