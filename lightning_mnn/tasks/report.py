@@ -214,8 +214,8 @@ def _nothing_to_report(folder: Path) -> str:
         return f"{folder} contains log folders: give one of them, such as folder={logs[-1]}"
     if any(folder.glob("events.out.tfevents.*")):
         return (
-            f"{folder} contains only a log of TensorBoard: add callbacks of lightning_mnn.callbacks, which write "
-            "findings.json beside it, or a CSVLogger to the Trainer"
+            f"{folder} contains only a log of TensorBoard: add a CSVLogger to the Trainer, or callbacks of "
+            "lightning_mnn.callbacks, which write findings.json beside it"
         )
     return (
         f"{folder} contains no scan.csv, census.csv, interpolators.csv or metrics.csv to draw, and no training runs "

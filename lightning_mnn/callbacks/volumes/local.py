@@ -82,9 +82,10 @@ class Found:
         facts = []
         if self.volume is not None and half is not None:
             low, high = self.volume.total.half_sigma_low, self.volume.total.half_sigma_high
+            sides = "" if low is None or high is None else f" (95 %: {low:.2g} to {high:.2g})"
             text = (
-                f"a random move of all weights by {half:.2g} of their size keeps every pattern of the probe in half of "
-                f"the cases (95 %: {low:.2g} to {high:.2g})"
+                f"a random move of all weights by {half:.2g} of their size{sides} keeps every pattern of the probe in "
+                "half of the cases"
             )
             facts.append(Fact("local_volume", text, value=half))
         if self.cones is not None:
