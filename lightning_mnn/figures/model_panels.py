@@ -104,7 +104,8 @@ def _curves(ax: Axes, series: Series, names: Sequence[str], unit: str) -> bool:
     for color, name in zip(COLORS, names, strict=False):
         points = [(x, y) for x, y in zip(*series.get(name, ([], [])), strict=True) if math.isfinite(y)]
         if points:
-            kept = [*points[:: -(-len(points) // _MAX_POINTS)], points[-1]]
+            every = -(-len(points) // _MAX_POINTS)
+            kept = [*points[:-1:every], points[-1]]
             few = "o" if len(points) <= _MARKED_POINTS else ""
             ax.plot(*zip(*kept, strict=True), color=color, lw=1.2, marker=few, ms=3, label=literal(name))
             shown += [y for _, y in kept]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from lightning_mnn.figures import (
 )
 from lightning_mnn.figures.model_panels import OWN_GROUPS
 from lightning_mnn.figures.report_page.model_page import has_model_run, read_model_run, write_model_page
+from lightning_mnn.findings import FINDINGS
 from lightning_mnn.runs.folders import remove_job_folder
 from lightning_mnn.sweeps.jobs import is_finished, is_foreign, read_run, read_sweep
 from lightning_mnn.sweeps.page import write_report_page
@@ -209,7 +211,11 @@ def _is_training_run(summary: dict[str, Any]) -> bool:
 def _nothing_to_report(folder: Path) -> str:
     if (folder / "plan.json").exists():
         return f"{folder} contains an experiment that is not finished: run its command again, which resumes it"
-    logs = sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/metrics.csv"))
+    logs = sorted(
+        path.parent
+        for depth, name in product(("*", "*/*"), ("metrics.csv", FINDINGS))
+        for path in folder.glob(f"{depth}/{name}")
+    )
     if logs:
         return f"{folder} contains log folders: give one of them, such as folder={logs[-1]}"
     if any(folder.glob("events.out.tfevents.*")):

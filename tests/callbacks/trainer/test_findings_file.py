@@ -10,6 +10,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_mnn.callbacks import ActivationPatternRecorder, GradientStatistics, LocalMinimumDetector, Schedule
 from lightning_mnn.findings import FINDINGS, CallbackFindings, UnknownCode
+from lightning_mnn.loggers.csv_logs import ResumableCSVLogger
 from tests.foreign_models import NAMESPACES, foreign_model, foreign_trainer
 from tests.strange_projects import project
 
@@ -82,7 +83,7 @@ def test_without_a_logger_it_is_in_a_root_folder_that_was_chosen(tmp_path):
 
 def test_a_run_of_this_program_has_only_its_own_summary(tmp_path):
     (tmp_path / "plan.json").write_text("{}")
-    fit(foreign_trainer(callbacks=[GradientStatistics(STEPS)], logger=CSVLogger(tmp_path, "", "")))
+    fit(foreign_trainer(callbacks=[GradientStatistics(STEPS)], logger=ResumableCSVLogger(tmp_path)))
     assert not (tmp_path / FINDINGS).exists()
 
 
