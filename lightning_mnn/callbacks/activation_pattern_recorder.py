@@ -83,7 +83,7 @@ class ActivationPatternRecorder(ScheduledCallback):
     froze, and that at which the weights settled. What is out of the ordinary is logged at the end, and is in
     ``summary()["findings"]``. A vital sign that cannot be measured is named there, and does not end the recording.
 
-    What is logged is listed in the page Logged names; what checkpoints and the store hold, in Files.
+    What is logged is listed in the page Logged names; what checkpoints and files hold, in Files.
 
     Args:
         schedule: when to record, besides the start and the end; None: after 1, 2, 4, 8, … epochs, and with a tier
@@ -91,8 +91,8 @@ class ActivationPatternRecorder(ScheduledCallback):
         probe: number of samples to record, a fixed random subset; None: the whole training set if the module defines
             its network, and otherwise min(N, 1024, what the budget allows), in whole batches if the loader drops
             incomplete ones (``drop_last``). Or a batch of samples as the training loader yields it, the same on every
-            process, where the first axis of each tensor is the samples: for data whose samples cannot be enumerated,
-            such as those of an ``IterableDataset``.
+            process, where the first axis of each tensor is the samples. If the samples cannot be enumerated, as those
+            of an ``IterableDataset``, None takes those of the first batch of training.
         dirpath: folder of ``patterns.zarr`` (if another run left one there, of ``patterns-v1.zarr`` and so on); None:
             the folder of the first logger's run, or without a logger the Trainer's ``default_root_dir``; if that is the
             current folder, nothing is written.
@@ -102,7 +102,8 @@ class ActivationPatternRecorder(ScheduledCallback):
         forward_fn: ``forward_fn(module, batch)``, what to run on a batch; None: the module's ``forward`` on as many
             leading parts of the batch as it requires, or its ``training_step`` if ``forward`` cannot be run or calls
             other layers, as in an autoencoder whose forward is the encoder alone. Both run once on three samples before
-            training; a choice that may be unexpected is logged.
+            training; a choice that may be unexpected is logged. If none of them can be run, as in a GAN whose forward
+            takes noise, what the first batch of training calls the forward with is kept, and recording begins after it.
         strict: if true, an error in the callback ends the run; otherwise it warns once, and training goes on without
             the callback.
         tier: "light": at most 1 % of training's time, of 256 samples, dead units only; "standard": at most 5 %, all
@@ -117,8 +118,8 @@ class ActivationPatternRecorder(ScheduledCallback):
     Raises:
         ValueError: ``probe`` or ``memory_budget`` < 1; (at the start of training) a probe beyond the budget, or layers
             in which the numbers cannot be assigned to samples.
-        TypeError: (at the start of training) a module without kinks, data whose samples cannot be enumerated, or
-            ``modules``, ``forward_fn`` or a batch as ``probe`` for a module that defines its network.
+        TypeError: (at the start of training) a module without kinks, or ``modules``, ``forward_fn`` or a batch as
+            ``probe`` for a module that defines its network.
     """
 
     missing = "no activation patterns are recorded"
