@@ -1,17 +1,19 @@
-"""The words of what is out of the ordinary in a training: codes of the findings, and the sentences of these codes.
+"""What the callbacks found in a training, and what they could not find: codes, sentences and numbers.
 
-Programs compare codes, layers and values. Sentences are for people: they are made here. This module imports neither
-torch nor the rest of the package, so that tables and pages of saved results can use it quickly.
+Programs compare codes, layers and values. Sentences are for people: those of findings are made here. This module
+imports neither torch nor the rest of the package, so that tables and pages of saved results can use it quickly.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum, auto
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+FINDINGS = "findings.json"  # in the folder of a logger
 
 
 class FindingCode(StrEnum):
@@ -137,3 +139,104 @@ class Freeze:
         if self.ratio <= 1:
             return f"{froze}; the weights had settled by step {self.weights_step:,}"
         return f"{froze}; the weights moved on for {self.ratio:.1f} times as long"
+
+
+class UnknownCode(StrEnum):
+    """Why something is not known.
+
+    Attributes:
+        ERROR: the callback met an error, after which it does nothing more.
+        NOT_MEASURED: this model, its data or the settings do not allow it.
+        NOT_DUE: training reached no scheduled time.
+    """
+
+    ERROR = auto()
+    NOT_MEASURED = auto()
+    NOT_DUE = auto()
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something that a callback found.
+
+    Attributes:
+        code: what it is: that of a :class:`FindingCode` or of a reason, or a name of its own such as ``"freeze"``.
+        text: the same as a sentence, with its numbers.
+        unusual: whether it is out of the ordinary.
+        layer: name of the layer; None: the whole network.
+        value: the number that decided; None: there is no single one.
+        advice: what to do about it; None: nothing, or the sentence says it.
+    """
+
+    code: str
+    text: str
+    unusual: bool = False
+    layer: str | None = None
+    value: float | None = None
+    advice: str | None = None
+
+    @classmethod
+    def of(cls, finding: Finding) -> Fact:
+        """A finding as a fact."""
+        return cls(str(finding.code), str(finding), unusual=True, layer=finding.layer, value=finding.value)
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """Something that a callback could not find.
+
+    Attributes:
+        what: what is not known.
+        code: why.
+        reason: the same in words.
+        remedy: what may help; None: nothing is known to, or the reason says it.
+    """
+
+    what: str
+    code: UnknownCode
+    reason: str
+    remedy: str | None = None
+
+
+@dataclass(frozen=True)
+class CallbackFindings:
+    """What one callback found in a training, and what it could not find.
+
+    Attributes:
+        callback: name of its class.
+        found: what it found.
+        unknown: what it could not find.
+        numbers: its summary, as plain values.
+
+    >>> found = CallbackFindings("A", (Fact("freeze", "it froze"),), (Unknown("b", UnknownCode.ERROR, "a bug"),))
+    >>> CallbackFindings.from_plain(found.plain()) == found
+    True
+    """
+
+    callback: str
+    found: tuple[Fact, ...] = ()
+    unknown: tuple[Unknown, ...] = ()
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        """The same as plain values, for JSON."""
+        return {
+            "callback": self.callback,
+            "found": [asdict(fact) for fact in self.found],
+            "unknown": [asdict(unknown) | {"code": str(unknown.code)} for unknown in self.unknown],
+            "numbers": dict(self.numbers),
+        }
+
+    @classmethod
+    def from_plain(cls, found: Mapping[str, Any]) -> CallbackFindings:
+        """The findings of plain values.
+
+        Raises:
+            KeyError, TypeError, ValueError: they are not such values.
+        """
+        return cls(
+            str(found["callback"]),
+            tuple(Fact(**fact) for fact in found["found"]),
+            tuple(Unknown(**unknown | {"code": UnknownCode(unknown["code"])}) for unknown in found["unknown"]),
+            dict(found["numbers"]),
+        )

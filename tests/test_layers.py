@@ -31,6 +31,7 @@ FLOORS = (  # folders from the ground up: a module imports from lower ones, and 
         "figures.experiments",
     ),
     ("callbacks",),
+    ("callbacks.slices",),
     ("model",),
     ("launchers.jobs",),
     ("launchers", "runs"),

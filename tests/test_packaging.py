@@ -22,6 +22,7 @@ def test_the_wheel_runs_the_command_from_an_empty_folder(tmp_path):
     configs = {f"lightning_mnn/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
     assert configs <= names
     assert {f"lightning_mnn/figures/report_page/report.{end}" for end in ("html", "css", "js")} <= names
+    assert {f"lightning_mnn/figures/report_page/model.{end}" for end in ("html", "css")} <= names
     with tarfile.open(sdist) as archive:
         sources = [name.partition("/")[2] for name in archive.getnames()]
     assert configs | {"conf/config.yaml", "tests/test_packaging.py", "Makefile"} <= set(sources)

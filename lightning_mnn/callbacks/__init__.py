@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_mnn.callbacks.local_minimum_detector import LocalMinimumDetector
     from lightning_mnn.callbacks.pattern_store import PatternStore
     from lightning_mnn.callbacks.schedule import Schedule
+    from lightning_mnn.callbacks.slices.loss_slice import LossSlice
     from lightning_mnn.callbacks.trainer.last_checkpoint import LastCheckpoint
     from lightning_mnn.callbacks.trainer.run_progress import RunProgress
     from lightning_mnn.callbacks.volumes.cones import ConeSettings
@@ -29,6 +30,7 @@ __all__ = [
     "LearningCoefficient",
     "LocalMinimumDetector",
     "LocalVolumeSettings",
+    "LossSlice",
     "PatternStore",
     "RunProgress",
     "Schedule",
@@ -45,6 +47,7 @@ _MODULES = {
     "LearningCoefficient": "learning_coefficient",
     "LocalMinimumDetector": "local_minimum_detector",
     "LocalVolumeSettings": "volumes.probe",
+    "LossSlice": "slices.loss_slice",
     "PatternStore": "pattern_store",
     "RunProgress": "trainer.run_progress",
     "Schedule": "schedule",

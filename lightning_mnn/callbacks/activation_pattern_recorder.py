@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,35 +11,43 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from lightning_mnn.callbacks.evaluation.kink_probe import KinkProbe, checked_probe, chosen_samples
+from lightning_mnn.callbacks.evaluation.kink_probe import (
+    AwaitsForwardError,
+    KinkProbe,
+    checked_probe,
+    chosen_samples,
+    limits,
+)
 from lightning_mnn.callbacks.evaluation.module_network import network_of, states_network
 from lightning_mnn.callbacks.evaluation.training_set import patterns_of_training_set
 from lightning_mnn.callbacks.pattern_store import LostSnapshotError, PatternStore, StoredSnapshot, digest_of
+from lightning_mnn.callbacks.patterns.first_batch import ForwardCapture, call_with_captured
 from lightning_mnn.callbacks.patterns.history import PatternHistory
+from lightning_mnn.callbacks.patterns.pattern_scalars import pattern_scalars
 from lightning_mnn.callbacks.patterns.vital_report import VitalReport
 from lightning_mnn.callbacks.patterns.vital_signs import VitalSettings
 from lightning_mnn.callbacks.schedule import Schedule
 from lightning_mnn.callbacks.scheduled import ScheduledCallback
 from lightning_mnn.callbacks.trainer.cost import CostTier
+from lightning_mnn.callbacks.trainer.findings_file import folder_of_run
 from lightning_mnn.callbacks.trainer.long_pass import long_pass
 from lightning_mnn.data.loaders.shards import num_samples
+from lightning_mnn.findings import Unknown, UnknownCode
 from lightning_mnn.landscape.kinks.layers import KinkLayer
 from lightning_mnn.landscape.kinks.tracing import PatternError
-from lightning_mnn.landscape.pattern import PackedPattern, count_flips, distinct_patterns
+from lightning_mnn.landscape.pattern import PackedPattern
 from lightning_mnn.loggers.media import log_scalars
 from lightning_mnn.utilities.distributed import on_first_process
 from lightning_mnn.utilities.transfer import to_host
 from lightning_mnn.utilities.validation import MisfitError, positive_integer, seed_number
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     import pytorch_lightning as pl
     from torch import Tensor
 
     from lightning_mnn.callbacks.evaluation.kink_probe import Samples
     from lightning_mnn.callbacks.evaluation.run_module import ModelFunction
-    from lightning_mnn.findings import Finding, Freeze
+    from lightning_mnn.findings import Fact, Finding, Freeze
     from lightning_mnn.landscape.kinks.tracing import Names
 
 _LIGHT_PROBE = 256  # samples
@@ -74,7 +83,7 @@ class ActivationPatternRecorder(ScheduledCallback):
     froze, and that at which the weights settled. What is out of the ordinary is logged at the end, and is in
     ``summary()["findings"]``. A vital sign that cannot be measured is named there, and does not end the recording.
 
-    What is logged is listed in the page Logged names; what checkpoints and the store hold, in Files.
+    What is logged is listed in the page Logged names; what checkpoints and files hold, in Files.
 
     Args:
         schedule: when to record, besides the start and the end; None: after 1, 2, 4, 8, … epochs, and with a tier
@@ -82,8 +91,8 @@ class ActivationPatternRecorder(ScheduledCallback):
         probe: number of samples to record, a fixed random subset; None: the whole training set if the module defines
             its network, and otherwise min(N, 1024, what the budget allows), in whole batches if the loader drops
             incomplete ones (``drop_last``). Or a batch of samples as the training loader yields it, the same on every
-            process, where the first axis of each tensor is the samples: for data whose samples cannot be enumerated,
-            such as those of an ``IterableDataset``.
+            process, where the first axis of each tensor is the samples. If the samples cannot be enumerated, as those
+            of an ``IterableDataset``, None takes those of the first batch of training.
         dirpath: folder of ``patterns.zarr`` (if another run left one there, of ``patterns-v1.zarr`` and so on); None:
             the folder of the first logger's run, or without a logger the Trainer's ``default_root_dir``; if that is the
             current folder, nothing is written.
@@ -93,7 +102,8 @@ class ActivationPatternRecorder(ScheduledCallback):
         forward_fn: ``forward_fn(module, batch)``, what to run on a batch; None: the module's ``forward`` on as many
             leading parts of the batch as it requires, or its ``training_step`` if ``forward`` cannot be run or calls
             other layers, as in an autoencoder whose forward is the encoder alone. Both run once on three samples before
-            training; a choice that may be unexpected is logged.
+            training; a choice that may be unexpected is logged. If none of them can be run, as in a GAN whose forward
+            takes noise, what the first batch of training calls the forward with is kept, and recording begins after it.
         strict: if true, an error in the callback ends the run; otherwise it warns once, and training goes on without
             the callback.
         tier: "light": at most 1 % of training's time, of 256 samples, dead units only; "standard": at most 5 %, all
@@ -108,8 +118,8 @@ class ActivationPatternRecorder(ScheduledCallback):
     Raises:
         ValueError: ``probe`` or ``memory_budget`` < 1; (at the start of training) a probe beyond the budget, or layers
             in which the numbers cannot be assigned to samples.
-        TypeError: (at the start of training) a module without kinks, data whose samples cannot be enumerated, or
-            ``modules``, ``forward_fn`` or a batch as ``probe`` for a module that defines its network.
+        TypeError: (at the start of training) a module without kinks, or ``modules``, ``forward_fn`` or a batch as
+            ``probe`` for a module that defines its network.
     """
 
     missing = "no activation patterns are recorded"
@@ -151,6 +161,8 @@ class ActivationPatternRecorder(ScheduledCallback):
         self._skipped = False  # whether a snapshot was left out
         self._vitals = VitalReport(_VITALS[self.tier], self.seed, self.memory_budget)
         self._history = PatternHistory(self.seed)
+        self._first_batch: Any = None  # while it is in training
+        self._capture: ForwardCapture | None = None  # while it is not known what training calls the forward with
 
     @property
     def findings(self) -> list[list[Finding]]:
@@ -181,7 +193,40 @@ class ActivationPatternRecorder(ScheduledCallback):
             self._clear()
             self.store, self._store_path = None, None
             self.layers, self._kinks, self._recorded_step, self._skipped = {}, None, None, False
+            self._first_batch, self._capture = None, None
             self._vitals = VitalReport(_VITALS[self.tier], self.seed, self.memory_budget)  # the old one may be kept
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        if self._capture is not None:
+            self._capture.end()
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._capture is None:
+            self._first_batch = batch if self._waits else None
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+            self._first_batch = None
+        if self._capture is not None:
+            self._capture.begin(pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._capture is not None:
+            self._capture.end()
+            self.observe(lambda: self._start_late(trainer, pl_module))
+            self._capture = None
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    @override
+    def _start_late(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        with suppress(AwaitsForwardError):  # then it starts at the end of this batch
+            super()._start_late(trainer, pl_module)
 
     @override
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -194,7 +239,7 @@ class ActivationPatternRecorder(ScheduledCallback):
 
     def _folder(self, trainer: pl.Trainer) -> Path | None:
         log_dir = trainer.log_dir  # a collective
-        return self.dirpath or _folder_of_run(trainer, log_dir)
+        return self.dirpath or folder_of_run(trainer, log_dir)
 
     def _open_store(self, folder: Path) -> str:
         """Open the store, on the first process; return its path, for all processes."""
@@ -232,7 +277,8 @@ class ActivationPatternRecorder(ScheduledCallback):
                 visited.append(digest)
         self._first = {name: self._first.get(name, p).to(p.bits.device) for name, p in patterns.items()}
         last, self._last = self._last or patterns, patterns
-        self._log(trainer, on_host, last)
+        counts = [len(digests) for digests in self._regions]
+        log_scalars(trainer, pattern_scalars(patterns, on_host, last, self._first, self.layers, counts))
         log_scalars(trainer, self._vitals.take(signs, on_host, self.layers))
 
     @override
@@ -295,6 +341,18 @@ class ActivationPatternRecorder(ScheduledCallback):
         return found if self.failure is None else {**found, "patterns_reason": self.failure}
 
     @override
+    def facts(self) -> list[Fact]:
+        return self._vitals.facts()
+
+    @override
+    def unknowns(self) -> list[Unknown]:
+        left_out = [] if self._kinks is None or self._kinks.found is None else limits(self._kinks.found)
+        return [
+            *(Unknown("patterns of all layers", UnknownCode.NOT_MEASURED, reason) for reason in left_out),
+            *(Unknown(name, UnknownCode.NOT_MEASURED, reason) for name, reason in self.not_measured.items()),
+        ]
+
+    @override
     def state_dict(self) -> dict[str, Any]:
         bits = {
             key: {
@@ -330,18 +388,38 @@ class ActivationPatternRecorder(ScheduledCallback):
                     f"{type(pl_module).__name__} has one, and every layer of its network is recorded: leave them out"
                 )
             return
-        self._kinks = KinkProbe(self.probe, self.memory_budget, self.seed, self.modules, self.forward_fn)
-        self._kinks.prepare(trainer, pl_module)
+        self._kinks = self._probe()
+        try:
+            self._kinks.prepare(trainer, pl_module, self._first_batch)
+        except AwaitsForwardError as error:
+            if trainer.world_size > 1:  # a process knows only its own batches
+                raise error.error from None
+            self._capture = ForwardCapture(error.error)
+            raise
         self.layers = dict(self._kinks.layers)
         samples = self._kinks.num_samples
         expected = {name: (layer.num_units, layer.num_pieces, samples) for name, layer in self.layers.items()}
         resumed = {name: (p.width, p.num_pieces, p.bits.shape[-2]) for name, p in self._last.items()}
-        if resumed and resumed != expected:
+        if resumed and (resumed != expected or self._kinks.was_in_training):
             rank_zero_warn(
                 f"Activation patterns: the checkpoint has other layers or samples ({_described(resumed)}; now "
                 f"{_described(expected)}); recording starts again, and flips are counted from here"
             )
             self._start_again()
+
+    def _probe(self) -> KinkProbe:
+        """The samples; those that the forward was called with, if it could not be run on others."""
+        if self._capture is None:
+            return KinkProbe(self.probe, self.memory_budget, self.seed, self.modules, self.forward_fn)
+        inputs, error = self._capture.inputs, self._capture.error
+        if inputs is None:
+            raise error
+        rank_zero_info(
+            f"Activation patterns: {type(error).__name__} on a batch of the training set: what training called forward "
+            "with in its first batch is recorded; for another choice give a forward_fn(module, batch)"
+        )
+        call = call_with_captured
+        return KinkProbe(inputs, self.memory_budget, self.seed, self.modules, call, was_in_training=True)
 
     def _read_stored(self, trainer: pl.Trainer) -> None:
         """Read the snapshots that the checkpoint names, on the first process, and send them to all."""
@@ -397,70 +475,12 @@ class ActivationPatternRecorder(ScheduledCallback):
         total = num_samples(trainer.train_dataloader)
         return chosen_samples(total, self.probe, self.seed) if isinstance(self.probe, int) else torch.arange(total)
 
-    def _log(self, trainer: pl.Trainer, now: dict[str, PackedPattern], last: dict[str, PackedPattern]) -> None:
-        flips, from_start = (
-            dict(zip(now, count_flips([(self._last[name], before[name]) for name in now]), strict=True))
-            for before in (last, self._first)
-        )
-        pairs = {name: p.width * p.bits.shape[-2] for name, p in now.items()}
-        activity = {
-            name: pattern.activity(pieces)
-            for name, pattern in now.items()
-            if (pieces := self.layers[name].active_pieces) is not None
-        }
-        scalars: dict[str, Tensor | None] = {
-            "pattern/flips": _total(flips.values()),
-            "pattern/flips_from_start": _total(from_start.values()),
-            "pattern/hamming_from_start": _total(from_start.values()).to(torch.float64) / sum(pairs.values()),
-            "pattern/regions_visited": torch.tensor([len(visited) for visited in self._regions]),
-            "pattern/distinct": distinct_patterns(list(now.values())),
-        }
-        if activity:
-            scalars |= {
-                "pattern/never_active_units": _total(a.never_active for a in activity.values()),
-                "pattern/always_active_units": _total(a.always_active for a in activity.values()),
-                "pattern/dead_fraction": _total(a.never_active for a in activity.values()).to(torch.float64)
-                / sum(now[name].width for name in activity),
-                "pattern/unactivated_samples": _any_layer(a.unactivated for a in activity.values()).sum(-1),
-            }
-        for name, pattern in now.items():
-            of_layer = {
-                "flips": flips[name],
-                "flips_from_start": from_start[name],
-                "hamming_from_start": from_start[name].to(torch.float64) / pairs[name],
-                "distinct": distinct_patterns([pattern]),
-            }
-            if name in activity:
-                of_layer["never_active_units"] = activity[name].never_active
-                of_layer["always_active_units"] = activity[name].always_active
-                of_layer["dead_fraction"] = activity[name].never_active.to(torch.float64) / pattern.width
-            scalars |= {f"pattern/{name}/{quantity}": value for quantity, value in of_layer.items()}
-        log_scalars(trainer, dict(scalars))
-
 
 def _described(layers: dict[str, tuple[int, int, int]]) -> str:
     """Names of layers and their number of samples, as text."""
     names = list(layers)
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return f"{', '.join(names[:5])}{more} of {next(iter(layers.values()))[-1]} samples"
-
-
-def _total(counts: Iterable[Tensor]) -> Tensor:
-    return torch.stack(list(counts)).sum(0)
-
-
-def _any_layer(flags: Iterable[Tensor]) -> Tensor:
-    return torch.stack(list(flags)).any(0)
-
-
-def _folder_of_run(trainer: pl.Trainer, log_dir: str | None) -> Path | None:
-    """The folder of the first logger's run, where Lightning's checkpoints are, too; None: no files are wanted."""
-    logger = trainer.logger
-    if logger is None and Path(trainer.default_root_dir).absolute() == Path.cwd():
-        return None
-    if logger is None or logger.save_dir is None or logger.log_dir is not None:
-        return Path(log_dir or trainer.default_root_dir)
-    return Path(logger.save_dir, str(logger.name), str(logger.version))  # for W&B, which has many runs in one folder
 
 
 def _found(named: StoredSnapshot, folder: Path | None) -> tuple[StoredSnapshot, dict[str, PackedPattern]]:

@@ -13,6 +13,7 @@ from lightning_mnn.callbacks.volumes.cones import ConeSettings
 from lightning_mnn.callbacks.volumes.local import Found, LocalVolumeMonitor
 from lightning_mnn.callbacks.volumes.probe import LocalVolumeSettings
 from lightning_mnn.callbacks.volumes.region import RegionMonitor, has_cones, reason_no_cones, theorems
+from lightning_mnn.findings import Fact, Unknown, UnknownCode
 from lightning_mnn.loggers.media import log_scalars
 from lightning_mnn.utilities.settings import accepts_fields_of, settings_or_defaults
 from lightning_mnn.utilities.transfer import plain
@@ -216,6 +217,27 @@ class AngularVolumeMonitor(ScheduledCallback):
         self._log_bound(trainer)
         if self._measured:
             self._monitor.report()
+
+    @override
+    def facts(self) -> list[Fact]:
+        if self.failure is not None:
+            return []
+        several, facts = len(self.volumes) > 1, []
+        for replica, volume in enumerate(self.volumes):
+            if volume is not None:
+                name = f"(replica {replica}) " if several else ""
+                text = f"{name}the log-volume of the region is {volume.value:.4g} ± {volume.standard_error:.2g} nats"
+                facts.append(Fact("log_volume", text, value=float(volume.value)))
+        return facts if self.local is None else self.local.facts()
+
+    @override
+    def unknowns(self) -> list[Unknown]:
+        if self.failure is not None:
+            return []
+        if self.local is not None:
+            return self.local.unknowns()
+        reasons = dict.fromkeys(reason for reason in self.reasons if reason is not None)
+        return [Unknown("the volume of the region", UnknownCode.NOT_MEASURED, reason) for reason in reasons]
 
     @override
     def summary(self) -> dict[str, Any]:

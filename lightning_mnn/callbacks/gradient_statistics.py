@@ -14,6 +14,7 @@ from lightning_mnn.callbacks.evaluation.run_module import batch_size
 from lightning_mnn.callbacks.schedule import Schedule
 from lightning_mnn.callbacks.scheduled import ScheduledCallback
 from lightning_mnn.callbacks.trainer.cost import CostTier
+from lightning_mnn.findings import Fact, Unknown, UnknownCode
 from lightning_mnn.landscape.vitals.gradients import (
     GradientSizes,
     gradient_noise_scale,
@@ -173,19 +174,31 @@ class GradientStatistics(ScheduledCallback):
         if self._reported:
             return
         self._reported = True
-        lines = [str(finding) for finding in self.findings]
-        if not self._norms:
-            lines = ["no gradient was measured: no optimiser made a step at a scheduled time"]
-        elif not lines:
-            lines = [
-                f"nothing out of the ordinary in {len(self._relative)} layer(s), measured {len(self._norms)} time(s)"
-            ]
-        if self.noise_scale and self._noise.reason is not None:
-            lines.append(f"noise_scale is not known: {self._noise.reason}")
+        lines = [fact.text for fact in self.facts()]
+        lines += [f"{unknown.what}: {unknown.reason}" for unknown in self.unknowns()]
         if self.cost.share is not None:
             lines.append(f"measuring {self.cost}")
         for line in lines:
             rank_zero_info(f"GradientStatistics: {line}")
+
+    @override
+    def facts(self) -> list[Fact]:
+        if not self._norms:
+            return []
+        counts = f"{len(self._relative)} layer(s), measured {len(self._norms)} time(s)"
+        usual = Fact("nothing_unusual", f"nothing out of the ordinary in the gradients of {counts}")
+        return [Fact.of(finding) for finding in self.findings] or [usual]
+
+    @override
+    def unknowns(self) -> list[Unknown]:
+        unknown = []
+        if not self._norms:
+            reason = "no optimiser made a step at a scheduled time"
+            remedy = 'schedule=Schedule(growth=2.0, unit="step") measures after 1, 2, 4, 8, … steps'
+            unknown.append(Unknown("no gradient was measured", UnknownCode.NOT_DUE, reason, remedy))
+        if self.noise_scale and self._noise.reason is not None:
+            unknown.append(Unknown("noise_scale is not known", UnknownCode.NOT_MEASURED, self._noise.reason))
+        return unknown
 
     @override
     def summary(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from lightning_mnn.callbacks.scheduled import ScheduledCallback
 from lightning_mnn.callbacks.trainer.long_pass import LONG, duration
 from lightning_mnn.callbacks.volumes.chains import loss_at_points
 from lightning_mnn.data.loaders.shards import num_samples
+from lightning_mnn.findings import Fact, Unknown, UnknownCode
 from lightning_mnn.landscape.curvature.langevin import gradients_at_start
 from lightning_mnn.landscape.curvature.sampled_coefficient import SampledCoefficient, estimate_learning_coefficient
 from lightning_mnn.loggers.media import log_image, log_scalars, shows_images
@@ -212,6 +213,22 @@ class LearningCoefficient(ScheduledCallback):
                 f"LearningCoefficient: {expected} for {passes * self.chains:,.0f} gradients of {size:,} parameters"
             )
         return moves
+
+    @override
+    def facts(self) -> list[Fact]:
+        found = self.found
+        if found is None or found.value is None:
+            return []
+        estimate = f"{found.value:.4g} ± {found.standard_error:.2g}"
+        text = f"the learning coefficient of the chains is {estimate}: {found.reason}"
+        return [Fact(str(found.reason_code), text, value=found.value)]
+
+    @override
+    def unknowns(self) -> list[Unknown]:
+        found = self.found
+        if found is None or found.value is not None:
+            return []
+        return [Unknown("the learning coefficient", UnknownCode.NOT_MEASURED, found.reason)]
 
     @override
     def summary(self) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from lightning_mnn.callbacks.evidence.tiers import Evidence, Finding
 from lightning_mnn.callbacks.schedule import Schedule
 from lightning_mnn.callbacks.scheduled import ScheduledCallback
 from lightning_mnn.callbacks.trainer.long_pass import long_pass
+from lightning_mnn.findings import Fact, Unknown, UnknownCode
 from lightning_mnn.landscape.curvature.loss_surface import NoDerivativeError
 from lightning_mnn.loggers.media import log_scalars
 from lightning_mnn.utilities.interruption import TimeLimitError, time_limit
@@ -235,6 +236,32 @@ class LocalMinimumDetector(ScheduledCallback):
         for replica, found in enumerate(findings):
             name = f" (replica {replica})" if len(findings) > 1 else ""
             rank_zero_info(f"LocalMinimumDetector{name}: {found.kind}: {found.reason}")
+
+    @override
+    def facts(self) -> list[Fact]:
+        tier = self._tier
+        if tier is None or self.failure is not None or not (summary := tier.summary()):
+            return []
+        findings, several = tier.findings(), isinstance(summary["kind"], list)
+        apart = [f"; {unknown.reason}" for unknown in self.unknowns()]
+        facts = []
+        for replica, verdict in enumerate(findings):
+            name = f"(replica {replica}) " if len(findings) > 1 else ""
+            reason = verdict.reason.replace(apart[0], "") if apart else verdict.reason
+            text = f"{name}{str(verdict.kind).replace('_', ' ')}: {reason}"
+            facts.append(Fact(str(verdict.reason_code), text, advice=verdict.plain()["advice"]))
+            ahead = summary.get("descends_to")
+            if ahead := ahead[replica] if several and ahead else ahead:
+                text = f"{name}descent leads from here to a {str(ahead).replace('_', ' ')}"
+                facts.append(Fact("descends_to", text))
+        return facts
+
+    @override
+    def unknowns(self) -> list[Unknown]:
+        tier = self._tier
+        if tier is None or tier.why is None or tier.evidence in (Evidence.CERTIFICATE, Evidence.SECOND_ORDER):
+            return []
+        return [Unknown("whether this is a minimum", UnknownCode.NOT_MEASURED, tier.why)]
 
     @override
     def summary(self) -> dict[str, Any]:

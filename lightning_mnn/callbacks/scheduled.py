@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import time
 from abc import abstractmethod
 from pathlib import Path
 from secrets import token_hex
@@ -18,7 +19,9 @@ from lightning_mnn.callbacks.evaluation.run_module import StepFailedError
 from lightning_mnn.callbacks.evaluation.snapshots import weights_of
 from lightning_mnn.callbacks.evaluation.training_set import forget_statistics
 from lightning_mnn.callbacks.trainer.cost import CostTier, TimeShare
+from lightning_mnn.callbacks.trainer.findings_file import folders_of_findings, write_findings
 from lightning_mnn.callbacks.trainer.last_checkpoint import LastCheckpoint
+from lightning_mnn.findings import FINDINGS, CallbackFindings, Unknown, UnknownCode
 from lightning_mnn.utilities.compat.lightning_internals import trains_in_children
 from lightning_mnn.utilities.distributed import on_first_process, share_errors
 from lightning_mnn.utilities.errors import DivergenceError
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_mnn.callbacks.schedule import Schedule
+    from lightning_mnn.findings import Fact
 
 
 def callback_of_lightning() -> type:
@@ -157,6 +161,21 @@ class ScheduledCallback(pl.Callback, OtherCallback):
     def summary(self) -> dict[str, Any]:
         """The callback's results, as plain values for ``summary.json``; per-network values are lists over replicas."""
         return {}
+
+    def facts(self) -> list[Fact]:
+        """What was found so far."""
+        return []
+
+    def unknowns(self) -> list[Unknown]:
+        """What could not be found so far, besides what an error prevents."""
+        return []
+
+    def report(self) -> CallbackFindings:
+        """What was found, and what could not be, for ``findings.json``."""
+        unknown = [*self.unknowns()]
+        if self.failure is not None:
+            unknown.insert(0, Unknown(self.missing, UnknownCode.ERROR, self.failure, self.remedy or None))
+        return CallbackFindings(type(self).__name__, tuple(self.facts()), tuple(unknown), self.summary())
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -304,22 +323,57 @@ class ScheduledCallback(pl.Callback, OtherCallback):
 
 
 class FinalCheck(pl.Callback):
-    """Makes the scheduled callbacks of a Trainer act again if others changed the weights at the end of training."""
+    """Acts behind the scheduled callbacks of a Trainer, at the end of training.
+
+    It makes them act again if others changed the weights, and writes ``findings.json``, what they found and what they
+    could not find. It writes that, too, if an error ends training.
+    """
+
+    def __init__(self) -> None:
+        self._folders: list[Path] = []
+        self._began = 0.0
 
     def epochs_until_due(self, done: int) -> float:  # noqa: ARG002 (the signature of the other callbacks)
         """Number of epochs until one at whose end the callback must act: infinite, it acts in no epoch."""
         return math.inf
 
     @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._folders, self._began = folders_of_findings(trainer), time.monotonic()
+
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        run: Any = trainer
-        for callback in run.callbacks:
-            if isinstance(callback, ScheduledCallback):
-                callback.finish_again(trainer, pl_module)
+        for callback in _scheduled_callbacks(trainer):
+            callback.finish_again(trainer, pl_module)
+        self._write(trainer, pl_module)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._write(trainer, pl_module, exception)
+
+    def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule, error: BaseException | None = None) -> None:
+        folders, self._folders = self._folders, []  # once
+        if not folders or not trainer.is_global_zero:
+            return
+        try:
+            findings = [callback.report() for callback in _scheduled_callbacks(trainer)]
+        except Exception as problem:
+            if error is None and any(callback.strict for callback in _scheduled_callbacks(trainer)):
+                raise
+            rank_zero_warn(f"{FINDINGS} is not written: {type(problem).__name__}: {problem}")
+            return
+        facts = {"epochs": trainer.current_epoch, "steps": trainer.global_step}
+        seconds = round(time.monotonic() - self._began, 3)
+        write_findings(folders, findings, error=error, module=type(pl_module).__name__, seconds=seconds, **facts)
+
+
+def _scheduled_callbacks(trainer: pl.Trainer) -> list[ScheduledCallback]:
+    run: Any = trainer
+    return [callback for callback in run.callbacks if isinstance(callback, ScheduledCallback)]
 
 
 def _add_final_check(trainer: pl.Trainer) -> None:
-    """Add a FinalCheck after all callbacks but those that save checkpoints.
+    """Add a :class:`FinalCheck` after all callbacks but those that save checkpoints.
 
     The list is replaced, not changed: Lightning iterates over the old one while this is called.
     """

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     Series = Mapping[str, tuple[list[int], list[float]]]
+    Draw = Callable[[Axes, Series], bool]
 
 _MAX_LEGEND_LAYERS = 6  # layers that a legend names; if there are more, there is a colour bar
 _MAX_LOSSES = 3
@@ -47,15 +48,7 @@ def model_figure(run_dir: Path) -> Path:
             "lightning_mnn.callbacks to the Trainer, and a logger"
         )
     figure = Figure(figsize=(13, 7.2), layout="constrained")
-    panels: tuple[Callable[[Axes, Series], bool], ...] = (
-        _loss,
-        _gradient,
-        _curvature,
-        _kink,
-        _patterns,
-        _local_volumes,
-    )
-    for ax, draw in zip(figure.subplots(2, 3).flat, panels, strict=True):
+    for ax, draw in zip(figure.subplots(2, 3).flat, (draw_losses, *PANELS), strict=True):
         tidy(ax)
         ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         shown = draw(ax, series)
@@ -80,27 +73,28 @@ def _with_numbers(name: str) -> list[tuple[str, int]]:
     return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", name)]
 
 
-def _loss(ax: Axes, series: Series) -> bool:
+def draw_losses(ax: Axes, series: Series) -> bool:
+    """Draw the losses that training logged, and that over the whole training set."""
     ax.set(title="Loss", xlabel="optimiser step")
     losses = [name for name in series if "loss" in name and not name.startswith(("minimum/", "val", "test"))]
     curves = {name: name for name in losses[:_MAX_LOSSES]}
     curves |= {"minimum/loss": "whole training set", "minimum/mse": "MSE, whole training set"}
-    return _lines(ax, series, curves)
+    return positive_lines(ax, series, curves)
 
 
 def _gradient(ax: Axes, series: Series) -> bool:
     if "minimum/stationarity" in series:  # logged only for a network that can be certified
         ax.set(title="Stationarity", xlabel="optimiser step", ylabel="‖G e‖ / (‖G‖ ‖y‖)")
-        return _lines(ax, series, {"minimum/stationarity": "G e"})
+        return positive_lines(ax, series, {"minimum/stationarity": "G e"})
     ax.set(title="Gradient of the whole training loss", xlabel="optimiser step", ylabel="norm")
     curves = {"minimum/gradient_norm": "‖∇L‖", "minimum/relative_gradient": "relative to the start"}
-    return _lines(ax, series, curves)
+    return positive_lines(ax, series, curves)
 
 
 def _curvature(ax: Axes, series: Series) -> bool:
     if "minimum/stationarity" in series:
         ax.set(title="Certified minimum", xlabel="optimiser step", ylabel="of the minimum")
-        return _lines(ax, series, {"minimum/distance": "distance", "minimum/certified_mse": "MSE"})
+        return positive_lines(ax, series, {"minimum/distance": "distance", "minimum/certified_mse": "MSE"})
     ax.set(title="Smallest eigenvalue of the Hessian", xlabel="optimiser step", ylabel="λ, lower bound below it")
     errors = dict(zip(*series.get("minimum/eigenvalue_error", ([], [])), strict=True))
     steps, values = series.get("minimum/smallest_eigenvalue", ([], []))
@@ -120,17 +114,22 @@ def _curvature(ax: Axes, series: Series) -> bool:
 def _kink(ax: Axes, series: Series) -> bool:
     ax.set(title="Distance to the nearest kink", xlabel="optimiser step", ylabel="smallest |pre-activation|")
     curves = {"minimum/min_preactivation": "absolute", "minimum/relative_preactivation": "relative to its layer"}
-    return _lines(ax, series, curves)
+    return positive_lines(ax, series, curves)
 
 
 def _patterns(ax: Axes, series: Series) -> bool:
     ax.set(title="Activation patterns", xlabel="optimiser step", ylabel="fraction flipped since the start")
-    layers = layers_of(series, "pattern", "hamming_from_start")
-    for layer, color in _colors(ax, layers).items():
+    return draw_layers(ax, series, "pattern", "hamming_from_start")
+
+
+def draw_layers(ax: Axes, series: Series, group: str, measure: str) -> bool:
+    """Draw a measure of each layer; return whether there was any."""
+    layers = layers_of(series, group, measure)
+    for layer, color in layer_colors(ax, layers).items():
         steps, values = series[layers[layer]]
         ax.plot(steps, values, color=color, lw=1.3, marker="o", ms=3, label=literal(layer))
     ax.set_ylim(bottom=0)
-    _legend(ax, len(layers))
+    legend_below(ax, len(layers))
     return bool(layers)
 
 
@@ -152,7 +151,7 @@ def _local_volumes(ax: Axes, series: Series) -> bool:
         ax.axvline(half[1][-1], color="0.3", lw=1.2, label="all layers together")
         if low[1] and high[1]:
             ax.axvspan(low[1][-1], high[1][-1], color="0.3", alpha=0.15, lw=0)
-        _legend(ax, 1)
+        legend_below(ax, 1)
     if last or half[1]:
         ax.set_xscale("log")
     return bool(last or half[1])
@@ -173,11 +172,11 @@ def _log_volume(ax: Axes, series: Series) -> bool:
         color=COLORS[1],
         label="estimate",
     )
-    _legend(ax, 2)
+    legend_below(ax, 2)
     return True
 
 
-def _lines(ax: Axes, series: Series, curves: Mapping[str, str]) -> bool:
+def positive_lines(ax: Axes, series: Series, curves: Mapping[str, str]) -> bool:
     """Draw the positive values of curves on a logarithmic axis; return whether there were any."""
     drawn = 0
     for color, (name, label) in zip(COLORS, curves.items(), strict=False):
@@ -190,11 +189,11 @@ def _lines(ax: Axes, series: Series, curves: Mapping[str, str]) -> bool:
             drawn += 1
     if drawn:
         ax.set_yscale("log")
-        _legend(ax, drawn)
+        legend_below(ax, drawn)
     return drawn > 0
 
 
-def _colors(ax: Axes, layers: Mapping[str, str]) -> dict[str, tuple[float, ...]]:
+def layer_colors(ax: Axes, layers: Mapping[str, str]) -> dict[str, tuple[float, ...]]:
     """A colour per layer; draws a colour bar if there are too many layers for a legend."""
     if len(layers) > _MAX_LEGEND_LAYERS:
         bar = ScalarMappable(Normalize(1, len(layers)), "viridis")
@@ -210,7 +209,10 @@ def _shades(number: int) -> list[tuple[float, ...]]:
     ][:number]
 
 
-def _legend(ax: Axes, number: int) -> None:
+def legend_below(ax: Axes, number: int) -> None:
     """Draw a legend below the panel, where it covers no data, unless it has too many entries."""
     if 1 <= number <= _MAX_LEGEND_LAYERS:
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=9)
+
+
+PANELS: tuple[Draw, ...] = (_gradient, _curvature, _kink, _patterns, _local_volumes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from lightning_mnn.utilities.files import whole_file
 from lightning_mnn.verdicts import Class, Ended, Kind
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from matplotlib.axes import Axes
@@ -106,10 +108,17 @@ def literal(text: str) -> str:
     return text.replace("$", r"\$")
 
 
+@contextmanager
+def quiet_glyphs() -> Iterator[None]:
+    """A context without warnings about letters that are missing from the font, of names such as 数: boxes are drawn."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
+        yield
+
+
 def save(figure: Figure, path: Path) -> Path:
     """Write a figure as a PNG file atomically; letters that are missing from the font become boxes."""
     FigureCanvasAgg(figure)
-    with whole_file(path) as unfinished, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)  # of names such as 数
+    with whole_file(path) as unfinished, quiet_glyphs():
         figure.savefig(unfinished, format="png")
     return path

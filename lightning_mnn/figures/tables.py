@@ -44,3 +44,18 @@ def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:
                 except ValueError as error:
                     raise DamagedFileError(path, f"line {number}: {error}") from None
     return series
+
+
+def read_events(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """Steps and values of each scalar in the event files of TensorBoard in a folder.
+
+    Raises:
+        ModuleNotFoundError: the package ``tensorboard`` is not installed.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415 (optional)
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    names = [name for name in events.Tags()["scalars"] if name not in ("epoch", "hp_metric")]
+    scalars = {name: events.Scalars(name) for name in names}
+    return {name: ([one.step for one in found], [one.value for one in found]) for name, found in scalars.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ from lightning_mnn.figures import (
     run_figure,
     scan_figure,
 )
+from lightning_mnn.figures.model_panels import OWN_GROUPS
+from lightning_mnn.figures.report_page.model_page import has_model_run, read_model_run, write_model_page
+from lightning_mnn.findings import FINDINGS
 from lightning_mnn.runs.folders import remove_job_folder
 from lightning_mnn.sweeps.jobs import is_finished, is_foreign, read_run, read_sweep
 from lightning_mnn.sweeps.page import write_report_page
@@ -55,8 +59,9 @@ def report(cfg: DictConfig) -> None:
     it first writes ``report.html`` again and again, until the sweep is over or Ctrl-C. With ``cfg.figure`` true it also
     draws the figures of the runs that have none.
 
-    If the folder is a log folder of another program, written by Lightning's ``CSVLogger``, and the three callbacks
-    logged to it, the figure shows their results (see :func:`lightning_mnn.figures.model_figure`).
+    If the folder is a log folder of another program, written by Lightning's ``CSVLogger``, and the callbacks logged to
+    it, the figure shows their results (see :func:`lightning_mnn.figures.model_figure`). Its ``report.html`` begins with
+    what they found and could not find, from ``findings.json``.
 
     A run also gets ``report.html``. Nothing else is written: the folder that Hydra makes for a job is removed again.
 
@@ -92,7 +97,7 @@ def report(cfg: DictConfig) -> None:
 def _report_folder(folder: Path, console: Console) -> None:
     """Draw one figure, or make a table of the runs below a folder."""
     if _is_of_another_program(folder):
-        console.print(f"[bold]drawn:[/] {relative(model_figure(folder))}")
+        _report_model_run(folder, console)
         return
     for name, draw in _FIGURES.items():
         if (folder / name).exists():
@@ -116,6 +121,17 @@ def _report_folder(folder: Path, console: Console) -> None:
     if left_out:
         console.print(Text.assemble(("left out because they are not finished: ", "bold"), left_out))
     console.print(f"[bold]written:[/] {relative(folder / 'table_1.csv')}")
+
+
+def _report_model_run(folder: Path, console: Console) -> None:
+    """Draw the figure of a run of any program, if the callbacks logged something, and write its page."""
+    run = read_model_run(folder)
+    for found in run.findings:
+        for fact in found.found:
+            console.print(Text.assemble((f"{found.callback}: ", "bold"), fact.text))
+    if (folder / "metrics.csv").exists() and any(name.startswith(OWN_GROUPS) for name in run.series):
+        console.print(f"[bold]drawn:[/] {relative(model_figure(folder))}")
+    print_written([write_model_page(run)], console)
 
 
 def table_rows(run: Path, summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -161,9 +177,9 @@ def _existing_folder(key: str, folder: str | None) -> Path:
 
 
 def _is_of_another_program(folder: Path) -> bool:
-    """Whether this is a log folder of Lightning's ``CSVLogger`` in which no run of this program was started."""
+    """Whether this is a log folder of a Trainer in which no run of this program was started."""
     own = any((folder / name).exists() for name in ("summary.json", "plan.json"))
-    return (folder / "metrics.csv").exists() and not own and is_foreign(folder)
+    return has_model_run(folder) and not own and is_foreign(folder)
 
 
 def _require_summary(folder: Path) -> None:
@@ -195,11 +211,18 @@ def _is_training_run(summary: dict[str, Any]) -> bool:
 def _nothing_to_report(folder: Path) -> str:
     if (folder / "plan.json").exists():
         return f"{folder} contains an experiment that is not finished: run its command again, which resumes it"
-    logs = sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/metrics.csv"))
+    logs = sorted(
+        path.parent
+        for depth, name in product(("*", "*/*"), ("metrics.csv", FINDINGS))
+        for path in folder.glob(f"{depth}/{name}")
+    )
     if logs:
         return f"{folder} contains log folders: give one of them, such as folder={logs[-1]}"
     if any(folder.glob("events.out.tfevents.*")):
-        return f"{folder} contains only a log of TensorBoard, which is not drawn here: add a CSVLogger to the Trainer"
+        return (
+            f"{folder} contains only a log of TensorBoard: add a CSVLogger to the Trainer, or callbacks of "
+            "lightning_mnn.callbacks, which write findings.json beside it"
+        )
     return (
         f"{folder} contains no scan.csv, census.csv, interpolators.csv or metrics.csv to draw, and no training runs "
         "with a summary.json below it: give the folder of a run or experiment, or one with runs in it"

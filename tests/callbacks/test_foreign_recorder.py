@@ -25,6 +25,7 @@ from lightning_mnn.landscape.kinks.tracing import PatternError
 from lightning_mnn.utilities.seeding import generator
 from tests.children import side_by_side
 from tests.foreign_models import foreign_model, foreign_trainer
+from tests.strange_projects import project
 
 
 class Watcher(pl.Callback):
@@ -301,12 +302,41 @@ class Stream(IterableDataset):
         return iter(self.rows)
 
 
-def test_iterable_data_need_a_batch_as_probe(tmp_path):
+def test_of_iterable_data_the_first_batch_is_recorded(tmp_path):
     module, loader = foreign_model("functional")
     inputs, targets = loader.dataset.tensors
     stream = DataLoader(Stream(inputs, targets), batch_size=8)
-    with pytest.raises(TypeError, match=r"IterableDataset cannot be enumerated.*probe=batch"):
-        foreign_trainer(callbacks=[ActivationPatternRecorder(strict=True)]).fit(module, stream)
+    for probe, size in ((None, 8), (3, 3)):
+        recorder = ActivationPatternRecorder(probe=probe, dirpath=tmp_path / str(size), strict=True)
+        trainer = foreign_trainer(callbacks=[recorder])
+        trainer.fit(module, stream)
+        module.eval()
+        assert recorder.store.steps == [0, 3, 6]
+        expected = reference(module, "functional", inputs[:size])
+        for layer, pieces in pieces_of(recorder, trainer.global_step).items():
+            assert torch.equal(pieces, expected[layer])
+        module.train()
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    resumed = ActivationPatternRecorder(probe=3, dirpath=tmp_path / "3", strict=True)
+    with pytest.warns(UserWarning, match="recording starts again, and flips are counted from here"):
+        foreign_trainer(callbacks=[resumed], max_epochs=3).fit(module, stream, ckpt_path=tmp_path / "a.ckpt")
+    assert resumed.store.path.name == "patterns-v1.zarr"
+    assert resumed.store.steps == [6, 9]
+
+
+def test_of_a_first_batch_as_many_samples_are_recorded_as_fit_into_the_budget(tmp_path):
+    module, loader = foreign_model("functional")
+    stream = DataLoader(Stream(*loader.dataset.tensors), batch_size=8)
+    one = 3 * sum(-(-units // 8) for units in (12, 12, 6))
+    recorder = ActivationPatternRecorder(memory_budget=5 * one, dirpath=tmp_path, strict=True)
+    foreign_trainer(callbacks=[recorder]).fit(module, stream)
+    assert {len(pieces) for pieces in pieces_of(recorder, 0).values()} == {5}
+
+
+def test_iterable_data_may_have_a_batch_as_probe(tmp_path):
+    module, loader = foreign_model("functional")
+    inputs, targets = loader.dataset.tensors
+    stream = DataLoader(Stream(inputs, targets), batch_size=8)
     recorder = ActivationPatternRecorder(probe=(inputs[:5], targets[:5]), dirpath=tmp_path)
     trainer = foreign_trainer(callbacks=[recorder])
     trainer.fit(module, stream)
@@ -318,6 +348,43 @@ def test_iterable_data_need_a_batch_as_probe(tmp_path):
     recorder = ActivationPatternRecorder(probe={"x": inputs[:1], "y": targets[:1]}, dirpath=tmp_path)
     foreign_trainer(callbacks=[recorder]).fit(module, loader)
     assert recorder.store.read(0)["layers.1"].active.shape == (1, 10)
+
+
+class Calls(pl.Callback):
+    """Notes what a module's forward is called with in training, from outside of the module."""
+
+    def __init__(self):
+        self.inputs = []
+
+    def on_train_start(self, trainer, pl_module):
+        self.handle = pl_module.register_forward_pre_hook(self._note)
+
+    def on_train_end(self, trainer, pl_module):
+        self.handle.remove()
+
+    def _note(self, module, args):
+        if module.training:  # and not in a pass of the recorder
+            self.inputs.append(args[0].detach().clone())
+
+
+def test_what_training_calls_a_forward_with_is_recorded_where_it_takes_no_batch(tmp_path):
+    module, loader = project("GAN")
+    recorder, calls = ActivationPatternRecorder(dirpath=tmp_path, strict=True), Calls()
+    trainer = foreign_trainer(callbacks=[calls, recorder])
+    trainer.fit(module, loader)
+    assert recorder.store.steps == [2, 6, 12]  # the first snapshot is after the first batch, in which there are 2 steps
+    expected = (module.generator[0](calls.inputs[0]) > 0).long()
+    assert torch.equal(pieces_of(recorder, 12)["generator.1"], expected)
+    assert not module._forward_pre_hooks
+
+
+def test_a_forward_that_training_never_calls_is_told_with_its_error():
+    module, loader = project("GAN")
+    module.training_step = lambda batch, batch_idx: None
+    recorder = ActivationPatternRecorder()
+    with pytest.warns(UserWarning, match=r"ActivationPatternRecorder stops here.*GAN.forward was called with"):
+        foreign_trainer(callbacks=[recorder]).fit(module, loader)
+    assert recorder.failure.startswith("RuntimeError: mat1 and mat2 shapes cannot be multiplied")
 
 
 def test_an_unusual_forward_and_a_loss_that_draws_noise(tmp_path):

@@ -50,7 +50,9 @@ def naive(gradients, weights):
     return {f"gradient/{key}": value for key, value in found.items()}
 
 
-@pytest.mark.parametrize("name", ["mlp", "lenet", "gru", "transformer", "functional"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "lenet", "gru", "transformer", "functional", pytest.param("resnet18", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_it_logs_what_a_loop_finds(name, accumulate):
     module, loader = foreign_model(name)

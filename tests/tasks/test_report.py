@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_module
 
+from lightning_mnn.findings import CallbackFindings, Fact
 from lightning_mnn.tasks.report import report
 from tests.children import command
 from tests.scans import write_scan
@@ -82,7 +83,21 @@ def test_a_run_of_another_program_is_drawn(with_hydra, capsys):
     Path("version_0/metrics.csv").write_text("epoch,step,pattern/net.1/flips,train_loss\n0,4,7,0.5\n")
     report(settings("version_0"))
     assert is_png(Path("version_0/figure.png"))
-    assert "drawn: version_0/figure.png" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "drawn: version_0/figure.png" in said
+    assert "written: version_0/report.html" in said
+    assert "There is no findings.json here" in Path("version_0/report.html").read_text(encoding="utf-8")
+
+
+def test_what_another_program_s_callbacks_found_is_printed_and_on_its_page(capsys):
+    found = CallbackFindings("GradientStatistics", (Fact("nothing_unusual", "nothing out of the ordinary"),))
+    Path("version_0").mkdir()
+    Path("version_0/findings.json").write_text(json.dumps({"module": "Net", "callbacks": [found.plain()]}))
+    Path("version_0/metrics.csv").write_text("epoch,step,train_loss\n0,4,0.5\n")
+    report(settings("version_0"))
+    assert "GradientStatistics: nothing out of the ordinary" in capsys.readouterr().out
+    assert "nothing out of the ordinary" in Path("version_0/report.html").read_text(encoding="utf-8")
+    assert not Path("version_0/figure.png").exists()  # nothing that it shows was logged
 
 
 def test_runs_below_a_folder_make_a_table(capsys, monkeypatch):
@@ -143,7 +158,7 @@ def test_unfinished_runs_are_left_out_and_named(capsys, monkeypatch):
         ("csv/version_3/metrics.csv", ".", "contains log folders: .* folder=.*csv/version_3"),
         ("events.out.tfevents.1", ".", "only a log of TensorBoard.*add a CSVLogger"),
         ("plan.json", ".", "an experiment that is not finished: run its command again"),
-        ("metrics.csv", ".", "has none of minimum"),
+        ("version_0/findings.json", ".", "contains log folders: .* folder=.*version_0"),
         ("scan.csv", ".", "contains no summary.json, .*resume=true"),
     ],
 )

@@ -10,6 +10,7 @@ from copy import copy
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -17,6 +18,9 @@ from torch.utils.data import DataLoader
 from lightning_mnn.callbacks.evaluation.choose_pass import pass_of_training
 from lightning_mnn.callbacks.evaluation.isolation import isolated
 from lightning_mnn.callbacks.evaluation.run_module import (
+    SERIOUS,
+    LossNotEvaluableError,
+    StepFailedError,
     as_in_training,
     batch_size,
     forward_on,
@@ -53,6 +57,22 @@ MAX_SAMPLES = 1024  # by default
 SNAPSHOTS = 3  # in memory at a time: the first, the last and the current one
 
 
+class AwaitsBatchError(StepFailedError):
+    """The samples to record are known only when training has its first batch."""
+
+
+class AwaitsForwardError(StepFailedError):
+    """The forward cannot be run on a batch, and what training calls it with is not known yet.
+
+    Args:
+        error: why it cannot.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class KinkProbe:
     """Finds a module's kink layers before training, and their patterns on the same samples at any time in training.
 
@@ -65,6 +85,7 @@ class KinkProbe:
 
     Attributes:
         found: the layers found by passes on a few samples; None before :meth:`prepare`.
+        was_in_training: whether the probe is a batch as the module got it in training, after all hooks for batches.
     """
 
     def __init__(
@@ -74,8 +95,12 @@ class KinkProbe:
         seed: int = 0,
         modules: Names = None,
         forward_fn: ModelFunction | None = None,
+        *,
+        was_in_training: bool = False,
     ) -> None:
         self.probe = probe
+        self.was_in_training = was_in_training
+        self._is_chosen = was_in_training  # whether nobody asked for just these samples
         self.memory_budget = memory_budget
         self.seed = seed
         self.modules = modules
@@ -100,29 +125,45 @@ class KinkProbe:
         return batch_size(self.probe) if self.is_batch else len(self._chosen)
 
     @torch.no_grad()
-    def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule, first: Any = None) -> None:
         """Find the layers, and choose the samples. This runs the module on the same few samples on every process.
 
+        Args:
+            trainer: the Trainer.
+            pl_module: the module.
+            first: the first batch of training as the module gets it, whose samples are taken if those of the training
+                set cannot be enumerated; None: there was none yet.
+
         Raises:
+            AwaitsBatchError: they cannot be enumerated, and there is no first batch.
+            AwaitsForwardError: the forward cannot be run on a batch of the training set, nor the ``training_step``.
             NoKinksError: the module has no kinks, or none in the layers that ``modules`` names.
             TypeError: the samples of the training set cannot be enumerated, and the probe is not a batch.
             ValueError: the budget does not allow the probe, or the numbers of a layer cannot be assigned to samples.
         """
         if not self.is_batch and draws(trainer.train_dataloader):
-            self.probe = first_batch(trainer)
-        total = self._total(trainer)
+            self.probe, self._is_chosen = first_batch(trainer), True
+        try:
+            total = self._total(trainer)
+        except NotEnumerableError as error:
+            total = self._take_first(trainer, first, error)
 
         def batch(num: int = 3) -> Any:
-            return as_in_training(trainer, pl_module, self._few(trainer, [i % total for i in range(num)]))
+            return self._ready(trainer, pl_module, self._few(trainer, [i % total for i in range(num)]))
 
         def run(num: int) -> None:
             with isolated(trainer, pl_module), _as_training(trainer):
                 forward_on(pl_module, batch(num), self._run)
 
         if self.forward_fn is None:
-            self._run = pass_of_training(trainer, pl_module, batch, self.modules)
+            try:
+                self._run = pass_of_training(trainer, pl_module, batch, self.modules)
+            except (LossNotEvaluableError, MisfitError, *SERIOUS):
+                raise
+            except Exception as error:
+                raise AwaitsForwardError(error) from error
         self.found = find_layers(pl_module, run, self.modules)
-        self._check_budget(trainer, total)
+        total = self._check_budget(trainer, total)
         _log_limits(type(pl_module).__name__, self.found)
         if not self.is_batch:
             self._chosen = chosen_samples(total, self._size(trainer, total), self.seed)
@@ -160,7 +201,7 @@ class KinkProbe:
         else:
             self._check_data(trainer)
             (found,) = exact_shard(trainer.train_dataloader, chosen=self._chosen[spaced], batch_size=size)
-        return as_in_training(trainer, pl_module, found)
+        return self._ready(trainer, pl_module, found)
 
     def run(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         """Run the module on a batch as for patterns; within ``isolated``."""
@@ -187,7 +228,7 @@ class KinkProbe:
 
     def _batches(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Any]:
         if self.is_batch:
-            yield as_in_training(trainer, pl_module, self.probe)
+            yield self._ready(trainer, pl_module, self.probe)
         else:
             yield from model_batches(trainer, pl_module, self._chosen)
 
@@ -200,6 +241,28 @@ class KinkProbe:
     def is_batch(self) -> bool:
         """Whether the samples are a batch, instead of samples of the training set."""
         return not (self.probe is None or isinstance(self.probe, int))
+
+    def _ready(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Any:
+        """A batch as the module gets it in training; for one that training has had, only its device is left."""
+        if self.was_in_training:
+            return apply_to_collection(batch, Tensor, lambda tensor: tensor.to(pl_module.device))
+        return as_in_training(trainer, pl_module, batch)
+
+    def _take_first(self, trainer: pl.Trainer, first: Any, error: NotEnumerableError) -> int:
+        """Take the samples of the first batch of training, that of the first process; return their number."""
+        if first is None:
+            raise AwaitsBatchError(str(error)) from error
+        size = min(batch_size(first), self.probe if isinstance(self.probe, int) else MAX_SAMPLES)
+
+        def copied() -> Any:
+            some = select(first, torch.arange(size), batch_size(first))
+            return apply_to_collection(some, Tensor, lambda tensor: tensor.detach().cpu().clone())
+
+        self.probe, self.was_in_training, self._is_chosen = on_first_process(trainer, copied), True, True
+        rank_zero_info(
+            f"Activation patterns: {error.args[0].partition(':')[0]}: those of the first batch of training are recorded"
+        )
+        return batch_size(self.probe)
 
     def _total(self, trainer: pl.Trainer) -> int:
         if self.is_batch:
@@ -257,15 +320,20 @@ class KinkProbe:
     def _bytes(self, samples: int) -> int:
         return SNAPSHOTS * samples * sum(layer.bytes_per_sample for layer in self.layers.values())
 
-    def _check_budget(self, trainer: pl.Trainer, total: int) -> None:
+    def _check_budget(self, trainer: pl.Trainer, total: int) -> int:
+        """Check that the samples fit into the budget; of a batch that nobody asked for, keep as many as do."""
         size = total if self.is_batch else max(1, self._size(trainer, total))
+        if self._is_chosen and (most := self.memory_budget // self._bytes(1)) < size and most > 0:
+            self.probe = select(self.probe, torch.arange(most), total)
+            return most
         if self._bytes(size) > self.memory_budget:
             one = self._bytes(1)
-            raise (ValueError if self.probe is None else MisfitError)(
+            raise (ValueError if self.probe is None or self._is_chosen else MisfitError)(
                 f"the patterns of probe={size} samples need {self._bytes(size)} bytes ({SNAPSHOTS} snapshots of "
                 f"{one // SNAPSHOTS} bytes per sample), more than memory_budget={self.memory_budget}: record at most "
                 f"{self.memory_budget // one} samples, fewer layers by modules=, or raise memory_budget"
             )
+        return total
 
 
 def first_batch(trainer: pl.Trainer) -> Any:
@@ -345,17 +413,21 @@ def select(batch: Any, indices: Tensor, total: int) -> Any:
 
 def _log_limits(name: str, found: FoundLayers) -> None:
     """Log once what the patterns do not show."""
+    smooth = [f"between its kinks {name} is not linear because of {_listed(found.smooth)}"] if found.smooth else []
+    for note in (*smooth, *limits(found)):
+        rank_zero_info(f"Activation patterns: {note}")
+
+
+def limits(found: FoundLayers) -> list[str]:
+    """Which kinks the patterns do not show, or not sample by sample, as sentences."""
     notes = []
-    if found.smooth:
-        notes.append(f"between its kinks {name} is not linear because of {_listed(found.smooth)}")
     if found.opaque:
         notes.append(f"the kinks of {_listed(found.opaque)} cannot be seen")
     if found.without_samples:
         notes.append(f"{_listed(found.without_samples)} are left out: they do not have a number for each sample")
     if found.mixed:
         notes.append(f"in {_listed(found.mixed)} a sample's numbers depend on chance or on other samples of its batch")
-    for note in notes:
-        rank_zero_info(f"Activation patterns: {note}")
+    return notes
 
 
 def _listed(names: Sequence[str], most: int = 10) -> str:

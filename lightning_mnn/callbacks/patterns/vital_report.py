@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from pytorch_lightning.utilities import rank_zero_warn
 
 from lightning_mnn.callbacks.patterns.vital_signs import VitalProbe, VitalSettings, VitalSigns
-from lightning_mnn.findings import Finding
+from lightning_mnn.findings import Fact, Finding
 from lightning_mnn.landscape.kinks.tracing import PatternError
 from lightning_mnn.landscape.vitals.out_of_ordinary import pattern_findings
 
@@ -155,18 +156,23 @@ class VitalReport:
         }
         return values if replicated else {key: value[0] for key, value in values.items()}
 
-    def lines(self) -> list[str]:
-        """What was found, and what could not be, as sentences; with replicas, of each one of them."""
+    def facts(self) -> list[Fact]:
+        """What was found; with replicas, of each one of them."""
         several = len(self.findings) > 1
         layers = "1 layer" if self._layers == 1 else f"{self._layers} layers"
-        lines = []
+        facts = []
         for r, findings in enumerate(self.findings):
-            found = [str(self.freezes[r])] if r < len(self.freezes) else []
-            found += [str(finding) for finding in findings]
+            found = [Fact("freeze", str(self.freezes[r]))] if r < len(self.freezes) else []
+            found += [Fact.of(finding) for finding in findings]
             if not findings:
-                found.append(f"nothing out of the ordinary in {layers}")
-            lines += [f"(replica {r}) {line}" if several else line for line in found]
-        return [*lines, *(f"{name} is not known: {reason}" for name, reason in self.missing.items())]
+                found.append(Fact("nothing_unusual", f"nothing out of the ordinary in {layers}"))
+            facts += [replace(fact, text=f"(replica {r}) {fact.text}") if several else fact for fact in found]
+        return facts
+
+    def lines(self) -> list[str]:
+        """What was found, and what could not be, as sentences."""
+        unknown = [f"{name} is not known: {reason}" for name, reason in self.missing.items()]
+        return [*(fact.text for fact in self.facts()), *unknown]
 
 
 def _of(values: Tensor, replica: int) -> float:

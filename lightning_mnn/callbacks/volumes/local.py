@@ -20,6 +20,7 @@ from lightning_mnn.callbacks.evaluation.module_network import NetworkModule
 from lightning_mnn.callbacks.evaluation.snapshots import weights_of
 from lightning_mnn.callbacks.volumes.cones import NOT_MEASURED, ConePlan, OverBudgetError
 from lightning_mnn.callbacks.volumes.probe import ProbePasses, are_plain, probe_parts
+from lightning_mnn.findings import Fact, Unknown, UnknownCode
 from lightning_mnn.landscape.perturbation import finest_sigma
 from lightning_mnn.landscape.volumes.random_moves import ALL_LAYERS, SIGMAS, LocalVolume, count_kept
 from lightning_mnn.loggers.media import log_image, log_scalars, shows_images
@@ -74,6 +75,33 @@ class Found:
                 "log_volume_reason": self.cones_reason,
             },
         }
+
+    def facts(self) -> list[Fact]:
+        """What was found, as sentences."""
+        half = None if self.volume is None else self.volume.total.half_sigma
+        facts = []
+        if self.volume is not None and half is not None:
+            low, high = self.volume.total.half_sigma_low, self.volume.total.half_sigma_high
+            sides = "" if low is None or high is None else f" (95 %: {low:.2g} to {high:.2g})"
+            text = (
+                f"a random move of all weights by {half:.2g} of their size{sides} keeps every pattern of the probe in "
+                "half of the cases"
+            )
+            facts.append(Fact("local_volume", text, value=half))
+        if self.cones is not None:
+            text = (
+                f"the cones of {self.first_layer} have a log-volume of {self.cones.value:.4g} ± "
+                f"{self.cones.standard_error:.2g} nats"
+            )
+            facts.append(Fact("log_volume", text, layer=self.first_layer, value=float(self.cones.value)))
+        return facts
+
+    def unknowns(self) -> list[Unknown]:
+        """What could not be measured, and why."""
+        part = "the local volume" if self.volume is None else "a part of the local volume"
+        reasons = {part: self.reason, "the cones of the first layer": self.cones_reason}
+        code = UnknownCode.NOT_MEASURED
+        return [Unknown(what, code, reason) for what, reason in reasons.items() if reason is not None]
 
     def scalars(self) -> dict[str, Tensor | float | None]:
         """The values to log."""

@@ -88,8 +88,8 @@ def write_page(page: Page, path: Path) -> Path:
 
 def html_of(page: Page) -> str:
     """The whole page. All texts are escaped, and a policy in it forbids everything but its own script and style."""
-    script = _part("report.js")
-    style = _part("report.css") + "".join(f"td .{end.key} {{ background: {look_of(end).color}; }}\n" for end in ENDS)
+    script = part("report.js")
+    style = part("report.css") + "".join(f"td .{end.key} {{ background: {look_of(end).color}; }}\n" for end in ENDS)
     ends = [end for end in ENDS if not end.ahead or end in page.classes]
     names = {end.key: {"name": look_of(end).name, "color": look_of(end).color} for end in ends}
     rows = {"classes": [None if one is None else one.key for one in page.classes], "jobs": list(page.jobs)}
@@ -99,19 +99,19 @@ def html_of(page: Page) -> str:
         "policy": f"default-src 'none'; style-src 'unsafe-inline'; script-src '{_digest(script)}'; img-src data:",
         "reload": "" if page.reload is None else _reload(page.reload),
         "style": style,
-        "facts": _pairs(page.facts),
-        "swept": _pairs(page.swept) or "<p>Nothing was swept.</p>",
+        "facts": pairs(page.facts),
+        "swept": pairs(page.swept) or "<p>Nothing was swept.</p>",
         "resume": _resume(page.resume),
         "problems": _problems(page.problems),
         "table": _table(page),
         "notes": "".join(f"<p>{escape(note)}</p>" for note in page.notes),
-        "common": f'<section id="common"><h2>The same in all results</h2>{_pairs(page.common)}</section>'
+        "common": f'<section id="common"><h2>The same in all results</h2>{pairs(page.common)}</section>'
         if page.common
         else "",
         "data": script_json(data),
         "script": script,
     }
-    return _PLACE.sub(lambda place: parts[place[1]], _part("report.html"))
+    return filled("report.html", parts)
 
 
 def script_json(content: Any) -> str:
@@ -126,7 +126,13 @@ def script_json(content: Any) -> str:
     return text
 
 
-def _part(name: str) -> str:
+def filled(name: str, parts: Mapping[str, str]) -> str:
+    """A page: a file of this folder with its places filled."""
+    return _PLACE.sub(lambda place: parts[place[1]], part(name))
+
+
+def part(name: str) -> str:
+    """The text of a file of this folder."""
     return files(_FOLDER).joinpath(name).read_text(encoding="utf-8")
 
 
@@ -139,10 +145,11 @@ def _reload(seconds: int) -> str:
     return f'<noscript><meta http-equiv="refresh" content="{seconds}"></noscript>'
 
 
-def _pairs(pairs: Sequence[tuple[str, str]]) -> str:
-    if not pairs:
+def pairs(named: Sequence[tuple[str, str]]) -> str:
+    """Names and texts, side by side."""
+    if not named:
         return ""
-    return f"<dl>{''.join(f'<div><dt>{escape(a)}</dt><dd>{escape(b)}</dd></div>' for a, b in pairs)}</dl>"
+    return f"<dl>{''.join(f'<div><dt>{escape(a)}</dt><dd>{escape(b)}</dd></div>' for a, b in named)}</dl>"
 
 
 def _resume(commands: Sequence[str]) -> str:

@@ -145,7 +145,7 @@ def _colours(found: LandscapeSlice) -> tuple[Array, LogNorm, str]:
     finite = losses[np.isfinite(losses)]
     lowest, highest = float(finite.min()), float(finite.max())
     shown, name = losses, "loss"
-    if lowest > 0 and highest < 20 * lowest:
+    if lowest < 0 or (lowest > 0 and highest < 20 * lowest):
         lowest = min(lowest, found.center_loss)
         shown, name = losses - lowest, f"loss − {lowest:.6g}"
     largest = float(np.nanmax(shown[np.isfinite(shown)])) or 1.0

@@ -1,0 +1,1 @@
+"""The loss of a module on slices of its weight space."""
