@@ -97,8 +97,10 @@ class ActivationPatternRecorder(ScheduledCallback):
         strict: if true, an error in the callback ends the run; otherwise it warns once, and training goes on without
             the callback.
         tier: "light": at most 1 % of training's time, of 256 samples, dead units only; "standard": at most 5 %, all
-            vital signs, of fewer samples; "full": everything, without a limit. A scheduled time beyond the limit is
-            left out, by the clock, so two runs may record different steps.
+            vital signs, of fewer samples; "full": everything, without a limit. What does not fit, by the clock, is left
+            out, at the start and the end, too, so two runs may record different steps.
+        end_seconds: time limit of the work at the end of training; None: what the tier leaves, and with "full" 30 s or
+            5 % of training's time, whichever is more; ``math.inf``: no limit.
 
     Attributes:
         store: the store of the snapshots; None before training, on processes other than the first, in a fast_dev_run,
@@ -130,9 +132,11 @@ class ActivationPatternRecorder(ScheduledCallback):
         forward_fn: ModelFunction | None = None,
         strict: bool = False,
         tier: str = "full",
+        end_seconds: float | None = None,
     ) -> None:
         unit = "epoch" if tier == CostTier.FULL else "step"
-        super().__init__(schedule or Schedule(growth=2.0, unit=unit), strict=strict, tier=tier)
+        schedule = schedule or Schedule(growth=2.0, unit=unit)
+        super().__init__(schedule, strict=strict, tier=tier, end_seconds=end_seconds)
         self.probe = checked_probe(_LIGHT_PROBE if probe is None and self.tier is CostTier.LIGHT else probe)
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.seed = seed_number("seed", seed)
@@ -260,7 +264,7 @@ class ActivationPatternRecorder(ScheduledCallback):
         folder = self._folder(trainer)
         self._vitals.take_freezes(on_first_process(trainer, lambda: self._history.freeze(read)))
         log_scalars(trainer, self._vitals.freeze_scalars())
-        for line in [*self._vitals.lines(), *([] if self.cost.share is None else [f"recording {self.cost}"])]:
+        for line in self._vitals.lines():
             rank_zero_info(f"ActivationPatternRecorder: {line}")
 
     def _name_stored(self, step: int, layers: list[str], digest: str | list[str]) -> None:
@@ -292,7 +296,8 @@ class ActivationPatternRecorder(ScheduledCallback):
         )
         found: dict[str, Any] = {"regions_visited": (visited if replicated else visited[0]) if visited else None}
         found |= self._vitals.summary(replicated=replicated)
-        return found if self.failure is None else {**found, "patterns_reason": self.failure}
+        missing = self.failure or (self.over_time and f"none at the end: {self.over_time}")
+        return found if missing is None else {**found, "patterns_reason": missing}
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -64,6 +64,10 @@ class AngularVolumeMonitor(ScheduledCallback):
             :class:`~lightning_mnn.callbacks.LocalVolumeSettings`. If it has ``modules``, ``forward_fn`` or a batch as
             ``probe``, the local volume is measured, also of an ``nn.Sequential`` with one hidden layer.
         seed: seed of the random numbers.
+        tier: "light": at most 1 % of training's time, "standard": at most 5 %, "full": no limit. What does not fit, by
+            the clock, is left out, so two runs may measure at different steps.
+        end_seconds: time limit of the work at the end of training; None: what the tier leaves, and with "full" 30 s or
+            5 % of training's time, whichever is more; ``math.inf``: no limit.
         strict: if true, an error in the callback ends the run; otherwise it warns once, and training goes on without
             the callback.
 
@@ -100,9 +104,11 @@ class AngularVolumeMonitor(ScheduledCallback):
         cones: ConeSettings | None = None,
         local_volume: LocalVolumeSettings | None = None,
         seed: int = 0,
+        tier: str = "full",
+        end_seconds: float | None = None,
         strict: bool = False,
     ) -> None:
-        super().__init__(schedule or Schedule(every=100), strict=strict)
+        super().__init__(schedule or Schedule(every=100), strict=strict, tier=tier, end_seconds=end_seconds)
         if measure is not None and (isinstance(measure, str) or not set(measure) <= set(MOMENTS)):
             problem = f"must contain any of {', '.join(MOMENTS)}"
             raise ArgumentError("measure", measure, problem, "give a list of them, as [end]")
@@ -114,6 +120,7 @@ class AngularVolumeMonitor(ScheduledCallback):
         self.seed = seed_number("seed", seed)
         self._monitor: RegionMonitor | LocalVolumeMonitor = self._region_monitor()
         self._epochs_measured = 0  # epochs before the last measurement
+        self._bounded = False  # whether the bound is that of the present weights
         self._measured = False  # whether the volume was measured at the present weights, or this was tried
         self._unlogged: dict[str, Tensor | float | None] = {}  # values for these weights
         self._logged_step: int | None = None  # the last step that was logged
@@ -218,6 +225,11 @@ class AngularVolumeMonitor(ScheduledCallback):
             self._monitor.report()
 
     @override
+    def run_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._measured:
+            self._monitor.run_out(f"not measured: {self.over_time}", bounded=self._bounded)
+
+    @override
     def summary(self) -> dict[str, Any]:
         if (received := self.received()) is not None:
             return received
@@ -259,7 +271,9 @@ class AngularVolumeMonitor(ScheduledCallback):
 
     def _update(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Drop what was found at other weights; after a resume, find it again without logging it again."""
+        self._bounded = False
         scalars = self._monitor.update(trainer, pl_module)
+        self._bounded = True
         if scalars is None:
             return
         self._measured, self._unlogged = False, scalars

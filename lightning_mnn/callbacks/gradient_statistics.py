@@ -182,8 +182,6 @@ class GradientStatistics(ScheduledCallback):
             ]
         if self.noise_scale and self._noise.reason is not None:
             lines.append(f"noise_scale is not known: {self._noise.reason}")
-        if self.cost.share is not None:
-            lines.append(f"measuring {self.cost}")
         for line in lines:
             rank_zero_info(f"GradientStatistics: {line}")
 

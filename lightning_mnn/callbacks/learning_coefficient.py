@@ -15,12 +15,15 @@ from typing_extensions import override
 from lightning_mnn.callbacks.evaluation.module_network import NetworkModule
 from lightning_mnn.callbacks.schedule import Schedule
 from lightning_mnn.callbacks.scheduled import ScheduledCallback
+from lightning_mnn.callbacks.trainer.cost import CostTier
 from lightning_mnn.callbacks.volumes.chains import loss_at_points
 from lightning_mnn.data.loaders.shards import num_samples
 from lightning_mnn.landscape.curvature.sampled_coefficient import SampledCoefficient, estimate_learning_coefficient
 from lightning_mnn.loggers.media import log_image, log_scalars, shows_images
 from lightning_mnn.utilities.distributed import gather
+from lightning_mnn.utilities.interruption import seconds_left
 from lightning_mnn.utilities.validation import MisfitError, positive_integer, real_number, seed_number, truth_value
+from lightning_mnn.verdicts import ReasonCode
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -56,6 +59,8 @@ class LearningCoefficient(ScheduledCallback):
         chains: number of chains.
         budget: largest number of gradients, of all chains together. Half of the moves are burn-in.
         max_seconds: time limit, by which fewer moves are made than the budget allows.
+        tier: "light": at most 1 % of training's time, "standard": at most 5 %, "full": no limit but ``max_seconds``. In
+            less time there are fewer moves, or there is no estimate.
         adjusted: whether Metropolis' rule is used; False: SGLD.
         loss_fn: ``loss_fn(module, batch)``; None: the module's ``training_step``.
         seed: seed of the chains.
@@ -85,12 +90,14 @@ class LearningCoefficient(ScheduledCallback):
         chains: int = 16,
         budget: int = 50_000,
         max_seconds: float = 600.0,
+        tier: str = "full",
         adjusted: bool = True,
         loss_fn: ModelFunction | None = None,
         seed: int = 0,
         strict: bool = False,
     ) -> None:
-        super().__init__(schedule or Schedule(every=sys.maxsize), strict=strict)
+        end_seconds = math.inf if tier == CostTier.FULL else None
+        super().__init__(schedule or Schedule(every=sys.maxsize), strict=strict, tier=tier, end_seconds=end_seconds)
         if inverse_temperature is not None:
             real_number("inverse_temperature", inverse_temperature, above=0)
         self.inverse_temperature = inverse_temperature
@@ -143,6 +150,10 @@ class LearningCoefficient(ScheduledCallback):
         self._log_traces(trainer, pl_module)
 
     @override
+    def run_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.found = None
+
+    @override
     def recall(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         beta, began = self.inverse_temperature, time.monotonic()
         count = num_samples(trainer.train_dataloader) if beta is None else None
@@ -184,7 +195,8 @@ class LearningCoefficient(ScheduledCallback):
 
     def _moves(self, seconds: float, size: int) -> int:
         """Moves after burn-in within the budget and the time limit, if all chains' gradients take some seconds."""
-        passes = min(self.budget / self.chains, self.max_seconds / max(seconds, 1e-9))
+        limit = max(0.0, min(self.max_seconds, *gather(seconds_left())))
+        passes = min(self.budget / self.chains, limit / max(seconds, 1e-9))
         passes -= 4 + 2 * min(size, 256) / self.chains  # at the start: the curvature, and the first points
         # A move of SGLD has one gradient, and up to four runs with burn-in of 1, 1, 2 and 4 parts; of the other chains
         # a move has one more than its leapfrog steps.
@@ -199,6 +211,8 @@ class LearningCoefficient(ScheduledCallback):
         return {
             "sampled_learning_coefficient": found and found.value,
             "sampled_learning_coefficient_standard_error": found and found.standard_error,
-            "sampled_learning_coefficient_reason": self.failure or (found and found.reason),
-            "sampled_learning_coefficient_reason_code": found and str(found.reason_code),
+            "sampled_learning_coefficient_reason": self.failure or self.over_time or (found and found.reason),
+            "sampled_learning_coefficient_reason_code": str(ReasonCode.TIME_LIMIT)
+            if self.over_time
+            else found and str(found.reason_code),
         }

@@ -19,16 +19,24 @@ from lightning_mnn.callbacks.evaluation.snapshots import weights_of
 from lightning_mnn.callbacks.evaluation.training_set import forget_statistics
 from lightning_mnn.callbacks.trainer.cost import CostTier, TimeShare
 from lightning_mnn.callbacks.trainer.last_checkpoint import LastCheckpoint
+from lightning_mnn.callbacks.trainer.long_pass import duration, end_of_training
 from lightning_mnn.utilities.compat.lightning_internals import trains_in_children
 from lightning_mnn.utilities.distributed import on_first_process, share_errors
 from lightning_mnn.utilities.errors import DivergenceError
 from lightning_mnn.utilities.files import read_json, write_json
-from lightning_mnn.utilities.interruption import Interrupted, stop_at_this_step, stopping
+from lightning_mnn.utilities.interruption import (
+    Interrupted,
+    TimeLimitError,
+    stop_at_this_step,
+    stopping,
+    time_limit,
+)
 from lightning_mnn.utilities.transfer import fetched
 from lightning_mnn.utilities.validation import (
     ArgumentError,
     MisfitError,
     one_of,
+    real_number,
     truth_value,
 )
 
@@ -78,11 +86,15 @@ class ScheduledCallback(pl.Callback, OtherCallback):
     Args:
         schedule: when to act between the start and the end.
         strict: if true, an error ends the run.
-        tier: which share of training's time the actions may take; at scheduled times beyond it there is none.
+        tier: which share of training's time the actions may take, those at the start and the end included. An action
+            that does not fit is left out, or stopped; the preparation before the first step is always done.
+        end_seconds: time limit of the work at the end of training; None: what is left of the tier's share, and with
+            "full" 30 s or 5 % of training's time, whichever is more; ``math.inf``: no limit.
 
     Attributes:
         cost: the time of the actions.
         completed_epochs: number of epochs that are done when the callback acts.
+        over_time: what stopped the work at the end before it was done, in words; None: nothing did.
         failure: the error after which the callback does nothing more; None: there was none.
     """
 
@@ -90,12 +102,19 @@ class ScheduledCallback(pl.Callback, OtherCallback):
     remedy = ""  # what may prevent a failure
     ends_diverged = True  # whether a DivergenceError in the callback ends training
 
-    def __init__(self, schedule: Schedule, *, strict: bool = False, tier: str = "full") -> None:
+    def __init__(
+        self, schedule: Schedule, *, strict: bool = False, tier: str = "full", end_seconds: float | None = None
+    ) -> None:
         self.schedule = schedule
         self.tier = CostTier(one_of("tier", str(tier), map(str, CostTier)))
+        unlimited = end_seconds in (None, math.inf)
+        self.end_seconds = end_seconds if unlimited else real_number("end_seconds", end_seconds, at_least=0)
         self.cost = TimeShare(self.tier.share)
         self.strict = truth_value("strict", strict)
         self.failure: str | None = None
+        self.over_time: str | None = None
+        self._ending = False  # whether the work at the end of training is being done
+        self._seconds_at_end = math.inf  # its limit
         self._weights: list[Tensor] | None = None  # digests of the weights when it acted last
         self._last_fit: dict[str, Any] | None = None  # attributes after the last fit, until this one begins
         self._result_file = Path(gettempdir(), f"lightning-mnn-{token_hex(8)}.json")  # from a child that trained
@@ -130,8 +149,8 @@ class ScheduledCallback(pl.Callback, OtherCallback):
 
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Act for the first time, after :meth:`prepare`; in a resumed run, if an action was interrupted."""
-        if self._last_step is None or self._pending:
-            self._act_once(trainer, pl_module)
+        if (self._last_step is None or self._pending) and (self._ending or self._affordable(trainer)):
+            self._act_in_time(trainer, pl_module)
 
     @abstractmethod
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -154,6 +173,9 @@ class ScheduledCallback(pl.Callback, OtherCallback):
         Called in a resumed run, and if another callback has changed the weights since.
         """
 
+    def run_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Record that the work at the end was stopped: results at other weights are not those of the end."""
+
     def summary(self) -> dict[str, Any]:
         """The callback's results, as plain values for ``summary.json``; per-network values are lists over replicas."""
         return {}
@@ -163,7 +185,7 @@ class ScheduledCallback(pl.Callback, OtherCallback):
         if stage == "fit":
             self._last_fit = self.__getstate__()
             self._last_step, self._acted, self._waits, self._pending = None, False, False, False
-            self.failure, self._weights, self._received = None, None, None
+            self.failure, self._weights, self._received, self.over_time = None, None, None, None
             _add_final_check(trainer)
             forget_statistics(pl_module)
 
@@ -195,9 +217,11 @@ class ScheduledCallback(pl.Callback, OtherCallback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.observe(lambda: self.finish(trainer, pl_module))
+        self.observe(lambda: self._finish_in_time(trainer, pl_module))
         if self.failure is not None:
             rank_zero_info(f"{type(self).__name__}: {self.missing}, because of {self.failure}")
+        elif self.cost.share is not None:
+            rank_zero_info(f"{type(self).__name__}: it {self.cost}")
         self._weights = weights_of(pl_module)
         if trainer.is_global_zero and trains_in_children(trainer):
             write_json(self._result_file, self.summary())
@@ -285,10 +309,48 @@ class ScheduledCallback(pl.Callback, OtherCallback):
             with self.cost.measured(pl_module.device):
                 self.act(trainer, pl_module)
                 self._weights = weights_of(pl_module)
-        except Interrupted:
+        except (Interrupted, TimeLimitError):
             self._last_step = before
             raise
         self._acted, self._pending = True, False
+
+    def _act_in_time(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Act within what is left of the share; what takes longer is left out. At the end that is for the caller."""
+        if self._ending or self.cost.share is None:
+            self._act_once(trainer, pl_module)
+            return
+        try:
+            with time_limit(on_first_process(trainer, self.cost.seconds_now)):
+                self._act_once(trainer, pl_module)
+        except TimeLimitError:
+            self.cost.stopped()
+
+    def _finish_in_time(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Finish within the time for the end of training."""
+        self._ending, self.over_time = True, None
+        seconds = on_first_process(trainer, self.cost.seconds_at_end) if self.end_seconds is None else self.end_seconds
+        self._seconds_at_end = seconds
+        what = f"{type(self).__name__} at the end of training"
+        try:
+            with (
+                self.cost.measured(pl_module.device, repeats=False),
+                end_of_training(trainer, what, seconds),
+                time_limit(seconds),
+            ):
+                self.finish(trainer, pl_module)
+        except TimeLimitError:
+            self.over_time = self.over_time or self._over_end(seconds)
+            self.run_out(trainer, pl_module)
+            rank_zero_info(f"{type(self).__name__}: {self.over_time}")
+        finally:
+            self._ending = False
+
+    def _over_end(self, seconds: float) -> str:
+        """Why the work at the end was stopped, and what gives it more time."""
+        if self.end_seconds is None and self.cost.share is not None:
+            limit = f"{seconds:.2g} s, the rest of {100 * self.cost.share:g} % of training's time (tier={self.tier})"
+            return f"the end of training has {limit}: use tier=full, or end_seconds=, for more"
+        return f"the end of training has {duration(seconds)}: use end_seconds=, for more"
 
     def _affordable(self, trainer: pl.Trainer) -> bool:
         """Whether there is time for an action, by the clock of the first process."""
@@ -298,7 +360,7 @@ class ScheduledCallback(pl.Callback, OtherCallback):
         """Act at a step from which the run can be resumed; if interrupted, leave the action to the resumed run."""
         if self.failure is not None or not self._affordable(trainer):
             return
-        act = lambda: self._act_once(trainer, pl_module)  # noqa: E731
+        act = lambda: self._act_in_time(trainer, pl_module)  # noqa: E731
         done = or_stop_here(trainer, lambda: self.observe(act))
         self._pending = not done and self.failure is None and trainer.global_step != self._last_step
 

@@ -27,7 +27,7 @@ SUMMARY = {
     "regions_visited", "freeze_step", "weights_freeze_step", "findings", "epochs",
     "steps", "seconds", "num_samples", "input_dim", "hidden_dims", "negative_slope", "replicas", "seed", "processes",
     "visits", "reason_code", "advice", "descends_to", "descends_to_mse", "descends_to_distance",
-    "descends_to_zero_error",
+    "descends_to_zero_error", "out_of_time",
 }  # fmt: skip
 FOLDER = {"summary.json", "metrics.csv", "figure.png", "patterns.zarr", "checkpoints", ".hydra", "wandb"}
 SMALL = ("data.num_samples=20", "data.input_dim=6", "model.hidden_dims=[8]", "trainer.accelerator=cpu")
