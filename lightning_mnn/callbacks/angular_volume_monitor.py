@@ -13,6 +13,7 @@ from lightning_mnn.callbacks.volumes.cones import ConeSettings
 from lightning_mnn.callbacks.volumes.local import Found, LocalVolumeMonitor
 from lightning_mnn.callbacks.volumes.probe import LocalVolumeSettings
 from lightning_mnn.callbacks.volumes.region import RegionMonitor, has_cones, reason_no_cones, theorems
+from lightning_mnn.landscape.volumes.random_moves import SIGMAS
 from lightning_mnn.loggers.media import log_scalars
 from lightning_mnn.utilities.settings import accepts_fields_of, settings_or_defaults
 from lightning_mnn.utilities.transfer import plain
@@ -56,7 +57,7 @@ class AngularVolumeMonitor(ScheduledCallback):
             of the run has certified every replica, whether or not it stops training) and "end". None: for one network,
             at the end, and at every check if ``measure_every`` is not given and the cost is within
             ``cones.check_share`` of the training since; volumes of replicas would cost many times the training of such
-            small networks.
+            small networks. With a tier other than "full" there is no volume of the start, and "certificate" is the end.
         measure_every: also measure it at every k-th check.
         cones: precision and budget of the measures of cones; None: the defaults of
             :class:`~lightning_mnn.callbacks.ConeSettings`.
@@ -120,7 +121,7 @@ class AngularVolumeMonitor(ScheduledCallback):
         self.seed = seed_number("seed", seed)
         self._monitor: RegionMonitor | LocalVolumeMonitor = self._region_monitor()
         self._epochs_measured = 0  # epochs before the last measurement
-        self._bounded = False  # whether the bound is that of the present weights
+        self._bounded: int | None = None  # the step after whose weights the bound is known
         self._measured = False  # whether the volume was measured at the present weights, or this was tried
         self._unlogged: dict[str, Tensor | float | None] = {}  # values for these weights
         self._logged_step: int | None = None  # the last step that was logged
@@ -176,6 +177,14 @@ class AngularVolumeMonitor(ScheduledCallback):
             monitor.prepare(trainer, pl_module)
 
     @override
+    def least_seconds(self, trainer: pl.Trainer) -> float:
+        """Those of the moves of a local volume at the end, each a pass forwards over the probe."""
+        probe, sigmas = self.local_volume.probe, self.local_volume.sigmas or SIGMAS
+        if not self._ending or has_cones(trainer.lightning_module) or not isinstance(probe, int) or self.measure == ():
+            return 0.0
+        return self._seconds_of_samples(trainer, probe * self.local_volume.num_draws * len(sigmas)) / 3
+
+    @override
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._update(trainer, pl_module)
         if self.measure is None and self.measure_every is None:
@@ -226,8 +235,9 @@ class AngularVolumeMonitor(ScheduledCallback):
 
     @override
     def run_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self._measured:
-            self._monitor.run_out(f"not measured: {self.over_time}", bounded=self._bounded)
+        bounded = self._bounded == trainer.global_step
+        if not (bounded and self._measured):
+            self._monitor.run_out(f"not measured: {self.over_time}", bounded=bounded)
 
     @override
     def summary(self) -> dict[str, Any]:
@@ -271,9 +281,9 @@ class AngularVolumeMonitor(ScheduledCallback):
 
     def _update(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Drop what was found at other weights; after a resume, find it again without logging it again."""
-        self._bounded = False
+        self._bounded = None
         scalars = self._monitor.update(trainer, pl_module)
-        self._bounded = True
+        self._bounded = trainer.global_step
         if scalars is None:
             return
         self._measured, self._unlogged = False, scalars
@@ -295,7 +305,7 @@ class AngularVolumeMonitor(ScheduledCallback):
 
     def _measure_if_certified(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure at a step from which the run can be resumed."""
-        if self._awaits_certificate(trainer):
+        if self.cost.share is None and self._awaits_certificate(trainer):  # else there may be no time for it
             measure = lambda: self._measure_at_certificate(trainer, pl_module)  # noqa: E731
             or_stop_here(trainer, lambda: self.observe(measure))
 

@@ -76,6 +76,8 @@ class GradientStatistics(ScheduledCallback):
 
     missing = "gradients are not measured"
 
+    acts_at_start = False
+
     def __init__(
         self,
         schedule: Schedule | None = None,

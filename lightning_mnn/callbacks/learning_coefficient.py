@@ -79,6 +79,7 @@ class LearningCoefficient(ScheduledCallback):
     """
 
     missing = "no learning coefficient is estimated"
+    acts_at_start = False
     remedy = "loss_fn(module, batch), if the module's training_step cannot be evaluated by itself"
 
     def __init__(

@@ -12,6 +12,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_mnn.advice import ADVICE
+from lightning_mnn.callbacks.evaluation.module_network import states_network
 from lightning_mnn.callbacks.evaluation.run_module import LossNotEvaluableError
 from lightning_mnn.callbacks.evidence.certificate import CertificateTier, NotSquaredErrorError
 from lightning_mnn.callbacks.evidence.choose_tier import (
@@ -22,12 +23,14 @@ from lightning_mnn.callbacks.evidence.choose_tier import (
 )
 from lightning_mnn.callbacks.evidence.errors_on_test_set import errors_on_test_set
 from lightning_mnn.callbacks.evidence.first_order import FirstOrderTier
+from lightning_mnn.callbacks.evidence.gradient_norms import GradientNorms
 from lightning_mnn.callbacks.evidence.model_tier import ModelTier
 from lightning_mnn.callbacks.evidence.models.reading import NotModelLossError
 from lightning_mnn.callbacks.evidence.second_order import SecondOrderTier
 from lightning_mnn.callbacks.evidence.tiers import Evidence, Finding
 from lightning_mnn.callbacks.schedule import Schedule
 from lightning_mnn.callbacks.scheduled import ScheduledCallback
+from lightning_mnn.callbacks.trainer.cost import CostTier
 from lightning_mnn.callbacks.trainer.long_pass import long_pass
 from lightning_mnn.landscape.curvature.loss_surface import NoDerivativeError
 from lightning_mnn.loggers.media import log_scalars
@@ -113,7 +116,7 @@ class LocalMinimumDetector(ScheduledCallback):
         tier: "light": at most 1 % of training's time, "standard": at most 5 %, "full": no limit. What does not fit, by
             the clock, is left out, so two runs may check, and stop, at different steps.
         end_seconds: time limit of the work at the end of training; None: what the tier leaves, and with "full" 30 s or
-            5 % of training's time, whichever is more; ``math.inf``: no limit.
+            5 % of training's time, whichever is more, unless ``max_seconds`` is given; ``math.inf``: no limit.
         strict: if true, an error in the callback ends the run; otherwise it warns once, and training goes on without
             the callback.
 
@@ -157,6 +160,8 @@ class LocalMinimumDetector(ScheduledCallback):
         end_seconds: float | None = None,
         strict: bool = False,
     ) -> None:
+        if max_seconds is not None and end_seconds is None and tier == CostTier.FULL:
+            end_seconds = math.inf
         super().__init__(schedule or Schedule(every=100), strict=strict, tier=tier, end_seconds=end_seconds)
         self.patience = positive_integer("patience", patience)
         self.stop_training = truth_value("stop_training", stop_training)
@@ -178,6 +183,7 @@ class LocalMinimumDetector(ScheduledCallback):
         self._certified = False  # whether the last check included the expensive one
         self._test_errors: dict[str, Tensor] = {}  # of a network's data module with a test set
         self._spent = (-1, 0.0)  # step of the last check, and the seconds that it took
+        self._early = GradientNorms()  # before there was time to choose the tier: the first, and those before checks
 
     @property
     def verdicts(self) -> list[FirstOrderVerdict]:
@@ -203,7 +209,15 @@ class LocalMinimumDetector(ScheduledCallback):
         if stage == "fit":
             self._tier, self._saved, self._passed, self.converged = None, {}, 0, False
             self._certified, self._attempted, self._spent, self._test_errors = False, 0, (-1, 0.0), {}
-            self.out_of_time = None
+            self.out_of_time, self._early = None, GradientNorms()
+
+    @override
+    def least_seconds(self, trainer: pl.Trainer) -> float:
+        """Those of an epoch, since a check needs the gradient of the whole training set."""
+        known = self._tier is not None and not isinstance(self._tier, SecondOrderTier)
+        if known or states_network(trainer.lightning_module):
+            return 0.0
+        return self._epoch_seconds
 
     @override
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -213,13 +227,18 @@ class LocalMinimumDetector(ScheduledCallback):
                     trainer, pl_module, self._saved, polish=self.polish, last_attempt=self._waits
                 )
         except TimeLimitError:
-            self._tier = self._tiers.tier_without_data(self._tier, self._over_max_seconds)
+            self._tier = self._without_data(self._no_time_for(Part.CHECK, self._tier))
+        if isinstance(self._tier, SecondOrderTier) and self.cost.share is not None:
+            self._early.load(self._tier.norms.state())
+            self._tier.norms = self._early
 
     @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         tier = self._tier
+        if self._deferred and (self._may_act_next(trainer) or not self._early.knows(trainer, optimizer)):
+            self.observe(lambda: self._early.record(trainer, optimizer))
         if isinstance(tier, SecondOrderTier):
             tier.norms.record(trainer, optimizer)
         if isinstance(tier, FirstOrderTier) and (self._may_act_next(trainer) or not tier.knows(trainer, optimizer)):
@@ -263,6 +282,14 @@ class LocalMinimumDetector(ScheduledCallback):
         for replica, found in enumerate(findings):
             name = f" (replica {replica})" if len(findings) > 1 else ""
             rank_zero_info(f"LocalMinimumDetector{name}: {found.kind}: {found.reason}")
+
+    @override
+    def run_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Report the gradient of training's last step: there was no time for anything else."""
+        self.out_of_time = self.out_of_time or Part.CHECK
+        self._tier = self._without_data(self._tier)
+        self._tier.check(trainer, pl_module)
+        log_scalars(trainer, self._tier.scalars())
 
     @override
     def summary(self) -> dict[str, Any]:
@@ -313,8 +340,7 @@ class LocalMinimumDetector(ScheduledCallback):
             with self._limited(trainer), self._announced(trainer, "a check on the whole training set"):
                 return self._check_or_weaken(trainer, pl_module)
         except TimeLimitError:
-            tier = self._no_time_for(Part.CHECK, self._tier)
-            self._tier = self._tiers.tier_without_data(tier, self._over_time)
+            self._tier = self._without_data(self._no_time_for(Part.CHECK, self._tier))
             self._tier.check(trainer, pl_module)
             return self._tier
 
@@ -366,6 +392,13 @@ class LocalMinimumDetector(ScheduledCallback):
             except TimeLimitError:
                 self._no_time_for(Part.DESCENT, self._tier)
         return self._tier
+
+    def _without_data(self, before: Tier | None) -> Tier:
+        """The tier if there is no time to read the training set."""
+        tier = self._tiers.tier_without_data(before, self._over_time)
+        if before is None:
+            tier.load(self._early.ends() | {"reads": False})
+        return tier
 
     def _no_time_for(self, part: Part, otherwise: Answer) -> Answer:
         """Note a part that was stopped, and what to continue with.

@@ -20,6 +20,7 @@ from lightning_mnn.callbacks.evaluation.training_set import forget_statistics
 from lightning_mnn.callbacks.trainer.cost import CostTier, TimeShare
 from lightning_mnn.callbacks.trainer.last_checkpoint import LastCheckpoint
 from lightning_mnn.callbacks.trainer.long_pass import duration, end_of_training
+from lightning_mnn.data.loaders.shards import num_samples
 from lightning_mnn.utilities.compat.lightning_internals import trains_in_children
 from lightning_mnn.utilities.distributed import on_first_process, share_errors
 from lightning_mnn.utilities.errors import DivergenceError
@@ -27,6 +28,7 @@ from lightning_mnn.utilities.files import read_json, write_json
 from lightning_mnn.utilities.interruption import (
     Interrupted,
     TimeLimitError,
+    safe_point,
     stop_at_this_step,
     stopping,
     time_limit,
@@ -87,7 +89,7 @@ class ScheduledCallback(pl.Callback, OtherCallback):
         schedule: when to act between the start and the end.
         strict: if true, an error ends the run.
         tier: which share of training's time the actions may take, those at the start and the end included. An action
-            that does not fit is left out, or stopped; the preparation before the first step is always done.
+            that does not fit is left out, or stopped; the first one includes the preparation.
         end_seconds: time limit of the work at the end of training; None: what is left of the tier's share, and with
             "full" 30 s or 5 % of training's time, whichever is more; ``math.inf``: no limit.
 
@@ -101,6 +103,7 @@ class ScheduledCallback(pl.Callback, OtherCallback):
     missing = "nothing is reported"  # the warning's text for what is missing after a failure
     remedy = ""  # what may prevent a failure
     ends_diverged = True  # whether a DivergenceError in the callback ends training
+    acts_at_start = True  # whether there is an action before the first step
 
     def __init__(
         self, schedule: Schedule, *, strict: bool = False, tier: str = "full", end_seconds: float | None = None
@@ -124,6 +127,7 @@ class ScheduledCallback(pl.Callback, OtherCallback):
         self._acted = False  # whether this process has acted; a resumed run has a last step before that
         self._pending = False  # whether the action at the present step was interrupted
         self._waits = False  # whether it waits for the first batch, to prepare
+        self._deferred = False  # whether it waits for the time to prepare
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy needs: all but the functions of the module that Lightning sets, which refer to the module."""
@@ -149,8 +153,13 @@ class ScheduledCallback(pl.Callback, OtherCallback):
 
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Act for the first time, after :meth:`prepare`; in a resumed run, if an action was interrupted."""
-        if (self._last_step is None or self._pending) and (self._ending or self._affordable(trainer)):
-            self._act_in_time(trainer, pl_module)
+        if self._last_step is None or self._pending:
+            self._act_once(trainer, pl_module)
+
+    def least_seconds(self, trainer: pl.Trainer) -> float:
+        """Seconds that an action takes at least, from the time of training so far; to leave out what cannot fit."""
+        del trainer
+        return 0.0
 
     @abstractmethod
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -162,6 +171,7 @@ class ScheduledCallback(pl.Callback, OtherCallback):
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Act for the last time, at the end of training."""
         self._start_late(trainer, pl_module)  # there was no batch
+        self._prepare_deferred(trainer, pl_module)
         resumed = not self._acted  # if training had ended before
         if self._last_step == trainer.global_step and (resumed or not self._knows(pl_module)):
             self.recall(trainer, pl_module)
@@ -184,7 +194,7 @@ class ScheduledCallback(pl.Callback, OtherCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             self._last_fit = self.__getstate__()
-            self._last_step, self._acted, self._waits, self._pending = None, False, False, False
+            self._last_step, self._acted, self._waits, self._pending, self._deferred = None, False, False, False, False
             self.failure, self._weights, self._received, self.over_time = None, None, None, None
             _add_final_check(trainer)
             forget_statistics(pl_module)
@@ -274,7 +284,7 @@ class ScheduledCallback(pl.Callback, OtherCallback):
 
     def _give_up(self, error: Exception) -> None:
         reason = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
-        self.failure, self._waits, self._pending = reason, False, False
+        self.failure, self._waits, self._pending, self._deferred = reason, False, False, False
         remedy = f" What may help: {self.remedy}." if self.remedy else ""
         rank_zero_warn(
             f"{type(self).__name__} stops here, and training goes on: {self.missing}, because of {reason}.{remedy} "
@@ -282,6 +292,10 @@ class ScheduledCallback(pl.Callback, OtherCallback):
         )
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.cost.share is not None:  # a share of no time is none
+            self._deferred = True
+            self.cost.left_out += self.acts_at_start
+            return
         try:
             with self.cost.measured(pl_module.device, repeats=False):
                 share_errors(lambda: self.prepare(trainer, pl_module))
@@ -301,6 +315,20 @@ class ScheduledCallback(pl.Callback, OtherCallback):
             self._waits = False
             self.start(trainer, pl_module)
 
+    def _prepare_deferred(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prepare, and start, if there was no time for it at the start."""
+        if not self._deferred:
+            return
+        safe_point()
+        self._waits = True  # there is no later time for what fails
+        try:
+            with self.cost.measured(pl_module.device, repeats=False):
+                self.prepare(trainer, pl_module)
+        finally:
+            self._waits = False
+        self._deferred = False
+        self.start(trainer, pl_module)
+
     def _act_once(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step == self._last_step:
             return
@@ -309,26 +337,31 @@ class ScheduledCallback(pl.Callback, OtherCallback):
             with self.cost.measured(pl_module.device):
                 self.act(trainer, pl_module)
                 self._weights = weights_of(pl_module)
-        except (Interrupted, TimeLimitError):
+        except (Interrupted, TimeLimitError) as error:
             self._last_step = before
+            if isinstance(error, TimeLimitError):
+                self.cost.stopped()
             raise
         self._acted, self._pending = True, False
 
     def _act_in_time(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Act within what is left of the share; what takes longer is left out. At the end that is for the caller."""
-        if self._ending or self.cost.share is None:
+        """Act within what is left of the share; what takes longer is left out."""
+        if self.cost.share is None:
             self._act_once(trainer, pl_module)
             return
         try:
             with time_limit(on_first_process(trainer, self.cost.seconds_now)):
+                self._prepare_deferred(trainer, pl_module)
                 self._act_once(trainer, pl_module)
         except TimeLimitError:
-            self.cost.stopped()
+            pass
 
     def _finish_in_time(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finish within the time for the end of training."""
         self._ending, self.over_time = True, None
-        seconds = on_first_process(trainer, self.cost.seconds_at_end) if self.end_seconds is None else self.end_seconds
+        seconds = self.end_seconds
+        if seconds is None:
+            seconds = on_first_process(trainer, lambda: self.cost.seconds_at_end(self.least_seconds(trainer)))
         self._seconds_at_end = seconds
         what = f"{type(self).__name__} at the end of training"
         try:
@@ -337,6 +370,7 @@ class ScheduledCallback(pl.Callback, OtherCallback):
                 end_of_training(trainer, what, seconds),
                 time_limit(seconds),
             ):
+                self._check_time_for_action(trainer, seconds)
                 self.finish(trainer, pl_module)
         except TimeLimitError:
             self.over_time = self.over_time or self._over_end(seconds)
@@ -344,6 +378,16 @@ class ScheduledCallback(pl.Callback, OtherCallback):
             rank_zero_info(f"{type(self).__name__}: {self.over_time}")
         finally:
             self._ending = False
+
+    def _check_time_for_action(self, trainer: pl.Trainer, seconds: float) -> None:
+        """Begin nothing without time; of several processes none could stop it.
+
+        Raises:
+            TimeLimitError: there is none.
+        """
+        if seconds <= 0 and self._last_step != trainer.global_step:
+            self.cost.left_out += 1
+            raise TimeLimitError
 
     def _over_end(self, seconds: float) -> str:
         """Why the work at the end was stopped, and what gives it more time."""
@@ -354,7 +398,22 @@ class ScheduledCallback(pl.Callback, OtherCallback):
 
     def _affordable(self, trainer: pl.Trainer) -> bool:
         """Whether there is time for an action, by the clock of the first process."""
-        return self.cost.share is None or on_first_process(trainer, self.cost.affordable)
+        if self.cost.share is None:
+            return True
+        return on_first_process(trainer, lambda: self.cost.affordable(self.least_seconds(trainer)))
+
+    @property
+    def _epoch_seconds(self) -> float:
+        """Seconds that an epoch of training took, at least."""
+        return self.cost.training_seconds / max(1, self.completed_epochs)
+
+    def _seconds_of_samples(self, trainer: pl.Trainer, samples: float) -> float:
+        """Seconds that training took for so many samples, at least; 0 where their number is not known."""
+        try:
+            total = num_samples(trainer.train_dataloader)
+        except TypeError:
+            return 0.0
+        return samples / total * self._epoch_seconds
 
     def _act_or_postpone(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Act at a step from which the run can be resumed; if interrupted, leave the action to the resumed run."""

@@ -54,11 +54,13 @@ class Steps(pl.Callback):
 def fit(monkeypatch, tmp_path):
     """Fits a model with callbacks, where a step takes so many seconds by their clock and nothing else takes any."""
 
-    def fitted(callbacks, *, model="mlp", seconds=0.0):
+    def fitted(callbacks, *, model="mlp", seconds=0.0, epochs=2):
         clock = SimpleNamespace(now=0.0)
         monkeypatch.setattr(cost, "time", SimpleNamespace(monotonic=lambda: clock.now))
         module, loader = foreign_model(model)
-        trainer = foreign_trainer(callbacks=[*callbacks, Steps(clock, seconds)], default_root_dir=tmp_path)
+        trainer = foreign_trainer(
+            callbacks=[*callbacks, Steps(clock, seconds)], default_root_dir=tmp_path, max_epochs=epochs
+        )
         trainer.fit(module, loader)
         return module
 
@@ -95,16 +97,19 @@ def test_without_time_nothing_is_done_and_that_is_said(fit, tmp_path, monkeypatc
     estimate = coefficient.summary()
     assert why in estimate["sampled_learning_coefficient_reason"]
     assert estimate["sampled_learning_coefficient_reason_code"] == ReasonCode.TIME_LIMIT
-    assert sum("3 of 3 times were left out" in line for line in said) == 3  # at the start, and after each epoch
+    costs = [line for line in said if "(limit 1 %)" in line]  # at the start, after two epochs, and at the end
+    for line, times in zip(costs, (4, 4, 4, 1), strict=True):
+        assert f"{times} of {times} times were left out" in line
 
 
-def test_with_time_a_tier_finds_what_there_is_to_find(fit, tmp_path):
+def test_with_time_a_tier_finds_what_there_is_to_find(fit, tmp_path, monkeypatch):
     for name in ("detector", "monitor", "coefficient"):
         whole, limited = (MAKERS[name](tmp_path, tier=tier) for tier in ("full", "standard"))
         fit([whole])
+        monkeypatch.setattr(type(limited), "least_seconds", lambda *_: 0.0)
         fit([limited], seconds=1e6)
         assert limited.summary() == whole.summary()
-    recorder = MAKERS["recorder"](tmp_path, tier="standard")
+    recorder = MAKERS["recorder"](tmp_path, tier="standard", probe=1)
     fit([recorder], seconds=1e6)
     assert recorder.store.steps == [3, 6]  # there is no time before the first step
     assert "patterns_reason" not in recorder.summary()
@@ -152,24 +157,50 @@ def test_a_scheduled_check_without_time_leaves_no_trace(fit, monkeypatch):
 
     checking = LocalMinimumDetector._check_or_weaken
     monkeypatch.setattr(LocalMinimumDetector, "_check_or_weaken", check)
+    monkeypatch.setattr(LocalMinimumDetector, "least_seconds", lambda *_: 0.0)
     detector = LocalMinimumDetector(EVERY, stop_training=False, tier="standard")
     fit([detector], seconds=1e6)
     assert checked == [3, 6]
     assert (detector.cost.done, detector.cost.left_out) == (1, 2)
-    assert detector.summary()["evidence"] == "certificate"
+    assert detector.summary()["evidence"] == "second_order"
     assert detector.out_of_time is None
 
 
-def test_a_bound_of_other_weights_is_no_result(make_trainer, monkeypatch):
-    monitor = AngularVolumeMonitor(Schedule(every=1000), end_seconds=0)
-    model = MNN(6, (4,), default_callbacks=False)
-    module, data = model, GaussianData(30, 6)
-    make_trainer(max_epochs=3, callbacks=[monitor]).fit(module, data)
-    assert monitor.summary()["log_volume"] is None
-    if monitor.summary()["log_volume_lower_bound"] is not None:  # it was bounded without a safe point
-        fresh = AngularVolumeMonitor(Schedule(every=1000), measure=[])
-        make_trainer(max_epochs=3, callbacks=[fresh]).fit(MNN(6, (4,), default_callbacks=False), data)
-        assert monitor.summary()["log_volume_lower_bound"] == fresh.summary()["log_volume_lower_bound"]
+def test_nothing_is_begun_that_takes_longer_than_there_is_time_for(fit, monkeypatch):
+    """A check takes at least as long as an epoch: half of a training of two, and a hundredth of one of a hundred."""
+    checked = []
+    checking = LocalMinimumDetector._check_or_weaken
+    monkeypatch.setattr(
+        LocalMinimumDetector, "_check_or_weaken", lambda self, *args: checked.append(1) or checking(self, *args)
+    )
+    detector = LocalMinimumDetector(Schedule(every=1000), tier="standard")
+    fit([detector], seconds=1e6)
+    assert (checked, detector.out_of_time) == ([], Part.CHECK)
+    assert detector.summary()["gradient_norm"] > 0
+    fit([detector], seconds=1e6, epochs=100)
+    assert (checked, detector.out_of_time) == ([1], None)
+    assert detector.summary()["evidence"] in ("certificate", "second_order")
+
+
+@pytest.mark.parametrize("name", ["mnn", "mlp"])
+def test_a_volume_of_other_weights_is_no_result(make_trainer, name):
+    module, data = (
+        (MNN(6, (4,), default_callbacks=False), GaussianData(30, 6)) if name == "mnn" else foreign_model(name)
+    )
+    monitor = AngularVolumeMonitor(Schedule(every=1000), measure=["start", "end"], end_seconds=0)
+    before = []
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            before.append(monitor.summary())
+
+    make_trainer(max_epochs=3, callbacks=[monitor, Look()]).fit(module, data)
+    found = monitor.summary()
+    key = "log_volume" if name == "mnn" else "local_volume"
+    assert before[0][key] is not None
+    assert found[key] is None
+    assert found["log_volume_lower_bound"] is None
+    assert "the end of training has 0 s" in found[f"{key}_reason"]
 
 
 @pytest.mark.parametrize("name", list(MAKERS))

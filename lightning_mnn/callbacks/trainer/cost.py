@@ -39,9 +39,9 @@ class TimeShare:
     """Measures the time of a callback's work, and says whether more of it stays within a share of training's time.
 
     Training's time is that since the start without the callback's own. Work whose cost is not known yet is tried within
-    the time that is left, and stopped after it; after that it is tried again when twice that time is left. Only the
-    preparation before the first step is always done. Where there is a limit, a GPU is waited for before and after the
-    work, so that the work of training is not counted as the callback's.
+    the time that is left, if the least that it may take is not more, and stopped after it; after that it is tried again
+    when twice that time is left. Where there is a limit, a GPU is waited for before and after the work, so that the
+    work of training is not counted as the callback's.
 
     Args:
         share: the largest share; None: no limit.
@@ -66,11 +66,15 @@ class TimeShare:
         self._measuring = False
         self._start = time.monotonic()
 
-    def affordable(self) -> bool:
-        """Whether the work can be done again, and once at the end, within the share; what is left out is counted."""
+    def affordable(self, least: float = 0.0) -> bool:
+        """Whether the work can be done again, and once at the end, within the share; what is left out is counted.
+
+        Args:
+            least: seconds that the work takes at least.
+        """
         if self.share is None:
             return True
-        fits = self.spent + 2 * self._last < self.share * self.training_seconds
+        fits = self.spent + 2 * max(self._last, least) < self.share * self.training_seconds
         self.left_out += not fits
         return fits
 
@@ -83,10 +87,13 @@ class TimeShare:
         """Seconds that the work may take now; None: no limit."""
         return None if self.share is None else max(0.0, self.share * self.training_seconds - self.spent)
 
-    def seconds_at_end(self) -> float:
+    def seconds_at_end(self, least: float = 0.0) -> float:
         """Seconds that the work may take at the end: what is left, and none if that is too short for it.
 
         Without a limit on the whole, 30 s or 5 % of training's time.
+
+        Args:
+            least: seconds that the work takes at least.
 
         >>> TimeShare(None).seconds_at_end()
         30.0
@@ -94,7 +101,7 @@ class TimeShare:
         left = self.seconds_now()
         if left is None:
             return max(END_SECONDS, END_SHARE * self.training_seconds)
-        return left if left >= self._last else 0.0
+        return left if left >= max(self._last, least) else 0.0
 
     def stopped(self) -> None:
         """Count the work that was measured last as left out: it was stopped before its end."""

@@ -81,7 +81,7 @@ def test_each_chosen_replica_gets_its_own_result():
     model, data = MNN(SIZE[1], (4,), replicas=3), GaussianData(*SIZE, replicas=3)
     weights = model.hidden_weights[0].detach(), model.output_weights.detach()
     options = {"hidden_bias": None, "output_bias": None}
-    found = certification._polish_in_turn([True, False, True], *weights, *data.tensors(), 0.0, **options)
+    found = certification._polish_in_turn([True, False, True], *weights, *data.tensors(), 0.0, work=2.0**37, **options)
     expected = polish(*weights, *data.tensors())
     assert found[1] is None
     assert [(found[k].distance, found[k].losses) for k in (0, 2)] == [
@@ -96,6 +96,21 @@ def test_replicas_share_a_limit_of_work(make_trainer, monkeypatch, steps, follow
     monkeypatch.setattr(steps_of_descent, "__defaults__", (steps * work,))
     _, found = fit(make_trainer, 2)
     assert [kind is not None for kind in found["descends_to"]] == followed
+
+
+def test_a_long_training_allows_a_longer_descent(make_trainer, monkeypatch):
+    allowed = []
+
+    def in_turn(chosen, *_, work, **__):
+        allowed.append(work)
+        return [None] * len(chosen)
+
+    monkeypatch.setattr(certification, "_polish_in_turn", in_turn)
+    monkeypatch.setattr(certification, "_MIN_DESCENT_WORK", 0)
+    monkeypatch.setattr(certification, "CHECK_SHARE", 100.0)
+    for epochs in (2, 4):
+        fit(make_trainer, epochs=epochs)
+    assert allowed[1] == pytest.approx(2 * allowed[0])
 
 
 def test_the_objective_with_weight_decay_is_followed(make_trainer):
