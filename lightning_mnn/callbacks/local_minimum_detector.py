@@ -409,7 +409,7 @@ class LocalMinimumDetector(ScheduledCallback):
         if self._ending:
             self.out_of_time = self.out_of_time or part
             self.over_time = self.over_time or self._over_time
-        elif not self._used_up:
+        elif self.cost.share is not None and not self._used_up:
             raise TimeLimitError
         return otherwise
 
@@ -424,7 +424,8 @@ class LocalMinimumDetector(ScheduledCallback):
 
     @property
     def _over_time(self) -> str:
-        return self._over_max_seconds if self._used_up else self._over_end(self._seconds_at_end)
+        of_check = self._used_up or (self.max_seconds is not None and math.isinf(self._seconds_at_end))
+        return self._over_max_seconds if of_check else self._over_end(self._seconds_at_end)
 
     @property
     def _over_max_seconds(self) -> str:
