@@ -38,10 +38,10 @@ class CostTier(StrEnum):
 class TimeShare:
     """Measures the time of a callback's work, and says whether more of it stays within a share of training's time.
 
-    Training's time is that since the start without the callback's own. Work whose cost is not known yet is tried within
-    the time that is left, if the least that it may take is not more, and stopped after it; after that it is tried again
-    when twice that time is left. Where there is a limit, a GPU is waited for before and after the work, so that the
-    work of training is not counted as the callback's.
+    Training's time is that since the start without the callback's own. Half of the share is kept for the end. Work
+    whose cost is not known yet is tried within the time that is left, if the least that it may take is not more, and
+    stopped after it; after that it is tried again when twice that time is left. Where there is a limit, a GPU is waited
+    for before and after the work, so that the work of training is not counted as the callback's.
 
     Args:
         share: the largest share; None: no limit.
@@ -67,16 +67,19 @@ class TimeShare:
         self._start = time.monotonic()
 
     def affordable(self, least: float = 0.0) -> bool:
-        """Whether the work can be done again, and once at the end, within the share; what is left out is counted.
+        """Whether the work can be done again within half of the share; what is left out is counted.
 
         Args:
             least: seconds that the work takes at least.
         """
         if self.share is None:
             return True
-        fits = self.spent + 2 * max(self._last, least) < self.share * self.training_seconds
+        fits = self._left(self.share / 2) > max(self._last, least)
         self.left_out += not fits
         return fits
+
+    def _left(self, share: float) -> float:
+        return share * self.training_seconds - self.spent
 
     @property
     def training_seconds(self) -> float:
@@ -85,7 +88,7 @@ class TimeShare:
 
     def seconds_now(self) -> float | None:
         """Seconds that the work may take now; None: no limit."""
-        return None if self.share is None else max(0.0, self.share * self.training_seconds - self.spent)
+        return None if self.share is None else max(0.0, self._left(self.share / 2))
 
     def seconds_at_end(self, least: float = 0.0) -> float:
         """Seconds that the work may take at the end: what is left, and none if that is too short for it.
@@ -98,15 +101,15 @@ class TimeShare:
         >>> TimeShare(None).seconds_at_end()
         30.0
         """
-        left = self.seconds_now()
-        if left is None:
+        if self.share is None:
             return max(END_SECONDS, END_SHARE * self.training_seconds)
+        left = self._left(self.share)
         return left if left >= max(self._last, least) else 0.0
 
     def stopped(self) -> None:
-        """Count the work that was measured last as left out: it was stopped before its end."""
+        """Count the work that was measured last as left out: it was stopped before its end, and takes longer."""
         if self.share is not None:
-            self.left_out, self.done = self.left_out + 1, self.done - 1
+            self.left_out, self.done, self._last = self.left_out + 1, self.done - 1, 2 * self._last
 
     @contextmanager
     def measured(self, device: torch.device, *, repeats: bool = True, completes: bool = True) -> Iterator[None]:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_mnn import MNN
 from lightning_mnn.advice import ADVICE
 from lightning_mnn.callbacks import LocalMinimumDetector, Schedule
-from lightning_mnn.callbacks.evidence import certification
+from lightning_mnn.callbacks.evidence import certification, model_tier
 from lightning_mnn.callbacks.evidence.certificate import CertificateTier
 from lightning_mnn.callbacks.evidence.certification import steps_of_descent
 from lightning_mnn.callbacks.evidence.models import objective as model_objective
@@ -113,7 +113,9 @@ def test_a_long_training_allows_a_longer_descent(make_trainer, monkeypatch):
     assert allowed[1] == pytest.approx(2 * allowed[0])
 
 
-def test_the_objective_with_weight_decay_is_followed(make_trainer):
+def test_the_objective_with_weight_decay_is_followed(make_trainer, monkeypatch):
+    for module in (model_objective, model_tier):
+        monkeypatch.setattr(module, "work_of_descent", lambda _: 1 << 34)
     detector = LocalMinimumDetector(Schedule(every=1000))
     model = MNN(SIZE[1], (4,), optimizer={"name": "adam", "lr": 1e-2, "weight_decay": 1e-2})
     make_trainer(max_epochs=2, callbacks=[detector]).fit(model, GaussianData(*SIZE))

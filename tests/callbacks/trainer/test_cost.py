@@ -47,7 +47,7 @@ def test_work_every_second_stays_within_the_share(tier, clock):
             done += 1
     work(share, clock, 2.0)  # at the end
     assert share.spent == 3 + 2 * (done + 2) <= tier.share * 5000
-    assert share.spent > 0.9 * tier.share * 5000
+    assert share.spent > 0.45 * tier.share * 5000  # half of it is for the end
     assert share.left_out == 5000 - done
     assert f"{share.left_out} of {share.left_out + done + 2} times were left out" in str(share)
     share.begin()
@@ -86,7 +86,7 @@ def test_work_within_work_counts_once(clock):
 
 @pytest.mark.parametrize("cost_of_all", [0.3, 3.0, 30.0, 1e9])
 def test_work_of_unknown_cost_is_tried_within_the_share(clock, cost_of_all):
-    """Each try is stopped when the share is used up; the next waits until there is twice that time."""
+    """Each try is stopped when half of the share is used up; the next waits until there is twice that time."""
     share = TimeShare(0.01)
     tried = []
     for _ in range(5000):
@@ -100,7 +100,7 @@ def test_work_of_unknown_cost_is_tried_within_the_share(clock, cost_of_all):
     left = share.seconds_at_end()
     work(share, clock, min(left, cost_of_all))
     assert share.spent <= 0.01 * share.training_seconds + 1e-9
-    assert all(later >= 2 * earlier for earlier, later in pairwise(tried) if later < cost_of_all)
+    assert all(later > 1.99 * earlier for earlier, later in pairwise(tried) if later < cost_of_all)
     if cost_of_all < 5:
         assert share.done > 1
 
