@@ -232,7 +232,8 @@ class ScheduledCallback(pl.Callback, OtherCallback):
             rank_zero_info(f"{type(self).__name__}: {self.missing}, because of {self.failure}")
         elif self.cost.share is not None:
             rank_zero_info(f"{type(self).__name__}: it {self.cost}")
-        self._weights = weights_of(pl_module)
+        if not self._had_no_time:
+            self._weights = weights_of(pl_module)
         if trainer.is_global_zero and trains_in_children(trainer):
             write_json(self._result_file, self.summary())
 
@@ -245,8 +246,13 @@ class ScheduledCallback(pl.Callback, OtherCallback):
 
     def finish_again(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finish once more, if the weights have changed since."""
-        if not self._knows(pl_module):
+        if not self._had_no_time and not self._knows(pl_module):
             self.on_train_end(trainer, pl_module)
+
+    @property
+    def _had_no_time(self) -> bool:
+        """Whether there was no time for any action: other weights would not change that."""
+        return self.over_time is not None and not self._acted
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
