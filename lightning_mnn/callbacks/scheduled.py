@@ -398,8 +398,8 @@ class ScheduledCallback(pl.Callback, OtherCallback):
     def _over_end(self, seconds: float) -> str:
         """Why the work at the end was stopped, and what gives it more time."""
         if self.end_seconds is None and self.cost.share is not None:
-            limit = f"{seconds:.2g} s, the rest of {100 * self.cost.share:g} % of training's time (tier={self.tier})"
-            return f"the end of training has {limit}: use tier=full, or end_seconds=, for more"
+            limit = f"{100 * self.cost.share:g} % of training's time (tier={self.tier})"
+            return f"{limit} left too little for the end of training: use tier=full, or end_seconds=, for more"
         return f"the end of training has {duration(seconds)}: use end_seconds=, for more"
 
     def _affordable(self, trainer: pl.Trainer) -> bool:

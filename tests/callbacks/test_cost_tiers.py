@@ -88,7 +88,7 @@ def test_without_time_nothing_is_done_and_that_is_said(fit, tmp_path, monkeypatc
     found = detector.summary()
     assert (found["evidence"], found["kind"], found["out_of_time"]) == ("first_order", "undecided", "check")
     assert found["advice"] == next(text for text in ADVICE.values() if "end_seconds" in text)
-    why = "the end of training has 0 s, the rest of 1 % of training's time (tier=light): use tier=full, or end_seconds="
+    why = "1 % of training's time (tier=light) left too little for the end of training: use tier=full, or end_seconds="
     assert why in found["reason"]
     assert why in recorder.summary()["patterns_reason"]
     assert recorder.summary()["regions_visited"] is None
