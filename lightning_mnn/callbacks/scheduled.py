@@ -330,6 +330,9 @@ class ScheduledCallback(pl.Callback, OtherCallback):
         try:
             with self.cost.measured(pl_module.device, repeats=False):
                 self.prepare(trainer, pl_module)
+        except TimeLimitError:
+            self.cost.left_out += 1
+            raise
         finally:
             self._waits = False
         self._deferred = False

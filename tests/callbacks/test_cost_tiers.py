@@ -166,6 +166,23 @@ def test_a_scheduled_check_without_time_leaves_no_trace(fit, monkeypatch):
     assert detector.out_of_time is None
 
 
+def test_a_preparation_that_takes_too_long_is_done_later(fit, tmp_path, monkeypatch):
+    prepared = []
+
+    def prepare(self, *args):
+        prepared.append(1)
+        if len(prepared) == 1:
+            raise TimeLimitError
+        return preparing(self, *args)
+
+    preparing = ActivationPatternRecorder.prepare
+    monkeypatch.setattr(ActivationPatternRecorder, "prepare", prepare)
+    recorder = MAKERS["recorder"](tmp_path, tier="standard", probe=1)
+    fit([recorder], seconds=1e6)
+    assert recorder.store.steps == [6]
+    assert (len(prepared), recorder.cost.done, recorder.cost.left_out) == (2, 1, 2)
+
+
 def test_nothing_is_begun_that_takes_longer_than_there_is_time_for(fit, monkeypatch):
     """A check takes at least as long as an epoch: half of a training of two, and a hundredth of one of a hundred."""
     checked = []
