@@ -70,7 +70,7 @@ ADVICE: dict[ReasonCode, str] = {
         "train in float64, or with smaller weights: derivatives are not finite": (_C.PRODUCT_NOT_FINITE,),
         "give the detector a loss_fn(module, batch) that can be evaluated": (_C.LOSS_NOT_EVALUABLE,),
         "use smaller batches in the training set's loader": (_C.OUT_OF_MEMORY,),
-        "raise max_seconds": (_C.TIME_LIMIT,),
+        "raise max_seconds or end_seconds, or use tier=full": (_C.TIME_LIMIT,),
         "use strict=True, to see where the error arises": (_C.ERROR,),
         "lower the learning rate": (_C.DIVERGED,),
         "continue the run with resume=true": (_C.INTERRUPTED, _C.PROCESS_LOST),
@@ -83,6 +83,6 @@ def advice_on(kind: Kind, code: ReasonCode) -> str | None:
     """What to do about a verdict; None for a minimum.
 
     >>> advice_on(Kind.UNDECIDED, ReasonCode.TIME_LIMIT), advice_on(Kind.KINK_MINIMUM, ReasonCode.CERTIFIED_ON_KINKS)
-    ('raise max_seconds', None)
+    ('raise max_seconds or end_seconds, or use tier=full', None)
     """
     return None if kind.is_minimum else ADVICE.get(code)

@@ -214,7 +214,7 @@ class TestEntryPoint:
         assert "LocalMinimumDetector: " in told  # what it found, by rank_zero_info
 
     def test_names_choose_and_unknown_ones_are_refused(self, monkeypatch):
-        assert asked_for("detector,monitor,detector") == ("detector", "monitor")
+        assert asked_for("detector,monitor,detector") == (("detector", "monitor"), "full")
         monkeypatch.setenv(VARIABLE, "recorder, minotaur")
         with pytest.raises(ValueError, match=r"LIGHTNING_MNN_CALLBACKS must be .* there is no minotaur"):
             factory()

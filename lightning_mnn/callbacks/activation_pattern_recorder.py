@@ -12,6 +12,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_mnn.callbacks.evaluation.kink_probe import (
+    MAX_SAMPLES,
     AwaitsForwardError,
     KinkProbe,
     checked_probe,
@@ -107,8 +108,10 @@ class ActivationPatternRecorder(ScheduledCallback):
         strict: if true, an error in the callback ends the run; otherwise it warns once, and training goes on without
             the callback.
         tier: "light": at most 1 % of training's time, of 256 samples, dead units only; "standard": at most 5 %, all
-            vital signs, of fewer samples; "full": everything, without a limit. A scheduled time beyond the limit is
-            left out, by the clock, so two runs may record different steps.
+            vital signs, of fewer samples; "full": everything, without a limit. What does not fit, by the clock, is left
+            out, at the start and the end, too, so two runs may record different steps.
+        end_seconds: time limit of the work at the end of training; None: what the tier leaves, and with "full" 30 s or
+            5 % of training's time, whichever is more; ``math.inf``: no limit.
 
     Attributes:
         store: the store of the snapshots; None before training, on processes other than the first, in a fast_dev_run,
@@ -140,9 +143,11 @@ class ActivationPatternRecorder(ScheduledCallback):
         forward_fn: ModelFunction | None = None,
         strict: bool = False,
         tier: str = "full",
+        end_seconds: float | None = None,
     ) -> None:
         unit = "epoch" if tier == CostTier.FULL else "step"
-        super().__init__(schedule or Schedule(growth=2.0, unit=unit), strict=strict, tier=tier)
+        schedule = schedule or Schedule(growth=2.0, unit=unit)
+        super().__init__(schedule, strict=strict, tier=tier, end_seconds=end_seconds)
         self.probe = checked_probe(_LIGHT_PROBE if probe is None and self.tier is CostTier.LIGHT else probe)
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.seed = seed_number("seed", seed)
@@ -229,6 +234,13 @@ class ActivationPatternRecorder(ScheduledCallback):
             super()._start_late(trainer, pl_module)
 
     @override
+    def least_seconds(self, trainer: pl.Trainer) -> float:
+        """A pass forwards over the probe: a third of what training takes for it."""
+        of_default = 0 if states_network(trainer.lightning_module) else MAX_SAMPLES
+        samples = self.probe if isinstance(self.probe, int) else of_default
+        return self._seconds_of_samples(trainer, samples) / 3
+
+    @override
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         folder = self._folder(trainer)
         if folder is None:
@@ -306,7 +318,7 @@ class ActivationPatternRecorder(ScheduledCallback):
         folder = self._folder(trainer)
         self._vitals.take_freezes(on_first_process(trainer, lambda: self._history.freeze(read)))
         log_scalars(trainer, self._vitals.freeze_scalars())
-        for line in [*self._vitals.lines(), *([] if self.cost.share is None else [f"recording {self.cost}"])]:
+        for line in self._vitals.lines():
             rank_zero_info(f"ActivationPatternRecorder: {line}")
 
     def _name_stored(self, step: int, layers: list[str], digest: str | list[str]) -> None:
@@ -338,7 +350,8 @@ class ActivationPatternRecorder(ScheduledCallback):
         )
         found: dict[str, Any] = {"regions_visited": (visited if replicated else visited[0]) if visited else None}
         found |= self._vitals.summary(replicated=replicated)
-        return found if self.failure is None else {**found, "patterns_reason": self.failure}
+        missing = self.failure or (self.over_time and f"none at the end: {self.over_time}")
+        return found if missing is None else {**found, "patterns_reason": missing}
 
     @override
     def facts(self) -> list[Fact]:

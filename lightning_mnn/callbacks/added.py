@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 
     from lightning_mnn.callbacks.scheduled import ScheduledCallback
 
-_MAKERS: dict[str, Callable[[], ScheduledCallback]] = {
-    "detector": lambda: LocalMinimumDetector(stop_training=False),
+_MAKERS: dict[str, Callable[..., ScheduledCallback]] = {
+    "detector": partial(LocalMinimumDetector, stop_training=False),
     "recorder": ActivationPatternRecorder,
     "monitor": AngularVolumeMonitor,
 }
@@ -31,10 +32,11 @@ class AddedCallbacks(pl.Callback):
 
     Args:
         names: any of "detector", "recorder" and "monitor".
+        tier: which share of training's time each may take.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = tuple(names)
+    def __init__(self, names: Sequence[str], tier: str = "full") -> None:
+        self.names, self.tier = tuple(names), tier
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -42,7 +44,7 @@ class AddedCallbacks(pl.Callback):
         if stage != "fit":
             return
         run: Any = trainer
-        made = [_MAKERS[name]() for name in self.names]
+        made = [_MAKERS[name](tier=self.tier) for name in self.names]
         added = [new for new in made if not any(isinstance(old, type(new)) for old in run.callbacks)]
         monitors = [i for i, callback in enumerate(run.callbacks) if isinstance(callback, AngularVolumeMonitor)]
         place = min(run.callbacks.index(self), *monitors, len(run.callbacks))  # a monitor reads detectors before it

@@ -14,6 +14,7 @@ from lightning_mnn.callbacks.volumes.local import Found, LocalVolumeMonitor
 from lightning_mnn.callbacks.volumes.probe import LocalVolumeSettings
 from lightning_mnn.callbacks.volumes.region import RegionMonitor, has_cones, reason_no_cones, theorems
 from lightning_mnn.findings import Fact, Unknown, UnknownCode
+from lightning_mnn.landscape.volumes.random_moves import SIGMAS
 from lightning_mnn.loggers.media import log_scalars
 from lightning_mnn.utilities.settings import accepts_fields_of, settings_or_defaults
 from lightning_mnn.utilities.transfer import plain
@@ -57,7 +58,7 @@ class AngularVolumeMonitor(ScheduledCallback):
             of the run has certified every replica, whether or not it stops training) and "end". None: for one network,
             at the end, and at every check if ``measure_every`` is not given and the cost is within
             ``cones.check_share`` of the training since; volumes of replicas would cost many times the training of such
-            small networks.
+            small networks. With a tier other than "full" there is no volume of the start, and "certificate" is the end.
         measure_every: also measure it at every k-th check.
         cones: precision and budget of the measures of cones; None: the defaults of
             :class:`~lightning_mnn.callbacks.ConeSettings`.
@@ -65,6 +66,10 @@ class AngularVolumeMonitor(ScheduledCallback):
             :class:`~lightning_mnn.callbacks.LocalVolumeSettings`. If it has ``modules``, ``forward_fn`` or a batch as
             ``probe``, the local volume is measured, also of an ``nn.Sequential`` with one hidden layer.
         seed: seed of the random numbers.
+        tier: "light": at most 1 % of training's time, "standard": at most 5 %, "full": no limit. What does not fit, by
+            the clock, is left out, so two runs may measure at different steps.
+        end_seconds: time limit of the work at the end of training; None: what the tier leaves, and with "full" 30 s or
+            5 % of training's time, whichever is more; ``math.inf``: no limit.
         strict: if true, an error in the callback ends the run; otherwise it warns once, and training goes on without
             the callback.
 
@@ -101,9 +106,11 @@ class AngularVolumeMonitor(ScheduledCallback):
         cones: ConeSettings | None = None,
         local_volume: LocalVolumeSettings | None = None,
         seed: int = 0,
+        tier: str = "full",
+        end_seconds: float | None = None,
         strict: bool = False,
     ) -> None:
-        super().__init__(schedule or Schedule(every=100), strict=strict)
+        super().__init__(schedule or Schedule(every=100), strict=strict, tier=tier, end_seconds=end_seconds)
         if measure is not None and (isinstance(measure, str) or not set(measure) <= set(MOMENTS)):
             problem = f"must contain any of {', '.join(MOMENTS)}"
             raise ArgumentError("measure", measure, problem, "give a list of them, as [end]")
@@ -115,6 +122,7 @@ class AngularVolumeMonitor(ScheduledCallback):
         self.seed = seed_number("seed", seed)
         self._monitor: RegionMonitor | LocalVolumeMonitor = self._region_monitor()
         self._epochs_measured = 0  # epochs before the last measurement
+        self._bounded: int | None = None  # the step after whose weights the bound is known
         self._measured = False  # whether the volume was measured at the present weights, or this was tried
         self._unlogged: dict[str, Tensor | float | None] = {}  # values for these weights
         self._logged_step: int | None = None  # the last step that was logged
@@ -168,6 +176,14 @@ class AngularVolumeMonitor(ScheduledCallback):
         else:
             self._monitor = monitor = self._local_monitor(reason)
             monitor.prepare(trainer, pl_module)
+
+    @override
+    def least_seconds(self, trainer: pl.Trainer) -> float:
+        """Those of the moves of a local volume at the end, each a pass forwards over the probe."""
+        probe, sigmas = self.local_volume.probe, self.local_volume.sigmas or SIGMAS
+        if not self._ending or has_cones(trainer.lightning_module) or not isinstance(probe, int) or self.measure == ():
+            return 0.0
+        return self._seconds_of_samples(trainer, probe * self.local_volume.num_draws * len(sigmas)) / 3
 
     @override
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -240,6 +256,12 @@ class AngularVolumeMonitor(ScheduledCallback):
         return [Unknown("the volume of the region", UnknownCode.NOT_MEASURED, reason) for reason in reasons]
 
     @override
+    def run_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        bounded = self._bounded == trainer.global_step
+        if not (bounded and self._measured):
+            self._monitor.run_out(f"not measured: {self.over_time}", bounded=bounded)
+
+    @override
     def summary(self) -> dict[str, Any]:
         if (received := self.received()) is not None:
             return received
@@ -281,7 +303,9 @@ class AngularVolumeMonitor(ScheduledCallback):
 
     def _update(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Drop what was found at other weights; after a resume, find it again without logging it again."""
+        self._bounded = None
         scalars = self._monitor.update(trainer, pl_module)
+        self._bounded = trainer.global_step
         if scalars is None:
             return
         self._measured, self._unlogged = False, scalars
@@ -303,7 +327,7 @@ class AngularVolumeMonitor(ScheduledCallback):
 
     def _measure_if_certified(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure at a step from which the run can be resumed."""
-        if self._awaits_certificate(trainer):
+        if self.cost.share is None and self._awaits_certificate(trainer):  # else there may be no time for it
             measure = lambda: self._measure_at_certificate(trainer, pl_module)  # noqa: E731
             or_stop_here(trainer, lambda: self.observe(measure))
 

@@ -77,6 +77,8 @@ class GradientStatistics(ScheduledCallback):
 
     missing = "gradients are not measured"
 
+    acts_at_start = False
+
     def __init__(
         self,
         schedule: Schedule | None = None,
@@ -176,8 +178,6 @@ class GradientStatistics(ScheduledCallback):
         self._reported = True
         lines = [fact.text for fact in self.facts()]
         lines += [f"{unknown.what}: {unknown.reason}" for unknown in self.unknowns()]
-        if self.cost.share is not None:
-            lines.append(f"measuring {self.cost}")
         for line in lines:
             rank_zero_info(f"GradientStatistics: {line}")
 

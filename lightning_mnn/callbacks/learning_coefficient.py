@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_mnn.callbacks.evaluation.module_network import NetworkModule
 from lightning_mnn.callbacks.schedule import Schedule
 from lightning_mnn.callbacks.scheduled import ScheduledCallback
+from lightning_mnn.callbacks.trainer.cost import CostTier
 from lightning_mnn.callbacks.trainer.long_pass import LONG, duration
 from lightning_mnn.callbacks.volumes.chains import loss_at_points
 from lightning_mnn.data.loaders.shards import num_samples
@@ -23,8 +24,9 @@ from lightning_mnn.landscape.curvature.langevin import gradients_at_start
 from lightning_mnn.landscape.curvature.sampled_coefficient import SampledCoefficient, estimate_learning_coefficient
 from lightning_mnn.loggers.media import log_image, log_scalars, shows_images
 from lightning_mnn.utilities.distributed import gather
-from lightning_mnn.utilities.interruption import TimeLimitError
+from lightning_mnn.utilities.interruption import TimeLimitError, seconds_left
 from lightning_mnn.utilities.validation import MisfitError, positive_integer, real_number, seed_number, truth_value
+from lightning_mnn.verdicts import ReasonCode
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -60,6 +62,8 @@ class LearningCoefficient(ScheduledCallback):
         chains: number of chains.
         budget: largest number of gradients, of all chains together. Half of the moves are burn-in.
         max_seconds: time limit, by which fewer moves are made than the budget allows; none are made if 10 take longer.
+        tier: "light": at most 1 % of training's time, "standard": at most 5 %, "full": no limit but ``max_seconds``. In
+            less time there are fewer moves, or there is no estimate.
         adjusted: whether Metropolis' rule is used; False: SGLD.
         loss_fn: ``loss_fn(module, batch)``; None: the module's ``training_step``.
         seed: seed of the chains.
@@ -78,6 +82,7 @@ class LearningCoefficient(ScheduledCallback):
     """
 
     missing = "no learning coefficient is estimated"
+    acts_at_start = False
     remedy = "loss_fn(module, batch), if the module's training_step cannot be evaluated by itself"
 
     def __init__(
@@ -89,12 +94,14 @@ class LearningCoefficient(ScheduledCallback):
         chains: int = 16,
         budget: int = 50_000,
         max_seconds: float = 600.0,
+        tier: str = "full",
         adjusted: bool = True,
         loss_fn: ModelFunction | None = None,
         seed: int = 0,
         strict: bool = False,
     ) -> None:
-        super().__init__(schedule or Schedule(every=sys.maxsize), strict=strict)
+        end_seconds = math.inf if tier == CostTier.FULL else None
+        super().__init__(schedule or Schedule(every=sys.maxsize), strict=strict, tier=tier, end_seconds=end_seconds)
         if inverse_temperature is not None:
             real_number("inverse_temperature", inverse_temperature, above=0)
         self.inverse_temperature = inverse_temperature
@@ -145,6 +152,10 @@ class LearningCoefficient(ScheduledCallback):
         }
         log_scalars(trainer, values)
         self._log_traces(trainer, pl_module)
+
+    @override
+    def run_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.found = None
 
     @override
     def recall(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -198,16 +209,17 @@ class LearningCoefficient(ScheduledCallback):
         # a move has one more than its leapfrog steps.
         of_a_move = 2 * (_LEAPFROG_STEPS + 1) if self.adjusted else 12
         first = 4 + gradients_at_start(size) / self.chains
-        affordable, in_time = self.budget / self.chains, self.max_seconds / max(seconds, 1e-9)
+        limit = max(0.0, min(self.max_seconds, *gather(seconds_left())))
+        affordable, in_time = self.budget / self.chains, limit / max(seconds, 1e-9)
         moves = max(_MIN_MOVES, int((min(affordable, in_time) - first) / of_a_move))
         passes = first + moves * of_a_move
         expected = (
             f"{moves:,} moves of {self.chains} chains after as many of burn-in, about {duration(passes * seconds)}"
         )
         if passes > in_time and moves == _MIN_MOVES:
-            raise TimeLimitError(
-                f"{expected}, are more than max_seconds={self.max_seconds:g}: raise it, or take fewer chains"
-            )
+            if limit == self.max_seconds:  # else the tier's limit is named
+                self.over_time = f"{expected}, are more than max_seconds={limit:g}: raise it, or take fewer chains"
+            raise TimeLimitError(self.over_time or "")
         if passes * seconds >= LONG:
             rank_zero_info(
                 f"LearningCoefficient: {expected} for {passes * self.chains:,.0f} gradients of {size:,} parameters"
@@ -238,6 +250,8 @@ class LearningCoefficient(ScheduledCallback):
         return {
             "sampled_learning_coefficient": found and found.value,
             "sampled_learning_coefficient_standard_error": found and found.standard_error,
-            "sampled_learning_coefficient_reason": self.failure or (found and found.reason),
-            "sampled_learning_coefficient_reason_code": found and str(found.reason_code),
+            "sampled_learning_coefficient_reason": self.failure or self.over_time or (found and found.reason),
+            "sampled_learning_coefficient_reason_code": str(ReasonCode.TIME_LIMIT)
+            if self.over_time
+            else found and str(found.reason_code),
         }

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import time
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from enum import StrEnum, auto
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
+from lightning_mnn.advice import ADVICE
+from lightning_mnn.callbacks.evaluation.module_network import states_network
 from lightning_mnn.callbacks.evaluation.run_module import LossNotEvaluableError
 from lightning_mnn.callbacks.evidence.certificate import CertificateTier, NotSquaredErrorError
 from lightning_mnn.callbacks.evidence.choose_tier import (
@@ -20,6 +23,7 @@ from lightning_mnn.callbacks.evidence.choose_tier import (
 )
 from lightning_mnn.callbacks.evidence.errors_on_test_set import errors_on_test_set
 from lightning_mnn.callbacks.evidence.first_order import FirstOrderTier
+from lightning_mnn.callbacks.evidence.gradient_norms import GradientNorms
 from lightning_mnn.callbacks.evidence.model_tier import ModelTier
 from lightning_mnn.callbacks.evidence.models.reading import NotModelLossError
 from lightning_mnn.callbacks.evidence.replica_tier import ReplicaModelTier
@@ -27,11 +31,12 @@ from lightning_mnn.callbacks.evidence.second_order import SecondOrderTier
 from lightning_mnn.callbacks.evidence.tiers import Evidence, Finding
 from lightning_mnn.callbacks.schedule import Schedule
 from lightning_mnn.callbacks.scheduled import ScheduledCallback
+from lightning_mnn.callbacks.trainer.cost import CostTier
 from lightning_mnn.callbacks.trainer.long_pass import long_pass
 from lightning_mnn.findings import Fact, Unknown, UnknownCode
 from lightning_mnn.landscape.curvature.loss_surface import NoDerivativeError
 from lightning_mnn.loggers.media import log_scalars
-from lightning_mnn.utilities.interruption import TimeLimitError, time_limit
+from lightning_mnn.utilities.interruption import TimeLimitError, shorter_time_limit
 from lightning_mnn.utilities.settings import accepts_fields_of, settings_or_defaults
 from lightning_mnn.utilities.transfer import plain
 from lightning_mnn.utilities.validation import positive_integer, real_number, truth_value
@@ -51,6 +56,24 @@ if TYPE_CHECKING:
     from lightning_mnn.landscape.minima.first_order import FirstOrderVerdict
     from lightning_mnn.landscape.minima.models.model_certificate import ModelCertificate
     from lightning_mnn.landscape.regions.statistics import NetworkStatistics
+
+Answer = TypeVar("Answer")
+
+
+class Part(StrEnum):
+    """Parts of a detector's work at the end of training, in their order.
+
+    Attributes:
+        CHECK: the cheap check, without which there is only the gradient of training's last step.
+        TEST_SET: the errors on the test set.
+        CERTIFICATE: the expensive check.
+        DESCENT: what descent leads to.
+    """
+
+    CHECK = auto()
+    TEST_SET = auto()
+    CERTIFICATE = auto()
+    DESCENT = auto()
 
 
 @accepts_fields_of(first_order=FirstOrderTolerances, second_order=SecondOrderSettings)
@@ -92,6 +115,10 @@ class LocalMinimumDetector(ScheduledCallback):
         modules: names or patterns of the layers whose kinks count, where there is no certificate; None: all.
         max_seconds: time limit of a check, including those at the start and the end; None: no limit. A part that takes
             longer is left out: the evidence is that of the next weaker tier, and the reason states this.
+        tier: "light": at most 1 % of training's time, "standard": at most 5 %, "full": no limit. What does not fit, by
+            the clock, is left out, so two runs may check, and stop, at different steps.
+        end_seconds: time limit of the work at the end of training; None: what the tier leaves, and with "full" 30 s or
+            5 % of training's time, whichever is more, unless ``max_seconds`` is given; ``math.inf``: no limit.
         strict: if true, an error in the callback ends the run; otherwise it warns once, and training goes on without
             the callback.
 
@@ -100,6 +127,7 @@ class LocalMinimumDetector(ScheduledCallback):
         certificates: the last certificates, one per replica; empty if there are none.
         statistics: for a network: the training-set statistics of the last check.
         converged: whether training counts as converged.
+        out_of_time: the first part of the work at the end for which there was no time; None: there was time for all.
 
     Raises:
         ValueError: an argument is out of range.
@@ -130,9 +158,13 @@ class LocalMinimumDetector(ScheduledCallback):
         loss_fn: ModelFunction | None = None,
         modules: Names = None,
         max_seconds: float | None = None,
+        tier: str = "full",
+        end_seconds: float | None = None,
         strict: bool = False,
     ) -> None:
-        super().__init__(schedule or Schedule(every=100), strict=strict)
+        if max_seconds is not None and end_seconds is None and tier == CostTier.FULL:
+            end_seconds = math.inf
+        super().__init__(schedule or Schedule(every=100), strict=strict, tier=tier, end_seconds=end_seconds)
         self.patience = positive_integer("patience", patience)
         self.stop_training = truth_value("stop_training", stop_training)
         self.polish = truth_value("polish", polish)
@@ -145,6 +177,7 @@ class LocalMinimumDetector(ScheduledCallback):
         self.modules = modules
         self.max_seconds = None if max_seconds is None else real_number("max_seconds", max_seconds, above=0)
         self.converged = False
+        self.out_of_time: Part | None = None
         self._tier: Tier | None = None
         self._saved: dict[str, Any] = {}  # state of the tier of the run that is resumed
         self._passed = 0
@@ -152,6 +185,7 @@ class LocalMinimumDetector(ScheduledCallback):
         self._certified = False  # whether the last check included the expensive one
         self._test_errors: dict[str, Tensor] = {}  # of a network's data module with a test set
         self._spent = (-1, 0.0)  # step of the last check, and the seconds that it took
+        self._early = GradientNorms()  # before there was time to choose the tier: the first, and those before checks
 
     @property
     def verdicts(self) -> list[FirstOrderVerdict]:
@@ -177,6 +211,15 @@ class LocalMinimumDetector(ScheduledCallback):
         if stage == "fit":
             self._tier, self._saved, self._passed, self.converged = None, {}, 0, False
             self._certified, self._attempted, self._spent, self._test_errors = False, 0, (-1, 0.0), {}
+            self.out_of_time, self._early = None, GradientNorms()
+
+    @override
+    def least_seconds(self, trainer: pl.Trainer) -> float:
+        """Those of an epoch, since a check needs the gradient of the whole training set."""
+        known = self._tier is not None and not isinstance(self._tier, SecondOrderTier)
+        if known or states_network(trainer.lightning_module):
+            return 0.0
+        return self._epoch_seconds
 
     @override
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -186,13 +229,18 @@ class LocalMinimumDetector(ScheduledCallback):
                     trainer, pl_module, self._saved, polish=self.polish, last_attempt=self._waits
                 )
         except TimeLimitError:
-            self._tier = self._tiers.tier_without_data(self._tier, self._over_time)
+            self._tier = self._without_data(self._no_time_for(Part.CHECK, self._tier))
+        if isinstance(self._tier, SecondOrderTier) and self.cost.share is not None:
+            self._early.load(self._tier.norms.state())
+            self._tier.norms = self._early
 
     @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         tier = self._tier
+        if self._deferred and (self._may_act_next(trainer) or not self._early.knows(trainer, optimizer)):
+            self.observe(lambda: self._early.record(trainer, optimizer))
         if isinstance(tier, SecondOrderTier):
             tier.norms.record(trainer, optimizer)
         if isinstance(tier, FirstOrderTier) and (self._may_act_next(trainer) or not tier.knows(trainer, optimizer)):
@@ -264,6 +312,14 @@ class LocalMinimumDetector(ScheduledCallback):
         return [Unknown("whether this is a minimum", UnknownCode.NOT_MEASURED, tier.why)]
 
     @override
+    def run_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Report the gradient of training's last step: there was no time for anything else."""
+        self.out_of_time = self.out_of_time or Part.CHECK
+        self._tier = self._without_data(self._tier)
+        self._tier.check(trainer, pl_module)
+        log_scalars(trainer, self._tier.scalars())
+
+    @override
     def summary(self) -> dict[str, Any]:
         if (received := self.received()) is not None:
             return received
@@ -271,11 +327,19 @@ class LocalMinimumDetector(ScheduledCallback):
             finding = Finding.of(Kind.UNDECIDED, Reason.of(ReasonCode.ERROR, cause=self.failure))
             return {"evidence": str(Evidence.NONE), **finding.plain()}
         found = {} if self._tier is None else self._tier.summary()
+        if found:
+            found["out_of_time"] = self.out_of_time and str(self.out_of_time)
+        if self.out_of_time in (Part.CHECK, Part.CERTIFICATE):
+            advice, several = ADVICE[ReasonCode.TIME_LIMIT], isinstance(found["kind"], list)
+            found["advice"] = [advice] * len(found["kind"]) if several else advice
         return found | {f"test_{name}": plain(value) for name, value in self._test_errors.items()}
 
     def _test(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluate and log the errors on the test set, if there is one."""
-        self._test_errors = errors_on_test_set(trainer, pl_module)
+        try:
+            self._test_errors = errors_on_test_set(trainer, pl_module)
+        except TimeLimitError:
+            self._test_errors = self._no_time_for(Part.TEST_SET, {})
         if self._test_errors:
             log_scalars(trainer, self._test_scalars())
 
@@ -304,7 +368,7 @@ class LocalMinimumDetector(ScheduledCallback):
             with self._limited(trainer), self._announced(trainer, "a check on the whole training set"):
                 return self._check_or_weaken(trainer, pl_module)
         except TimeLimitError:
-            self._tier = self._tiers.tier_without_data(self._tier, self._over_time)
+            self._tier = self._without_data(self._no_time_for(Part.CHECK, self._tier))
             self._tier.check(trainer, pl_module)
             return self._tier
 
@@ -333,7 +397,7 @@ class LocalMinimumDetector(ScheduledCallback):
                     return tier
                 done = tier.finalize(trainer, pl_module, polish=self.polish)
         except TimeLimitError:
-            tier.run_out(self._over_time)
+            self._no_time_for(Part.CERTIFICATE, tier).run_out(self._over_time)
             done = end
         except (NotSquaredErrorError, NotModelLossError, LossNotEvaluableError) as error:
             self._tier = self._tiers.second_order_tier(str(error))
@@ -354,15 +418,45 @@ class LocalMinimumDetector(ScheduledCallback):
                 with self._limited(trainer):
                     self._tier.follow_descent(trainer, pl_module)
             except TimeLimitError:
-                pass
+                self._no_time_for(Part.DESCENT, self._tier)
         return self._tier
+
+    def _without_data(self, before: Tier | None) -> Tier:
+        """The tier if there is no time to read the training set."""
+        tier = self._tiers.tier_without_data(before, self._over_time)
+        if before is None:
+            tier.load(self._early.ends() | {"reads": False})
+        return tier
+
+    def _no_time_for(self, part: Part, otherwise: Answer) -> Answer:
+        """Note a part that was stopped, and what to continue with.
+
+        Raises:
+            TimeLimitError: the tier leaves no time for a scheduled check, which is left out.
+        """
+        if self._ending:
+            self.out_of_time = self.out_of_time or part
+            self.over_time = self.over_time or self._over_time
+        elif self.cost.share is not None and not self._used_up:
+            raise TimeLimitError
+        return otherwise
 
     @property
     def _tiers(self) -> Tiers:
         return Tiers(self.max_distance, self.loss_fn, self.modules, self.first_order, self.second_order)
 
     @property
+    def _used_up(self) -> bool:
+        """Whether a check at this step has taken ``max_seconds``."""
+        return self.max_seconds is not None and self._spent[1] >= self.max_seconds
+
+    @property
     def _over_time(self) -> str:
+        of_check = self._used_up or (self.max_seconds is not None and math.isinf(self._seconds_at_end))
+        return self._over_max_seconds if of_check else self._over_end(self._seconds_at_end)
+
+    @property
+    def _over_max_seconds(self) -> str:
         return f"a check took longer than max_seconds={self.max_seconds:g}: increase it, or use max_seconds=None"
 
     @contextmanager
@@ -371,7 +465,7 @@ class LocalMinimumDetector(ScheduledCallback):
         step, spent = self._spent
         spent, start = spent if step == trainer.global_step else 0.0, time.monotonic()
         try:
-            with time_limit(None if self.max_seconds is None else self.max_seconds - spent):
+            with shorter_time_limit(None if self.max_seconds is None else self.max_seconds - spent):
                 yield
         finally:
             self._spent = trainer.global_step, spent + time.monotonic() - start

@@ -21,17 +21,27 @@ from lightning_mnn.callbacks.evaluation.training_set import forget_statistics
 from lightning_mnn.callbacks.trainer.cost import CostTier, TimeShare
 from lightning_mnn.callbacks.trainer.findings_file import folders_of_findings, write_findings
 from lightning_mnn.callbacks.trainer.last_checkpoint import LastCheckpoint
+from lightning_mnn.callbacks.trainer.long_pass import duration, end_of_training
+from lightning_mnn.data.loaders.shards import num_samples
 from lightning_mnn.findings import FINDINGS, CallbackFindings, Unknown, UnknownCode
 from lightning_mnn.utilities.compat.lightning_internals import trains_in_children
 from lightning_mnn.utilities.distributed import on_first_process, share_errors
 from lightning_mnn.utilities.errors import DivergenceError
 from lightning_mnn.utilities.files import read_json, write_json
-from lightning_mnn.utilities.interruption import Interrupted, stop_at_this_step, stopping
+from lightning_mnn.utilities.interruption import (
+    Interrupted,
+    TimeLimitError,
+    safe_point,
+    stop_at_this_step,
+    stopping,
+    time_limit,
+)
 from lightning_mnn.utilities.transfer import fetched
 from lightning_mnn.utilities.validation import (
     ArgumentError,
     MisfitError,
     one_of,
+    real_number,
     truth_value,
 )
 
@@ -82,24 +92,36 @@ class ScheduledCallback(pl.Callback, OtherCallback):
     Args:
         schedule: when to act between the start and the end.
         strict: if true, an error ends the run.
-        tier: which share of training's time the actions may take; at scheduled times beyond it there is none.
+        tier: which share of training's time the actions may take, those at the start and the end included. An action
+            that does not fit is left out, or stopped; the first one includes the preparation.
+        end_seconds: time limit of the work at the end of training; None: what is left of the tier's share, and with
+            "full" 30 s or 5 % of training's time, whichever is more; ``math.inf``: no limit.
 
     Attributes:
         cost: the time of the actions.
         completed_epochs: number of epochs that are done when the callback acts.
+        over_time: what stopped the work at the end before it was done, in words; None: nothing did.
         failure: the error after which the callback does nothing more; None: there was none.
     """
 
     missing = "nothing is reported"  # the warning's text for what is missing after a failure
     remedy = ""  # what may prevent a failure
     ends_diverged = True  # whether a DivergenceError in the callback ends training
+    acts_at_start = True  # whether there is an action before the first step
 
-    def __init__(self, schedule: Schedule, *, strict: bool = False, tier: str = "full") -> None:
+    def __init__(
+        self, schedule: Schedule, *, strict: bool = False, tier: str = "full", end_seconds: float | None = None
+    ) -> None:
         self.schedule = schedule
         self.tier = CostTier(one_of("tier", str(tier), map(str, CostTier)))
+        unlimited = end_seconds in (None, math.inf)
+        self.end_seconds = end_seconds if unlimited else real_number("end_seconds", end_seconds, at_least=0)
         self.cost = TimeShare(self.tier.share)
         self.strict = truth_value("strict", strict)
         self.failure: str | None = None
+        self.over_time: str | None = None
+        self._ending = False  # whether the work at the end of training is being done
+        self._seconds_at_end = math.inf  # its limit
         self._weights: list[Tensor] | None = None  # digests of the weights when it acted last
         self._last_fit: dict[str, Any] | None = None  # attributes after the last fit, until this one begins
         self._result_file = Path(gettempdir(), f"lightning-mnn-{token_hex(8)}.json")  # from a child that trained
@@ -109,6 +131,7 @@ class ScheduledCallback(pl.Callback, OtherCallback):
         self._acted = False  # whether this process has acted; a resumed run has a last step before that
         self._pending = False  # whether the action at the present step was interrupted
         self._waits = False  # whether it waits for the first batch, to prepare
+        self._deferred = False  # whether it waits for the time to prepare
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy needs: all but the functions of the module that Lightning sets, which refer to the module."""
@@ -137,6 +160,11 @@ class ScheduledCallback(pl.Callback, OtherCallback):
         if self._last_step is None or self._pending:
             self._act_once(trainer, pl_module)
 
+    def least_seconds(self, trainer: pl.Trainer) -> float:
+        """Seconds that an action takes at least, from the time of training so far; to leave out what cannot fit."""
+        del trainer
+        return 0.0
+
     @abstractmethod
     def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Do the callback's work, at the weights after ``trainer.global_step`` steps. Runs on every process.
@@ -147,6 +175,7 @@ class ScheduledCallback(pl.Callback, OtherCallback):
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Act for the last time, at the end of training."""
         self._start_late(trainer, pl_module)  # there was no batch
+        self._prepare_deferred(trainer, pl_module)
         resumed = not self._acted  # if training had ended before
         if self._last_step == trainer.global_step and (resumed or not self._knows(pl_module)):
             self.recall(trainer, pl_module)
@@ -157,6 +186,9 @@ class ScheduledCallback(pl.Callback, OtherCallback):
 
         Called in a resumed run, and if another callback has changed the weights since.
         """
+
+    def run_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Record that the work at the end was stopped: results at other weights are not those of the end."""
 
     def summary(self) -> dict[str, Any]:
         """The callback's results, as plain values for ``summary.json``; per-network values are lists over replicas."""
@@ -181,8 +213,8 @@ class ScheduledCallback(pl.Callback, OtherCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             self._last_fit = self.__getstate__()
-            self._last_step, self._acted, self._waits, self._pending = None, False, False, False
-            self.failure, self._weights, self._received = None, None, None
+            self._last_step, self._acted, self._waits, self._pending, self._deferred = None, False, False, False, False
+            self.failure, self._weights, self._received, self.over_time = None, None, None, None
             _add_final_check(trainer)
             forget_statistics(pl_module)
 
@@ -214,10 +246,13 @@ class ScheduledCallback(pl.Callback, OtherCallback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.observe(lambda: self.finish(trainer, pl_module))
+        self.observe(lambda: self._finish_in_time(trainer, pl_module))
         if self.failure is not None:
             rank_zero_info(f"{type(self).__name__}: {self.missing}, because of {self.failure}")
-        self._weights = weights_of(pl_module)
+        elif self.cost.share is not None:
+            rank_zero_info(f"{type(self).__name__}: it {self.cost}")
+        if not self._had_no_time:
+            self._weights = weights_of(pl_module)
         if trainer.is_global_zero and trains_in_children(trainer):
             write_json(self._result_file, self.summary())
 
@@ -230,8 +265,13 @@ class ScheduledCallback(pl.Callback, OtherCallback):
 
     def finish_again(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finish once more, if the weights have changed since."""
-        if not self._knows(pl_module):
+        if not self._had_no_time and not self._knows(pl_module):
             self.on_train_end(trainer, pl_module)
+
+    @property
+    def _had_no_time(self) -> bool:
+        """Whether there was no time for any action: other weights would not change that."""
+        return self.over_time is not None and not self._acted
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -269,7 +309,7 @@ class ScheduledCallback(pl.Callback, OtherCallback):
 
     def _give_up(self, error: Exception) -> None:
         reason = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
-        self.failure, self._waits, self._pending = reason, False, False
+        self.failure, self._waits, self._pending, self._deferred = reason, False, False, False
         remedy = f" What may help: {self.remedy}." if self.remedy else ""
         rank_zero_warn(
             f"{type(self).__name__} stops here, and training goes on: {self.missing}, because of {reason}.{remedy} "
@@ -277,6 +317,10 @@ class ScheduledCallback(pl.Callback, OtherCallback):
         )
 
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.cost.share is not None:  # a share of no time is none
+            self._deferred = True
+            self.cost.left_out += self.acts_at_start
+            return
         try:
             with self.cost.measured(pl_module.device, repeats=False):
                 share_errors(lambda: self.prepare(trainer, pl_module))
@@ -296,6 +340,23 @@ class ScheduledCallback(pl.Callback, OtherCallback):
             self._waits = False
             self.start(trainer, pl_module)
 
+    def _prepare_deferred(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prepare, and start, if there was no time for it at the start."""
+        if not self._deferred:
+            return
+        safe_point()
+        self._waits = True  # there is no later time for what fails
+        try:
+            with self.cost.measured(pl_module.device, repeats=False):
+                self.prepare(trainer, pl_module)
+        except TimeLimitError:
+            self.cost.left_out += 1
+            raise
+        finally:
+            self._waits = False
+        self._deferred = False
+        self.start(trainer, pl_module)
+
     def _act_once(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step == self._last_step:
             return
@@ -304,20 +365,89 @@ class ScheduledCallback(pl.Callback, OtherCallback):
             with self.cost.measured(pl_module.device):
                 self.act(trainer, pl_module)
                 self._weights = weights_of(pl_module)
-        except Interrupted:
+        except (Interrupted, TimeLimitError) as error:
             self._last_step = before
+            if isinstance(error, TimeLimitError):
+                self.cost.stopped()
             raise
         self._acted, self._pending = True, False
 
+    def _act_in_time(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Act within what is left of the share; what takes longer is left out."""
+        if self.cost.share is None:
+            self._act_once(trainer, pl_module)
+            return
+        try:
+            with time_limit(on_first_process(trainer, self.cost.seconds_now)):
+                self._prepare_deferred(trainer, pl_module)
+                self._act_once(trainer, pl_module)
+        except TimeLimitError:
+            pass
+
+    def _finish_in_time(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Finish within the time for the end of training."""
+        self._ending, self.over_time = True, None
+        seconds = self.end_seconds
+        if seconds is None:
+            seconds = on_first_process(trainer, lambda: self.cost.seconds_at_end(self.least_seconds(trainer)))
+        self._seconds_at_end = seconds
+        what = f"{type(self).__name__} at the end of training"
+        try:
+            with (
+                self.cost.measured(pl_module.device, repeats=False),
+                end_of_training(trainer, what, seconds),
+                time_limit(seconds),
+            ):
+                self._check_time_for_action(trainer, seconds)
+                self.finish(trainer, pl_module)
+        except TimeLimitError:
+            self.over_time = self.over_time or self._over_end(seconds)
+            self.run_out(trainer, pl_module)
+            rank_zero_info(f"{type(self).__name__}: {self.over_time}")
+        finally:
+            self._ending = False
+
+    def _check_time_for_action(self, trainer: pl.Trainer, seconds: float) -> None:
+        """Begin nothing without time; of several processes none could stop it.
+
+        Raises:
+            TimeLimitError: there is none.
+        """
+        if seconds <= 0 and self._last_step != trainer.global_step:
+            self.cost.left_out += 1
+            raise TimeLimitError
+
+    def _over_end(self, seconds: float) -> str:
+        """Why the work at the end was stopped, and what gives it more time."""
+        if self.end_seconds is None and self.cost.share is not None:
+            limit = f"{100 * self.cost.share:g} % of training's time (tier={self.tier})"
+            return f"{limit} left too little for the end of training: use tier=full, or end_seconds=, for more"
+        return f"the end of training has {duration(seconds)}: use end_seconds=, for more"
+
     def _affordable(self, trainer: pl.Trainer) -> bool:
         """Whether there is time for an action, by the clock of the first process."""
-        return self.cost.share is None or on_first_process(trainer, self.cost.affordable)
+        if self.cost.share is None:
+            return True
+        return on_first_process(trainer, lambda: self.cost.affordable(self.least_seconds(trainer)))
+
+    @property
+    def _epoch_seconds(self) -> float:
+        """Seconds that an epoch of training took, at least."""
+        return self.cost.training_seconds / max(1, self.completed_epochs)
+
+    def _seconds_of_samples(self, trainer: pl.Trainer, samples: float) -> float:
+        """Seconds that training took for so many samples, at least; 0 where their number is not known."""
+        try:
+            total = num_samples(trainer.train_dataloader)
+        except TypeError:
+            return 0.0
+        return samples / total * self._epoch_seconds
 
     def _act_or_postpone(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Act at a step from which the run can be resumed; if interrupted, leave the action to the resumed run."""
         if self.failure is not None or not self._affordable(trainer):
             return
-        act = lambda: self._act_once(trainer, pl_module)  # noqa: E731
+        act = lambda: self._act_in_time(trainer, pl_module)  # noqa: E731
         done = or_stop_here(trainer, lambda: self.observe(act))
         self._pending = not done and self.failure is None and trainer.global_step != self._last_step
 

@@ -28,6 +28,7 @@ class Config:
     seed: int
     dtype: str
     replicas: int
+    tier: str
     threads: int | None
     ckpt_path: str | None
     resume: Any  # not bool: Hydra would accept "yes" as true

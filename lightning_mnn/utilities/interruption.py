@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 _MAX_PAUSE = 100  # calls from one exchange to the next, at most, because later calls may take longer
 
@@ -49,6 +49,7 @@ class _State:
     stopping: int = 0
     alone: bool = False
     deadline: float = math.inf  # of the monotonic clock
+    on_safe_point: Callable[[], None] | None = None
 
 
 _state = _State()
@@ -95,6 +96,8 @@ def safe_point() -> None:
     2
     >>> forget()
     """
+    if _state.on_safe_point is not None:
+        _state.on_safe_point()
     if (_state.requested or is_over_time()) and (_state.alone or not _works_in_step()):
         stop_if_any([_state.requested])
         raise TimeLimitError
@@ -114,6 +117,39 @@ def time_limit(seconds: float | None) -> Iterator[None]:
         yield
     finally:
         _state.deadline = before
+
+
+@contextmanager
+def shorter_time_limit(seconds: float | None) -> Iterator[None]:
+    """A :func:`time_limit` within another one, which stays; None: no other limit.
+
+    >>> with time_limit(0.0), shorter_time_limit(1.0):
+    ...     is_over_time()
+    True
+    """
+    left = seconds_left()
+    with time_limit(min(left, math.inf if seconds is None else seconds)):
+        yield
+
+
+def seconds_left() -> float:
+    """Seconds to the end of the :func:`time_limit`; infinite without one, negative after it."""
+    return _state.deadline - time.monotonic()
+
+
+@contextmanager
+def at_safe_points(action: Callable[[], None]) -> Iterator[None]:
+    """A context in which each :func:`safe_point` runs an action, which must be short.
+
+    >>> with at_safe_points(lambda: print("still at work")):
+    ...     safe_point()
+    still at work
+    """
+    before, _state.on_safe_point = _state.on_safe_point, action
+    try:
+        yield
+    finally:
+        _state.on_safe_point = before
 
 
 def is_over_time() -> bool:

@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from lightning_mnn import MNN
 from lightning_mnn.callbacks import PatternStore
+from lightning_mnn.config.build import build
 from lightning_mnn.figures import read_metrics
 from lightning_mnn.utilities.files import write_json
 from tests import children, wandb_files
@@ -27,7 +28,7 @@ SUMMARY = {
     "regions_visited", "freeze_step", "weights_freeze_step", "findings", "epochs",
     "steps", "seconds", "num_samples", "input_dim", "hidden_dims", "negative_slope", "replicas", "seed", "processes",
     "visits", "reason_code", "advice", "descends_to", "descends_to_mse", "descends_to_distance",
-    "descends_to_zero_error",
+    "descends_to_zero_error", "out_of_time",
 }  # fmt: skip
 FOLDER = {"summary.json", "metrics.csv", "figure.png", "patterns.zarr", "checkpoints", ".hydra", "wandb"}
 SMALL = ("data.num_samples=20", "data.input_dim=6", "model.hidden_dims=[8]", "trainer.accelerator=cpu")
@@ -219,6 +220,18 @@ def _own_hydra_config():
     before = HydraConfig.instance().cfg
     yield
     HydraConfig.instance().cfg = before
+
+
+@pytest.mark.parametrize(("overrides", "tiers"), [([], "full full full"), (["tier=light"], "light light light")])
+def test_one_key_sets_the_tier_of_all_callbacks(overrides, tiers):
+    with initialize_config_module("lightning_mnn.conf", version_base="1.3"):
+        cfg = compose("config", ["run_dir=.", *overrides])
+        one = compose("config", ["run_dir=.", "callbacks.local_minimum_detector.tier=standard", *overrides])
+    names = ("local_minimum_detector", "activation_pattern_recorder", "angular_volume_monitor")
+    built = [build(cfg, f"callbacks.{name}") for name in names]
+    assert " ".join(callback.tier for callback in built) == tiers
+    assert build(one, "callbacks.local_minimum_detector").tier == "standard"
+    assert build(one, "callbacks.angular_volume_monitor").tier == built[0].tier
 
 
 @pytest.mark.usefixtures("_own_hydra_config")

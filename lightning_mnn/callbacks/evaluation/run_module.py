@@ -23,6 +23,7 @@ from lightning_mnn.landscape.kinks.tracing import PatternError
 from lightning_mnn.utilities.compat.lightning_internals import hooks_before_transfer
 from lightning_mnn.utilities.compat.missing import MissingPartError
 from lightning_mnn.utilities.errors import DivergenceError
+from lightning_mnn.utilities.interruption import TimeLimitError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,7 +31,10 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 # Errors that do not mean that a module cannot be run in a pass.
-SERIOUS = (DivergenceError, NoDerivativeError, PatternError, MissingPartError, torch.OutOfMemoryError, MemoryError)
+SERIOUS = (
+    *(DivergenceError, NoDerivativeError, PatternError, MissingPartError),
+    *(torch.OutOfMemoryError, MemoryError, TimeLimitError),
+)
 ModelFunction = Callable[[Any, Any], Any]  # a function of a module and a batch; LightningCLI reads the type, too
 
 _Kind = inspect.Parameter

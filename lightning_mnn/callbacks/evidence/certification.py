@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_mnn.callbacks.evaluation.training_set import input_rank, threshold_of, training_samples
-from lightning_mnn.data.loaders.shards import num_samples
+from lightning_mnn.callbacks.evidence.models.objective import CHECK_SHARE, work_of_training
+from lightning_mnn.data.loaders.shards import batch_size_of, num_samples
 from lightning_mnn.landscape.minima.certificate import Certificate, certify
 from lightning_mnn.landscape.minima.polishing import Polished, polish
 from lightning_mnn.utilities.distributed import DistributedGroup, on_first_process
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from lightning_mnn.landscape.network import Network
 
 _MAX_DESCENT_WORK = 1 << 37  # of all replicas together: about 15 s of one core
+_MIN_DESCENT_WORK = 1 << 33  # of a replica: about 0.6 s, what a descent may cost however short the training was
 _WORK_OF_A_STEP = 1 << 26  # whatever its size: about 5 ms
 _WORK_PER_SAMPLE = 1 << 13
 _MAX_GATHERED = 1 << 24  # input numbers up to which one process gathers all samples: 128 MiB
@@ -79,21 +81,42 @@ def descents_on_training_set(
 ) -> list[Polished | None]:
     """Where descent leads to from the weights of a two-layer network; the module's weights stay as they are.
 
-    The replicas share a limit of work (:func:`steps_of_descent`), and are followed one after the other.
+    The replicas share a limit of work, and are followed one after the other (see :func:`steps_of_descent` and
+    :func:`work_of_descents`).
 
     Returns:
         The result of :func:`~lightning_mnn.landscape.polish` without a limit of distance; None for replicas that are
         not ``chosen``, or for which no work was left, or where the training set is spread over processes.
     """
-    samples, weights = num_samples(trainer.train_dataloader), network.output_weights.shape[-1] * network.input_dim
-    if not any(chosen) or not steps_of_descent(samples, weights) or not _is_gathered(trainer, network):
+    loader: Any = trainer.train_dataloader
+    samples, weights = num_samples(loader), network.output_weights.shape[-1] * network.input_dim
+    batch = min(samples, batch_size_of(loader)) * trainer.world_size
+    work = work_of_descents(len(chosen), work_of_training(trainer.global_step, len(chosen) * batch * weights))
+    if not any(chosen) or not steps_of_descent(samples, weights, work) or not _is_gathered(trainer, network):
         return [None] * len(chosen)
 
-    return _on_training_set(trainer, pl_module, network, partial(_polish_in_turn, chosen))
+    return _on_training_set(trainer, pl_module, network, partial(_polish_in_turn, chosen, work=work))
+
+
+def work_of_descents(replicas: int, training: int) -> float:
+    """How much work the descents of all replicas may cost after training of so much work.
+
+    >>> work_of_descents(1, 0) < work_of_descents(1, 10**12) < work_of_descents(1, 10**15) == work_of_descents(99, 0)
+    True
+    """
+    return min(_MAX_DESCENT_WORK, max(replicas * _MIN_DESCENT_WORK, CHECK_SHARE * training))
 
 
 def _polish_in_turn(
-    chosen: list[bool], hidden: Tensor, output: Tensor, inputs: Tensor, targets: Tensor, slope: float, **options: Any
+    chosen: list[bool],
+    hidden: Tensor,
+    output: Tensor,
+    inputs: Tensor,
+    targets: Tensor,
+    slope: float,
+    *,
+    work: float,
+    **options: Any,
 ) -> list[Polished | None]:
     """Polish the chosen replicas one after the other, as long as there is work left."""
     biases = {name: options.pop(name) for name in ("hidden_bias", "output_bias")}
@@ -102,7 +125,7 @@ def _polish_in_turn(
     def own(value: Tensor, ndim: int, replica: int) -> Tensor:
         return value[replica] if value.ndim > ndim else value
 
-    left, found = float(_MAX_DESCENT_WORK), list[Polished | None]()
+    left, found = work, list[Polished | None]()
     for replica, wanted in enumerate(chosen):
         steps = steps_of_descent(samples, weights, left) if wanted else 0
         if not steps:

@@ -43,6 +43,10 @@ class GradientNorms:
         before = self._largest.get(index)
         self._largest[index] = norm if before is None else torch.maximum(before, norm.to(before.device))
 
+    def knows(self, trainer: pl.Trainer, optimizer: Optimizer) -> bool:
+        """Whether a gradient of this optimiser was recorded."""
+        return index_of(trainer, optimizer) in self._ends
+
     def largest(self) -> float | None:
         """√Σ of the squares over the optimisers, the largest over the processes; None before a step."""
         local = self.state()

@@ -12,6 +12,7 @@ from lightning_mnn.callbacks.patterns.vital_signs import VitalProbe, VitalSettin
 from lightning_mnn.findings import Fact, Finding
 from lightning_mnn.landscape.kinks.tracing import PatternError
 from lightning_mnn.landscape.vitals.out_of_ordinary import pattern_findings
+from lightning_mnn.utilities.interruption import TimeLimitError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,6 +68,9 @@ class VitalReport:
             kinks: where the layers of a module are; None: it defines its network.
             chosen: samples of a module that defines its network.
             strict: whether an error is raised, except a PatternError: that of the patterns themselves will tell.
+
+        Raises:
+            TimeLimitError: there was no time for them.
         """
         if self._reason is not None:
             return VitalSigns(missing=dict.fromkeys(_SIGNS, self._reason))
@@ -78,6 +82,8 @@ class VitalReport:
             return self._probe.of_network(trainer, pl_module, chosen)
         except PatternError as error:
             return VitalSigns(missing=dict.fromkeys(_SIGNS, str(error)))
+        except TimeLimitError:
+            raise
         except Exception as error:
             if strict:
                 raise

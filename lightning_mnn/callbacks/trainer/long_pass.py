@@ -1,4 +1,4 @@
-"""Logs the expected duration of long work on the training set, and shows its progress."""
+"""Logs the expected duration of long work on the training set and at the end of training, and shows its progress."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lightning_mnn.data.loaders.shards import can_be_enumerated, num_batches
+from lightning_mnn.utilities.interruption import at_safe_points
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,7 +38,15 @@ class _Watched:
     bar: Progress | None = None
 
 
+@dataclass
+class _Shown:
+    """The bar of the work at the end of training; None: there is none."""
+
+    bar: Progress | None = None
+
+
 _watched: list[_Watched] = []  # the innermost last
+_at_end = _Shown()
 
 
 @contextmanager
@@ -60,6 +69,47 @@ def long_pass(trainer: pl.Trainer, what: str, passes: int = 1, *, at_most: bool 
         _watched.pop()
         if work.bar is not None:
             work.bar.stop()
+
+
+@contextmanager
+def end_of_training(trainer: pl.Trainer, what: str, limit: float) -> Iterator[None]:
+    """A context in which work of more than 5 s is logged once, with a bar of its time on a terminal.
+
+    The clock is read at the safe points of the work. Passes over the training set in it are announced by themselves.
+
+    Args:
+        trainer: the Trainer; if it shows no progress bar, there is none here.
+        what: name of the work, with which the message begins.
+        limit: seconds after which the work is stopped.
+    """
+    start, announced, console = time.monotonic(), False, _console(trainer)
+    total = limit if math.isfinite(limit) else None
+
+    def show() -> None:
+        nonlocal announced
+        seconds = time.monotonic() - start
+        if seconds < LONG or any(work.bar is not None for work in _watched):
+            return
+        if not announced:
+            announced = True
+            rest = "" if total is None else f", of at most {duration(limit)}"
+            rank_zero_info(f"{what}: at work for {duration(seconds)}{rest}")
+            if console is not None:
+                _at_end.bar = Progress(
+                    TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True
+                )
+                _at_end.bar.add_task(what, total=total)
+                _at_end.bar.start()
+        if _at_end.bar is not None:
+            _at_end.bar.update(_at_end.bar.task_ids[0], completed=seconds)
+
+    try:
+        with at_safe_points(show):
+            yield
+    finally:
+        if _at_end.bar is not None:
+            _at_end.bar.stop()
+            _at_end.bar = None
 
 
 def count_batch() -> None:
@@ -93,7 +143,7 @@ def _announce(work: _Watched, seconds: float) -> None:
     work.announced = True
     about = "at most about" if work.at_most else "about"
     rank_zero_info(f"{work.what}: {about} {duration(seconds)} for {work.batches} batches of the training set")
-    if work.console is None:
+    if work.console is None or _at_end.bar is not None:
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("batches"))
     times = () if work.at_most else (TextColumn("left"), TimeRemainingColumn())

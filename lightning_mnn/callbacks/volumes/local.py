@@ -153,6 +153,10 @@ class LocalVolumeMonitor:
     def leave_out(self) -> None:
         """Do nothing: the local volume of a run that does not ask for it is measured at the end."""
 
+    def run_out(self, why: str, *, bounded: bool) -> None:  # noqa: ARG002 (as of a region)
+        """Record that there was no time for the volume."""
+        self.found = Found(reason=why, cones_reason=why)
+
     def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Run the module once on its probe, so that errors are raised before training.
 

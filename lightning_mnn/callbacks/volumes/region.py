@@ -87,6 +87,12 @@ class RegionMonitor:
         """Record that the volumes are not measured, as they are not asked for."""
         self.reasons = [_NOT_OF_REPLICAS] * len(self.reasons)
 
+    def run_out(self, why: str, *, bounded: bool) -> None:
+        """Record that there was no time for the volumes, or not even for the bound."""
+        self.volumes, self.reasons = [None] * len(self.volumes), [why] * len(self.reasons)
+        if not bounded:
+            self.log_lower_bound, self._statistics = None, None
+
     def update(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Tensor | float | None] | None:
         """Bound the volume, once for the same weights, and drop what was measured at other weights.
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_mnn import MNN
 from lightning_mnn.advice import ADVICE
 from lightning_mnn.callbacks import LocalMinimumDetector, Schedule
-from lightning_mnn.callbacks.evidence import certification
+from lightning_mnn.callbacks.evidence import certification, model_tier
 from lightning_mnn.callbacks.evidence.certificate import CertificateTier
 from lightning_mnn.callbacks.evidence.certification import steps_of_descent
 from lightning_mnn.callbacks.evidence.models import objective as model_objective
@@ -81,7 +81,7 @@ def test_each_chosen_replica_gets_its_own_result():
     model, data = MNN(SIZE[1], (4,), replicas=3), GaussianData(*SIZE, replicas=3)
     weights = model.hidden_weights[0].detach(), model.output_weights.detach()
     options = {"hidden_bias": None, "output_bias": None}
-    found = certification._polish_in_turn([True, False, True], *weights, *data.tensors(), 0.0, **options)
+    found = certification._polish_in_turn([True, False, True], *weights, *data.tensors(), 0.0, work=2.0**37, **options)
     expected = polish(*weights, *data.tensors())
     assert found[1] is None
     assert [(found[k].distance, found[k].losses) for k in (0, 2)] == [
@@ -98,7 +98,24 @@ def test_replicas_share_a_limit_of_work(make_trainer, monkeypatch, steps, follow
     assert [kind is not None for kind in found["descends_to"]] == followed
 
 
-def test_the_objective_with_weight_decay_is_followed(make_trainer):
+def test_a_long_training_allows_a_longer_descent(make_trainer, monkeypatch):
+    allowed = []
+
+    def in_turn(chosen, *_, work, **__):
+        allowed.append(work)
+        return [None] * len(chosen)
+
+    monkeypatch.setattr(certification, "_polish_in_turn", in_turn)
+    monkeypatch.setattr(certification, "_MIN_DESCENT_WORK", 0)
+    monkeypatch.setattr(certification, "CHECK_SHARE", 100.0)
+    for epochs in (2, 4):
+        fit(make_trainer, epochs=epochs)
+    assert allowed[1] == pytest.approx(2 * allowed[0])
+
+
+def test_the_objective_with_weight_decay_is_followed(make_trainer, monkeypatch):
+    for module in (model_objective, model_tier):
+        monkeypatch.setattr(module, "work_of_descent", lambda _: 1 << 34)
     detector = LocalMinimumDetector(Schedule(every=1000))
     model = MNN(SIZE[1], (4,), optimizer={"name": "adam", "lr": 1e-2, "weight_decay": 1e-2})
     make_trainer(max_epochs=2, callbacks=[detector]).fit(model, GaussianData(*SIZE))
@@ -159,4 +176,4 @@ def test_without_time_to_follow_the_verdict_stays(make_trainer, monkeypatch):
     _, without = fit(make_trainer, follow_descent=False)
     monkeypatch.setattr(CertificateTier, "follow_descent", run_out)
     _, found = fit(make_trainer)
-    assert found == without
+    assert found == without | {"out_of_time": "descent"}

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from lightning_mnn import MNN
 from lightning_mnn.callbacks import ActivationPatternRecorder, AngularVolumeMonitor, LocalMinimumDetector, Schedule
 from lightning_mnn.callbacks.evidence import model_tier
+from lightning_mnn.callbacks.evidence.models import objective
 from lightning_mnn.callbacks.evidence.models.objective import steps_of_descent
 from lightning_mnn.data import ArrayData
 from lightning_mnn.landscape import (
@@ -478,6 +479,14 @@ def test_other_callbacks_in_any_order_and_fast_dev_run(make_trainer, tmp_path, f
     assert "sees 1 of 3 batches" in detector.summary()["reason"]
 
 
+def test_after_a_short_training_there_is_no_work_left_for_descent(make_trainer):
+    found = fit(
+        make_trainer, Fixed(head(), functional.cross_entropy, weight_decay=1e-2), X, CLASSES, LocalMinimumDetector()
+    )
+    assert found["evidence"] == "certificate"
+    assert (found["kind"], found["descends_to"]) == ("not_stationary", None)
+
+
 def test_training_is_the_same_with_and_without(make_trainer):
     left = []
     for callbacks in ([], [LocalMinimumDetector(Schedule(every=1), follow_descent=False)]):
@@ -489,7 +498,9 @@ def test_training_is_the_same_with_and_without(make_trainer):
     torch.testing.assert_close(left[0], left[1], rtol=0, atol=0)
 
 
-def test_descent_is_that_of_a_direct_call_and_leaves_the_weights(make_trainer):
+def test_descent_is_that_of_a_direct_call_and_leaves_the_weights(make_trainer, monkeypatch):
+    for module in (objective, model_tier):
+        monkeypatch.setattr(module, "work_of_descent", lambda _: 1 << 34)
     module = Fixed(head(), functional.cross_entropy, weight_decay=1e-2)
     weights = copy.deepcopy(module.net.state_dict())
     found = fit(make_trainer, module, X, CLASSES, LocalMinimumDetector())

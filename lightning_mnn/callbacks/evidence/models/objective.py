@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 MAX_CERTIFICATE_WORK = 1 << 39  # about a minute of one core
 CHECK_SHARE = 0.05  # of the work of training that certificates at scheduled checks, or a descent, may cost
-_MIN_DESCENT_WORK = 1 << 34  # about 2 s of one core: what a descent may cost however short the training was
 _MAX_DESCENT_WORK = 1 << 37  # about 15 s of one core
 MAX_GATHERED = 1 << 24  # input numbers up to which one process gathers all samples: 128 MiB
 _WORK_OF_A_STEP = 1 << 29  # of Newton's method, whatever its size: about 50 ms
@@ -139,13 +138,13 @@ def work_of_descent(training: int) -> int:
     >>> work_of_descent(0) < work_of_descent(10**12) < work_of_descent(10**15) == work_of_descent(10**16)
     True
     """
-    return min(_MAX_DESCENT_WORK, max(_MIN_DESCENT_WORK, int(CHECK_SHARE * training)))
+    return min(_MAX_DESCENT_WORK, int(CHECK_SHARE * training))
 
 
 def steps_of_descent(parameters: int, products: int, training: int) -> int:
     """How many steps of a descent fit into its limit of work, at most 300: a share of the training's work.
 
     >>> steps_of_descent(231, 8_400, 0), steps_of_descent(231, 8_400, 10**12), steps_of_descent(2_000, 10**6, 10**12)
-    (16, 47, 0)
+    (0, 47, 0)
     """
     return min(300, work_of_descent(training) // work_of_a_step(parameters, products))
