@@ -122,7 +122,7 @@ class Problem:
         labels = changed_labels(labels, [self.seed], self.label_noise, random_labels=False)
         return inputs, labels.double(), *samples(self.num_test, "test")
 
-    def sample(self, options: Mapping[str, int]) -> dict[str, Any]:
+    def sample(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """What random interpolators do, by columns; the options are those of splitting."""
         inputs, labels, test_inputs, test_labels = self.draw()
         found = random_interpolators(
