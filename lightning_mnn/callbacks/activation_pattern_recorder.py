@@ -111,7 +111,7 @@ class ActivationPatternRecorder(ScheduledCallback):
             vital signs, of fewer samples; "full": everything, without a limit. What does not fit, by the clock, is left
             out, at the start and the end, too, so two runs may record different steps.
         end_seconds: time limit of the work at the end of training; None: what the tier leaves, and with "full" 30 s or
-            5 % of training's time, whichever is more; ``math.inf``: no limit.
+            5 % of training's time, whichever is more, for an MNN no limit; ``math.inf``: no limit.
 
     Attributes:
         store: the store of the snapshots; None before training, on processes other than the first, in a fast_dev_run,

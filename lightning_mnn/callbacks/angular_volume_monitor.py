@@ -69,7 +69,7 @@ class AngularVolumeMonitor(ScheduledCallback):
         tier: "light": at most 1 % of training's time, "standard": at most 5 %, "full": no limit. What does not fit, by
             the clock, is left out, so two runs may measure at different steps.
         end_seconds: time limit of the work at the end of training; None: what the tier leaves, and with "full" 30 s or
-            5 % of training's time, whichever is more; ``math.inf``: no limit.
+            5 % of training's time, whichever is more, for an MNN no limit; ``math.inf``: no limit.
         strict: if true, an error in the callback ends the run; otherwise it warns once, and training goes on without
             the callback.
 

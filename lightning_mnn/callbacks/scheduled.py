@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from lightning_mnn.callbacks.evaluation.module_network import NetworkModule
 from lightning_mnn.callbacks.evaluation.run_module import StepFailedError
 from lightning_mnn.callbacks.evaluation.snapshots import weights_of
 from lightning_mnn.callbacks.evaluation.training_set import forget_statistics
@@ -95,7 +96,7 @@ class ScheduledCallback(pl.Callback, OtherCallback):
         tier: which share of training's time the actions may take, those at the start and the end included. An action
             that does not fit is left out, or stopped; the first one includes the preparation.
         end_seconds: time limit of the work at the end of training; None: what is left of the tier's share, and with
-            "full" 30 s or 5 % of training's time, whichever is more; ``math.inf``: no limit.
+            "full" 30 s or 5 % of training's time, whichever is more, for an MNN no limit; ``math.inf``: no limit.
 
     Attributes:
         cost: the time of the actions.
@@ -388,6 +389,8 @@ class ScheduledCallback(pl.Callback, OtherCallback):
         """Finish within the time for the end of training."""
         self._ending, self.over_time = True, None
         seconds = self.end_seconds
+        if seconds is None and self.cost.share is None and isinstance(pl_module, NetworkModule):
+            seconds = math.inf  # its work is limited by counts of operations: the same results on every machine
         if seconds is None:
             seconds = on_first_process(trainer, lambda: self.cost.seconds_at_end(self.least_seconds(trainer)))
         self._seconds_at_end = seconds
