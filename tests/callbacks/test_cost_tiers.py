@@ -136,13 +136,29 @@ def test_what_takes_too_long_at_the_end_is_named(make_trainer, monkeypatch, meth
         raise TimeLimitError
 
     monkeypatch.setattr(CertificateTier, method, run_out)
-    detector = LocalMinimumDetector(Schedule(every=1000))
+    detector = LocalMinimumDetector(Schedule(every=1000), end_seconds=30)
     model = MNN(6, (4,), optimizer={"name": "adam", "lr": 1e-2}, default_callbacks=False)
     make_trainer(max_epochs=3, callbacks=[detector]).fit(model, GaussianData(30, 6))
     found = detector.summary()
     assert (found["out_of_time"], found["evidence"], found["descends_to"]) == (part, evidence, None)
     assert ("the end of training has 30 s" in found["reason"]) == (part == "certificate")
     assert found["mse"] is not None
+
+
+def test_an_mnn_has_no_limit_at_the_end_so_that_every_machine_gives_the_same(make_trainer, monkeypatch):
+    limits = []
+    finish = LocalMinimumDetector._finish_in_time
+    monkeypatch.setattr(
+        LocalMinimumDetector,
+        "_finish_in_time",
+        lambda self, *a: (finish(self, *a), limits.append(self._seconds_at_end)),
+    )
+    for options in ({}, {"end_seconds": 7.0}, {"tier": "standard"}):
+        model = MNN(6, (4,), optimizer={"name": "adam", "lr": 1e-2}, default_callbacks=False)
+        detector = LocalMinimumDetector(Schedule(every=1000), **options)
+        make_trainer(max_epochs=1, callbacks=[detector]).fit(model, GaussianData(30, 6))
+    assert limits[:2] == [math.inf, 7.0]
+    assert limits[2] < math.inf
 
 
 def test_a_scheduled_check_without_time_leaves_no_trace(fit, monkeypatch):
