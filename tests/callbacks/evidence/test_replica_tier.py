@@ -55,7 +55,9 @@ def test_polishing_moves_each_replica_to_its_minimum(make_trainer):
             assert loss == pytest.approx(again.loss, rel=1e-9)
 
 
-def test_descent_is_followed_from_those_without_a_minimum(make_trainer):
+def test_descent_is_followed_from_those_without_a_minimum(make_trainer, monkeypatch):
+    monkeypatch.setattr(replica_tier, "steps_of_descent", lambda *_: 50)  # as after a long training
+    monkeypatch.setattr(replica_tier, "work_of_descent", lambda _: 1 << 37)
     model, detector = fit(make_trainer, epochs=30)
     without, _ = fit(make_trainer, epochs=30, follow_descent=False)
     found = detector.summary()
