@@ -21,7 +21,14 @@ from lightning_mnn.callbacks.evaluation.kink_probe import (
 )
 from lightning_mnn.callbacks.evaluation.module_network import network_of, states_network
 from lightning_mnn.callbacks.evaluation.training_set import patterns_of_training_set
-from lightning_mnn.callbacks.pattern_store import LostSnapshotError, PatternStore, StoredSnapshot, digest_of
+from lightning_mnn.callbacks.pattern_store import (
+    LostSnapshotError,
+    PatternStore,
+    StoredSnapshot,
+    digest_of,
+    found_snapshot,
+    store_of_run,
+)
 from lightning_mnn.callbacks.patterns.first_batch import ForwardCapture, call_with_captured
 from lightning_mnn.callbacks.patterns.history import PatternHistory
 from lightning_mnn.callbacks.patterns.pattern_scalars import pattern_scalars
@@ -256,10 +263,10 @@ class ActivationPatternRecorder(ScheduledCallback):
     def _open_store(self, folder: Path) -> str:
         """Open the store, on the first process; return its path, for all processes."""
         if self._last:
-            self.store = _store_of(folder, self._recorded_step, digest_of(self._last))
+            self.store = store_of_run(folder, self._recorded_step, digest_of(self._last))
             self.store.create()  # so that another recorder that does not record yet chooses a different store
         else:
-            self.store = _store_of(folder, None, "")
+            self.store = store_of_run(folder, None, "")
         return str(self.store.path.absolute())
 
     @override
@@ -313,7 +320,7 @@ class ActivationPatternRecorder(ScheduledCallback):
         layers = list(self._last)
 
         def read(path: str, step: int, digest: str | list[str]) -> dict[str, PackedPattern]:
-            return _found(StoredSnapshot(path, step, layers, digest), folder)[1]
+            return found_snapshot(StoredSnapshot(path, step, layers, digest), folder)[1]
 
         folder = self._folder(trainer)
         self._vitals.take_freezes(on_first_process(trainer, lambda: self._history.freeze(read)))
@@ -441,7 +448,9 @@ class ActivationPatternRecorder(ScheduledCallback):
             return
         folder = self._folder(trainer)
         try:
-            found = on_first_process(trainer, lambda: {key: _found(named, folder) for key, named in unread.items()})
+            found = on_first_process(
+                trainer, lambda: {key: found_snapshot(named, folder) for key, named in unread.items()}
+            )
         except LostSnapshotError as error:
             rank_zero_warn(
                 f"Activation patterns: the snapshots that the checkpoint names cannot be read: {error}. Recording "
@@ -494,31 +503,3 @@ def _described(layers: dict[str, tuple[int, int, int]]) -> str:
     names = list(layers)
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return f"{', '.join(names[:5])}{more} of {next(iter(layers.values()))[-1]} samples"
-
-
-def _found(named: StoredSnapshot, folder: Path | None) -> tuple[StoredSnapshot, dict[str, PackedPattern]]:
-    """A snapshot that a checkpoint names, and its patterns: from a store in this folder, or from its old path.
-
-    Raises:
-        LostSnapshotError: they are in neither.
-    """
-    here = None if folder is None else replace(named, path=str((folder / Path(named.path).name).absolute()))
-    if here is not None and here != named:  # the folder was moved or copied, or belongs to another version of the run
-        try:
-            return here, here.read()
-        except LostSnapshotError:
-            pass
-    return named, named.read()
-
-
-def _store_of(folder: Path, resumed_step: int | None, digest: str | list[str]) -> PatternStore:
-    """The store to write: the one that a resumed run was writing in this folder, or one that does not exist yet."""
-    path, version = folder / "patterns.zarr", 0
-    while path.exists():
-        store = PatternStore(path)
-        if resumed_step in store.steps and store.attributes(resumed_step)["digest"] == digest:
-            store.discard_after(resumed_step)
-            return store
-        version += 1
-        path = folder / f"patterns-v{version}.zarr"
-    return PatternStore(path)

@@ -8,7 +8,8 @@ from typing_extensions import override
 
 from lightning_mnn.callbacks.local_minimum_detector import LocalMinimumDetector
 from lightning_mnn.callbacks.schedule import Schedule
-from lightning_mnn.callbacks.scheduled import ScheduledCallback, or_stop_here
+from lightning_mnn.callbacks.scheduled import ScheduledCallback
+from lightning_mnn.callbacks.trainer.last_checkpoint import or_stop_here
 from lightning_mnn.callbacks.volumes.cones import ConeSettings
 from lightning_mnn.callbacks.volumes.local import Found, LocalVolumeMonitor
 from lightning_mnn.callbacks.volumes.probe import LocalVolumeSettings

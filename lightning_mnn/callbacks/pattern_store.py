@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -220,8 +220,36 @@ class StoredSnapshot:
         return patterns
 
 
+def store_of_run(folder: Path, resumed_step: int | None, digest: str | list[str]) -> PatternStore:
+    """The store to write: the one that a resumed run was writing in this folder, or one that does not exist yet."""
+    path, version = folder / "patterns.zarr", 0
+    while path.exists():
+        store = PatternStore(path)
+        if resumed_step in store.steps and store.attributes(resumed_step)["digest"] == digest:
+            store.discard_after(resumed_step)
+            return store
+        version += 1
+        path = folder / f"patterns-v{version}.zarr"
+    return PatternStore(path)
+
+
 class LostSnapshotError(LookupError):
     """A store does not contain a snapshot that a checkpoint names."""
+
+
+def found_snapshot(named: StoredSnapshot, folder: Path | None) -> tuple[StoredSnapshot, dict[str, PackedPattern]]:
+    """A snapshot that a checkpoint names, and its patterns: from a store in this folder, or from its old path.
+
+    Raises:
+        LostSnapshotError: they are in neither.
+    """
+    here = None if folder is None else replace(named, path=str((folder / Path(named.path).name).absolute()))
+    if here is not None and here != named:  # the folder was moved or copied, or belongs to another version of the run
+        try:
+            return here, here.read()
+        except LostSnapshotError:
+            pass
+    return named, named.read()
 
 
 def digest_of(patterns: Mapping[str, PackedPattern]) -> str | list[str]:

@@ -21,7 +21,7 @@ from lightning_mnn.callbacks.evaluation.snapshots import weights_of
 from lightning_mnn.callbacks.evaluation.training_set import forget_statistics
 from lightning_mnn.callbacks.trainer.cost import CostTier, TimeShare
 from lightning_mnn.callbacks.trainer.findings_file import folders_of_findings, write_findings
-from lightning_mnn.callbacks.trainer.last_checkpoint import LastCheckpoint
+from lightning_mnn.callbacks.trainer.last_checkpoint import or_stop_here
 from lightning_mnn.callbacks.trainer.long_pass import duration, end_of_training
 from lightning_mnn.data.loaders.shards import num_samples
 from lightning_mnn.findings import FINDINGS, CallbackFindings, Unknown, UnknownCode
@@ -33,8 +33,6 @@ from lightning_mnn.utilities.interruption import (
     Interrupted,
     TimeLimitError,
     safe_point,
-    stop_at_this_step,
-    stopping,
     time_limit,
 )
 from lightning_mnn.utilities.transfer import fetched
@@ -515,25 +513,3 @@ def _add_final_check(trainer: pl.Trainer) -> None:
     saves = [any(kind.__name__ == "Checkpoint" for kind in type(callback).__mro__) for callback in others]
     end = saves.index(True) if True in saves else len(others)
     run.callbacks = [*others[:end], FinalCheck(), *others[end:]]
-
-
-def or_stop_here(trainer: pl.Trainer, action: Callable[[], None]) -> bool:
-    """Run an action at a step from which the run can be resumed; if it is interrupted, stop training at that step.
-
-    Returns:
-        Whether the action was completed; if not, a resumed run has to begin with it.
-
-    Raises:
-        Interrupted: nothing saves a checkpoint at this step.
-    """
-    if stopping():
-        return False
-    try:
-        action()
-    except Interrupted as stop:
-        run: Any = trainer
-        if run.fast_dev_run or not any(isinstance(callback, LastCheckpoint) for callback in run.callbacks):
-            raise
-        stop_at_this_step(stop.number)
-        return False
-    return True

@@ -14,11 +14,13 @@ from typing_extensions import override
 from lightning_mnn.callbacks.trainer.stop_on_request import LATEST, exchange
 from lightning_mnn.utilities.compat.lightning_internals import complete_saved_epoch, set_limits
 from lightning_mnn.utilities.files import whole_file
-from lightning_mnn.utilities.interruption import Interrupted, Pace, stopping
+from lightning_mnn.utilities.interruption import Interrupted, Pace, stop_at_this_step, stopping
 from lightning_mnn.utilities.seeding import set_shared_states, shared_states
 from lightning_mnn.utilities.validation import ArgumentError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import pytorch_lightning as pl
 
 _INTERVAL = timedelta(minutes=1)
@@ -163,3 +165,25 @@ def _ends(trainer: pl.Trainer, completed_epochs: int) -> bool:
     if run.should_stop and completed_epochs >= (run.min_epochs or 0) and run.global_step >= (run.min_steps or 0):
         return True
     return bool(completed_epochs == run.max_epochs or 0 <= run.max_steps <= run.global_step)
+
+
+def or_stop_here(trainer: pl.Trainer, action: Callable[[], None]) -> bool:
+    """Run an action at a step from which the run can be resumed; if it is interrupted, stop training at that step.
+
+    Returns:
+        Whether the action was completed; if not, a resumed run has to begin with it.
+
+    Raises:
+        Interrupted: nothing saves a checkpoint at this step.
+    """
+    if stopping():
+        return False
+    try:
+        action()
+    except Interrupted as stop:
+        run: Any = trainer
+        if run.fast_dev_run or not any(isinstance(callback, LastCheckpoint) for callback in run.callbacks):
+            raise
+        stop_at_this_step(stop.number)
+        return False
+    return True
