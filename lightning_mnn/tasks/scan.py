@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_mnn.callbacks import LocalMinimumDetector, Schedule
+from lightning_mnn.callbacks.evidence.tiers import Evidence
 from lightning_mnn.data import GaussianData
 from lightning_mnn.figures.experiments.scaling import FIGURES, scan_figure
 from lightning_mnn.model.mnn import MNN
@@ -61,7 +62,7 @@ _MEASURES = (
     "reason",
 )
 
-# Kinds in the printed table; None: two hidden layers, and the necessary conditions are satisfied.
+# Kinds in the printed table; None: two hidden layers, and nothing is proved.
 _KIND_LABELS: dict[str | None, str] = {
     Kind.DIFFERENTIABLE_MINIMUM: "differentiable",
     Kind.KINK_MINIMUM: "on kinks",
@@ -206,8 +207,9 @@ class Fit:
     def _row(self, found: dict[str, Any], replica: int, epochs: int) -> dict[str, Any]:
         number = self.first + replica
         values = {name: found[name][replica] if isinstance(found[name], list) else found[name] for name in _MEASURES}
-        if self.size.hidden_layers > 1 and values["kind"] != Kind.NOT_STATIONARY:
-            values["kind"] = None  # only necessary conditions were tested, as the reason says
+        necessary = found["evidence"] != Evidence.CERTIFICATE and values["kind"] != Kind.NOT_STATIONARY
+        if self.size.hidden_layers > 1 and (necessary or values["kind"] == Kind.UNDECIDED):
+            values["kind"] = None  # nothing was proved, as the reason says
         return {**self.size.columns, "replica": number, "seed": self.seed + number, "epochs": epochs, **values}
 
 
@@ -217,8 +219,9 @@ def scan(cfg: DictConfig) -> None:
     The run folder gets ``scan.csv``, a row for each network, ``summary.json``, with means and counts for each size, and
     ``figure.png``. In the table ``mse``, ``mce``, ``wrong``, ``min_preactivation``, ``relative_preactivation`` and
     ``stationarity`` describe the trained weights as they are; ``kind`` and all columns after it describe the minimum
-    next to them, if there is one. With two hidden layers only necessary conditions are tested: ``kind`` is empty if
-    they are satisfied. Seconds are processor seconds.
+    next to them, if there is one. With two hidden layers ``kind`` is empty where nothing is proved, or where there are
+    too many weights for certificates of all replicas and only necessary conditions are satisfied. Seconds are processor
+    seconds.
 
     ``plan.json`` contains all that a network's training depends on, ``parts/`` the finished parts, which are not
     trained again. If the command is killed, at any time, and run again, it resumes and writes the same files as an
@@ -263,7 +266,8 @@ def scan(cfg: DictConfig) -> None:
             },
         )
         scan_figure(run_dir)
-        log_to_wandb(cfg, run_dir, ("scan",), counts)
+        named = {kind or "not_classified": count for kind, count in _kinds(rows).items()}  # W&B takes no key None
+        log_to_wandb(cfg, run_dir, ("scan",), counts | {"kinds": named})
         _print_table(summaries, run_dir)
 
 
@@ -284,7 +288,7 @@ def size_summary(size: Size, rows: Sequence[dict[str, Any]], seconds: float) -> 
     }
 
 
-def _kinds(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+def _kinds(rows: Sequence[dict[str, Any]]) -> dict[str | None, int]:
     return dict(Counter(row["kind"] for row in rows).most_common())
 
 

@@ -93,6 +93,7 @@ def test_patience_counts_consecutive_checks_of_all_replicas(make_trainer, monkey
             for ok in next(outcomes)
         ]
 
+    monkeypatch.setattr("lightning_mnn.callbacks.evidence.certificate.MAX_CERTIFICATE_WORK", 1)
     monkeypatch.setattr("lightning_mnn.callbacks.evidence.certificate.first_order_verdicts", verdicts)
     trainer = make_trainer(max_epochs=50, callbacks=[detector])
     trainer.fit(MNN(3, (4, 4), replicas=2), GaussianData(8, 3, replicas=2))

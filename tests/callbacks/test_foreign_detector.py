@@ -418,7 +418,12 @@ FIRST, LAST = "hidden_weights.0", "output_weights"
         (Decayed(torch.optim.ASGD, lambd=1e-3), "not_stationary", "mse_with_weight_decay", ["weight_decay"]),
         (Decayed(SGD, [FIRST]), "differentiable_minimum", "mse_of_trained_weights", ["frozen_weights"]),
         (Decayed(SGD, [LAST]), "differentiable_minimum", "mse", []),
-        (Decayed(SGD, replicas=2, weight_decay=1e-3), ["undecided"] * 2, "mse_with_weight_decay", ["weight_decay"]),
+        (
+            Decayed(SGD, replicas=2, weight_decay=1e-3),
+            ["not_stationary"] * 2,
+            "mse_with_weight_decay",
+            ["weight_decay"],
+        ),
     ],
 )
 def test_the_verdict_is_on_the_objective_that_training_lowers(make_trainer, module, kind, objective, differs):

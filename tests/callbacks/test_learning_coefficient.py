@@ -228,10 +228,10 @@ def test_a_time_limit_leaves_fewer_moves_and_long_work_is_announced(caplog):
 
 def test_too_short_a_time_limit_gives_no_value_but_a_reason():
     callback = LearningCoefficient(**LOCAL | {"strict": False}, max_seconds=1e-6)
-    with pytest.warns(UserWarning, match="no learning coefficient is estimated"):
-        fit(Line(), lines(), callback, max_epochs=1)
+    fit(Line(), lines(), callback, max_epochs=1)
     assert callback.found is None
     assert callback.summary()["sampled_learning_coefficient"] is None
+    assert callback.summary()["sampled_learning_coefficient_reason_code"] == "time_limit"
     assert "are more than max_seconds=1e-06" in callback.summary()["sampled_learning_coefficient_reason"]
 
 

@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_module
 
 from lightning_mnn import MNN
 from lightning_mnn.callbacks import LocalMinimumDetector, Schedule
+from lightning_mnn.callbacks.evidence import certificate
 from lightning_mnn.data import GaussianData
 from lightning_mnn.tasks.scan import Fit, Size, _sizes, scan, size_summary
 from lightning_mnn.utilities.errors import DivergenceError
@@ -223,7 +224,14 @@ def test_one_replica_gives_a_row_of_plain_values_even_where_all_labels_are_alike
 
 
 @pytest.mark.usefixtures("_own_logging")
-def test_what_two_hidden_layers_pass_is_not_called_a_minimum():
+def test_two_hidden_layers_are_certified():
+    rows = Fit(Size(3, 6, 2), 0, 2, 0, ADAM, TAIL, "float64", "plus_minus", 0.0, 1500).train()["rows"]
+    assert all(row["zero_error"] and row["kind"].endswith("minimum") for row in rows)
+
+
+@pytest.mark.usefixtures("_own_logging")
+def test_what_two_hidden_layers_pass_is_not_called_a_minimum(monkeypatch):
+    monkeypatch.setattr(certificate, "MAX_CERTIFICATE_WORK", 1)  # as with many weights
     fit = Fit(Size(3, 6, 2), 0, 2, 0, ADAM, TAIL, "float64", "plus_minus", 0.0, 1500)
     rows = fit.train()["rows"]
     assert max(row["mse"] for row in rows) < 1e-20
