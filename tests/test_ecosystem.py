@@ -253,9 +253,9 @@ class TestEntryPoint:
         assert recorders[1].store.path == recorders[0].store.path  # gone on with
         assert recorders[1].store.steps == [0, 3, 6, 9, 12, 15]
 
-    @pytest.mark.parametrize("what", ["no kinks", "iterable"])
-    def test_where_they_cannot_work_they_warn_once_and_the_run_goes_on(self, what, monkeypatch, tmp_path):
-        monkeypatch.setenv(VARIABLE, "recorder")
+    @pytest.mark.parametrize(("what", "name"), [("no kinks", "recorder"), ("iterable", "monitor")])
+    def test_where_they_cannot_work_they_warn_once_and_the_run_goes_on(self, what, name, monkeypatch, tmp_path):
+        monkeypatch.setenv(VARIABLE, name)
         module, loader = foreign_model("mlp")
         if what == "no kinks":
             module.layers = torch.nn.Sequential(torch.nn.Linear(8, 3))
@@ -267,7 +267,7 @@ class TestEntryPoint:
 
             loader = torch.utils.data.DataLoader(Stream(), batch_size=8)
         trainer = foreign_trainer(default_root_dir=tmp_path)
-        with pytest.warns(UserWarning, match="ActivationPatternRecorder stops here, and training goes on") as told:
+        with pytest.warns(UserWarning, match=r"(Recorder|Monitor) stops here, and training goes on") as told:
             trainer.fit(module, loader)
         assert sum("training goes on" in str(one.message) for one in told) == 1
         assert trainer.global_step == 6

@@ -235,20 +235,6 @@ def test_too_short_a_time_limit_gives_no_value_but_a_reason():
     assert "are more than max_seconds=1e-06" in callback.summary()["sampled_learning_coefficient_reason"]
 
 
-@pytest.mark.slow
-def test_resnet18_trains_bit_for_bit_as_without_it(short):
-    ended = []
-    for callback in (None, LearningCoefficient(strict=True, chains=2, budget=40)):
-        module, loader = foreign_model("resnet18", num_samples=4, batch_size=2)
-        fit(module, loader, callback, max_epochs=1)
-        ended.append((module.state_dict(), torch.get_rng_state()))
-    (before, state), (after, drawn) = ended
-    assert all(torch.equal(before[key], after[key]) for key in before)
-    assert torch.equal(state, drawn)
-    assert callback.found.traces.shape == (2, 2)
-    assert bool(callback.found.traces.isfinite().all())
-
-
 def test_replicas_are_refused():
     module = MNN(4, (3,), replicas=2, default_callbacks=False)
     data = GaussianData(num_samples=12, input_dim=4, replicas=2)
