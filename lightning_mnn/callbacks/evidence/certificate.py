@@ -171,8 +171,8 @@ class CertificateTier(Tier):
             return
         if self.other is None:
             assert self._of_objective is not None  # noqa: S101 (else there is a reason)
-            several = len(self.verdicts) > 1
-            self.other = ReplicaModelTier(self._max_distance) if several else self._of_objective()
+            count = len(self.verdicts)
+            self.other = ReplicaModelTier(self._max_distance, count) if count > 1 else self._of_objective()
         self._other_checked = False
         if self.differences:
             self._check_model(trainer, pl_module)

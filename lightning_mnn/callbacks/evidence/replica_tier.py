@@ -39,16 +39,17 @@ class ReplicaModelTier(Tier):
 
     Args:
         max_distance: largest relative distance at which a minimum still counts as the minimum of these weights.
+        replicas: R.
 
     Attributes:
         certificates: the last certificates, one per replica; empty if there are none.
         descents: what descent leads to from the final weights; None for a minimum, or where it was not followed.
     """
 
-    def __init__(self, max_distance: float) -> None:
+    def __init__(self, max_distance: float, replicas: int) -> None:
         self.certificates: list[ModelCertificate] = []
         self.descents: list[PolishedModel | None] = []
-        self._max_distance = max_distance
+        self._max_distance, self._replicas = max_distance, replicas
         self._objectives: list[ModelObjective] = []
         self._moved: list[bool] = []  # whether polishing found a minimum too far away
         self._over_time: str | None = None
@@ -56,7 +57,7 @@ class ReplicaModelTier(Tier):
     @property
     @override
     def evidence(self) -> Evidence:
-        return Evidence.CERTIFICATE
+        return Evidence.CERTIFICATE if self.certificates else Evidence.NONE
 
     @property
     @override
@@ -121,7 +122,7 @@ class ReplicaModelTier(Tier):
         if not self.certificates:
             because = Reason.of(ReasonCode.NOT_CHECKED)
             notes = [] if self._over_time is None else [f"no certificate: {self._over_time}"]
-            return [Finding.of(Kind.UNDECIDED, because, notes)] * max(1, len(self._objectives))
+            return [Finding.of(Kind.UNDECIDED, because, notes)] * self._replicas
         return [Finding.of(*self._verdict(number)) for number in range(len(self.certificates))]
 
     def _verdict(self, number: int) -> tuple[Kind, Reason]:

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from pytorch_lightning.callbacks import LambdaCallback
 
 from lightning_mnn import MNN
 from lightning_mnn.callbacks import LocalMinimumDetector, Schedule
 from lightning_mnn.callbacks.evidence import certificate, replica_tier
 from lightning_mnn.data import GaussianData
 from lightning_mnn.landscape import certify_model
+from lightning_mnn.utilities.interruption import TimeLimitError
 
 SIZE = (40, 4)
 DECAY = 2e-2
@@ -85,6 +87,22 @@ def test_replicas_that_would_take_too_long_have_none(make_trainer, monkeypatch):
     assert set(found["reason_code"]) == {"objective_of_replicas"}
     assert "3 replicas" in found["reason"][0]
     assert found["advice"] == ["use fewer replicas, or smaller networks"] * 3
+
+
+@pytest.mark.parametrize("out_of_time", [False, True])
+def test_without_certificates_there_is_one_verdict_per_replica_and_no_evidence(make_trainer, monkeypatch, out_of_time):
+    def stop(*_):
+        raise TimeLimitError
+
+    detector, seen = LocalMinimumDetector(Schedule(every=1), follow_descent=False), []
+    if out_of_time:
+        monkeypatch.setattr(replica_tier, "replica_objectives", stop)
+    watch = LambdaCallback(on_train_epoch_end=lambda *_: seen.append(detector.summary()))
+    model = MNN(SIZE[1], (3,), replicas=3, optimizer={"name": "adam", "lr": 1e-2, "weight_decay": DECAY})
+    make_trainer(max_epochs=1, callbacks=[detector, watch]).fit(model, GaussianData(*SIZE, replicas=3))
+    for found in [*seen, *([detector.summary()] if out_of_time else [])]:
+        assert found["kind"] == ["undecided"] * 3
+        assert found["evidence"] == "none"
 
 
 def test_scheduled_checks_certify_where_that_is_cheap_beside_training(make_trainer, monkeypatch):
