@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_mnn.callbacks.evaluation.training_set import input_rank, threshold_of, training_samples
-from lightning_mnn.callbacks.evidence.models.objective import CHECK_SHARE, work_of_training
-from lightning_mnn.data.loaders.shards import batch_size_of, num_samples
+from lightning_mnn.callbacks.evidence.models.objective import CHECK_SHARE, work_of_steps
+from lightning_mnn.data.loaders.shards import num_samples
 from lightning_mnn.landscape.minima.certificate import Certificate, certify
 from lightning_mnn.landscape.minima.polishing import Polished, polish
 from lightning_mnn.utilities.distributed import DistributedGroup, on_first_process
@@ -88,10 +88,9 @@ def descents_on_training_set(
         The result of :func:`~lightning_mnn.landscape.polish` without a limit of distance; None for replicas that are
         not ``chosen``, or for which no work was left, or where the training set is spread over processes.
     """
-    loader: Any = trainer.train_dataloader
-    samples, weights = num_samples(loader), network.output_weights.shape[-1] * network.input_dim
-    batch = min(samples, batch_size_of(loader)) * trainer.world_size
-    work = work_of_descents(len(chosen), work_of_training(trainer.global_step, len(chosen) * batch * weights))
+    samples, weights = num_samples(trainer.train_dataloader), network.output_weights.shape[-1] * network.input_dim
+    products = trainer.world_size * len(chosen) * weights
+    work = work_of_descents(len(chosen), work_of_steps(trainer, trainer.global_step, products))
     if not any(chosen) or not steps_of_descent(samples, weights, work) or not _is_gathered(trainer, network):
         return [None] * len(chosen)
 

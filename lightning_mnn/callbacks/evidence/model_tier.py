@@ -15,11 +15,11 @@ from lightning_mnn.callbacks.evidence.models.objective import (
     work_of_a_certificate,
     work_of_a_step,
     work_of_descent,
-    work_of_training,
+    work_of_steps,
 )
 from lightning_mnn.callbacks.evidence.second_order import SecondOrderTier
 from lightning_mnn.callbacks.evidence.tiers import Evidence, Finding
-from lightning_mnn.data.loaders.shards import batch_size_of, num_samples
+from lightning_mnn.data.loaders.shards import num_samples
 from lightning_mnn.landscape import tolerances
 from lightning_mnn.landscape.minima.learning_coefficient import known_coefficient
 from lightning_mnn.utilities.distributed import on_first_process
@@ -192,7 +192,7 @@ class ModelTier(SecondOrderTier):
         if self._decides:
             (certificate,), (finding,) = self.certificates, self.findings()
             at_point = finding.kind in STATIONARY
-            found = {name: getattr(certificate, name) if at_point else None for name in _OF_POINT}
+            found = {name: getattr(certificate, name) if at_point else None for name in OF_POINT}
             found["tangential_eigenvalue"] = certificate.smallest_eigenvalue if at_point else None
             found["learning_coefficient"] = known_coefficient(certificate) if at_point else None
             found["minimum_loss"] = self._value(certificate) if at_point else None
@@ -275,9 +275,7 @@ class ModelTier(SecondOrderTier):
 
     def _training_work(self, trainer: pl.Trainer, pl_module: pl.LightningModule, steps: int) -> int:
         """The work of so many steps of training."""
-        loader: Any = trainer.train_dataloader
-        batch = min(num_samples(loader), batch_size_of(loader))
-        return work_of_training(steps, batch * self._source.products(pl_module))
+        return work_of_steps(trainer, steps, self._source.products(pl_module))
 
     def _products(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
         return num_samples(trainer.train_dataloader) * self._source.products(pl_module)
@@ -289,7 +287,7 @@ class ModelTier(SecondOrderTier):
         return None if self._objective is None else self._objective.mse_at(certificate)
 
 
-_OF_POINT = ("distance", "radius", "growth", "likq", "flat_directions", "symmetries", "inert")
+OF_POINT = ("distance", "radius", "growth", "likq", "flat_directions", "symmetries", "inert")
 _DESCENDS = ("descends_to", *(f"descends_to_{name}" for name in ("loss", "mse", "distance", "zero_error")))
 
 

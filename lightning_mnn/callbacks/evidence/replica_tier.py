@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from lightning_mnn.callbacks.evaluation.isolation import trained_parameters
 from lightning_mnn.callbacks.evaluation.module_network import network_of
+from lightning_mnn.callbacks.evidence.model_tier import OF_POINT
 from lightning_mnn.callbacks.evidence.models.objective import (
     CHECK_SHARE,
     MAX_CERTIFICATE_WORK,
@@ -16,11 +17,11 @@ from lightning_mnn.callbacks.evidence.models.objective import (
     work_of_a_certificate,
     work_of_a_step,
     work_of_descent,
-    work_of_training,
+    work_of_steps,
 )
 from lightning_mnn.callbacks.evidence.models.source import move_replica, products_of_network, replica_objectives
 from lightning_mnn.callbacks.evidence.tiers import Evidence, Finding, Tier
-from lightning_mnn.data.loaders.shards import batch_size_of, num_samples
+from lightning_mnn.data.loaders.shards import num_samples
 from lightning_mnn.landscape.minima.learning_coefficient import known_coefficient
 from lightning_mnn.utilities.distributed import on_first_process
 from lightning_mnn.verdicts import STATIONARY, Kind, Reason, ReasonCode
@@ -162,8 +163,7 @@ class ReplicaModelTier(Tier):
             return {}
         at_points = [found.kind in STATIONARY for found in self.findings()]
         pairs = list(zip(self.certificates, at_points, strict=True))
-        of_point = ("distance", "radius", "growth", "likq", "flat_directions", "symmetries", "inert")
-        found: dict[str, Any] = {name: [getattr(c, name) if at else None for c, at in pairs] for name in of_point}
+        found: dict[str, Any] = {name: [getattr(c, name) if at else None for c, at in pairs] for name in OF_POINT}
         found |= {
             "tangential_eigenvalue": [c.smallest_eigenvalue if at else None for c, at in pairs],
             "learning_coefficient": [known_coefficient(c) if at else None for c, at in pairs],
@@ -237,9 +237,7 @@ def _num_replicas(pl_module: pl.LightningModule) -> int:
 
 def _training_work(trainer: pl.Trainer, pl_module: pl.LightningModule, steps: int) -> int:
     """The work of so many steps of training all replicas."""
-    loader: Any = trainer.train_dataloader
-    batch = min(num_samples(loader), batch_size_of(loader))
-    return work_of_training(steps, batch * products_of_network(pl_module) * _num_replicas(pl_module))
+    return work_of_steps(trainer, steps, products_of_network(pl_module) * _num_replicas(pl_module))
 
 
 def _in_turn(

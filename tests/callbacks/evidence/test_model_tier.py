@@ -455,7 +455,7 @@ def test_scheduled_certificates_are_a_small_share_of_training(make_trainer, monk
     found = model_tier.ModelObjective.certify
     monkeypatch.setattr(model_tier.ModelObjective, "certify", certify)
     monkeypatch.setattr(model_tier, "work_of_a_certificate", lambda *_: 2 * needed)
-    monkeypatch.setattr(model_tier, "work_of_training", lambda steps, _: steps * 40)
+    monkeypatch.setattr(model_tier, "work_of_steps", lambda _trainer, steps, _products: steps * 40)
     module = Fixed(planted.module, LOSSES["squared_error"], weight_decay=1e-3)
     for stop, steps in ((True, [needed]), (False, [needed, 30])):
         at.clear()

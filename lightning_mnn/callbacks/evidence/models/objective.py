@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lightning_mnn.data.loaders.shards import batch_size_of, num_samples
 from lightning_mnn.landscape.minima.models.model_certificate import ModelCertificate, certify_model
 from lightning_mnn.landscape.minima.models.model_polishing import PolishedModel, polish_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import pytorch_lightning as pl
     from torch import Tensor
 
     from lightning_mnn.landscape.minima.models.equations.layers import LossName
@@ -130,6 +132,12 @@ def work_of_a_certificate(parameters: int, products: int) -> int:
 def work_of_training(steps: int, products_of_a_batch: int) -> int:
     """The work of steps of training, in the same units; a step is one pass forwards and two backwards."""
     return steps * (_WORK_OF_A_TRAINING_STEP + 3 * _WORK_PER_MULTIPLICATION * products_of_a_batch)
+
+
+def work_of_steps(trainer: pl.Trainer, steps: int, products: int) -> int:
+    """The work of so many steps of a Trainer, of a network with so many multiplications for a sample."""
+    loader: Any = trainer.train_dataloader
+    return work_of_training(steps, min(num_samples(loader), batch_size_of(loader)) * products)
 
 
 def work_of_descent(training: int) -> int:
